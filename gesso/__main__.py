@@ -1,0 +1,242 @@
+"""gesso's command line: parses, calls, prints."""
+
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from gesso.errors import GessoError, UsageError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Latent diffusion image models from scratch, on even ground. Settings are written a.b=c, such as train.total_images=200k.",
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[a.b=c ...]", help="settings, or YAML files of settings", show_default=False),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, such as runs/digits", show_default=False)]
+Out = Annotated[Path | None, typer.Option("--out", help="where to write", show_default=False)]
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _tick(title: str):
+    """A progress bar for a number of images that is only known on the way."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("images"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    task = bar.add_task(title, total=None)
+    return bar, lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _recorded(folder: Path, arguments: list[str] | None, changeable: tuple[str, ...]):
+    """The run of a folder with settings laid over it that may change after training."""
+    from gesso import config
+
+    if not (folder / "run.yaml").is_file():
+        raise UsageError(
+            f"{folder} is no run folder (it has no run.yaml); train one with gesso train RECIPE --out {folder}"
+        )
+    recorded = config.read(folder / "run.yaml")
+    run, _ = config.resolve(config.as_tree(recorded), list(arguments or ()))
+    for path, _, _ in config.differences(recorded, run):
+        if not path.startswith(changeable):
+            allowed = ", ".join(f"{c}*" for c in changeable)
+            raise UsageError(f"{path} was settled by training; what can change here is {allowed}")
+    return run
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str,
+        typer.Argument(help="a recipe (gesso recipes), folder:PATH, a run.yaml, or a run folder", show_default=False),
+    ],
+    settings: Overrides = None,
+    out: Out = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the newest state; start when there is none")
+    ] = False,
+) -> None:
+    """Train a recipe. Writes to runs/RECIPE unless --out says otherwise."""
+    from gesso import recipes
+
+    run, notes = recipes.resolve(recipe, list(settings or ()))
+    for note in notes:
+        _say(f"note: {note}")
+    out = out or _default_out(recipe, run.recipe, run.data.source, resume)
+    from gesso.train.start import start
+
+    start(run, out, resume, console, _say)
+    _say(
+        f"trained: {out}\nnext:\n  gesso sample {out}"
+        + (" --label 0" if run.data.num_classes != 0 else "")
+        + f"\n  gesso evaluate {out}\n  gesso report {out}"
+    )
+
+
+def _default_out(name: str, recipe: str, source: str, resume: bool) -> Path:
+    """runs/RECIPE; runs/NAME for a folder of images; beside the original for a repeated run.yaml."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_dir():
+        origin = path if path.is_dir() else path.parent
+        if resume or not (origin / "run.yaml").exists():
+            return origin
+        return next(p for i in range(2, 10_000) if not (p := origin.with_name(f"{origin.name}-{i}")).exists())
+    return Path("runs") / (Path(source).resolve().name if recipe == "folder" and source else recipe)
+
+
+@app.command()
+def sample(
+    folder: RunFolder,
+    settings: Overrides = None,
+    label: Annotated[
+        str | None,
+        typer.Option(help="class numbers or names: 7, 0-9, 3,5, cat; all in turn by default", show_default=False),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="0-15, or 1,5,9: an image depends on its seed alone")] = "0-15",
+    nimg: Annotated[
+        str | None, typer.Option(help="time in training, such as 100k; the last by default", show_default=False)
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Draw images from a trained run (sample.* may be set: sample.guidance=2 sample.sigma_rel=0.05)."""
+    from gesso.generate import draw
+
+    run = _recorded(folder, settings, ("sample.",))
+    for line in draw(folder, run, label, seeds, nimg, out):
+        _say(line)
+
+
+@app.command()
+def evaluate(folder: RunFolder, settings: Overrides = None) -> None:
+    """Measure a run (sample.* and eval.* may be set); writes metrics.json and pictures of samples."""
+    run = _recorded(folder, settings, ("sample.", "eval."))
+    from gesso.evaluate.score import evaluate_folder
+
+    bar, tick = _tick("evaluating")
+    with bar:
+        lines = evaluate_folder(folder, run, tick)
+    for line in lines:
+        _say(line)
+    _say(f"wrote {folder / 'metrics.json'}\nnext:\n  gesso report {folder}")
+
+
+@app.command()
+def ema(
+    folder: RunFolder,
+    sigma_rel: Annotated[list[float], typer.Option(help="relative EMA length, between 0 and 0.2886; may be repeated")],
+    nimg: Annotated[
+        str | None, typer.Option(help="time in training, such as 100k; the last by default", show_default=False)
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Weights averaged over any length, rebuilt after training from the stored snapshots."""
+    from gesso import snapshot
+    from gesso.config.base import parse_count
+
+    for length in sigma_rel:
+        if not 0 < length < 12**-0.5:
+            raise UsageError(f"--sigma-rel {length}: an EMA length lies between 0 and {12**-0.5:.4f}")
+    weights, run, time, errs = snapshot.synthesize(folder, sigma_rel, parse_count(nimg) if nimg else None)
+    for length, tensors, error in zip(sigma_rel, weights, errs, strict=True):
+        path = snapshot.path_for(out or folder / "ema", time, length)
+        snapshot.write(path, tensors, time, length, run)
+        _say(f"sigma_rel {length:g} at image {time:,}: {path}  (relative error of the profile {error**0.5:.1e})")
+    _say(f"next:\n  gesso sample {folder} sample.sigma_rel={sigma_rel[-1]:g}")
+
+
+@app.command()
+def report(folder: RunFolder, out: Out = None) -> None:
+    """One self-contained HTML page on a run, from the files in its folder."""
+    from gesso.report import write
+
+    _say(f"wrote {write(folder, out)}")
+
+
+@app.command()
+def recipes() -> None:
+    """The recipes, one line each."""
+    from gesso.recipes import RECIPES
+
+    for name, make in RECIPES.items():
+        _say(f"{name:14} {(make.__doc__ or '').strip().splitlines()[0]}")
+    _say("\ngesso show RECIPE prints one whole; gesso train RECIPE a.b=c changes it")
+
+
+@app.command()
+def show(recipe: str, settings: Overrides = None) -> None:
+    """The resolved settings of a recipe, run.yaml or run folder, as YAML."""
+    from gesso import config
+    from gesso import recipes as known
+
+    run, notes = known.resolve(recipe, list(settings or ()))
+    for note in notes:
+        errors.print(f"note: {note}", markup=False)
+    sys.stdout.write(config.to_yaml(run))
+
+
+@app.command()
+def diff(a: str, b: str) -> None:
+    """Where two runs or recipes differ."""
+    from gesso import config
+    from gesso import recipes as known
+
+    left, right = (known.resolve(name, [])[0] for name in (a, b))
+    rows = config.differences(left, right)
+    for path, old, new in rows:
+        _say(f"{path}: {old!r} -> {new!r}")
+    if not rows:
+        _say("no difference")
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has, what is wrong with it, and the cure."""
+    from gesso.doctor import examine, render
+
+    findings = examine()
+    _say(render(findings))
+    if any(f.level == "problem" for f in findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line. Errors a user can cause are one to three lines; --debug adds the traceback."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app(prog_name="gesso")
+    except GessoError as error:
+        if debug:
+            traceback.print_exc()
+        errors.print(f"gesso: {error}", markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        errors.print("gesso: interrupted")
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The complete description of a run. Times are counted in images. No torch here."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
+
+from gesso.config.base import Count, Settings
+from gesso.config.net import Net
+
+Positive = Annotated[Count, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+SigmaRel = Annotated[float, Field(gt=0, lt=12**-0.5)]
+"""Relative EMA length (EDM2 Eq. 123); above 12^-1/2 = .2886 no power profile exists."""
+
+
+class Data(Settings):
+    """Which images, and how they become x0."""
+
+    source: str = "digits"
+    """digits (scikit-learn's 8x8 scans), or a folder whose sub-folders are the classes"""
+    resolution: Positive = 8
+    """height and width in pixels; larger or oblong images are resized on the shorter edge and centre-cropped"""
+    channels: Literal[1, 3] = 3
+    """1 grey, 3 RGB"""
+    flip: bool = False
+    """mirror half of the images, keyed to the sample"""
+    max_unreadable: Probability = 0.01
+    """share of unreadable images that are skipped and named before the run is refused"""
+    num_images: Count | None = None
+    """counted when the source is opened"""
+    num_classes: Annotated[Count, Field(ge=0)] | None = None
+    """counted when the source is opened; 0 trains without labels"""
+    class_names: tuple[str, ...] | None = None
+    """read when the source is opened"""
+    fingerprint: str | None = None
+    """of all pixels and labels, so that a run is never resumed on other images"""
+    mean: tuple[float, ...] | None = None
+    """per channel, of pixels in [-1, 1]; measured when not given"""
+    std: tuple[PositiveFloat, ...] | None = None
+    """per channel, of pixels in [-1, 1]; measured when not given"""
+
+
+class EDM(Settings):
+    """Variance exploding: x = x0 + sigma*eps (EDM2 Appendix B.1)."""
+
+    name: Literal["edm"] = "edm"
+    sigma_data: PositiveFloat = 0.5
+    """sd: the standard deviation that data are scaled to"""
+    P_mean: float = -0.4
+    """training draw ln sigma ~ N(P_mean, P_std^2) (Eq. 16; the values of CONFIG B)"""
+    P_std: PositiveFloat = 1.0
+    sigma_min: PositiveFloat = 0.002
+    """lowest and highest level of sampling, and the curvature rho of the grid between (EDM Eq. 5)"""
+    sigma_max: PositiveFloat = 80.0
+    rho: PositiveFloat = 7.0
+
+    @model_validator(mode="after")
+    def _range(self) -> "EDM":
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min={self.sigma_min} is not below sigma_max={self.sigma_max}")
+        return self
+
+
+class VP(Settings):
+    """DDPM's process in variance-exploding coordinates, eps-prediction (Berrada et al. Appendix C)."""
+
+    name: Literal["vp"] = "vp"
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.00085
+    """betas = linspace(sqrt(beta_start), sqrt(beta_end), timesteps)^2"""
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.012
+    timesteps: Annotated[Count, Field(ge=2)] = 1000
+
+
+Process = Annotated[EDM | VP, Field(discriminator="name")]
+
+
+class Loss(Settings):
+    """Factors on |D - x0|^2."""
+
+    weighting: Literal["native", "uniform", "uncertainty"] = "native"
+    """native: MSE of the network's own target; uniform: 1; uncertainty: native / e^u + u (EDM2 Eq. 21)"""
+    label_dropout: Probability = 0.1
+    """share of samples whose label is withheld, for classifier-free guidance"""
+
+
+class Optim(Settings):
+    """Adam or AdamW, and the learning rate as a function of images seen."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Probability, Probability] = (0.9, 0.99)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """for matrices and kernels; weights on the sphere, gains and biases have none"""
+    schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
+    """inverse_sqrt: lr / sqrt(max(nimg/ref_images, 1)) (EDM2 Eq. 67); cosine: to 0 at train.total_images"""
+    ref_images: Positive = 10_000_000
+    """where inverse_sqrt starts to fall: t_ref * batch size"""
+    warmup_images: Annotated[Count, Field(ge=0)] = 0
+    """linear warm-up over the first images"""
+    clip: PositiveFloat | None = None
+    """largest gradient norm, after the projection onto the tangent planes"""
+
+
+class Train(Settings):
+    """How long, in which portions, on what."""
+
+    total_images: Positive = 200_000
+    batch_size: Positive = 128
+    seed: NonNegativeInt = 0
+    log_images: Positive = 2_000
+    """a line of log.jsonl every so many images"""
+    snapshot_images: Positive = 20_000
+    """a snapshot of each EMA every so many images"""
+    state_images: Positive = 20_000
+    """a state to resume from every so many images"""
+    dtype: Literal["float32", "float64"] = "float32"
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1"""
+    threads: Positive | None = None
+    """CPU threads; torch's own choice when not given"""
+
+
+class Ema(Settings):
+    """Power-function averages tracked in training (EDM2 Section 3)."""
+
+    sigma_rels: tuple[SigmaRel, ...] = (0.05, 0.10)
+    """relative lengths; two allow any other to be rebuilt afterwards"""
+
+    @model_validator(mode="after")
+    def _some(self) -> "Ema":
+        if not self.sigma_rels or len(set(self.sigma_rels)) < len(self.sigma_rels):
+            raise ValueError("sigma_rels needs at least one length, each once")
+        return self
+
+
+class Sample(Settings):
+    """How images are drawn."""
+
+    sampler: Literal["euler", "heun"] = "heun"
+    """euler is DDIM under VP; heun is EDM's Algorithm 1 without churn"""
+    steps: Positive = 32
+    """noise levels above 0; heun evaluates 2*steps-1 times"""
+    guidance: float = 1.0
+    """lambda: weight of the conditional denoiser, 1-lambda of the unconditional; 1 is none"""
+    sigma_rel: SigmaRel = 0.10
+    """EMA length of the weights"""
+    batch_size: Positive = 256
+
+
+class Eval(Settings):
+    """What `gesso evaluate` measures."""
+
+    features: Literal["digits", "none"] = "none"
+    """digits: the small classifier shipped with gesso; none: pictures and nearest training images only"""
+    splits: Annotated[Count, Field(ge=1)] = 5
+    """random halves of the real images; scores and the floor are taken on each, at equal counts"""
+    sweep: tuple[SigmaRel, ...] = (0.02, 0.035, 0.05, 0.075, 0.10, 0.15, 0.20, 0.25)
+    """EMA lengths for the curve of quality against length"""
+    sweep_guidance: float = 1.0
+    sweep_steps: Positive = 12
+    seed: NonNegativeInt = 0
+
+
+class Run(Settings):
+    """Everything that a run depends on."""
+
+    recipe: str = "custom"
+    """the recipe that this run was made from"""
+    data: Data = Data()
+    net: Net
+    process: Process = EDM()
+    loss: Loss = Loss()
+    optim: Optim = Optim()
+    train: Train = Train()
+    ema: Ema = Ema()
+    sample: Sample = Sample()
+    eval: Eval = Eval()
+    made_with: dict[str, str | int] = {}
+    """a record of versions, threads and commit; it decides nothing"""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Run":
+        if self.data.resolution % self.net.multiple:
+            raise ValueError(
+                f"data.resolution={self.data.resolution} is not a multiple of {self.net.multiple}, which net.name={self.net.name} needs"
+            )
+        if self.sample.guidance != 1 and self.loss.label_dropout == 0:
+            raise ValueError(
+                f"sample.guidance={self.sample.guidance} needs a network that also learned without labels: "
+                "set loss.label_dropout above 0, or sample.guidance=1"
+            )
+        if self.eval.features == "digits" and (self.data.resolution, self.data.channels) != (8, 1):
+            raise ValueError(
+                "eval.features=digits reads grey 8x8 images only; set eval.features=none for "
+                f"data.resolution={self.data.resolution}, data.channels={self.data.channels}"
+            )
+        for name in ("mean", "std"):
+            given = getattr(self.data, name)
+            if given is not None and len(given) != self.data.channels:
+                raise ValueError(f"data.{name} has {len(given)} values for data.channels={self.data.channels}")
+        return self

@@ -1,0 +1,180 @@
+"""Sources of images: scikit-learn's digits, or a folder whose sub-folders are the classes.
+
+Legend: N images, C channels, R resolution; pixels are uint8.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from gesso.config import Data
+from gesso.errors import RunError, UsageError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+@dataclass(frozen=True)
+class Images:
+    """A whole source in memory.
+
+    pixels (N, C, R, R) uint8; labels (N,) int64; class_names empty when there are no labels; unreadable
+    (file, reason) of images that were left out; notes for the user.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.pixels.numpy().tobytes())
+        digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load(data: Data, progress: Callable[[int, int], None] = lambda done, total: None) -> Images:
+    """Read the source that `data` names. `progress(done, total)` is called as images are decoded.
+
+    Raises UsageError when the source is missing, empty or of another shape; RunError when too many
+    images are unreadable.
+    """
+    if data.source == "digits":
+        return _digits(data)
+    return _folder(data, progress)
+
+
+def described(data: Data, images: Images) -> Data:
+    """`data` with all that opening its source tells: counts, names, fingerprint, mean and std."""
+    values = images.pixels.double().transpose(0, 1).flatten(1)
+    std = values.std(dim=1, correction=0) / 127.5
+    if not bool((std > 0).all()):
+        raise RunError(
+            f"all {len(images)} images of {data.source} are one flat colour in some channel: nothing to learn"
+        )
+    return data.model_copy(
+        update=dict(
+            num_images=len(images),
+            num_classes=len(images.class_names),
+            class_names=images.class_names,
+            fingerprint=images.fingerprint(),
+            mean=data.mean or tuple((values.mean(dim=1) / 127.5 - 1).tolist()),
+            std=data.std or tuple(std.tolist()),
+        )
+    )
+
+
+def _digits(data: Data) -> Images:
+    if (data.resolution, data.channels) != (8, 1):
+        raise UsageError(
+            f"data.source=digits has grey 8x8 images, but data.resolution={data.resolution}, data.channels={data.channels}; "
+            "set them to 8 and 1, or choose another source"
+        )
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UsageError("the digits come with scikit-learn: pip install 'gesso[demo]'") from None
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # scans have 17 grey values, 0 to 16
+    return Images(
+        torch.from_numpy(pixels)[:, None],
+        torch.from_numpy(digits.target.astype(np.int64)),
+        tuple(str(name) for name in digits.target_names),
+    )
+
+
+def _listing(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...], list[str]]:
+    """(image, label) in sorted order, class names, notes."""
+
+    def images_in(folder: Path) -> list[Path]:
+        found = (Path(base) / name for base, _, names in os.walk(folder) for name in names)
+        return sorted(p for p in found if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+
+    if not str(root).strip() or str(root) == ".":
+        raise UsageError("which images? Write gesso train folder:/path/to/images, or data.source=/path/to/images")
+    if not root.is_dir():
+        raise UsageError(f"data.source={root}: there is no such folder (and the only named source is: digits)")
+    classes = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    loose = sorted(p for p in root.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES)
+    if not classes:
+        if not loose:
+            raise UsageError(f"data.source={root}: no images there ({', '.join(SUFFIXES)}), and no sub-folders")
+        return [(p, 0) for p in loose], (), [f"{root} has no sub-folders: training without classes"]
+    per_class = [images_in(folder) for folder in classes]
+    empty = [folder.name for folder, found in zip(classes, per_class, strict=True) if not found]
+    if empty:
+        raise UsageError(f"data.source={root}: no image in class folder {', '.join(empty[:5])}; fill it or remove it")
+    listed = [(p, label) for label, found in enumerate(per_class) for p in found]
+    notes = [f"{len(loose)} images beside the class folders of {root} are left out"] if loose else []
+    return listed, tuple(folder.name for folder in classes), notes
+
+
+def _folder(data: Data, progress: Callable[[int, int], None]) -> Images:
+    root = Path(data.source)
+    listed, names, notes = _listing(root)
+
+    def read(entry: tuple[Path, int]) -> np.ndarray | str:
+        try:
+            with Image.open(entry[0]) as image:
+                return _prepared(image, data.resolution, data.channels)
+        except Exception as error:  # whatever a decoder raises on a damaged file
+            return f"{type(error).__name__}: {error}"
+
+    pixels, labels, unreadable = [], [], []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i, ((path, label), result) in enumerate(zip(listed, pool.map(read, listed), strict=True)):
+            if isinstance(result, str):
+                unreadable.append((str(path.relative_to(root)), result))
+            else:
+                pixels.append(torch.from_numpy(result))
+                labels.append(label)
+            progress(i + 1, len(listed))
+    if len(unreadable) > data.max_unreadable * len(listed):
+        shown = "; ".join(f"{name} ({reason})" for name, reason in unreadable[:5])
+        more = f"; and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
+        raise RunError(
+            f"{len(unreadable)} of {len(listed)} images in {root} are unreadable, over the "
+            f"{data.max_unreadable:.1%} of data.max_unreadable:\n{shown}{more}"
+        )
+    return Images(torch.stack(pixels), torch.tensor(labels), names, unreadable, notes)
+
+
+def _prepared(image: Image.Image, resolution: int, channels: int) -> np.ndarray:
+    """Upright, in 8-bit grey or RGB on white, shorter edge resized, centre cropped: (C, R, R) uint8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey
+        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    factor = resolution / min(image.size)
+    size = [max(resolution, round(edge * factor)) for edge in image.size]
+    if image.size != tuple(size):
+        image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    left, top = ((edge - resolution) // 2 for edge in size)
+    image = image.crop((left, top, left + resolution, top + resolution))
+    return np.asarray(image).reshape(resolution, resolution, channels).transpose(2, 0, 1).copy()
+
+
+def to_float(pixels: Tensor, data: Data, sd: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 (B, C, R, R) -> x0 of mean 0 and standard deviation sd, by the mean and std of the data set."""
+    mean, std = (torch.tensor(v, dtype=dtype, device=pixels.device)[:, None, None] for v in (data.mean, data.std))
+    return (pixels.to(dtype) / 127.5 - 1 - mean) * (sd / std)
+
+
+def to_uint8(x0: Tensor, data: Data, sd: float) -> Tensor:
+    """The inverse of `to_float`, rounded and clipped."""
+    mean, std = (torch.tensor(v, dtype=x0.dtype, device=x0.device)[:, None, None] for v in (data.mean, data.std))
+    return ((x0 * (std / sd) + mean + 1) * 127.5).round().clip(0, 255).to(torch.uint8)

@@ -1,0 +1,1 @@
+"""Process, denoiser, guidance and samplers: everything between noise and image."""

@@ -1,0 +1,67 @@
+"""The denoiser D(x, s, cond) -> x0_hat, and the one loss line.
+
+Legend: B batch, C H W image, x = alpha(s) x0 + s eps.
+"""
+
+from torch import Tensor, nn
+
+from gesso.cond import Cond
+from gesso.diffusion.process import Embedding, Process
+from gesso.nets.mp import MPFourier, MPLinear
+
+
+class Denoiser(nn.Module):
+    """D = c_skip x + c_out F(c_in x, c_noise, progress, cond) around a network F."""
+
+    def __init__(self, net: nn.Module, process: Process, embedding: Embedding):
+        super().__init__()
+        self.net, self.process, self.embedding = net, process, embedding
+
+    def forward(self, x: Tensor, s: Tensor, cond: Cond) -> Tensor:
+        """x (B, C, H, W), s (B,) or a single level; returns the estimate of x0 in the dtype of x."""
+        s = s.expand(len(x))  # coefficients in the precision of s, which a sampler gives in float64
+        c_skip, c_out, c_in = (c.to(x)[:, None, None, None] for c in self.process.precondition(s))
+        c_noise, progress = self.process.c_noise(s, self.embedding).to(x), self.process.progress(s).to(x)
+        F = self.net(c_in * x, c_noise, progress, cond)
+        return c_skip * x + c_out * F.to(x.dtype)
+
+
+class Uncertainty(nn.Module):
+    """u(s), EDM2's log-variance of the loss at a noise level (Eq. 21); trained alongside, not sampled from."""
+
+    def __init__(self, process: Process):
+        super().__init__()
+        self.process = process
+        self.fourier = MPFourier(128)
+        self.linear = MPLinear(128, 1)
+
+    def forward(self, s: Tensor) -> Tensor:
+        """(B,) -> (B,)"""
+        return self.linear(self.fourier(self.process.c_noise(s, "fourier")))[:, 0]
+
+
+def loss(
+    denoiser: nn.Module,
+    process: Process,
+    x0: Tensor,
+    s: Tensor,
+    eps: Tensor,
+    cond: Cond,
+    weighting: str = "native",
+    uncertainty: Uncertainty | None = None,
+) -> Tensor:
+    """Loss of each sample, (B,), averaged over channels and pixels.
+
+    x0 and eps (B, C, H, W), x0 of standard deviation sd; s (B,). weighting: "native" w |D-x0|^2, the MSE
+    of the network's own target; "uniform" |D-x0|^2; "uncertainty" w |D-x0|^2 / e^u + u (EDM2 Eq. 21).
+    """
+    column = s[:, None, None, None]
+    D = denoiser(process.alpha(column) * x0 + column * eps, s, cond)
+    error = (D - x0).square().mean(dim=(1, 2, 3))
+    if weighting == "uniform":
+        return error
+    error = process.weight(s) * error
+    if weighting == "native":
+        return error
+    u = uncertainty(s)
+    return error / u.exp() + u

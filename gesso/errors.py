@@ -1,0 +1,27 @@
+"""The two kinds of error that a user can cause. The command line prints them without a traceback."""
+
+
+class GessoError(Exception):
+    """One to three lines: what was wrong, where, what would be right."""
+
+    exit_code = 1
+
+
+class UsageError(GessoError):
+    """The request itself is wrong (an unknown recipe, key, value or path): nothing was started."""
+
+    exit_code = 2
+
+
+class RunError(GessoError):
+    """The request was right, and something failed on the way (a disk, a file, a diverged loss)."""
+
+    exit_code = 1
+
+
+class Stopped(GessoError):
+    """A signal asked the run to stop; its state is saved. 130 for SIGINT, 143 for SIGTERM."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,1 @@
+"""Numbers for images: feature networks, metrics, and the protocol that each number carries."""

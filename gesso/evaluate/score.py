@@ -1,0 +1,192 @@
+"""Score a run: class agreement and Frechet distance with their floor, and quality against EMA length.
+
+Writes metrics.json and pictures; reads nothing but the run folder and the images it was trained on.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gesso import files, generate, keyed, snapshot
+from gesso.config import Run
+from gesso.data import images as sources
+from gesso.data.images import Images
+from gesso.diffusion.denoiser import Denoiser
+from gesso.errors import UsageError
+from gesso.evaluate import features, metrics
+
+Say = Callable[[str], None]
+ROWS, COLUMNS = 10, 10
+
+
+def evaluate_folder(folder: Path, run: Run, tick: Callable[[int, int], None]) -> list[str]:
+    """Score a run folder; returns the lines to show. Raises UsageError when its images have changed since."""
+    images = sources.load(run.data)
+    if images.fingerprint() != run.data.fingerprint:
+        raise UsageError(f"the images in {run.data.source} are not those that {folder} was trained on")
+    result = evaluate(folder, run, images, generate.device_of(run), tick)
+    if run.eval.features == "none":
+        return ["no feature network for these images (eval.features=none): wrote pictures, no metrics"]
+    lines = [f"{'':22}class agreement   Frechet distance"]
+    rows = {f"guidance {run.sample.guidance:g}": result, "unguided": result.get("unguided")}
+    for name, row in rows.items():
+        if row:
+            lines.append(
+                f"{name:22}{row['class_agreement']:14.1%}   {row['frechet_distance']:.3f} +- {row['frechet_distance_std']:.3f}"
+            )
+    floor = result["floor"]
+    real = result["real"]["class_agreement"]
+    lines.append(
+        f"{'real against real':22}{real:14.1%}   {floor['frechet_distance']:.3f} +- {floor['frechet_distance_std']:.3f}"
+    )
+    return lines
+
+
+def evaluate(
+    folder: Path, run: Run, images: Images, device: torch.device, tick: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Score the run in `folder` with the settings of `run` and write metrics.json and samples/*.png.
+
+    tick(done, total) counts generated images. Returns what metrics.json holds.
+    """
+    cfg = run.eval
+    count = len(images) // 2
+    sweeping = cfg.features != "none"
+    lengths = [run.sample.sigma_rel, *(cfg.sweep if sweeping else ())]
+    weights, _, nimg, errors = snapshot.synthesize(folder, lengths)
+    default = snapshot.denoiser(weights[0], run, device)
+    guided = run.sample.guidance != 1
+    settings = {"guided": run} if guided else {}
+    settings["unguided"] = _with(run, guidance=1.0)
+    total = count * (len(settings) + len(cfg.sweep)) if sweeping else min(count, ROWS * COLUMNS)
+    counter = Counter(tick, total)
+
+    if not sweeping:
+        made = counter.generate(default, next(iter(settings.values())), total)
+        result: dict[str, Any] = {"protocol": {"features": "none"}, "nimg": nimg}
+        _pictures(folder, run, made, images)
+        files.write_json(folder / "metrics.json", result)
+        return result
+
+    network = features.load_digit_features(str(device))
+    score = Scorer(network, run, images, count, device)
+    rows = {}
+    for name, setting in settings.items():
+        made = counter.generate(default, setting, count)
+        rows[name] = score(made)
+        if name == next(iter(settings)):
+            _pictures(folder, run, made, images)
+    sweep = []
+    quick = _with(run, guidance=cfg.sweep_guidance, steps=cfg.sweep_steps)
+    for sigma_rel, tensors, error in zip(cfg.sweep, weights[1:], errors[1:], strict=True):
+        made = counter.generate(snapshot.denoiser(tensors, run, device), quick, count)
+        sweep.append({"sigma_rel": sigma_rel, "profile_error": error, **score(made)})
+    main = next(iter(rows.values()))
+    result = {
+        "class_agreement": main["class_agreement"],
+        "frechet_distance": main["frechet_distance"],
+        "frechet_distance_std": main["frechet_distance_std"],
+        **({"unguided": rows["unguided"]} if guided else {}),
+        "floor": score.floor,
+        "real": {"class_agreement": score.real_agreement},
+        "protocol": protocol(run, network.name, nimg, count),
+        "ema_sweep": {
+            "guidance": cfg.sweep_guidance,
+            "sampler": run.sample.sampler,
+            "steps": cfg.sweep_steps,
+            "rows": sweep,
+        },
+    }
+    files.write_json(folder / "metrics.json", result)
+    return result
+
+
+def protocol(run: Run, network: str, nimg: int, count: int) -> dict[str, Any]:
+    """Everything that decides a number besides the weights."""
+    return {
+        "features": network,
+        "what": "Frechet distance and class agreement in the features of a small digit classifier; not FID",
+        "images": count,
+        "reference": f"{run.eval.splits} random halves of the {run.data.num_images} training images, {count} each; mean and std",
+        "labels": "in turn",
+        "sampler": run.sample.sampler,
+        "steps": run.sample.steps,
+        "guidance": run.sample.guidance,
+        "sigma_rel": run.sample.sigma_rel,
+        "nimg": nimg,
+        "seeds": f"0 to {count - 1}",
+    }
+
+
+def _with(run: Run, **sample: Any) -> Run:
+    return run.model_copy(update={"sample": run.sample.model_copy(update=sample)})
+
+
+class Counter:
+    """Generates with a common count of images done."""
+
+    def __init__(self, tick: Callable[[int, int], None], total: int):
+        self.tick, self.total, self.done = tick, total, 0
+
+    def generate(self, denoiser: Denoiser, run: Run, count: int) -> Tensor:
+        """Images of seeds 0 to count-1, labels in turn. (count, C, R, R) uint8."""
+        batches = []
+        for batch in generate.generate(denoiser, run, range(count), generate.spread(run, count)):
+            batches.append(batch)
+            self.done += len(batch)
+            self.tick(self.done, self.total)
+        return torch.cat(batches)
+
+
+class Scorer:
+    """Frechet distance to each of several random halves of the real images, and class agreement.
+
+    `floor` is the distance of each half to its other half: what perfect samples would reach at this
+    number of images.
+    """
+
+    def __init__(self, network: features.DigitFeatures, run: Run, images: Images, count: int, device: torch.device):
+        self.network, self.device, self.count = network, device, count
+        real, logits = network.classify(images.pixels.to(device))
+        self.real_agreement = metrics.class_agreement(logits, images.labels.to(device))
+        self.labels = torch.tensor(generate.spread(run, count), device=device)
+        self.halves = []
+        distances = []
+        for split in range(run.eval.splits):
+            order = keyed.words(run.eval.seed, torch.arange(len(images)), f"evaluation split {split}", 1)[:, 0].argsort(
+                stable=True
+            )
+            a, b = (metrics.Moments() for _ in range(2))
+            a.update(real[order[:count]])
+            b.update(real[order[count : 2 * count]])
+            self.halves.append(b)
+            distances.append(metrics.frechet_distance(a.mean, a.cov, b.mean, b.cov))
+        self.floor = _mean_std(distances)
+
+    def __call__(self, made: Tensor) -> dict[str, float]:
+        found, logits = self.network.classify(made.to(self.device))
+        moments = metrics.Moments()
+        moments.update(found)
+        distances = [metrics.frechet_distance(moments.mean, moments.cov, b.mean, b.cov) for b in self.halves]
+        return {"class_agreement": metrics.class_agreement(logits, self.labels), **_mean_std(distances)}
+
+
+def _mean_std(distances: list[float]) -> dict[str, float]:
+    values = torch.tensor(distances, dtype=torch.float64)
+    return {"frechet_distance": float(values.mean()), "frechet_distance_std": float(values.std(correction=0))}
+
+
+def _pictures(folder: Path, run: Run, made: Tensor, images: Images) -> None:
+    """samples/by-class.png, a row for each of the first classes, and samples/nearest.png, the training images nearest to them."""
+    classes = min(run.data.num_classes or 1, ROWS)
+    if run.data.num_classes:
+        chosen = [i for c in range(classes) for i in range(c, len(made), run.data.num_classes)[:COLUMNS]]
+    else:
+        chosen = list(range(min(len(made), ROWS * COLUMNS)))
+    shown = made[chosen]
+    near = images.pixels[metrics.nearest(shown, images.pixels)]
+    generate.save_png(generate.grid(shown, COLUMNS), folder / "samples" / "by-class.png")
+    generate.save_png(generate.grid(near, COLUMNS), folder / "samples" / "nearest.png")

@@ -1,0 +1,138 @@
+"""EDM2's CONFIG G U-Net (Karras et al. 2024, Figure 22, Appendix B.6-B.7), all weights on the sphere.
+
+Legend: B batch, C channels, H W height and width, E embedding width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gesso.cond import Cond
+from gesso.config import EDM2
+from gesso.nets.mp import MPConv, MPFourier, MPLinear, mp_cat, mp_silu, mp_sum, pixel_norm
+
+
+class Attention(nn.Module):
+    """Cosine self-attention: q, k and v are pixel-normalized per head (Eq. 30-34)."""
+
+    def __init__(self, cfg: EDM2, channels: int):
+        super().__init__()
+        self.heads = channels // cfg.channels_per_head
+        self.balance = cfg.attention_balance
+        self.qkv = MPConv(channels, 3 * channels, 1)
+        self.proj = MPConv(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[2:]
+        qkv = self.qkv(x).unflatten(1, (3, self.heads, -1)).flatten(4)  # B 3 heads channels HW
+        q, k, v = pixel_norm(qkv, dim=3).transpose(3, 4).unbind(1)
+        y = F.scaled_dot_product_attention(q, k, v)  # B heads HW channels
+        y = self.proj(y.transpose(2, 3).flatten(1, 2).unflatten(2, (h, w)))
+        return mp_sum(x, y, self.balance)
+
+
+class Block(nn.Module):
+    """Resample, residual branch, attention. The two flavours differ in where the 1x1 convolution stands:
+
+    encoder: 1x1 on the main path, pixel norm, then the branch from the normalized main path;
+    decoder: the branch from the concatenated input, 1x1 on the main path beside it.
+    """
+
+    def __init__(
+        self, cfg: EDM2, flavour: str, c_in: int, c_out: int, *, resample: str = "keep", attention: bool = False
+    ):
+        super().__init__()
+        self.encoder = flavour == "encoder"
+        self.resample, self.balance, self.dropout = resample, cfg.residual_balance, cfg.dropout
+        self.emb_gain = nn.Parameter(torch.zeros(1))
+        self.emb_linear = MPLinear(4 * cfg.channels, c_out)
+        self.conv_res0 = MPConv(c_out if self.encoder else c_in, c_out, 3)
+        self.conv_res1 = MPConv(c_out, c_out, 3)
+        self.conv_skip = MPConv(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attention = Attention(cfg, c_out) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if self.resample == "down":
+            x = F.avg_pool2d(x, 2)
+        elif self.resample == "up":
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        if self.encoder:
+            x = pixel_norm(self.conv_skip(x))
+        y = self.conv_res0(mp_silu(x))
+        scale = self.emb_linear(emb, gain=self.emb_gain) + 1
+        y = mp_silu(y * scale[:, :, None, None])
+        y = self.conv_res1(F.dropout(y, self.dropout, self.training))
+        if not self.encoder:
+            x = self.conv_skip(x)
+        x = self.attention(mp_sum(x, y, self.balance))
+        return x.clip(-256, 256)
+
+
+class EDM2Net(nn.Module):
+    """net(x, c_noise, progress, cond) -> F, all images (B, C, H, W); zero at initialization (Eq. 104).
+
+    A withheld label is a zero vector before the MP-sum with the noise level.
+    """
+
+    def __init__(self, cfg: EDM2, channels: int, resolution: int, num_classes: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.label_balance, self.concat_balance = cfg.label_balance, cfg.concat_balance
+        widths = [cfg.channels * m for m in cfg.multipliers]
+        lowest = len(widths) - 1
+        self.out_gain = nn.Parameter(torch.zeros(1))
+        self.emb_fourier = MPFourier(cfg.channels)
+        self.emb_noise = MPLinear(cfg.channels, 4 * cfg.channels)
+        if num_classes:
+            self.emb_label = MPLinear(num_classes, 4 * cfg.channels)
+
+        self.conv_in = MPConv(channels + 1, widths[0], 3)  # one more channel, of ones, in place of biases
+        self.encoder = nn.ModuleList()
+        skips, c = [widths[0]], widths[0]
+        for level, width in enumerate(widths):
+            if level > 0:
+                self.encoder.append(Block(cfg, "encoder", c, c, resample="down"))
+                skips.append(c)
+            for _ in range(cfg.blocks):
+                self.encoder.append(Block(cfg, "encoder", c, width, attention=level in cfg.attention_levels))
+                c = width
+                skips.append(c)
+
+        self.decoder = nn.ModuleList()
+        self.takes_skip: list[bool] = []
+        for level, width in reversed(list(enumerate(widths))):
+            if level == lowest:
+                ways_in = [Block(cfg, "decoder", c, c, attention=True), Block(cfg, "decoder", c, c)]
+            else:
+                ways_in = [Block(cfg, "decoder", c, c, resample="up")]
+            self.decoder.extend(ways_in)
+            for _ in range(cfg.blocks + 1):
+                attention = level in cfg.attention_levels
+                self.decoder.append(Block(cfg, "decoder", c + skips.pop(), width, attention=attention))
+                c = width
+            self.takes_skip += [False] * len(ways_in) + [True] * (cfg.blocks + 1)
+        self.conv_out = MPConv(c, channels, 3)
+
+    def embed(self, c_noise: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
+        """(B, E) embedding of noise level and class."""
+        emb = self.emb_noise(self.emb_fourier(c_noise))
+        if self.num_classes:
+            label = cond.label_or_null(self.num_classes)
+            if label is None:
+                one_hot = emb.new_zeros(len(emb), self.num_classes)
+            else:
+                one_hot = F.one_hot(label, self.num_classes + 1)[:, :-1].to(emb.dtype)
+            # One-hot vectors scaled to unit variance (Appendix B.3).
+            emb = mp_sum(emb, self.emb_label(one_hot * self.num_classes**0.5), self.label_balance)
+        return mp_silu(emb).to(dtype)
+
+    def forward(self, x: Tensor, c_noise: Tensor, progress: Tensor, cond: Cond) -> Tensor:
+        emb = self.embed(c_noise, cond, x.dtype)
+        x = self.conv_in(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
+        skips = [x]
+        for block in self.encoder:
+            x = block(x, emb)
+            skips.append(x)
+        for block, takes_skip in zip(self.decoder, self.takes_skip, strict=True):
+            x = block(mp_cat(x, skips.pop(), self.concat_balance) if takes_skip else x, emb)
+        return self.conv_out(x, gain=self.out_gain)

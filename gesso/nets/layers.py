@@ -1,0 +1,105 @@
+"""What the transformers share. Initial values are DiT's: xavier for matrices, zero for biases.
+
+Legend: B batch, T tokens, D width, h heads, d = D/h.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PatchEmbed(nn.Module):
+    """(B, C, H, W) -> (B, T, D), one token per patch x patch square, row by row."""
+
+    def __init__(self, channels: int, width: int, patch: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+        nn.init.xavier_uniform_(self.proj.weight.view(width, -1))
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def unpatchify(tokens: Tensor, h: int, w: int, patch: int) -> Tensor:
+    """(B, h*w, patch*patch*C) -> (B, C, h*patch, w*patch)."""
+    tokens = tokens.unflatten(2, (patch, patch, -1)).unflatten(1, (h, w))
+    return tokens.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+class Mlp(nn.Sequential):
+    """Linear, tanh-GELU, Linear."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__(linear(width, hidden), nn.GELU(approximate="tanh"), linear(hidden, width))
+
+
+def linear(n_in: int, n_out: int, bias: bool = True, zero: bool = False) -> nn.Linear:
+    """A linear layer with DiT's initial values; zero for the last layer of a branch."""
+    layer = nn.Linear(n_in, n_out, bias=bias)
+    if zero:
+        nn.init.zeros_(layer.weight)
+    else:
+        nn.init.xavier_uniform_(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class AdaLN(nn.Module):
+    """n modulation vectors from the condition c, zero at the start. (B, D) -> n tensors (B, 1, D)."""
+
+    def __init__(self, width: int, n: int):
+        super().__init__()
+        self.n = n
+        self.linear = linear(width, n * width, zero=True)
+
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(F.silu(c))[:, None].chunk(self.n, dim=2)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without affine, then scale and shift. x (B, T, D)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in the dtype of x."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=1e-6)
+
+
+class QKV(nn.Module):
+    """Queries, keys and values of one stream of tokens, q and k RMS-normalized per head.
+
+    With `queries` False the queries are neither computed nor normalized (their rows stay in the weight,
+    as in the published models).
+    """
+
+    def __init__(self, width: int, heads: int, bias: bool = True, queries: bool = True):
+        super().__init__()
+        self.heads, self.queries = heads, queries
+        self.linear = linear(width, 3 * width, bias=bias)
+        self.q_norm = RMSNorm(width // heads) if queries else None
+        self.k_norm = RMSNorm(width // heads)
+
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """(B, T, D) -> q, k, v of shape (B, h, T, d)."""
+        weight, bias = self.linear.weight, self.linear.bias
+        if self.queries:
+            q, k, v = F.linear(x, weight, bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            return self.q_norm(q), self.k_norm(k), v
+        D = x.shape[2]
+        kv = F.linear(x, weight[D:], None if bias is None else bias[D:])
+        k, v = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return None, self.k_norm(k), v
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention over (B, h, T, d), heads joined again: (B, T, D)."""
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

@@ -1,0 +1,109 @@
+"""Magnitude-preserving layers (EDM2 Sections 2.2-2.5) and the sphere that their weights live on.
+
+EDM2 normalizes every weight inside `forward`. Here `forward` is a plain convolution or matrix product
+with weight * gain / sqrt(fan_in), and the training step keeps each row of a weight at rms 1:
+`project_gradients` after backward (Eq. 59), `put_on_sphere` after the optimizer (Eq. 66).
+
+Legend: B batch, C channels, H W height and width, N fan-in (elements of one row of a weight).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def mp_silu(x: Tensor) -> Tensor:
+    return F.silu(x) / 0.596  # Eq. 81
+
+
+def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
+    return a.lerp(b, t) / math.sqrt((1 - t) ** 2 + t**2)  # Eq. 88
+
+
+def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """Concatenate along the channels (dimension 1) with balance t between the two (Eq. 103)."""
+    n_a, n_b = a.shape[1], b.shape[1]
+    c = math.sqrt((n_a + n_b) / ((1 - t) ** 2 + t**2))
+    return torch.cat([a * (c * (1 - t) / math.sqrt(n_a)), b * (c * t / math.sqrt(n_b))], dim=1)
+
+
+def pixel_norm(x: Tensor, dim: int = 1, eps: float = 1e-4) -> Tensor:
+    """Divide by eps + the rms over `dim` (Eq. 30; eps added to the rms as in the published code)."""
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x / (norm / math.sqrt(x.shape[dim]) + eps).to(x.dtype)
+
+
+class MPFourier(nn.Module):
+    """sqrt(2) cos(2 pi (f a + phi)) with constant random f ~ N(0,1), phi ~ U(0,1) (Eq. 75). (B,) -> (B, n)."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(n))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(n))
+
+    def forward(self, a: Tensor) -> Tensor:
+        angle = a.to(self.freqs.dtype)[:, None] * self.freqs + self.phases
+        return math.sqrt(2) * angle.cos()
+
+
+class MPWeight(nn.Module):
+    """A weight on the sphere: rows of rms 1, one row per output channel (Eq. 37-47)."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.weight = nn.Parameter(normalized(torch.randn(shape)))
+        self.scale = 1 / math.sqrt(self.weight[0].numel())
+
+    def scaled(self, gain: Tensor | float, dtype: torch.dtype) -> Tensor:
+        """The effective weight. Scaled before the cast and never on the output, which fp16 would overflow."""
+        return (self.weight * (gain * self.scale)).to(dtype)
+
+
+class MPLinear(MPWeight):
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_out, n_in)
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        return F.linear(x, self.scaled(gain, x.dtype))
+
+
+class MPConv(MPWeight):
+    """Square kernel, no bias, zero padding that keeps the size."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int):
+        super().__init__(c_out, c_in, kernel, kernel)
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        return F.conv2d(x, self.scaled(gain, x.dtype), padding=self.weight.shape[-1] // 2)
+
+
+def sphere_weights(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of `module` that live on the sphere."""
+    return [m.weight for m in module.modules() if isinstance(m, MPWeight)]
+
+
+def normalized(weight: Tensor) -> Tensor:
+    """Each row at rms 1 (Eq. 66). Accepts a shard without rows."""
+    rows = weight.flatten(1)
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.promote_types(rows.dtype, torch.float32))
+    return (rows * (math.sqrt(rows.shape[1]) / norm).to(rows.dtype)).view_as(weight)
+
+
+@torch.no_grad()
+def project_gradients(weights: list[nn.Parameter]) -> None:
+    """Take from each row's gradient its part along the row: [I - w w^T / |w|^2] g (Eq. 59)."""
+    for weight in weights:
+        if weight.grad is None:
+            continue
+        w, g = weight.flatten(1), weight.grad.flatten(1)
+        along = (w * g).sum(1, keepdim=True) / (w * w).sum(1, keepdim=True)
+        g.addcmul_(w, along, value=-1)
+
+
+@torch.no_grad()
+def put_on_sphere(weights: list[nn.Parameter]) -> None:
+    """Rescale each row to rms 1 in place (Eq. 66)."""
+    for weight in weights:
+        weight.copy_(normalized(weight))

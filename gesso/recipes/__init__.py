@@ -1,0 +1,33 @@
+"""Recipes: functions that return a complete Run. `RECIPES` is the list of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from gesso import config
+from gesso.config import Run
+from gesso.errors import UsageError
+from gesso.recipes.digits import digits, digits_edm2
+from gesso.recipes.folder import folder
+
+RECIPES: dict[str, Callable[[], Run]] = {"digits": digits, "digits-edm2": digits_edm2, "folder": folder}
+
+
+def resolve(name: str, arguments: list[str]) -> tuple[Run, list[str]]:
+    """The run that `name` stands for, with `arguments` (a.b=c or YAML files) laid over it, and notes.
+
+    `name` is a recipe, `folder:PATH`, a run.yaml, or a run folder. Raises UsageError.
+    """
+    if name.startswith("folder:"):
+        arguments = [f"data.source={name.removeprefix('folder:')}", *arguments]
+        name = "folder"
+    if name in RECIPES:
+        return config.resolve(config.as_tree(RECIPES[name]()), arguments)
+    path = Path(name)
+    if path.is_dir() and (path / "run.yaml").is_file():
+        path = path / "run.yaml"
+    if path.suffix in (".yaml", ".yml"):
+        return config.resolve(config.as_tree(config.read(path)), arguments)
+    hint = config.nearest(name, list(RECIPES))
+    if path.is_dir():
+        hint = f"to train on the images in that folder, write folder:{name}"
+    raise UsageError(f"there is no recipe {name!r}; {hint}")

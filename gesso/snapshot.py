@@ -1,0 +1,129 @@
+"""Snapshots: averaged weights with their time, length and run. The only reader and writer of them."""
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gesso import config, ema, files, nets
+from gesso.config import Run
+from gesso.diffusion import process
+from gesso.diffusion.denoiser import Denoiser
+from gesso.errors import RunError, UsageError
+from gesso.nets import mp
+
+FORMAT = "gesso snapshot 1"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One stored average: file, images seen, relative EMA length."""
+
+    path: Path
+    nimg: int
+    sigma_rel: float
+
+
+def write(path: Path, tensors: dict[str, Tensor], nimg: int, sigma_rel: float, run: Run) -> None:
+    """Store named weights in safetensors with all that is needed to use them alone."""
+    metadata = {
+        "format": FORMAT,
+        "nimg": str(nimg),
+        "sigma_rel": repr(float(sigma_rel)),
+        "run": json.dumps(config.as_tree(run)),
+    }
+    with files.whole(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+
+
+def path_for(folder: Path, nimg: int, sigma_rel: float) -> Path:
+    return folder / f"nimg{nimg:012d}-ema{sigma_rel:.4f}.safetensors"
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except FileNotFoundError:
+        raise UsageError(f"there is no snapshot {path}") from None
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path} is damaged or no safetensors file ({error}); remove it to do without it") from None
+    if metadata.get("format") != FORMAT:
+        raise UsageError(f"{path} was not written by gesso as a snapshot (its metadata lack '{FORMAT}')")
+    return metadata
+
+
+def stored(run_folder: Path) -> list[Snapshot]:
+    """The snapshots of a run, by time, then length. Raises UsageError when there are none."""
+    found = []
+    for path in sorted((run_folder / "snapshots").glob("*.safetensors")):
+        metadata = _metadata(path)
+        found.append(Snapshot(path, int(metadata["nimg"]), float(metadata["sigma_rel"])))
+    if not found:
+        raise UsageError(f"{run_folder} holds no snapshots yet: train it first, or name another run folder")
+    return sorted(found, key=lambda s: (s.nimg, s.sigma_rel))
+
+
+def synthesize(
+    run_folder: Path, sigma_rels: list[float], nimg: int | None = None
+) -> tuple[list[dict[str, Tensor]], Run, int, list[float]]:
+    """Weights for each EMA length at time nimg (the last, when None), from all snapshots up to then.
+
+    Returns (weights per length, run, nimg, squared relative profile error per length). Stored lengths
+    come out as stored. One pass over the files. Raises UsageError for a time before the first snapshot.
+    """
+    available = stored(run_folder)
+    nimg = available[-1].nimg if nimg is None else nimg
+    used = [s for s in available if s.nimg <= nimg]
+    if not used:
+        raise UsageError(f"no snapshot up to image {nimg:,}; the first of {run_folder} is at {available[0].nimg:,}")
+    times, gammas = [s.nimg for s in used], [ema.sigma_rel_to_gamma(s.sigma_rel) for s in used]
+    columns, errors = [], []
+    for sigma_rel in sigma_rels:
+        x, error = ema.solve(times, gammas, nimg, ema.sigma_rel_to_gamma(sigma_rel))
+        columns.append(x)
+        errors.append(error)
+    weights: list[dict[str, Tensor]] = [{} for _ in sigma_rels]
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(safe_open(s.path, "pt")) for s in used]
+        for s, reader in zip(used, readers, strict=True):
+            if set(reader.keys()) != set(readers[0].keys()):
+                raise RunError(f"{s.path} holds other tensors than {used[0].path}: it belongs to another run")
+        for name, values in ema.combine(readers, np.stack(columns, axis=1)):
+            for target, value in zip(weights, values, strict=True):
+                target[name] = value
+    run = config.validate(json.loads(_metadata(used[-1].path)["run"]))
+    return weights, run, nimg, errors
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], Run, Snapshot]:
+    """One file as it is."""
+    metadata = _metadata(path)
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    run = config.validate(json.loads(metadata["run"]))
+    return tensors, run, Snapshot(path, int(metadata["nimg"]), float(metadata["sigma_rel"]))
+
+
+def denoiser(weights: dict[str, Tensor], run: Run, device: torch.device | str = "cpu") -> Denoiser:
+    """The denoiser of `run` with these weights, put back on the sphere, in evaluation mode.
+
+    Raises RunError that lists what does not fit when the weights are of another network.
+    """
+    net = nets.build(run.net, run.data.channels, run.data.resolution, run.data.num_classes)
+    own = net.state_dict()
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    other = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
+    if missing or unknown or other:
+        raise RunError(
+            f"weights of another network: missing {missing[:3]}, unknown {unknown[:3]}, other shape {other[:3]}"
+        )
+    net.load_state_dict(weights)
+    mp.put_on_sphere(mp.sphere_weights(net))
+    return Denoiser(net, process.build(run.process), run.net.embedding).to(device).eval().requires_grad_(False)

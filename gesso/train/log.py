@@ -1,0 +1,88 @@
+"""log.jsonl, and what the terminal shows of a run."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from gesso import files
+
+
+class Log:
+    """One JSON object a line, appended and flushed. Lines with `nimg` belong to that time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def rewind(self, nimg: int) -> None:
+        """Drop what was logged after nimg images (a resumed run logs it again), and a half-written line."""
+        if not self.path.exists():
+            return
+        kept = [line for line in read(self.path) if line.get("nimg", 0) <= nimg]
+        files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, **values: Any) -> None:
+        with files.disk_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log, without a last one that a crash cut short."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        rate = task.finished_speed or task.speed
+        return Text(f"{rate:,.0f} img/s" if rate else "- img/s")
+
+
+class Bar:
+    """Images seen, images/s, loss and time left; plain lines now and then where there is no terminal."""
+
+    def __init__(self, console: Console, total: int, start: int, title: str):
+        self.console, self.total, self.title = console, total, title
+        self.live = console.is_terminal
+        self.last_line = time.monotonic()
+        if self.live:
+            self.progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:,}/{task.total:,}"),
+                _Rate(),
+                TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=console,
+                refresh_per_second=4,
+            )
+            self.task = self.progress.add_task(title, total=total, completed=start, note="")
+
+    def __enter__(self) -> "Bar":
+        if self.live:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.live:
+            self.progress.stop()
+
+    def update(self, done: int, note: str = "") -> None:
+        if self.live:
+            self.progress.update(self.task, completed=min(done, self.total), note=note)
+        elif time.monotonic() - self.last_line > 15:
+            self.last_line = time.monotonic()
+            self.console.print(f"{self.title}: {done:,}/{self.total:,}  {note}", highlight=False)

@@ -1,0 +1,116 @@
+"""Opening a run folder: new, or resumed; never overwritten."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+import gesso
+from gesso import config, files
+from gesso.config import Run
+from gesso.data import images
+from gesso.errors import UsageError
+from gesso.generate import device_of
+from gesso.train import loop
+from gesso.train.log import Bar
+
+
+def commit() -> str:
+    """The git commit of the gesso checkout in use, with + when there are changes; 'none' elsewhere."""
+    here = Path(gesso.__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", str(here)) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+
+
+def made_with(device: torch.device) -> dict[str, str | int]:
+    """What decides the last bits besides the settings."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "gesso": gesso.__version__,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "ranks": 1,
+    }
+
+
+def opened(run: Run, console: Console) -> tuple[Run, images.Images]:
+    """Load the images and complete the run with what they tell; check again that it all fits."""
+    with Bar(console, 1, 0, f"reading {run.data.source}") as bar:
+
+        def progress(done: int, total: int) -> None:
+            if bar.live:
+                bar.progress.update(bar.task, completed=done, total=total)
+
+        loaded = images.load(run.data, progress)
+    for note in loaded.notes:
+        console.print(f"note: {note}", highlight=False)
+    for name, reason in loaded.unreadable[:10]:
+        console.print(f"left out: {name} ({reason})", highlight=False, markup=False)
+    tree = config.as_tree(run)
+    tree["data"] = config.as_tree(run.model_copy(update={"data": images.described(run.data, loaded)}))["data"]
+    if not loaded.class_names and run.sample.guidance != 1:
+        tree["sample"]["guidance"] = 1.0
+        console.print("note: sample.guidance=1, as there are no classes to guide towards", highlight=False)
+    return config.validate(tree), loaded
+
+
+def prepare(out: Path, run: Run, resume: bool) -> Run:
+    """The run to go on with: `run` in a new folder, the recorded one when resuming.
+
+    Raises UsageError when the folder holds a run and `resume` was not asked for, or holds another run.
+    """
+    record = out / "run.yaml"
+    if not record.exists():
+        strangers = [p.name for p in out.iterdir() if not p.name.startswith(".")]
+        if strangers:
+            raise UsageError(f"{out} holds other files ({', '.join(strangers[:3])}) and no run; choose another --out")
+        run = run.model_copy(update={"made_with": made_with(device_of(run))})
+        config.write(run, record)
+        return run
+    recorded = config.read(record)
+    differing = [d for d in config.differences(recorded, run) if not d[0].startswith("made_with")]
+    if not resume:
+        what = "this run" if not differing else f"another run ({len(differing)} settings differ)"
+        raise UsageError(f"{out} already holds {what}: go on with --resume, or choose another --out")
+    if differing:
+        shown = "\n".join(f"  {path}: {old!r} there, {new!r} here" for path, old, new in differing[:8])
+        raise UsageError(
+            f"{out} holds another run, which cannot be resumed with these settings:\n{shown}\nChoose another --out."
+        )
+    return recorded
+
+
+def start(run: Run, out: Path, resume: bool, console: Console, say: Callable[[str], None]) -> None:
+    """Open the data and the folder, train, and say where it all is."""
+    if run.train.threads:
+        torch.set_num_threads(run.train.threads)
+    device = device_of(run)
+    already = (out / "run.yaml").exists()
+    if already and not resume:
+        prepare(out, run, resume)
+    run, loaded = opened(run, console)
+    with files.locked(out):
+        files.sweep(out)
+        for inner in ("state", "snapshots"):
+            files.sweep(out / inner)
+        run = prepare(out, run, resume)
+        now = made_with(device)
+        changed = [
+            f"{k} {run.made_with.get(k)} -> {v}"
+            for k, v in now.items()
+            if k not in ("gesso", "commit") and run.made_with.get(k) != v
+        ]
+        if already and changed:
+            say(f"note: {'; '.join(changed)}: the result will agree closely, not to the last bit")
+        say(f"training in {out}: {len(loaded):,} images, {run.net.name}, {run.process.name}")
+        loop.train(run, loaded, out, console)

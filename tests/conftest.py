@@ -1,0 +1,51 @@
+"""Shared by the tests: one thread each (they run two at a time), and small networks with nothing left at zero."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+from gesso import config, nets
+from gesso.config import EDM2, MMDiTpp
+
+torch.set_num_threads(1)
+
+SMALL = {
+    "edm2": EDM2(channels=16, multipliers=(1, 2), blocks=1, attention_levels=(1,), channels_per_head=16),
+    "mmdit++": MMDiTpp(width=32, depth=2, heads=2, patch=2),
+    "mmdit++ all": MMDiTpp(width=32, depth=3, heads=2, patch=2, text_weights="all"),
+}
+
+
+def awake(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Make every tensor that starts at zero (or at one) random: a parity test on zeros proves nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.unique().numel() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.3)
+    return module
+
+
+def small_net(name: str, classes: int = 5, channels: int = 3, resolution: int = 8, seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return awake(nets.build(SMALL[name], channels, resolution, classes))
+
+
+@pytest.fixture(params=list(SMALL))
+def net_name(request) -> str:
+    return request.param
+
+
+def tiny_run(**update) -> config.Run:
+    """A digits run small enough to train in seconds."""
+    from gesso import recipes
+
+    settings = [
+        "net.width=32", "net.depth=1", "net.heads=2", "train.total_images=640", "train.batch_size=32",
+        "train.snapshot_images=160", "train.state_images=96", "train.log_images=128", "train.threads=1",
+        "optim.warmup_images=64",
+    ]  # fmt: skip
+    return recipes.resolve("digits", settings + [f"{k}={v}" for k, v in update.items()])[0]

@@ -1,0 +1,218 @@
+"""The networks: counts, parity with the paper's own equations, and what every network must do."""
+
+import pytest
+import torch
+from conftest import SMALL, awake, small_net
+from reference_edm2 import forward as reference_forward
+
+from gesso import config, nets
+from gesso.cond import Cond
+from gesso.config import EDM, EDM2, MMDiTpp
+from gesso.diffusion import process
+from gesso.diffusion.denoiser import Uncertainty
+from gesso.nets import layers, mp
+from gesso.nets.embed import sincos_2d, sinusoids
+
+
+def count(module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    "size, published",
+    [("XXS", 31_309_029), ("XS", 124_713_253), ("S", 280_212_837), ("M", 497_807_781), ("L", 777_498_085),
+     ("XL", 1_119_283_749), ("XXL", 1_523_164_773)],
+)  # fmt: skip
+def test_edm2_parameters_to_the_last_digit(size, published):
+    """The published count includes the uncertainty function."""
+    with torch.device("meta"):
+        net = nets.build(config.edm2(size), channels=4, resolution=64, num_classes=1000)
+        total = count(net) + count(Uncertainty(process.EDM(EDM())))
+    assert total == published
+
+
+def test_edm2_state_has_the_published_number_of_tensors():
+    with torch.device("meta"):
+        net = nets.build(config.edm2("XS"), channels=4, resolution=64, num_classes=1000)
+    # 203 published, less the weight, frequencies and phases of the uncertainty function.
+    assert len(net.state_dict()) == 203 - 3
+
+
+def test_mmditpp_parameters_of_the_paper():
+    """Table A1's text cell, 791.64 M, less text MLP and control, plus class table (architectures.md)."""
+    with torch.device("meta"):
+        net = nets.build(config.mmditpp("XL/2"), channels=4, resolution=32, num_classes=1000)
+    d = 1152
+    text_mlp, control, table = (768 * d + d) + (d * d + d), 1536 * d + d + d * d + d, 1001 * d
+    # That count also holds DiT's position table at 64x64 latents, which is a constant here.
+    positions = 1024 * d
+    assert count(net) - table + text_mlp + control + positions == pytest.approx(791.64e6, rel=1e-5)
+
+
+def edm2_pair(dtype=torch.float64):
+    torch.manual_seed(0)
+    cfg = EDM2(channels=16, multipliers=(1, 2, 3), blocks=2, attention_levels=(1, 2), channels_per_head=8)
+    net = awake(nets.build(cfg, channels=3, resolution=16, num_classes=5)).to(dtype)
+    mp.put_on_sphere(mp.sphere_weights(net))
+    x = torch.randn(4, 3, 16, 16, dtype=dtype)
+    c_noise = torch.randn(4, dtype=dtype)
+    label = torch.tensor([0, 3, 5, 4])  # 5: no class
+
+    def reference(weights):
+        one_hot = torch.nn.functional.one_hot(label, 6)[:, :5].to(dtype)
+        return reference_forward(weights, x, c_noise, one_hot, levels=3, blocks=2, head_width=8)
+
+    return net, x, c_noise, label, reference
+
+
+def test_edm2_equals_the_papers_equations():
+    net, x, c_noise, label, reference = edm2_pair()
+    out = net(x, c_noise, c_noise, Cond(label=label))
+    wanted = reference(net.state_dict())
+    assert out.std() > 1e-2
+    torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_edm2_reference_notices_a_wrong_balance():
+    net, x, c_noise, label, reference = edm2_pair()
+    net.concat_balance = 0.51
+    out = net(x, c_noise, c_noise, Cond(label=label))
+    assert (out - reference(net.state_dict())).abs().max() > 1e-4
+
+
+def inputs(channels=3, size=8, batch=3, dtype=torch.float32):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, channels, size, size, generator=g, dtype=dtype)
+    progress = torch.rand(batch, generator=g, dtype=dtype)
+    return x, 1000 * progress, progress, Cond(label=torch.arange(batch) % 5)
+
+
+def test_fresh_networks_return_zero(net_name):
+    torch.manual_seed(0)
+    net = nets.build(SMALL[net_name], 3, 8, 5)
+    assert net(*inputs()).abs().max() == 0
+
+
+def test_every_parameter_gets_a_gradient(net_name):
+    net = small_net(net_name)
+    net(*inputs()).square().sum().backward()
+    silent = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert silent == []
+
+
+def test_output_does_not_depend_on_neighbours(net_name):
+    net = small_net(net_name).double()
+    x, c_noise, progress, cond = inputs(dtype=torch.float64)
+    whole = net(x, c_noise, progress, cond)
+    for i in range(len(x)):
+        alone = net(x[i : i + 1], c_noise[i : i + 1], progress[i : i + 1], cond[i : i + 1])
+        torch.testing.assert_close(alone[0], whole[i], rtol=1e-11, atol=1e-12)
+
+
+def test_withheld_label_is_the_null_label(net_name):
+    net = small_net(net_name)
+    x, c_noise, progress, cond = inputs()
+    withheld = net(x, c_noise, progress, cond.without(semantic=True))
+    null = net(x, c_noise, progress, Cond(label=torch.full((3,), 5)))
+    absent = net(x, c_noise, progress, Cond())
+    torch.testing.assert_close(withheld, null)
+    torch.testing.assert_close(absent, null)
+    assert (net(x, c_noise, progress, cond) - null).abs().max() > 1e-4
+
+
+def test_unconditional_networks(net_name):
+    net = small_net(net_name, classes=0)
+    x, c_noise, progress, _ = inputs()
+    out = net(x, c_noise, progress, Cond())
+    out.square().sum().backward()
+    assert out.shape == x.shape
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
+
+
+def test_other_sizes_than_trained(net_name):
+    net = small_net(net_name)
+    x = torch.randn(2, 3, 12, 16)
+    assert net(x, torch.rand(2), torch.rand(2), Cond(label=torch.tensor([0, 1]))).shape == x.shape
+
+
+def test_torch_compile_traces_the_whole(net_name):
+    net = small_net(net_name)
+    x, c_noise, progress, cond = inputs()
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, c_noise, progress, cond), net(x, c_noise, progress, cond))
+
+
+def test_bf16_autocast_stays_finite(net_name):
+    net = small_net(net_name)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(*inputs())
+    assert out.isfinite().all()
+
+
+def test_timestep_sinusoids():
+    a = torch.tensor([0.0, 7.0], dtype=torch.float64)
+    out = sinusoids(a, 256)
+    i = 5
+    assert out[1, i] == pytest.approx(torch.cos(torch.tensor(7 * 1e4 ** (-i / 128), dtype=torch.float64)).item())
+    assert out[1, 128 + i] == pytest.approx(torch.sin(torch.tensor(7 * 1e4 ** (-i / 128), dtype=torch.float64)).item())
+    assert out[0, :128].eq(1).all() and out[0, 128:].eq(0).all()
+
+
+def test_resampled_positions_keep_their_limits():
+    """Pseudocode 1: every resolution spans 0 to base, so the corners agree."""
+    small, large = sincos_2d(32, 4, 4, (4, 4))[0], sincos_2d(32, 8, 8, (4, 4))[0]
+    for corner_small, corner_large in [(0, 0), (3, 7), (12, 56), (15, 63)]:
+        torch.testing.assert_close(small[corner_small], large[corner_large])
+    # Column in the first half, row in the second: moving along a row leaves the second half as it is.
+    assert small[0, 16:].equal(small[1, 16:]) and not small[0, :16].equal(small[1, :16])
+
+
+def test_patches_round_trip():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 8)
+    patch = 2
+    tokens = torch.nn.functional.unfold(x, patch, stride=patch).transpose(1, 2)  # (B, T, C p p)
+    tokens = tokens.unflatten(2, (3, patch * patch)).transpose(2, 3).flatten(2)  # (B, T, p p C)
+    assert layers.unpatchify(tokens, 3, 4, patch).equal(x)
+
+
+def test_text_weights_differ_only_in_the_semantic_stream():
+    """With the semantic weights tied to the image's, 'all' and 'qkv' are one function up to the qkv bias."""
+    torch.manual_seed(0)
+    shared = awake(nets.build(MMDiTpp(width=32, depth=3, heads=2), 3, 8, 5)).double()
+    own = nets.build(MMDiTpp(width=32, depth=3, heads=2, text_weights="all"), 3, 8, 5).double()
+    own.load_state_dict(shared.state_dict(), strict=False)
+    with torch.no_grad():
+        for ours, theirs in zip(own.blocks, shared.blocks, strict=True):
+            ours.text_qkv.linear.bias.zero_()
+            if ours.last:
+                ours.text.linear.weight.copy_(theirs.image.ada.linear.weight[: 2 * 32])
+                ours.text.linear.bias.copy_(theirs.image.ada.linear.bias[: 2 * 32])
+            else:
+                ours.text.load_state_dict(theirs.image.state_dict())
+    args = inputs(dtype=torch.float64)
+    torch.testing.assert_close(own(*args), shared(*args), rtol=1e-10, atol=1e-12)
+
+
+def test_mp_silu_keeps_the_magnitude_of_a_normal():
+    torch.manual_seed(0)
+    x = torch.randn(200_000, dtype=torch.float64)
+    assert mp.mp_silu(x).square().mean().sqrt() == pytest.approx(1, abs=5e-3)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 1.0])
+def test_mp_sum_and_cat_keep_magnitudes(t):
+    torch.manual_seed(0)
+    a, b = torch.randn(4, 300, 20, 20), torch.randn(4, 100, 20, 20)
+    assert mp.mp_sum(a[:, :100], b, t).std() == pytest.approx(1, abs=0.02)
+    both = mp.mp_cat(a, b, t)
+    assert both.square().mean().sqrt() == pytest.approx(1, abs=0.02)
+    # Eq. 92: at t = 1/2 both parts carry the same energy.
+    if t == 0.5:
+        assert both[:, :300].square().sum() == pytest.approx(float(both[:, 300:].square().sum()), rel=0.02)
+
+
+def test_fourier_features_have_unit_magnitude():
+    torch.manual_seed(0)
+    features = mp.MPFourier(4096)(torch.linspace(-3, 3, 7))
+    assert features.square().mean().sqrt() == pytest.approx(1, abs=0.02)
