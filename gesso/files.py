@@ -5,9 +5,12 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from gesso.errors import RunError, UsageError
 
@@ -17,17 +20,23 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn what a file system refuses into a RunError that names the path and the cure."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, SafetensorError) as error:
+        code = error.errno if isinstance(error, OSError) else _os_error(str(error))
+        reason = os.strerror(code) if code else ""
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise RunError(
-                f"no space left to write {path} ({error.strerror}). What was written before is whole.\n"
+                f"no space left to write {path} ({reason}). What was written before is whole.\n"
                 f"Free some space and go on with --resume."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise RunError(
-                f"not allowed to write {path} ({error.strerror}); choose another place with --out"
-            ) from error
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise RunError(f"cannot write {path} ({reason}); choose another place with --out") from error
         raise
+
+
+def _os_error(text: str) -> int | None:
+    """The errno that safetensors' native half names in its message."""
+    found = re.search(r"os error (\d+)", text)
+    return int(found[1]) if found else None
 
 
 def fsync(path: Path) -> None:
@@ -37,6 +46,13 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _readable(file: Path) -> None:
+    """The permissions of any new file: safetensors makes its own readable by their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 @contextlib.contextmanager
@@ -51,6 +67,7 @@ def whole(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
+            _readable(temporary)
             fsync(temporary)
             os.replace(temporary, path)
             fsync(path.parent)
@@ -70,6 +87,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             temporary.mkdir()
             yield temporary
             for file in temporary.iterdir():
+                _readable(file)
                 fsync(file)
             fsync(temporary)
             if path.exists():

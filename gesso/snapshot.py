@@ -4,6 +4,7 @@ import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,13 +33,10 @@ class Snapshot:
 
 def write(path: Path, tensors: dict[str, Tensor], nimg: int, sigma_rel: float, run: Run) -> None:
     """Store named weights in safetensors with all that is needed to use them alone."""
-    metadata = {
-        "format": FORMAT,
-        "nimg": str(nimg),
-        "sigma_rel": repr(float(sigma_rel)),
-        "run": json.dumps(config.as_tree(run)),
-    }
+    description = {"format": FORMAT, "nimg": nimg, "sigma_rel": sigma_rel, "run": config.as_tree(run)}
     with files.whole(path) as temporary:
+        # One key: safetensors writes several in no fixed order, and equal runs shall give equal bytes.
+        metadata = {"gesso": json.dumps(description)}
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
 
 
@@ -46,25 +44,25 @@ def path_for(folder: Path, nimg: int, sigma_rel: float) -> Path:
     return folder / f"nimg{nimg:012d}-ema{sigma_rel:.4f}.safetensors"
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def _description(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            description = json.loads((file.metadata() or {}).get("gesso", "{}"))
     except FileNotFoundError:
         raise UsageError(f"there is no snapshot {path}") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise RunError(f"{path} is damaged or no safetensors file ({error}); remove it to do without it") from None
-    if metadata.get("format") != FORMAT:
+    if description.get("format") != FORMAT:
         raise UsageError(f"{path} was not written by gesso as a snapshot (its metadata lack '{FORMAT}')")
-    return metadata
+    return description
 
 
 def stored(run_folder: Path) -> list[Snapshot]:
     """The snapshots of a run, by time, then length. Raises UsageError when there are none."""
     found = []
     for path in sorted((run_folder / "snapshots").glob("*.safetensors")):
-        metadata = _metadata(path)
-        found.append(Snapshot(path, int(metadata["nimg"]), float(metadata["sigma_rel"])))
+        description = _description(path)
+        found.append(Snapshot(path, description["nimg"], description["sigma_rel"]))
     if not found:
         raise UsageError(f"{run_folder} holds no snapshots yet: train it first, or name another run folder")
     return sorted(found, key=lambda s: (s.nimg, s.sigma_rel))
@@ -98,17 +96,17 @@ def synthesize(
         for name, values in ema.combine(readers, np.stack(columns, axis=1)):
             for target, value in zip(weights, values, strict=True):
                 target[name] = value
-    run = config.validate(json.loads(_metadata(used[-1].path)["run"]))
+    run = config.validate(_description(used[-1].path)["run"])
     return weights, run, nimg, errors
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], Run, Snapshot]:
     """One file as it is."""
-    metadata = _metadata(path)
+    description = _description(path)
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    run = config.validate(json.loads(metadata["run"]))
-    return tensors, run, Snapshot(path, int(metadata["nimg"]), float(metadata["sigma_rel"]))
+    run = config.validate(description["run"])
+    return tensors, run, Snapshot(path, description["nimg"], description["sigma_rel"])
 
 
 def denoiser(weights: dict[str, Tensor], run: Run, device: torch.device | str = "cpu") -> Denoiser:

@@ -49,3 +49,15 @@ def tiny_run(**update) -> config.Run:
         "optim.warmup_images=64",
     ]  # fmt: skip
     return recipes.resolve("digits", settings + [f"{k}={v}" for k, v in update.items()])[0]
+
+
+def folder_of_images(root, counts: dict[str, int], size: int = 8) -> None:
+    """Random RGB images in sub-folders of `root`."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(root / name / f"{i}.png")

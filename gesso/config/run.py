@@ -129,8 +129,8 @@ class Ema(Settings):
 
     @model_validator(mode="after")
     def _some(self) -> "Ema":
-        if not self.sigma_rels or len(set(self.sigma_rels)) < len(self.sigma_rels):
-            raise ValueError("sigma_rels needs at least one length, each once")
+        if not self.sigma_rels or len({round(s, 4) for s in self.sigma_rels}) < len(self.sigma_rels):
+            raise ValueError("sigma_rels needs at least one length, each once (to four decimals)")
         return self
 
 

@@ -1,12 +1,11 @@
 """Which image a sample counter stands for, and the batch that a run of counters makes.
 
 The counter k = 0, 1, 2, ... counts samples since the beginning of training, over all ranks. Everything
-about sample k is a function of (seed, k): order, flip, dropped label, noise level, noise. The state of
-the data is therefore one integer, `nimg`.
+about sample k is a function of (seed, k): order, flip, dropped label, and in the loop noise level and
+noise. The state of the data is therefore one integer, `nimg`.
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from gesso import keyed
 from gesso.cond import Cond
 from gesso.config import Run
 from gesso.data.images import Images, to_float
-from gesso.diffusion.process import Process
 
 
 class Order:
@@ -40,37 +38,24 @@ class Order:
         return out
 
 
-class Batch(NamedTuple):
-    """x0 and eps (B, C, R, R), x0 of standard deviation sd; s (B,) noise levels; cond of B samples."""
-
-    x0: Tensor
-    s: Tensor
-    eps: Tensor
-    cond: Cond
-
-
 class Batches:
-    """The batch for any run of sample counters, on `device`."""
+    """x0 and conditions for any run of sample counters, on `device`; x0 of standard deviation sd."""
 
-    def __init__(self, images: Images, run: Run, process: Process, device: torch.device):
-        self.images, self.run, self.process, self.device = images, run, process, device
+    def __init__(self, images: Images, run: Run, sd: float, device: torch.device):
+        self.images, self.run, self.sd, self.device = images, run, sd, device
         self.dtype = getattr(torch, run.train.dtype)
         self.order = Order(len(images), run.train.seed)
 
-    def __call__(self, first: int, count: int) -> Batch:
-        """Samples first, first + 1, ..., first + count - 1."""
+    def __call__(self, counter: Tensor) -> tuple[Tensor, Cond]:
+        """x0 (B, C, R, R) and the conditions of the samples `counter` (B,)."""
         seed, data = self.run.train.seed, self.run.data
-        counter = torch.arange(first, first + count)
         index = self.order(counter)
         pixels = self.images.pixels[index]
         if data.flip:
             mirrored = keyed.uniform(seed, counter, "flip")[:, 0] < 0.5
             pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
-        x0 = to_float(pixels.to(self.device, non_blocking=True), data, self.process.sd, self.dtype)
-        s = self.process.quantile(keyed.uniform(seed, counter, "noise level")[:, 0])
-        eps = keyed.normal(seed, counter.to(self.device), "noise", x0.shape[1:], self.dtype)
-        cond = Cond()
-        if data.num_classes:
-            kept = keyed.uniform(seed, counter, "label dropout")[:, 0] >= self.run.loss.label_dropout
-            cond = Cond(label=self.images.labels[index], has_semantic=kept).to(self.device)
-        return Batch(x0, s.to(self.device, self.dtype), eps, cond)
+        x0 = to_float(pixels.to(self.device, non_blocking=True), data, self.sd, self.dtype)
+        if not data.num_classes:
+            return x0, Cond()
+        kept = keyed.uniform(seed, counter, "label dropout")[:, 0] >= self.run.loss.label_dropout
+        return x0, Cond(label=self.images.labels[index], has_semantic=kept).to(self.device)

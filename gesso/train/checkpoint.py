@@ -13,6 +13,7 @@ from pathlib import Path
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from gesso import files
 from gesso.errors import RunError
@@ -26,8 +27,11 @@ def save(folder: Path, nimg: int, tensors: dict[str, Tensor]) -> Path:
     target = folder / f"nimg{nimg:012d}"
     with files.whole_folder(target) as temporary:
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        with _single_process():
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+        try:
+            with _single_process():
+                dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+        except CheckpointException as error:  # it wraps what each rank raised: raise that
+            raise next(iter(error.failures.values()))[0] from None
         sizes = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}
         (temporary / "state.json").write_text(json.dumps({"format": FORMAT, "nimg": nimg, "files": sizes}))
     for old in stored(folder)[:-KEEP]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gesso import keyed, nets, snapshot
 from gesso.config import Run
 from gesso.data.images import Images
-from gesso.data.order import Batch, Batches
+from gesso.data.order import Batches
 from gesso.diffusion import denoiser as diffusion
 from gesso.diffusion import process as processes
 from gesso.ema import PowerEMA
@@ -48,14 +48,14 @@ class Trainer:
         mp.put_on_sphere(self.sphere)
         self.optimizer = optim.build(run.optim, self.modules)
         self.ema = PowerEMA(net.state_dict(), run.ema.sigma_rels)
-        self.batches = Batches(images, run, self.process, self.device)
+        self.batches = Batches(images, run, self.process.sd, self.device)
         self.nimg = 0
         self.running = torch.zeros(2, dtype=torch.float64)
         self.grad_norm = math.nan
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs besides nimg, by name."""
-        averages = {f"ema.{s:.4f}.{name}": t for s, average in self.ema.averages.items() for name, t in average.items()}
+        averages = {f"ema.{s!r}.{name}": t for s, average in self.ema.averages.items() for name, t in average.items()}
         return {
             **{f"modules.{name}": t for name, t in self.modules.state_dict().items()},
             **{f"optimizer.{name}": t for name, t in optim.named_state(self.optimizer, self.modules).items()},
@@ -66,14 +66,16 @@ class Trainer:
     def step(self) -> float:
         """One batch. Returns its loss. Raises RunError, with nothing changed, when loss or gradient is not finite."""
         run = self.run
-        batch = self.batches(self.nimg, run.train.batch_size)
+        seed, size = run.train.seed, run.train.batch_size
+        counter = torch.arange(self.nimg, self.nimg + size)
+        x0, cond = self.batches(counter)
+        s = self.process.quantile(keyed.uniform(seed, counter, "noise level")[:, 0]).to(x0)
+        eps = keyed.normal(seed, counter.to(self.device), "noise", x0.shape[1:], x0.dtype)
         if getattr(run.net, "dropout", 0):
             # The one draw that is keyed to the step, not to the sample.
-            torch.manual_seed(keyed.number(run.train.seed, self.nimg, "dropout of rank 0"))
-        losses = diffusion.loss(
-            self.denoiser, self.process, batch.x0, batch.s, batch.eps, batch.cond, run.loss.weighting, self.uncertainty
-        )
-        loss = losses.sum() / run.train.batch_size
+            torch.manual_seed(keyed.number(seed, self.nimg, "dropout of rank 0"))
+        losses = diffusion.loss(self.denoiser, self.process, x0, s, eps, cond, run.loss.weighting, self.uncertainty)
+        loss = losses.sum() / size
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         mp.project_gradients(self.sphere)
@@ -81,21 +83,21 @@ class Trainer:
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         value, self.grad_norm = float(loss.detach()), float(norm)
         if not (math.isfinite(value) and math.isfinite(self.grad_norm)):
-            raise RunError(self._diverged(batch, losses.detach()))
+            raise RunError(self._diverged(s, losses.detach()))
         if run.optim.clip:
             nn.utils.clip_grads_with_norm_(parameters, run.optim.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = optim.learning_rate(run.optim, run.train, self.nimg)
         self.optimizer.step()
         mp.put_on_sphere(self.sphere)
-        self.ema.update(self.nimg, self.nimg + len(batch.x0))
-        self.nimg += len(batch.x0)
-        self.running += torch.tensor([value * len(batch.x0), len(batch.x0)])
+        self.ema.update(self.nimg, self.nimg + size)
+        self.nimg += size
+        self.running += torch.tensor([value * size, size])
         return value
 
-    def _diverged(self, batch: Batch, losses: Tensor) -> str:
+    def _diverged(self, s: Tensor, losses: Tensor) -> str:
         bad = ~losses.isfinite()
-        levels = batch.s[bad] if bool(bad.any()) else batch.s
+        levels = s[bad] if bool(bad.any()) else s
         what = "loss" if bool(bad.any()) else "gradient"
         return (
             f"the {what} is not finite at image {self.nimg:,} (step {self.nimg // self.run.train.batch_size:,}), "

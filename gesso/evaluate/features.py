@@ -1,0 +1,82 @@
+"""Features of 8x8 grey digits for a Frechet distance: the penultimate layer of a small classifier.
+
+Not FID: another network, other images, another scale. `name` goes beside every number made with it.
+tools/train_digit_features.py makes the weights. B images, D = 64 features, K = 10 classes.
+"""
+
+import hashlib
+from importlib import resources
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gesso.errors import RunError, UsageError
+
+FILE = "digits.safetensors"
+SHA256 = "27d7c9f06727feae0ebbea09cc4434690583994706ce5e1bbfe7bc8e0175f7a1"
+
+
+class DigitFeatures(nn.Module):
+    """uint8 (B, 1, 8, 8) or (B, 8, 8), 0 to 255 -> float32 (B, D).
+
+    No normalization layer: the features of an image depend neither on the rest of its batch nor on a mode,
+    and a change of its contrast stays visible in them.
+    """
+
+    name = "digits-cnn-v1"
+    resolution, features, classes = 8, 64, 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 24, 3, padding=1)
+        self.conv2 = nn.Conv2d(24, 24, 3, padding=1)
+        self.conv3 = nn.Conv2d(24, 32, 3, stride=2, padding=1)
+        self.conv4 = nn.Conv2d(32, 32, 3, padding=1)
+        self.hidden = nn.Linear(32 * 4 * 4, self.features)
+        self.head = nn.Linear(self.features, self.classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features, float32 (B, D). Raises UsageError unless the images are uint8, grey and 8x8."""
+        x = _checked(images, self.resolution).float() / 127.5 - 1
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            x = F.silu(conv(x))
+        # SiLU has no upper bound: features of images far from the digits keep moving away.
+        return F.silu(self.hidden(x.flatten(1)))
+
+    def classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, D) and class logits (B, K), float32. Raises UsageError as `forward` does."""
+        features = self(images)
+        return features, self.head(features)
+
+
+def load_digit_features(device: str | torch.device = "cpu") -> DigitFeatures:
+    """The shipped network, frozen. Raises RunError when its file is missing or not the one recorded here."""
+    try:
+        content = resources.files("gesso.evaluate").joinpath(FILE).read_bytes()
+    except FileNotFoundError as error:
+        raise RunError(f"gesso/evaluate/{FILE} is missing from this installation; install gesso again") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != SHA256:
+        raise RunError(
+            f"gesso/evaluate/{FILE} is not the file that {DigitFeatures.name} names: sha256 {found},\n"
+            f"expected {SHA256}. Its numbers would compare with no others; install gesso again."
+        )
+    network = DigitFeatures()
+    weights = safetensors.torch.load(content)
+    network.load_state_dict({key: value.float() for key, value in weights.items()})
+    return network.requires_grad_(False).eval().to(device)
+
+
+def _checked(images: Tensor, resolution: int) -> Tensor:
+    """(B, 1, R, R), or a UsageError."""
+    x = images.unsqueeze(1) if images.ndim == 3 else images
+    if x.ndim != 4 or tuple(x.shape[1:]) != (1, resolution, resolution):
+        raise UsageError(
+            f"{DigitFeatures.name} reads (B, 1, {resolution}, {resolution}) or (B, {resolution}, {resolution}), "
+            f"one grey channel; got {tuple(images.shape)}"
+        )
+    if x.dtype != torch.uint8:
+        raise UsageError(f"{DigitFeatures.name} reads uint8 pixels from 0 to 255; got {images.dtype}")
+    return x
