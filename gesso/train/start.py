@@ -64,10 +64,10 @@ def opened(run: Run, console: Console) -> tuple[Run, images.Images]:
     return config.validate(tree), loaded
 
 
-def prepare(out: Path, run: Run, resume: bool) -> Run:
+def prepare(out: Path, run: Run) -> Run:
     """The run to go on with: `run` in a new folder, the recorded one when resuming.
 
-    Raises UsageError when the folder holds a run and `resume` was not asked for, or holds another run.
+    Raises UsageError when the folder holds another run, or other things.
     """
     record = out / "run.yaml"
     if not record.exists():
@@ -79,9 +79,6 @@ def prepare(out: Path, run: Run, resume: bool) -> Run:
         return run
     recorded = config.read(record)
     differing = [d for d in config.differences(recorded, run) if not d[0].startswith("made_with")]
-    if not resume:
-        what = "this run" if not differing else f"another run ({len(differing)} settings differ)"
-        raise UsageError(f"{out} already holds {what}: go on with --resume, or choose another --out")
     if differing:
         shown = "\n".join(f"  {path}: {old!r} there, {new!r} here" for path, old, new in differing[:8])
         raise UsageError(
@@ -97,13 +94,13 @@ def start(run: Run, out: Path, resume: bool, console: Console, say: Callable[[st
     device = device_of(run)
     already = (out / "run.yaml").exists()
     if already and not resume:
-        prepare(out, run, resume)
+        raise UsageError(f"{out} already holds a run: go on with --resume, or choose another --out")
     run, loaded = opened(run, console)
     with files.locked(out):
         files.sweep(out)
         for inner in ("state", "snapshots"):
             files.sweep(out / inner)
-        run = prepare(out, run, resume)
+        run = prepare(out, run)
         now = made_with(device)
         changed = [
             f"{k} {run.made_with.get(k)} -> {v}"
