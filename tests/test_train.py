@@ -365,6 +365,8 @@ def test_trained_weights_stay_on_the_sphere_and_averages_are_put_back(tmp_path):
         "net.blocks=1",
         "net.channels_per_head=16",
         "train.total_images=320",
+        "optim.warmup_images=0",
+        "optim.lr=0.1",
     ]
     run = recipes.resolve("digits-edm2", [*settings, "train.batch_size=32", "train.snapshot_images=160"])[0]
     start(run, tmp_path / "run", False, QUIET, print)

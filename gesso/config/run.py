@@ -158,7 +158,7 @@ class Eval(Settings):
     sweep: tuple[SigmaRel, ...] = (0.02, 0.035, 0.05, 0.075, 0.10, 0.15, 0.20, 0.25)
     """EMA lengths for the curve of quality against length"""
     sweep_guidance: float = 1.0
-    sweep_steps: Positive = 12
+    sweep_steps: Positive = 20
     seed: NonNegativeInt = 0
 
 

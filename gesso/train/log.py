@@ -20,10 +20,10 @@ class Log:
         self.path = path
 
     def rewind(self, nimg: int) -> None:
-        """Drop what was logged after nimg images (a resumed run logs it again), and a half-written line."""
+        """Drop what was logged after nimg images (a resumed run logs it again; all of it from 0), and a torn line."""
         if not self.path.exists():
             return
-        kept = [line for line in read(self.path) if line.get("nimg", 0) <= nimg]
+        kept = [line for line in read(self.path) if line["nimg"] <= nimg] if nimg else []
         files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, **values: Any) -> None:

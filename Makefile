@@ -1,0 +1,34 @@
+# Everything sets itself up from a bare clone: a .venv here, the pinned versions of constraints.txt.
+PYTHON ?= python3
+PIP = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test slow lint clean
+
+demo: .venv/demo
+	.venv/bin/gesso train digits --resume
+	.venv/bin/gesso evaluate runs/digits
+	.venv/bin/gesso report runs/digits
+
+test: .venv/dev
+	.venv/bin/pytest -n 2 -q
+
+slow: .venv/dev
+	.venv/bin/pytest -m slow -n 2 -q
+
+lint: .venv/dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+.venv/demo: .venv/bin/pip pyproject.toml constraints.txt
+	$(PIP) -e '.[demo,plots]'
+	@touch $@
+
+.venv/dev: .venv/bin/pip pyproject.toml constraints.txt
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info
