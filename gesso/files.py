@@ -28,9 +28,9 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"no space left to write {path} ({reason}). What was written before is whole.\n"
                 f"Free some space and go on with --resume."
             ) from error
-        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise RunError(f"cannot write {path} ({reason}); choose another place with --out") from error
-        raise
+        if code is None:
+            raise
+        raise RunError(f"cannot write {path} ({reason}); choose another place with --out") from error
 
 
 def _os_error(text: str) -> int | None:

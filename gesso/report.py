@@ -76,7 +76,8 @@ def _head(folder: Path, run: Run, lines: list[dict[str, Any]], metrics: dict[str
         cards.append(_card(f"{metrics['class_agreement']:.1%}", f"class agreement, guidance {run.sample.guidance:g}"))
         if "unguided" in metrics:
             cards.append(_card(f"{metrics['unguided']['class_agreement']:.1%}", "class agreement, unguided"))
-        cards.append(_card(f"{metrics['frechet_distance']:.2f}", "Frechet distance"))
+            cards.append(_card(f"{metrics['unguided']['frechet_distance']:.2f}", "Frechet distance, unguided"))
+        cards.append(_card(f"{metrics['frechet_distance']:.2f}", f"Frechet distance, guidance {run.sample.guidance:g}"))
         cards.append(_card(f"{metrics['floor']['frechet_distance']:.2f}", "its floor, real against real"))
     return (
         f"<h1>{html.escape(folder.name)}</h1>"
@@ -177,7 +178,7 @@ def _recipe(run: Run) -> str:
 def _axes(x: str, y: str):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(10.2, 3.4), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)

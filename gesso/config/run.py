@@ -106,6 +106,7 @@ class Train(Settings):
     """How long, in which portions, on what."""
 
     total_images: Positive = 200_000
+    """rounded up to whole batches"""
     batch_size: Positive = 128
     seed: NonNegativeInt = 0
     log_images: Positive = 2_000
