@@ -60,6 +60,18 @@ class Cond:
             return self.label
         return torch.where(self.has_semantic, self.label, num_classes)
 
+    def text_or_null(self) -> Tensor | None:
+        """(B, T, D) text tokens, zero where the text is withheld: the one meaning of "no text" in every network."""
+        if self.text is None or self.has_semantic is None:
+            return self.text
+        return torch.where(self.has_semantic[:, None, None], self.text, 0)
+
+    def pooled_or_null(self) -> Tensor | None:
+        """(B, D) pooled text, zero where the text is withheld."""
+        if self.pooled is None or self.has_semantic is None:
+            return self.pooled
+        return torch.where(self.has_semantic[:, None], self.pooled, 0)
+
 
 def concat(conds: list[Cond]) -> Cond:
     """Several batches as one. A field must be present in all or in none; has_* is filled with True."""

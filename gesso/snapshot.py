@@ -114,7 +114,7 @@ def denoiser(weights: dict[str, Tensor], run: Run, device: torch.device | str = 
 
     Raises RunError that lists what does not fit when the weights are of another network.
     """
-    net = nets.build(run.net, run.data.channels, run.data.resolution, run.data.num_classes)
+    net = nets.build(run.net, run.inputs)
     own = net.state_dict()
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     other = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]

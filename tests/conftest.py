@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gesso import config, nets
-from gesso.config import EDM2, MMDiTpp
+from gesso.config import EDM2, Inputs, MMDiTpp
 
 torch.set_num_threads(1)
 
@@ -31,7 +31,7 @@ def awake(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def small_net(name: str, classes: int = 5, channels: int = 3, resolution: int = 8, seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
-    return awake(nets.build(SMALL[name], channels, resolution, classes))
+    return awake(nets.build(SMALL[name], Inputs(channels, resolution, classes)))
 
 
 @pytest.fixture(params=list(SMALL))

@@ -7,7 +7,7 @@ from reference_edm2 import forward as reference_forward
 
 from gesso import config, nets
 from gesso.cond import Cond
-from gesso.config import EDM, EDM2, MMDiTpp
+from gesso.config import EDM, EDM2, Inputs, MMDiTpp
 from gesso.diffusion import process
 from gesso.diffusion.denoiser import Uncertainty
 from gesso.nets import layers, mp
@@ -26,14 +26,14 @@ def count(module) -> int:
 def test_edm2_parameters_to_the_last_digit(size, published):
     """The published count includes the uncertainty function."""
     with torch.device("meta"):
-        net = nets.build(config.edm2(size), channels=4, resolution=64, num_classes=1000)
+        net = nets.build(config.edm2(size), Inputs(4, 64, 1000))
         total = count(net) + count(Uncertainty(process.EDM(EDM())))
     assert total == published
 
 
 def test_edm2_state_has_the_published_number_of_tensors():
     with torch.device("meta"):
-        net = nets.build(config.edm2("XS"), channels=4, resolution=64, num_classes=1000)
+        net = nets.build(config.edm2("XS"), Inputs(4, 64, 1000))
     # 203 published, less the weight, frequencies and phases of the uncertainty function.
     assert len(net.state_dict()) == 203 - 3
 
@@ -41,7 +41,7 @@ def test_edm2_state_has_the_published_number_of_tensors():
 def test_mmditpp_parameters_of_the_paper():
     """Table A1's text cell, 791.64 M, less text MLP and control, plus class table (architectures.md)."""
     with torch.device("meta"):
-        net = nets.build(config.mmditpp("XL/2"), channels=4, resolution=32, num_classes=1000)
+        net = nets.build(config.mmditpp("XL/2"), Inputs(4, 32, 1000))
     d = 1152
     text_mlp, control, table = (768 * d + d) + (d * d + d), 1536 * d + d + d * d + d, 1001 * d
     # That count also holds DiT's position table at 64x64 latents, which is a constant here.
@@ -52,7 +52,7 @@ def test_mmditpp_parameters_of_the_paper():
 def edm2_pair(dtype=torch.float64):
     torch.manual_seed(0)
     cfg = EDM2(channels=16, multipliers=(1, 2, 3), blocks=2, attention_levels=(1, 2), channels_per_head=8)
-    net = awake(nets.build(cfg, channels=3, resolution=16, num_classes=5)).to(dtype)
+    net = awake(nets.build(cfg, Inputs(3, 16, 5))).to(dtype)
     mp.put_on_sphere(mp.sphere_weights(net))
     x = torch.randn(4, 3, 16, 16, dtype=dtype)
     c_noise = torch.randn(4, dtype=dtype)
@@ -89,7 +89,7 @@ def inputs(channels=3, size=8, batch=3, dtype=torch.float32):
 
 def test_fresh_networks_return_zero(net_name):
     torch.manual_seed(0)
-    net = nets.build(SMALL[net_name], 3, 8, 5)
+    net = nets.build(SMALL[net_name], Inputs(3, 8, 5))
     assert net(*inputs()).abs().max() == 0
 
 
@@ -179,8 +179,8 @@ def test_patches_round_trip():
 def test_text_weights_differ_only_in_the_semantic_stream():
     """With the semantic weights tied to the image's, 'all' and 'qkv' are one function up to the qkv bias."""
     torch.manual_seed(0)
-    shared = awake(nets.build(MMDiTpp(width=32, depth=3, heads=2), 3, 8, 5)).double()
-    own = nets.build(MMDiTpp(width=32, depth=3, heads=2, text_weights="all"), 3, 8, 5).double()
+    shared = awake(nets.build(MMDiTpp(width=32, depth=3, heads=2), Inputs(3, 8, 5))).double()
+    own = nets.build(MMDiTpp(width=32, depth=3, heads=2, text_weights="all"), Inputs(3, 8, 5)).double()
     own.load_state_dict(shared.state_dict(), strict=False)
     with torch.no_grad():
         for ours, theirs in zip(own.blocks, shared.blocks, strict=True):

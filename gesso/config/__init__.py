@@ -1,32 +1,28 @@
 """The schema of a run and the ways to fill it. Nothing here imports torch."""
 
 from gesso.config.merge import as_tree, differences, nearest, read, resolve, to_yaml, validate, write
-from gesso.config.net import EDM2, MMDiTpp, Net, edm2, mmditpp
+from gesso.config.net import (
+    EDM2,
+    MDT,
+    Control,
+    DiT,
+    DiTAtt,
+    EDM2Ladder,
+    Inputs,
+    MMDiT,
+    MMDiTpp,
+    MPDiT,
+    MPMMDiTpp,
+    Net,
+    PixArt,
+    UNet,
+    edm2,
+    mmditpp,
+)
 from gesso.config.run import EDM, VP, Data, Ema, Eval, Loss, Optim, Process, Run, Sample, Train
 
 __all__ = [
-    "EDM",
-    "EDM2",
-    "VP",
-    "Data",
-    "Ema",
-    "Eval",
-    "Loss",
-    "MMDiTpp",
-    "Net",
-    "Optim",
-    "Process",
-    "Run",
-    "Sample",
-    "Train",
-    "as_tree",
-    "differences",
-    "edm2",
-    "mmditpp",
-    "nearest",
-    "read",
-    "resolve",
-    "to_yaml",
-    "validate",
-    "write",
-]
+    "EDM", "EDM2", "MDT", "VP", "Control", "Data", "DiT", "DiTAtt", "EDM2Ladder", "Ema", "Eval", "Inputs", "Loss", "MMDiT",
+    "MMDiTpp", "MPDiT", "MPMMDiTpp", "Net", "Optim", "PixArt", "Process", "Run", "Sample", "Train", "UNet",
+    "as_tree", "differences", "edm2", "mmditpp", "nearest", "read", "resolve", "to_yaml", "validate", "write",
+]  # fmt: skip

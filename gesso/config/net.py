@@ -1,6 +1,6 @@
 """One model of settings per network, told apart by `name`. Each says as data what it accepts."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -9,10 +9,45 @@ from gesso.config.base import Settings
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+class Control(NamedTuple):
+    """How many control variables there are and how their embedding enters (Berrada et al. Eq. 1, Table A6).
+
+    high and low count the variables of each level. mlp "split": E_h + gamma_c(t) E_l; "joint": one MLP over
+    all of them, as SDXL has it, gamma_c = 1. schedule: gamma_c as a function of progress t, "cosine"
+    (1-cos(pi (1-t)^alpha))/2, "uniform" 1, "zero" 0, "linear" 1-t, "step" 1 where t <= edge.
+    """
+
+    high: int = 0
+    low: int = 0
+    mlp: Literal["split", "joint"] = "split"
+    schedule: Literal["cosine", "uniform", "zero", "linear", "step"] = "cosine"
+    alpha: float = 8.0
+    edge: float = 0.5
+
+
+class Inputs(NamedTuple):
+    """What a network is built for besides its own settings.
+
+    channels and resolution (height and width in training) of x; num_classes 0: no classes; text_width
+    channels of a text token, 0: no text; pooled_width of the pooled text. Classes and text exclude each other.
+    """
+
+    channels: int
+    resolution: int
+    num_classes: int = 0
+    text_width: int = 0
+    pooled_width: int = 0
+    control: Control = Control()
+
+    @property
+    def semantic(self) -> bool:
+        return bool(self.num_classes or self.text_width)
+
+
 class EDM2(Settings):
     """EDM2's CONFIG G U-Net (Karras et al. 2024, Figure 22)."""
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"label"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"label", "control"})
     embedding: ClassVar[str] = "fourier"
 
     name: Literal["edm2"] = "edm2"
@@ -58,13 +93,33 @@ class EDM2(Settings):
         return 2 ** (len(self.multipliers) - 1)
 
 
-class MMDiTpp(Settings):
-    """mmDiT++ (Berrada et al. 2024): semantic condition through joint attention only, adaLN from time."""
+class EDM2Ladder(Settings):
+    """CONFIGS A to G of EDM2 as cumulative steps (Karras et al. 2024, Figures 16-22)."""
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label"})
+    embedding: ClassVar[str] = "fourier"
+
+    name: Literal["edm2-ladder"] = "edm2-ladder"
+    step: Literal["A", "B", "C", "D", "E", "F", "G"] = "G"
+    channels: PositiveInt = 192
+    multipliers: tuple[PositiveInt, ...] = (1, 2, 3, 4)
+    blocks: PositiveInt = 3
+    attention_levels: tuple[int, ...] = (2, 3)
+    """CONFIG A has (1, 2, 3)"""
+    channels_per_head: PositiveInt = 64
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """CONFIGS A to F have .10"""
+
+    @property
+    def multiple(self) -> int:
+        return 2 ** (len(self.multipliers) - 1)
+
+
+class Transformer(Settings):
+    """What all transformers have: the shape of the DiT family."""
+
     embedding: ClassVar[str] = "sinusoidal"
 
-    name: Literal["mmdit++"] = "mmdit++"
     width: PositiveInt = 384
     """D: channels of a token (S has 384)"""
     depth: PositiveInt = 12
@@ -72,11 +127,9 @@ class MMDiTpp(Settings):
     patch: PositiveInt = 2
     """side of the square of pixels or latents that becomes one token"""
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
-    text_weights: Literal["qkv", "all"] = "qkv"
-    """which weights the semantic tokens have of their own: qkv (the size of Table A1), all (SD3's block)"""
 
     @model_validator(mode="after")
-    def _widths(self) -> "MMDiTpp":
+    def _widths(self) -> "Transformer":
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
         if self.width % 4:
@@ -87,6 +140,130 @@ class MMDiTpp(Settings):
     def multiple(self) -> int:
         """Height and width must be multiples of this."""
         return self.patch
+
+
+class DiT(Transformer):
+    """DiT with the class in adaLN (Peebles and Xie 2023): "DiT w/ LN"."""
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"label", "control"})
+
+    name: Literal["dit"] = "dit"
+    qk_norm: bool = False
+    """RMSNorm of queries and keys"""
+
+
+class DiTAtt(Transformer):
+    """DiT with the semantic condition in attention: "DiT w/ Att"."""
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"label", "text", "control"})
+
+    name: Literal["dit-att"] = "dit-att"
+    qk_norm: bool = True
+    """without it the paper's runs diverge (Table 1)"""
+
+
+class PixArt(Transformer):
+    """PixArt-alpha: one adaLN for all blocks, cross-attention without norm or gate."""
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"label", "text", "control"})
+
+    name: Literal["pixart"] = "pixart"
+    qk_norm: bool = False
+
+
+class MDT(Transformer):
+    """MDTv2: DiT with long skips, relative position bias and a masked branch in training."""
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"label", "control"})
+
+    name: Literal["mdt"] = "mdt"
+    decoder: PositiveInt = 4
+    """decoder blocks, of `depth` in all; the others are halved into in- and out-blocks"""
+    mask_ratio: tuple[Fraction, Fraction] = (0.3, 0.5)
+    """the share of tokens that the masked branch hides is uniform between these, drawn per step"""
+
+    @model_validator(mode="after")
+    def _halves(self) -> "MDT":
+        if self.depth <= self.decoder or (self.depth - self.decoder) % 2:
+            raise ValueError(f"depth={self.depth} less decoder={self.decoder} must be even and above 0")
+        return self
+
+
+class MMDiT(Transformer):
+    """mmDiT (SD3): two streams of tokens in one attention, pooled text or class in adaLN."""
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"label", "text", "pooled", "control"})
+
+    name: Literal["mmdit"] = "mmdit"
+    qk_norm: bool = True
+    text_weights: Literal["qkv", "all"] = "qkv"
+    """which weights the semantic tokens have of their own: qkv (the size of Table A1), all (SD3's block)"""
+
+
+class MMDiTpp(Transformer):
+    """mmDiT++ (Berrada et al. 2024): semantic condition through joint attention only, adaLN from time and control."""
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"label", "text", "control"})
+
+    name: Literal["mmdit++"] = "mmdit++"
+    text_weights: Literal["qkv", "all"] = "qkv"
+    """which weights the semantic tokens have of their own: qkv (the size of Table A1), all (SD3's block)"""
+
+
+class MPDiT(Transformer):
+    """DiT with all layers magnitude-preserving and on the sphere."""
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"label", "control"})
+    embedding: ClassVar[str] = "fourier"
+
+    name: Literal["mp-dit"] = "mp-dit"
+    residual_balance: Fraction = 0.3
+    """t of the MP-sum that adds a branch (EDM2 Eq. 88)"""
+
+
+class MPMMDiTpp(Transformer):
+    """mmDiT++ with all layers magnitude-preserving and on the sphere."""
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"label", "text", "control"})
+    embedding: ClassVar[str] = "fourier"
+
+    name: Literal["mp-mmdit++"] = "mp-mmdit++"
+    residual_balance: Fraction = 0.3
+    """t of the MP-sum that adds a branch (EDM2 Eq. 88)"""
+
+
+class UNet(Settings):
+    """SDXL's base U-Net (Podell et al. 2024)."""
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"label", "text", "pooled", "control"})
+    embedding: ClassVar[str] = "sinusoidal"
+
+    name: Literal["unet"] = "unet"
+    channels: PositiveInt = 256
+    multipliers: tuple[PositiveInt, ...] = (1, 2, 4)
+    blocks: PositiveInt = 2
+    """residual blocks per level on the way down; one more on the way up"""
+    transformer_depth: tuple[int, ...] = (0, 1, 1)
+    """transformer blocks after each residual block of a level; 0: none"""
+    head_width: PositiveInt = 64
+    groups: PositiveInt = 32
+    """groups of GroupNorm"""
+
+    @model_validator(mode="after")
+    def _levels(self) -> "UNet":
+        if len(self.transformer_depth) != len(self.multipliers):
+            raise ValueError("transformer_depth and multipliers need one value per level each")
+        for multiplier, depth in zip(self.multipliers, self.transformer_depth, strict=True):
+            width = self.channels * multiplier
+            if width % self.groups:
+                raise ValueError(f"a level of {width} channels is not a multiple of groups={self.groups}")
+            if depth and width % self.head_width:
+                raise ValueError(f"a level of {width} channels is not a multiple of head_width={self.head_width}")
+        return self
+
+    @property
+    def multiple(self) -> int:
+        return 2 ** (len(self.multipliers) - 1)
 
 
 Net = Annotated[EDM2 | MMDiTpp, Field(discriminator="name")]

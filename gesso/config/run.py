@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from gesso.config.base import Count, Settings
-from gesso.config.net import Net
+from gesso.config.net import Inputs, Net
 
 Positive = Annotated[Count, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -201,3 +201,8 @@ class Run(Settings):
             if given is not None and len(given) != self.data.channels:
                 raise ValueError(f"data.{name} has {len(given)} values for data.channels={self.data.channels}")
         return self
+
+    @property
+    def inputs(self) -> Inputs:
+        """What the network is built for. Needs the counts that opening the data fills in."""
+        return Inputs(self.data.channels, self.data.resolution, self.data.num_classes or 0)

@@ -6,16 +6,27 @@ clean to 1 noise; cond a Cond of the same batch. F has the shape of x.
 
 from torch import nn
 
-from gesso.config import EDM2, MMDiTpp, Net
+from gesso.config import EDM2, Inputs, MMDiTpp, Net
 from gesso.nets.edm2 import EDM2Net
 from gesso.nets.mmdit import MMDiTppNet
 
 NETS: dict[type, type[nn.Module]] = {EDM2: EDM2Net, MMDiTpp: MMDiTppNet}
 
 
-def build(cfg: Net, channels: int, resolution: int, num_classes: int) -> nn.Module:
+def build(cfg: Net, inputs: Inputs) -> nn.Module:
     """The network that `cfg` describes, with fresh weights from torch's global generator.
 
-    resolution: height and width that it is trained at; num_classes 0: no class condition.
+    Raises ValueError when the network does not take what `inputs` promises it.
     """
-    return NETS[type(cfg)](cfg, channels, resolution, num_classes)
+    given = {
+        "label": inputs.num_classes,
+        "text": inputs.text_width,
+        "pooled": inputs.pooled_width,
+        "control": inputs.control.high + inputs.control.low,
+    }
+    refused = [name for name, count in given.items() if count and name not in cfg.accepts]
+    if refused:
+        raise ValueError(f"{cfg.name} takes no {', '.join(refused)}; it takes: {', '.join(sorted(cfg.accepts))}")
+    if inputs.num_classes and inputs.text_width:
+        raise ValueError("a network is conditioned on classes or on text, not on both")
+    return NETS[type(cfg)](cfg, inputs)

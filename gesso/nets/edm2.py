@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gesso.cond import Cond
-from gesso.config import EDM2
+from gesso.config import EDM2, Inputs
+from gesso.nets.embed import MPControl
 from gesso.nets.mp import MPConv, MPFourier, MPLinear, mp_cat, mp_silu, mp_sum, pixel_norm
 
 
@@ -74,19 +75,20 @@ class EDM2Net(nn.Module):
     A withheld label is a zero vector before the MP-sum with the noise level.
     """
 
-    def __init__(self, cfg: EDM2, channels: int, resolution: int, num_classes: int):
+    def __init__(self, cfg: EDM2, inputs: Inputs):
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes = inputs.num_classes
         self.label_balance, self.concat_balance = cfg.label_balance, cfg.concat_balance
         widths = [cfg.channels * m for m in cfg.multipliers]
         lowest = len(widths) - 1
         self.out_gain = nn.Parameter(torch.zeros(1))
         self.emb_fourier = MPFourier(cfg.channels)
         self.emb_noise = MPLinear(cfg.channels, 4 * cfg.channels)
-        if num_classes:
-            self.emb_label = MPLinear(num_classes, 4 * cfg.channels)
+        if self.num_classes:
+            self.emb_label = MPLinear(self.num_classes, 4 * cfg.channels)
+        self.emb_control = MPControl(inputs.control, 4 * cfg.channels)
 
-        self.conv_in = MPConv(channels + 1, widths[0], 3)  # one more channel, of ones, in place of biases
+        self.conv_in = MPConv(inputs.channels + 1, widths[0], 3)  # one more channel, of ones, in place of biases
         self.encoder = nn.ModuleList()
         skips, c = [widths[0]], widths[0]
         for level, width in enumerate(widths):
@@ -111,10 +113,10 @@ class EDM2Net(nn.Module):
                 self.decoder.append(Block(cfg, "decoder", c + skips.pop(), width, attention=attention))
                 c = width
             self.takes_skip += [False] * len(ways_in) + [True] * (cfg.blocks + 1)
-        self.conv_out = MPConv(c, channels, 3)
+        self.conv_out = MPConv(c, inputs.channels, 3)
 
-    def embed(self, c_noise: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
-        """(B, E) embedding of noise level and class."""
+    def embed(self, c_noise: Tensor, progress: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
+        """(B, E) embedding of noise level, class and control."""
         emb = self.emb_noise(self.emb_fourier(c_noise))
         if self.num_classes:
             label = cond.label_or_null(self.num_classes)
@@ -124,10 +126,10 @@ class EDM2Net(nn.Module):
                 one_hot = F.one_hot(label, self.num_classes + 1)[:, :-1].to(emb.dtype)
             # One-hot vectors scaled to unit variance (Appendix B.3).
             emb = mp_sum(emb, self.emb_label(one_hot * self.num_classes**0.5), self.label_balance)
-        return mp_silu(emb).to(dtype)
+        return mp_silu(self.emb_control.add(emb, cond, progress)).to(dtype)
 
     def forward(self, x: Tensor, c_noise: Tensor, progress: Tensor, cond: Cond) -> Tensor:
-        emb = self.embed(c_noise, cond, x.dtype)
+        emb = self.embed(c_noise, progress, cond, x.dtype)
         x = self.conv_in(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
         skips = [x]
         for block in self.encoder:

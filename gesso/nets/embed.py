@@ -1,12 +1,16 @@
-"""Embeddings of time, class and position for the transformers.
+"""Embeddings of time, class, text, control variables and position.
 
-Legend: B batch, D width, h w rows and columns of the token grid.
+Legend: B batch, D width, S semantic tokens, h w rows and columns of the token grid.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
+
+from gesso.cond import Cond
+from gesso.config import Control, Inputs
+from gesso.nets.mp import MPLinear, mp_silu
 
 
 def sinusoids(a: Tensor, n: int, longest: float = 1e4) -> Tensor:
@@ -60,3 +64,127 @@ class GridPosition(nn.Module):
         if (h, w) == self.base:
             return self.table
         return sincos_2d(self.width, h, w, self.base).to(self.table)
+
+
+class SemanticTokens(nn.Module):
+    """The class or the text as tokens for attention. A class is one token.
+
+    embed "table": the class table's row as it is; "mlp": Linear-act-Linear after it. Text goes through
+    "mlp" (text_width -> D -> D) or "linear". A withheld class is the table's last row; withheld text is
+    zeros.
+    """
+
+    def __init__(self, inputs: Inputs, width: int, embed: str, activation: nn.Module):
+        super().__init__()
+        self.num_classes = inputs.num_classes
+        if self.num_classes:
+            self.table = nn.Embedding(self.num_classes + 1, width)
+            nn.init.normal_(self.table.weight, std=0.02)
+        n_in = width if self.num_classes else inputs.text_width
+        if embed == "mlp":
+            self.mlp = nn.Sequential(nn.Linear(n_in, width), activation, nn.Linear(width, width))
+        elif embed == "linear":
+            self.mlp = nn.Linear(n_in, width)
+        else:
+            self.mlp = nn.Identity()
+
+    def forward(self, cond: Cond, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, S, D) and mask (B, S) of those to attend to, None: all. x is any tensor of the batch."""
+        if self.num_classes:
+            return self.mlp(self.table(null_filled(cond, self.num_classes, x))[:, None]), None
+        return self.mlp(cond.text_or_null().to(x.dtype)), cond.text_mask
+
+
+def null_filled(cond: Cond, num_classes: int, x: Tensor) -> Tensor:
+    """(B,) labels; the null class where there is none. x is any tensor of the batch."""
+    label = cond.label_or_null(num_classes)
+    return torch.full((len(x),), num_classes, device=x.device) if label is None else label
+
+
+def gamma_c(control: Control, progress: Tensor) -> Tensor:
+    """Weight of the low-level control at progress t, 1 at clean (Berrada et al. Section 2.1, Table A6)."""
+    match control.schedule:
+        case "cosine":
+            return (1 - torch.cos(math.pi * (1 - progress) ** control.alpha)) / 2
+        case "linear":
+            return 1 - progress
+        case "step":
+            return (progress <= control.edge).to(progress.dtype)
+        case "zero":
+            return torch.zeros_like(progress)
+        case _:
+            return torch.ones_like(progress)
+
+
+def control_features(values: Tensor) -> Tensor:
+    """(B, n) control variables -> (B, 256 n): sinusoids of each, as SDXL embeds sizes in pixels."""
+    return sinusoids(values.flatten(), 256).unflatten(0, values.shape).flatten(1)
+
+
+class ControlEmbed(nn.Module):
+    """c_emb = E_h(phi_h) + gamma_c(t) E_l(phi_l), each sinusoids and a 2-layer SiLU MLP, zero at start (Eq. 1).
+
+    Absent control contributes exactly zero. `add(c, cond, progress)` returns c + c_emb.
+    """
+
+    def __init__(self, control: Control, width: int):
+        super().__init__()
+        self.control = control
+        parts = (
+            {"all": control.high + control.low}
+            if control.mlp == "joint"
+            else {"high": control.high, "low": control.low}
+        )
+        self.mlps = nn.ModuleDict()
+        for name, count in parts.items():
+            if count:
+                mlp = nn.Sequential(nn.Linear(256 * count, width), nn.SiLU(), nn.Linear(width, width))
+                nn.init.zeros_(mlp[2].weight)
+                nn.init.zeros_(mlp[2].bias)
+                self.mlps[name] = mlp
+
+    def add(self, c: Tensor, cond: Cond, progress: Tensor) -> Tensor:
+        """c (B, D), progress (B,)."""
+        if cond.control_high is None and cond.control_low is None:
+            return c
+        total = torch.zeros_like(c)
+        for name, mlp in self.mlps.items():
+            part = mlp(control_features(control_values(cond, name).to(c.dtype)))
+            total = total + (gamma_c(self.control, progress)[:, None] * part if name == "low" else part)
+        return c + present(total, cond)
+
+
+class MPControl(nn.Module):
+    """The same on the sphere: c' = (c + g e) / sqrt(1 + g^2) with a learned g, 0 at start, so that magnitudes stay."""
+
+    def __init__(self, control: Control, width: int):
+        super().__init__()
+        self.control = control
+        counts = {"high": control.high, "low": control.low}
+        self.first = nn.ModuleDict({k: MPLinear(256 * n, width) for k, n in counts.items() if n})
+        self.second = nn.ModuleDict({k: MPLinear(width, width) for k in self.first})
+        self.gain = nn.Parameter(torch.zeros(1)) if self.first else None
+
+    def add(self, c: Tensor, cond: Cond, progress: Tensor) -> Tensor:
+        """c (B, D), progress (B,)."""
+        if self.gain is None or (cond.control_high is None and cond.control_low is None):
+            return c
+        total = torch.zeros_like(c)
+        for name, first in self.first.items():
+            features = math.sqrt(2) * control_features(control_values(cond, name).to(c.dtype))
+            part = self.second[name](mp_silu(first(features)))
+            total = total + (gamma_c(self.control, progress)[:, None] * part if name == "low" else part)
+        gain = present(self.gain.expand(len(c), 1), cond)
+        return (c + gain * total) / torch.sqrt(1 + gain**2)
+
+
+def control_values(cond: Cond, name: str) -> Tensor:
+    """(B, n) control variables of one level, or of both."""
+    if name == "all":
+        return torch.cat([v for v in (cond.control_high, cond.control_low) if v is not None], dim=1)
+    return cond.control_high if name == "high" else cond.control_low
+
+
+def present(total: Tensor, cond: Cond) -> Tensor:
+    """Zero (B, ...) where the control of a sample is withheld."""
+    return total if cond.has_control is None else torch.where(cond.has_control[:, None], total, 0)

@@ -100,6 +100,7 @@ class QKV(nn.Module):
         return None, self.k_norm(k), v
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over (B, h, T, d), heads joined again: (B, T, D)."""
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention over (B, h, T, d), heads joined again: (B, T, D). mask (B, T of keys) bool: what is seen."""
+    mask = None if mask is None else mask[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from gesso.cond import Cond
-from gesso.config import MMDiTpp
-from gesso.nets.embed import GridPosition, TimeEmbed
+from gesso.config import Inputs, MMDiTpp
+from gesso.nets.embed import ControlEmbed, GridPosition, SemanticTokens, TimeEmbed
 from gesso.nets.layers import QKV, AdaLN, Mlp, PatchEmbed, attention, linear, modulate, unpatchify
 
 
@@ -54,7 +54,8 @@ class JointBlock(nn.Module):
             return image
         return self.text(c) if self.last else self.text.ada(c)
 
-    def forward(self, x: Tensor, text: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, text: Tensor | None, c: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x (B, T, D), text (B, S, D), c (B, D), mask (B, S + T) of what may be attended to, or None."""
         ada = self.image.ada(c)
         q, k, v = self.image_qkv(modulate(x, ada[0], ada[1]))
         if text is None:
@@ -63,9 +64,9 @@ class JointBlock(nn.Module):
         text_q, text_k, text_v = self.text_qkv(modulate(text, text_ada[0], text_ada[1]))
         k, v = torch.cat([text_k, k], dim=2), torch.cat([text_v, v], dim=2)
         if self.last:
-            return self.image.close(x, attention(q, k, v), ada), None
+            return self.image.close(x, attention(q, k, v, mask), ada), None
         n = text.shape[1]
-        attended = attention(torch.cat([text_q, q], dim=2), k, v)
+        attended = attention(torch.cat([text_q, q], dim=2), k, v, mask)
         stream = self.text if self.own else self.image
         return self.image.close(x, attended[:, n:], ada), stream.close(text, attended[:, :n], text_ada)
 
@@ -73,40 +74,33 @@ class JointBlock(nn.Module):
 class MMDiTppNet(nn.Module):
     """net(x, c_noise, progress, cond) -> F, all images (B, C, H, W).
 
-    The class is one token of the joint attention; a withheld class is the table's last row. c, which
-    modulates every block, holds the time alone. Without classes the image tokens attend to themselves.
+    The class is one token of the joint attention, text its tokens. c, which modulates every block, holds
+    time and control alone. Without either the image tokens attend to themselves.
     """
 
-    def __init__(self, cfg: MMDiTpp, channels: int, resolution: int, num_classes: int):
+    def __init__(self, cfg: MMDiTpp, inputs: Inputs):
         super().__init__()
-        self.patch, self.channels, self.num_classes = cfg.patch, channels, num_classes
-        grid = resolution // cfg.patch
-        self.patch_embed = PatchEmbed(channels, cfg.width, cfg.patch)
+        self.patch = cfg.patch
+        grid = inputs.resolution // cfg.patch
+        self.patch_embed = PatchEmbed(inputs.channels, cfg.width, cfg.patch)
         self.position = GridPosition(cfg.width, (grid, grid))
         self.time = TimeEmbed(cfg.width)
-        if num_classes:
-            self.label = nn.Embedding(num_classes + 1, cfg.width)
-            nn.init.normal_(self.label.weight, std=0.02)
-        semantic = num_classes > 0
-        self.blocks = nn.ModuleList(JointBlock(cfg, semantic, last=i == cfg.depth - 1) for i in range(cfg.depth))
+        self.control = ControlEmbed(inputs.control, cfg.width)
+        embed = "table" if inputs.num_classes else "mlp"
+        self.semantic = SemanticTokens(inputs, cfg.width, embed, nn.SiLU()) if inputs.semantic else None
+        self.blocks = nn.ModuleList(JointBlock(cfg, inputs.semantic, last=i == cfg.depth - 1) for i in range(cfg.depth))
         self.final_ada = AdaLN(cfg.width, 2)
-        self.final = linear(cfg.width, cfg.patch**2 * channels, zero=True)
+        self.final = linear(cfg.width, cfg.patch**2 * inputs.channels, zero=True)
 
     def forward(self, x: Tensor, c_noise: Tensor, progress: Tensor, cond: Cond) -> Tensor:
         h, w = x.shape[2] // self.patch, x.shape[3] // self.patch
         tokens = self.patch_embed(x)
         tokens = tokens + self.position(h, w).to(tokens.dtype)
-        text = None
-        if self.num_classes:
-            text = self.label(null_filled(cond, self.num_classes, len(x), x.device))[:, None]
-        c = self.time(c_noise)
+        text, mask = self.semantic(cond, x) if self.semantic else (None, None)
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(len(x), h * w)], dim=1)
+        c = self.control.add(self.time(c_noise), cond, progress)
         for block in self.blocks:
-            tokens, text = block(tokens, text, c)
+            tokens, text = block(tokens, text, c, mask)
         shift, scale = self.final_ada(c)
         return unpatchify(self.final(modulate(tokens, shift, scale)), h, w, self.patch)
-
-
-def null_filled(cond: Cond, num_classes: int, batch: int, device: torch.device) -> Tensor:
-    """(B,) labels; the null class where there is none."""
-    label = cond.label_or_null(num_classes)
-    return torch.full((batch,), num_classes, device=device) if label is None else label

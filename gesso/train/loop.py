@@ -37,7 +37,7 @@ class Trainer:
         torch.manual_seed(keyed.number(run.train.seed, 0, "initial weights"))
         self.process = processes.build(run.process)
         self.modules = nn.ModuleDict()
-        net = nets.build(run.net, run.data.channels, run.data.resolution, run.data.num_classes)
+        net = nets.build(run.net, run.inputs)
         self.modules["net"] = net
         self.uncertainty = diffusion.Uncertainty(self.process) if run.loss.weighting == "uncertainty" else None
         if self.uncertainty:
