@@ -87,10 +87,10 @@ def train(
     out = out or _default_out(recipe, run.recipe, run.data.source, resume)
     from gesso.train.start import start
 
-    start(run, out, resume, console, _say)
+    run = start(run, out, resume, console, _say)
     _say(
         f"trained: {out}\nnext:\n  gesso sample {out}"
-        + (" --label 0" if run.data.num_classes != 0 else "")
+        + (" --label 0" if run.data.num_classes else "")
         + f"\n  gesso evaluate {out}\n  gesso report {out}"
     )
 
@@ -172,6 +172,22 @@ def report(folder: RunFolder, out: Out = None) -> None:
     from gesso.report import write
 
     _say(f"wrote {write(folder, out)}")
+
+
+@app.command()
+def models(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME ...]", help="some of them; all by default")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """Parameters and FLOPs of every network beside the published figures."""
+    import json
+
+    from gesso.nets.count import render, table
+
+    rows = table(names)
+    _say(json.dumps([row._asdict() for row in rows], indent=1) if as_json else render(rows))
 
 
 @app.command()

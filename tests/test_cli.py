@@ -234,6 +234,28 @@ def test_training_writes_where_it_says(gesso, tmp_path, monkeypatch):
     assert gesso("train", "runs/digits", "--resume")[0] == 0
 
 
+def test_a_flat_folder_is_not_asked_for_labels(gesso, tmp_path, monkeypatch):
+    from conftest import folder_of_images
+
+    monkeypatch.chdir(tmp_path)
+    folder_of_images(tmp_path / "photos", {".": 4})
+    tiny = [
+        "net.width=32",
+        "net.depth=1",
+        "net.heads=2",
+        "data.resolution=8",
+        "train.total_images=64",
+        "sample.steps=2",
+    ]
+    code, out, _ = gesso("train", "folder:photos", *tiny)
+    assert code == 0 and "training without classes" in out and "sample runs/photos\n" in out
+    assert gesso("sample", "runs/photos")[0] == 0
+    refused(gesso("sample", "runs/photos", "--label", "0"), "takes no label")
+    code, out, _ = gesso("evaluate", "runs/photos")
+    assert code == 0 and "no feature network" in out
+    assert gesso("report", "runs/photos")[0] == 0
+
+
 def test_grid_places_images_row_by_row():
     images = torch.arange(6, dtype=torch.uint8).reshape(6, 1, 1, 1).expand(6, 1, 8, 8) * 10
     array = np.asarray(generate.grid(images, 3, tile=8))

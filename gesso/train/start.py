@@ -87,8 +87,8 @@ def prepare(out: Path, run: Run) -> Run:
     return recorded
 
 
-def start(run: Run, out: Path, resume: bool, console: Console, say: Callable[[str], None]) -> None:
-    """Open the data and the folder, train, and say where it all is."""
+def start(run: Run, out: Path, resume: bool, console: Console, say: Callable[[str], None]) -> Run:
+    """Open the data and the folder and train; returns the run as it was recorded."""
     if run.train.threads:
         torch.set_num_threads(run.train.threads)
     device = device_of(run)
@@ -111,3 +111,4 @@ def start(run: Run, out: Path, resume: bool, console: Console, say: Callable[[st
             say(f"note: {'; '.join(changed)}: the result will agree closely, not to the last bit")
         say(f"training in {out}: {len(loaded):,} images, {run.net.name}, {run.process.name}")
         loop.train(run, loaded, out, console)
+    return run

@@ -1,0 +1,41 @@
+"""Other projects' weights, as plain dicts of tensors, in and out of our networks.
+
+net, notes = gesso.interop.load(state_dict)
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from gesso import nets
+from gesso.errors import RunError, UsageError
+from gesso.interop import edm2
+
+READERS = (edm2,)
+"""Modules with `matches(keys)` and `convert(state) -> Found`, asked in order."""
+
+
+def load(state: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, str]]:
+    """Recognise whose weights these are; return our network with them, in evaluation mode, and notes.
+
+    Raises UsageError when the source is unknown, RunError that lists what is missing or unknown.
+    """
+    keys = set(state)
+    for reader in READERS:
+        if reader.matches(keys):
+            cfg, inputs, weights, notes = reader.convert(state)
+            break
+    else:
+        shown = ", ".join(sorted(keys)[:3])
+        raise UsageError(f"weights of no project that gesso knows (tensors such as {shown})")
+    net = nets.build(cfg, inputs)
+    own = net.state_dict()
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
+    if missing or unknown or shapes:
+        raise RunError(
+            f"{notes['source']}: {len(missing)} missing {missing[:5]}, {len(unknown)} unknown {unknown[:5]}, "
+            f"{len(shapes)} of another shape {shapes[:5]}"
+        )
+    net.load_state_dict(dict(weights))
+    return net.eval(), notes

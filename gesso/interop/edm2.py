@@ -1,0 +1,103 @@
+"""EDM2's published U-Nets (facts about NVlabs/edm2's state dicts; no line of theirs) as ours.
+
+Published names are `unet.enc.{R}x{R}_{conv|down|blockN}`, `unet.dec.{R}x{R}_{in0|in1|up|blockN}`; ours count
+encoder and decoder blocks. Published q, k and v are interleaved per channel, ours stand one after another.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gesso.config import EDM2, Inputs
+from gesso.interop.found import Found
+
+TOP = {
+    "unet.out_gain": "out_gain",
+    "unet.emb_fourier.freqs": "emb_fourier.freqs",
+    "unet.emb_fourier.phases": "emb_fourier.phases",
+    "unet.emb_noise.weight": "emb_noise.weight",
+    "unet.emb_label.weight": "emb_label.weight",
+    "unet.out_conv.weight": "conv_out.weight",
+}
+INNER = {
+    "emb_gain": "emb_gain",
+    "emb_linear.weight": "emb_linear.weight",
+    "conv_res0.weight": "conv_res0.weight",
+    "conv_res1.weight": "conv_res1.weight",
+    "conv_skip.weight": "conv_skip.weight",
+    "attn_qkv.weight": "attention.qkv.weight",
+    "attn_proj.weight": "attention.proj.weight",
+}
+UNCERTAINTY = "logvar_"  # trained alongside, discarded for sampling
+
+
+def matches(keys: set[str]) -> bool:
+    return "unet.out_gain" in keys and "unet.emb_noise.weight" in keys
+
+
+def settings(state: Mapping[str, Tensor]) -> tuple[EDM2, Inputs]:
+    """The network's configuration, from names and shapes."""
+    c = state["unet.emb_fourier.freqs"].numel()
+    resolutions = sorted({int(m[1]) for k in state if (m := re.match(r"unet\.enc\.(\d+)x", k))}, reverse=True)
+    blocks = len([k for k in state if re.match(rf"unet\.enc\.{resolutions[0]}x\d+_block\d+\.conv_res0", k)])
+    widths = [state[f"unet.enc.{r}x{r}_block0.conv_res1.weight"].shape[0] for r in resolutions]
+    attention = [i for i, r in enumerate(resolutions) if f"unet.enc.{r}x{r}_block0.attn_qkv.weight" in state]
+    label = state.get("unet.emb_label.weight")
+    cfg = EDM2(channels=c, multipliers=tuple(w // c for w in widths), blocks=blocks, attention_levels=tuple(attention))
+    classes = 0 if label is None else label.shape[1]
+    return cfg, Inputs(state["unet.out_conv.weight"].shape[0], resolutions[0], classes)
+
+
+def names(cfg: EDM2, inputs: Inputs) -> dict[str, str]:
+    """Published name -> our name of every tensor that such a network may have."""
+    levels = len(cfg.multipliers)
+    resolutions = [inputs.resolution >> level for level in range(levels)]
+    encoder, decoder = [], []
+    for level, r in enumerate(resolutions):
+        encoder += [f"unet.enc.{r}x{r}_down"] if level else []
+        encoder += [f"unet.enc.{r}x{r}_block{i}" for i in range(cfg.blocks)]
+    for level, r in reversed(list(enumerate(resolutions))):
+        ways_in = ["in0", "in1"] if level == levels - 1 else ["up"]
+        decoder += [f"unet.dec.{r}x{r}_{name}" for name in [*ways_in, *(f"block{i}" for i in range(cfg.blocks + 1))]]
+    table = dict(TOP)
+    table[f"unet.enc.{resolutions[0]}x{resolutions[0]}_conv.weight"] = "conv_in.weight"
+    for side, blocks in (("encoder", encoder), ("decoder", decoder)):
+        for i, block in enumerate(blocks):
+            table |= {f"{block}.{theirs}": f"{side}.{i}.{ours}" for theirs, ours in INNER.items()}
+    return table
+
+
+def convert(state: Mapping[str, Tensor]) -> Found:
+    """Their tensors under our names, rescaled to the weights that their forward pass uses.
+
+    They divide a weight by 1e-4 + rms in every forward pass; here that happens once. The rows are then
+    not put on the sphere again until the network is trained.
+    """
+    cfg, inputs = settings(state)
+    table = names(cfg, inputs)
+    weights = {}
+    for name, tensor in state.items():
+        if name.startswith(UNCERTAINTY):
+            continue
+        tensor = tensor.float()
+        if name.endswith("attn_qkv.weight"):
+            tensor = tensor.unflatten(0, (-1, cfg.channels_per_head, 3)).permute(2, 0, 1, 3, 4, 5).flatten(0, 2)
+        if tensor.ndim > 1:
+            rms = tensor.flatten(1).square().mean(1).sqrt()
+            tensor = tensor / (1e-4 + rms).reshape(-1, *[1] * (tensor.ndim - 1))
+        weights[table.get(name, name)] = tensor.reshape(1) if tensor.ndim == 0 else tensor
+    notes = {
+        "source": "EDM2 (NVlabs/edm2)",
+        "process": "EDM, sigma_data 0.5",
+        "c_noise": "ln(sigma)/4",
+        "adapted": "weights normalized once with eps 1e-4; q, k, v regrouped; uncertainty function left behind",
+        "latents": "SD VAE, input in [0, 1], mean (5.81, 3.25, 0.12, -2.15), std (4.17, 4.62, 3.71, 3.28) when 4 channels",
+    }
+    return Found(cfg, inputs, weights, notes)
+
+
+def regroup_back(qkv: Tensor, head: int) -> Tensor:
+    """Our qkv weight in their interleaved order."""
+    return torch.permute(qkv.unflatten(0, (3, -1, head)), (1, 2, 0, 3, 4, 5)).flatten(0, 2)
