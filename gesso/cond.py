@@ -66,6 +66,12 @@ class Cond:
             return self.text
         return torch.where(self.has_semantic[:, None, None], self.text, 0)
 
+    def mask_or_null(self) -> Tensor | None:
+        """(B, T) tokens to attend to; all of them where the text is withheld, whatever length it had."""
+        if self.text_mask is None or self.has_semantic is None:
+            return self.text_mask
+        return self.text_mask | ~self.has_semantic[:, None]
+
     def pooled_or_null(self) -> Tensor | None:
         """(B, D) pooled text, zero where the text is withheld."""
         if self.pooled is None or self.has_semantic is None:

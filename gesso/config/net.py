@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from gesso.config.base import Settings
 
@@ -184,6 +184,8 @@ class MDT(Transformer):
 
     @model_validator(mode="after")
     def _halves(self) -> "MDT":
+        if self.mask_ratio[0] > self.mask_ratio[1] or self.mask_ratio[1] == 1:
+            raise ValueError(f"mask_ratio={self.mask_ratio} must rise and stay below 1")
         if self.depth <= self.decoder or (self.depth - self.decoder) % 2:
             raise ValueError(f"depth={self.depth} less decoder={self.decoder} must be even and above 0")
         return self
@@ -196,8 +198,12 @@ class MMDiT(Transformer):
 
     name: Literal["mmdit"] = "mmdit"
     qk_norm: bool = True
+    """RMSNorm of queries and keys (SD3.5 has it, SD3 medium not)"""
     text_weights: Literal["qkv", "all"] = "qkv"
     """which weights the semantic tokens have of their own: qkv (the size of Table A1), all (SD3's block)"""
+    max_grid: PositiveInt | None = None
+    """SD3's positions: rows and columns of their table, cropped at its centre (SD3 medium has 192); None: the
+    resampled grid of Berrada et al."""
 
 
 class MMDiTpp(Transformer):
@@ -217,8 +223,8 @@ class MPDiT(Transformer):
     embedding: ClassVar[str] = "fourier"
 
     name: Literal["mp-dit"] = "mp-dit"
-    residual_balance: Fraction = 0.3
-    """t of the MP-sum that adds a branch (EDM2 Eq. 88)"""
+    residual_balance: Fraction | None = None
+    """t of the MP-sum that adds a branch (EDM2 Eq. 88); None: 1 / (1 + sqrt(2 depth)), which keeps 1/e of the input"""
 
 
 class MPMMDiTpp(Transformer):
@@ -228,8 +234,8 @@ class MPMMDiTpp(Transformer):
     embedding: ClassVar[str] = "fourier"
 
     name: Literal["mp-mmdit++"] = "mp-mmdit++"
-    residual_balance: Fraction = 0.3
-    """t of the MP-sum that adds a branch (EDM2 Eq. 88)"""
+    residual_balance: Fraction | None = None
+    """t of the MP-sum that adds a branch (EDM2 Eq. 88); None: 1 / (1 + sqrt(2 depth)), which keeps 1/e of the input"""
 
 
 class UNet(Settings):
@@ -243,22 +249,37 @@ class UNet(Settings):
     multipliers: tuple[PositiveInt, ...] = (1, 2, 4)
     blocks: PositiveInt = 2
     """residual blocks per level on the way down; one more on the way up"""
-    transformer_depth: tuple[int, ...] = (0, 1, 1)
+    transformer_depth: tuple[NonNegativeInt, ...] = (0, 1, 1)
     """transformer blocks after each residual block of a level; 0: none"""
+    middle_depth: NonNegativeInt = 1
+    """transformer blocks between the two residual blocks at the bottom (SDXL has 10)"""
     head_width: PositiveInt = 64
+    """channels of an attention head"""
+    heads: PositiveInt | None = None
+    """heads at every level, whatever its width (SD1.5 has 8); None: as many as head_width gives"""
+    context: PositiveInt | None = None
+    """channels of the tokens that cross-attention sees; None: 1024 for a class, text_width for text"""
+    text_embed: Literal["mlp", "none"] = "mlp"
+    """what text tokens pass before cross-attention: Linear-SiLU-Linear, or nothing (SD1.5, SDXL)"""
+    pooled_mlp: Literal["own", "shared"] = "own"
+    """the pooled text's MLP: its own, or one over pooled text and control variables concatenated (SDXL)"""
     groups: PositiveInt = 32
     """groups of GroupNorm"""
 
     @model_validator(mode="after")
     def _levels(self) -> "UNet":
-        if len(self.transformer_depth) != len(self.multipliers):
+        if not self.multipliers or len(self.transformer_depth) != len(self.multipliers):
             raise ValueError("transformer_depth and multipliers need one value per level each")
-        for multiplier, depth in zip(self.multipliers, self.transformer_depth, strict=True):
+        if self.channels % 2:
+            raise ValueError(f"channels={self.channels} is odd, but half of the time embedding's sinusoids are cosines")
+        depths = [*self.transformer_depth, self.middle_depth]
+        for multiplier, depth in zip([*self.multipliers, self.multipliers[-1]], depths, strict=True):
             width = self.channels * multiplier
             if width % self.groups:
                 raise ValueError(f"a level of {width} channels is not a multiple of groups={self.groups}")
-            if depth and width % self.head_width:
-                raise ValueError(f"a level of {width} channels is not a multiple of head_width={self.head_width}")
+            name, unit = ("head_width", self.head_width) if self.heads is None else ("heads", self.heads)
+            if depth and width % unit:
+                raise ValueError(f"a level of {width} channels is not a multiple of {name}={unit}")
         return self
 
     @property
@@ -266,7 +287,10 @@ class UNet(Settings):
         return 2 ** (len(self.multipliers) - 1)
 
 
-Net = Annotated[EDM2 | MMDiTpp, Field(discriminator="name")]
+Net = Annotated[
+    EDM2 | EDM2Ladder | UNet | DiT | DiTAtt | PixArt | MDT | MMDiT | MMDiTpp | MPDiT | MPMMDiTpp,
+    Field(discriminator="name"),
+]
 
 EDM2_CHANNELS = {"XXS": 64, "XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}
 """EDM2 Table 6; XXS is a preset of the published code."""

@@ -17,12 +17,16 @@ class Denoiser(nn.Module):
         super().__init__()
         self.net, self.process, self.embedding = net, process, embedding
 
-    def forward(self, x: Tensor, s: Tensor, cond: Cond) -> Tensor:
-        """x (B, C, H, W), s (B,) or a single level; returns the estimate of x0 in the dtype of x."""
+    def forward(self, x: Tensor, s: Tensor, cond: Cond, keep: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), s (B,) or a single level; returns the estimate of x0 in the dtype of x.
+
+        keep (B, K): ids of the tokens that MDT's masked branch sees; None is every network's plain pass.
+        """
         s = s.expand(len(x))  # coefficients in the precision of s, which a sampler gives in float64
         c_skip, c_out, c_in = (c.to(x)[:, None, None, None] for c in self.process.precondition(s))
         c_noise, progress = self.process.c_noise(s, self.embedding).to(x), self.process.progress(s).to(x)
-        F = self.net(c_in * x, c_noise, progress, cond)
+        inputs = (c_in * x, c_noise, progress, cond)
+        F = self.net(*inputs) if keep is None else self.net.masked(*inputs, keep)
         return c_skip * x + c_out * F.to(x.dtype)
 
 
@@ -49,14 +53,15 @@ def loss(
     cond: Cond,
     weighting: str = "native",
     uncertainty: Uncertainty | None = None,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """Loss of each sample, (B,), averaged over channels and pixels.
 
     x0 and eps (B, C, H, W), x0 of standard deviation sd; s (B,). weighting: "native" w |D-x0|^2, the MSE
-    of the network's own target; "uniform" |D-x0|^2; "uncertainty" w |D-x0|^2 / e^u + u (EDM2 Eq. 21).
+    of the network's own target; "uniform" |D-x0|^2; "uncertainty" w |D-x0|^2 / e^u + u (EDM2 Eq. 21). keep: as in Denoiser.
     """
     column = s[:, None, None, None]
-    D = denoiser(process.alpha(column) * x0 + column * eps, s, cond)
+    D = denoiser(process.alpha(column) * x0 + column * eps, s, cond, keep)
     error = (D - x0).square().mean(dim=(1, 2, 3))
     if weighting == "uniform":
         return error

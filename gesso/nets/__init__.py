@@ -6,11 +6,42 @@ clean to 1 noise; cond a Cond of the same batch. F has the shape of x.
 
 from torch import nn
 
-from gesso.config import EDM2, Inputs, MMDiTpp, Net
+from gesso.config import (
+    EDM2,
+    MDT,
+    DiT,
+    DiTAtt,
+    EDM2Ladder,
+    Inputs,
+    MMDiT,
+    MMDiTpp,
+    MPDiT,
+    MPMMDiTpp,
+    Net,
+    PixArt,
+    UNet,
+)
+from gesso.nets.dit import DiTAttNet, DiTNet, PixArtNet
 from gesso.nets.edm2 import EDM2Net
-from gesso.nets.mmdit import MMDiTppNet
+from gesso.nets.edm2_ladder import EDM2LadderNet
+from gesso.nets.mdt import MDTNet
+from gesso.nets.mmdit import MMDiTNet, MMDiTppNet
+from gesso.nets.mp_transformer import MPDiTNet, MPMMDiTppNet
+from gesso.nets.unet import UNetNet
 
-NETS: dict[type, type[nn.Module]] = {EDM2: EDM2Net, MMDiTpp: MMDiTppNet}
+NETS: dict[type, type[nn.Module]] = {
+    EDM2: EDM2Net,
+    EDM2Ladder: EDM2LadderNet,
+    UNet: UNetNet,
+    DiT: DiTNet,
+    DiTAtt: DiTAttNet,
+    PixArt: PixArtNet,
+    MDT: MDTNet,
+    MMDiT: MMDiTNet,
+    MMDiTpp: MMDiTppNet,
+    MPDiT: MPDiTNet,
+    MPMMDiTpp: MPMMDiTppNet,
+}
 
 
 def build(cfg: Net, inputs: Inputs) -> nn.Module:

@@ -92,7 +92,12 @@ class SemanticTokens(nn.Module):
         """Tokens (B, S, D) and mask (B, S) of those to attend to, None: all. x is any tensor of the batch."""
         if self.num_classes:
             return self.mlp(self.table(null_filled(cond, self.num_classes, x))[:, None]), None
-        return self.mlp(cond.text_or_null().to(x.dtype)), cond.text_mask
+        text = cond.text_or_null()
+        if text is None:
+            raise ValueError(
+                "a network built for text needs Cond.text; withhold it by has_semantic, not by leaving it out"
+            )
+        return self.mlp(text.to(x.dtype)), cond.mask_or_null()
 
 
 def null_filled(cond: Cond, num_classes: int, x: Tensor) -> Tensor:

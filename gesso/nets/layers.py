@@ -75,18 +75,18 @@ class RMSNorm(nn.Module):
 
 
 class QKV(nn.Module):
-    """Queries, keys and values of one stream of tokens, q and k RMS-normalized per head.
+    """Queries, keys and values of one stream of tokens, q and k RMS-normalized per head where `norm`.
 
     With `queries` False the queries are neither computed nor normalized (their rows stay in the weight,
     as in the published models).
     """
 
-    def __init__(self, width: int, heads: int, bias: bool = True, queries: bool = True):
+    def __init__(self, width: int, heads: int, bias: bool = True, queries: bool = True, norm: bool = True):
         super().__init__()
         self.heads, self.queries = heads, queries
         self.linear = linear(width, 3 * width, bias=bias)
-        self.q_norm = RMSNorm(width // heads) if queries else None
-        self.k_norm = RMSNorm(width // heads)
+        self.q_norm = (RMSNorm(width // heads) if norm else nn.Identity()) if queries else None
+        self.k_norm = RMSNorm(width // heads) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """(B, T, D) -> q, k, v of shape (B, h, T, d)."""

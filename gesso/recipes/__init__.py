@@ -6,10 +6,15 @@ from pathlib import Path
 from gesso import config
 from gesso.config import Run
 from gesso.errors import UsageError
-from gesso.recipes.digits import digits, digits_edm2
+from gesso.recipes import digits, edm2
 from gesso.recipes.folder import folder
 
-RECIPES: dict[str, Callable[[], Run]] = {"digits": digits, "digits-edm2": digits_edm2, "folder": folder}
+RECIPES: dict[str, Callable[[], Run]] = {
+    **digits.RECIPES,
+    "folder": folder,
+    # The presets of ImageNet-512 wait for latents: on pixels they would be another experiment.
+    **{name: make for name, make in edm2.RECIPES.items() if not name.startswith("edm2-img512")},
+}
 
 
 def resolve(name: str, arguments: list[str]) -> tuple[Run, list[str]]:

@@ -1,6 +1,29 @@
 """scikit-learn's handwritten digits: 1,797 real 8x8 scans in ten classes, on a laptop, without download."""
 
-from gesso.config import EDM, EDM2, Data, Eval, Loss, MMDiTpp, Optim, Run, Sample, Train
+from collections.abc import Callable
+from functools import partial
+
+from gesso.config import (
+    EDM,
+    EDM2,
+    MDT,
+    Data,
+    DiT,
+    DiTAtt,
+    Eval,
+    Loss,
+    MMDiT,
+    MMDiTpp,
+    MPDiT,
+    MPMMDiTpp,
+    Net,
+    Optim,
+    PixArt,
+    Run,
+    Sample,
+    Train,
+    UNet,
+)
 
 
 def digits() -> Run:
@@ -36,3 +59,37 @@ def digits_edm2() -> Run:
             train=Train(total_images=120_000, batch_size=128, snapshot_images=12_000, state_images=12_000),
         )
     )
+
+
+def family(net: Net, lr: float) -> Run:
+    """Another network under `digits`' recipe: all else equal but the learning rate."""
+    run = digits()
+    return run.model_copy(
+        update=dict(
+            recipe=f"digits-{net.name}",
+            net=net,
+            optim=run.optim.model_copy(update={"lr": lr}),
+            train=run.train.model_copy(
+                update={"total_images": 100_000, "snapshot_images": 10_000, "state_images": 10_000}
+            ),
+        )
+    )
+
+
+RECIPES: dict[str, Callable[[], Run]] = {"digits": digits, "digits-edm2": digits_edm2}
+shape = dict(width=96, depth=4, heads=3, patch=2)
+for net, lr in (
+    (UNet(channels=32, multipliers=(1, 2), transformer_depth=(0, 1), blocks=1, head_width=32, groups=8), 1e-3),
+    (DiT(**shape), 2e-3),
+    (DiTAtt(**shape), 2e-3),
+    (PixArt(**shape), 2e-3),
+    (MDT(**shape, decoder=2), 2e-3),
+    (MMDiT(**shape), 2e-3),
+    (MPDiT(**shape), 2e-2),
+    (MPMMDiTpp(**shape), 2e-2),
+):
+    recipe = partial(family, net, lr)
+    recipe.__doc__ = (
+        f"{net.name} on the digits, as `digits` in all else.\n\n    gesso train digits-{net.name}   1-3 minutes"
+    )
+    RECIPES[f"digits-{net.name}"] = recipe

@@ -12,7 +12,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from gesso import keyed, nets, snapshot
-from gesso.config import Run
+from gesso.cond import Cond
+from gesso.config import MDT, Run
 from gesso.data.images import Images
 from gesso.data.order import Batches
 from gesso.diffusion import denoiser as diffusion
@@ -21,6 +22,7 @@ from gesso.ema import PowerEMA
 from gesso.errors import RunError, Stopped
 from gesso.generate import device_of
 from gesso.nets import mp
+from gesso.nets.mdt import keep_ids
 from gesso.train import checkpoint, optim
 from gesso.train.log import Bar, Log
 
@@ -75,6 +77,8 @@ class Trainer:
             # The one draw that is keyed to the step, not to the sample.
             torch.manual_seed(keyed.number(seed, self.nimg, "dropout of rank 0"))
         losses = diffusion.loss(self.denoiser, self.process, x0, s, eps, cond, run.loss.weighting, self.uncertainty)
+        if isinstance(run.net, MDT):
+            losses = losses + self._masked(counter, x0, s, cond)
         loss = losses.sum() / size
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -94,6 +98,14 @@ class Trainer:
         self.nimg += size
         self.running += torch.tensor([value * size, size])
         return value
+
+    def _masked(self, counter: Tensor, x0: Tensor, s: Tensor, cond: Cond) -> Tensor:
+        """MDT's second term: the same images and levels, noise of its own, most tokens seen."""
+        run, counter = self.run, counter.to(self.device)
+        eps = keyed.normal(run.train.seed, counter, "masked noise", x0.shape[1:], x0.dtype)
+        tokens = x0.shape[2] * x0.shape[3] // run.net.patch**2
+        keep = keep_ids(run.train.seed, counter, self.nimg, tokens, run.net.mask_ratio)
+        return diffusion.loss(self.denoiser, self.process, x0, s, eps, cond, run.loss.weighting, self.uncertainty, keep)
 
     def _diverged(self, s: Tensor, losses: Tensor) -> str:
         bad = ~losses.isfinite()

@@ -1,0 +1,439 @@
+"""DiT, DiT with attention conditioning and PixArt: the paper's counts, parity with diffusers, what every network must do."""
+
+import pytest
+import torch
+from conftest import awake
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from torch import Tensor, nn
+
+from gesso.cond import Cond
+from gesso.config import Control, DiT, DiTAtt, Inputs, PixArt
+from gesso.nets.dit import DiTAttNet, DiTNet, PixArtNet
+from gesso.nets.embed import sinusoids
+
+NETS = {DiT: DiTNet, DiTAtt: DiTAttNet, PixArt: PixArtNet}
+
+
+# --- Table A1 -------------------------------------------------------------------------------------------------------
+
+XL = {"width": 1152, "depth": 28, "heads": 16, "patch": 2}
+SDXL_CONTROL = Control(high=3, low=3, mlp="joint", schedule="uniform")
+CLASS, TEXT = {"num_classes": 1000}, {"text_width": 768}
+
+
+@pytest.mark.parametrize(
+    "cfg, semantic, positions, published, rel",
+    [
+        # positions: tokens whose position table the figure counts as parameters; here it is a constant.
+        (DiT, CLASS, 1024, 679.09e6, 1e-5),
+        (DiTAtt, CLASS, 256, 792.44e6, 1e-5),
+        (DiTAtt, TEXT, 1024, 940.49e6, 2e-5),
+        (PixArt, CLASS, 0, 611.7e6, 1e-5),
+        (PixArt, TEXT, 0, 610.12e6, 1e-4),
+    ],
+)
+def test_parameters_of_table_a1(cfg, semantic, positions, published, rel):
+    with torch.device("meta"):
+        net = NETS[cfg](cfg(**XL), Inputs(4, 64, control=SDXL_CONTROL, **semantic))
+    count = sum(p.numel() for p in net.parameters())
+    assert count + positions * 1152 == pytest.approx(published, rel=rel)
+
+
+@pytest.mark.parametrize(
+    "cfg, semantic, exact",
+    [(DiT, CLASS, 677_915_152), (PixArt, CLASS, 611_698_192), (PixArt, TEXT, 610_102_672),
+     # less qk-norm: 2 (self-attention) and 4 (with cross-attention) weights of 72 per block
+     (DiTAtt, CLASS, 792_440_080 - 256 * 1152 + 28 * 2 * 72), (DiTAtt, TEXT, 940_493_968 - 1024 * 1152 + 28 * 4 * 72)],
+)  # fmt: skip
+def test_parameters_to_the_last_digit(cfg, semantic, exact):
+    with torch.device("meta"):
+        net = NETS[cfg](cfg(**XL), Inputs(4, 64, control=SDXL_CONTROL, **semantic))
+    assert sum(p.numel() for p in net.parameters()) == exact
+
+
+# --- Weights of diffusers under our names ---------------------------------------------------------------------------
+
+
+def rename(state: dict[str, Tensor], pairs: dict[str, str]) -> dict[str, Tensor]:
+    """Take the weight and bias of each layer out of `state`, under our name."""
+    return {f"{ours}.{kind}": state.pop(f"{theirs}.{kind}") for theirs, ours in pairs.items() for kind in ("weight", "bias")}  # fmt: skip
+
+
+def stacked(state: dict[str, Tensor], prefix: str, names: str, ours: str) -> dict[str, Tensor]:
+    """Several matrices as one, the rows of each after those of the one before."""
+    return {
+        f"{ours}.{kind}": torch.cat([state.pop(f"{prefix}.to_{n}.{kind}") for n in names]) for kind in ("weight", "bias")
+    }  # fmt: skip
+
+
+def block_to_ours(state: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
+    """Self-attention and MLP, which both peers name alike."""
+    layers = {"attn1.to_out.0": "out", "ff.net.0.proj": "mlp.0", "ff.net.2": "mlp.2"}
+    renamed = rename(state, {f"{theirs}.{a}": f"{ours}.branches.{b}" for a, b in layers.items()})
+    return renamed | stacked(state, f"{theirs}.attn1", "qkv", f"{ours}.branches.qkv.linear")
+
+
+def depth_of(state: dict[str, Tensor]) -> int:
+    return 1 + max(int(name.split(".")[1]) for name in state if name.startswith("transformer_blocks."))
+
+
+def dit_to_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DiTTransformer2DModel -> DiTNet. Raises ValueError if its copies of the embedders differ, or keys are left."""
+    state, depth = dict(state), depth_of(state)
+    embedders = {
+        "timestep_embedder.linear_1.weight": "trunk.time.mlp.0.weight",
+        "timestep_embedder.linear_1.bias": "trunk.time.mlp.0.bias",
+        "timestep_embedder.linear_2.weight": "trunk.time.mlp.2.weight",
+        "timestep_embedder.linear_2.bias": "trunk.time.mlp.2.bias",
+        "class_embedder.embedding_table.weight": "table.weight",
+    }
+    ours = rename(
+        state, {"pos_embed.proj": "trunk.patch_embed.proj", "proj_out_1": "final_ada.linear", "proj_out_2": "trunk.final"}
+    )  # fmt: skip
+    for theirs, name in embedders.items():
+        ours[name], *copies = [state.pop(f"transformer_blocks.{i}.norm1.emb.{theirs}") for i in range(depth)]
+        if not all(copy.equal(ours[name]) for copy in copies):
+            raise ValueError(f"{theirs} differs between blocks; DiT has one embedder for all of them")
+    for i in range(depth):
+        block = f"transformer_blocks.{i}"
+        ours |= block_to_ours(state, block, f"blocks.{i}")
+        ours |= rename(state, {f"{block}.norm1.linear": f"blocks.{i}.ada.linear"})
+    if state:
+        raise ValueError(f"weights without a place in DiT: {', '.join(state)}")
+    return ours
+
+
+def pixart_to_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """PixArtTransformer2DModel -> PixArtNet with text. Raises ValueError if keys are left."""
+    state, depth = dict(state), depth_of(state)
+    ours = rename(
+        state,
+        {
+            "pos_embed.proj": "trunk.patch_embed.proj",
+            "adaln_single.emb.timestep_embedder.linear_1": "trunk.time.mlp.0",
+            "adaln_single.emb.timestep_embedder.linear_2": "trunk.time.mlp.2",
+            "adaln_single.linear": "ada.linear",
+            "caption_projection.linear_1": "semantic.mlp.0",
+            "caption_projection.linear_2": "semantic.mlp.2",
+            "proj_out": "trunk.final",
+        },
+    )
+    ours["final_table"] = state.pop("scale_shift_table")
+    for i in range(depth):
+        block = f"transformer_blocks.{i}"
+        ours |= block_to_ours(state, block, f"blocks.{i}")
+        ours[f"blocks.{i}.table"] = state.pop(f"{block}.scale_shift_table")
+        ours |= rename(state, {f"{block}.attn2.to_q": f"blocks.{i}.cross.q", f"{block}.attn2.to_out.0": f"blocks.{i}.cross.out"})  # fmt: skip
+        ours |= stacked(state, f"{block}.attn2", "kv", f"blocks.{i}.cross.kv")
+    if state:
+        raise ValueError(f"weights without a place in PixArt: {', '.join(state)}")
+    return ours
+
+
+# --- Parity with diffusers ------------------------------------------------------------------------------------------
+
+
+class PeerPosition(nn.Module):
+    """The peer's positions: arange, not the resampled grid of Berrada et al. (Pseudocode 1). A known difference."""
+
+    def __init__(self, peer):
+        super().__init__()
+        self.width, self.base = peer.pos_embed.pos_embed.shape[2], peer.pos_embed.base_size
+
+    def forward(self, h: int, w: int) -> Tensor:
+        return get_2d_sincos_pos_embed(self.width, (h, w), base_size=self.base).float()[None]
+
+
+class Sinusoids(nn.Module):
+    """Ours in place of the peer's, which computes in float32 (and, in DiT, with downscale_freq_shift=1, not 0)."""
+
+    def forward(self, t: Tensor) -> Tensor:
+        return sinusoids(t, 256)
+
+
+SHAPE = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 3, "sample_size": 8, "in_channels": 4}
+
+
+def peer_of(kind: type, dtype: torch.dtype, **settings):
+    """A peer with random weights, none of them at its initial zero."""
+    torch.manual_seed(0)
+    peer = awake(kind(**SHAPE, out_channels=4, **settings)).to(dtype).eval()
+    assert all(p.abs().min() < p.abs().max() for p in peer.parameters())
+    return peer
+
+
+def dit_pair(dtype: torch.dtype):
+    # norm_eps: the peer's default, 1e-5, is not DiT's. num_embeds_ada_norm: its table has a row more, the null class.
+    peer = peer_of(DiTTransformer2DModel, dtype, num_embeds_ada_norm=5, norm_eps=1e-6)
+    first = peer.transformer_blocks[0].norm1.emb
+    for block in peer.transformer_blocks:  # it duplicates the embedders of time and class in every block
+        block.norm1.emb.load_state_dict(first.state_dict())
+        block.norm1.emb.time_proj = Sinusoids()
+    net = DiTNet(DiT(width=32, depth=3, heads=2), Inputs(4, 8, 5)).to(dtype)
+    net.load_state_dict(dit_to_ours(peer.state_dict()))
+    net.trunk.position = PeerPosition(peer)
+    return net, peer
+
+
+def pixart_pair(dtype: torch.dtype):
+    peer = peer_of(PixArtTransformer2DModel, dtype, cross_attention_dim=32, caption_channels=12, norm_eps=1e-6)
+    if dtype == torch.float64:
+        peer.adaln_single.emb.time_proj = Sinusoids()
+    net = PixArtNet(PixArt(width=32, depth=3, heads=2), Inputs(4, 8, text_width=12)).to(dtype)
+    net.load_state_dict(pixart_to_ours(peer.state_dict()))
+    net.trunk.position = PeerPosition(peer)
+    return net, peer
+
+
+def compare(ours: Tensor, theirs: Tensor, inputs: list[Tensor], dtype: torch.dtype):
+    """Outputs, and gradients of a random projection by the inputs, to 1e-10 (fp64) or 1e-5 of the largest (fp32)."""
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(7), dtype=dtype)
+    pairs = [(ours, theirs)]
+    pairs += zip(*(torch.autograd.grad((y * weight).sum(), inputs) for y in (ours, theirs)), strict=True)
+    for a, b in pairs:
+        assert a.isfinite().all() and b.abs().max() > 1e-3
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [8, 12])  # square only: the peer's way back to an image knows no other
+def test_dit_equals_diffusers(size, dtype):
+    net, peer = dit_pair(dtype)
+    x = torch.randn(3, 4, size, size, dtype=dtype, requires_grad=True)
+    t, label = torch.tensor([0, 431, 999]).to(dtype), torch.tensor([1, 4, 5])  # 5: no class
+    theirs = peer(x, timestep=t, class_labels=label).sample
+    compare(net(x, t, t / 1000, Cond(label=label)), theirs, [x], dtype)
+
+
+def test_dit_parity_notices_the_peers_frequencies():
+    """With its own downscale_freq_shift=1 the peer is another function on the same weights."""
+    net, peer = dit_pair(torch.float32)
+    untouched = peer_of(DiTTransformer2DModel, torch.float32, num_embeds_ada_norm=5, norm_eps=1e-6)
+    untouched.load_state_dict(peer.state_dict())
+    x, t, label = torch.randn(2, 4, 8, 8), torch.tensor([431.0, 999.0]), torch.tensor([1, 4])
+    ours, theirs = net(x, t, t / 1000, Cond(label=label)), untouched(x, timestep=t, class_labels=label).sample
+    assert (ours - theirs).abs().max() > 1e-3 * theirs.abs().max()
+
+
+def test_dit_weights_with_unlike_embedders_are_refused():
+    peer = peer_of(DiTTransformer2DModel, torch.float32, num_embeds_ada_norm=5)
+    with pytest.raises(ValueError, match="differs between blocks"):
+        dit_to_ours(peer.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", [(8, 8), (8, 12)])
+def test_pixart_equals_diffusers(size, masked, dtype):
+    net, peer = pixart_pair(dtype)
+    x = torch.randn(3, 4, *size, dtype=dtype, requires_grad=True)
+    text = torch.randn(3, 6, 12, dtype=dtype, requires_grad=True)
+    # A text without a real token: the peer adds -10000 to all of its scores, so it sees them all, as ours does.
+    # In fp32 that addition rounds the scores to 1e-3, so there the last text has one token.
+    last = 0 if dtype == torch.float64 else 1
+    mask = torch.arange(6) < torch.tensor([[6], [2], [last]]) if masked else None
+    t = torch.tensor([0, 431, 999]).to(dtype)
+    ours = net(x, t, t / 1000, Cond(text=text, text_mask=mask))
+    theirs = peer(x, encoder_hidden_states=text, timestep=t, encoder_attention_mask=mask).sample
+    compare(ours, theirs, [x, text], dtype)
+
+
+def test_pixart_parity_without_text():
+    """Withheld text is zero tokens, whose way through the caption MLP both compute."""
+    net, peer = pixart_pair(torch.float64)
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    text, t = torch.randn(2, 6, 12, dtype=torch.float64), torch.tensor([5.0, 700.0], dtype=torch.float64)
+    ours = net(x, t, t / 1000, Cond(text=text).without(semantic=True))
+    compare(ours, peer(x, encoder_hidden_states=0 * text, timestep=t).sample, [x], torch.float64)
+
+
+# --- What every network must do -------------------------------------------------------------------------------------
+
+CONFIGS = {
+    "dit": DiT(width=32, depth=2, heads=2),
+    "dit-qk": DiT(width=32, depth=2, heads=2, qk_norm=True),
+    "att": DiTAtt(width=32, depth=2, heads=2),
+    "att-plain": DiTAtt(width=32, depth=2, heads=2, qk_norm=False),
+    "pixart": PixArt(width=32, depth=2, heads=2),
+    "pixart-qk": PixArt(width=32, depth=2, heads=2, qk_norm=True),
+}
+KINDS = {"class": {"num_classes": 5}, "text": {"text_width": 12}, "none": {}}
+CASES = [(name, kind) for name in CONFIGS for kind in KINDS if kind != "text" or not name.startswith("dit")]
+SEMANTIC = [case for case in CASES if case[1] != "none"]
+every = pytest.mark.parametrize("name, kind", CASES)
+semantic = pytest.mark.parametrize("name, kind", SEMANTIC)
+
+
+def fresh(name: str, kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    cfg = CONFIGS[name]
+    return NETS[type(cfg)](cfg, Inputs(3, 8, control=Control(high=1, low=2), **KINDS[kind]))
+
+
+def batch(kind: str, dtype=torch.float32, h: int = 8, w: int = 8, control: bool = True):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 3, h, w, generator=g, dtype=dtype)
+    progress = torch.rand(3, generator=g, dtype=dtype)
+    fields = {}
+    if kind == "class":
+        fields["label"] = torch.tensor([0, 3, 4])
+    elif kind == "text":
+        fields["text"] = torch.randn(3, 5, 12, generator=g, dtype=dtype)
+        fields["text_mask"] = torch.arange(5) < torch.tensor([[5], [2], [3]])
+    if control:
+        fields["control_high"] = torch.rand(3, 1, generator=g, dtype=dtype)
+        fields["control_low"] = 512 * torch.rand(3, 2, generator=g, dtype=dtype)
+    return x, 1000 * progress, progress, Cond(**fields)
+
+
+@every
+def test_fresh_returns_zero(name, kind):
+    assert fresh(name, kind)(*batch(kind)).abs().max() == 0
+
+
+@every
+def test_every_parameter_gets_a_gradient(name, kind):
+    net = awake(fresh(name, kind))
+    net(*batch(kind)).square().sum().backward()
+    assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
+
+
+@every
+def test_output_does_not_depend_on_neighbours(name, kind):
+    net = awake(fresh(name, kind)).double()
+    x, c_noise, progress, cond = batch(kind, torch.float64)
+    whole = net(x, c_noise, progress, cond)
+    for i in range(3):
+        alone = net(x[i : i + 1], c_noise[i : i + 1], progress[i : i + 1], cond[i : i + 1])
+        torch.testing.assert_close(alone[0], whole[i], rtol=1e-11, atol=1e-12)
+
+
+@every
+def test_absent_control_contributes_nothing(name, kind):
+    net = awake(fresh(name, kind))
+    x, c_noise, progress, cond = batch(kind)
+    bare = batch(kind, control=False)[3]
+    absent = net(x, c_noise, progress, bare)
+    assert net(x, c_noise, progress, cond.without(control=True)).equal(absent)
+    assert (net(x, c_noise, progress, cond) - absent).abs().amax(dim=(1, 2, 3)).min() > 1e-4
+
+
+@semantic
+def test_withheld_condition(name, kind):
+    net = awake(fresh(name, kind))
+    x, c_noise, progress, cond = batch(kind, control=False)
+    withheld = net(x, c_noise, progress, cond.without(semantic=True))
+    if kind == "class":
+        null = Cond(label=torch.full((3,), 5))
+        assert net(x, c_noise, progress, Cond()).equal(withheld)
+    else:
+        # Withheld text is zero tokens, all of them seen, whatever length it had.
+        null = Cond(text=torch.zeros_like(cond.text), text_mask=torch.ones_like(cond.text_mask))
+    assert net(x, c_noise, progress, null).equal(withheld)
+    assert (net(x, c_noise, progress, cond) - withheld).abs().amax(dim=(1, 2, 3)).min() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["att", "pixart"])
+def test_padding_of_text_is_not_seen(name):
+    net = awake(fresh(name, "text")).double()
+    x, c_noise, progress, cond = batch("text", torch.float64)
+    other = torch.where(cond.text_mask[:, :, None], cond.text, 9.0)
+    changed = Cond(text=other, text_mask=cond.text_mask)
+    same = Cond(text=cond.text, text_mask=cond.text_mask)
+    torch.testing.assert_close(net(x, c_noise, progress, changed), net(x, c_noise, progress, same), rtol=1e-12, atol=0)
+    short = Cond(text=cond.text[1:2, :2])  # sample 1 has two real tokens
+    alone = net(x[1:2], c_noise[1:2], progress[1:2], short)
+    torch.testing.assert_close(alone[0], net(x, c_noise, progress, same)[1], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["att", "pixart"])
+def test_a_text_without_real_tokens_is_finite(name):
+    net = awake(fresh(name, "text"))
+    x, c_noise, progress, cond = batch("text")
+    empty = Cond(text=cond.text, text_mask=torch.zeros_like(cond.text_mask)).without(semantic=True)
+    out = net(x, c_noise, progress, empty)
+    out.square().sum().backward()
+    assert out.isfinite().all() and all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+
+@every
+def test_other_sizes_than_trained(name, kind):
+    net = awake(fresh(name, kind))
+    x, *rest = batch(kind, h=12, w=10)
+    out = net(x, *rest)
+    assert out.shape == x.shape and out.isfinite().all()
+
+
+@pytest.mark.parametrize("name, kind", [case for case in SEMANTIC if "-" not in case[0]])
+def test_torch_compile_traces_the_whole(name, kind):
+    net, args = awake(fresh(name, kind)), batch(kind)
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*args), net(*args))
+
+
+@every
+def test_bf16_autocast_stays_finite(name, kind):
+    net = awake(fresh(name, kind))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(*batch(kind))
+        out.float().square().sum().backward()
+    assert out.isfinite().all() and all(p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_class_token_has_no_weights_of_its_own():
+    """Table A1's class cell: beyond DiT's block only the adaLN grows, by 3 (D^2 + D)."""
+    D = 32
+    token, plain = (fresh("att", kind).blocks[0] for kind in ("class", "none"))
+    size = [sum(p.numel() for p in block.parameters()) for block in (token, plain)]
+    assert size[0] - size[1] == 3 * (D * D + D)
+
+
+def test_class_token_attends_as_one_image_token_would():
+    """The block is self-attention over [class; image], modulated token by token: 3:6 the class, 0:3 the image."""
+    block = awake(fresh("att", "class")).double().blocks[0]
+    x, text, c = torch.randn(2, 6, 32).double(), torch.randn(2, 1, 32).double(), torch.randn(2, 32).double()
+    ada = block.ada(c)
+    each = tuple(torch.cat([ada[3 + i], ada[i].expand(-1, 6, -1)], dim=1) for i in range(3))
+    both = block.branches.attend(torch.cat([text, x], dim=1), each)
+    image, token = block(x, text, c, None)
+    torch.testing.assert_close(token, both[:, :1])
+    torch.testing.assert_close(image, block.branches.transform(both[:, 1:], ada[6:]))
+
+
+def test_text_block_equals_its_equations():
+    """x += g1 SA(m1 x); x += g2 CA(m2 x, text); x += g3 MLP(m3 x), each m an affine of LN(x), written out by hand."""
+    block = awake(fresh("att", "text")).double().blocks[0]
+    x, text, c = torch.randn(2, 6, 32).double(), torch.randn(2, 4, 32).double(), torch.randn(2, 32).double()
+    mask = torch.tensor([[True, True, True, True], [True, False, True, False]])
+    w = dict(block.named_parameters())
+
+    def affine(name, v):
+        return v @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(v, gain):
+        return v / (v.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{gain}.weight"]
+
+    def attend(q, k, v, gains, see):
+        heads = []
+        for h in (slice(0, 16), slice(16, 32)):
+            score = norm(q[..., h], f"{gains}.q_norm") @ norm(k[..., h], f"{gains}.k_norm").mT / 4
+            heads.append(score.masked_fill(~see[:, None], -torch.inf).softmax(-1) @ v[..., h])
+        return torch.cat(heads, -1)
+
+    ada = affine("ada.linear", c * c.sigmoid())[:, None].split(32, dim=2)
+
+    def modulated(i):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + ada[i + 1]) + ada[i]
+
+    out, _ = block(x, text, c, mask)
+    qkv = affine("branches.qkv.linear", modulated(0)).split(32, dim=2)
+    everything = torch.ones(2, 6, dtype=torch.bool)
+    x = x + ada[2] * affine("branches.out", attend(*qkv, "branches.qkv", everything))
+    kv = affine("cross.kv", text).split(32, dim=2)
+    x = x + ada[5] * affine("cross.out", attend(affine("cross.q", modulated(3)), *kv, "cross", mask))
+    hidden = nn.functional.gelu(affine("branches.mlp.0", modulated(6)), approximate="tanh")
+    x = x + ada[8] * affine("branches.mlp.2", hidden)
+    torch.testing.assert_close(out, x, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,448 @@
+"""mmDiT and mmDiT++: parity with diffusers' SD3 transformer, counts of the papers, and what every network must do."""
+
+import dataclasses
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import awake
+from diffusers import SD3Transformer2DModel
+from diffusers.models.embeddings import PatchEmbed as PeerPatchEmbed
+from torch import Tensor, nn
+
+from gesso.cond import Cond
+from gesso.config import Control, Inputs, MMDiT, MMDiTpp
+from gesso.nets.embed import sinusoids
+from gesso.nets.mmdit import CroppedPosition, MMDiTNet, MMDiTppNet
+
+
+def build(cfg: MMDiT | MMDiTpp, inputs: Inputs) -> nn.Module:
+    return {MMDiT: MMDiTNet, MMDiTpp: MMDiTppNet}[type(cfg)](cfg, inputs)
+
+
+# --- parity with diffusers ---
+
+
+def to_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of diffusers' SD3Transformer2DModel (SD3 and SD3.5 large) as ours. Every key is used, or named here.
+
+    The queries of the last block's text reach no output; their weights travel in our qkv (which keeps the
+    rows), but their norm has no counterpart. Raises ValueError on a key that is left, as SD3.5 medium's attn2.
+    """
+    rest, ours = dict(state), {}
+    depth = 1 + max(int(key.split(".")[1]) for key in rest if key.startswith("transformer_blocks."))
+
+    def copy(theirs: str, name: str) -> None:
+        for part in ("weight", "bias"):
+            ours[f"{name}.{part}"] = rest.pop(f"{theirs}.{part}")
+
+    def copy_swapped(theirs: str, name: str) -> None:  # theirs: scale, shift; ours: shift, scale
+        for part in ("weight", "bias"):
+            scale, shift = rest.pop(f"{theirs}.{part}").chunk(2)
+            ours[f"{name}.{part}"] = torch.cat([shift, scale])
+
+    def copy_qkv(attn: str, qkv: tuple[str, ...], norms: tuple[str, ...], name: str, queries: bool) -> None:
+        for part in ("weight", "bias"):
+            ours[f"{name}.linear.{part}"] = torch.cat([rest.pop(f"{attn}.{n}.{part}") for n in qkv])
+        for norm, its in zip(norms, ("q_norm", "k_norm"), strict=True):
+            weight = rest.pop(f"{attn}.{norm}.weight", None)
+            if weight is not None and (queries or its == "k_norm"):
+                ours[f"{name}.{its}.weight"] = weight
+
+    def copy_stream(block: str, out: str, ff: str, ada: str, name: str) -> None:
+        copy(f"{block}.{ada}.linear", f"{name}.ada.linear")
+        copy(f"{block}.attn.{out}", f"{name}.out")
+        copy(f"{block}.{ff}.net.0.proj", f"{name}.mlp.0")
+        copy(f"{block}.{ff}.net.2", f"{name}.mlp.2")
+
+    table = rest.pop("pos_embed.pos_embed")
+    side = round(table.shape[1] ** 0.5)
+    ours["position.table"] = table.unflatten(1, (side, side))
+    copy("pos_embed.proj", "patch_embed.proj")
+    for theirs, name in (("timestep_embedder", "time.mlp"), ("text_embedder", "pooled")):
+        copy(f"time_text_embed.{theirs}.linear_1", f"{name}.0")
+        copy(f"time_text_embed.{theirs}.linear_2", f"{name}.2")
+    copy("context_embedder", "semantic.mlp")
+    for i in range(depth):
+        theirs, name, last = f"transformer_blocks.{i}", f"blocks.{i}", i == depth - 1
+        attn, added = f"{theirs}.attn", ("add_q_proj", "add_k_proj", "add_v_proj")
+        copy_qkv(attn, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), f"{name}.image_qkv", True)
+        copy_qkv(attn, added, ("norm_added_q", "norm_added_k"), f"{name}.text_qkv", not last)
+        copy_stream(theirs, "to_out.0", "ff", "norm1", f"{name}.image")
+        if last:
+            copy_swapped(f"{theirs}.norm1_context.linear", f"{name}.text.linear")
+        else:
+            copy_stream(theirs, "to_add_out", "ff_context", "norm1_context", f"{name}.text")
+    copy_swapped("norm_out.linear", "final_ada.linear")
+    copy("proj_out", "final")
+    if rest:
+        raise ValueError(f"no place for {', '.join(sorted(rest))}")
+    return ours
+
+
+class Float64Sinusoids(nn.Module):
+    """The peer's time_proj computes in float32 whatever its weights are; this is the same in their dtype."""
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        return sinusoids(timestep, 256)
+
+
+def pair(dtype: torch.dtype, qk_norm: str | None, depth: int = 3) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    peer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=depth, attention_head_dim=8,
+        num_attention_heads=4, joint_attention_dim=20, caption_projection_dim=32, pooled_projection_dim=12,
+        pos_embed_max_size=6, qk_norm=qk_norm,
+    )  # fmt: skip
+    peer = awake(peer).to(dtype).eval()
+    cfg = MMDiT(width=32, depth=depth, heads=4, text_weights="all", qk_norm=qk_norm is not None, max_grid=6)
+    ours = MMDiTNet(cfg, Inputs(4, 8, text_width=20, pooled_width=12)).to(dtype)
+    ours.load_state_dict(to_ours(peer.state_dict()))  # strict
+    return ours, peer
+
+
+def both(ours: nn.Module, peer: nn.Module, dtype: torch.dtype, height: int, width: int, time: float, batch: int = 2):
+    """Outputs and the gradients of x, text and pooled, of both."""
+    results = []
+    for which in ("ours", "peer"):
+        g = torch.Generator().manual_seed(3)
+        x, text, pooled, weight = (
+            torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+            for shape in [(batch, 4, height, width), (batch, 5, 20), (batch, 12), (batch, 4, height, width)]
+        )
+        t = (time * torch.rand(batch, generator=g, dtype=torch.float64)).to(dtype)
+        if which == "ours":
+            out = ours(x, t, t, Cond(text=text, pooled=pooled))
+        else:
+            out = peer(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t, return_dict=False)[0]
+        results.append((out, *torch.autograd.grad((out * weight).sum(), [x, text, pooled])))
+    assert results[0][0].std() > 1e-2
+    return results
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (4, 12), (12, 6), (2, 10)])
+def test_sd3_in_float64(height, width):
+    """Its time sinusoids, computed in float32, replaced: nothing else of the peer is below float64."""
+    ours, peer = pair(torch.float64, None)
+    peer.time_text_embed.time_proj = Float64Sinusoids()
+    for mine, theirs in zip(*both(ours, peer, torch.float64, height, width, time=1000), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (4, 12)])
+def test_sd35_in_float64(height, width):
+    """qk_norm: the peer's RMSNorm takes its mean square in float32."""
+    ours, peer = pair(torch.float64, "rms_norm")
+    peer.time_text_embed.time_proj = Float64Sinusoids()
+    for mine, theirs in zip(*both(ours, peer, torch.float64, height, width, time=1000), strict=True):
+        assert (mine - theirs).abs().max() < 1e-6 * theirs.abs().max()
+
+
+def test_sd3_with_the_peers_own_time_sinusoids():
+    """Unreplaced float32 sinusoids, at times below 1: 1e-6."""
+    ours, peer = pair(torch.float64, None)
+    for mine, theirs in zip(*both(ours, peer, torch.float64, 8, 12, time=1), strict=True):
+        assert (mine - theirs).abs().max() < 1e-6 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("qk_norm", [None, "rms_norm"])
+def test_sd3_in_float32(qk_norm):
+    ours, peer = pair(torch.float32, qk_norm)
+    for mine, theirs in zip(*both(ours, peer, torch.float32, 6, 8, time=1000), strict=True):
+        assert (mine - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def test_sd3_gradients_of_weights():
+    ours, peer = pair(torch.float64, None, depth=2)
+    peer.time_text_embed.time_proj = Float64Sinusoids()
+    g = torch.Generator().manual_seed(4)
+    x, text, pooled = (torch.randn(s, generator=g, dtype=torch.float64) for s in [(2, 4, 8, 6), (2, 3, 20), (2, 12)])
+    t = torch.tensor([10.0, 900.0], dtype=torch.float64)
+    ours(x, t, t, Cond(text=text, pooled=pooled)).square().sum().backward()
+    peer(x, text, pooled, t, return_dict=False)[0].square().sum().backward()
+    zero = {"pos_embed.pos_embed": peer.pos_embed.pos_embed}
+    theirs = to_ours({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in peer.named_parameters()} | zero)
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_sd3_mapping_names_what_it_cannot_take():
+    _, peer = pair(torch.float32, None)
+    with pytest.raises(ValueError, match=r"no place for transformer_blocks\.0\.attn2"):
+        to_ours(peer.state_dict() | {"transformer_blocks.0.attn2.to_q.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("max_grid, base", [(12, 4), (7, 6), (5, 5)])
+def test_cropped_position_is_the_peers_table(max_grid, base):
+    peer = PeerPatchEmbed(2 * base, 2 * base, 2, 4, 16, pos_embed_max_size=max_grid)
+    ours = CroppedPosition(16, max_grid, base)
+    torch.testing.assert_close(ours.table.flatten(1, 2), peer.pos_embed, rtol=0, atol=2e-6)  # theirs: float32 angles
+    for h, w in [(max_grid, max_grid), (3, 4), (2, 5), (1, 1)]:
+        torch.testing.assert_close(ours(h, w), peer.cropped_pos_embed(2 * h, 2 * w), rtol=0, atol=2e-6)
+
+
+def test_cropped_position_refuses_a_grid_beyond_its_table():
+    with pytest.raises(ValueError, match=r"3 x 7 tokens exceeds net\.max_grid=6"):
+        CroppedPosition(16, 6, 4)(3, 7)
+    with pytest.raises(ValueError, match="max_grid=6 is less than the 8 x 8"):
+        CroppedPosition(16, 6, 8)
+
+
+# --- counts ---
+
+SIX = Control(high=4, low=2, mlp="joint")
+
+
+def count(cfg: MMDiT | MMDiTpp, inputs: Inputs) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in build(cfg, inputs).parameters())
+
+
+def test_mmdit_parameters_of_table_a1():
+    """Text cell, with the position table of 64x64 latents, a constant here. No pooled text: one text MLP in all."""
+    total = count(MMDiT(width=1152, depth=28, heads=16), Inputs(4, 64, text_width=768, control=SIX))
+    assert total + 1024 * 1152 == pytest.approx(791.64e6, rel=1e-5)
+
+
+def test_mmditpp_text_has_the_size_of_mmdit():
+    inputs = Inputs(4, 64, text_width=768, control=SIX)
+    shape = {"width": 1152, "depth": 28, "heads": 16}
+    assert count(MMDiTpp(**shape), inputs) == count(MMDiT(**shape), inputs)
+
+
+def test_literal_two_stream_mmdit():
+    """SD3's block at XL/2: 4 latent channels, CLIP-L tokens and pooled text of 768, qk-norm: 1328.85 M."""
+    cfg = MMDiT(width=1152, depth=28, heads=16, text_weights="all")
+    inputs = Inputs(4, 64, text_width=768, pooled_width=768)
+    assert count(cfg, inputs) == 1_328_851_528
+    with torch.device("meta"):
+        peer = SD3Transformer2DModel(
+            num_layers=28, attention_head_dim=72, num_attention_heads=16, in_channels=4, out_channels=4,
+            joint_attention_dim=768, pooled_projection_dim=768, qk_norm="rms_norm",
+        )  # fmt: skip
+    # The peer also has a norm for the queries of the last block's text, which reach no output.
+    assert peer.num_parameters() == count(cfg, inputs) + 72
+
+
+def test_sd3_medium_parameters():
+    cfg = MMDiT(width=1536, depth=24, heads=24, text_weights="all", qk_norm=False, max_grid=192)
+    inputs = Inputs(16, 128, text_width=4096, pooled_width=2048)
+    assert count(cfg, inputs) == pytest.approx(2028.3e6, abs=0.05e6)
+    with torch.device("meta"):
+        peer = SD3Transformer2DModel(
+            num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192
+        )
+        ours = build(cfg, inputs)
+    assert peer.num_parameters() == count(cfg, inputs)
+    ours.load_state_dict(to_ours(peer.state_dict()), assign=True)
+
+
+# --- what every network must do ---
+
+
+class Case(NamedTuple):
+    cfg: MMDiT | MMDiTpp
+    inputs: Inputs
+
+
+SHAPE = {"width": 32, "depth": 3, "heads": 2}
+QKV, ALL = MMDiT(**SHAPE), MMDiT(**SHAPE, text_weights="all", max_grid=10)
+PP, PP_ALL = MMDiTpp(**SHAPE), MMDiTpp(**SHAPE, text_weights="all")
+LEVELS = Control(high=3, low=2)
+
+CASES = {
+    "mmdit class": Case(QKV, Inputs(3, 8, 5)),
+    "mmdit class control": Case(QKV, Inputs(3, 8, 5, control=SIX)),
+    "mmdit text": Case(QKV, Inputs(3, 8, text_width=12)),
+    "mmdit text pooled control": Case(QKV, Inputs(3, 8, text_width=12, pooled_width=10, control=LEVELS)),
+    "mmdit none": Case(QKV, Inputs(3, 8)),
+    "mmdit all class": Case(ALL, Inputs(3, 8, 5)),
+    "mmdit all text pooled": Case(ALL, Inputs(3, 8, text_width=12, pooled_width=10)),
+    "mmdit all text no qk-norm": Case(ALL.model_copy(update={"qk_norm": False}), Inputs(3, 8, text_width=12)),
+    "mmdit all none control": Case(ALL, Inputs(3, 8, control=LEVELS)),
+    "mmdit++ text": Case(PP, Inputs(3, 8, text_width=12)),
+    "mmdit++ text control": Case(PP, Inputs(3, 8, text_width=12, control=LEVELS)),
+    "mmdit++ all text": Case(PP_ALL, Inputs(3, 8, text_width=12)),
+}
+TEXTS = [name for name in CASES if "text" in name]
+
+
+def sample(case: Case, batch: int = 3, size: tuple[int, int] = (8, 8), dtype=torch.float32):
+    """Arguments of forward: x, c_noise, progress, cond. Captions of 6, 1 and 4 tokens, padded with noise."""
+    g = torch.Generator().manual_seed(1)
+    draw = {"generator": g, "dtype": dtype}
+    x, progress = torch.randn(batch, 3, *size, **draw), torch.rand(batch, **draw)
+    inputs, fields = case.inputs, {}
+    if inputs.num_classes:
+        fields["label"] = torch.arange(batch) % 5
+    if inputs.text_width:
+        fields["text"] = torch.randn(batch, 6, inputs.text_width, **draw)
+        fields["text_mask"] = torch.arange(6) < torch.tensor([6, 1, 4])[:batch, None]
+    if inputs.pooled_width:
+        fields["pooled"] = torch.randn(batch, inputs.pooled_width, **draw)
+    if inputs.control.high:
+        fields["control_high"] = 500 * torch.rand(batch, inputs.control.high, **draw)
+        fields["control_low"] = 500 * torch.rand(batch, inputs.control.low, **draw)
+    return x, 1000 * progress, progress, Cond(**fields)
+
+
+def small(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    return awake(build(*CASES[name])).to(dtype)
+
+
+@pytest.fixture(params=list(CASES))
+def name(request) -> str:
+    return request.param
+
+
+def test_fresh_networks_return_zero(name):
+    assert build(*CASES[name])(*sample(CASES[name])).abs().max() == 0
+
+
+def test_every_parameter_gets_a_gradient(name):
+    net = small(name)
+    net(*sample(CASES[name], dtype=torch.float64)).square().sum().backward()
+    assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
+
+
+def test_output_does_not_depend_on_neighbours(name):
+    net = small(name)
+    x, c_noise, progress, cond = sample(CASES[name], dtype=torch.float64)
+    whole = net(x, c_noise, progress, cond)
+    for i in range(len(x)):
+        alone = net(x[i : i + 1], c_noise[i : i + 1], progress[i : i + 1], cond[i : i + 1])
+        torch.testing.assert_close(alone[0], whole[i], rtol=1e-11, atol=1e-12)
+
+
+def test_torch_compile_traces_the_whole(name):
+    torch.compiler.reset()  # all cases share one forward, of which torch keeps 8 traces
+    net, args = small(name), sample(CASES[name], size=(8, 12), dtype=torch.float64)
+    torch.testing.assert_close(torch.compile(net, fullgraph=True, backend="eager")(*args), net(*args))
+
+
+def test_bf16_autocast_stays_finite(name):
+    net = small(name, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(*sample(CASES[name]))
+    out.square().sum().backward()
+    assert out.isfinite().all() and all(p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("size", [(4, 12), (14, 6), (20, 20)])
+def test_other_sizes_than_trained(name, size):
+    args = sample(CASES[name], size=size)
+    assert small(name, torch.float32)(*args).shape == args[0].shape
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_withheld_text_is_zero_tokens_and_zero_pooled_text(name):
+    net = small(name)
+    x, c_noise, progress, cond = sample(CASES[name], dtype=torch.float64)
+    zero = dataclasses.replace(
+        cond,
+        text=torch.zeros_like(cond.text),
+        text_mask=torch.ones_like(cond.text_mask),  # all seen, whatever length the text had
+        pooled=None if cond.pooled is None else torch.zeros_like(cond.pooled),
+    )
+    some = dataclasses.replace(cond, has_semantic=torch.tensor([True, False, True]))
+    given, null, mixed = (net(x, c_noise, progress, c) for c in (cond, zero, some))
+    torch.testing.assert_close(net(x, c_noise, progress, cond.without(semantic=True)), null)
+    torch.testing.assert_close(mixed, torch.stack([given[0], null[1], given[2]]))
+    assert (given - null).flatten(1).abs().amax(1).min() > 1e-4
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_masked_padding_does_not_matter_and_zero_padding_does(name):
+    net = small(name)
+    x, c_noise, progress, cond = sample(CASES[name], dtype=torch.float64)
+
+    def out(**changes):
+        return net(x, c_noise, progress, dataclasses.replace(cond, **changes))
+
+    mask, text = cond.text_mask, cond.text
+    wanted = out()
+    torch.testing.assert_close(out(text=torch.where(mask[..., None], text, 1e3)), wanted, rtol=1e-11, atol=1e-12)
+    # A longer padding is no different, and the same caption alone, without a mask, neither.
+    longer = {"text": torch.cat([text, text], dim=1), "text_mask": torch.cat([mask, torch.zeros_like(mask)], dim=1)}
+    torch.testing.assert_close(out(**longer), wanted, rtol=1e-11, atol=1e-12)
+    cut = dataclasses.replace(cond[1:2], text=text[1:2, :1], text_mask=None)
+    torch.testing.assert_close(net(x[1:2], c_noise[1:2], progress[1:2], cut)[0], wanted[1], rtol=1e-11, atol=1e-12)
+    zeros = out(text=torch.where(mask[..., None], text, 0), text_mask=None)
+    changed = (zeros - wanted).flatten(1).abs().amax(1)
+    assert changed[0] < 1e-12 and changed[1:].min() > 1e-4  # the first caption has no padding
+
+
+def test_gradients_do_not_flow_from_masked_padding():
+    net = small("mmdit text pooled control")
+    x, c_noise, progress, cond = sample(CASES["mmdit text pooled control"], dtype=torch.float64)
+    text = cond.text.clone().requires_grad_()
+    net(x, c_noise, progress, dataclasses.replace(cond, text=text)).square().sum().backward()
+    assert text.grad[~cond.text_mask].abs().max() == 0 and text.grad[cond.text_mask].abs().amax(1).min() > 0
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if "class" in n])
+def test_withheld_label_is_the_null_label(name):
+    net = small(name)
+    x, c_noise, progress, cond = sample(CASES[name], dtype=torch.float64)
+    null = net(x, c_noise, progress, dataclasses.replace(cond, label=torch.full((3,), 5)))
+    torch.testing.assert_close(net(x, c_noise, progress, cond.without(semantic=True)), null)
+    torch.testing.assert_close(net(x, c_noise, progress, dataclasses.replace(cond, label=None)), null)
+    assert (net(x, c_noise, progress, cond) - null).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if "control" in n])
+def test_absent_control_contributes_exactly_zero(name):
+    net = small(name)
+    x, c_noise, progress, cond = sample(CASES[name], dtype=torch.float64)
+    none = net(x, c_noise, progress, dataclasses.replace(cond, control_high=None, control_low=None))
+    assert net(x, c_noise, progress, cond.without(control=True)).equal(none)
+    assert (net(x, c_noise, progress, cond) - none).flatten(1).abs().amax(1).min() > 1e-5
+
+
+# --- what the two differ in ---
+
+
+def modulating(net: nn.Module, args) -> Tensor:
+    """c, the input of the final adaLN."""
+    seen = []
+    handle = net.final_ada.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    net(*args)
+    handle.remove()
+    return seen[0]
+
+
+def test_c_holds_the_class_and_the_pooled_text_in_mmdit_and_nothing_semantic_in_mmditpp():
+    for case, semantic in [
+        ("mmdit class", True), ("mmdit text pooled control", True), ("mmdit all text pooled", True),
+        ("mmdit text", False), ("mmdit++ text control", False),
+    ]:  # fmt: skip
+        net = small(case)
+        x, c_noise, progress, cond = sample(CASES[case], dtype=torch.float64)
+        given = modulating(net, (x, c_noise, progress, cond))
+        withheld = modulating(net, (x, c_noise, progress, cond.without(semantic=True)))
+        assert (not given.equal(withheld)) == semantic, case
+
+
+def test_the_class_in_c_is_the_class_token():
+    net = small("mmdit class")
+    args = sample(CASES["mmdit class"], dtype=torch.float64)
+    wanted = net.time(args[1]) + net.semantic.table(args[3].label)
+    torch.testing.assert_close(modulating(net, args), wanted)
+
+
+def test_mmdit_without_pooled_text_is_mmditpp():
+    """On equal weights, text in the tokens alone: one function."""
+    ours, theirs = small("mmdit text"), build(*CASES["mmdit++ text"]).double()
+    theirs.load_state_dict(ours.state_dict())
+    args = sample(CASES["mmdit text"], dtype=torch.float64)
+    assert ours(*args).equal(theirs(*args))
+
+
+def test_all_has_a_block_of_its_own_for_text_and_qkv_only_qkv():
+    shared, own = dict(small("mmdit text").blocks[0].named_parameters()), small("mmdit all text pooled").blocks[0]
+    assert {n for n in shared if n.startswith("text")} == {
+        "text_qkv.linear.weight", "text_qkv.q_norm.weight", "text_qkv.k_norm.weight"
+    }  # fmt: skip
+    image = sum(p.numel() for n, p in own.named_parameters() if n.startswith("image"))
+    assert sum(p.numel() for n, p in own.named_parameters() if n.startswith("text")) == image
