@@ -115,13 +115,8 @@ def denoiser(weights: dict[str, Tensor], run: Run, device: torch.device | str = 
     Raises RunError that lists what does not fit when the weights are of another network.
     """
     net = nets.build(run.net, run.inputs)
-    own = net.state_dict()
-    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    other = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
-    if missing or unknown or other:
-        raise RunError(
-            f"weights of another network: missing {missing[:3]}, unknown {unknown[:3]}, other shape {other[:3]}"
-        )
+    if wrong := nets.misfit(net, weights):
+        raise RunError(f"weights of another network: {wrong}")
     net.load_state_dict(weights)
     mp.put_on_sphere(mp.sphere_weights(net))
     return Denoiser(net, process.build(run.process), run.net.embedding).to(device).eval().requires_grad_(False)

@@ -29,13 +29,7 @@ def load(state: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, str]]:
         shown = ", ".join(sorted(keys)[:3])
         raise UsageError(f"weights of no project that gesso knows (tensors such as {shown})")
     net = nets.build(cfg, inputs)
-    own = net.state_dict()
-    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
-    if missing or unknown or shapes:
-        raise RunError(
-            f"{notes['source']}: {len(missing)} missing {missing[:5]}, {len(unknown)} unknown {unknown[:5]}, "
-            f"{len(shapes)} of another shape {shapes[:5]}"
-        )
+    if wrong := nets.misfit(net, weights):
+        raise RunError(f"{notes['source']}: {wrong}")
     net.load_state_dict(dict(weights))
     return net.eval(), notes

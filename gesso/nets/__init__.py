@@ -4,7 +4,9 @@ x (B, C, H, W) scaled by c_in; c_noise (B,) for the network's kind of time embed
 clean to 1 noise; cond a Cond of the same batch. F has the shape of x.
 """
 
-from torch import nn
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 
 from gesso.config import (
     EDM2,
@@ -61,3 +63,15 @@ def build(cfg: Net, inputs: Inputs) -> nn.Module:
     if inputs.num_classes and inputs.text_width:
         raise ValueError("a network is conditioned on classes or on text, not on both")
     return NETS[type(cfg)](cfg, inputs)
+
+
+def misfit(net: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
+    """What keeps `weights` from being the state of `net`: the first names that are missing, unknown or of another shape."""
+    own = net.state_dict()
+    wrong = {
+        "missing": sorted(own.keys() - weights.keys()),
+        "unknown": sorted(weights.keys() - own.keys()),
+        "of another shape": sorted(k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape),
+    }
+    said = [f"{len(names)} {what} ({', '.join(names[:4])})" for what, names in wrong.items() if names]
+    return "; ".join(said) or None
