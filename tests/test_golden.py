@@ -15,7 +15,7 @@ from gesso.train import loop
 from gesso.train.start import opened
 
 GOLDEN = Path(__file__).with_name("golden.json")
-RECIPES = ["digits", "digits-edm2"]
+RECIPES = list(recipes.digits.RECIPES)  # one for each network family
 
 
 def losses(recipe: str) -> list[float]:
