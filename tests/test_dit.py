@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from gesso.cond import Cond
 from gesso.config import Control, DiT, DiTAtt, Inputs, PixArt
+from gesso.errors import RunError
+from gesso.interop import dit, pixart
 from gesso.nets.dit import DiTAttNet, DiTNet, PixArtNet
 from gesso.nets.embed import sinusoids
 
@@ -52,85 +54,6 @@ def test_parameters_to_the_last_digit(cfg, semantic, exact):
     assert sum(p.numel() for p in net.parameters()) == exact
 
 
-# --- Weights of diffusers under our names ---------------------------------------------------------------------------
-
-
-def rename(state: dict[str, Tensor], pairs: dict[str, str]) -> dict[str, Tensor]:
-    """Take the weight and bias of each layer out of `state`, under our name."""
-    return {f"{ours}.{kind}": state.pop(f"{theirs}.{kind}") for theirs, ours in pairs.items() for kind in ("weight", "bias")}  # fmt: skip
-
-
-def stacked(state: dict[str, Tensor], prefix: str, names: str, ours: str) -> dict[str, Tensor]:
-    """Several matrices as one, the rows of each after those of the one before."""
-    return {
-        f"{ours}.{kind}": torch.cat([state.pop(f"{prefix}.to_{n}.{kind}") for n in names]) for kind in ("weight", "bias")
-    }  # fmt: skip
-
-
-def block_to_ours(state: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
-    """Self-attention and MLP, which both peers name alike."""
-    layers = {"attn1.to_out.0": "out", "ff.net.0.proj": "mlp.0", "ff.net.2": "mlp.2"}
-    renamed = rename(state, {f"{theirs}.{a}": f"{ours}.branches.{b}" for a, b in layers.items()})
-    return renamed | stacked(state, f"{theirs}.attn1", "qkv", f"{ours}.branches.qkv.linear")
-
-
-def depth_of(state: dict[str, Tensor]) -> int:
-    return 1 + max(int(name.split(".")[1]) for name in state if name.startswith("transformer_blocks."))
-
-
-def dit_to_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DiTTransformer2DModel -> DiTNet. Raises ValueError if its copies of the embedders differ, or keys are left."""
-    state, depth = dict(state), depth_of(state)
-    embedders = {
-        "timestep_embedder.linear_1.weight": "trunk.time.mlp.0.weight",
-        "timestep_embedder.linear_1.bias": "trunk.time.mlp.0.bias",
-        "timestep_embedder.linear_2.weight": "trunk.time.mlp.2.weight",
-        "timestep_embedder.linear_2.bias": "trunk.time.mlp.2.bias",
-        "class_embedder.embedding_table.weight": "table.weight",
-    }
-    ours = rename(
-        state, {"pos_embed.proj": "trunk.patch_embed.proj", "proj_out_1": "final_ada.linear", "proj_out_2": "trunk.final"}
-    )  # fmt: skip
-    for theirs, name in embedders.items():
-        ours[name], *copies = [state.pop(f"transformer_blocks.{i}.norm1.emb.{theirs}") for i in range(depth)]
-        if not all(copy.equal(ours[name]) for copy in copies):
-            raise ValueError(f"{theirs} differs between blocks; DiT has one embedder for all of them")
-    for i in range(depth):
-        block = f"transformer_blocks.{i}"
-        ours |= block_to_ours(state, block, f"blocks.{i}")
-        ours |= rename(state, {f"{block}.norm1.linear": f"blocks.{i}.ada.linear"})
-    if state:
-        raise ValueError(f"weights without a place in DiT: {', '.join(state)}")
-    return ours
-
-
-def pixart_to_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """PixArtTransformer2DModel -> PixArtNet with text. Raises ValueError if keys are left."""
-    state, depth = dict(state), depth_of(state)
-    ours = rename(
-        state,
-        {
-            "pos_embed.proj": "trunk.patch_embed.proj",
-            "adaln_single.emb.timestep_embedder.linear_1": "trunk.time.mlp.0",
-            "adaln_single.emb.timestep_embedder.linear_2": "trunk.time.mlp.2",
-            "adaln_single.linear": "ada.linear",
-            "caption_projection.linear_1": "semantic.mlp.0",
-            "caption_projection.linear_2": "semantic.mlp.2",
-            "proj_out": "trunk.final",
-        },
-    )
-    ours["final_table"] = state.pop("scale_shift_table")
-    for i in range(depth):
-        block = f"transformer_blocks.{i}"
-        ours |= block_to_ours(state, block, f"blocks.{i}")
-        ours[f"blocks.{i}.table"] = state.pop(f"{block}.scale_shift_table")
-        ours |= rename(state, {f"{block}.attn2.to_q": f"blocks.{i}.cross.q", f"{block}.attn2.to_out.0": f"blocks.{i}.cross.out"})  # fmt: skip
-        ours |= stacked(state, f"{block}.attn2", "kv", f"blocks.{i}.cross.kv")
-    if state:
-        raise ValueError(f"weights without a place in PixArt: {', '.join(state)}")
-    return ours
-
-
 # --- Parity with diffusers ------------------------------------------------------------------------------------------
 
 
@@ -171,7 +94,7 @@ def dit_pair(dtype: torch.dtype):
         block.norm1.emb.load_state_dict(first.state_dict())
         block.norm1.emb.time_proj = Sinusoids()
     net = DiTNet(DiT(width=32, depth=3, heads=2), Inputs(4, 8, 5)).to(dtype)
-    net.load_state_dict(dit_to_ours(peer.state_dict()))
+    net.load_state_dict(dit.from_diffusers(peer.state_dict()))
     net.trunk.position = PeerPosition(peer)
     return net, peer
 
@@ -181,7 +104,7 @@ def pixart_pair(dtype: torch.dtype):
     if dtype == torch.float64:
         peer.adaln_single.emb.time_proj = Sinusoids()
     net = PixArtNet(PixArt(width=32, depth=3, heads=2), Inputs(4, 8, text_width=12)).to(dtype)
-    net.load_state_dict(pixart_to_ours(peer.state_dict()))
+    net.load_state_dict(pixart.from_diffusers(peer.state_dict()))
     net.trunk.position = PeerPosition(peer)
     return net, peer
 
@@ -219,8 +142,8 @@ def test_dit_parity_notices_the_peers_frequencies():
 
 def test_dit_weights_with_unlike_embedders_are_refused():
     peer = peer_of(DiTTransformer2DModel, torch.float32, num_embeds_ada_norm=5)
-    with pytest.raises(ValueError, match="differs between blocks"):
-        dit_to_ours(peer.state_dict())
+    with pytest.raises(RunError, match="differs between blocks"):
+        dit.from_diffusers(peer.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -3,10 +3,16 @@
 import pytest
 import reference_edm2
 import torch
+from conftest import awake
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers.loaders import single_file_utils
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
-from gesso import interop
+from gesso import interop, nets
 from gesso.cond import Cond
+from gesso.config import Inputs
 from gesso.errors import RunError, UsageError
+from gesso.interop import found
 
 
 def published_edm2(c=64, classes=7, channels=3):
@@ -103,3 +109,241 @@ def test_missing_and_unknown_tensors_are_listed():
 def test_unknown_weights():
     with pytest.raises(UsageError, match="no project that gesso knows"):
         interop.load({"model.layer.weight": torch.zeros(1)})
+
+
+# --- diffusers' transformers and U-Net, and the names of their originals --------------------------------------------
+
+
+def dit_peer(heads=2, out=4):
+    peer = DiTTransformer2DModel(
+        num_attention_heads=heads, attention_head_dim=32 // heads, num_layers=2, sample_size=8, in_channels=4,
+        out_channels=out, num_embeds_ada_norm=5, norm_eps=1e-6,
+    )  # fmt: skip
+    awake(peer)
+    first = peer.transformer_blocks[0].norm1.emb
+    for block in peer.transformer_blocks:  # one embedder, as in DiT, at DiT's frequencies
+        block.norm1.emb.load_state_dict(first.state_dict())
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    return peer.eval()
+
+
+def pixart_peer():
+    return awake(
+        PixArtTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=16, num_layers=2, sample_size=32, in_channels=4, out_channels=8,
+            cross_attention_dim=32, caption_channels=12, norm_eps=1e-6,
+        )
+    ).eval()  # fmt: skip
+
+
+def sd3_peer(qk_norm=None):
+    return awake(
+        SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+            num_attention_heads=4, joint_attention_dim=20, caption_projection_dim=32, pooled_projection_dim=12,
+            pos_embed_max_size=6, qk_norm=qk_norm,
+        )
+    ).eval()  # fmt: skip
+
+
+def unet_peer(sdxl: bool):
+    more = dict(
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=20 + 6 * 256,
+    )  # fmt: skip
+    return awake(
+        UNet2DConditionModel(
+            in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=24,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2), attention_head_dim=4 if sdxl else 8, **(more if sdxl else {}),
+        )
+    ).eval()  # fmt: skip
+
+
+def randn(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def close(ours, theirs):
+    assert ours.std() > 1e-2
+    assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
+
+
+T = torch.tensor([3.0, 431.0])
+
+
+def their_positions(net, peer):
+    """arange in place of the resampled grid: the known difference, which the notes name."""
+    width, base = peer.pos_embed.pos_embed.shape[2], peer.pos_embed.base_size
+    net.trunk.position.table = get_2d_sincos_pos_embed(width, (base, base), base_size=base).float()[None]
+
+
+@pytest.mark.parametrize("out", [4, 8])
+def test_dit_of_diffusers(out):
+    peer = dit_peer(out=out)
+    net, notes = interop.load(peer.state_dict(), heads=2)
+    assert net.trunk.position.base == (16, 16) and net.num_classes == 5
+    net.trunk.position = nets.dit.GridPosition(32, (4, 4))  # the peer's grid; no name or shape tells it
+    their_positions(net, peer)
+    label, x = torch.tensor([1, 5]), randn(2, 4, 8, 8)
+    close(net(x, T, T / 1000, Cond(label=label)), peer(x, timestep=T, class_labels=label).sample[:, :4])
+    assert "downscale_freq_shift=1" in notes["time"] and notes["process"].startswith("VP")
+    assert ("adapted" in notes) == (out == 8)
+
+
+def original_dit(state):
+    """A diffusers DiT under facebookresearch/DiT's names."""
+    emb = "transformer_blocks.0.norm1.emb"
+    own = {"y_embedder.embedding_table.weight": state[f"{emb}.class_embedder.embedding_table.weight"]}
+    pairs = {
+        "pos_embed.proj": "x_embedder.proj", "proj_out_1": "final_layer.adaLN_modulation.1",
+        "proj_out_2": "final_layer.linear", f"{emb}.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        f"{emb}.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    }  # fmt: skip
+    for i in range(2):
+        theirs = f"transformer_blocks.{i}"
+        pairs |= {
+            f"{theirs}.attn1.to_out.0": f"blocks.{i}.attn.proj", f"{theirs}.ff.net.0.proj": f"blocks.{i}.mlp.fc1",
+            f"{theirs}.ff.net.2": f"blocks.{i}.mlp.fc2", f"{theirs}.norm1.linear": f"blocks.{i}.adaLN_modulation.1",
+        }  # fmt: skip
+        for part in ("weight", "bias"):
+            qkv = [state[f"{theirs}.attn1.to_{x}.{part}"] for x in "qkv"]
+            own[f"blocks.{i}.attn.qkv.{part}"] = torch.cat(qkv)
+    own |= {f"{b}.{part}": state[f"{a}.{part}"] for a, b in pairs.items() for part in ("weight", "bias")}
+    return own
+
+
+def test_dit_under_its_own_names():
+    peer = dit_peer(out=8)
+    state = original_dit(peer.state_dict()) | {"pos_embed": peer.pos_embed.pos_embed}
+    net, notes = interop.load(state, heads=2)
+    assert net.trunk.position.base == (4, 4) and "adapted" in notes and "facebookresearch" in notes["source"]
+    their_positions(net, peer)
+    label, x = torch.tensor([1, 5]), randn(2, 4, 8, 8)
+    close(net(x, T, T / 1000, Cond(label=label)), peer(x, timestep=T, class_labels=label).sample[:, :4])
+    with pytest.raises(RunError, match="pos_embed of shape"):
+        interop.load(state | {"pos_embed": torch.zeros(1, 15, 32)}, heads=2)
+
+
+def test_pixart_of_diffusers():
+    peer = pixart_peer()
+    net, notes = interop.load(peer.state_dict(), heads=2)
+    their_positions(net, peer)
+    x, text = randn(2, 4, 32, 32), randn(2, 6, 12)
+    close(net(x, T, T / 1000, Cond(text=text)), peer(x, text, timestep=T).sample[:, :4])
+    assert notes["adapted"] == "learned sigma left behind"
+
+
+def sd3_forward(peer):
+    x, text, pooled = randn(2, 4, 8, 8), randn(2, 5, 20), randn(2, 12)
+    return (x, T, T / 1000, Cond(text=text, pooled=pooled)), peer(x, text, pooled, T, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("qk_norm", [None, "rms_norm"])
+def test_sd3_of_diffusers(qk_norm):
+    peer = sd3_peer(qk_norm)
+    net, notes = interop.load(peer.state_dict(), heads=None if qk_norm else 4)
+    args, theirs = sd3_forward(peer)
+    close(net(*args), theirs)
+    assert notes["process"].startswith("RF") and notes["c_noise"] == "1000*s"
+    assert interop.sd3.settings(peer.state_dict(), 4)[1] == Inputs(4, 8, text_width=20, pooled_width=12)
+
+
+def original_sd3(net):
+    """Our SD3 under Stability's names."""
+    renames = {
+        "position.table": "pos_embed", "patch_embed.proj": "x_embedder.proj", "semantic.mlp": "context_embedder",
+        "final_ada.linear": "final_layer.adaLN_modulation.1", "final.": "final_layer.linear.", "time.mlp": "t_embedder.mlp",
+        "pooled.": "y_embedder.mlp.",
+    }  # fmt: skip
+    inner = {
+        "_qkv.linear": "_block.attn.qkv", "_qkv.q_norm": "_block.attn.ln_q", "_qkv.k_norm": "_block.attn.ln_k",
+        ".out": "_block.attn.proj", ".mlp.0": "_block.mlp.fc1", ".mlp.2": "_block.mlp.fc2",
+        ".ada.linear": "_block.adaLN_modulation.1", ".linear": "_block.adaLN_modulation.1",
+    }  # fmt: skip
+    state = {}
+    for name, tensor in net.state_dict().items():
+        if name.startswith("blocks."):
+            _, i, rest = name.split(".", 2)
+            kind = "x" if rest.startswith("image") else "context"
+            rest = rest.removeprefix("image").removeprefix("text")
+            ours = next(a for a in inner if rest.startswith(a))
+            state[f"joint_blocks.{i}.{kind}{rest.replace(ours, inner[ours], 1)}"] = tensor
+        else:
+            ours = next(a for a in renames if name.startswith(a))
+            state[name.replace(ours, renames[ours], 1)] = tensor
+    state["pos_embed"] = state["pos_embed"].flatten(1, 2)
+    return state
+
+
+@pytest.mark.parametrize("qk_norm", [None, "rms_norm"])
+def test_sd3_under_stabilitys_names(qk_norm):
+    """Taken by us and, through its own converter, by diffusers: the same function."""
+    source = interop.load(sd3_peer(qk_norm).state_dict(), heads=4)[0]
+    state = original_sd3(source)
+    if qk_norm:  # the published last block has a norm for text queries that reach nothing
+        state["joint_blocks.1.context_block.attn.ln_q.weight"] = torch.ones(8)
+    net, notes = interop.load(state, heads=4)
+    assert "Stability" in notes["source"]
+    converted = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(dict(state))
+    peer = sd3_peer(qk_norm)
+    peer.load_state_dict(converted)
+    args, theirs = sd3_forward(peer)
+    close(net(*args), theirs)
+
+
+@pytest.mark.parametrize("sdxl", [False, True])
+def test_unet_of_diffusers(sdxl):
+    peer = unet_peer(sdxl)
+    net, notes = interop.load(peer.state_dict(), heads=4 if sdxl else None)  # SD1.5: 8 heads
+    x, text = randn(2, 4, 8, 8), randn(2, 7, 24)
+    cond, more = Cond(text=text), {}
+    if sdxl:
+        pooled, sizes = randn(2, 20), 64 * randn(2, 6).abs()
+        cond = Cond(text=text, pooled=pooled, control_high=sizes[:, :4], control_low=sizes[:, 4:])
+        more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
+    close(net(x, T, T / 1000, cond), peer(x, T, text, **more).sample)
+    assert notes["source"].startswith("SDXL" if sdxl else "SD1.5") and notes["process"].startswith("VP")
+    cfg = interop.unet.settings(peer.state_dict())[0]
+    assert (cfg.heads, cfg.head_width) == ((None, 64) if sdxl else (8, 64))
+
+
+@pytest.mark.parametrize(
+    "width, depth, heads", [(384, 12, 6), (768, 12, 12), (1024, 24, 16), (1152, 28, 16), (1536, 24, 24)]
+)
+def test_heads_of_known_sizes(width, depth, heads):
+    assert found.heads_of(width, depth, None) == heads
+
+
+@pytest.mark.parametrize("make", [dit_peer, pixart_peer, sd3_peer])
+def test_heads_that_nothing_tells_are_asked_for(make):
+    with pytest.raises(UsageError, match="say heads="):
+        interop.load(make().state_dict())
+    with pytest.raises(UsageError, match="heads=5 does not fit"):
+        interop.load(make().state_dict(), heads=5)
+
+
+@pytest.mark.parametrize(
+    "make, gone, missing",
+    [
+        (dit_peer, "proj_out_1.bias", "final_ada.linear.bias"),
+        (pixart_peer, "transformer_blocks.1.attn2.to_out.0.bias", "blocks.1.cross.out.bias"),
+        (sd3_peer, "transformer_blocks.0.attn.to_add_out.weight", "blocks.0.text.out.weight"),
+        (lambda: unet_peer(False), "down_blocks.1.resnets.0.conv2.weight", "down.1.0.residual.conv1.weight"),
+    ],
+)
+def test_missing_and_unknown_tensors_of_diffusers(make, gone, missing):
+    state = make().state_dict()
+    del state[gone]
+    state["transformer_blocks.0.attn7.to_q.weight"] = torch.zeros(1)
+    with pytest.raises(
+        RunError, match=rf"1 missing \({missing}\); 1 unknown \(transformer_blocks.0.attn7.to_q.weight\)"
+    ):
+        interop.load(state, heads=4)
+
+
+def test_a_missing_tensor_that_tells_the_size():
+    state = dit_peer().state_dict()
+    del state["pos_embed.proj.weight"]
+    with pytest.raises(RunError, match=r"pos_embed\.proj\.weight is missing"):
+        interop.load(state, heads=2)

@@ -9,6 +9,7 @@ from torch import nn
 
 from gesso.cond import Cond
 from gesso.config import Control, Inputs, UNet
+from gesso.interop.unet import from_diffusers
 from gesso.nets.embed import control_features, sinusoids
 from gesso.nets.unet import UNetNet
 
@@ -41,72 +42,7 @@ def test_parameters(cfg, inputs, millions):
     assert round(count(cfg, inputs) / 1e6, 3) == millions
 
 
-# Parity with diffusers. The peer's names on the left, ours on the right.
-
-PARTS = {
-    "norm1": "norm0", "conv1": "conv0", "time_emb_proj": "emb", "norm2": "norm1", "conv2": "conv1",
-    "conv_shortcut": "skip",
-}  # fmt: skip
-BLOCK_PARTS = {
-    "norm1": "norm_self", "attn1": "self_attention", "norm2": "norm_cross", "attn2": "cross_attention",
-    "norm3": "norm_mlp",
-}  # fmt: skip
-EMBEDDINGS = {"time_embedding": "time", "add_embedding": "pooled.mlp", "class_embedding": "control.mlps.all"}
-
-
-def our_name(key: str, levels: int) -> str:
-    """The place of a tensor of UNet2DConditionModel in UNetNet; q, k and v still apart."""
-    if match := re.fullmatch(r"(\w+_embedding)\.linear_([12])\.(\w+)", key):
-        return f"{EMBEDDINGS[match[1]]}.{2 * int(match[2]) - 2}.{match[3]}"
-    if match := re.fullmatch(r"(conv_in|conv_norm_out|conv_out)\.(\w+)", key):
-        place = {
-            "conv_in": "ways_in.0",
-            "conv_norm_out": f"ways_out.{levels - 1}.0",
-            "conv_out": f"ways_out.{levels - 1}.2",
-        }
-        return f"{place[match[1]]}.{match[2]}"
-    if match := re.fullmatch(r"down_blocks\.(\d+)\.downsamplers\.0\.conv\.(\w+)", key):
-        return f"ways_in.{int(match[1]) + 1}.{match[2]}"
-    if match := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.conv\.(\w+)", key):
-        return f"ways_out.{match[1]}.1.{match[2]}"
-    place, kind, i, rest = re.fullmatch(
-        r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets|attentions)\.(\d+)\.(.+)", key
-    ).groups()
-    place = place.replace("down_blocks", "down").replace("up_blocks", "up").replace("mid_block", "middle")
-    if kind == "resnets":
-        part, tensor = rest.split(".")
-        return f"{place}.{i}.residual.{PARTS[part]}.{tensor}"
-    if match := re.fullmatch(r"transformer_blocks\.(\d+)\.(\w+)\.(.+)", rest):
-        j, part, tensor = match.groups()
-        if part == "ff":
-            inner = "mlp." + tensor.replace("net.0.proj", "expand").replace("net.2", "out")
-        else:
-            inner = f"{BLOCK_PARTS[part]}.{tensor.replace('to_out.0', 'out')}"
-        return f"{place}.{i}.transformer.blocks.{j}.{inner}"
-    return f"{place}.{i}.transformer.{rest}"
-
-
-def to_ours(state: dict) -> dict:
-    """Weights of diffusers' UNet2DConditionModel as UNetNet's. Every key is used."""
-    levels = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("down_blocks."))
-    named = {our_name(key, levels): value for key, value in state.items()}
-    assert len(named) == len(state)
-    ours = {}
-    for name, value in named.items():
-        if re.search(r"proj_(in|out)\.weight", name) and value.ndim == 4:  # 1x1 convolutions of SD1.5
-            value = value[:, :, 0, 0]
-        if "self_attention.to_" in name:
-            base = name.rsplit(".to_", 1)[0]
-            ours[f"{base}.qkv.weight"] = torch.cat([named[f"{base}.to_{x}.weight"] for x in "qkv"])
-        elif "cross_attention.to_q" in name:
-            ours[name.replace("to_q", "q")] = value
-        elif "cross_attention.to_" in name:
-            base = name.rsplit(".to_", 1)[0]
-            ours[f"{base}.kv.weight"] = torch.cat([named[f"{base}.to_{x}.weight"] for x in "kv"])
-        else:
-            ours[name] = value
-    return ours
-
+# Parity with diffusers.
 
 SMALL_SD15 = UNet(
     channels=16, multipliers=(1, 2, 2), blocks=2, transformer_depth=(1, 1, 0), heads=4, text_embed="none", groups=8
@@ -172,7 +108,7 @@ def pair(name: str, dtype: torch.dtype) -> tuple[UNetNet, nn.Module]:
     cfg, inputs, options = CASES[name]
     peer = nn.Module.to(awake(peer_of(cfg, inputs, options)), dtype).eval()  # the peer's own `to` logs a warning
     net = awake(UNetNet(cfg, inputs)).to(dtype)
-    missing, unexpected = net.load_state_dict(to_ours(peer.state_dict()), strict=False)
+    missing, unexpected = net.load_state_dict(from_diffusers(peer.state_dict()), strict=False)
     assert not unexpected and all(key.startswith("semantic.") for key in missing)
     return net, peer
 
@@ -259,7 +195,7 @@ def test_every_weight_of_the_peer_and_of_ours_has_a_place():
         with torch.device("meta"):
             ours, peer = UNetNet(cfg, inputs), peer_of(cfg, inputs, options)
         wanted = {name: value.shape for name, value in ours.state_dict().items()}
-        assert {name: value.shape for name, value in to_ours(peer.state_dict()).items()} == wanted
+        assert {name: value.shape for name, value in from_diffusers(peer.state_dict()).items()} == wanted
 
 
 def test_parity_notices_a_wrong_epsilon_and_a_missing_mask():

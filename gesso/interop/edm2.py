@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gesso.config import EDM2, Inputs
+from gesso.errors import UsageError
 from gesso.interop.found import Found
 
 TOP = {
@@ -69,12 +70,14 @@ def names(cfg: EDM2, inputs: Inputs) -> dict[str, str]:
     return table
 
 
-def convert(state: Mapping[str, Tensor]) -> Found:
+def convert(state: Mapping[str, Tensor], heads: int | None) -> Found:
     """Their tensors under our names, rescaled to the weights that their forward pass uses.
 
     They divide a weight by 1e-4 + rms in every forward pass; here that happens once. The rows are then
     not put on the sphere again until the network is trained.
     """
+    if heads is not None:
+        raise UsageError("EDM2's heads are 64 channels wide; leave heads= out")
     cfg, inputs = settings(state)
     table = names(cfg, inputs)
     weights = {}
