@@ -33,22 +33,6 @@ def _say(text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
-def _tick(title: str):
-    """A progress bar for a number of images that is only known on the way."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    bar = Progress(
-        TextColumn(title),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    task = bar.add_task(title, total=None)
-    return bar, lambda done, total: bar.update(task, completed=done, total=total)
-
-
 def _recorded(folder: Path, arguments: list[str] | None, changeable: tuple[str, ...]):
     """The run of a folder with settings laid over it that may change after training."""
     from gesso import config
@@ -133,10 +117,10 @@ def evaluate(folder: RunFolder, settings: Overrides = None) -> None:
     """Measure a run (sample.* and eval.* may be set); writes metrics.json and pictures of samples."""
     run = _recorded(folder, settings, ("sample.", "eval."))
     from gesso.evaluate.score import evaluate_folder
+    from gesso.train.log import Bar
 
-    bar, tick = _tick("evaluating")
-    with bar:
-        lines = evaluate_folder(folder, run, tick)
+    with Bar(console, 1, 0, "evaluating") as bar:
+        lines = evaluate_folder(folder, run, lambda done, total: bar.update(done, total=total))
     for line in lines:
         _say(line)
     _say(f"wrote {folder / 'metrics.json'}\nnext:\n  gesso report {folder}")

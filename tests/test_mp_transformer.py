@@ -246,7 +246,8 @@ def test_withheld_text_is_a_learned_token_of_magnitude_one():
     net(x, c_noise, progress, withheld).square().sum().backward()
     assert net.text.linear.weight.grad[:, -1].abs().max() > 0
     assert max(p.grad.abs().max() for p in net.parameters()) < 1e4
-    zeros = dataclasses.replace(cond, text=torch.zeros(3, 6, 12))
+    # Zero tokens, all of them seen, whatever length the text had: as in every network.
+    zeros = dataclasses.replace(cond, text=torch.zeros(3, 6, 12), text_mask=torch.ones_like(cond.text_mask))
     torch.testing.assert_close(net(x, c_noise, progress, withheld), net(x, c_noise, progress, zeros))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gesso.cond import Cond
 from gesso.config import EDM2, Inputs
-from gesso.nets.embed import MPControl
+from gesso.nets.embed import MPControl, null_filled
 from gesso.nets.mp import MPConv, MPFourier, MPLinear, mp_cat, mp_silu, mp_sum, pixel_norm
 
 
@@ -119,11 +119,8 @@ class EDM2Net(nn.Module):
         """(B, E) embedding of noise level, class and control."""
         emb = self.emb_noise(self.emb_fourier(c_noise))
         if self.num_classes:
-            label = cond.label_or_null(self.num_classes)
-            if label is None:
-                one_hot = emb.new_zeros(len(emb), self.num_classes)
-            else:
-                one_hot = F.one_hot(label, self.num_classes + 1)[:, :-1].to(emb.dtype)
+            label = null_filled(cond, self.num_classes, emb)
+            one_hot = F.one_hot(label, self.num_classes + 1)[:, :-1].to(emb.dtype)
             # One-hot vectors scaled to unit variance (Appendix B.3).
             emb = mp_sum(emb, self.emb_label(one_hot * self.num_classes**0.5), self.label_balance)
         return mp_silu(self.emb_control.add(emb, cond, progress)).to(dtype)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gesso.cond import Cond
 from gesso.config import EDM2Ladder, Inputs
 from gesso.nets import mp
-from gesso.nets.embed import sinusoids
+from gesso.nets.embed import null_filled, sinusoids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,11 +313,8 @@ class EDM2LadderNet(nn.Module):
         if self.emb_second is not None:
             emb = self.emb_second(self.silu(emb))
         if self.num_classes:
-            label = cond.label_or_null(self.num_classes)
-            if label is None:
-                one_hot = emb.new_zeros(len(emb), self.num_classes)
-            else:
-                one_hot = F.one_hot(label, self.num_classes + 1)[:, :-1].to(emb.dtype)
+            label = null_filled(cond, self.num_classes, emb)
+            one_hot = F.one_hot(label, self.num_classes + 1)[:, :-1].to(emb.dtype)
             emb = self.sum(emb, self.emb_label(one_hot * self.one_hot_scale), EMBEDDING)
         return self.silu(emb).to(dtype)
 

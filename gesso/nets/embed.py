@@ -92,12 +92,19 @@ class SemanticTokens(nn.Module):
         """Tokens (B, S, D) and mask (B, S) of those to attend to, None: all. x is any tensor of the batch."""
         if self.num_classes:
             return self.mlp(self.table(null_filled(cond, self.num_classes, x))[:, None]), None
-        text = cond.text_or_null()
-        if text is None:
-            raise ValueError(
-                "a network built for text needs Cond.text; withhold it by has_semantic, not by leaving it out"
-            )
-        return self.mlp(text.to(x.dtype)), cond.mask_or_null()
+        text, mask = text_filled(cond, x)
+        return self.mlp(text), mask
+
+
+def text_filled(cond: Cond, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Text tokens (B, S, D) in the dtype of x, zeros where withheld, and the mask (B, S) of those to attend to.
+
+    Raises ValueError when there is no text at all: its length would be unknown.
+    """
+    text = cond.text_or_null()
+    if text is None:
+        raise ValueError("a network built for text needs Cond.text; withhold it by has_semantic, not by leaving it out")
+    return text.to(x.dtype), cond.mask_or_null()
 
 
 def null_filled(cond: Cond, num_classes: int, x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from gesso.cond import Cond
 from gesso.config import Inputs, MPDiT, MPMMDiTpp
-from gesso.nets.embed import GridPosition, MPControl, null_filled
+from gesso.nets.embed import GridPosition, MPControl, null_filled, text_filled
 from gesso.nets.layers import attention, unpatchify
 from gesso.nets.mp import MPFourier, MPLinear, mp_silu, mp_sum, pixel_norm
 
@@ -234,7 +234,8 @@ class MPMMDiTppNet(nn.Module):
             return torch.cat([self.label(cond, tokens)[:, None], tokens], dim=1), None, 1
         if self.text is None:
             return tokens, None, 0
-        text, mask = self.text(cond.text_or_null().to(tokens.dtype)), cond.text_mask
+        text, mask = text_filled(cond, tokens)
+        text = self.text(text)
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(tokens.shape[:2])], dim=1)
         return torch.cat([text, tokens], dim=1), mask, text.shape[1]

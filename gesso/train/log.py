@@ -80,9 +80,11 @@ class Bar:
         if self.live:
             self.progress.stop()
 
-    def update(self, done: int, note: str = "") -> None:
+    def update(self, done: int, note: str = "", total: int | None = None) -> None:
+        """`total` where it is only known on the way."""
+        self.total = total or self.total
         if self.live:
-            self.progress.update(self.task, completed=min(done, self.total), note=note)
+            self.progress.update(self.task, completed=min(done, self.total), total=self.total, note=note)
         elif time.monotonic() - self.last_line > 15:
             self.last_line = time.monotonic()
             self.console.print(f"{self.title}: {done:,}/{self.total:,}  {note}", highlight=False)

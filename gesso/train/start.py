@@ -46,12 +46,7 @@ def made_with(device: torch.device) -> dict[str, str | int]:
 def opened(run: Run, console: Console) -> tuple[Run, images.Images]:
     """Load the images and complete the run with what they tell; check again that it all fits."""
     with Bar(console, 1, 0, f"reading {run.data.source}") as bar:
-
-        def progress(done: int, total: int) -> None:
-            if bar.live:
-                bar.progress.update(bar.task, completed=done, total=total)
-
-        loaded = images.load(run.data, progress)
+        loaded = images.load(run.data, lambda done, total: bar.update(done, total=total))
     for note in loaded.notes:
         console.print(f"note: {note}", highlight=False)
     for name, reason in loaded.unreadable[:10]:
