@@ -19,7 +19,9 @@ from gesso.config.net import (
     edm2,
     mmditpp,
 )
-from gesso.config.run import EDM, VP, Data, Ema, Eval, Loss, Optim, Process, Run, Sample, Train
+from gesso.config.process import EDM, VP, Process
+from gesso.config.run import Data, Ema, Eval, Loss, Optim, Run, Train
+from gesso.config.sample import Sample
 
 __all__ = [
     "EDM", "EDM2", "MDT", "VP", "Control", "Data", "DiT", "DiTAtt", "EDM2Ladder", "Ema", "Eval", "Inputs", "Loss", "MMDiT",

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Settings(BaseModel):
@@ -34,3 +34,7 @@ def parse_count(value: object) -> object:
 
 Count = Annotated[int, BeforeValidator(parse_count)]
 """A whole number; also written 200k, 1.5M or 1e6."""
+Positive = Annotated[Count, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+SigmaRel = Annotated[float, Field(gt=0, lt=12**-0.5)]
+"""Relative EMA length (EDM2 Eq. 123); above 12^-1/2 = .2886 no power profile exists."""

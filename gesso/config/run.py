@@ -4,13 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
-from gesso.config.base import Count, Settings
+from gesso.config.base import Count, Positive, Probability, Settings, SigmaRel
 from gesso.config.net import Inputs, Net
-
-Positive = Annotated[Count, Field(gt=0)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-SigmaRel = Annotated[float, Field(gt=0, lt=12**-0.5)]
-"""Relative EMA length (EDM2 Eq. 123); above 12^-1/2 = .2886 no power profile exists."""
+from gesso.config.process import EDM, Process
+from gesso.config.sample import Sample
 
 
 class Data(Settings):
@@ -38,40 +35,6 @@ class Data(Settings):
     """per channel, of pixels in [-1, 1]; measured when not given"""
     std: tuple[PositiveFloat, ...] | None = None
     """per channel, of pixels in [-1, 1]; measured when not given"""
-
-
-class EDM(Settings):
-    """Variance exploding: x = x0 + sigma*eps (EDM2 Appendix B.1)."""
-
-    name: Literal["edm"] = "edm"
-    sigma_data: PositiveFloat = 0.5
-    """sd: the standard deviation that data are scaled to"""
-    P_mean: float = -0.4
-    """training draw ln sigma ~ N(P_mean, P_std^2) (Eq. 16; the values of CONFIG B)"""
-    P_std: PositiveFloat = 1.0
-    sigma_min: PositiveFloat = 0.002
-    """lowest and highest level of sampling, and the curvature rho of the grid between (EDM Eq. 5)"""
-    sigma_max: PositiveFloat = 80.0
-    rho: PositiveFloat = 7.0
-
-    @model_validator(mode="after")
-    def _range(self) -> "EDM":
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(f"sigma_min={self.sigma_min} is not below sigma_max={self.sigma_max}")
-        return self
-
-
-class VP(Settings):
-    """DDPM's process in variance-exploding coordinates, eps-prediction (Berrada et al. Appendix C)."""
-
-    name: Literal["vp"] = "vp"
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.00085
-    """betas = linspace(sqrt(beta_start), sqrt(beta_end), timesteps)^2"""
-    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.012
-    timesteps: Annotated[Count, Field(ge=2)] = 1000
-
-
-Process = Annotated[EDM | VP, Field(discriminator="name")]
 
 
 class Loss(Settings):
@@ -133,20 +96,6 @@ class Ema(Settings):
         if not self.sigma_rels or len({round(s, 4) for s in self.sigma_rels}) < len(self.sigma_rels):
             raise ValueError("sigma_rels needs at least one length, each once (to four decimals)")
         return self
-
-
-class Sample(Settings):
-    """How images are drawn."""
-
-    sampler: Literal["euler", "heun"] = "heun"
-    """euler is DDIM under VP; heun is EDM's Algorithm 1 without churn"""
-    steps: Positive = 32
-    """noise levels above 0; heun evaluates 2*steps-1 times"""
-    guidance: float = 1.0
-    """lambda: weight of the conditional denoiser, 1-lambda of the unconditional; 1 is none"""
-    sigma_rel: SigmaRel = 0.10
-    """EMA length of the weights"""
-    batch_size: Positive = 256
 
 
 class Eval(Settings):
