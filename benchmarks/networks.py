@@ -1,22 +1,27 @@
-"""Training steps of our networks against their peers, interleaved in one process: ratios of medians.
+"""Our networks against their peers, interleaved in one process: ratios of medians.
 
-    python benchmarks/networks.py [--cases dit pixart mmdit unet edm2] [--compile] [--rounds 9] [--device cuda]
-                                  [--dtype bfloat16] [--out benchmarks/networks_cpu-2-cores_2026-11-21.json]
+    python benchmarks/networks.py [--cases dit pixart mmdit unet edm2] [--sample] [--compile] [--batch 4] [--rounds 9]
+                                  [--device cuda] [--dtype bfloat16] [--out benchmarks/networks_cpu-2-cores_2026-11-21.json]
 
-A step is forward, backward and optimizer step at equal widths, depths and numerics. `floor` is the time of
-the step's matrix products, convolutions and attention alone, recorded and replayed on random tensors.
-Absolute times depend on the machine; the ratios are what is reported. Peers need the extra `vae` (diffusers).
+A training step is forward, backward and optimizer step at equal widths, depths and numerics; with --sample it
+is the forward pass of a network ready for sampling. `floor` is the time of its matrix products, convolutions
+and attention alone, recorded and replayed on random tensors. The peers are diffusers' classes (extra `vae`) and,
+for EDM2, the tests' reference, which normalizes its weights in forward. Absolute times depend on the machine;
+the ratios are what is reported.
 """
 
 import argparse
 import json
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,20 +47,38 @@ class Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def step_of(module: nn.Module, forward: Callable[[], Tensor], dtype: torch.dtype, after: Callable[[], None]):
-    """One training step: forward, backward, fused Adam, and what the network needs after it."""
-    optimizer = torch.optim.Adam(module.parameters(), lr=1e-6, fused=True)
-    device = next(module.parameters()).device.type
+class Contestant(NamedTuple):
+    """A network, its forward pass, and what its training step does after the optimizer."""
 
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss = forward().float().square().mean()
-        loss.backward()
-        optimizer.step()
-        after()
+    net: nn.Module
+    forward: Callable[[], Tensor]
+    after: Callable[[], None] = lambda: None
 
-    return step
+    def step(self, dtype: torch.dtype) -> Callable[[], None]:
+        """One training step: forward, backward, fused Adam, and what the network needs after it."""
+        optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-6, fused=True)
+        device = next(self.net.parameters()).device.type
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                loss = self.forward().float().square().mean()
+            loss.backward()
+            optimizer.step()
+            self.after()
+
+        return step
+
+    def pass_(self, dtype: torch.dtype) -> Callable[[], None]:
+        """One forward pass for sampling."""
+        self.net.eval().requires_grad_(False)
+        device = next(self.net.parameters()).device.type
+
+        def forward() -> None:
+            with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                self.forward()
+
+        return forward
 
 
 def floor_of(step: Callable[[], None]) -> Callable[[], None]:
@@ -72,11 +95,13 @@ def floor_of(step: Callable[[], None]) -> Callable[[], None]:
     return replay
 
 
-def ours(cfg, inputs: Inputs, x: Tensor, cond: Cond, compiled: bool, dtype: torch.dtype):
-    """Our network's training step, with projection onto the sphere where it has one."""
+def ours(cfg, inputs: Inputs, x: Tensor, cond: Cond, options: argparse.Namespace) -> Contestant:
+    """Our network, with projection onto the sphere where it has one; for sampling its constants are folded."""
     net = nets.build(cfg, inputs).to(x.device)
     sphere = mp.sphere_weights(net)
-    forward = torch.compile(net) if compiled else net
+    if options.sample:
+        mp.fold(net)
+    forward = torch.compile(net) if options.compile else net
     progress = torch.rand(len(x), device=x.device)
 
     def after() -> None:
@@ -84,15 +109,15 @@ def ours(cfg, inputs: Inputs, x: Tensor, cond: Cond, compiled: bool, dtype: torc
             mp.project_gradients(sphere)
             mp.put_on_sphere(sphere)
 
-    return step_of(net, lambda: forward(x, 1000 * progress, progress, cond), dtype, after)
+    return Contestant(net, lambda: forward(x, 1000 * progress, progress, cond), after)
 
 
-def theirs(model: nn.Module, call: Callable[[nn.Module], Tensor], compiled: bool, dtype: torch.dtype):
-    forward = torch.compile(model) if compiled else model
-    return step_of(model, lambda: call(forward), dtype, lambda: None)
+def theirs(model: nn.Module, call: Callable[[nn.Module], Tensor], options: argparse.Namespace) -> Contestant:
+    forward = torch.compile(model) if options.compile else model
+    return Contestant(model, lambda: call(forward))
 
 
-def case_dit(batch: int, device: str, compiled: bool, dtype: torch.dtype):
+def case_dit(batch: int, device: str, options: argparse.Namespace) -> tuple[Contestant, Contestant]:
     from diffusers import DiTTransformer2DModel
 
     cfg, inputs = config.DiT(width=384, depth=12, heads=6, patch=2), Inputs(4, 32, 1000)
@@ -103,10 +128,10 @@ def case_dit(batch: int, device: str, compiled: bool, dtype: torch.dtype):
     ).to(device)  # fmt: skip
     t = torch.randint(0, 1000, (batch,), device=device)
     call = lambda m: m(x, timestep=t, class_labels=label).sample  # noqa: E731
-    return ours(cfg, inputs, x, Cond(label=label), compiled, dtype), theirs(peer, call, compiled, dtype)
+    return ours(cfg, inputs, x, Cond(label=label), options), theirs(peer, call, options)
 
 
-def case_pixart(batch: int, device: str, compiled: bool, dtype: torch.dtype):
+def case_pixart(batch: int, device: str, options: argparse.Namespace) -> tuple[Contestant, Contestant]:
     from diffusers import PixArtTransformer2DModel
 
     cfg, inputs = config.PixArt(width=384, depth=12, heads=6, patch=2), Inputs(4, 32, text_width=768)
@@ -118,10 +143,10 @@ def case_pixart(batch: int, device: str, compiled: bool, dtype: torch.dtype):
     t = torch.randint(0, 1000, (batch,), device=device)
     added = {"resolution": None, "aspect_ratio": None}
     call = lambda m: m(x, encoder_hidden_states=text, timestep=t, added_cond_kwargs=added).sample  # noqa: E731
-    return ours(cfg, inputs, x, Cond(text=text), compiled, dtype), theirs(peer, call, compiled, dtype)
+    return ours(cfg, inputs, x, Cond(text=text), options), theirs(peer, call, options)
 
 
-def case_mmdit(batch: int, device: str, compiled: bool, dtype: torch.dtype):
+def case_mmdit(batch: int, device: str, options: argparse.Namespace) -> tuple[Contestant, Contestant]:
     from diffusers import SD3Transformer2DModel
 
     cfg = config.MMDiT(width=384, depth=12, heads=6, patch=2, text_weights="all", qk_norm=False)
@@ -133,11 +158,11 @@ def case_mmdit(batch: int, device: str, compiled: bool, dtype: torch.dtype):
     ).to(device)  # fmt: skip
     t = torch.randint(0, 1000, (batch,), device=device)
     call = lambda m: m(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t).sample  # noqa: E731
-    mine = ours(cfg, Inputs(4, 32, 0, 768, 768), x, Cond(text=text, pooled=pooled), compiled, dtype)
-    return mine, theirs(peer, call, compiled, dtype)
+    mine = ours(cfg, Inputs(4, 32, 0, 768, 768), x, Cond(text=text, pooled=pooled), options)
+    return mine, theirs(peer, call, options)
 
 
-def case_unet(batch: int, device: str, compiled: bool, dtype: torch.dtype):
+def case_unet(batch: int, device: str, options: argparse.Namespace) -> tuple[Contestant, Contestant]:
     from diffusers import UNet2DConditionModel
 
     cfg = config.UNet(channels=96, multipliers=(1, 2, 4, 4), transformer_depth=(1, 1, 1, 0), head_width=48)
@@ -147,30 +172,36 @@ def case_unet(batch: int, device: str, compiled: bool, dtype: torch.dtype):
     ).to(device)  # fmt: skip
     t = torch.randint(0, 1000, (batch,), device=device)
     call = lambda m: m(x, t, encoder_hidden_states=text).sample  # noqa: E731
-    mine = ours(cfg, Inputs(4, 32, text_width=768), x, Cond(text=text), compiled, dtype)
-    return mine, theirs(peer, call, compiled, dtype)
+    mine = ours(cfg, Inputs(4, 32, text_width=768), x, Cond(text=text), options)
+    return mine, theirs(peer, call, options)
 
 
-class InForward(mp.MPWeight):
-    """What EDM2 publishes: every weight normalized inside the forward pass, and forced before it (Algorithm 1)."""
+def plain_edm2(net: nn.Module) -> Callable[..., Tensor]:
+    """The tests' reference on the parameters of `net`, with torch's own convolution."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import reference_edm2
 
-    def scaled(self, gain, dtype):
-        if self.training:
-            with torch.no_grad():
-                self.weight.copy_(mp.normalized(self.weight))
-        return (mp.normalized(self.weight) * (gain * self.scale)).to(dtype)
+    def conv(x: Tensor, w: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        return F.conv2d(x, reference_edm2.unit_rows(w) * gain, padding=w.shape[-1] // 2)
+
+    reference_edm2.conv = conv
+    weights, sphere = dict(net.named_parameters()) | dict(net.named_buffers()), mp.sphere_weights(net)
+
+    def forward(x: Tensor, c_noise: Tensor, one_hot: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            mp.put_on_sphere(sphere)  # forced normalization, EDM2 Algorithm 1
+        return reference_edm2.forward(weights, x, c_noise, one_hot, levels=4, blocks=3, head_width=64)
+
+    return forward
 
 
-def case_edm2(batch: int, device: str, compiled: bool, dtype: torch.dtype):
+def case_edm2(batch: int, device: str, options: argparse.Namespace) -> tuple[Contestant, Contestant]:
     cfg, inputs = config.edm2("XS"), Inputs(4, 64, 1000)
     x, label = torch.randn(batch, 4, 64, 64, device=device), torch.arange(batch, device=device)
+    one_hot, progress = F.one_hot(label, 1000).to(x), torch.rand(batch, device=device)
     peer = nets.build(cfg, inputs).to(device)
-    for module in peer.modules():
-        if isinstance(module, mp.MPWeight):
-            module.scaled = InForward.scaled.__get__(module)
-    progress = torch.rand(batch, device=device)
-    call = lambda m: m(x, progress, progress, Cond(label=label))  # noqa: E731
-    return ours(cfg, inputs, x, Cond(label=label), compiled, dtype), theirs(peer, call, compiled, dtype)
+    forward = torch.compile(plain_edm2(peer)) if options.compile else plain_edm2(peer)
+    return ours(cfg, inputs, x, Cond(label=label), options), Contestant(peer, lambda: forward(x, progress, one_hot))
 
 
 CASES = {"dit": case_dit, "pixart": case_pixart, "mmdit": case_mmdit, "unet": case_unet, "edm2": case_edm2}
@@ -187,6 +218,7 @@ def seconds(function: Callable[[], None], device: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--sample", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=4)
@@ -198,7 +230,11 @@ def main() -> None:
     rows = []
     for name in options.cases:
         torch.manual_seed(0)
-        mine, peer = CASES[name](options.batch, options.device, options.compile, getattr(torch, options.dtype))
+        dtype = getattr(torch, options.dtype)
+        mine, peer = (
+            c.pass_(dtype) if options.sample else c.step(dtype)
+            for c in CASES[name](options.batch, options.device, options)
+        )
         contestants = {"ours": mine, "peer": peer, "floor": floor_of(mine)}
         times: dict[str, list[float]] = {key: [] for key in contestants}
         for round_ in range(options.rounds + 2):  # the first two warm up
@@ -208,7 +244,8 @@ def main() -> None:
                     times[key].append(elapsed)
         median = {key: statistics.median(values) for key, values in times.items()}
         row = {
-            "case": name, "batch": options.batch, "compiled": options.compile, "device": options.device, "dtype": options.dtype,
+            "case": name, "what": "forward" if options.sample else "training step",
+            "batch": options.batch, "compiled": options.compile, "device": options.device, "dtype": options.dtype,
             "peer/ours": round(median["peer"] / median["ours"], 3), "ours/floor": round(median["ours"] / median["floor"], 3),
         }  # fmt: skip
         print(row, flush=True)

@@ -119,6 +119,7 @@ class Transformer(Settings):
     """What all transformers have: the shape of the DiT family."""
 
     embedding: ClassVar[str] = "sinusoidal"
+    dropout: ClassVar[float] = 0.0
 
     width: PositiveInt = 384
     """D: channels of a token (S has 384)"""
@@ -127,6 +128,9 @@ class Transformer(Settings):
     patch: PositiveInt = 2
     """side of the square of pixels or latents that becomes one token"""
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    positions: Literal["resampled", "extrapolated", "interpolated"] = "resampled"
+    """sine-cosine positions of a grid: resampled, from 0 to the training grid's side whatever the grid (Berrada et al.,
+    Pseudocode 1); extrapolated, one step per token (DiT); interpolated, DiT's table of the training grid, resized"""
 
     @model_validator(mode="after")
     def _widths(self) -> "Transformer":
@@ -181,9 +185,13 @@ class MDT(Transformer):
     """decoder blocks, of `depth` in all; the others are halved into in- and out-blocks"""
     mask_ratio: tuple[Fraction, Fraction] = (0.3, 0.5)
     """the share of tokens that the masked branch hides is uniform between these, drawn per step"""
+    class_embed: Literal["mlp", "table"] = "mlp"
+    """what time is added to: an MLP of the class table (the size of Table A1) or the table itself (MDTv2's code)"""
 
     @model_validator(mode="after")
     def _halves(self) -> "MDT":
+        if self.positions != "resampled":
+            raise ValueError(f"positions={self.positions} is not for mdt, which learns its positions; leave it out")
         if self.mask_ratio[0] > self.mask_ratio[1] or self.mask_ratio[1] == 1:
             raise ValueError(f"mask_ratio={self.mask_ratio} must rise and stay below 1")
         if self.depth <= self.decoder or (self.depth - self.decoder) % 2:
@@ -202,8 +210,20 @@ class MMDiT(Transformer):
     text_weights: Literal["qkv", "all"] = "qkv"
     """which weights the semantic tokens have of their own: qkv (the size of Table A1), all (SD3's block)"""
     max_grid: PositiveInt | None = None
-    """SD3's positions: rows and columns of their table, cropped at its centre (SD3 medium has 192); None: the
-    resampled grid of Berrada et al."""
+    """SD3's positions: rows and columns of their table, cropped at its centre (SD3 medium has 192); None: as
+    `positions` says"""
+    dual_blocks: NonNegativeInt = 0
+    """the first so many blocks have a second attention, of the image tokens alone (SD3.5 medium has 13)"""
+
+    @model_validator(mode="after")
+    def _of_sd3(self) -> "MMDiT":
+        if self.max_grid is not None and self.positions != "resampled":
+            raise ValueError(f"max_grid={self.max_grid} has positions of its own, not {self.positions}; leave one out")
+        if self.dual_blocks and self.text_weights != "all":
+            raise ValueError(f"dual_blocks={self.dual_blocks} is SD3.5's and needs text_weights=all, its block")
+        if self.dual_blocks > self.depth:
+            raise ValueError(f"dual_blocks={self.dual_blocks} is more than depth={self.depth}")
+        return self
 
 
 class MMDiTpp(Transformer):
@@ -243,6 +263,7 @@ class UNet(Settings):
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "text", "pooled", "control"})
     embedding: ClassVar[str] = "sinusoidal"
+    dropout: ClassVar[float] = 0.0
 
     name: Literal["unet"] = "unet"
     channels: PositiveInt = 256

@@ -1,6 +1,8 @@
 """Other projects' weights, as plain dicts of tensors, in and out of our networks.
 
 net, notes = gesso.interop.load(state_dict)  # heads=... where the weights do not tell them
+cfg, inputs, weights, notes = gesso.interop.recognise(state_dict)  # the same, not yet built
+name, config, state_dict = gesso.interop.to_diffusers(net, cfg, inputs)
 """
 
 from collections.abc import Mapping
@@ -8,30 +10,60 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from gesso import nets
+from gesso.config import DiT, Inputs, MMDiT, Net, PixArt, UNet
 from gesso.errors import RunError, UsageError
-from gesso.interop import dit, edm2, pixart, sd3, unet
+from gesso.interop import dit, edm2, mdt, pixart, sd3, unet
+from gesso.interop.found import Found
 
-READERS = (edm2, dit, pixart, sd3, unet)
+READERS = (edm2, dit, mdt, pixart, sd3, unet)
 """Modules with `matches(keys)` and `convert(state, heads) -> Found`, asked in order."""
+WRITERS = {DiT: dit.to_diffusers, PixArt: pixart.to_diffusers, MMDiT: sd3.to_diffusers, UNet: unet.to_diffusers}
+"""(weights, cfg, inputs) -> class name, configuration, weights."""
+SINGLE_FILE = "model.diffusion_model."
+"""Where SD1.5, SDXL and SD3 in one file have the network, beside the VAE and text encoders."""
+
+
+def recognise(state: Mapping[str, Tensor], heads: int | None = None) -> Found:
+    """Whose weights these are: settings of our network, its tensors as far as they are there, and notes.
+
+    heads: attention heads of a network, which no shape tells without qk-norm; None: those of the published
+    size. Raises UsageError when the source is unknown, or heads are needed or do not fit; RunError where a tensor
+    that tells the settings is missing.
+    """
+    inside = {name.removeprefix(SINGLE_FILE): v for name, v in state.items() if name.startswith(SINGLE_FILE)}
+    network = inside or state
+    keys = set(network)
+    for reader in READERS:
+        if reader.matches(keys):
+            found = reader.convert(network, heads)
+            if len(network) < len(state):
+                found.notes["left behind"] = f"{len(state) - len(network)} tensors outside {SINGLE_FILE}*"
+            return found
+    shown = ", ".join(sorted(keys)[:3])
+    raise UsageError(f"weights of no project that gesso knows (tensors such as {shown})")
 
 
 def load(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[nn.Module, dict[str, str]]:
-    """Recognise whose weights these are; return our network with them, in evaluation mode, and notes.
+    """Our network with these weights, in evaluation mode, and notes.
 
-    heads: attention heads of a network, which no shape tells without qk-norm; None: those of the published
-    size. Raises UsageError when the source is unknown, or heads are needed or do not fit; RunError that lists
-    what is missing or unknown.
+    Raises what `recognise` does, and RunError that lists what is missing or unknown.
     """
-    keys = set(state)
-    for reader in READERS:
-        if reader.matches(keys):
-            cfg, inputs, weights, notes = reader.convert(state, heads)
-            break
-    else:
-        shown = ", ".join(sorted(keys)[:3])
-        raise UsageError(f"weights of no project that gesso knows (tensors such as {shown})")
+    cfg, inputs, weights, notes = recognise(state, heads)
     net = nets.build(cfg, inputs)
     if wrong := nets.misfit(net, weights):
         raise RunError(f"{notes['source']}: {wrong}")
     net.load_state_dict(dict(weights))
     return net.eval(), notes
+
+
+def to_diffusers(net: nn.Module, cfg: Net, inputs: Inputs) -> tuple[str, dict, dict[str, Tensor]]:
+    """Name of a diffusers class, its configuration, and the state dict of such a model that is the same function.
+
+    The same at the training resolution: diffusers stretches the positions of DiT and PixArt on other grids, and
+    its DiT computes with other time frequencies (`dit.SPACING`). No two tensors share memory. Raises
+    UsageError that names what diffusers cannot hold.
+    """
+    if type(cfg) not in WRITERS:
+        known = ", ".join(sorted(kind().name for kind in WRITERS))
+        raise UsageError(f"diffusers has no class for net.name={cfg.name}; it has one for {known}")
+    return WRITERS[type(cfg)](net.state_dict(), cfg, inputs)

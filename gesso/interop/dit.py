@@ -1,4 +1,4 @@
-"""DiT's weights, of diffusers' DiTTransformer2DModel and of facebookresearch/DiT (facts about its names), as ours.
+"""DiT's weights, of diffusers' DiTTransformer2DModel and of facebookresearch/DiT (facts about its names), and ours.
 
 Both stack (patch, patch, channels) in the last layer and shift, scale, gate of attention, then MLP, in adaLN:
 so do we. diffusers keeps a copy of the time and class embedders in every block.
@@ -9,8 +9,24 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from gesso.config import DiT, Inputs
-from gesso.errors import RunError
-from gesso.interop.found import STEPS, Found, Move, count, heads_of, shape, sigma_note
+from gesso.interop.found import (
+    ASSUMED,
+    STEPS,
+    Found,
+    Tie,
+    controls,
+    count,
+    give,
+    heads_of,
+    layers,
+    refuse,
+    shape,
+    sigma_note,
+    stack,
+    stepped_side,
+    take,
+    without_sigma,
+)
 
 PEER = "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1.weight"
 OWN = {"x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight"}
@@ -21,62 +37,67 @@ EMBEDDERS = {
     "timestep_embedder.linear_2.bias": "trunk.time.mlp.2.bias",
     "class_embedder.embedding_table.weight": "table.weight",
 }
+SPACING = "diffusers spaces its time frequencies with downscale_freq_shift=1, we as DiT does: outputs 2 % off"
 
 
 def matches(keys: set[str]) -> bool:
     return PEER in keys or (keys >= OWN and "blocks.0.attn.qkv.weight" in keys)
 
 
-def block_to_ours(move: Move, theirs: str, ours: str) -> None:
+def block_ties(theirs: str, ours: str) -> list[Tie]:
     """Self-attention and MLP of a diffusers block, which its DiT and PixArt name alike."""
-    layers = {"attn1.to_out.0": "out", "ff.net.0.proj": "mlp.0", "ff.net.2": "mlp.2"}
-    move.layers({f"{theirs}.{a}": f"{ours}.branches.{b}" for a, b in layers.items()})
-    move.stack([f"{theirs}.attn1.to_{x}" for x in "qkv"], f"{ours}.branches.qkv.linear")
+    names = {"attn1.to_out.0": "out", "ff.net.0.proj": "mlp.0", "ff.net.2": "mlp.2"}
+    inner = layers({f"{theirs}.{a}": f"{ours}.branches.{b}" for a, b in names.items()})
+    return inner + stack([f"{theirs}.attn1.to_{x}" for x in "qkv"], f"{ours}.branches.qkv.linear")
 
 
-def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Under DiTNet's names. Raises RunError where its copies of the embedders differ."""
-    move, depth = Move(state), count(state, "transformer_blocks")
-    _, channels, patch, _ = shape(state, "pos_embed.proj.weight")
-    move.layers({"pos_embed.proj": "trunk.patch_embed.proj", "proj_out_1": "final_ada.linear"})
-    move.last("proj_out_2", "trunk.final", patch, channels)
+def own_block_ties(theirs: str, ours: str) -> list[Tie]:
+    """The same where qkv is stacked as ours is: DiT's and PixArt's own names."""
+    names = {"attn.qkv": "qkv.linear", "attn.proj": "out", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2"}
+    return layers({f"{theirs}.{a}": f"{ours}.branches.{b}" for a, b in names.items()})
+
+
+def diffusers_ties(depth: int) -> list[Tie]:
+    ties = layers({"pos_embed.proj": "trunk.patch_embed.proj", "proj_out_1": "final_ada.linear"})
+    ties += layers({"proj_out_2": "trunk.final"})
     for theirs, ours in EMBEDDERS.items():
-        names = [f"transformer_blocks.{i}.norm1.emb.{theirs}" for i in range(depth)]
-        move.tensor(names[0], ours)
-        for name in names[1:]:
-            if name in move.rest and ours in move.ours and not move.rest.pop(name).equal(move.ours[ours]):
-                raise RunError(f"{theirs} differs between blocks; DiT has one embedder for all of them")
+        ties.append(Tie(ours, tuple(f"transformer_blocks.{i}.norm1.emb.{theirs}" for i in range(depth)), "copies"))
     for i in range(depth):
-        block_to_ours(move, f"transformer_blocks.{i}", f"blocks.{i}")
-        move.layers({f"transformer_blocks.{i}.norm1.linear": f"blocks.{i}.ada.linear"})
-    return move.done()
+        ties += block_ties(f"transformer_blocks.{i}", f"blocks.{i}")
+        ties += layers({f"transformer_blocks.{i}.norm1.linear": f"blocks.{i}.ada.linear"})
+    return ties
 
 
-def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """facebookresearch/DiT's tensors under DiTNet's names. Its qkv is stacked as ours is."""
-    move = Move(state)
-    width, channels, patch, _ = shape(state, "x_embedder.proj.weight")
-    table = move.rest.get("pos_embed")
-    if table is not None and (
-        table.ndim != 3 or table.shape[2] != width or round(table.shape[1] ** 0.5) ** 2 != table.shape[1]
-    ):
-        raise RunError(f"pos_embed of shape {tuple(table.shape)} is no table (1, side^2, {width})")
-    move.drop("pos_embed")
-    move.layers(
+def original_ties(depth: int) -> list[Tie]:
+    ties = layers(
         {
             "x_embedder.proj": "trunk.patch_embed.proj",
             "t_embedder.mlp.0": "trunk.time.mlp.0",
             "t_embedder.mlp.2": "trunk.time.mlp.2",
             "final_layer.adaLN_modulation.1": "final_ada.linear",
+            "final_layer.linear": "trunk.final",
         }
     )
-    move.tensor("y_embedder.embedding_table.weight", "table.weight")
-    move.last("final_layer.linear", "trunk.final", patch, channels)
-    inner = {"attn.qkv": "branches.qkv.linear", "attn.proj": "branches.out", "adaLN_modulation.1": "ada.linear"}
-    inner |= {"mlp.fc1": "branches.mlp.0", "mlp.fc2": "branches.mlp.2"}
-    for i in range(count(state, "blocks")):
-        move.layers({f"blocks.{i}.{theirs}": f"blocks.{i}.{ours}" for theirs, ours in inner.items()})
-    return move.done()
+    ties.append(Tie("table.weight", ("y_embedder.embedding_table.weight",)))
+    for i in range(depth):
+        ties += own_block_ties(f"blocks.{i}", f"blocks.{i}")
+        ties += layers({f"blocks.{i}.adaLN_modulation.1": f"blocks.{i}.ada.linear"})
+    return ties
+
+
+def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Under DiTNet's names. Raises RunError where its copies of the embedders differ."""
+    _, channels, patch, _ = shape(state, "pos_embed.proj.weight")
+    state = without_sigma(state, "proj_out_2", patch, channels)
+    return take(state, diffusers_ties(count(state, "transformer_blocks")))
+
+
+def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """facebookresearch/DiT's tensors under DiTNet's names; its position table is made, not carried."""
+    _, channels, patch, _ = shape(state, "x_embedder.proj.weight")
+    kept = without_sigma(state, "final_layer.linear", patch, channels)
+    kept.pop("pos_embed", None)
+    return take(kept, original_ties(count(state, "blocks")))
 
 
 def settings(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[DiT, Inputs]:
@@ -89,9 +110,12 @@ def settings(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[DiT
         table = "y_embedder.embedding_table.weight"
     width, channels, patch, _ = shape(state, patches)
     depth = count(state, blocks)
-    resolution = patch * round(state["pos_embed"].shape[1] ** 0.5) if "pos_embed" in state else 32
-    ratio = shape(state, f"{blocks}.0.{fc}")[0] / width
-    cfg = DiT(width=width, depth=depth, heads=heads_of(width, depth, heads), patch=patch, mlp_ratio=ratio)
+    stored = state.get("pos_embed")
+    resolution = 32 if stored is None else patch * stepped_side("pos_embed", stored, width)
+    cfg = DiT(
+        width=width, depth=depth, heads=heads_of(width, depth, heads), patch=patch,
+        mlp_ratio=shape(state, f"{blocks}.0.{fc}")[0] / width, positions="extrapolated",
+    )  # fmt: skip
     return cfg, Inputs(channels, resolution, shape(state, table)[0] - 1)
 
 
@@ -106,12 +130,33 @@ def convert(state: Mapping[str, Tensor], heads: int | None) -> Found:
         "positions": STEPS,
         "latents": "SD VAE times 0.18215 when 4 channels",
     }
+    if "pos_embed" not in state:
+        notes["resolution"] = ASSUMED
     if peer:
-        notes["time"] = (
-            "diffusers spaces its time frequencies with downscale_freq_shift=1, we as DiT does: outputs 2 % off"
-        )
+        notes["time"] = SPACING
     else:
         notes["process"] += " (SiT has the same names, and a process of its own)"
     last = shape(state, "proj_out_2.weight" if peer else "final_layer.linear.weight")[0]
     notes |= sigma_note(last, cfg.patch, inputs.channels)
     return Found(cfg, inputs, {name: tensor.float() for name, tensor in weights.items()}, notes)
+
+
+def to_diffusers(weights: Mapping[str, Tensor], cfg: DiT, inputs: Inputs) -> tuple[str, dict, dict[str, Tensor]]:
+    """Class name, configuration and weights. Raises UsageError where the class has no place for a setting."""
+    peer = "DiTTransformer2DModel"
+    refuse(
+        peer,
+        {
+            "net.positions=resampled (extrapolated it holds)": cfg.positions == "resampled",
+            "net.qk_norm=true": cfg.qk_norm,
+            f"net.mlp_ratio={cfg.mlp_ratio} (its own is 4)": cfg.mlp_ratio != 4,
+            "a network without classes": not inputs.num_classes,
+            "control": controls(inputs) > 0,
+        },
+    )
+    config = {
+        "num_attention_heads": cfg.heads, "attention_head_dim": cfg.width // cfg.heads, "num_layers": cfg.depth,
+        "in_channels": inputs.channels, "out_channels": inputs.channels, "sample_size": inputs.resolution,
+        "patch_size": cfg.patch, "num_embeds_ada_norm": inputs.num_classes, "norm_eps": 1e-6,
+    }  # fmt: skip
+    return peer, config, give(weights, diffusers_ties(cfg.depth))

@@ -1,19 +1,21 @@
-"""What a reader of other people's weights returns, and what readers share."""
+"""What readers and writers of other people's weights share: the map of names, in both directions, and settings."""
 
+import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gesso.config import Inputs, Net
 from gesso.errors import RunError, UsageError
+from gesso.nets.embed import sincos_2d
 
 HEADS = {(384, 12): 6, (768, 12): 12, (1024, 24): 16, (1152, 28): 16, (1536, 24): 24}
 """Heads by width and depth: S, B, L and XL of the DiT family, SD3 medium."""
 PARTS = ("weight", "bias")
-STEPS = "resampled: n tokens from 0 to n here, from 0 to n - 1 in theirs"
-"""GridPosition against numpy's arange: the known difference of positions that are no parameters."""
+STEPS = "one step per token on every grid here; theirs at the original's resolution"
+ASSUMED = "32 x 32, assumed: neither names nor shapes tell it"
 
 
 class Found(NamedTuple):
@@ -28,50 +30,77 @@ class Found(NamedTuple):
     notes: dict[str, str]
 
 
-class Move:
-    """Tensors on their way from their names to ours. What is not there is not moved, and missed by the network."""
+class Tie(NamedTuple):
+    """One of our tensors and those of theirs with the same numbers: a list of them is a map in both directions.
 
-    def __init__(self, state: Mapping[str, Tensor]):
-        self.rest, self.ours = dict(state), {}
+    how: "rows" theirs one after another; "copies" each of theirs is ours; "swapped" their scale, shift is our
+    shift, scale; "square" their (1, n^2, D) is our (1, n, n, D).
+    """
 
-    def tensor(self, theirs: str, ours: str) -> None:
-        if theirs in self.rest:
-            self.ours[ours] = self.rest.pop(theirs)
+    ours: str
+    theirs: tuple[str, ...]
+    how: Literal["rows", "copies", "swapped", "square"] = "rows"
 
-    def layers(self, pairs: Mapping[str, str]) -> None:
-        """Weight and bias of each."""
-        for theirs, ours in pairs.items():
-            for part in PARTS:
-                self.tensor(f"{theirs}.{part}", f"{ours}.{part}")
 
-    def stack(self, theirs: Iterable[str], ours: str) -> None:
-        """Several matrices as one, the rows of each after those of the one before."""
-        for part in PARTS:
-            names = [f"{name}.{part}" for name in theirs]
-            if all(name in self.rest for name in names):
-                self.ours[f"{ours}.{part}"] = torch.cat([self.rest.pop(name) for name in names])
+def layers(pairs: Mapping[str, str], how: Literal["rows", "swapped"] = "rows") -> list[Tie]:
+    """Weight and bias of layers: their name -> ours."""
+    return [Tie(f"{ours}.{part}", (f"{theirs}.{part}",), how) for theirs, ours in pairs.items() for part in PARTS]
 
-    def swapped(self, theirs: str, ours: str) -> None:
-        """A layer that gives scale, shift, as ours that gives shift, scale."""
-        for part in PARTS:
-            if f"{theirs}.{part}" in self.rest:
-                scale, shift = self.rest.pop(f"{theirs}.{part}").chunk(2)
-                self.ours[f"{ours}.{part}"] = torch.cat([shift, scale])
 
-    def last(self, theirs: str, ours: str, patch: int, channels: int) -> None:
-        """The layer that gives patch x patch x channels; of 2 x channels (learned sigma) the first half stays."""
-        for part in PARTS:
-            self.tensor(f"{theirs}.{part}", f"{ours}.{part}")
-            rows = self.ours.get(f"{ours}.{part}")
-            if rows is not None and len(rows) == patch**2 * 2 * channels:
-                self.ours[f"{ours}.{part}"] = rows.unflatten(0, (patch**2, -1))[:, :channels].flatten(0, 1)
+def stack(theirs: Iterable[str], ours: str) -> list[Tie]:
+    """Weights and biases of several layers as one, the rows of each after those of the one before."""
+    names = list(theirs)
+    return [Tie(f"{ours}.{part}", tuple(f"{name}.{part}" for name in names)) for part in PARTS]
 
-    def drop(self, theirs: str) -> None:
-        self.rest.pop(theirs, None)
 
-    def done(self) -> dict[str, Tensor]:
-        """Ours, and what has no place in the network under its own name, for `nets.misfit` to list."""
-        return self.ours | self.rest
+def take(state: Mapping[str, Tensor], ties: Iterable[Tie]) -> dict[str, Tensor]:
+    """Their tensors under our names. Raises RunError where copies differ.
+
+    What has no place with us keeps its own name, and what is not there is left out: `nets.misfit` lists both.
+    """
+    rest, ours = dict(state), {}
+    for tie in ties:
+        if all(name in rest for name in tie.theirs):
+            ours[tie.ours] = joined(tie, [rest.pop(name) for name in tie.theirs])
+    return ours | rest
+
+
+def give(weights: Mapping[str, Tensor], ties: Iterable[Tie]) -> dict[str, Tensor]:
+    """Our tensors under their names, none sharing memory with another."""
+    rest, theirs = dict(weights), {}
+    for tie in ties:
+        if tie.ours in rest:
+            parts = parted(tie, rest.pop(tie.ours))
+            theirs |= {name: part.clone() for name, part in zip(tie.theirs, parts, strict=True)}
+    assert not rest, f"no place for {sorted(rest)[:4]}"
+    return theirs
+
+
+def joined(tie: Tie, parts: list[Tensor]) -> Tensor:
+    match tie.how:
+        case "copies":
+            if not all(part.equal(parts[0]) for part in parts):
+                raise RunError(f"{tie.theirs[0]} differs between blocks; ours is one for all of them")
+            return parts[0]
+        case "swapped":
+            return torch.cat(parts[0].chunk(2)[::-1])
+        case "square":
+            side = side_of(tie.theirs[0], parts[0])
+            return parts[0].unflatten(1, (side, side))
+        case _:
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def parted(tie: Tie, tensor: Tensor) -> list[Tensor]:
+    match tie.how:
+        case "copies":
+            return [tensor] * len(tie.theirs)
+        case "swapped":
+            return [torch.cat(tensor.chunk(2)[::-1])]
+        case "square":
+            return [tensor.flatten(1, 2)]
+        case _:
+            return list(tensor.chunk(len(tie.theirs)))
 
 
 def shape(state: Mapping[str, Tensor], name: str) -> torch.Size:
@@ -105,6 +134,48 @@ def heads_of(width: int, depth: int, heads: int | None, head_width: int | None =
     return heads
 
 
+def side_of(name: str, table: Tensor) -> int:
+    """n of a position table (1, n^2, D). Raises RunError where there is none."""
+    side = math.isqrt(table.shape[1]) if table.ndim == 3 else 0
+    if side == 0 or side**2 != table.shape[1]:
+        raise RunError(f"{name} of shape {tuple(table.shape)} is no table (1, side^2, width)")
+    return side
+
+
+def stepped_side(name: str, table: Tensor, width: int) -> int:
+    """n of a sine-cosine table (1, n^2, width) with one step per token.
+
+    Raises RunError where it is another: then it would have to travel with the weights, which it does not.
+    """
+    side = side_of(name, table)
+    wanted = sincos_2d(width, side, side, (side - 1, side - 1))
+    # Half precision rounds the table's values by up to 4e-3.
+    if table.shape != wanted.shape or (table.float().cpu() - wanted).abs().max() > 1e-2:
+        raise RunError(f"{name} of shape {tuple(table.shape)} is not the sines and cosines of one step per token")
+    return side
+
+
+def without_sigma(state: Mapping[str, Tensor], last: str, patch: int, channels: int) -> dict[str, Tensor]:
+    """The last layer gives patch x patch x channels; of 2 x channels (learned sigma) the first half stays."""
+    kept = dict(state)
+    for part in PARTS:
+        rows = kept.get(f"{last}.{part}")
+        if rows is not None and len(rows) == patch**2 * 2 * channels:
+            kept[f"{last}.{part}"] = rows.unflatten(0, (patch**2, -1))[:, :channels].flatten(0, 1)
+    return kept
+
+
 def sigma_note(rows: int, patch: int, channels: int) -> dict[str, str]:
     """Of the last layer's rows."""
     return {"adapted": "learned sigma left behind"} if rows == patch**2 * 2 * channels else {}
+
+
+def refuse(peer: str, reasons: Mapping[str, bool]) -> None:
+    """Raises UsageError that names the settings that a class of diffusers has no place for."""
+    if wrong := [reason for reason, true in reasons.items() if true]:
+        raise UsageError(f"diffusers' {peer} cannot hold {', '.join(wrong)}")
+
+
+def controls(inputs: Inputs) -> int:
+    """How many control variables there are."""
+    return inputs.control.high + inputs.control.low

@@ -1,85 +1,132 @@
-"""SD1.5's and SDXL's U-Net, of diffusers' UNet2DConditionModel, as ours."""
+"""SD1.5's and SDXL's U-Net, of diffusers' UNet2DConditionModel and under CompVis' names (facts), and ours."""
 
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from gesso.config import Control, Inputs, UNet
 from gesso.errors import UsageError
-from gesso.interop.found import Found, count, shape
+from gesso.interop.found import Found, Tie, controls, count, give, layers, refuse, shape, take
 
-PARTS = {
+RESIDUAL = {
     "norm1": "norm0", "conv1": "conv0", "time_emb_proj": "emb", "norm2": "norm1", "conv2": "conv1",
     "conv_shortcut": "skip",
 }  # fmt: skip
-BLOCK_PARTS = {
-    "norm1": "norm_self", "attn1": "self_attention", "norm2": "norm_cross", "attn2": "cross_attention",
-    "norm3": "norm_mlp",
+TRANSFORMER = {
+    "norm1": "norm_self", "attn1.to_out.0": "self_attention.out", "norm2": "norm_cross",
+    "attn2.to_out.0": "cross_attention.out", "norm3": "norm_mlp", "ff.net.0.proj": "mlp.expand",
+    "ff.net.2": "mlp.out",
 }  # fmt: skip
 EMBEDDINGS = {"time_embedding": "time", "add_embedding": "pooled.mlp", "class_embedding": "control.mlps.all"}
 SIZES = Control(high=4, low=2, mlp="joint")
 """SDXL's six numbers: original size and top left of the crop, then target size."""
+COMPVIS = "input_blocks.0.0.weight"
+COMPVIS_TOP = {
+    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
+    "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
+    "middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0",
+    "middle_block.2": "mid_block.resnets.1",
+}  # fmt: skip
+COMPVIS_RESIDUAL = {
+    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
+    "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
+}  # fmt: skip
 
 
 def matches(keys: set[str]) -> bool:
     own = {"conv_in.weight", "time_embedding.linear_1.weight", "mid_block.resnets.0.conv1.weight"}
-    return keys >= own and any(key.endswith(".attn2.to_k.weight") for key in keys)
+    known = keys >= own or keys >= {COMPVIS, "time_embed.0.weight", "middle_block.0.in_layers.0.weight"}
+    return known and any(key.endswith(".attn2.to_k.weight") for key in keys)
 
 
-def our_name(key: str, levels: int) -> str:
-    """The place of their tensor in UNetNet, q, k and v still apart; the key itself where it has none."""
-    if match := re.fullmatch(r"(time|add|class)_embedding\.linear_([12])\.(\w+)", key):
-        return f"{EMBEDDINGS[match[1] + '_embedding']}.{2 * int(match[2]) - 2}.{match[3]}"
-    if match := re.fullmatch(r"(conv_in|conv_norm_out|conv_out)\.(\w+)", key):
-        place = {
-            "conv_in": "ways_in.0",
-            "conv_norm_out": f"ways_out.{levels - 1}.0",
-            "conv_out": f"ways_out.{levels - 1}.2",
-        }
-        return f"{place[match[1]]}.{match[2]}"
-    if match := re.fullmatch(r"down_blocks\.(\d+)\.downsamplers\.0\.conv\.(\w+)", key):
-        return f"ways_in.{int(match[1]) + 1}.{match[2]}"
-    if match := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.conv\.(\w+)", key):
-        return f"ways_out.{match[1]}.1.{match[2]}"
-    match = re.fullmatch(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets|attentions)\.(\d+)\.(.+)", key)
-    if match is None:
-        return key
-    place, kind, i, rest = match.groups()
-    place = place.replace("down_blocks", "down").replace("up_blocks", "up").replace("mid_block", "middle")
-    if kind == "resnets":
-        part, _, tensor = rest.partition(".")
-        return f"{place}.{i}.residual.{PARTS[part]}.{tensor}" if part in PARTS else key
-    if match := re.fullmatch(r"transformer_blocks\.(\d+)\.(\w+)\.(.+)", rest):
-        j, part, tensor = match.groups()
-        if part == "ff":
-            inner = "mlp." + tensor.replace("net.0.proj", "expand").replace("net.2", "out")
-        elif part in BLOCK_PARTS:
-            tensor = tensor.replace("to_out.0", "out")
-            tensor = tensor.replace("to_q", "q") if part == "attn2" else tensor
-            inner = f"{BLOCK_PARTS[part]}.{tensor}"
-        else:
-            return key
-        return f"{place}.{i}.transformer.blocks.{j}.{inner}"
-    return f"{place}.{i}.transformer.{rest}"
+def transformer_ties(theirs: str, ours: str, depth: int) -> list[Tie]:
+    ties = layers({f"{theirs}.{part}": f"{ours}.{part}" for part in ("norm", "proj_in", "proj_out")})
+    for j in range(depth):
+        a, b = f"{theirs}.transformer_blocks.{j}", f"{ours}.blocks.{j}"
+        ties += layers({f"{a}.{part}": f"{b}.{inner}" for part, inner in TRANSFORMER.items()})
+        ties.append(Tie(f"{b}.cross_attention.q.weight", (f"{a}.attn2.to_q.weight",)))
+        for attention, inner, letters in (("attn1", "self", "qkv"), ("attn2", "cross", "kv")):
+            names = tuple(f"{a}.{attention}.to_{x}.weight" for x in letters)
+            ties.append(Tie(f"{b}.{inner}_attention.{letters}.weight", names))
+    return ties
+
+
+def diffusers_ties(levels: int, blocks: int, depth: int) -> list[Tie]:
+    """Of every tensor that such a network may have; depth: the most transformer blocks after a residual block."""
+    last = f"ways_out.{levels - 1}"
+    ties = layers({"conv_in": "ways_in.0", "conv_norm_out": f"{last}.0", "conv_out": f"{last}.2"})
+    for theirs, ours in EMBEDDINGS.items():
+        ties += layers({f"{theirs}.linear_{n}": f"{ours}.{i}" for n, i in ((1, 0), (2, 2))})
+    places = [("mid_block", "middle", 2)]
+    for level in range(levels):
+        ties += layers({f"down_blocks.{level}.downsamplers.0.conv": f"ways_in.{level + 1}"})
+        ties += layers({f"up_blocks.{level}.upsamplers.0.conv": f"ways_out.{level}.1"})
+        places += [(f"down_blocks.{level}", f"down.{level}", blocks), (f"up_blocks.{level}", f"up.{level}", blocks + 1)]
+    for theirs, ours, n in places:
+        for i in range(n):
+            parts = {f"{theirs}.resnets.{i}.{a}": f"{ours}.{i}.residual.{b}" for a, b in RESIDUAL.items()}
+            ties += layers(parts) + transformer_ties(f"{theirs}.attentions.{i}", f"{ours}.{i}.transformer", depth)
+    return ties
+
+
+def compvis_places(levels: int, blocks: int) -> dict[str, str]:
+    """CompVis' numbering of blocks -> diffusers' names. What changes the resolution counts as a block on the way in."""
+    places = dict(COMPVIS_TOP)
+    for level in range(levels):
+        for i in range(blocks):
+            n = 1 + level * (blocks + 1) + i
+            places[f"input_blocks.{n}.0"] = f"down_blocks.{level}.resnets.{i}"
+            places[f"input_blocks.{n}.1"] = f"down_blocks.{level}.attentions.{i}"
+        places[f"input_blocks.{(level + 1) * (blocks + 1)}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+        for i in range(blocks + 1):
+            n = level * (blocks + 1) + i
+            places[f"output_blocks.{n}.0"] = f"up_blocks.{level}.resnets.{i}"
+            places[f"output_blocks.{n}.1"] = f"up_blocks.{level}.attentions.{i}"
+            for place in (1, 2):  # after the transformer where there is one
+                places[f"output_blocks.{n}.{place}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+    return places
+
+
+def under_diffusers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CompVis' tensors (SD1.5 and SDXL in one file); what has no place keeps its name."""
+    downs = [int(m[1]) for name in state if (m := re.fullmatch(r"input_blocks\.(\d+)\.0\.op\.weight", name))]
+    blocks = min(downs, default=count(state, "input_blocks")) - 1
+    places = compvis_places(len(downs) + 1, blocks)
+
+    def renamed(name: str) -> str:
+        parts = name.split(".")
+        for n in range(len(parts) - 1, 0, -1):
+            if (place := places.get(".".join(parts[:n]))) is not None:
+                rest = ".".join(parts[n:])
+                inner = next((a for a in COMPVIS_RESIDUAL if rest.startswith(f"{a}.")), None)
+                if inner and ".resnets." in place:
+                    rest = COMPVIS_RESIDUAL[inner] + rest.removeprefix(inner)
+                return f"{place}.{rest}"
+        return name
+
+    return {renamed(name): tensor for name, tensor in state.items()}
+
+
+def depths(state: Mapping[str, Tensor]) -> list[int]:
+    """Transformer blocks after a residual block of each level."""
+    levels = range(count(state, "down_blocks"))
+    return [count(state, f"down_blocks.{level}.attentions.0.transformer_blocks") for level in levels]
+
+
+def middle_depth(state: Mapping[str, Tensor]) -> int:
+    return count(state, "mid_block.attentions.0.transformer_blocks")
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Under UNetNet's names. SD1.5's 1x1 convolutions around a transformer are our linear layers."""
-    named = {our_name(key, count(state, "down_blocks")): value for key, value in state.items()}
-    ours = {}
-    for name, value in named.items():
+    kept = dict(state)
+    for name, value in kept.items():
         if re.search(r"\.proj_(in|out)\.weight$", name) and value.ndim == 4:
-            value = value[:, :, 0, 0]
-        ours[name] = value
-    for name in named:
-        if match := re.fullmatch(r"(.+\.(self|cross)_attention)\.to_k\.weight", name):
-            letters = "qkv" if match[2] == "self" else "kv"
-            parts = [f"{match[1]}.to_{x}.weight" for x in letters]
-            if all(part in ours for part in parts):
-                ours[f"{match[1]}.{letters}.weight"] = torch.cat([ours.pop(part) for part in parts])
-    return ours
+            kept[name] = value[:, :, 0, 0]
+    levels, blocks = count(state, "down_blocks"), count(state, "down_blocks.0.resnets")
+    return take(kept, diffusers_ties(levels, blocks, max([*depths(state), middle_depth(state)])))
 
 
 def settings(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[UNet, Inputs]:
@@ -92,7 +139,6 @@ def settings(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[UNe
     channels, image_channels, *_ = shape(state, "conv_in.weight")
     levels = count(state, "down_blocks")
     widths = [shape(state, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels)]
-    depths = tuple(count(state, f"down_blocks.{i}.attentions.0.transformer_blocks") for i in range(levels))
     projections = [value for name, value in state.items() if name.endswith(".proj_in.weight")]
     linear = all(value.ndim == 2 for value in projections)
     if heads is None and not linear:
@@ -101,14 +147,13 @@ def settings(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[UNe
         raise UsageError(f"levels of {widths} channels fit neither conv_in's {channels} nor heads={heads}")
     pooled = 0
     if "add_embedding.linear_1.weight" in state:
-        pooled = state["add_embedding.linear_1.weight"].shape[1] - 256 * (SIZES.high + SIZES.low)
+        pooled = state["add_embedding.linear_1.weight"].shape[1] - 256 * controls(Inputs(0, 0, control=SIZES))
         if pooled <= 0:
             raise UsageError("add_embedding takes less than SDXL's six sizes; this U-Net is none that gesso knows")
     cfg = UNet(
-        channels=channels, multipliers=tuple(width // channels for width in widths), transformer_depth=depths,
-        blocks=count(state, "down_blocks.0.resnets"), heads=heads, text_embed="none",
-        middle_depth=count(state, "mid_block.attentions.0.transformer_blocks"),
-        pooled_mlp="shared" if pooled else "own",
+        channels=channels, multipliers=tuple(width // channels for width in widths),
+        transformer_depth=tuple(depths(state)), blocks=count(state, "down_blocks.0.resnets"), heads=heads,
+        text_embed="none", middle_depth=middle_depth(state), pooled_mlp="shared" if pooled else "own",
     )  # fmt: skip
     text_width = next(value.shape[1] for name, value in state.items() if name.endswith(".attn2.to_k.weight"))
     control = SIZES if pooled else Control()
@@ -116,10 +161,13 @@ def settings(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[UNe
 
 
 def convert(state: Mapping[str, Tensor], heads: int | None) -> Found:
+    origin = "CompVis" if COMPVIS in state else "diffusers"
+    if COMPVIS in state:
+        state = under_diffusers_names(state)
     cfg, inputs = settings(state, heads)
     weights = {name: tensor.float() for name, tensor in from_diffusers(state).items()}
     notes = {
-        "source": "SDXL's U-Net (diffusers)" if inputs.pooled_width else "SD1.5's U-Net (diffusers)",
+        "source": f"{'SDXL' if inputs.pooled_width else 'SD1.5'}'s U-Net ({origin})",
         "process": "VP, 1000 steps, sqrt(beta) linear from sqrt(0.00085) to sqrt(0.012), epsilon",
         "c_noise": "timestep index 0..999",
         "heads": f"{cfg.heads} at every level" if cfg.heads else f"{cfg.head_width} channels wide",
@@ -128,3 +176,41 @@ def convert(state: Mapping[str, Tensor], heads: int | None) -> Found:
     if inputs.pooled_width:
         notes["control"] = "high: original height, width, crop's top, left; low: target height, width"
     return Found(cfg, inputs, weights, notes)
+
+
+def to_diffusers(weights: Mapping[str, Tensor], cfg: UNet, inputs: Inputs) -> tuple[str, dict, dict[str, Tensor]]:
+    """Class name, configuration and weights. Raises UsageError where the class has no place for a setting."""
+    peer, n = "UNet2DConditionModel", controls(inputs)
+    deepest = cfg.transformer_depth[-1]
+    refuse(
+        peer,
+        {
+            "a network without text": not inputs.text_width,
+            f"net.text_embed={cfg.text_embed} (none it holds)": bool(inputs.text_width) and cfg.text_embed != "none",
+            "control without pooled text": n > 0 and not inputs.pooled_width,
+            "pooled text without control": n == 0 and inputs.pooled_width > 0,
+            f"net.pooled_mlp={cfg.pooled_mlp} (shared it holds)": inputs.pooled_width > 0
+            and cfg.pooled_mlp != "shared",
+            f"net.middle_depth={cfg.middle_depth} (its own is the lowest level's, {deepest})": cfg.middle_depth == 0
+            or deepest not in (0, cfg.middle_depth),
+        },
+    )
+    widths = [cfg.channels * multiplier for multiplier in cfg.multipliers]
+    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in cfg.transformer_depth]
+    up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(cfg.transformer_depth)]
+    config = {
+        "in_channels": inputs.channels, "out_channels": inputs.channels, "sample_size": inputs.resolution,
+        "block_out_channels": tuple(widths), "layers_per_block": cfg.blocks, "down_block_types": tuple(down),
+        "up_block_types": tuple(up), "norm_num_groups": cfg.groups, "use_linear_projection": True,
+        # What this class calls attention_head_dim is the number of heads.
+        "attention_head_dim": tuple(cfg.heads or max(width // cfg.head_width, 1) for width in widths),
+        "transformer_layers_per_block": (*(max(depth, 1) for depth in cfg.transformer_depth[:-1]), cfg.middle_depth),
+        "cross_attention_dim": inputs.text_width,
+    }  # fmt: skip
+    if inputs.pooled_width:
+        config |= {
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": inputs.pooled_width + 256 * n,
+        }  # fmt: skip
+    ties = diffusers_ties(len(widths), cfg.blocks, max([*cfg.transformer_depth, cfg.middle_depth]))
+    return peer, config, give(weights, ties)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gesso.cond import Cond
 from gesso.config import DiT, DiTAtt, Inputs, PixArt
 from gesso.nets.embed import ControlEmbed, GridPosition, SemanticTokens, TimeEmbed, null_filled
-from gesso.nets.layers import QKV, AdaLN, Mlp, PatchEmbed, RMSNorm, attention, linear, modulate, unpatchify
+from gesso.nets.layers import QKV, AdaLN, Mlp, PatchEmbed, RMSNorm, attention, linear, modulate, split_heads, unpatchify
 
 Modulation = tuple[Tensor, ...]
 """Shift, scale and gate of one branch, each (B, 1, D)."""
@@ -26,7 +26,7 @@ class Trunk(nn.Module):
         self.patch = cfg.patch
         grid = inputs.resolution // cfg.patch
         self.patch_embed = PatchEmbed(inputs.channels, cfg.width, cfg.patch)
-        self.position = GridPosition(cfg.width, (grid, grid))
+        self.position = GridPosition(cfg.width, (grid, grid), cfg.positions)
         self.time = TimeEmbed(cfg.width)
         self.control = ControlEmbed(inputs.control, cfg.width)
         self.final = linear(cfg.width, cfg.patch**2 * inputs.channels, zero=True)
@@ -88,7 +88,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
         q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # B h T d
-        k, v = self.kv(text).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # B h S d
+        k, v = split_heads(self.kv(text), 2, self.heads)
         return self.out(attention(self.q_norm(q), self.k_norm(k), v, mask))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gesso.cond import Cond
 from gesso.config import EDM2, Inputs
 from gesso.nets.embed import MPControl, null_filled
-from gesso.nets.mp import MPConv, MPFourier, MPLinear, mp_cat, mp_silu, mp_sum, pixel_norm
+from gesso.nets.mp import SILU_GAIN, MPConv, MPFourier, MPLinear, balance, mp_cat, mp_silu, mp_sum, pixel_norm
 
 
 class Attention(nn.Module):
@@ -19,17 +19,16 @@ class Attention(nn.Module):
     def __init__(self, cfg: EDM2, channels: int):
         super().__init__()
         self.heads = channels // cfg.channels_per_head
-        self.balance = cfg.attention_balance
+        self.main, branch = balance(cfg.attention_balance)
         self.qkv = MPConv(channels, 3 * channels, 1)
-        self.proj = MPConv(channels, channels, 1)
+        self.proj = MPConv(channels, channels, 1, constant=branch)
 
     def forward(self, x: Tensor) -> Tensor:
-        h, w = x.shape[2:]
-        qkv = self.qkv(x).unflatten(1, (3, self.heads, -1)).flatten(4)  # B 3 heads channels HW
-        q, k, v = pixel_norm(qkv, dim=3).transpose(3, 4).unbind(1)
+        qkv = self.qkv(x).permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (3, self.heads, -1))  # B HW 3 heads channels
+        q, k, v = pixel_norm(qkv, dim=4).transpose(1, 3).unbind(2)
         y = F.scaled_dot_product_attention(q, k, v)  # B heads HW channels
-        y = self.proj(y.transpose(2, 3).flatten(1, 2).unflatten(2, (h, w)))
-        return mp_sum(x, y, self.balance)
+        y = self.proj(y.transpose(1, 2).flatten(2).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2))
+        return torch.add(y, x, alpha=self.main)  # Magnitude-preserving sum (Eq. 88)
 
 
 class Block(nn.Module):
@@ -44,11 +43,13 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.encoder = flavour == "encoder"
-        self.resample, self.balance, self.dropout = resample, cfg.residual_balance, cfg.dropout
+        self.resample, self.dropout = resample, cfg.dropout
+        self.main, branch = balance(cfg.residual_balance)
         self.emb_gain = nn.Parameter(torch.zeros(1))
         self.emb_linear = MPLinear(4 * cfg.channels, c_out)
-        self.conv_res0 = MPConv(c_out if self.encoder else c_in, c_out, 3)
-        self.conv_res1 = MPConv(c_out, c_out, 3)
+        # Each follows a SiLU; the second gives the branch its share of the MP-sum.
+        self.conv_res0 = MPConv(c_out if self.encoder else c_in, c_out, 3, constant=SILU_GAIN)
+        self.conv_res1 = MPConv(c_out, c_out, 3, constant=SILU_GAIN * branch)
         self.conv_skip = MPConv(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = Attention(cfg, c_out) if attention else nn.Identity()
 
@@ -59,13 +60,13 @@ class Block(nn.Module):
             x = F.interpolate(x, scale_factor=2, mode="nearest")
         if self.encoder:
             x = pixel_norm(self.conv_skip(x))
-        y = self.conv_res0(mp_silu(x))
+        y = self.conv_res0(F.silu(x))
         scale = self.emb_linear(emb, gain=self.emb_gain) + 1
-        y = mp_silu(y * scale[:, :, None, None])
+        y = F.silu(y * scale[:, :, None, None])
         y = self.conv_res1(F.dropout(y, self.dropout, self.training))
         if not self.encoder:
             x = self.conv_skip(x)
-        x = self.attention(mp_sum(x, y, self.balance))
+        x = self.attention(torch.add(y, x, alpha=self.main))  # Magnitude-preserving sum (Eq. 88)
         return x.clip(-256, 256)
 
 

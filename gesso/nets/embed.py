@@ -6,6 +6,7 @@ Legend: B batch, D width, S semantic tokens, h w rows and columns of the token g
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gesso.cond import Cond
@@ -34,15 +35,14 @@ class TimeEmbed(nn.Module):
         return self.mlp(sinusoids(c_noise, 256))
 
 
-def sincos_2d(width: int, h: int, w: int, base: tuple[int, int]) -> Tensor:
-    """2-D sine-cosine positions on the resampled grid, (1, h*w, D) float32.
+def sincos_2d(width: int, h: int, w: int, last: tuple[int, int]) -> Tensor:
+    """2-D sine-cosine positions, (1, h*w, D) float32, the last token of a column or row being at `last`, the first at 0.
 
-    The grid runs from 0 to `base` whatever h and w are (Berrada et al., Pseudocode 1, which at
-    h = base steps by h/(h-1), not by 1). First half of D from the column, second from the row; in each
-    half sines, then cosines, of omega = 1e4^(-i/(D/4)).
+    First half of D from the column, second from the row; in each half sines, then cosines, of
+    omega = 1e4^(-i/(D/4)).
     """
-    rows = torch.linspace(0, base[0], h, dtype=torch.float64)
-    columns = torch.linspace(0, base[1], w, dtype=torch.float64)
+    rows = torch.linspace(0, last[0], h, dtype=torch.float64)
+    columns = torch.linspace(0, last[1], w, dtype=torch.float64)
     row, column = torch.meshgrid(rows, columns, indexing="ij")
     omega = 1e4 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     halves = []
@@ -53,17 +53,30 @@ def sincos_2d(width: int, h: int, w: int, base: tuple[int, int]) -> Tensor:
 
 
 class GridPosition(nn.Module):
-    """Positions of the training grid as a constant, other grids made when first seen."""
+    """Sine-cosine positions, (1, h*w, D): those of the training grid `base` a constant, others made when seen.
 
-    def __init__(self, width: int, base: tuple[int, int]):
+    resampled: n tokens from 0 to base, step n/(n-1) on the training grid (Berrada et al., Pseudocode 1).
+    extrapolated: step 1 on every grid, as DiT has it and Pseudocode 1 in its commented-out line.
+    interpolated: the extrapolated table of the training grid, resized bicubically (Section 2.2, its
+    references 2 and 47).
+    """
+
+    def __init__(self, width: int, base: tuple[int, int], positions: str):
         super().__init__()
-        self.width, self.base = width, base
-        self.register_buffer("table", sincos_2d(width, *base, base), persistent=False)
+        self.width, self.base, self.positions = width, base, positions
+        self.register_buffer("table", self.sincos(*base), persistent=False)
+
+    def sincos(self, h: int, w: int) -> Tensor:
+        last = self.base if self.positions == "resampled" else (h - 1, w - 1)
+        return sincos_2d(self.width, h, w, last)
 
     def forward(self, h: int, w: int) -> Tensor:
         if (h, w) == self.base:
             return self.table
-        return sincos_2d(self.width, h, w, self.base).to(self.table)
+        if self.positions == "interpolated":
+            square = self.table.unflatten(1, self.base).permute(0, 3, 1, 2)  # 1 D h w
+            return F.interpolate(square, size=(h, w), mode="bicubic").flatten(2).transpose(1, 2)
+        return self.sincos(h, w).to(self.table)
 
 
 class SemanticTokens(nn.Module):

@@ -74,6 +74,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=1e-6)
 
 
+def split_heads(x: Tensor, n: int, heads: int) -> list[Tensor]:
+    """(B, T, n*D) -> n views (B, h, T, d). Chunks, so that backward joins them in one pass."""
+    return [part.unflatten(2, (heads, -1)).transpose(1, 2) for part in x.chunk(n, dim=2)]
+
+
 class QKV(nn.Module):
     """Queries, keys and values of one stream of tokens, q and k RMS-normalized per head where `norm`.
 
@@ -92,11 +97,10 @@ class QKV(nn.Module):
         """(B, T, D) -> q, k, v of shape (B, h, T, d)."""
         weight, bias = self.linear.weight, self.linear.bias
         if self.queries:
-            q, k, v = F.linear(x, weight, bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            q, k, v = split_heads(F.linear(x, weight, bias), 3, self.heads)
             return self.q_norm(q), self.k_norm(k), v
         D = x.shape[2]
-        kv = F.linear(x, weight[D:], None if bias is None else bias[D:])
-        k, v = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        k, v = split_heads(F.linear(x, weight[D:], None if bias is None else bias[D:]), 2, self.heads)
         return None, self.k_norm(k), v
 
 

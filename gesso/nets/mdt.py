@@ -25,7 +25,7 @@ from gesso import keyed
 from gesso.cond import Cond
 from gesso.config import MDT, Inputs
 from gesso.nets.embed import ControlEmbed, SemanticTokens, TimeEmbed, sincos_2d
-from gesso.nets.layers import AdaLN, Mlp, PatchEmbed, linear, modulate, unpatchify
+from gesso.nets.layers import AdaLN, Mlp, PatchEmbed, linear, modulate, split_heads, unpatchify
 
 
 def keep_ids(seed: int, sample: Tensor, nimg: int, tokens: int, ratio_range: tuple[float, float]) -> Tensor:
@@ -125,7 +125,7 @@ class Block(nn.Module):
         self.mlp = Mlp(cfg.width, int(cfg.width * cfg.mlp_ratio))
 
     def attend(self, x: Tensor, layout: Layout) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = split_heads(self.qkv(x), 3, self.heads)
         bias = self.bias(layout).to(q.dtype)
         return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
 
@@ -159,7 +159,7 @@ class SideInterpolater(nn.Module):
 class MDTNet(nn.Module):
     """net(x, c_noise, progress, cond) -> F, all images (B, C, H, W).
 
-    c, which modulates every block, is time + MLP(class) + control. The plain pass does not use
+    c, which modulates every block, is time + class + control. The plain pass does not use
     `self.side`, whose parameters get a gradient from `masked` alone.
     """
 
@@ -173,7 +173,7 @@ class MDTNet(nn.Module):
         self.register_buffer("index", relative_index(self.grid, self.grid), persistent=False)
         self.time = TimeEmbed(cfg.width)
         self.control = ControlEmbed(inputs.control, cfg.width)
-        self.semantic = SemanticTokens(inputs, cfg.width, "mlp", nn.SiLU()) if inputs.num_classes else None
+        self.semantic = SemanticTokens(inputs, cfg.width, cfg.class_embed, nn.SiLU()) if inputs.num_classes else None
         self.in_blocks = nn.ModuleList(Block(cfg, self.grid, skip=False) for _ in range(half))
         self.out_blocks = nn.ModuleList(Block(cfg, self.grid, skip=True) for _ in range(half))
         self.side = SideInterpolater(cfg, self.grid)

@@ -46,18 +46,26 @@ def qkv(cfg: MMDiT | MMDiTpp, bias: bool, queries: bool = True) -> QKV:
 
 
 class Stream(nn.Module):
-    """What one kind of token has of its own besides qkv: adaLN, the way out of attention, the MLP."""
+    """What one kind of token has of its own besides qkv: adaLN, the way out of attention, the MLP.
 
-    def __init__(self, cfg: MMDiT | MMDiTpp):
+    dual: a second attention, of these tokens alone, beside the joint one (SD3.5 medium's first blocks).
+    """
+
+    def __init__(self, cfg: MMDiT | MMDiTpp, dual: bool = False):
         super().__init__()
-        self.ada = AdaLN(cfg.width, 6)
+        self.ada = AdaLN(cfg.width, 9 if dual else 6)
         self.out = linear(cfg.width, cfg.width)
         self.mlp = Mlp(cfg.width, int(cfg.width * cfg.mlp_ratio))
+        self.second_qkv = qkv(cfg, bias=True) if dual else None
+        self.second_out = linear(cfg.width, cfg.width) if dual else None
 
     def close(self, x: Tensor, attended: Tensor, ada: tuple[Tensor, ...]) -> Tensor:
         """Add the gated attention and MLP branches to the tokens x."""
-        _, _, gate_attention, shift, scale, gate_mlp = ada
+        _, _, gate_attention, shift, scale, gate_mlp, *second = ada
+        alone = attention(*self.second_qkv(modulate(x, *second[:2]))) if second else None
         x = torch.addcmul(x, gate_attention, self.out(attended))
+        if second:
+            x = torch.addcmul(x, second[2], self.second_out(alone))
         return torch.addcmul(x, gate_mlp, self.mlp(modulate(x, shift, scale)))
 
 
@@ -69,9 +77,9 @@ class JointBlock(nn.Module):
     values.
     """
 
-    def __init__(self, cfg: MMDiT | MMDiTpp, semantic: bool, last: bool):
+    def __init__(self, cfg: MMDiT | MMDiTpp, semantic: bool, last: bool, dual: bool):
         super().__init__()
-        self.image = Stream(cfg)
+        self.image = Stream(cfg, dual)
         self.image_qkv = qkv(cfg, bias=True)
         self.last = last
         self.own = semantic and cfg.text_weights == "all"
@@ -120,7 +128,10 @@ class JointTransformer(nn.Module):
         self.control = ControlEmbed(inputs.control, cfg.width)
         embed = "table" if inputs.num_classes else text_embed
         self.semantic = SemanticTokens(inputs, cfg.width, embed, nn.SiLU()) if inputs.semantic else None
-        self.blocks = nn.ModuleList(JointBlock(cfg, inputs.semantic, last=i == cfg.depth - 1) for i in range(cfg.depth))
+        dual = cfg.dual_blocks if isinstance(cfg, MMDiT) else 0
+        self.blocks = nn.ModuleList(
+            JointBlock(cfg, inputs.semantic, last=i == cfg.depth - 1, dual=i < dual) for i in range(cfg.depth)
+        )
         self.final_ada = AdaLN(cfg.width, 2)
         self.final = linear(cfg.width, cfg.patch**2 * inputs.channels, zero=True)
 
@@ -153,10 +164,10 @@ class MMDiTNet(JointTransformer):
 
     def __init__(self, cfg: MMDiT, inputs: Inputs):
         grid = inputs.resolution // cfg.patch
-        resampled = cfg.max_grid is None
-        position = (
-            GridPosition(cfg.width, (grid, grid)) if resampled else CroppedPosition(cfg.width, cfg.max_grid, grid)
-        )
+        if cfg.max_grid is None:
+            position = GridPosition(cfg.width, (grid, grid), cfg.positions)
+        else:
+            position = CroppedPosition(cfg.width, cfg.max_grid, grid)
         super().__init__(cfg, inputs, position, text_embed="mlp" if cfg.text_weights == "qkv" else "linear")
         self.class_in_c = bool(inputs.num_classes)
         n = inputs.pooled_width
@@ -173,7 +184,8 @@ class MMDiTppNet(JointTransformer):
 
     def __init__(self, cfg: MMDiTpp, inputs: Inputs):
         grid = inputs.resolution // cfg.patch
-        super().__init__(cfg, inputs, GridPosition(cfg.width, (grid, grid)), text_embed="mlp")
+        position = GridPosition(cfg.width, (grid, grid), cfg.positions)
+        super().__init__(cfg, inputs, position, text_embed="mlp")
 
     def modulation(self, time: Tensor, text: Tensor | None, cond: Cond) -> Tensor:
         return time

@@ -13,13 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SILU_GAIN = 1 / 0.596  # Eq. 81: SiLU of a standard normal has rms .596
+
 
 def mp_silu(x: Tensor) -> Tensor:
-    return F.silu(x) / 0.596  # Eq. 81
+    return F.silu(x) * SILU_GAIN
+
+
+def balance(t: float) -> tuple[float, float]:
+    """Factors of a and b in an MP-sum: (1 - t, t) / sqrt((1 - t)^2 + t^2) (Eq. 88)."""
+    norm = math.sqrt((1 - t) ** 2 + t**2)
+    return (1 - t) / norm, t / norm
 
 
 def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
-    return a.lerp(b, t) / math.sqrt((1 - t) ** 2 + t**2)  # Eq. 88
+    share_a, share_b = balance(t)
+    return torch.add(a * share_a, b, alpha=share_b)
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -49,16 +58,21 @@ class MPFourier(nn.Module):
 
 
 class MPWeight(nn.Module):
-    """A weight on the sphere: rows of rms 1, one row per output channel (Eq. 37-47)."""
+    """A weight on the sphere: rows of rms 1, one row per output channel (Eq. 37-47).
 
-    def __init__(self, *shape: int):
+    constant: a factor of the output that never changes, so that it costs no pass over activations.
+    """
+
+    def __init__(self, *shape: int, constant: float = 1.0):
         super().__init__()
         self.weight = nn.Parameter(normalized(torch.randn(shape)))
-        self.scale = 1 / math.sqrt(self.weight[0].numel())
+        self.scale = constant / math.sqrt(self.weight[0].numel())
 
     def scaled(self, gain: Tensor | float, dtype: torch.dtype) -> Tensor:
         """The effective weight. Scaled before the cast and never on the output, which fp16 would overflow."""
-        return (self.weight * (gain * self.scale)).to(dtype)
+        factor = gain * self.scale
+        weight = self.weight if isinstance(factor, float) and factor == 1 else self.weight * factor
+        return weight.to(dtype)
 
 
 class MPLinear(MPWeight):
@@ -72,8 +86,8 @@ class MPLinear(MPWeight):
 class MPConv(MPWeight):
     """Square kernel, no bias, zero padding that keeps the size."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: int):
-        super().__init__(c_out, c_in, kernel, kernel)
+    def __init__(self, c_in: int, c_out: int, kernel: int, constant: float = 1.0):
+        super().__init__(c_out, c_in, kernel, kernel, constant=constant)
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         return F.conv2d(x, self.scaled(gain, x.dtype), padding=self.weight.shape[-1] // 2)
@@ -107,3 +121,12 @@ def put_on_sphere(weights: list[nn.Parameter]) -> None:
     """Rescale each row to rms 1 in place (Eq. 66)."""
     for weight in weights:
         weight.copy_(normalized(weight))
+
+
+@torch.no_grad()
+def fold(module: nn.Module) -> None:
+    """Multiply the constant factors into the weights of a network that is trained no more: forward has less to do."""
+    for m in module.modules():
+        if isinstance(m, MPWeight):
+            m.weight.mul_(m.scale)
+            m.scale = 1.0

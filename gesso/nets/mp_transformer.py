@@ -51,11 +51,11 @@ def with_one(x: Tensor) -> Tensor:
 class MPPatchEmbed(nn.Module):
     """(B, C, H, W) -> (B, T, D), one token per p x p square, row by row; positions added by MP-sum."""
 
-    def __init__(self, channels: int, width: int, patch: int, resolution: int):
+    def __init__(self, channels: int, width: int, patch: int, resolution: int, positions: str):
         super().__init__()
         self.patch = patch
         self.linear = MPLinear(patch**2 * channels + 1, width)
-        self.position = GridPosition(width, (resolution // patch,) * 2)
+        self.position = GridPosition(width, (resolution // patch,) * 2, positions)
 
     def forward(self, x: Tensor) -> Tensor:
         patches = F.pixel_unshuffle(x, self.patch)  # B Cpp H/p W/p
@@ -190,7 +190,7 @@ class MPDiTNet(nn.Module):
     def __init__(self, cfg: MPDiT, inputs: Inputs):
         super().__init__()
         self.patch = cfg.patch
-        self.patch_embed = MPPatchEmbed(inputs.channels, cfg.width, cfg.patch, inputs.resolution)
+        self.patch_embed = MPPatchEmbed(inputs.channels, cfg.width, cfg.patch, inputs.resolution, cfg.positions)
         self.noise = NoiseEmbed(cfg.width)
         self.label = MPClass(inputs.num_classes, cfg.width) if inputs.num_classes else None
         self.control = MPControl(inputs.control, cfg.width)
@@ -219,7 +219,7 @@ class MPMMDiTppNet(nn.Module):
     def __init__(self, cfg: MPMMDiTpp, inputs: Inputs):
         super().__init__()
         self.patch = cfg.patch
-        self.patch_embed = MPPatchEmbed(inputs.channels, cfg.width, cfg.patch, inputs.resolution)
+        self.patch_embed = MPPatchEmbed(inputs.channels, cfg.width, cfg.patch, inputs.resolution, cfg.positions)
         self.noise = NoiseEmbed(cfg.width)
         self.label = MPClass(inputs.num_classes, cfg.width) if inputs.num_classes else None
         self.text = MPText(inputs.text_width, cfg.width) if inputs.text_width else None

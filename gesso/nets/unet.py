@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gesso.cond import Cond
 from gesso.config import Control, Inputs, UNet
 from gesso.nets.embed import ControlEmbed, SemanticTokens, control_features, control_values, present, sinusoids
-from gesso.nets.layers import attention, linear
+from gesso.nets.layers import attention, linear, split_heads
 
 CLASS_CONTEXT = 1024
 """Channels of the class token where the settings name none (Table A1's class cell)."""
@@ -46,7 +46,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = split_heads(self.qkv(x), 3, self.heads)
         return self.out(attention(q, k, v))
 
 
@@ -66,7 +66,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # B h T d
-        k, v = self.kv(context).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # B h S d
+        k, v = split_heads(self.kv(context), 2, self.heads)
         return self.out(attention(q, k, v, mask))
 
 

@@ -1,0 +1,154 @@
+"""Sine-cosine positions: three settings against formulas in numpy, on square and other grids."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import awake
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from gesso import nets
+from gesso.cond import Cond
+from gesso.config import MDT, DiT, DiTAtt, Inputs, MMDiT, MMDiTpp, MPDiT, MPMMDiTpp, PixArt
+from gesso.nets.embed import GridPosition
+
+D = 16
+SIDES = st.integers(1, 12)
+SHAPE = {"width": 32, "depth": 2, "heads": 2}
+SETTINGS = ["resampled", "extrapolated", "interpolated"]
+CONFIGS = {
+    "dit": DiT, "dit-att": DiTAtt, "pixart": PixArt, "mmdit": MMDiT, "mmdit++": MMDiTpp, "mp-dit": MPDiT,
+    "mp-mmdit++": MPMMDiTpp,
+}  # fmt: skip
+
+
+def waves(row: float, column: float, width: int = D) -> list[float]:
+    """One token, channel by channel."""
+    n = width // 4
+    omega = [1 / 10000 ** (i / n) for i in range(n)]
+    return [f(place * o) for place in (column, row) for f in (np.sin, np.cos) for o in omega]
+
+
+def table(rows, columns, width: int = D) -> np.ndarray:
+    """(h w, D) of tokens at these places, row by row."""
+    return np.array([waves(row, column, width) for row in rows for column in columns])
+
+
+def made(positions: str, base: tuple[int, int], h: int, w: int) -> np.ndarray:
+    found = GridPosition(D, base, positions)(h, w)
+    assert found.shape == (1, h * w, D) and found.dtype == torch.float32
+    return found[0].numpy()
+
+
+@settings(deadline=None, max_examples=40)
+@given(SIDES, SIDES, SIDES, SIDES)
+def test_resampled(bh, bw, h, w):
+    """Pseudocode 1: from 0 to the training grid's side on every grid, so n/(n-1) apart on the training grid."""
+    rows, columns = (np.arange(n) * (base / max(n - 1, 1)) for n, base in ((h, bh), (w, bw)))
+    np.testing.assert_allclose(made("resampled", (bh, bw), h, w), table(rows, columns), atol=1e-6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(SIDES, SIDES, SIDES, SIDES)
+def test_extrapolated(bh, bw, h, w):
+    """One step per token whatever the grid."""
+    np.testing.assert_allclose(made("extrapolated", (bh, bw), h, w), table(range(h), range(w)), atol=1e-6)
+
+
+def cubic(square: np.ndarray, n: int) -> np.ndarray:
+    """Bicubic resizing of axis 0 (m, ...) to n: Keys' kernel with a = -3/4, half-pixel centres, edges repeated."""
+    m, a = len(square), -0.75
+    out = []
+    for i in range(n):
+        at = (i + 0.5) * m / n - 0.5
+        first = int(np.floor(at)) - 1
+        total = 0
+        for j in range(first, first + 4):
+            t = abs(at - j)
+            near, far = (a + 2) * t**3 - (a + 3) * t**2 + 1, a * (t**3 - 5 * t**2 + 8 * t - 4)
+            total = total + (near if t <= 1 else far) * square[min(max(j, 0), m - 1)]
+        out.append(total)
+    return np.array(out)
+
+
+@settings(deadline=None, max_examples=40)
+@given(SIDES, SIDES, SIDES, SIDES)
+def test_interpolated(bh, bw, h, w):
+    """The extrapolated table of the training grid, resized in both directions."""
+    square = table(range(bh), range(bw)).reshape(bh, bw, D)
+    wanted = cubic(cubic(square, h).swapaxes(0, 1), w).swapaxes(0, 1)
+    np.testing.assert_allclose(made("interpolated", (bh, bw), h, w), wanted.reshape(h * w, D), atol=2e-5)
+
+
+def test_interpolated_equals_extrapolated_on_the_training_grid_alone():
+    for h, w, same in [(4, 6, True), (6, 4, False), (8, 12, False), (2, 3, False)]:
+        near = np.abs(made("interpolated", (4, 6), h, w) - made("extrapolated", (4, 6), h, w)).max() == 0
+        assert near == same
+
+
+def test_the_three_differ_on_the_training_grid():
+    """Pseudocode 1's off-by-one: its last token is at n, DiT's at n - 1."""
+    resampled, extrapolated = (made(p, (4, 4), 4, 4)[-1] for p in ("resampled", "extrapolated"))
+    np.testing.assert_allclose(resampled, waves(4, 4), atol=1e-6)
+    np.testing.assert_allclose(extrapolated, waves(3, 3), atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [1, 4, 7])
+def test_extrapolated_is_diffusers_table_at_its_native_grid(side):
+    theirs = get_2d_sincos_pos_embed(D, side, base_size=side, output_type="pt").float().numpy()
+    assert np.array_equal(made("extrapolated", (16, 16), side, side), theirs)
+
+
+# --- In the networks ------------------------------------------------------------------------------------------------
+
+
+def position_of(net) -> GridPosition:
+    found = [module for module in net.modules() if isinstance(module, GridPosition)]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("positions", SETTINGS)
+def test_every_network_has_the_setting(name, positions):
+    torch.manual_seed(0)
+    net = awake(nets.build(CONFIGS[name](**SHAPE, positions=positions), Inputs(3, 8, num_classes=5)))
+    module = position_of(net)
+    assert (module.base, module.positions) == ((4, 4), positions)
+    assert not any("position" in key for key in net.state_dict())
+    cond, t = Cond(label=torch.tensor([1, 2])), torch.tensor([0.3, 0.7])
+    for h, w in [(8, 8), (8, 12), (16, 4)]:
+        out = net(torch.randn(2, 3, h, w), t, t, cond)
+        assert out.shape == (2, 3, h, w) and out.isfinite().all() and out.std() > 1e-3
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_the_setting_reaches_the_output(name):
+    """Same weights, three settings: three functions on another grid, two on the training grid."""
+    outs = {}
+    for positions in SETTINGS:
+        torch.manual_seed(0)
+        net = awake(nets.build(CONFIGS[name](**SHAPE, positions=positions), Inputs(3, 8, num_classes=5)))
+        torch.manual_seed(1)
+        cond, t = Cond(label=torch.tensor([1])), torch.tensor([0.3])
+        outs[positions] = [net(torch.randn(1, 3, n, n), t, t, cond) for n in (8, 12)]
+    first, second, third = outs.values()
+    assert second[0].equal(third[0])
+    for a, b in [(first[0], second[0]), (first[1], second[1]), (second[1], third[1]), (first[1], third[1])]:
+        assert (a - b).abs().max() > 1e-3
+
+
+def test_default_is_resampled():
+    assert {kind(**SHAPE).positions for kind in CONFIGS.values()} == {"resampled"}
+
+
+@pytest.mark.parametrize("positions", SETTINGS[1:])
+def test_networks_with_positions_of_their_own_refuse_it(positions):
+    with pytest.raises(ValidationError, match=f"positions={positions} is not for mdt, which learns its positions"):
+        MDT(width=32, depth=6, heads=2, decoder=2, positions=positions)
+    with pytest.raises(ValidationError, match=f"max_grid=8 has positions of its own, not {positions}"):
+        MMDiT(**SHAPE, max_grid=8, positions=positions)
+    with pytest.raises(ValidationError, match="resampled"):
+        DiT(**SHAPE, positions="stretched")
