@@ -13,7 +13,7 @@ from torch import nn
 
 from gesso import config, keyed
 from gesso.cond import Cond
-from gesso.diffusion import denoiser, guidance, process, sampler
+from gesso.diffusion import denoiser, guidance, process, sampler, schedule
 from gesso.ema import PowerEMA
 from gesso.nets import mp
 
@@ -81,10 +81,11 @@ def train() -> denoiser.Denoiser:
 def draw(model: denoiser.Denoiser, scale: float, n: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
     """n points by 32 Heun steps at a guidance scale, and their arm."""
     arm = torch.arange(n) % 2
-    levels = model.process.levels(32)
+    levels = schedule.levels(model.process, 32)
     noise = keyed.normal(1, torch.arange(n), "first noise", (2, 1, 1))
-    denoise = guidance.combine(guidance.cfg_terms(model, Cond(label=arm), scale))
-    return sampler.heun(denoise, model.process.prior(noise, levels[0]), levels)[:, :, 0, 0], arm
+    denoise = guidance.combine(guidance.terms(model, Cond(label=arm), scale))
+    x = sampler.heun(denoise, model.process.prior(noise, levels[0]), levels, model.process.alpha)
+    return x[:, :, 0, 0], arm
 
 
 def main(path: str) -> None:

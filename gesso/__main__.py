@@ -98,6 +98,18 @@ def sample(
         str | None,
         typer.Option(help="class numbers or names: 7, 0-9, 3,5, cat; all in turn by default", show_default=False),
     ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="words, where the run was trained with them; may be repeated", show_default=False),
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="original size to imitate: 512x512", show_default=False)] = None,
+    flip: Annotated[str | None, typer.Option(help="mirrored: yes or no (default no)", show_default=False)] = None,
+    crop: Annotated[
+        str | None, typer.Option(help="full (default), or top,left,bottom,right from 0 to 1", show_default=False)
+    ] = None,
+    control: Annotated[
+        list[str] | None, typer.Option(help="any control variable: aspect=4:3, brightness=128", show_default=False)
+    ] = None,
     seeds: Annotated[str, typer.Option(help="0-15, or 1,5,9: an image depends on its seed alone")] = "0-15",
     nimg: Annotated[
         str | None, typer.Option(help="time in training, such as 100k; the last by default", show_default=False)
@@ -105,10 +117,12 @@ def sample(
     out: Out = None,
 ) -> None:
     """Draw images from a trained run (sample.* may be set: sample.guidance=2 sample.sigma_rel=0.05)."""
-    from gesso.generate import draw
+    from gesso.generate import Asked, draw
 
     run = _recorded(folder, settings, ("sample.",))
-    for line in draw(folder, run, label, seeds, nimg, out):
+    said = dict(part.partition("=")[::2] for part in control or ())
+    said |= {name: text for name, text in (("size", size), ("flip", flip), ("crop", crop)) if text is not None}
+    for line in draw(folder, run, Asked(label, tuple(prompt or ()), said, seeds, nimg), out):
         _say(line)
 
 
@@ -180,20 +194,20 @@ def recipes() -> None:
     from gesso.recipes import RECIPES
 
     for name, make in RECIPES.items():
-        _say(f"{name:14} {(make.__doc__ or '').strip().splitlines()[0]}")
+        _say(f"{name:21} {(make.__doc__ or '').strip().splitlines()[0]}")
     _say("\ngesso show RECIPE prints one whole; gesso train RECIPE a.b=c changes it")
 
 
 @app.command()
 def show(recipe: str, settings: Overrides = None) -> None:
-    """The resolved settings of a recipe, run.yaml or run folder, as YAML."""
+    """The resolved settings of a recipe, run.yaml or run folder, as YAML, with what each is and its equation."""
     from gesso import config
     from gesso import recipes as known
 
     run, notes = known.resolve(recipe, list(settings or ()))
     for note in notes:
         errors.print(f"note: {note}", markup=False)
-    sys.stdout.write(config.to_yaml(run))
+    sys.stdout.write(config.explained(run))
 
 
 @app.command()

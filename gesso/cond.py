@@ -97,3 +97,29 @@ def concat(conds: list[Cond]) -> Cond:
             raise ValueError(f"Cond.{field.name} is present in some of the batches and absent in others")
         fields[field.name] = torch.cat(values)
     return Cond(**fields)
+
+
+def pad(
+    tokens: Tensor, lengths: Tensor, how: str, beta: float = 0.0, eps: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Fill the places after each text (Berrada et al. Section 2.1, Appendix C).
+
+    tokens (B, T, D), of which the first `lengths` (B,) are text. how: "zero", "masked", "replicate" (copies of the
+    text, one after the other, the last cut off) or "noisy": copies, and on all of them, Eq. 7,
+    beta sqrt(m-1) std eps with m = ceil(T / length) copies, std (D,) over the tokens of the text, eps (B, T, D) normal.
+    beta is a factor on the standard deviation; the paper calls it a variance. Empty texts become T zeros.
+    Returns the tokens and the mask (B, T) of those to attend to, None: all.
+    """
+    B, T, D = tokens.shape
+    place, n = torch.arange(T, device=tokens.device), lengths.clamp(min=1)[:, None]
+    real = place < lengths[:, None]
+    tokens = tokens * real[:, :, None]
+    if how in ("zero", "masked"):
+        return tokens, real | (lengths == 0)[:, None] if how == "masked" else None
+    copies = tokens.gather(1, (place % n)[:, :, None].expand(B, T, D))
+    if how == "noisy":
+        mean = tokens.sum(1, keepdim=True) / n[:, :, None]
+        variance = ((tokens - mean).square() * real[:, :, None]).sum(1, keepdim=True) / n[:, :, None]
+        m = (T + n - 1) // n
+        copies = copies + beta * (m - 1).to(tokens.dtype).sqrt()[:, :, None] * variance.sqrt() * eps
+    return copies, None

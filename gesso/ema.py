@@ -83,14 +83,17 @@ class Reader(Protocol):
     def get_tensor(self, name: str) -> Tensor: ...
 
 
-def combine(readers: Sequence[Reader], coefficients: np.ndarray) -> Iterator[tuple[str, Tensor]]:
+def combine(
+    readers: Sequence[Reader], coefficients: np.ndarray, names: Iterable[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """sum_i x_i theta_i, tensor by tensor: memory for two tensors, one pass over the files.
 
-    coefficients (readers,) or (readers, targets); with targets each tensor has a leading dimension.
+    coefficients (readers,) or (readers, targets); with targets each tensor has a leading dimension. names: of
+    the tensors to combine, all when None.
     Sums run in float64: at short lengths the coefficients are large and of both signs.
     """
     coefficients = torch.as_tensor(np.asarray(coefficients, np.float64))
-    for name in list(readers[0].keys()):
+    for name in list(readers[0].keys() if names is None else names):
         total = None
         for reader, x in zip(readers, coefficients, strict=True):
             theta = reader.get_tensor(name)

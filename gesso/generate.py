@@ -5,67 +5,73 @@ An image depends on its seed, its condition and the sampler's settings, not on t
 Legend: N images, C channels, R resolution.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from gesso import config, files, keyed, snapshot
+from gesso import conditions, config, files, keyed, snapshot
 from gesso.cond import Cond
 from gesso.config import Run
 from gesso.config.base import parse_count
 from gesso.data.images import to_uint8
+from gesso.diffusion import guidance, sampler
 from gesso.diffusion.denoiser import Denoiser
-from gesso.diffusion.guidance import cfg_terms, combine
-from gesso.diffusion.sampler import SAMPLERS
 from gesso.errors import UsageError
 
 
-def generate(denoiser: Denoiser, run: Run, seeds: Sequence[int], labels: Sequence[int] | None) -> Iterator[Tensor]:
-    """Batches of images (n, C, R, R) uint8 on the CPU, in the order of `seeds`, by the settings of run.sample.
+def generate(
+    denoiser: Denoiser, run: Run, seeds: Sequence[int], cond: Cond, guide: Denoiser | None = None
+) -> Iterator[Tensor]:
+    """Batches of images (n, C, H, W) uint8 on the CPU, in the order of `seeds`, by the settings of run.sample.
 
-    seeds and labels have length N; a label equal to run.data.num_classes means none; labels None: no
-    class anywhere. Raises UsageError for a label or a number of steps that the run does not have.
+    seeds: N of them; cond: the conditions of N samples (conditions.build); guide: the network that
+    run.sample.guide names. Raises UsageError for levels that the process does not have.
     """
     cfg, data, process = run.sample, run.data, denoiser.process
-    if labels is not None:
-        check_labels(run, labels)
-    try:
-        levels = process.levels(cfg.steps)
-    except ValueError as error:
-        raise UsageError(f"sample.steps={cfg.steps}: {error}") from None
     device = next(denoiser.parameters()).device
-    dtype = next(denoiser.parameters()).dtype
-    shape = (data.channels, data.resolution, data.resolution)
+    dtype = getattr(torch, cfg.state_dtype)
+    shape = (data.channels, *2 * (cfg.resolution or data.resolution,))
     for start in range(0, len(seeds), cfg.batch_size):
         chunk = slice(start, start + cfg.batch_size)
         seed = torch.tensor(seeds[chunk], dtype=torch.int64, device=device)
-        cond = Cond() if labels is None else Cond(label=torch.tensor(labels[chunk], device=device))
-        guidance = cfg.guidance if labels is not None else 1.0
-        denoise = combine(cfg_terms(denoiser, cond, guidance))
-        x = process.prior(keyed.normal(0, seed, "first noise", shape, dtype), levels[0])
-        x = SAMPLERS[cfg.sampler](denoise, x, levels, None)
+        denoise = guided(denoiser, run, cond[chunk].to(device), guide)
+        first = keyed.normal(0, seed, "first noise", shape, dtype)
+
+        def noise(i: int, seed: Tensor = seed) -> Tensor:
+            return keyed.normal(0, seed, f"noise of step {i}", shape, dtype)
+
+        x = sampler.draw(cfg, process, denoise, first, noise)
         yield to_uint8(x, data, process.sd).cpu()
 
 
-def check_labels(run: Run, labels: Sequence[int]) -> None:
-    """Raise UsageError for a label that the run does not have."""
-    classes = run.data.num_classes
-    if not classes:
-        raise UsageError("this run was trained without classes: it takes no label")
-    wrong = sorted({label for label in labels if not 0 <= label <= classes})
-    if wrong:
-        raise UsageError(
-            f"label {wrong[0]} is out of range: the run has labels 0 to {classes - 1} (and {classes} for none)"
+def strength(run: Run) -> float:
+    """lambda at the resolution to sample at, by the scale law where the run says what it was tuned at."""
+    cfg = run.sample
+    k = (cfg.resolution or run.data.resolution) / cfg.tuned_at if cfg.tuned_at else 1
+    return guidance.scaled(cfg.guidance, k)
+
+
+def guided(denoiser: Denoiser, run: Run, cond: Cond, guide: Denoiser | None) -> guidance.Denoise:
+    """The denoiser that a sampler sees, by run.sample. Without class and text there is nothing to guide towards."""
+    cfg = run.sample
+    told = cond.label is not None or cond.text is not None
+    by_lambda = [strength(run) if told else 1.0, 1.0]
+    inside, outside = (
+        guidance.combine(
+            guidance.terms(
+                denoiser, cond, lam, cfg.control_guidance,
+                keep_control=cfg.keep_control, guide=guide, guide_sees=cfg.guide_sees,
+            )
         )
-
-
-def spread(run: Run, n: int) -> list[int] | None:
-    """n labels that go round all classes; None when the run has no classes."""
-    return [i % run.data.num_classes for i in range(n)] if run.data.num_classes else None
+        for lam in by_lambda
+    )  # fmt: skip
+    return guidance.within(inside, outside, denoiser.process.alpha, cfg.interval) if cfg.interval else inside
 
 
 def grid(images: Tensor, columns: int, tile: int = 48) -> Image.Image:
@@ -94,51 +100,74 @@ def picture(image: Tensor) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
-def numbers(text: str, what: str) -> list[int]:
-    """0-3,7 -> [0, 1, 2, 3, 7]. Raises UsageError that names `what`."""
-    found: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
-            raise UsageError(f"{what} {text!r}: write numbers such as 0-15 or 1,5,9")
-        found += range(int(first), int(last if dash else first) + 1)
-    return found
+class Asked(NamedTuple):
+    """What a user of `gesso sample` says, as typed."""
+
+    label: str | None = None
+    prompts: Sequence[str] = ()
+    control: Mapping[str, str] = {}
+    seeds: str = "0-15"
+    nimg: str | None = None
 
 
-def labels_for(run: Run, text: str | None, n: int) -> list[int] | None:
-    """n labels that go round those in `text` (numbers, ranges, class names); round all when None."""
-    if text is None:
-        return spread(run, n)
-    names = list(run.data.class_names or ())
-    if not names:
-        check_labels(run, [])
-    chosen: list[int] = []
-    for part in text.split(","):
-        if part in names:
-            chosen.append(names.index(part))
-        elif part[:1].isdigit():
-            chosen += numbers(part, "--label")
-        else:
-            raise UsageError(f"--label {part!r}: no such class; {config.nearest(part, names)}")
-    check_labels(run, chosen)
-    return [chosen[i % len(chosen)] for i in range(n)]
-
-
-def draw(folder: Path, run: Run, label: str | None, seeds: str, nimg: str | None, out: Path | None) -> list[str]:
+def draw(folder: Path, run: Run, asked: Asked, out: Path | None) -> list[str]:
     """Images of a run as PNG files and one picture of all; returns what to tell the user."""
-    seed_list = numbers(seeds, "--seeds")
-    labels = labels_for(run, label, len(seed_list))
-    weights, _, time, _ = snapshot.synthesize(folder, [run.sample.sigma_rel], _time(nimg))
+    seeds = conditions.numbers(asked.seeds, "--seeds")
+    labels = conditions.labels_for(run, asked.label, len(seeds))
+    prompts = conditions.prompts_for(run, asked.prompts, len(seeds))
+    weights, _, time, _ = snapshot.synthesize(folder, [run.sample.sigma_rel], _time(asked.nimg))
+    cond, warnings = conditions.build(run, seeds, snapshot.control_rows(folder), labels, prompts, asked.control)
     denoiser = snapshot.denoiser(weights[0], run, device_of(run))
-    made = torch.cat(list(generate(denoiser, run, seed_list, labels)))
-    cfg = run.sample
-    name = f"label{label}-" if label else ""
-    target = out or folder / "samples" / f"{name}guidance{cfg.guidance:g}-ema{cfg.sigma_rel:g}-{cfg.sampler}{cfg.steps}"
-    for seed, image in zip(seed_list, made, strict=True):
+    made = torch.cat(list(generate(denoiser, run, seeds, cond, guide_of(folder, run))))
+    target = out or folder / "samples" / _name(run, asked)
+    for seed, image in zip(seeds, made, strict=True):
         save_png(picture(image), target / f"seed{seed:06d}.png")
     save_png(grid(made, columns=min(len(made), max(4, round(len(made) ** 0.5)))), target / "grid.png")
-    how = f"{cfg.sampler}, {cfg.steps} steps, guidance {cfg.guidance:g}, sigma_rel {cfg.sigma_rel:g}, image {time:,}"
-    return [f"wrote {len(made)} images and grid.png to {target}", f"  {how}"]
+    return [*warnings, f"wrote {len(made)} images and grid.png to {target}", f"  {described(run)}, image {time:,}"]
+
+
+def described(run: Run) -> str:
+    """One line on how images are drawn."""
+    cfg = run.sample
+    parts = [cfg.sampler, f"{cfg.steps} steps", f"guidance {strength(run):g}"]
+    if strength(run) != cfg.guidance:
+        parts[-1] += f" ({cfg.guidance:g} at {cfg.tuned_at} pixels, by the scale law)"
+    if cfg.guide:
+        parts.append(f"guided by {cfg.guide}, which sees {cfg.guide_sees}")
+    if cfg.control_guidance != 1:
+        parts.append(f"control guidance {cfg.control_guidance:g}")
+    if cfg.interval:
+        parts.append("guided from sigma {:g} to {:g}".format(*cfg.interval))
+    return ", ".join([*parts, f"sigma_rel {cfg.sigma_rel:g}"])
+
+
+def _name(run: Run, asked: Asked) -> str:
+    """A folder name that tells these samples from others of the run."""
+    cfg = run.sample
+    words = [re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] for prompt in asked.prompts[:1]]
+    parts = [f"label{asked.label}"] if asked.label else words
+    parts += [f"{name}{value}" for name, value in asked.control.items()]
+    parts += [f"guidance{strength(run):g}"]
+    parts += [f"control{cfg.control_guidance:g}"] if cfg.control_guidance != 1 else []
+    parts += [f"{cfg.resolution}px"] if cfg.resolution else []
+    return "-".join([*parts, f"ema{cfg.sigma_rel:g}", f"{cfg.sampler}{cfg.steps}"]).replace("/", "-")
+
+
+def guide_of(folder: Path, run: Run) -> Denoiser | None:
+    """The guiding network that run.sample names. Raises UsageError when it does not fit the run's images."""
+    cfg = run.sample
+    if cfg.guide is None or cfg.guidance == 1:
+        return None
+    place = folder if cfg.guide == "self" else Path(cfg.guide)
+    if cfg.guide == "self" and cfg.guide_sees == "all" and not (cfg.guide_sigma_rel or cfg.guide_nimg):
+        raise UsageError("sample.guide=self is the same network: say sample.guide_sigma_rel or sample.guide_nimg")
+    last = snapshot.read(snapshot.stored(place)[-1].path)[1]
+    for what in ("data.channels", "data.mean", "data.std", "process.name", "process.sigma_data", "process.prediction"):
+        ours, theirs = (config.flat(r).get(what) for r in (run, last))
+        if ours != theirs:
+            raise UsageError(f"sample.guide={cfg.guide} was trained otherwise: {what} is {theirs} there, {ours} here")
+    weights, other, _, _ = snapshot.synthesize(place, [cfg.guide_sigma_rel or last.sample.sigma_rel], cfg.guide_nimg)
+    return snapshot.denoiser(weights[0], other, device_of(run))
 
 
 def _time(nimg: str | None) -> int | None:

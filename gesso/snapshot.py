@@ -14,12 +14,13 @@ from torch import Tensor
 
 from gesso import config, ema, files, nets
 from gesso.config import Run
-from gesso.diffusion import process
-from gesso.diffusion.denoiser import Denoiser
+from gesso.diffusion.denoiser import Denoiser, build
 from gesso.errors import RunError, UsageError
 from gesso.nets import mp
 
 FORMAT = "gesso snapshot 1"
+ROWS = "control rows"
+"""Beside the weights: what `control_rows` returns."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,15 @@ class Snapshot:
     sigma_rel: float
 
 
-def write(path: Path, tensors: dict[str, Tensor], nimg: int, sigma_rel: float, run: Run) -> None:
-    """Store named weights in safetensors with all that is needed to use them alone."""
+def write(
+    path: Path, tensors: dict[str, Tensor], nimg: int, sigma_rel: float, run: Run, rows: Tensor | None = None
+) -> None:
+    """Store named weights in safetensors with all that is needed to use them alone.
+
+    rows (M, n): control variables of training samples, from which sampling draws.
+    """
+    if rows is not None:
+        tensors = tensors | {ROWS: rows}
     description = {"format": FORMAT, "nimg": nimg, "sigma_rel": sigma_rel, "run": config.as_tree(run)}
     with files.whole(path) as temporary:
         # One key: safetensors writes several in no fixed order, and equal runs shall give equal bytes.
@@ -93,7 +101,8 @@ def synthesize(
         for s, reader in zip(used, readers, strict=True):
             if set(reader.keys()) != set(readers[0].keys()):
                 raise RunError(f"{s.path} holds other tensors than {used[0].path}: it belongs to another run")
-        for name, values in ema.combine(readers, np.stack(columns, axis=1)):
+        names = sorted(set(readers[0].keys()) - {ROWS})
+        for name, values in ema.combine(readers, np.stack(columns, axis=1), names):
             for target, value in zip(weights, values, strict=True):
                 target[name] = value
     run = config.validate(_description(used[-1].path)["run"])
@@ -104,19 +113,26 @@ def read(path: Path) -> tuple[dict[str, Tensor], Run, Snapshot]:
     """One file as it is."""
     description = _description(path)
     with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+        tensors = {name: file.get_tensor(name) for name in list(file.keys()) if name != ROWS}
     run = config.validate(description["run"])
     return tensors, run, Snapshot(path, description["nimg"], description["sigma_rel"])
 
 
+def control_rows(run_folder: Path) -> Tensor | None:
+    """Control variables of training samples (M, n) float32 that the last snapshot carries; None without control."""
+    with safe_open(stored(run_folder)[-1].path, "pt") as file:
+        return file.get_tensor(ROWS) if ROWS in set(file.keys()) else None
+
+
 def denoiser(weights: dict[str, Tensor], run: Run, device: torch.device | str = "cpu") -> Denoiser:
-    """The denoiser of `run` with these weights, put back on the sphere, in evaluation mode.
+    """The denoiser of `run` with these weights, put back on the sphere, for sampling: constants are folded into them.
 
     Raises RunError that lists what does not fit when the weights are of another network.
     """
-    net = nets.build(run.net, run.inputs)
-    if wrong := nets.misfit(net, weights):
+    built = build(run)
+    if wrong := nets.misfit(built.net, weights):
         raise RunError(f"weights of another network: {wrong}")
-    net.load_state_dict(weights)
-    mp.put_on_sphere(mp.sphere_weights(net))
-    return Denoiser(net, process.build(run.process), run.net.embedding).to(device).eval().requires_grad_(False)
+    built.net.load_state_dict(weights)
+    mp.put_on_sphere(mp.sphere_weights(built.net))
+    mp.fold(built.net)
+    return built.to(device).eval().requires_grad_(False)

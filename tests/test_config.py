@@ -57,7 +57,7 @@ def test_all_errors_at_once_with_path_value_and_nearest_name():
     assert said.startswith("5 settings are wrong")
     assert "net.widht = 96: no such setting; did you mean net.width?" in said
     assert 'train.batch_size = "many": should be a whole number' in said
-    assert "sample.sampler = \"eule\": allowed are 'euler' or 'heun'" in said
+    assert "sample.sampler = \"eule\": allowed are 'euler', 'heun' or 'dpm++2m'" in said
     assert "did you mean train?" in said
     assert "optim.lr = -1: should be greater than 0" in said
 
@@ -73,7 +73,7 @@ def test_all_errors_at_once_with_path_value_and_nearest_name():
         ("net.heads=5", "not a multiple of heads=5"),
         ("ema.sigma_rels=[]", "at least one length"),
         ("process.sigma_min=100", "not below sigma_max"),
-        ("loss.label_dropout=0", "sample.guidance=1.5 needs"),
+        ("semantic.dropout=0", "sample.guidance=1.5 needs"),
         ("total_images=3", "no such setting"),
         ("just text", "is not a setting"),
         ("=3", "is not a setting"),

@@ -1,4 +1,4 @@
-"""DiT, DiT with attention conditioning and PixArt: the paper's counts, parity with diffusers, what every network must do."""
+"""DiT, DiT with attention conditioning and PixArt: the paper's counts, parity with diffusers, their blocks."""
 
 import pytest
 import torch
@@ -172,150 +172,25 @@ def test_pixart_parity_without_text():
     compare(ours, peer(x, encoder_hidden_states=0 * text, timestep=t).sample, [x], torch.float64)
 
 
-# --- What every network must do -------------------------------------------------------------------------------------
-
-CONFIGS = {
-    "dit": DiT(width=32, depth=2, heads=2),
-    "dit-qk": DiT(width=32, depth=2, heads=2, qk_norm=True),
-    "att": DiTAtt(width=32, depth=2, heads=2),
-    "att-plain": DiTAtt(width=32, depth=2, heads=2, qk_norm=False),
-    "pixart": PixArt(width=32, depth=2, heads=2),
-    "pixart-qk": PixArt(width=32, depth=2, heads=2, qk_norm=True),
-}
-KINDS = {"class": {"num_classes": 5}, "text": {"text_width": 12}, "none": {}}
-CASES = [(name, kind) for name in CONFIGS for kind in KINDS if kind != "text" or not name.startswith("dit")]
-SEMANTIC = [case for case in CASES if case[1] != "none"]
-every = pytest.mark.parametrize("name, kind", CASES)
-semantic = pytest.mark.parametrize("name, kind", SEMANTIC)
+# --- The blocks of DiT with attention -------------------------------------------------------------------------------
 
 
-def fresh(name: str, kind: str) -> nn.Module:
+def att(**semantic) -> nn.Module:
     torch.manual_seed(0)
-    cfg = CONFIGS[name]
-    return NETS[type(cfg)](cfg, Inputs(3, 8, control=Control(high=1, low=2), **KINDS[kind]))
-
-
-def batch(kind: str, dtype=torch.float32, h: int = 8, w: int = 8, control: bool = True):
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(3, 3, h, w, generator=g, dtype=dtype)
-    progress = torch.rand(3, generator=g, dtype=dtype)
-    fields = {}
-    if kind == "class":
-        fields["label"] = torch.tensor([0, 3, 4])
-    elif kind == "text":
-        fields["text"] = torch.randn(3, 5, 12, generator=g, dtype=dtype)
-        fields["text_mask"] = torch.arange(5) < torch.tensor([[5], [2], [3]])
-    if control:
-        fields["control_high"] = torch.rand(3, 1, generator=g, dtype=dtype)
-        fields["control_low"] = 512 * torch.rand(3, 2, generator=g, dtype=dtype)
-    return x, 1000 * progress, progress, Cond(**fields)
-
-
-@every
-def test_fresh_returns_zero(name, kind):
-    assert fresh(name, kind)(*batch(kind)).abs().max() == 0
-
-
-@every
-def test_every_parameter_gets_a_gradient(name, kind):
-    net = awake(fresh(name, kind))
-    net(*batch(kind)).square().sum().backward()
-    assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
-
-
-@every
-def test_output_does_not_depend_on_neighbours(name, kind):
-    net = awake(fresh(name, kind)).double()
-    x, c_noise, progress, cond = batch(kind, torch.float64)
-    whole = net(x, c_noise, progress, cond)
-    for i in range(3):
-        alone = net(x[i : i + 1], c_noise[i : i + 1], progress[i : i + 1], cond[i : i + 1])
-        torch.testing.assert_close(alone[0], whole[i], rtol=1e-11, atol=1e-12)
-
-
-@every
-def test_absent_control_contributes_nothing(name, kind):
-    net = awake(fresh(name, kind))
-    x, c_noise, progress, cond = batch(kind)
-    bare = batch(kind, control=False)[3]
-    absent = net(x, c_noise, progress, bare)
-    assert net(x, c_noise, progress, cond.without(control=True)).equal(absent)
-    assert (net(x, c_noise, progress, cond) - absent).abs().amax(dim=(1, 2, 3)).min() > 1e-4
-
-
-@semantic
-def test_withheld_condition(name, kind):
-    net = awake(fresh(name, kind))
-    x, c_noise, progress, cond = batch(kind, control=False)
-    withheld = net(x, c_noise, progress, cond.without(semantic=True))
-    if kind == "class":
-        null = Cond(label=torch.full((3,), 5))
-        assert net(x, c_noise, progress, Cond()).equal(withheld)
-    else:
-        # Withheld text is zero tokens, all of them seen, whatever length it had.
-        null = Cond(text=torch.zeros_like(cond.text), text_mask=torch.ones_like(cond.text_mask))
-    assert net(x, c_noise, progress, null).equal(withheld)
-    assert (net(x, c_noise, progress, cond) - withheld).abs().amax(dim=(1, 2, 3)).min() > 1e-4
-
-
-@pytest.mark.parametrize("name", ["att", "pixart"])
-def test_padding_of_text_is_not_seen(name):
-    net = awake(fresh(name, "text")).double()
-    x, c_noise, progress, cond = batch("text", torch.float64)
-    other = torch.where(cond.text_mask[:, :, None], cond.text, 9.0)
-    changed = Cond(text=other, text_mask=cond.text_mask)
-    same = Cond(text=cond.text, text_mask=cond.text_mask)
-    torch.testing.assert_close(net(x, c_noise, progress, changed), net(x, c_noise, progress, same), rtol=1e-12, atol=0)
-    short = Cond(text=cond.text[1:2, :2])  # sample 1 has two real tokens
-    alone = net(x[1:2], c_noise[1:2], progress[1:2], short)
-    torch.testing.assert_close(alone[0], net(x, c_noise, progress, same)[1], rtol=1e-11, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["att", "pixart"])
-def test_a_text_without_real_tokens_is_finite(name):
-    net = awake(fresh(name, "text"))
-    x, c_noise, progress, cond = batch("text")
-    empty = Cond(text=cond.text, text_mask=torch.zeros_like(cond.text_mask)).without(semantic=True)
-    out = net(x, c_noise, progress, empty)
-    out.square().sum().backward()
-    assert out.isfinite().all() and all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
-
-
-@every
-def test_other_sizes_than_trained(name, kind):
-    net = awake(fresh(name, kind))
-    x, *rest = batch(kind, h=12, w=10)
-    out = net(x, *rest)
-    assert out.shape == x.shape and out.isfinite().all()
-
-
-@pytest.mark.parametrize("name, kind", [case for case in SEMANTIC if "-" not in case[0]])
-def test_torch_compile_traces_the_whole(name, kind):
-    net, args = awake(fresh(name, kind)), batch(kind)
-    compiled = torch.compile(net, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(*args), net(*args))
-
-
-@every
-def test_bf16_autocast_stays_finite(name, kind):
-    net = awake(fresh(name, kind))
-    with torch.autocast("cpu", torch.bfloat16):
-        out = net(*batch(kind))
-        out.float().square().sum().backward()
-    assert out.isfinite().all() and all(p.grad.isfinite().all() for p in net.parameters())
+    return DiTAttNet(DiTAtt(width=32, depth=2, heads=2), Inputs(3, 8, **semantic))
 
 
 def test_class_token_has_no_weights_of_its_own():
     """Table A1's class cell: beyond DiT's block only the adaLN grows, by 3 (D^2 + D)."""
     D = 32
-    token, plain = (fresh("att", kind).blocks[0] for kind in ("class", "none"))
+    token, plain = (net.blocks[0] for net in (att(num_classes=5), att()))
     size = [sum(p.numel() for p in block.parameters()) for block in (token, plain)]
     assert size[0] - size[1] == 3 * (D * D + D)
 
 
 def test_class_token_attends_as_one_image_token_would():
     """The block is self-attention over [class; image], modulated token by token: 3:6 the class, 0:3 the image."""
-    block = awake(fresh("att", "class")).double().blocks[0]
+    block = awake(att(num_classes=5)).double().blocks[0]
     x, text, c = torch.randn(2, 6, 32).double(), torch.randn(2, 1, 32).double(), torch.randn(2, 32).double()
     ada = block.ada(c)
     each = tuple(torch.cat([ada[3 + i], ada[i].expand(-1, 6, -1)], dim=1) for i in range(3))
@@ -327,7 +202,7 @@ def test_class_token_attends_as_one_image_token_would():
 
 def test_text_block_equals_its_equations():
     """x += g1 SA(m1 x); x += g2 CA(m2 x, text); x += g3 MLP(m3 x), each m an affine of LN(x), written out by hand."""
-    block = awake(fresh("att", "text")).double().blocks[0]
+    block = awake(att(text_width=12)).double().blocks[0]
     x, text, c = torch.randn(2, 6, 32).double(), torch.randn(2, 4, 32).double(), torch.randn(2, 32).double()
     mask = torch.tensor([[True, True, True, True], [True, False, True, False]])
     w = dict(block.named_parameters())

@@ -1,13 +1,11 @@
-"""mmDiT and mmDiT++: parity with diffusers' SD3 transformer, counts of the papers, and what every network must do."""
-
-import dataclasses
-from typing import NamedTuple
+"""mmDiT and mmDiT++: parity with diffusers' SD3 transformer, counts of the papers, and what the two differ in."""
 
 import pytest
 import torch
 from conftest import awake
 from diffusers import SD3Transformer2DModel
 from diffusers.models.embeddings import PatchEmbed as PeerPatchEmbed
+from networks import ROWS, batch, fresh, trained
 from torch import Tensor, nn
 
 from gesso.cond import Cond
@@ -183,169 +181,6 @@ def test_sd3_medium_parameters():
     ours.load_state_dict(from_diffusers(peer.state_dict()), assign=True)
 
 
-# --- what every network must do ---
-
-
-class Case(NamedTuple):
-    cfg: MMDiT | MMDiTpp
-    inputs: Inputs
-
-
-SHAPE = {"width": 32, "depth": 3, "heads": 2}
-QKV, ALL = MMDiT(**SHAPE), MMDiT(**SHAPE, text_weights="all", max_grid=10)
-PP, PP_ALL = MMDiTpp(**SHAPE), MMDiTpp(**SHAPE, text_weights="all")
-LEVELS = Control(high=3, low=2)
-
-CASES = {
-    "mmdit class": Case(QKV, Inputs(3, 8, 5)),
-    "mmdit class control": Case(QKV, Inputs(3, 8, 5, control=SIX)),
-    "mmdit text": Case(QKV, Inputs(3, 8, text_width=12)),
-    "mmdit text pooled control": Case(QKV, Inputs(3, 8, text_width=12, pooled_width=10, control=LEVELS)),
-    "mmdit none": Case(QKV, Inputs(3, 8)),
-    "mmdit all class": Case(ALL, Inputs(3, 8, 5)),
-    "mmdit all text pooled": Case(ALL, Inputs(3, 8, text_width=12, pooled_width=10)),
-    "mmdit all text no qk-norm": Case(ALL.model_copy(update={"qk_norm": False}), Inputs(3, 8, text_width=12)),
-    "mmdit all none control": Case(ALL, Inputs(3, 8, control=LEVELS)),
-    "mmdit++ text": Case(PP, Inputs(3, 8, text_width=12)),
-    "mmdit++ text control": Case(PP, Inputs(3, 8, text_width=12, control=LEVELS)),
-    "mmdit++ all text": Case(PP_ALL, Inputs(3, 8, text_width=12)),
-}
-TEXTS = [name for name in CASES if "text" in name]
-
-
-def sample(case: Case, batch: int = 3, size: tuple[int, int] = (8, 8), dtype=torch.float32):
-    """Arguments of forward: x, c_noise, progress, cond. Captions of 6, 1 and 4 tokens, padded with noise."""
-    g = torch.Generator().manual_seed(1)
-    draw = {"generator": g, "dtype": dtype}
-    x, progress = torch.randn(batch, 3, *size, **draw), torch.rand(batch, **draw)
-    inputs, fields = case.inputs, {}
-    if inputs.num_classes:
-        fields["label"] = torch.arange(batch) % 5
-    if inputs.text_width:
-        fields["text"] = torch.randn(batch, 6, inputs.text_width, **draw)
-        fields["text_mask"] = torch.arange(6) < torch.tensor([6, 1, 4])[:batch, None]
-    if inputs.pooled_width:
-        fields["pooled"] = torch.randn(batch, inputs.pooled_width, **draw)
-    if inputs.control.high:
-        fields["control_high"] = 500 * torch.rand(batch, inputs.control.high, **draw)
-        fields["control_low"] = 500 * torch.rand(batch, inputs.control.low, **draw)
-    return x, 1000 * progress, progress, Cond(**fields)
-
-
-def small(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    torch.manual_seed(0)
-    return awake(build(*CASES[name])).to(dtype)
-
-
-@pytest.fixture(params=list(CASES))
-def name(request) -> str:
-    return request.param
-
-
-def test_fresh_networks_return_zero(name):
-    assert build(*CASES[name])(*sample(CASES[name])).abs().max() == 0
-
-
-def test_every_parameter_gets_a_gradient(name):
-    net = small(name)
-    net(*sample(CASES[name], dtype=torch.float64)).square().sum().backward()
-    assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
-
-
-def test_output_does_not_depend_on_neighbours(name):
-    net = small(name)
-    x, c_noise, progress, cond = sample(CASES[name], dtype=torch.float64)
-    whole = net(x, c_noise, progress, cond)
-    for i in range(len(x)):
-        alone = net(x[i : i + 1], c_noise[i : i + 1], progress[i : i + 1], cond[i : i + 1])
-        torch.testing.assert_close(alone[0], whole[i], rtol=1e-11, atol=1e-12)
-
-
-def test_torch_compile_traces_the_whole(name):
-    torch.compiler.reset()  # all cases share one forward, of which torch keeps 8 traces
-    net, args = small(name), sample(CASES[name], size=(8, 12), dtype=torch.float64)
-    torch.testing.assert_close(torch.compile(net, fullgraph=True, backend="eager")(*args), net(*args))
-
-
-def test_bf16_autocast_stays_finite(name):
-    net = small(name, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = net(*sample(CASES[name]))
-    out.square().sum().backward()
-    assert out.isfinite().all() and all(p.grad.isfinite().all() for p in net.parameters())
-
-
-@pytest.mark.parametrize("size", [(4, 12), (14, 6), (20, 20)])
-def test_other_sizes_than_trained(name, size):
-    args = sample(CASES[name], size=size)
-    assert small(name, torch.float32)(*args).shape == args[0].shape
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_withheld_text_is_zero_tokens_and_zero_pooled_text(name):
-    net = small(name)
-    x, c_noise, progress, cond = sample(CASES[name], dtype=torch.float64)
-    zero = dataclasses.replace(
-        cond,
-        text=torch.zeros_like(cond.text),
-        text_mask=torch.ones_like(cond.text_mask),  # all seen, whatever length the text had
-        pooled=None if cond.pooled is None else torch.zeros_like(cond.pooled),
-    )
-    some = dataclasses.replace(cond, has_semantic=torch.tensor([True, False, True]))
-    given, null, mixed = (net(x, c_noise, progress, c) for c in (cond, zero, some))
-    torch.testing.assert_close(net(x, c_noise, progress, cond.without(semantic=True)), null)
-    torch.testing.assert_close(mixed, torch.stack([given[0], null[1], given[2]]))
-    assert (given - null).flatten(1).abs().amax(1).min() > 1e-4
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_masked_padding_does_not_matter_and_zero_padding_does(name):
-    net = small(name)
-    x, c_noise, progress, cond = sample(CASES[name], dtype=torch.float64)
-
-    def out(**changes):
-        return net(x, c_noise, progress, dataclasses.replace(cond, **changes))
-
-    mask, text = cond.text_mask, cond.text
-    wanted = out()
-    torch.testing.assert_close(out(text=torch.where(mask[..., None], text, 1e3)), wanted, rtol=1e-11, atol=1e-12)
-    # A longer padding is no different, and the same caption alone, without a mask, neither.
-    longer = {"text": torch.cat([text, text], dim=1), "text_mask": torch.cat([mask, torch.zeros_like(mask)], dim=1)}
-    torch.testing.assert_close(out(**longer), wanted, rtol=1e-11, atol=1e-12)
-    cut = dataclasses.replace(cond[1:2], text=text[1:2, :1], text_mask=None)
-    torch.testing.assert_close(net(x[1:2], c_noise[1:2], progress[1:2], cut)[0], wanted[1], rtol=1e-11, atol=1e-12)
-    zeros = out(text=torch.where(mask[..., None], text, 0), text_mask=None)
-    changed = (zeros - wanted).flatten(1).abs().amax(1)
-    assert changed[0] < 1e-12 and changed[1:].min() > 1e-4  # the first caption has no padding
-
-
-def test_gradients_do_not_flow_from_masked_padding():
-    net = small("mmdit text pooled control")
-    x, c_noise, progress, cond = sample(CASES["mmdit text pooled control"], dtype=torch.float64)
-    text = cond.text.clone().requires_grad_()
-    net(x, c_noise, progress, dataclasses.replace(cond, text=text)).square().sum().backward()
-    assert text.grad[~cond.text_mask].abs().max() == 0 and text.grad[cond.text_mask].abs().amax(1).min() > 0
-
-
-@pytest.mark.parametrize("name", [n for n in CASES if "class" in n])
-def test_withheld_label_is_the_null_label(name):
-    net = small(name)
-    x, c_noise, progress, cond = sample(CASES[name], dtype=torch.float64)
-    null = net(x, c_noise, progress, dataclasses.replace(cond, label=torch.full((3,), 5)))
-    torch.testing.assert_close(net(x, c_noise, progress, cond.without(semantic=True)), null)
-    torch.testing.assert_close(net(x, c_noise, progress, dataclasses.replace(cond, label=None)), null)
-    assert (net(x, c_noise, progress, cond) - null).abs().max() > 1e-4
-
-
-@pytest.mark.parametrize("name", [n for n in CASES if "control" in n])
-def test_absent_control_contributes_exactly_zero(name):
-    net = small(name)
-    x, c_noise, progress, cond = sample(CASES[name], dtype=torch.float64)
-    none = net(x, c_noise, progress, dataclasses.replace(cond, control_high=None, control_low=None))
-    assert net(x, c_noise, progress, cond.without(control=True)).equal(none)
-    assert (net(x, c_noise, progress, cond) - none).flatten(1).abs().amax(1).min() > 1e-5
-
-
 # --- what the two differ in ---
 
 
@@ -360,34 +195,32 @@ def modulating(net: nn.Module, args) -> Tensor:
 
 def test_c_holds_the_class_and_the_pooled_text_in_mmdit_and_nothing_semantic_in_mmditpp():
     for case, semantic in [
-        ("mmdit class", True), ("mmdit text pooled control", True), ("mmdit all text pooled", True),
-        ("mmdit text", False), ("mmdit++ text control", False),
+        ("mmdit: class", True), ("mmdit: pooled control", True), ("mmdit all: pooled", True),
+        ("mmdit: text", False), ("mmdit++: text control", False),
     ]:  # fmt: skip
-        net = small(case)
-        x, c_noise, progress, cond = sample(CASES[case], dtype=torch.float64)
+        net, (x, c_noise, progress, cond) = trained(ROWS[case]), batch(ROWS[case])
         given = modulating(net, (x, c_noise, progress, cond))
         withheld = modulating(net, (x, c_noise, progress, cond.without(semantic=True)))
         assert (not given.equal(withheld)) == semantic, case
 
 
 def test_the_class_in_c_is_the_class_token():
-    net = small("mmdit class")
-    args = sample(CASES["mmdit class"], dtype=torch.float64)
+    net, args = trained(ROWS["mmdit: class"]), batch(ROWS["mmdit: class"])
     wanted = net.time(args[1]) + net.semantic.table(args[3].label)
     torch.testing.assert_close(modulating(net, args), wanted)
 
 
 def test_mmdit_without_pooled_text_is_mmditpp():
     """On equal weights, text in the tokens alone: one function."""
-    ours, theirs = small("mmdit text"), build(*CASES["mmdit++ text"]).double()
+    ours, theirs = trained(ROWS["mmdit: text"]), fresh(ROWS["mmdit++: text"]).double()
     theirs.load_state_dict(ours.state_dict())
-    args = sample(CASES["mmdit text"], dtype=torch.float64)
+    args = batch(ROWS["mmdit: text"])
     assert ours(*args).equal(theirs(*args))
 
 
 def test_all_has_a_block_of_its_own_for_text_and_qkv_only_qkv():
-    shared, own = dict(small("mmdit text").blocks[0].named_parameters()), small("mmdit all text pooled").blocks[0]
-    assert {n for n in shared if n.startswith("text")} == {
+    shared, own = (fresh(ROWS[case]).blocks[0] for case in ("mmdit: text", "mmdit all: pooled"))
+    assert {n for n, _ in shared.named_parameters() if n.startswith("text")} == {
         "text_qkv.linear.weight", "text_qkv.q_norm.weight", "text_qkv.k_norm.weight"
     }  # fmt: skip
     image = sum(p.numel() for n, p in own.named_parameters() if n.startswith("image"))

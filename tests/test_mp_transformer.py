@@ -1,6 +1,5 @@
-"""mp-dit and mp-mmdit++: magnitudes, the sphere, the equations written out, and what every network must do."""
+"""mp-dit and mp-mmdit++: magnitudes, the sphere, the equations written out."""
 
-import dataclasses
 import math
 
 import pytest
@@ -242,92 +241,17 @@ def test_withheld_text_is_a_learned_token_of_magnitude_one():
     torch.testing.assert_close(
         net.text(torch.zeros(1, 1, 12))[0, 0], net.text.linear.weight[:, -1], rtol=5e-4, atol=1e-5
     )
-    withheld = cond.without(semantic=True)
-    net(x, c_noise, progress, withheld).square().sum().backward()
+    net(x, c_noise, progress, cond.without(semantic=True)).square().sum().backward()
     assert net.text.linear.weight.grad[:, -1].abs().max() > 0
     assert max(p.grad.abs().max() for p in net.parameters()) < 1e4
-    # Zero tokens, all of them seen, whatever length the text had: as in every network.
-    zeros = dataclasses.replace(cond, text=torch.zeros(3, 6, 12), text_mask=torch.ones_like(cond.text_mask))
-    torch.testing.assert_close(net(x, c_noise, progress, withheld), net(x, c_noise, progress, zeros))
 
 
-def test_masked_text_has_no_influence():
-    net = awake(build("mp-mmdit++ text")).double()
-    x, c_noise, progress, cond = inputs("mp-mmdit++ text", dtype=torch.float64)
-    changed = dataclasses.replace(cond, text=torch.where(cond.text_mask[..., None], cond.text, 7.0))
-    torch.testing.assert_close(net(x, c_noise, progress, cond), net(x, c_noise, progress, changed))
-    short = Cond(text=cond.text[1:2, :2], control_high=cond.control_high[1:2], control_low=cond.control_low[1:2])
-    alone = net(x[1:2], c_noise[1:2], progress[1:2], short)
-    torch.testing.assert_close(alone[0], net(x, c_noise, progress, cond)[1], rtol=1e-11, atol=1e-12)
-
-
-def test_fresh_networks_return_zero(kind):
-    assert build(kind)(*inputs(kind)).abs().max() == 0
-
-
-@pytest.mark.parametrize("conditional", [True, False])
-def test_every_parameter_gets_a_gradient(kind, conditional):
-    net = awake(build(kind, conditional=conditional))
-    x, c_noise, progress, cond = inputs(kind)
-    out = net(x, c_noise, progress, cond)
-    out.square().sum().backward()
-    assert out.shape == x.shape
-    assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
-
-
-def test_output_does_not_depend_on_neighbours(kind):
-    net = awake(build(kind)).double()
-    x, c_noise, progress, cond = inputs(kind, dtype=torch.float64)
-    whole = net(x, c_noise, progress, cond)
-    for i in range(len(x)):
-        one = slice(i, i + 1)
-        alone = net(x[one], c_noise[one], progress[one], cond[one])
-        torch.testing.assert_close(alone[0], whole[i], rtol=1e-11, atol=1e-12)
-
-
-@pytest.mark.parametrize("kind", ["mp-dit", "mp-mmdit++ class"])
-def test_withheld_label_is_the_null_label(kind):
-    net = awake(build(kind))
-    x, c_noise, progress, _ = inputs(kind)
-    cond = Cond(label=torch.tensor([0, 1, 2]))
-    null = net(x, c_noise, progress, Cond(label=torch.full((3,), 5)))
-    torch.testing.assert_close(net(x, c_noise, progress, cond.without(semantic=True)), null)
-    torch.testing.assert_close(net(x, c_noise, progress, Cond()), null)
-    assert (net(x, c_noise, progress, cond) - null).abs().max() > 1e-4
-
-
-def test_absent_control_contributes_exactly_zero(kind):
+def test_control_starts_at_nothing(kind):
+    """Its gain is 0."""
     net = awake(build(kind))
     x, c_noise, progress, cond = inputs(kind)
-    absent = dataclasses.replace(cond, control_high=None, control_low=None)
-    out = net(x, c_noise, progress, absent)
-    assert out.equal(net(x, c_noise, progress, cond.without(control=True)))
-    assert (out - net(x, c_noise, progress, cond)).abs().max() > 1e-4
-    with torch.no_grad():
-        net.control.gain.zero_()  # as at the start
-    assert out.equal(net(x, c_noise, progress, cond))
-
-
-@pytest.mark.parametrize("size", [(12, 16), (6, 10), (4, 8)])
-def test_other_sizes_than_trained(kind, size):
-    x, *rest = inputs(kind, size)
-    assert awake(build(kind))(x, *rest).shape == x.shape
-
-
-def test_torch_compile_traces_the_whole(kind):
-    net = awake(build(kind))
-    args = inputs(kind)
-    torch.testing.assert_close(torch.compile(net, fullgraph=True, backend="eager")(*args), net(*args))
-
-
-def test_bf16_autocast_stays_finite_and_close(kind):
-    net = awake(build(kind))
-    args = inputs(kind)
-    exact = net(*args)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = net(*args)
-    assert out.isfinite().all()
-    assert (out - exact).square().mean().sqrt() < 0.05 * exact.square().mean().sqrt()
+    torch.nn.init.zeros_(net.control.gain)
+    assert net(x, c_noise, progress, cond).equal(net(x, c_noise, progress, cond.without(control=True)))
 
 
 @pytest.mark.parametrize("size", ["S", "XL"])

@@ -1,8 +1,8 @@
-"""The networks: counts, parity with the paper's own equations, and what every network must do."""
+"""EDM2 and mmDiT++: counts, parity with the paper's own equations; and the parts that networks share."""
 
 import pytest
 import torch
-from conftest import SMALL, awake, small_net
+from conftest import awake
 from reference_edm2 import forward as reference_forward
 
 from gesso import config, nets
@@ -85,68 +85,6 @@ def inputs(channels=3, size=8, batch=3, dtype=torch.float32):
     x = torch.randn(batch, channels, size, size, generator=g, dtype=dtype)
     progress = torch.rand(batch, generator=g, dtype=dtype)
     return x, 1000 * progress, progress, Cond(label=torch.arange(batch) % 5)
-
-
-def test_fresh_networks_return_zero(net_name):
-    torch.manual_seed(0)
-    net = nets.build(SMALL[net_name], Inputs(3, 8, 5))
-    assert net(*inputs()).abs().max() == 0
-
-
-def test_every_parameter_gets_a_gradient(net_name):
-    net = small_net(net_name)
-    net(*inputs()).square().sum().backward()
-    silent = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
-    assert silent == []
-
-
-def test_output_does_not_depend_on_neighbours(net_name):
-    net = small_net(net_name).double()
-    x, c_noise, progress, cond = inputs(dtype=torch.float64)
-    whole = net(x, c_noise, progress, cond)
-    for i in range(len(x)):
-        alone = net(x[i : i + 1], c_noise[i : i + 1], progress[i : i + 1], cond[i : i + 1])
-        torch.testing.assert_close(alone[0], whole[i], rtol=1e-11, atol=1e-12)
-
-
-def test_withheld_label_is_the_null_label(net_name):
-    net = small_net(net_name)
-    x, c_noise, progress, cond = inputs()
-    withheld = net(x, c_noise, progress, cond.without(semantic=True))
-    null = net(x, c_noise, progress, Cond(label=torch.full((3,), 5)))
-    absent = net(x, c_noise, progress, Cond())
-    torch.testing.assert_close(withheld, null)
-    torch.testing.assert_close(absent, null)
-    assert (net(x, c_noise, progress, cond) - null).abs().max() > 1e-4
-
-
-def test_unconditional_networks(net_name):
-    net = small_net(net_name, classes=0)
-    x, c_noise, progress, _ = inputs()
-    out = net(x, c_noise, progress, Cond())
-    out.square().sum().backward()
-    assert out.shape == x.shape
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
-
-
-def test_other_sizes_than_trained(net_name):
-    net = small_net(net_name)
-    x = torch.randn(2, 3, 12, 16)
-    assert net(x, torch.rand(2), torch.rand(2), Cond(label=torch.tensor([0, 1]))).shape == x.shape
-
-
-def test_torch_compile_traces_the_whole(net_name):
-    net = small_net(net_name)
-    x, c_noise, progress, cond = inputs()
-    compiled = torch.compile(net, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x, c_noise, progress, cond), net(x, c_noise, progress, cond))
-
-
-def test_bf16_autocast_stays_finite(net_name):
-    net = small_net(net_name)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = net(*inputs())
-    assert out.isfinite().all()
 
 
 def test_timestep_sinusoids():

@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from gesso import config, files, recipes, snapshot
+from gesso.diffusion.denoiser import build
 from gesso.errors import RunError, Stopped, UsageError
 from gesso.train import checkpoint, loop, optim
 from gesso.train.log import read as read_log
@@ -373,8 +374,11 @@ def test_trained_weights_stay_on_the_sphere_and_averages_are_put_back(tmp_path):
     tensors, run, _ = snapshot.read(snapshot.stored(tmp_path / "run")[-1].path)
     raw = tensors["conv_in.weight"].flatten(1).square().mean(1)
     assert (raw < 0.9999).any()  # an average lies inside the sphere
-    for weight in mp.sphere_weights(snapshot.denoiser(tensors, run)):
-        torch.testing.assert_close(weight.flatten(1).square().mean(1), torch.ones(len(weight)), rtol=1e-5, atol=1e-5)
+    layers = [m for m in snapshot.denoiser(tensors, run).modules() if isinstance(m, mp.MPWeight)]
+    for layer, fresh in zip(layers, (m for m in build(run).modules() if isinstance(m, mp.MPWeight)), strict=True):
+        rms = layer.weight.flatten(1).square().mean(1).sqrt()  # on the sphere, with the constants folded in
+        torch.testing.assert_close(rms, torch.full_like(rms, fresh.scale), rtol=1e-5, atol=0)
+        assert layer.scale == 1
 
 
 def test_dropout_is_keyed_to_the_step(tmp_path):

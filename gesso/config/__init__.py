@@ -1,6 +1,8 @@
 """The schema of a run and the ways to fill it. Nothing here imports torch."""
 
-from gesso.config.merge import as_tree, differences, nearest, read, resolve, to_yaml, validate, write
+from gesso.config.condition import CONTROLS, Controls, Semantic
+from gesso.config.explain import explained
+from gesso.config.merge import as_tree, differences, flat, nearest, read, resolve, to_yaml, validate, write
 from gesso.config.net import (
     EDM2,
     MDT,
@@ -19,12 +21,12 @@ from gesso.config.net import (
     edm2,
     mmditpp,
 )
-from gesso.config.process import EDM, VP, Process
+from gesso.config.process import EDM, RF, VP, Process
 from gesso.config.run import Data, Ema, Eval, Loss, Optim, Run, Train
 from gesso.config.sample import Sample
 
 __all__ = [
-    "EDM", "EDM2", "MDT", "VP", "Control", "Data", "DiT", "DiTAtt", "EDM2Ladder", "Ema", "Eval", "Inputs", "Loss", "MMDiT",
-    "MMDiTpp", "MPDiT", "MPMMDiTpp", "Net", "Optim", "PixArt", "Process", "Run", "Sample", "Train", "UNet",
-    "as_tree", "differences", "edm2", "mmditpp", "nearest", "read", "resolve", "to_yaml", "validate", "write",
+    "CONTROLS", "EDM", "EDM2", "MDT", "RF", "VP", "Control", "Controls", "Data", "DiT", "DiTAtt", "EDM2Ladder", "Ema", "Eval", "Inputs", "Loss", "MMDiT",
+    "MMDiTpp", "MPDiT", "MPMMDiTpp", "Net", "Optim", "PixArt", "Process", "Run", "Sample", "Semantic", "Train", "UNet",
+    "as_tree", "differences", "edm2", "explained", "flat", "mmditpp", "nearest", "read", "resolve", "to_yaml", "validate", "write",
 ]  # fmt: skip

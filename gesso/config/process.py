@@ -1,4 +1,8 @@
-"""Diffusion processes: their training draw and the range of their noise levels."""
+"""Diffusion processes: their training draw and the range of their noise levels.
+
+`scale` in each is k, the linear ratio of the resolution to the one that the other values were tuned for:
+a patch seen in k^2 pixels instead of one takes k times the noise to hide (Berrada et al. Prop. 1).
+"""
 
 from typing import Annotated, Literal
 
@@ -20,6 +24,8 @@ class EDM(Settings):
     """lowest and highest level of sampling, and the curvature rho of the grid between (EDM Eq. 5)"""
     sigma_max: PositiveFloat = 80.0
     rho: PositiveFloat = 7.0
+    scale: PositiveFloat = 1.0
+    """k: adds ln k to P_mean, multiplies sigma_min and sigma_max; the network is told sigma/k"""
 
     @model_validator(mode="after")
     def _range(self) -> "EDM":
@@ -29,13 +35,39 @@ class EDM(Settings):
 
 
 class VP(Settings):
-    """DDPM's process in variance-exploding coordinates, eps-prediction (Berrada et al. Appendix C)."""
+    """DDPM's process (Berrada et al. Appendix C)."""
 
     name: Literal["vp"] = "vp"
+    prediction: Literal["eps", "v"] = "eps"
+    """what the network estimates: the noise, or v = sqrt(abar)*eps - sqrt(1-abar)*x0"""
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.00085
     """betas = linspace(sqrt(beta_start), sqrt(beta_end), timesteps)^2"""
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.012
     timesteps: Annotated[Count, Field(ge=2)] = 1000
+    zero_terminal_snr: bool = False
+    """shift and scale sqrt(abar) so that the last level is pure noise (Lin et al. 2024, Algorithm 1)"""
+    scale: PositiveFloat = 1.0
+    """k: multiplies sqrt((1-abar)/abar) of every index (Prop. 1); the network is told the same index"""
+
+    @model_validator(mode="after")
+    def _signal(self) -> "VP":
+        if self.zero_terminal_snr and self.prediction == "eps":
+            raise ValueError(
+                "process.zero_terminal_snr=true leaves no signal at the last level, where the noise alone "
+                "says nothing about the image: set process.prediction=v"
+            )
+        return self
 
 
-Process = Annotated[EDM | VP, Field(discriminator="name")]
+class RF(Settings):
+    """Rectified flow: x = (1-s)*x0 + s*eps, v-prediction (SD3, Berrada et al. Appendix C)."""
+
+    name: Literal["rf"] = "rf"
+    mean: float = 0.0
+    """m: training draw logit(s) ~ N(mean, std^2)"""
+    std: PositiveFloat = 1.0
+    scale: PositiveFloat = 1.0
+    """k: adds ln k to the mean and multiplies the odds s/(1-s) of every sampling level: SD3's shift"""
+
+
+Process = Annotated[EDM | VP | RF, Field(discriminator="name")]

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from gesso.config.base import Count, Positive, Probability, Settings, SigmaRel
-from gesso.config.net import Inputs, Net
+from gesso.config.condition import Controls, Semantic
+from gesso.config.net import Control, Inputs, Net
 from gesso.config.process import EDM, Process
 from gesso.config.sample import Sample
 
@@ -29,6 +30,8 @@ class Data(Settings):
     """counted when the source is opened; 0 trains without labels"""
     class_names: tuple[str, ...] | None = None
     """read when the source is opened"""
+    examples: tuple[str, ...] | None = None
+    """some of its captions, read when the source is opened: prompts for samples where the user names none"""
     fingerprint: str | None = None
     """of all pixels and labels, so that a run is never resumed on other images"""
     mean: tuple[float, ...] | None = None
@@ -40,10 +43,8 @@ class Data(Settings):
 class Loss(Settings):
     """Factors on |D - x0|^2."""
 
-    weighting: Literal["native", "uniform", "uncertainty"] = "native"
-    """native: MSE of the network's own target; uniform: 1; uncertainty: native / e^u + u (EDM2 Eq. 21)"""
-    label_dropout: Probability = 0.1
-    """share of samples whose label is withheld, for classifier-free guidance"""
+    weighting: Literal["native", "uniform", "min-snr", "uncertainty"] = "native"
+    """native: MSE of the network's own target; uniform: 1; min-snr: min(SNR, 5); uncertainty: native / e^u + u (EDM2 Eq. 21)"""
 
 
 class Optim(Settings):
@@ -120,6 +121,8 @@ class Run(Settings):
     data: Data = Data()
     net: Net
     process: Process = EDM()
+    semantic: Semantic = Semantic()
+    control: Controls = Controls()
     loss: Loss = Loss()
     optim: Optim = Optim()
     train: Train = Train()
@@ -135,11 +138,8 @@ class Run(Settings):
             raise ValueError(
                 f"data.resolution={self.data.resolution} is not a multiple of {self.net.multiple}, which net.name={self.net.name} needs"
             )
-        if self.sample.guidance != 1 and self.loss.label_dropout == 0:
-            raise ValueError(
-                f"sample.guidance={self.sample.guidance} needs a network that also learned without labels: "
-                "set loss.label_dropout above 0, or sample.guidance=1"
-            )
+        self._conditions()
+        self._guidance()
         if self.eval.features == "digits" and (self.data.resolution, self.data.channels) != (8, 1):
             raise ValueError(
                 "eval.features=digits reads grey 8x8 images only; set eval.features=none for "
@@ -151,7 +151,40 @@ class Run(Settings):
                 raise ValueError(f"data.{name} has {len(given)} values for data.channels={self.data.channels}")
         return self
 
+    def _conditions(self) -> None:
+        net, kind = self.net, self.semantic.kind
+        if kind == "text" and "text" not in net.accepts:
+            raise ValueError(f"net.name={net.name} takes no text: set semantic.kind=label, or choose another net.name")
+        if self.control.variables and "control" not in net.accepts:
+            raise ValueError(f"net.name={net.name} takes no control variables: set control.variables=[]")
+
+    def _guidance(self) -> None:
+        sample = self.sample
+        if sample.guidance != 1 and sample.guide is None and self.semantic.dropout == 0:
+            raise ValueError(
+                f"sample.guidance={sample.guidance} needs a network that also learned without labels: "
+                "set semantic.dropout above 0, name another network by sample.guide, or set sample.guidance=1"
+            )
+        if sample.control_guidance != 1 and not (self.control.variables and self.control.dropout > 0):
+            raise ValueError(
+                f"sample.control_guidance={sample.control_guidance} needs a network that learned with and without control "
+                "variables: set control.variables and control.dropout in training, or sample.control_guidance=1"
+            )
+
     @property
     def inputs(self) -> Inputs:
-        """What the network is built for. Needs the counts that opening the data fills in."""
-        return Inputs(self.data.channels, self.data.resolution, self.data.num_classes or 0)
+        """What the network is built for. Needs the counts that opening the data fills in.
+
+        `control.edge` is still a sigma; `diffusion.denoiser.build` makes it a progress, which needs the process.
+        """
+        c, text = self.control, self.semantic.kind == "text"
+        width = self.semantic.width if text else 0
+        control = Control(len(c.columns("high")), len(c.columns("low")), c.mlp, c.schedule, c.alpha, c.edge)
+        return Inputs(
+            channels=self.data.channels,
+            resolution=self.data.resolution,
+            num_classes=(self.data.num_classes or 0) if self.semantic.kind == "label" else 0,
+            text_width=width,
+            pooled_width=width if "pooled" in self.net.accepts else 0,
+            control=control,
+        )

@@ -2,18 +2,86 @@
 
 from typing import Literal
 
-from gesso.config.base import Positive, Settings, SigmaRel
+from pydantic import NonNegativeFloat, PositiveFloat, model_validator
+
+from gesso.config.base import Positive, Probability, Settings, SigmaRel
 
 
 class Sample(Settings):
     """How images are drawn."""
 
-    sampler: Literal["euler", "heun"] = "heun"
-    """euler is DDIM under VP; heun is EDM's Algorithm 1 without churn"""
+    sampler: Literal["euler", "heun", "dpm++2m"] = "heun"
+    """euler is DDIM under VP; heun is EDM's Algorithm 1, with churn its Algorithm 2; dpm++2m is DPM-Solver++(2M)"""
     steps: Positive = 32
-    """noise levels above 0; heun evaluates 2*steps-1 times"""
+    """noise levels above 0; heun evaluates 2*steps-1 times, the others `steps` times"""
+    grid: Literal["karras", "trailing", "leading", "linspace", "linear"] | None = None
+    """which levels: EDM has karras; VP linspace, trailing, leading, karras; RF linear, karras; the first is what null means"""
+    shift: PositiveFloat = 1.0
+    """factor on sigma = s/alpha of every level; SD3's shift in RF"""
+    last: Literal["zero", "first"] = "zero"
+    """where the last step goes; first is VP's lowest level (diffusers' set_alpha_to_one=False)"""
+    eta: Probability = 0.0
+    """euler: share of DDPM's noise in every step"""
+    S_churn: NonNegativeFloat = 0.0
+    """heun: noise added before each step whose sigma lies in S_min to S_max, times S_noise (EDM Algorithm 2)"""
+    S_min: NonNegativeFloat = 0.0
+    S_max: PositiveFloat | None = None
+    """null is no bound"""
+    S_noise: PositiveFloat = 1.0
+    state_dtype: Literal["float32", "float64"] = "float32"
+    """of the image between steps; the network computes in its own"""
     guidance: float = 1.0
-    """lambda: weight of the conditional denoiser, 1-lambda of the unconditional; 1 is none"""
+    """lambda: weight of the conditional denoiser, 1-lambda of the guiding one; 1 is none (Berrada et al. Eq. 2)"""
+    control_guidance: float = 1.0
+    """beta: share of the denoiser that sees the control variables, 1-beta of that without (Eq. 2; best published 1.375)"""
+    keep_control: bool = False
+    """the guiding denoiser keeps the control variables, as SDXL does; otherwise it sees nothing (Eq. 2)"""
+    interval: tuple[NonNegativeFloat, PositiveFloat] | None = None
+    """sigma = s/alpha between which lambda applies; outside it is 1. null: everywhere"""
+    tuned_at: Positive | None = None
+    """resolution that guidance was tuned at: at k times it, lambda is 1 + k (lambda - 1) (Prop. 2). null: no such law"""
+    resolution: Positive | None = None
+    """height and width to sample at; null: those of training"""
+    guide: str | None = None
+    """the guiding network: a run folder, or self (another length or time of this run). null: this network, withheld"""
+    guide_sees: Literal["nothing", "all"] = "nothing"
+    """of the conditions: nothing, a small unconditional network (EDM2 Eq. 152); all, a weaker one (autoguidance)"""
+    guide_sigma_rel: SigmaRel | None = None
+    """EMA length of the guiding network; null: its own run's"""
+    guide_nimg: Positive | None = None
+    """images that the guiding network had seen; null: the last snapshot"""
+    size: Literal["train", "fixed", "square", "free"] = "train"
+    """original sizes that samples are told (Table 2b): drawn from training rows; the low end of size_range; height =
+    width in size_range; both in size_range, independent"""
+    size_range: tuple[Positive, Positive] = (512, 1024)
     sigma_rel: SigmaRel = 0.10
     """EMA length of the weights"""
     batch_size: Positive = 256
+
+    @model_validator(mode="after")
+    def _noise(self) -> "Sample":
+        if self.eta > 0 and self.sampler != "euler":
+            raise ValueError(
+                f"sample.eta={self.eta:g} is euler's noise, not that of sample.sampler={self.sampler}: "
+                "set sample.sampler=euler or sample.eta=0"
+            )
+        if self.S_churn > 0 and self.sampler != "heun":
+            raise ValueError(
+                f"sample.S_churn={self.S_churn:g} is heun's noise, not that of sample.sampler={self.sampler}: "
+                "set sample.sampler=heun or sample.S_churn=0"
+            )
+        if self.S_max is not None and self.S_min > self.S_max:
+            raise ValueError(f"sample.S_min={self.S_min:g} is above sample.S_max={self.S_max:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _guide(self) -> "Sample":
+        if self.interval and self.interval[0] >= self.interval[1]:
+            raise ValueError(f"sample.interval={self.interval} does not rise")
+        if self.size_range[0] > self.size_range[1]:
+            raise ValueError(f"sample.size_range={self.size_range} falls")
+        if self.guide is None and (self.guide_sigma_rel or self.guide_nimg or self.guide_sees == "all"):
+            raise ValueError(
+                "sample.guide_* describe another network: name it by sample.guide=RUN, or sample.guide=self"
+            )
+        return self

@@ -4,6 +4,7 @@ Legend: N images, C channels, R resolution; pixels are uint8.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from gesso.config import Data
 from gesso.errors import RunError, UsageError
 
+DIGITS = {
+    "digits": "scikit-learn's scans",
+    "digits-coarse": "every second of them shrunk to 4x4 and back, its size then being 4x4",
+}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -25,13 +31,16 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 class Images:
     """A whole source in memory.
 
-    pixels (N, C, R, R) uint8; labels (N,) int64; class_names empty when there are no labels; unreadable
-    (file, reason) of images that were left out; notes for the user.
+    pixels (N, C, R, R) uint8; labels (N,) int64; class_names empty when there are no labels; sizes (N, 2) int64,
+    height and width of the whole image; captions of each; unreadable (file, reason) of images that were left
+    out; notes for the user.
     """
 
     pixels: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
+    sizes: Tensor
+    captions: tuple[str, ...]
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -41,6 +50,7 @@ class Images:
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.pixels.numpy().tobytes())
         digest.update(self.labels.numpy().tobytes())
+        digest.update(json.dumps([self.captions, self.sizes.tolist()]).encode())
         return digest.hexdigest()[:16]
 
 
@@ -50,7 +60,7 @@ def load(data: Data, progress: Callable[[int, int], None] = lambda done, total: 
     Raises UsageError when the source is missing, empty or of another shape; RunError when too many
     images are unreadable.
     """
-    if data.source == "digits":
+    if data.source in DIGITS:
         return _digits(data)
     return _folder(data, progress)
 
@@ -69,6 +79,7 @@ def described(data: Data, images: Images) -> Data:
             num_classes=len(images.class_names),
             class_names=images.class_names,
             fingerprint=images.fingerprint(),
+            examples=tuple(dict.fromkeys(images.captions))[:16] if any(images.captions) else (),
             mean=data.mean or tuple((values.mean(dim=1) / 127.5 - 1).tolist()),
             std=data.std or tuple(std.tolist()),
         )
@@ -78,7 +89,7 @@ def described(data: Data, images: Images) -> Data:
 def _digits(data: Data) -> Images:
     if (data.resolution, data.channels) != (8, 1):
         raise UsageError(
-            f"data.source=digits has grey 8x8 images, but data.resolution={data.resolution}, data.channels={data.channels}; "
+            f"data.source={data.source} has grey 8x8 images, but data.resolution={data.resolution}, data.channels={data.channels}; "
             "set them to 8 and 1, or choose another source"
         )
     try:
@@ -87,11 +98,16 @@ def _digits(data: Data) -> Images:
         raise UsageError("the digits come with scikit-learn: pip install 'gesso[demo]'") from None
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # scans have 17 grey values, 0 to 16
-    return Images(
-        torch.from_numpy(pixels)[:, None],
-        torch.from_numpy(digits.target.astype(np.int64)),
-        tuple(str(name) for name in digits.target_names),
-    )
+    pixels = torch.from_numpy(pixels)[:, None]
+    sizes = torch.full((len(pixels), 2), 8)
+    if data.source == "digits-coarse":
+        small = F.interpolate(F.avg_pool2d(pixels[1::2].double(), 2), scale_factor=2, mode="bilinear")
+        pixels[1::2], sizes[1::2] = small.round().to(torch.uint8), 4
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    said = ("{}", "the digit {}", "a {} in somebody's handwriting")  # of 1, 3 and 5 words
+    captions = tuple(said[i % 3].format(names[label]) for i, label in enumerate(digits.target))
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    return Images(pixels, labels, tuple(str(name) for name in digits.target_names), sizes, captions)
 
 
 def _listing(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...], list[str]]:
@@ -104,7 +120,9 @@ def _listing(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...], list[
     if not str(root).strip() or str(root) == ".":
         raise UsageError("which images? Write gesso train folder:/path/to/images, or data.source=/path/to/images")
     if not root.is_dir():
-        raise UsageError(f"data.source={root}: there is no such folder (and the only named source is: digits)")
+        raise UsageError(
+            f"data.source={root}: there is no such folder (and the named sources are: {', '.join(DIGITS)})"
+        )
     classes = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     loose = sorted(p for p in root.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES)
     if not classes:
@@ -124,21 +142,22 @@ def _folder(data: Data, progress: Callable[[int, int], None]) -> Images:
     root = Path(data.source)
     listed, names, notes = _listing(root)
 
-    def read(entry: tuple[Path, int]) -> np.ndarray | str:
+    def read(entry: tuple[Path, int]) -> tuple[np.ndarray, tuple[int, int]] | str:
         try:
             with Image.open(entry[0]) as image:
                 return _prepared(image, data.resolution, data.channels)
         except Exception as error:  # whatever a decoder raises on a damaged file
             return f"{type(error).__name__}: {error}"
 
-    pixels, labels, unreadable = [], [], []
+    pixels, sizes, kept, unreadable = [], [], [], []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, ((path, label), result) in enumerate(zip(listed, pool.map(read, listed), strict=True)):
+        for i, ((path, _), result) in enumerate(zip(listed, pool.map(read, listed), strict=True)):
             if isinstance(result, str):
                 unreadable.append((str(path.relative_to(root)), result))
             else:
-                pixels.append(torch.from_numpy(result))
-                labels.append(label)
+                pixels.append(torch.from_numpy(result[0]))
+                sizes.append(result[1])
+                kept.append(listed[i])
             progress(i + 1, len(listed))
     if len(unreadable) > data.max_unreadable * len(listed):
         shown = "; ".join(f"{name} ({reason})" for name, reason in unreadable[:5])
@@ -147,12 +166,24 @@ def _folder(data: Data, progress: Callable[[int, int], None]) -> Images:
             f"{len(unreadable)} of {len(listed)} images in {root} are unreadable, over the "
             f"{data.max_unreadable:.1%} of data.max_unreadable:\n{shown}{more}"
         )
-    return Images(torch.stack(pixels), torch.tensor(labels), names, unreadable, notes)
+    labels = [label for _, label in kept]
+    captions = tuple(_caption(path, names[label] if names else "") for path, label in kept)
+    return Images(torch.stack(pixels), torch.tensor(labels), names, torch.tensor(sizes), captions, unreadable, notes)
 
 
-def _prepared(image: Image.Image, resolution: int, channels: int) -> np.ndarray:
-    """Upright, in 8-bit grey or RGB on white, shorter edge resized, centre cropped: (C, R, R) uint8."""
+def _caption(path: Path, otherwise: str) -> str:
+    """The text file beside the image, or the name of its class."""
+    beside = path.with_suffix(".txt")
+    return beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else otherwise
+
+
+def _prepared(image: Image.Image, resolution: int, channels: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Upright, in 8-bit grey or RGB on white, shorter edge resized, centre cropped: (C, R, R) uint8.
+
+    With it the height and width of the whole image.
+    """
     image = ImageOps.exif_transpose(image)
+    whole = (image.height, image.width)
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey
         image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -165,7 +196,20 @@ def _prepared(image: Image.Image, resolution: int, channels: int) -> np.ndarray:
         image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     left, top = ((edge - resolution) // 2 for edge in size)
     image = image.crop((left, top, left + resolution, top + resolution))
-    return np.asarray(image).reshape(resolution, resolution, channels).transpose(2, 0, 1).copy()
+    return np.asarray(image).reshape(resolution, resolution, channels).transpose(2, 0, 1).copy(), whole
+
+
+def measured(images: Images) -> dict[str, Tensor]:
+    """Columns of control that belong to an image, by name, (N,) float32; units as in config.CONTROLS."""
+    height, width = images.sizes.float().unbind(1)
+    shorter = torch.minimum(height, width)
+    top, left = 500 * (1 - shorter / height), 500 * (1 - shorter / width)  # the centred square, in thousandths
+    values = images.pixels.flatten(1).float()
+    return {
+        "crop_top": top, "crop_left": left, "crop_bottom": 1000 - top, "crop_right": 1000 - left,
+        "aspect": 1000 * width / height, "height": height, "width": width,
+        "brightness": values.mean(1), "contrast": values.std(1, correction=0),
+    }  # fmt: skip
 
 
 def to_float(pixels: Tensor, data: Data, sd: float, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from gesso import keyed
-from gesso.cond import Cond
-from gesso.config import Run
-from gesso.data.images import Images, to_float
+from gesso.cond import Cond, pad
+from gesso.config import Run, Semantic
+from gesso.data.encoders import Words
+from gesso.data.images import Images, measured, to_float
 
 
 class Order:
@@ -45,17 +46,63 @@ class Batches:
         self.images, self.run, self.sd, self.device = images, run, sd, device
         self.dtype = getattr(torch, run.train.dtype)
         self.order = Order(len(images), run.train.seed)
+        self.columns = run.control.columns("high") + run.control.columns("low")
+        self.measured = measured(images) if self.columns else {}
+        if run.semantic.kind == "text":
+            self.tokens, self.lengths, _ = Words(run.semantic)(list(images.captions))
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, Cond]:
         """x0 (B, C, R, R) and the conditions of the samples `counter` (B,)."""
-        seed, data = self.run.train.seed, self.run.data
+        data = self.run.data
         index = self.order(counter)
         pixels = self.images.pixels[index]
         if data.flip:
-            mirrored = keyed.uniform(seed, counter, "flip")[:, 0] < 0.5
-            pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
+            pixels = torch.where(self._mirrored(counter)[:, None, None, None], pixels.flip(3), pixels)
         x0 = to_float(pixels.to(self.device, non_blocking=True), data, self.sd, self.dtype)
-        if not data.num_classes:
-            return x0, Cond()
-        kept = keyed.uniform(seed, counter, "label dropout")[:, 0] >= self.run.loss.label_dropout
-        return x0, Cond(label=self.images.labels[index], has_semantic=kept).to(self.device)
+        return x0, Cond(**self._semantic(counter, index), **self._control(counter)).to(self.device)
+
+    def _mirrored(self, counter: Tensor) -> Tensor:
+        """(B,) bool"""
+        return keyed.uniform(self.run.train.seed, counter, "flip")[:, 0] < 0.5
+
+    def _semantic(self, counter: Tensor, index: Tensor) -> dict[str, Tensor | None]:
+        cfg, seed = self.run.semantic, self.run.train.seed
+        if cfg.kind == "text":
+            fields = text_fields(cfg, self.tokens[index], self.lengths[index], seed, counter)
+        elif cfg.kind == "label" and self.run.data.num_classes:
+            fields = {"label": self.images.labels[index]}
+        else:
+            return {}
+        return fields | {"has_semantic": keyed.uniform(seed, counter, "label dropout")[:, 0] >= cfg.dropout}
+
+    def rows(self, counter: Tensor) -> Tensor:
+        """(B, n) control variables of the samples, in the order of `columns`."""
+        index, flip = self.order(counter), torch.zeros(len(counter))
+        if self.run.data.flip:
+            flip = 1000 * self._mirrored(counter).float()
+        values = [flip if name == "flip" else self.measured[name][index] for name in self.columns]
+        return torch.stack(values, dim=1)
+
+    def _control(self, counter: Tensor) -> dict[str, Tensor]:
+        if not self.columns:
+            return {}
+        kept = keyed.uniform(self.run.train.seed, counter, "control dropout")[:, 0] >= self.run.control.dropout
+        return control_fields(self.run, self.rows(counter)) | {"has_control": kept}
+
+
+def control_fields(run: Run, rows: Tensor) -> dict[str, Tensor]:
+    """Rows (B, n) as the two fields of Cond; a level without variables is absent."""
+    high = len(run.control.columns("high"))
+    fields = {"control_high": rows[:, :high], "control_low": rows[:, high:]}
+    return {name: values for name, values in fields.items() if values.shape[1]}
+
+
+def text_fields(cfg: Semantic, tokens: Tensor, lengths: Tensor, seed: int, sample: Tensor) -> dict[str, Tensor | None]:
+    """Tokens (B, T, D), zeros after each text, as the fields of Cond; the noise of the padding is keyed to the sample.
+
+    Pooled text is the mean over the text's tokens.
+    """
+    eps = keyed.normal(seed, sample, "text padding", tokens.shape[1:]) if cfg.padding == "noisy" else None
+    padded, mask = pad(tokens, lengths, cfg.padding, cfg.noise, eps)
+    pooled = tokens.sum(1) / lengths.clamp(min=1)[:, None]
+    return {"text": padded, "text_mask": mask, "pooled": pooled}

@@ -3,9 +3,13 @@
 Legend: B batch, C H W image, x = alpha(s) x0 + s eps.
 """
 
+import torch
 from torch import Tensor, nn
 
+from gesso import nets
 from gesso.cond import Cond
+from gesso.config import Run
+from gesso.diffusion import process as processes
 from gesso.diffusion.process import Embedding, Process
 from gesso.nets.mp import MPFourier, MPLinear
 
@@ -20,14 +24,29 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, s: Tensor, cond: Cond, keep: Tensor | None = None) -> Tensor:
         """x (B, C, H, W), s (B,) or a single level; returns the estimate of x0 in the dtype of x.
 
+        The network computes in the dtype of its own parameters, whatever that of x.
+
         keep (B, K): ids of the tokens that MDT's masked branch sees; None is every network's plain pass.
         """
         s = s.expand(len(x))  # coefficients in the precision of s, which a sampler gives in float64
         c_skip, c_out, c_in = (c.to(x)[:, None, None, None] for c in self.process.precondition(s))
-        c_noise, progress = self.process.c_noise(s, self.embedding).to(x), self.process.progress(s).to(x)
-        inputs = (c_in * x, c_noise, progress, cond)
+        own = x.new_empty(0, dtype=next((p.dtype for p in self.net.parameters()), x.dtype))
+        c_noise, progress = self.process.c_noise(s, self.embedding).to(own), self.process.progress(s).to(own)
+        inputs = ((c_in * x).to(own), c_noise, progress, cond)
         F = self.net(*inputs) if keep is None else self.net.masked(*inputs, keep)
         return c_skip * x + c_out * F.to(x.dtype)
+
+
+def build(run: Run) -> Denoiser:
+    """The denoiser of a run whose data have been opened, with fresh weights from torch's global generator."""
+    process = processes.build(run.process)
+    inputs = run.inputs
+    # The network knows progress, not sigma; alpha(s) of a straight path is 1-s, so s = sigma/(1+sigma) has this sigma.
+    sigma = torch.tensor(inputs.control.edge, dtype=torch.float64)
+    s = sigma if float(process.alpha(sigma)) == 1 else sigma / (1 + sigma)
+    edge = float(process.progress(s))
+    net = nets.build(run.net, inputs._replace(control=inputs.control._replace(edge=edge)))
+    return Denoiser(net, process, run.net.embedding)
 
 
 class Uncertainty(nn.Module):
@@ -58,13 +77,16 @@ def loss(
     """Loss of each sample, (B,), averaged over channels and pixels.
 
     x0 and eps (B, C, H, W), x0 of standard deviation sd; s (B,). weighting: "native" w |D-x0|^2, the MSE
-    of the network's own target; "uniform" |D-x0|^2; "uncertainty" w |D-x0|^2 / e^u + u (EDM2 Eq. 21). keep: as in Denoiser.
+    of the network's own target; "uniform" |D-x0|^2; "min-snr" min(SNR, 5) |D-x0|^2, SNR = (alpha sd/s)^2
+    (Hang et al. 2023); "uncertainty" w |D-x0|^2 / e^u + u (EDM2 Eq. 21). keep: as in Denoiser.
     """
     column = s[:, None, None, None]
     D = denoiser(process.alpha(column) * x0 + column * eps, s, cond, keep)
     error = (D - x0).square().mean(dim=(1, 2, 3))
     if weighting == "uniform":
         return error
+    if weighting == "min-snr":
+        return (process.alpha(s) * process.sd / s).square().clamp(max=5) * error
     error = process.weight(s) * error
     if weighting == "native":
         return error

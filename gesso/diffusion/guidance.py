@@ -18,12 +18,47 @@ class Term(NamedTuple):
     cond: Cond
 
 
-def cfg_terms(denoiser: nn.Module, cond: Cond, guidance: float) -> list[Term]:
-    """Classifier-free guidance: l on the condition, 1 - l on nothing (Berrada et al. Eq. 2 at beta = 1)."""
+def terms(
+    denoiser: nn.Module,
+    cond: Cond,
+    guidance: float = 1.0,
+    control_guidance: float = 1.0,
+    *,
+    keep_control: bool = False,
+    guide: nn.Module | None = None,
+    guide_sees: str = "nothing",
+) -> list[Term]:
+    """Guidance of strength l = guidance and b = control_guidance (Berrada et al. Eq. 2).
+
+    l b on (control, semantic), l (1-b) on (none, semantic), 1-l on the guide: this network with nothing, or with
+    the control variables only (keep_control, SDXL's way); another network with nothing (EDM2 Eq. 152) or with
+    all (autoguidance, guide_sees="all"). Eq. 9 of Berrada et al. derives (control, none) for the second; Eq. 2
+    is what their Table A4 repeats.
+    """
+    if guide_sees == "all":
+        weaker = cond
+    else:
+        weaker = cond.without(semantic=True, control=not keep_control)
     return [
-        Term(guidance, denoiser, cond),
-        Term(1 - guidance, denoiser, cond.without(semantic=True, control=True)),
+        Term(guidance * control_guidance, denoiser, cond),
+        Term(guidance * (1 - control_guidance), denoiser, cond.without(control=True)),
+        Term(1 - guidance, guide or denoiser, weaker),
     ]
+
+
+def scaled(guidance: float, k: float) -> float:
+    """The scale law l'(k) = 1 + k (l - 1) for k times the resolution (Berrada et al. Prop. 2, Eq. 15)."""
+    return 1 + k * (guidance - 1)
+
+
+def within(inside: Denoise, outside: Denoise, alpha: Callable[[Tensor], Tensor], interval: tuple[float, float]):
+    """`inside` where sigma = s/alpha(s) lies in the interval, `outside` elsewhere (Kynkaanniemi et al. 2024)."""
+
+    def denoise(x: Tensor, s: Tensor) -> Tensor:
+        low, high = interval
+        return (inside if low <= float(s / alpha(s)) <= high else outside)(x, s)
+
+    return denoise
 
 
 def combine(terms: list[Term]) -> Denoise:

@@ -2,8 +2,11 @@
 
     D(x, s) = c_skip x + c_out F(c_in x, c_noise).
 
-Legend: s noise level in the process's own coordinates, sd the standard deviation that data are scaled
-to, u and progress in (0, 1): 0 clean, 1 noise. Tensors of levels have shape (B,).
+EDM and VP live in variance-exploding coordinates (alpha = 1), VPv and RF on the straight path (alpha = 1 - s).
+
+Legend: s noise level in the process's own coordinates, sigma = s/alpha(s), sd the standard deviation that
+data are scaled to, k the linear ratio of resolutions (`scale`), T the number of VP's indices, u and progress
+in (0, 1): 0 clean, 1 noise. Tensors of levels have shape (B,).
 """
 
 import abc
@@ -25,10 +28,23 @@ class Process(abc.ABC):
     """
 
     sd: float
+    k: float
+    largest: float
+    """the level that sampling starts from, and the highest that a network was trained for"""
+    smallest: float
+    """the lowest level above 0 that sampling visits"""
+    grids: tuple[str, ...]
+    """the step grids it can have (schedule.py), its own first"""
+    rho: float = 7.0
+    """curvature of the karras grid"""
 
     @abc.abstractmethod
     def alpha(self, s: Tensor) -> Tensor:
         """Signal scale."""
+
+    @abc.abstractmethod
+    def rescaled(self, s: Tensor, factor: float) -> Tensor:
+        """The level whose sigma is `factor` times that of s."""
 
     @abc.abstractmethod
     def precondition(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,48 +66,48 @@ class Process(abc.ABC):
     def weight(self, s: Tensor) -> Tensor:
         """Native weight of |D - x0|^2, under which the loss is the MSE of the network's own target."""
 
-    @abc.abstractmethod
-    def levels(self, steps: int) -> Tensor:
-        """Sampling levels, (steps + 1,) float64, falling, the last one 0."""
-
-    @abc.abstractmethod
     def prior(self, noise: Tensor, s: Tensor) -> Tensor:
-        """The first sampling state, from standard normal noise, at the highest level s."""
+        """The first sampling state at the highest level s, from standard normal noise (B, C, H, W).
+
+        Data of standard deviation 1 have this one too, sqrt(alpha^2 + s^2), where the level leaves some signal.
+        """
+        return math.hypot(float(self.alpha(s)), float(s)) * noise
 
 
 class EDM(Process):
     """Variance exploding, with EDM's preconditioning (EDM2 Eq. 4-8, 15, 16)."""
 
+    grids = ("karras",)
+
     def __init__(self, cfg: config.EDM):
-        self.cfg, self.sd = cfg, cfg.sigma_data
+        self.sd, self.rho, self.k = cfg.sigma_data, cfg.rho, cfg.scale
+        self.P_mean, self.P_std = cfg.P_mean + math.log(cfg.scale), cfg.P_std
+        self.smallest, self.largest = cfg.scale * cfg.sigma_min, cfg.scale * cfg.sigma_max
 
     def alpha(self, s: Tensor) -> Tensor:
         return torch.ones_like(s)
+
+    def rescaled(self, s: Tensor, factor: float) -> Tensor:
+        return factor * s
 
     def precondition(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total = s**2 + self.sd**2
         return self.sd**2 / total, s * self.sd / total.sqrt(), 1 / total.sqrt()
 
     def c_noise(self, s: Tensor, embedding: Embedding) -> Tensor:
-        return 1000 * self.progress(s) if embedding == "sinusoidal" else s.log() / 4  # Eq. 8
+        return 1000 * self.progress(s) if embedding == "sinusoidal" else (s / self.k).log() / 4  # Eq. 8
 
     def quantile(self, u: Tensor) -> Tensor:
-        return torch.exp(self.cfg.P_mean + self.cfg.P_std * torch.special.ndtri(u))
+        return torch.exp(self.P_mean + self.P_std * torch.special.ndtri(u))
 
     def progress(self, s: Tensor) -> Tensor:
-        return torch.special.ndtr((s.log() - self.cfg.P_mean) / self.cfg.P_std)
+        return torch.special.ndtr((s.log() - self.P_mean) / self.P_std)
 
     def weight(self, s: Tensor) -> Tensor:
         return (s**2 + self.sd**2) / (s * self.sd) ** 2
 
-    def levels(self, steps: int) -> Tensor:
-        """EDM's grid: s^(1/rho) linear from sigma_max to sigma_min."""
-        i = torch.linspace(0, 1, steps, dtype=torch.float64)
-        high, low = (x ** (1 / self.cfg.rho) for x in (self.cfg.sigma_max, self.cfg.sigma_min))
-        return torch.cat([(high + i * (low - high)) ** self.cfg.rho, i.new_zeros(1)])
-
     def prior(self, noise: Tensor, s: Tensor) -> Tensor:
-        return s.to(noise.dtype) * noise
+        return s.to(noise.dtype) * noise  # without the data's share, as published
 
 
 class VP(Process):
@@ -101,55 +117,174 @@ class VP(Process):
     """
 
     sd = 1.0
+    grids = ("linspace", "trailing", "leading", "karras")
 
     def __init__(self, cfg: config.VP):
-        self.cfg = cfg
-        T = cfg.timesteps
-        betas = torch.linspace(cfg.beta_start**0.5, cfg.beta_end**0.5, T, dtype=torch.float64) ** 2
-        abar = torch.cumprod(1 - betas, 0)
-        self.table = ((1 - abar) / abar).sqrt()  # s of each index, rising
+        signal, noise = _abar_roots(cfg)
+        self.k = cfg.scale
+        self.table = noise / signal  # s of each index, rising
+        self.smallest, self.largest = float(self.table[0]), float(self.table[-1])
 
     def alpha(self, s: Tensor) -> Tensor:
         return torch.ones_like(s)
+
+    def rescaled(self, s: Tensor, factor: float) -> Tensor:
+        return factor * s
 
     def precondition(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ones_like(s), -s, 1 / (1 + s**2).sqrt()
 
     def index(self, s: Tensor) -> Tensor:
         """Index of a level, linear in ln s between neighbours of the table. Same dtype as s."""
-        grid = self.table.log().to(s.device)
-        x = s.double().log().clamp(grid[0], grid[-1])
-        right = torch.searchsorted(grid, x).clamp(1, len(grid) - 1)
-        left = right - 1
-        return (left + (x - grid[left]) / (grid[right] - grid[left])).to(s.dtype)
+        table = self.table.to(s.device)
+        return _place(s.double(), table, torch.log).to(s.dtype)
 
     def c_noise(self, s: Tensor, embedding: Embedding) -> Tensor:
-        return self.index(s) if embedding == "sinusoidal" else s.log() / 4
+        return self.index(s) if embedding == "sinusoidal" else (s / self.k).log() / 4
 
     def quantile(self, u: Tensor) -> Tensor:
-        T = self.cfg.timesteps
-        return self.table.to(u.device)[(u * T).long().clamp(max=T - 1)].to(u.dtype)
+        return _draw(u, self.table)
 
     def progress(self, s: Tensor) -> Tensor:
-        return self.index(s) / self.cfg.timesteps
+        return self.index(s) / len(self.table)
 
     def weight(self, s: Tensor) -> Tensor:
         return 1 / s**2
 
-    def levels(self, steps: int) -> Tensor:
-        """`steps` indices spread evenly from the last to the first, then 0.
 
-        Raises ValueError when there are more steps than indices.
-        """
-        T = self.cfg.timesteps
-        if steps > T:
-            raise ValueError(f"{steps} steps, but the process has {T} levels")
-        index = torch.linspace(T - 1, 0, steps, dtype=torch.float64).round().long()
-        return torch.cat([self.table[index], self.table.new_zeros(1)])
+class VPv(Process):
+    """DDPM with v-prediction on the straight path, s = sigma / (1 + sigma) with sigma = sqrt((1 - abar) / abar).
 
-    def prior(self, noise: Tensor, s: Tensor) -> Tensor:
-        return math.sqrt(1 + float(s) ** 2) * noise
+    x is that of DDPM, sqrt(abar) x0 + sqrt(1-abar) eps, divided by sqrt(abar) + sqrt(1-abar). These coordinates
+    rather than DDPM's own, alpha = sqrt(abar), for two reasons: (x - D)/s stays the derivative, so that one Euler
+    and one Heun serve all processes; and s = 1 at zero terminal SNR is finite, which sigma is not. DDIM gives
+    the same trajectory in both, since its step is linear in x and does not change when x is multiplied by a
+    function of the level.
+    """
+
+    sd = 1.0
+    grids = ("linspace", "trailing", "leading", "karras")
+
+    def __init__(self, cfg: config.VP):
+        signal, noise = _abar_roots(cfg)
+        self.k = cfg.scale
+        self.table = noise / (signal + noise)  # s of each index, rising
+        self.smallest, self.largest = float(self.table[0]), float(self.table[-1])
+
+    def alpha(self, s: Tensor) -> Tensor:
+        return 1 - s
+
+    def rescaled(self, s: Tensor, factor: float) -> Tensor:
+        return _times_odds(s, factor)
+
+    def precondition(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        n = ((1 - s) ** 2 + s**2).sqrt()  # x / n is DDPM's own x, of variance 1
+        return (1 - s) / n**2, -s / n, 1 / n
+
+    def index(self, s: Tensor) -> Tensor:
+        """Index of a level, linear in ln sigma between neighbours of the table. Same dtype as s."""
+        table = self.table.to(s.device)
+        return _place(s.double(), table, torch.logit).to(s.dtype)
+
+    def c_noise(self, s: Tensor, embedding: Embedding) -> Tensor:
+        if embedding == "sinusoidal":
+            return self.index(s)
+        return ((s.logit() - math.log(self.k)) / 4).clamp(-3, 3)  # sigma is infinite at zero terminal SNR
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return _draw(u, self.table)
+
+    def progress(self, s: Tensor) -> Tensor:
+        return self.index(s) / len(self.table)
+
+    def weight(self, s: Tensor) -> Tensor:
+        return ((1 - s) ** 2 + s**2) / s**2
 
 
-def build(cfg: config.EDM | config.VP) -> Process:
-    return EDM(cfg) if isinstance(cfg, config.EDM) else VP(cfg)
+class RF(Process):
+    """Rectified flow with v-prediction, F = eps - x0, and a logit-normal draw (SD3; Berrada et al. Appendix C).
+
+    At another resolution the network is told the level as it is, shifted.
+    """
+
+    sd = 1.0
+    largest = 1.0
+    grids = ("linear", "karras")
+
+    def __init__(self, cfg: config.RF):
+        self.k, self.mean, self.std = cfg.scale, cfg.mean + math.log(cfg.scale), cfg.std
+        # The first of the 1000 levels of SD3's published scheduler.
+        self.smallest = float(_times_odds(torch.tensor(1e-3, dtype=torch.float64), cfg.scale))
+
+    def alpha(self, s: Tensor) -> Tensor:
+        return 1 - s
+
+    def rescaled(self, s: Tensor, factor: float) -> Tensor:
+        return _times_odds(s, factor)
+
+    def precondition(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ones_like(s), -s, torch.ones_like(s)
+
+    def c_noise(self, s: Tensor, embedding: Embedding) -> Tensor:
+        return 1000 * s if embedding == "sinusoidal" else (s.logit() / 4).clamp(-3, 3)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+
+    def progress(self, s: Tensor) -> Tensor:
+        return torch.special.ndtr((s.logit() - self.mean) / self.std)
+
+    def weight(self, s: Tensor) -> Tensor:
+        return 1 / s**2
+
+
+def _times_odds(s: Tensor, factor: float) -> Tensor:
+    """k s / (1 + (k-1) s), SD3's shift, which multiplies s/(1-s) by k; written so that 1 stays exactly 1."""
+    return factor * s / ((1 - s) + factor * s)
+
+
+def _abar_roots(cfg: config.VP) -> tuple[Tensor, Tensor]:
+    """sqrt(abar) and k sqrt(1 - abar) of each index, (T,) float64: their ratio is sigma at this resolution."""
+    roots = torch.linspace(cfg.beta_start**0.5, cfg.beta_end**0.5, cfg.timesteps, dtype=torch.float64)
+    signal = torch.cumprod(1 - roots**2, 0).sqrt()
+    if cfg.zero_terminal_snr:  # Lin et al. 2024, Algorithm 1: the last becomes 0, the first stays
+        first, last = signal[0].clone(), signal[-1].clone()
+        signal = (signal - last) * (first / (first - last))
+    return signal, cfg.scale * (1 - signal**2).sqrt()
+
+
+def _place(s: Tensor, table: Tensor, ln_sigma) -> Tensor:
+    """Where s stands in the rising table, linear in ln_sigma(s) between neighbours.
+
+    The last level of zero terminal SNR has no finite logarithm: towards it, linear in s.
+    """
+    s = s.clamp(table[0], table[-1])
+    right = torch.searchsorted(table, s).clamp(1, len(table) - 1)
+    left = right - 1
+    x, low, high = ln_sigma(s), ln_sigma(table[left]), ln_sigma(table[right])
+    straight = (s - table[left]) / (table[right] - table[left])
+    return left + torch.where(high.isinf(), straight, (x - low) / (high - low))
+
+
+def _draw(u: Tensor, table: Tensor) -> Tensor:
+    """A level of the table, all equally likely under u ~ U(0, 1)."""
+    T = len(table)
+    return table.to(u.device)[(u * T).long().clamp(max=T - 1)].to(u.dtype)
+
+
+def betas(process: VP | VPv) -> Tensor:
+    """(T,) float64: the betas of every index, for another project's scheduler (diffusers' `trained_betas`).
+
+    They hold the rescaling to another resolution and zero terminal SNR, which no beta_start and beta_end can.
+    """
+    s = process.table
+    abar = process.alpha(s) ** 2 / (process.alpha(s) ** 2 + s**2)
+    return 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
+
+
+def build(cfg: config.EDM | config.VP | config.RF) -> Process:
+    if isinstance(cfg, config.EDM):
+        return EDM(cfg)
+    if isinstance(cfg, config.RF):
+        return RF(cfg)
+    return VP(cfg) if cfg.prediction == "eps" else VPv(cfg)

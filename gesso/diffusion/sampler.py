@@ -1,38 +1,103 @@
-"""Samplers: pure functions of (denoise, x, levels). In every process (x - D)/s is the derivative.
+"""Samplers: pure functions of (denoise, x, levels, alpha). In every process (x - D)/s is the derivative.
 
-Legend: x (B, C, H, W) the state at levels[0]; levels (steps + 1,) float64, falling; `watch(i, x, D)`
-is called after step i with the new state and the step's first denoised estimate.
+Legend: x (B, C, H, W) the state at levels[0]; levels (steps + 1,) float64, falling; alpha(s) the process's
+signal scale, sigma = s/alpha(s); a prime, in code `_next`, marks the level that a step goes to. `noise(i)`
+gives step i's standard normal noise, shaped like x; `watch(i, x, D)` is called after step i with the new
+state and the step's first denoised estimate.
 """
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from gesso import config
+from gesso.diffusion import schedule
 from gesso.diffusion.guidance import Denoise
+from gesso.diffusion.process import Process
 
+Alpha = Callable[[Tensor], Tensor]
+Noise = Callable[[int], Tensor]
 Watch = Callable[[int, Tensor, Tensor], None]
 
 
-def _check(levels: Tensor) -> None:
-    if len(levels) < 2 or not bool((levels[1:] < levels[:-1]).all()) or float(levels[-1]) < 0:
-        raise ValueError(f"noise levels must fall from step to step and stay at or above 0: {levels.tolist()}")
+class Churn(NamedTuple):
+    """EDM's Algorithm 2. S_min and S_max bound sigma; `raised(s, factor)` is the level of factor times the sigma."""
+
+    raised: Callable[[Tensor, float], Tensor]
+    largest: float
+    """the process's largest level: none is raised above it"""
+    S_churn: float
+    S_min: float = 0.0
+    S_max: float = math.inf
+    S_noise: float = 1.0
 
 
-def euler(denoise: Denoise, x: Tensor, levels: Tensor, watch: Watch | None = None) -> Tensor:
-    """x + (s' - s) (x - D)/s: first order; DDIM under VP. One evaluation a step."""
+def draw(
+    cfg: config.Sample, process: Process, denoise: Denoise, first: Tensor, noise: Noise, watch: Watch | None = None
+) -> Tensor:
+    """Samples (B, C, H, W) of standard deviation process.sd, by the settings of cfg.
+
+    first: standard normal noise, in the dtype that the state is to have; noise: that of a step, on demand.
+    Raises UsageError for levels that the process does not have.
+    """
+    levels = schedule.levels(process, cfg.steps, cfg.grid, cfg.shift, cfg.last)
+    x = process.prior(first, levels[0])
+    if cfg.sampler == "euler":
+        return euler(denoise, x, levels, process.alpha, cfg.eta, noise, watch)
+    if cfg.sampler == "dpm++2m":
+        return dpmpp(denoise, x, levels, process.alpha, watch)
+    S_max = math.inf if cfg.S_max is None else cfg.S_max
+    churn = Churn(process.rescaled, process.largest, cfg.S_churn, cfg.S_min, S_max, cfg.S_noise)
+    return heun(denoise, x, levels, process.alpha, churn, noise, watch)
+
+
+def euler(
+    denoise: Denoise,
+    x: Tensor,
+    levels: Tensor,
+    alpha: Alpha,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    watch: Watch | None = None,
+) -> Tensor:
+    """x + (s' - s) (x - D)/s: first order; DDIM under VP, in any of its coordinates. One evaluation a step.
+
+    eta: share of DDPM's noise in a step (DDIM Eq. 16); 1 is DDPM's sampler.
+    """
     _check(levels)
     for i, (s, s_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
         D = denoise(x, s)
-        x = x + float((s_next - s) / s) * (x - D)
+        if eta == 0:
+            x = x + float((s_next - s) / s) * (x - D)
+        else:
+            a, a_next = float(alpha(s)), float(alpha(s_next))
+            # x' = a' D + sqrt(s'^2 - up^2) (x - a D)/s + up n; at a = 0 no part of the noise is kept from s
+            up = eta * float(s_next) * math.sqrt(1 - (float(s_next) * a / (float(s) * a_next)) ** 2)
+            x = a_next * D + math.sqrt(float(s_next) ** 2 - up**2) / float(s) * (x - a * D)
+            if up > 0:
+                x = x + up * noise(i)
         if watch:
             watch(i, x, D)
     return x
 
 
-def heun(denoise: Denoise, x: Tensor, levels: Tensor, watch: Watch | None = None) -> Tensor:
-    """EDM's Algorithm 1 without churn: second order; Euler on the step to 0. Two evaluations a step."""
+def heun(
+    denoise: Denoise,
+    x: Tensor,
+    levels: Tensor,
+    alpha: Alpha,
+    churn: Churn | None = None,
+    noise: Noise | None = None,
+    watch: Watch | None = None,
+) -> Tensor:
+    """EDM's Algorithm 1, with churn its Algorithm 2: second order; Euler on the step to 0. Two evaluations a step."""
     _check(levels)
     for i, (s, s_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        if churn and churn.S_churn > 0:
+            x, s = _churned(x, s, alpha, churn, len(levels) - 1, noise, i)
         D = denoise(x, s)
         d = (x - D) / float(s)
         h = float(s_next - s)
@@ -46,4 +111,47 @@ def heun(denoise: Denoise, x: Tensor, levels: Tensor, watch: Watch | None = None
     return x
 
 
-SAMPLERS: dict[str, Callable[[Denoise, Tensor, Tensor, Watch | None], Tensor]] = {"euler": euler, "heun": heun}
+def _churned(
+    x: Tensor, s: Tensor, alpha: Alpha, churn: Churn, steps: int, noise: Noise, i: int
+) -> tuple[Tensor, Tensor]:
+    """The state and its level with noise added (EDM Algorithm 2, lines 4-6, for any alpha).
+
+    x^ = (a^/a) x + sqrt(s^^2 - (s a^/a)^2) S_noise n, where s^ has 1 + gamma times the sigma of s.
+    """
+    a = alpha(s)
+    if not churn.S_min <= float(s / a) <= churn.S_max:
+        return x, s
+    gamma = min(churn.S_churn / steps, math.sqrt(2) - 1)
+    up = churn.raised(s, 1 + gamma).clamp(max=churn.largest)
+    if up <= s:
+        return x, s
+    ratio = float(alpha(up) / a)
+    return ratio * x + math.sqrt(float(up) ** 2 - (float(s) * ratio) ** 2) * churn.S_noise * noise(i), up
+
+
+def dpmpp(denoise: Denoise, x: Tensor, levels: Tensor, alpha: Alpha, watch: Watch | None = None) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order from one evaluation a step.
+
+    With lambda = ln(alpha/s) and h the step in it, x' = (s'/s) x + (alpha' - (s'/s) alpha) (D + (D - D_old) h/(2 h_old)).
+    First order on the first step, on the second where the first level has no signal (h_old infinite), and to 0.
+    """
+    _check(levels)
+    h_old, D_old = math.inf, None
+    for i, (s, s_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        D = estimate = denoise(x, s)
+        a, a_next = alpha(s), alpha(s_next)
+        h = float((a_next / s_next).log() - (a / s).log())
+        if s_next > 0 and math.isfinite(h_old):
+            estimate = D + h / (2 * h_old) * (D - D_old)
+        ratio = s_next / s
+        x = float(ratio) * x + float(a_next - ratio * a) * estimate
+        h_old, D_old = h, D
+        if watch:
+            watch(i, x, D)
+    return x
+
+
+def _check(levels: Tensor) -> None:
+    falling = bool((torch.diff(levels) < 0).all())
+    if len(levels) < 2 or not falling or float(levels[-1]) < 0:
+        raise ValueError(f"noise levels must fall from step to step and stay at or above 0: {levels.tolist()}")

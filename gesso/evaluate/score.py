@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gesso import files, generate, keyed, snapshot
+from gesso import conditions, files, generate, keyed, snapshot
+from gesso.cond import Cond
 from gesso.config import Run
 from gesso.data import images as sources
 from gesso.data.images import Images
@@ -58,11 +59,12 @@ def evaluate(
     lengths = [run.sample.sigma_rel, *(cfg.sweep if sweeping else ())]
     weights, _, nimg, errors = snapshot.synthesize(folder, lengths)
     default = snapshot.denoiser(weights[0], run, device)
+    cond, labels = _conditions(folder, run, images, count)
     guided = run.sample.guidance != 1
     settings = {"guided": run} if guided else {}
     settings["unguided"] = _with(run, guidance=1.0)
     total = count * (len(settings) + len(cfg.sweep)) if sweeping else min(count, ROWS * COLUMNS)
-    counter = Counter(tick, total)
+    counter = Counter(tick, total, cond, generate.guide_of(folder, run))
 
     if not sweeping:
         made = counter.generate(default, next(iter(settings.values())), total)
@@ -72,7 +74,7 @@ def evaluate(
         return result
 
     network = features.load_digit_features(str(device))
-    score = Scorer(network, run, images, count, device)
+    score = Scorer(network, run, images, labels, device)
     rows = {}
     for name, setting in settings.items():
         made = counter.generate(default, setting, count)
@@ -104,6 +106,16 @@ def evaluate(
     return result
 
 
+def _conditions(folder: Path, run: Run, images: Images, count: int) -> tuple[Cond, Tensor]:
+    """What samples 0 to count-1 are to show: labels in turn, or captions of training images; and their labels."""
+    seeds, prompts = range(count), None
+    labels = conditions.labels_for(run, None, count)
+    if run.semantic.kind == "text":
+        prompts = [images.captions[i % len(images)] for i in seeds]
+    cond, _ = conditions.build(run, seeds, snapshot.control_rows(folder), labels, prompts)
+    return cond, images.labels[torch.arange(count) % len(images)] if labels is None else torch.tensor(labels)
+
+
 def protocol(run: Run, network: str, nimg: int, count: int) -> dict[str, Any]:
     """Everything that decides a number besides the weights."""
     return {
@@ -111,11 +123,8 @@ def protocol(run: Run, network: str, nimg: int, count: int) -> dict[str, Any]:
         "what": "Frechet distance and class agreement in the features of a small digit classifier; not FID",
         "images": count,
         "reference": f"{run.eval.splits} random halves of the {run.data.num_images} training images, {count} each; mean and std",
-        "labels": "in turn",
-        "sampler": run.sample.sampler,
-        "steps": run.sample.steps,
-        "guidance": run.sample.guidance,
-        "sigma_rel": run.sample.sigma_rel,
+        "conditions": "captions of training images" if run.semantic.kind == "text" else "labels in turn",
+        **run.sample.model_dump(mode="json", exclude={"batch_size"}),
         "nimg": nimg,
         "seeds": f"0 to {count - 1}",
     }
@@ -126,15 +135,16 @@ def _with(run: Run, **sample: Any) -> Run:
 
 
 class Counter:
-    """Generates with a common count of images done."""
+    """Generates under the same conditions with a common count of images done."""
 
-    def __init__(self, tick: Callable[[int, int], None], total: int):
+    def __init__(self, tick: Callable[[int, int], None], total: int, cond: Cond, guide: Denoiser | None):
         self.tick, self.total, self.done = tick, total, 0
+        self.cond, self.guide = cond, guide
 
     def generate(self, denoiser: Denoiser, run: Run, count: int) -> Tensor:
-        """Images of seeds 0 to count-1, labels in turn. (count, C, R, R) uint8."""
+        """Images of seeds 0 to count-1. (count, C, R, R) uint8."""
         batches = []
-        for batch in generate.generate(denoiser, run, range(count), generate.spread(run, count)):
+        for batch in generate.generate(denoiser, run, range(count), self.cond[:count], self.guide):
             batches.append(batch)
             self.done += len(batch)
             self.tick(self.done, self.total)
@@ -148,11 +158,11 @@ class Scorer:
     number of images.
     """
 
-    def __init__(self, network: features.DigitFeatures, run: Run, images: Images, count: int, device: torch.device):
-        self.network, self.device, self.count = network, device, count
+    def __init__(self, network: features.DigitFeatures, run: Run, images: Images, labels: Tensor, device: torch.device):
+        self.network, self.device, count = network, device, len(labels)
         real, logits = network.classify(images.pixels.to(device))
         self.real_agreement = metrics.class_agreement(logits, images.labels.to(device))
-        self.labels = torch.tensor(generate.spread(run, count), device=device)
+        self.labels = labels.to(device)
         self.halves = []
         distances = []
         for split in range(run.eval.splits):
@@ -181,9 +191,9 @@ def _mean_std(distances: list[float]) -> dict[str, float]:
 
 def _pictures(folder: Path, run: Run, made: Tensor, images: Images) -> None:
     """samples/by-class.png, a row for each of the first classes, and samples/nearest.png, the training images nearest to them."""
-    classes = min(run.data.num_classes or 1, ROWS)
-    if run.data.num_classes:
-        chosen = [i for c in range(classes) for i in range(c, len(made), run.data.num_classes)[:COLUMNS]]
+    classes = run.inputs.num_classes
+    if classes:
+        chosen = [i for c in range(min(classes, ROWS)) for i in range(c, len(made), classes)[:COLUMNS]]
     else:
         chosen = list(range(min(len(made), ROWS * COLUMNS)))
     shown = made[chosen]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from gesso.config import EDM, EDM2, Data, EDM2Ladder, Ema, Loss, Optim, Run, Sample, Train
+from gesso.config import EDM, EDM2, Data, EDM2Ladder, Ema, Loss, Optim, Run, Sample, Semantic, Train
 
 M = 2**20  # The durations of Table 6 are whole numbers of 2^20 images: 2147.5M = 2048 * 2^20.
 BATCH = 2048
@@ -84,7 +84,8 @@ def preset(name: str, p: Preset, data: Data, process: EDM) -> Run:
         data=data,
         net=EDM2(channels=p.channels, dropout=p.dropout),
         process=process,
-        loss=Loss(weighting="uncertainty", label_dropout=0),  # the unconditional network is a separate one
+        semantic=Semantic(dropout=0),  # the unconditional network is a separate one
+        loss=Loss(weighting="uncertainty"),
         optim=optim(p.lr, schedule="inverse_sqrt", ref_images=p.t_ref * BATCH),
         train=train(p.images),
         ema=Ema(sigma_rels=(0.05, 0.10)),
@@ -161,7 +162,8 @@ def ladder(step: str) -> Run:
         data=latents(),
         net=EDM2Ladder(step=step, attention_levels=(1, 2, 3) if is_a else (2, 3), dropout=rung.dropout),
         process=EDM(P_mean=-1.2, P_std=1.2) if is_a else EDM(P_mean=-0.4, P_std=1.0),
-        loss=Loss(weighting="native" if is_a else "uncertainty", label_dropout=0),
+        semantic=Semantic(dropout=0),
+        loss=Loss(weighting="native" if is_a else "uncertainty"),
         optim=optim(rung.lr, betas=(0.9, rung.beta2), **decay),
         train=train(2048 * M, rung.batch),
         ema=Ema(sigma_rels=(0.034, 0.05) if is_a else (0.05, 0.10)),

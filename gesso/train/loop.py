@@ -11,13 +11,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from gesso import keyed, nets, snapshot
+from gesso import keyed, snapshot
 from gesso.cond import Cond
 from gesso.config import MDT, Run
 from gesso.data.images import Images
 from gesso.data.order import Batches
 from gesso.diffusion import denoiser as diffusion
-from gesso.diffusion import process as processes
 from gesso.ema import PowerEMA
 from gesso.errors import RunError, Stopped
 from gesso.generate import device_of
@@ -37,20 +36,20 @@ class Trainer:
         self.run, self.device = run, device_of(run)
         dtype = getattr(torch, run.train.dtype)
         torch.manual_seed(keyed.number(run.train.seed, 0, "initial weights"))
-        self.process = processes.build(run.process)
-        self.modules = nn.ModuleDict()
-        net = nets.build(run.net, run.inputs)
-        self.modules["net"] = net
+        self.denoiser = diffusion.build(run)
+        self.process, net = self.denoiser.process, self.denoiser.net
+        self.modules = nn.ModuleDict({"net": net})
         self.uncertainty = diffusion.Uncertainty(self.process) if run.loss.weighting == "uncertainty" else None
         if self.uncertainty:
             self.modules["uncertainty"] = self.uncertainty
         self.modules.to(self.device, dtype).train()
-        self.denoiser = diffusion.Denoiser(net, self.process, run.net.embedding)
         self.sphere = mp.sphere_weights(self.modules)
         mp.put_on_sphere(self.sphere)
         self.optimizer = optim.build(run.optim, self.modules)
         self.ema = PowerEMA(net.state_dict(), run.ema.sigma_rels)
         self.batches = Batches(images, run, self.process.sd, self.device)
+        rows = torch.arange(min(4096, run.train.total_images))
+        self.rows = self.batches.rows(rows) if run.control.variables else None
         self.nimg = 0
         self.running = torch.zeros(2, dtype=torch.float64)
         self.grad_norm = math.nan
@@ -73,7 +72,7 @@ class Trainer:
         x0, cond = self.batches(counter)
         s = self.process.quantile(keyed.uniform(seed, counter, "noise level")[:, 0]).to(x0)
         eps = keyed.normal(seed, counter.to(self.device), "noise", x0.shape[1:], x0.dtype)
-        if getattr(run.net, "dropout", 0):
+        if run.net.dropout:
             # The one draw that is keyed to the step, not to the sample.
             torch.manual_seed(keyed.number(seed, self.nimg, "dropout of rank 0"))
         losses = diffusion.loss(self.denoiser, self.process, x0, s, eps, cond, run.loss.weighting, self.uncertainty)
@@ -186,7 +185,7 @@ def _steps(trainer: Trainer, out: Path, log: Log, bar: Bar, caught: list[int]) -
         if done or crossed(before, trainer.nimg, cfg.snapshot_images):
             for sigma_rel, average in trainer.ema.averages.items():
                 path = snapshot.path_for(out / "snapshots", trainer.nimg, sigma_rel)
-                snapshot.write(path, average, trainer.nimg, sigma_rel, trainer.run)
+                snapshot.write(path, average, trainer.nimg, sigma_rel, trainer.run, trainer.rows)
         if done or caught or crossed(before, trainer.nimg, cfg.state_images):
             checkpoint.save(out / "state", trainer.nimg, trainer.tensors())
         bar.update(trainer.nimg, f"loss {loss:.3f}")

@@ -1,0 +1,154 @@
+"""What a sample is to show, from what a user says: labels, prompts and control variables into a Cond.
+
+Legend: N samples, n numbers of control.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gesso import config, keyed
+from gesso.cond import Cond
+from gesso.config import CONTROLS, Run
+from gesso.data.encoders import Words
+from gesso.data.order import control_fields, text_fields
+from gesso.errors import UsageError
+
+
+def numbers(text: str, what: str) -> list[int]:
+    """0-3,7 -> [0, 1, 2, 3, 7]. Raises UsageError that names `what`."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise UsageError(f"{what} {text!r}: write numbers such as 0-15 or 1,5,9")
+        found += range(int(first), int(last if dash else first) + 1)
+    return found
+
+
+def check_labels(run: Run, labels: Sequence[int]) -> None:
+    """Raise UsageError for a label that the run does not have."""
+    classes = run.inputs.num_classes
+    if not classes:
+        words = "words: say --prompt" if run.semantic.kind == "text" else "no classes: it takes no label"
+        raise UsageError(f"this run was trained with {words}")
+    wrong = sorted({label for label in labels if not 0 <= label <= classes})
+    if wrong:
+        raise UsageError(
+            f"label {wrong[0]} is out of range: the run has labels 0 to {classes - 1} (and {classes} for none)"
+        )
+
+
+def labels_for(run: Run, text: str | None, n: int) -> list[int] | None:
+    """n labels that go round those in `text` (numbers, ranges, class names); round all when None.
+
+    None where the run has no labels.
+    """
+    classes = run.inputs.num_classes
+    if text is None:
+        return [i % classes for i in range(n)] if classes else None
+    names = list(run.data.class_names or ())
+    if not classes:
+        check_labels(run, [])
+    chosen: list[int] = []
+    for part in text.split(","):
+        if part in names:
+            chosen.append(names.index(part))
+        elif part[:1].isdigit():
+            chosen += numbers(part, "--label")
+        else:
+            raise UsageError(f"--label {part!r}: no such class; {config.nearest(part, names)}")
+    check_labels(run, chosen)
+    return [chosen[i % len(chosen)] for i in range(n)]
+
+
+def prompts_for(run: Run, prompts: Sequence[str], n: int) -> list[str] | None:
+    """n prompts that go round those given, or round the run's examples. None where the run has no text."""
+    if run.semantic.kind != "text":
+        if prompts:
+            kind = "classes: say --label" if run.inputs.num_classes else "neither classes nor text"
+            raise UsageError(f"--prompt {prompts[0]!r}: this run was trained with {kind}")
+        return None
+    prompts = list(prompts) or list(run.data.examples or ("",))
+    return [prompts[i % len(prompts)] for i in range(n)]
+
+
+def build(
+    run: Run,
+    seeds: Sequence[int],
+    rows: Tensor | None,
+    labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    control: Mapping[str, str] | None = None,
+) -> tuple[Cond, list[str]]:
+    """The conditions of N samples, on the CPU, and warnings. Each depends on its own seed alone.
+
+    labels or prompts: N of them; rows (M, n): control variables of training samples; control: what the user
+    says of a variable, by name. What the user leaves open is plain (no flip, a full crop) or drawn with its
+    companions from one training row (Table 2b's best). Raises UsageError.
+    """
+    seed = torch.tensor(list(seeds), dtype=torch.int64)
+    fields: dict[str, Tensor | None] = {}
+    cut: list[str] = []
+    if labels is not None:
+        check_labels(run, labels)
+        fields["label"] = torch.tensor(list(labels))
+    if prompts is not None:
+        tokens, lengths, cut = Words(run.semantic)(list(prompts))
+        fields |= text_fields(run.semantic, tokens, lengths, 0, seed)
+    said = _said(run, control or {})
+    if run.control.variables:
+        fields |= control_fields(run, _rows(run, seed, rows, said))
+    return Cond(**fields), [f"warning: {line}" for line in dict.fromkeys(cut)]
+
+
+def _said(run: Run, control: Mapping[str, str]) -> dict[str, tuple[float, ...]]:
+    """Numbers of the variables that the user names."""
+    said = {}
+    for name, text in control.items():
+        if name not in CONTROLS:
+            raise UsageError(f"{name}={text}: no such control variable; {config.nearest(name, list(CONTROLS))}")
+        if name not in run.control.variables:
+            has = ", ".join(run.control.variables) or "none"
+            raise UsageError(f"{name}={text}: this run was not trained with {name}; its control variables: {has}")
+        try:
+            said[name] = CONTROLS[name].parse(text)
+        except (ValueError, KeyError):
+            raise UsageError(f"{name}={text}: write {CONTROLS[name].written}") from None
+    if "size" in said and "aspect" in run.control.variables and "aspect" not in said:
+        height, width = said["size"]
+        said["aspect"] = (1000 * width / height,)
+    return said
+
+
+def _rows(run: Run, seed: Tensor, rows: Tensor | None, said: Mapping[str, tuple[float, ...]]) -> Tensor:
+    """(N, n) numbers of control."""
+    if rows is None:
+        raise UsageError("the snapshot lacks its rows of control variables, from which samples draw theirs")
+    columns = run.control.columns("high") + run.control.columns("low")
+    pick = (keyed.uniform(0, seed, "control row")[:, 0] * len(rows)).long()
+    chosen = rows[pick].clone()
+    given = {name: CONTROLS[name].plain for name in run.control.variables if CONTROLS[name].plain}
+    for name, values in {**given, **_sizes(run, seed), **said}.items():
+        for i, column in enumerate(CONTROLS[name].columns):
+            value = values[i]
+            chosen[:, columns.index(column)] = value if isinstance(value, Tensor) else float(value)
+    return chosen
+
+
+def _sizes(run: Run, seed: Tensor) -> dict[str, tuple[Tensor | float, ...]]:
+    """Original sizes by the samplers of Table 2b; nothing for the training distribution."""
+    cfg = run.sample
+    if cfg.size == "train" or "size" not in run.control.variables:
+        return {}
+    low, high = cfg.size_range
+    u = keyed.uniform(0, seed, "size", 2)
+    drawn = (low + u * (high - low + 1)).floor().float()
+    height, width = {
+        "fixed": (torch.full_like(drawn[:, 0], low),) * 2,
+        "square": (drawn[:, 0], drawn[:, 0]),
+        "free": (drawn[:, 0], drawn[:, 1]),
+    }[cfg.size]
+    sizes = {"size": (height, width)}
+    return sizes | ({"aspect": (1000 * width / height,)} if "aspect" in run.control.variables else {})

@@ -1,0 +1,136 @@
+"""What a network is told besides the noise level: class or text, and control variables. CONTROLS is the only list."""
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
+
+from gesso.config.base import Positive, Probability, Settings
+
+
+class Variable(NamedTuple):
+    """A control variable. Its values are embedded by sinusoids that resolve steps of 1 up to 1e4; hence the units.
+
+    columns: its numbers in a row of control; level "high" shapes the composition, "low" the details (Berrada et
+    al. Section 2.1); parse: what a user types -> the numbers; plain: what sampling takes when the user is silent,
+    None: a row drawn from the training set.
+    """
+
+    columns: tuple[str, ...]
+    level: Literal["high", "low"]
+    unit: str
+    written: str
+    parse: Callable[[str], tuple[float, ...]]
+    plain: tuple[float, ...] | None = None
+
+
+def _flip(text: str) -> tuple[float, ...]:
+    return ({"no": 0.0, "yes": 1000.0}[text],)
+
+
+def _crop(text: str) -> tuple[float, ...]:
+    if text == "full":
+        return (0.0, 0.0, 1000.0, 1000.0)
+    top, left, bottom, right = (float(part) for part in text.split(","))
+    if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+        raise ValueError(text)
+    return tuple(1000 * edge for edge in (top, left, bottom, right))
+
+
+def _size(text: str) -> tuple[float, ...]:
+    height, width = (int(part) for part in text.split("x"))
+    return float(_above_zero(height)), float(_above_zero(width))
+
+
+def _aspect(text: str) -> tuple[float, ...]:
+    width, _, height = text.partition(":")
+    return (1000 * _above_zero(float(width)) / _above_zero(float(height or 1)),)
+
+
+def _grey(text: str) -> tuple[float, ...]:
+    if not 0 <= float(text) <= 255:
+        raise ValueError(text)
+    return (float(text),)
+
+
+def _above_zero(number: float) -> float:
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(number)
+    return number
+
+
+CONTROLS: dict[str, Variable] = {
+    "flip": Variable(("flip",), "high", "0 or 1000", "yes or no", _flip, (0.0,)),
+    "crop": Variable(
+        ("crop_top", "crop_left", "crop_bottom", "crop_right"),
+        "high",
+        "thousandths of height and width of the whole image",
+        "full, or top,left,bottom,right from 0 to 1",
+        _crop,
+        (0.0, 0.0, 1000.0, 1000.0),
+    ),
+    "aspect": Variable(("aspect",), "high", "1000 * width / height", "width:height such as 4:3", _aspect),
+    "size": Variable(("height", "width"), "low", "pixels of the whole image", "HEIGHTxWIDTH such as 512x512", _size),
+    "brightness": Variable(("brightness",), "low", "mean of the pixels, 0 to 255", "0 to 255", _grey),
+    "contrast": Variable(("contrast",), "low", "standard deviation of the pixels, 0 to 255", "0 to 255", _grey),
+}
+
+
+def _names(value: Any) -> Any:
+    """flip,size as well as [flip, size]; in the order of CONTROLS."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.strip("[]").split(",") if part.strip()]
+    if isinstance(value, list | tuple) and all(name in CONTROLS for name in value):
+        return tuple(name for name in CONTROLS if name in value)
+    return value
+
+
+Names = Annotated[
+    tuple[Literal["flip", "crop", "aspect", "size", "brightness", "contrast"], ...], BeforeValidator(_names)
+]
+
+
+class Semantic(Settings):
+    """What an image shows: its class, or words."""
+
+    kind: Literal["label", "text", "none"] = "label"
+    """label: the class; text: the caption; none: neither, unconditional"""
+    dropout: Probability = 0.1
+    """share of samples whose class or caption is withheld, for classifier-free guidance"""
+    tokens: Positive = 16
+    """T: text tokens that the network sees; longer captions are cut, shorter ones padded"""
+    width: Positive = 64
+    """channels of a text token"""
+    padding: Literal["zero", "masked", "replicate", "noisy"] = "zero"
+    """tokens after the caption: zeros that stay attended (the paper's baseline), zeros that are masked, copies of the
+    caption, or copies with noise (Berrada et al. Eq. 7). No text is T zero tokens, all attended, under each of them"""
+    noise: Annotated[float, Field(ge=0)] = 0.02
+    """beta_txt: noisy adds noise * sqrt(m-1) * (standard deviation of each channel over the tokens), m copies (Eq. 7)"""
+
+
+class Controls(Settings):
+    """Control variables: facts of the crop and the file, so that the network need not take them for content (Eq. 1)."""
+
+    variables: Names = ()
+    """of flip, crop, aspect (high level), size, brightness, contrast (low level)"""
+    dropout: Probability = 0.1
+    """share of samples whose control variables are withheld, independent of the class or caption"""
+    mlp: Literal["split", "joint"] = "split"
+    """split: E_h(phi_h) + gamma_c(t) E_l(phi_l) (Eq. 1); joint: one MLP over all, gamma_c = 1, as SDXL has it"""
+    schedule: Literal["cosine", "uniform", "zero", "linear", "step"] = "cosine"
+    """gamma_c at progress t: (1-cos(pi (1-t)^alpha))/2, 1, 0, 1-t, or 1 where sigma <= edge (Table A6)"""
+    alpha: PositiveFloat = 8.0
+    """exponent of cosine (Tables 2a, A6; 8 is the best published)"""
+    edge: PositiveFloat = 2.0
+    """sigma at which step begins to tell the low level (Table A6 has 1, 2 and 6)"""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "Controls":
+        if len(set(self.variables)) < len(self.variables):
+            raise ValueError("control.variables names one of them twice")
+        return self
+
+    def columns(self, level: str) -> tuple[str, ...]:
+        """Names of the numbers of one level, in order."""
+        return tuple(c for v in self.variables if CONTROLS[v].level == level for c in CONTROLS[v].columns)

@@ -1,0 +1,84 @@
+"""Step grids: which noise levels a sampler visits.
+
+Legend: s a level in the process's own coordinates, sigma = s/alpha(s), T the number of VP's indices.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gesso.diffusion.process import VP, Process, VPv
+from gesso.errors import UsageError
+
+
+def levels(process: Process, steps: int, grid: str | None = None, shift: float = 1.0, last: str = "zero") -> Tensor:
+    """Sampling levels, (steps + 1,) float64, falling.
+
+    grid None: the process's own, the first of `process.grids`.
+        karras: s^(1/rho) even from the largest to the smallest level, on s itself in every process (EDM Eq. 5)
+        linear: s even from 1 to 0 before the process's own shift to its resolution (SD3)
+        linspace, trailing, leading: indices of the table (Lin et al. 2024, Table 2), leading one index up
+    shift: factor on sigma of every level; SD3's shift s -> k s/(1+(k-1)s) in RF.
+    last: zero, or first: the level of index 0, where diffusers' set_alpha_to_one=False ends.
+
+    Raises UsageError for a grid, a last level or a number of steps that the process does not have, and for a
+    shift beyond its largest level. Such levels are not capped: a network never saw them, and as several equal
+    levels they would be steps that do nothing.
+    """
+    grid = grid or process.grids[0]
+    if grid not in process.grids:
+        raise UsageError(f"sample.grid={grid}: this process has {', '.join(process.grids)}")
+    if steps < 1:
+        raise UsageError(f"sample.steps={steps}: there is at least 1")
+    if grid == "karras":
+        s = _karras(process, steps)
+    elif grid == "linear":
+        s = process.rescaled(torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1], process.k)
+    else:
+        s = process.table[_indices(grid, len(process.table), steps)]
+    s = torch.cat([s, s.new_tensor([_end(process, s, last)])])
+    if shift != 1:
+        s = process.rescaled(s, shift)
+    if float(s[0]) > process.largest:
+        raise UsageError(
+            f"sample.shift={shift:g}: the first level would be {float(s[0]):.4g}, above {process.largest:.4g}, the largest "
+            "of this process; a shift above 1 is for process.name=rf"
+        )
+    return s
+
+
+def _karras(process: Process, steps: int) -> Tensor:
+    i = torch.linspace(0, 1, steps, dtype=torch.float64)
+    high, low = (s ** (1 / process.rho) for s in (process.largest, process.smallest))
+    s = (high + i * (low - high)) ** process.rho
+    s[-1] = process.smallest  # the ends exactly, not a rounding beside them
+    s[0] = process.largest
+    return s
+
+
+def _indices(grid: str, T: int, steps: int) -> Tensor:
+    """Indices (steps,), falling, by diffusers' formulas, in numpy as there: its floats decide which way halves round."""
+    most = T - 1 if grid == "leading" else T
+    if steps > most:
+        raise UsageError(f"sample.steps={steps}: under grid={grid} this process has {most} levels to step from")
+    if grid == "leading":
+        index = np.arange(steps)[::-1] * (T // steps) + 1  # steps_offset=1
+    elif grid == "trailing":
+        index = np.arange(T, 0, -T / steps)[:steps].round() - 1  # arange may give one more
+    else:
+        index = np.linspace(0, T - 1, steps).round()[::-1] if steps > 1 else np.array([T - 1])
+    return torch.from_numpy(index.astype(np.int64))
+
+
+def _end(process: Process, s: Tensor, last: str) -> float:
+    """The level after the last of s."""
+    if last == "zero":
+        return 0.0
+    if not isinstance(process, VP | VPv):
+        raise UsageError("sample.last=first: only process.name=vp has a first level above 0; set sample.last=zero")
+    if float(s[-1]) <= process.smallest:
+        raise UsageError(
+            "sample.last=first: this grid already steps from the first level, so there is nothing left to step to; "
+            "set sample.grid=leading or trailing, fewer steps, or sample.last=zero"
+        )
+    return process.smallest

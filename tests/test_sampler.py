@@ -1,0 +1,579 @@
+"""Samplers and step grids against closed forms and diffusers' schedulers."""
+
+import math
+
+import diffusers
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gesso import config, generate, nets, recipes
+from gesso.cond import Cond
+from gesso.diffusion import denoiser, process, sampler, schedule
+from gesso.errors import UsageError
+
+F64 = torch.float64
+PROCESSES = {
+    "edm": process.build(config.EDM()),
+    "edm x2": process.build(config.EDM(scale=2)),
+    "vp": process.build(config.VP()),
+    "vp x2": process.build(config.VP(scale=2)),
+    "vp-v": process.build(config.VP(prediction="v")),
+    "vp-v-zero": process.build(config.VP(prediction="v", zero_terminal_snr=True)),
+    "rf": process.build(config.RF()),
+    "rf x2": process.build(config.RF(scale=2)),
+}
+EDM, VP, VPV, ZERO, RF = (PROCESSES[name] for name in ("edm", "vp", "vp-v", "vp-v-zero", "rf"))
+SAMPLERS = ("euler", "heun", "dpm++2m")
+
+
+def one(x):
+    return torch.as_tensor(x, dtype=F64)
+
+
+def normals(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def no_noise(i):
+    raise AssertionError("nothing random was asked for")
+
+
+def run(name, denoise, x, levels, alpha, watch=None):
+    function = {"euler": sampler.euler, "heun": sampler.heun, "dpm++2m": sampler.dpmpp}[name]
+    return function(denoise, x, levels, alpha, watch=watch)
+
+
+class Mixture:
+    """The exact denoiser of x0 ~ sum_k w_k N(mean_k, cov_k) in n dimensions under x = alpha x0 + s eps."""
+
+    def __init__(self, alpha, weights, means, covs):
+        self.alpha, self.weights, self.means, self.covs, self.calls = alpha, weights, means, covs, 0
+
+    def __call__(self, x, s):
+        self.calls += 1
+        a, s, flat = self.alpha(one(s)), one(s), x.flatten(1)
+        total, parts = [], []
+        for w, mean, cov in zip(self.weights, self.means, self.covs, strict=True):
+            seen = a**2 * cov + s**2 * torch.eye(len(mean), dtype=F64)
+            away = flat - a * mean
+            solved = torch.linalg.solve(seen, away.T).T
+            total.append(math.log(w) - 0.5 * (away * solved).sum(1) - 0.5 * torch.logdet(seen))
+            parts.append(mean + a * solved @ cov)
+        share = torch.stack(total).softmax(0)[:, :, None]
+        return (share * torch.stack(parts)).sum(0).view_as(x)
+
+    def moments(self):
+        mean = sum(w * m for w, m in zip(self.weights, self.means, strict=True))
+        square = sum(w * (c + torch.outer(m, m)) for w, m, c in zip(self.weights, self.means, self.covs, strict=True))
+        return mean, square - torch.outer(mean, mean)
+
+    def cdf(self, x, s):
+        """One dimension: the distribution function at level s."""
+        a, s = self.alpha(one(s)), one(s)
+        return sum(
+            w * torch.special.ndtr((x - a * m[0]) / (a**2 * c[0, 0] + s**2).sqrt())
+            for w, m, c in zip(self.weights, self.means, self.covs, strict=True)
+        )
+
+    def flow(self, x, s, s_next):
+        """One dimension: the flow keeps quantiles, F_s'(x') = F_s(x); by bisection."""
+        wanted, low, high = self.cdf(x, s), torch.full_like(x, -1e3), torch.full_like(x, 1e3)
+        for _ in range(80):
+            middle = (low + high) / 2
+            below = self.cdf(middle, s_next) < wanted
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
+
+
+def gaussian(alpha, sd=0.7):
+    root = normals(0, 4, 4) * sd / 2
+    return Mixture(alpha, [1.0], [one([0.3, -0.2, 0.1, 0.5])], [root @ root.T + 0.05 * torch.eye(4, dtype=F64)])
+
+
+def flow_of_gaussian(model, x, s, s_next):
+    """x - alpha mean scales by sqrt((alpha'^2 l + s'^2)/(alpha^2 l + s^2)) along each eigenvector of the covariance."""
+    a, a_next = model.alpha(one(s)), model.alpha(one(s_next))
+    values, vectors = torch.linalg.eigh(model.covs[0])
+    along = (x.flatten(1) - a * model.means[0]) @ vectors
+    along = along * ((a_next**2 * values + s_next**2) / (a**2 * values + s**2)).sqrt()
+    return (a_next * model.means[0] + along @ vectors.T).view_as(x)
+
+
+def two_peaks(alpha, dimensions=1):
+    unit = torch.ones(dimensions, dtype=F64)
+    eye = torch.eye(dimensions, dtype=F64)
+    return Mixture(alpha, [0.3, 0.7], [-0.8 * unit, 0.6 * unit], [0.04 * eye, 0.16 * eye])
+
+
+def even(proc, high, low, steps):
+    """Levels even in ln sigma from one interior level to another."""
+    factor = (low / proc.alpha(one(low))) / (high / proc.alpha(one(high)))
+    return torch.stack([proc.rescaled(one(high), float(factor ** (i / steps))) for i in range(steps + 1)])
+
+
+# --- orders ---
+
+
+def slopes(errors):
+    return [math.log2(a / b) for a, b in zip(errors[:-1], errors[1:], strict=True)]
+
+
+@pytest.mark.parametrize("proc, high, low", [(EDM, 80, 0.002), (VP, 14.6, 0.03), (VPV, 0.93, 0.03), (RF, 0.98, 0.02)])
+@pytest.mark.parametrize("name, order", [("euler", 1), ("heun", 2), ("dpm++2m", 2)])
+@pytest.mark.parametrize("data", ["gaussian", "mixture"])
+def test_orders_between_interior_levels(proc, high, low, name, order, data):
+    """One step twice as short, an error 2^order times as small, against the exact flow."""
+    spread = math.hypot(float(proc.alpha(one(high))), high)
+    if data == "gaussian":
+        model, x = gaussian(proc.alpha), spread * normals(1, 8, 4, 1, 1)
+        wanted = flow_of_gaussian(model, x, high, low)
+    else:
+        model, x = two_peaks(proc.alpha), spread * torch.linspace(-1.5, 1.5, 12, dtype=F64).view(-1, 1, 1, 1)
+        wanted = model.flow(x, high, low)
+    errors = []
+    for steps in (160, 320, 640):
+        levels = even(proc, high, low, steps)
+        errors.append((run(name, model, x, levels, proc.alpha) - wanted).abs().max().item())
+    assert slopes(errors)[-1] == pytest.approx(order, abs=0.1), errors
+
+
+@pytest.mark.parametrize("proc", [RF, ZERO], ids=["rf", "vp-v-zero"])
+@pytest.mark.parametrize("name, least", [("euler", 0.98), ("heun", 1.95), ("dpm++2m", 1.65)])
+def test_orders_at_the_end_points(proc, name, least):
+    """From s = 1 to 0, where ln(alpha/s) is infinite: DPM++(2M) falls short of order 2, nothing blows up."""
+    model, x = gaussian(proc.alpha), normals(1, 8, 4, 1, 1)
+    wanted = flow_of_gaussian(model, x, 1.0, 0.0)
+    errors = []
+    for steps in (160, 320, 640):
+        levels = torch.linspace(1, 0, steps + 1, dtype=F64)
+        errors.append((run(name, model, x, levels, proc.alpha) - wanted).abs().max().item())
+    assert min(slopes(errors)) > least, errors
+    assert errors[-1] < 5e-3
+
+
+def test_dpmpp_is_first_order_where_it_must_be():
+    """The first step, the second from a level without signal, and the step to 0 are Euler's."""
+    for levels, euler_steps in [([0.9, 0.5, 0.3, 0.0], {0, 2}), ([1.0, 0.5, 0.3, 0.1, 0.0], {0, 1, 3})]:
+        model, x = two_peaks(RF.alpha), normals(2, 5, 1, 1, 1)
+        seen = [x]
+        sampler.dpmpp(model, x, one(levels), RF.alpha, watch=lambda i, x, D, seen=seen: seen.append(x))
+        equal = {
+            i
+            for i, (s, s_next) in enumerate(zip(levels[:-1], levels[1:], strict=True))
+            if torch.allclose(
+                seen[i + 1], sampler.euler(model, seen[i], one([s, s_next]), RF.alpha), rtol=0, atol=1e-12
+            )
+        }
+        assert equal == euler_steps
+
+
+# --- the data's distribution ---
+
+
+def exact_moments(cfg, proc, model):
+    """Mean and covariance of a sampler's output, without sampling.
+
+    Under a Gaussian's denoiser every sampler is affine in the first noise and in that of its steps: the rows
+    of one batch are the constant and the response to each unit of noise.
+    """
+    rows = 1 + 4 * (cfg.steps + 1)
+    basis = torch.eye(rows, dtype=F64)[:, 1:].view(rows, cfg.steps + 1, 4, 1, 1)
+    out = sampler.draw(cfg, proc, model, basis[:, 0], lambda i: basis[:, i + 1]).flatten(1)
+    each = out[1:] - out[0]
+    return out[0], each.T @ each
+
+
+@pytest.mark.parametrize("proc", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize("name, steps, bias", [("euler", 1000, 8e-3), ("heun", 400, 1e-3), ("dpm++2m", 400, 2e-3)])
+def test_samplers_reach_the_data(proc, name, steps, bias):
+    """Mean and covariance of Gaussian data, exactly, from each process's own prior and levels."""
+    model, high = gaussian(proc.alpha), schedule.levels(proc, 1)[0]
+    found = exact_moments(config.Sample(sampler=name, steps=steps), proc, model)
+    # Where the first level leaves signal, the prior is not the marginal: the mean is off by up to
+    # mean sqrt(l)/sigma in an eigendirection of variance l, and all is at most half that of sigma itself here.
+    bias += 0.5 * float(proc.alpha(high) / high)
+    for ours, wanted in zip(found, model.moments(), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=bias)
+
+
+FIVE = pytest.mark.parametrize("proc", [EDM, VP, VPV, ZERO, RF], ids=["edm", "vp", "vp-v", "vp-v-zero", "rf"])
+
+
+@FIVE
+@pytest.mark.parametrize(
+    "how",
+    [{"sampler": "euler", "eta": 0.5}, {"sampler": "euler", "eta": 1.0}, {"sampler": "heun", "S_churn": 40.0}],
+    ids=["eta .5", "eta 1", "churn"],
+)
+def test_noise_in_the_steps_keeps_the_data(proc, how):
+    """Mean and covariance of whole trajectories: the error halves with the step, towards nothing.
+
+    VP's prior and its last step, from .029 to 0, leave .0033 without any noise in the steps.
+    """
+    model, errors, covs = gaussian(proc.alpha), [], []
+    mean, cov = model.moments()
+    for steps in (200, 400):
+        found, found_cov = exact_moments(config.Sample(steps=steps, **how), proc, model)
+        covs.append(found_cov)
+        errors.append((found_cov - cov).abs().max())
+    assert errors[1] < 0.6 * errors[0]
+    torch.testing.assert_close(2 * covs[1] - covs[0], cov, rtol=0, atol=5e-3)
+    torch.testing.assert_close(found, mean, rtol=0, atol=8e-3)
+
+
+@FIVE
+@pytest.mark.parametrize("how", [{"sampler": n} for n in SAMPLERS] + [{"sampler": "euler", "eta": 1.0}, {"sampler": "heun", "S_churn": 40.0}], ids=str)  # fmt: skip
+def test_samplers_reach_a_mixture(proc, how):
+    """Quantiles of two peaks: the distribution function of the samples, at 20,000 of them."""
+    n, model = 20_000, two_peaks(proc.alpha)
+    cfg = config.Sample(steps=100, **how)
+    first = torch.special.ndtri((torch.arange(n, dtype=F64) + 0.5) / n).view(-1, 1, 1, 1)
+    x = sampler.draw(cfg, proc, model, first, lambda i: normals(100 + i, n, 1, 1, 1)).flatten().sort().values
+    u = (torch.arange(n, dtype=F64) + 0.5) / n
+    away = (model.cdf(x, 0.0) - u).abs().max()
+    # Kolmogorov's distance of n independent samples is below 1.95/sqrt(n) = .0138 in 99.9 % of cases; finite
+    # steps add up to .0094 (Euler at eta = 0, where the samples are quantiles and no chance enters).
+    assert away < (1.95 / math.sqrt(n) if "eta" in how or "S_churn" in how else 0) + 0.01
+
+
+def moments_agree(x, mean, cov):
+    """Within 5 standard errors: of the mean sqrt(c_ii/n), of a covariance sqrt((c_ii c_jj + c_ij^2)/n)."""
+    n, variance = len(x), cov.diagonal()
+    assert ((x.mean(0) - mean).abs() < 5 * (variance / n).sqrt()).all()
+    error = ((torch.outer(variance, variance) + cov**2) / n).sqrt()
+    assert ((torch.cov(x.T) - cov).abs() < 5 * error).all()
+
+
+@FIVE
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
+def test_churn_keeps_the_marginal(proc, share):
+    """A state at s, churned, is one at s^: alpha^ mean, alpha^2 C + s^^2, and sigma^ = (1 + gamma) sigma or the largest."""
+    n, model = 100_000, gaussian(proc.alpha)
+    s = proc.quantile(one([share]))[0] if proc is not EDM else one(80 * share)
+    root = torch.linalg.cholesky(model.covs[0])
+    x = proc.alpha(s) * (model.means[0] + normals(4, n, 4) @ root.T) + s * normals(5, n, 4)
+    churn = sampler.Churn(proc.rescaled, proc.largest, S_churn=60.0)
+    up_x, up = sampler._churned(x, s, proc.alpha, churn, 200, lambda i: normals(6, n, 4), 0)
+    a = proc.alpha(up)
+    assert float(up) == pytest.approx(min(float(proc.rescaled(s, 1.3)), proc.largest))
+    moments_agree(up_x, a * model.means[0], a**2 * model.covs[0] + up**2 * torch.eye(4, dtype=F64))
+
+
+def test_churn_knows_its_bounds():
+    x, s, noise = torch.zeros(2, 1, 1, 1, dtype=F64), one(0.5), lambda i: torch.ones(2, 1, 1, 1, dtype=F64)
+
+    def raised(proc=RF, s=s, **how):
+        churn = sampler.Churn(proc.rescaled, proc.largest, **{"S_churn": 1e9, **how})
+        return [float(v.max()) for v in sampler._churned(x, s, proc.alpha, churn, 10, noise, 0)]
+
+    high = math.sqrt(2) / (1 + math.sqrt(2))  # the odds of .5, times EDM's highest factor sqrt(2)
+    assert raised()[1] == pytest.approx(high)
+    assert raised(S_churn=1.0)[1] == pytest.approx(1.1 / 2.1)
+    assert raised(S_noise=2.0)[0] == pytest.approx(2 * raised()[0])
+    assert raised(S_min=1.01) == raised(S_max=0.99) == [0, 0.5]  # bounds are in sigma, which is 1
+    assert raised(s=one(1.0)) == [0, 1] and raised(proc=VP, s=VP.table[-1])[1] == VP.largest
+    assert raised(proc=VP, s=VP.table[-2])[1] == VP.largest
+
+
+@FIVE
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_eta_keeps_the_marginal(proc, eta):
+    """With the true x0, one step takes alpha x0 + s eps to alpha' x0 + s' (a unit vector of eps and new noise)."""
+    x0, eps, n = normals(7, 3, 5, 2, 4, 4)
+    s, s_next = schedule.levels(proc, 12)[[0, 5]]
+    x = proc.alpha(s) * x0 + s * eps
+    moved = sampler.euler(lambda x, s: x0, x, torch.stack([s, s_next]), proc.alpha, eta, lambda i: n)
+    rest = (moved - proc.alpha(s_next) * x0) / s_next
+    # sqrt(1 - (s'/q)^2), q = s alpha'/alpha: the share of DDPM's noise
+    fresh = eta * (1 - (s_next / proc.alpha(s_next) / (s / proc.alpha(s))) ** 2).sqrt()
+    torch.testing.assert_close(rest, (1 - fresh**2).sqrt() * eps + fresh * n, rtol=1e-9, atol=1e-9)
+
+
+def test_nothing_random_without_being_asked():
+    for how in ({"sampler": "euler"}, {"sampler": "heun", "S_max": 0.5, "S_noise": 1.1}, {"sampler": "dpm++2m"}):
+        sampler.draw(config.Sample(steps=5, **how), RF, gaussian(RF.alpha), normals(9, 2, 4, 1, 1), no_noise)
+
+
+# --- DDIM and diffusers ---
+
+
+def test_euler_is_ddim_in_every_coordinate_system():
+    """DDIM in DDPM's own coordinates (Song et al. Eq. 12), Euler in sigma, Euler on the straight path."""
+    at = slice(None), None, None, None
+    sigma = schedule.levels(VP, 50)
+    z = normals(10, 4, 4, 1, 1)
+    ve, straight = gaussian(VP.alpha), gaussian(VPV.alpha)
+    abar = 1 / (1 + sigma**2)
+    theirs = [z]
+    for i in range(50):  # alpha = sqrt(abar), v-prediction: v = sqrt(abar) eps - sqrt(1-abar) x0
+        x, a, b = theirs[-1], abar[i].sqrt(), (1 - abar[i]).sqrt()
+        D = ve(x / a, sigma[i])
+        v = (a * x - D) / b
+        x0, eps = a * x - b * v, b * x + a * v
+        theirs.append(abar[i + 1].sqrt() * x0 + (1 - abar[i + 1]).sqrt() * eps)
+    theirs = torch.stack(theirs[1:])
+    for proc, model in ((VP, ve), (VPV, straight)):
+        levels, seen = schedule.levels(proc, 50), []
+        x = proc.prior(z, levels[0])
+        sampler.euler(model, x, levels, proc.alpha, watch=lambda i, x, D, seen=seen: seen.append(x))
+        size = (proc.alpha(levels[1:]) ** 2 + levels[1:] ** 2).sqrt()  # x over this is DDPM's
+        torch.testing.assert_close(torch.stack(seen) / size[at][..., None], theirs, rtol=1e-10, atol=1e-10)
+
+
+class Wavy(torch.nn.Module):
+    """A smooth network without meaning, of DDPM's own x and the index."""
+
+    def forward(self, x, c_noise, progress, cond):
+        return torch.tanh(1.3 * x + 0.2 * x.flip(1)) + 0.1 * torch.cos(c_noise / 100)[:, None, None, None]
+
+
+def scheduler_of(name, spacing, one_last):
+    """diffusers' DDIMScheduler on the same betas with its tables in float64."""
+    prediction = "epsilon" if name == "vp" else "v_prediction"
+    theirs = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction, steps_offset=1,
+        timestep_spacing=spacing, rescale_betas_zero_snr=name == "vp-v-zero", clip_sample=False, set_alpha_to_one=one_last,
+    )  # fmt: skip
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=F64) ** 2
+    betas = rescale_zero_terminal_snr(betas) if name == "vp-v-zero" else betas
+    exact = torch.cumprod(1 - betas, 0)
+    torch.testing.assert_close(exact, theirs.alphas_cumprod.double(), rtol=1e-4, atol=1e-7)
+    theirs.alphas_cumprod = exact
+    theirs.final_alpha_cumprod = one(1.0) if one_last else exact[0]
+    return theirs
+
+
+@pytest.mark.parametrize("name", ["vp", "vp-v", "vp-v-zero"])
+@pytest.mark.parametrize("spacing, last", [("leading", "first"), ("leading", "zero"), ("trailing", "zero")])
+@pytest.mark.parametrize("eta", [0.0, 0.4, 0.999])  # at 1 from zero terminal SNR diffusers takes the root of -1e-17
+def test_steps_agree_with_diffusers_ddim(name, spacing, last, eta):
+    """The same network under both, step by step, with the same noise."""
+    proc, net, steps = PROCESSES[name], Wavy(), 25
+    theirs = scheduler_of(name, spacing, last == "zero")
+    theirs.set_timesteps(steps)
+    wrapped = denoiser.Denoiser(net, proc, "sinusoidal")
+    z, noise, seen = normals(11, 2, 3, 4, 4), lambda i: normals(50 + i, 2, 3, 4, 4), []
+    cfg = config.Sample(sampler="euler", steps=steps, grid=spacing, last=last, eta=eta)
+    levels = schedule.levels(proc, steps, spacing, 1.0, last)
+    sampler.draw(cfg, proc, lambda x, s: wrapped(x, s, Cond()), z, noise, lambda i, x, D: seen.append(x))
+    x = z
+    for i, t in enumerate(theirs.timesteps):
+        out = net(x, one([float(t)]), None, None)
+        x = theirs.step(out, int(t), x, eta=eta, variance_noise=noise(i) if eta else None).prev_sample
+        size = (proc.alpha(levels[i + 1]) ** 2 + levels[i + 1] ** 2).sqrt()
+        torch.testing.assert_close(seen[i] / size, x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_steps_agree_with_diffusers_flow_matching(shift):
+    """SD3's scheduler, by sample.shift and by process.scale; it computes in float32."""
+    steps, z = 20, normals(12, 2, 3, 4, 4)
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    theirs.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+    for proc, cfg in [
+        (RF, config.Sample(sampler="euler", steps=steps, shift=shift)),
+        (process.build(config.RF(scale=shift)), config.Sample(sampler="euler", steps=steps)),
+    ]:
+        levels, seen = schedule.levels(proc, steps, shift=cfg.shift), []
+        torch.testing.assert_close(levels, theirs.sigmas.double(), rtol=0, atol=1e-6)
+        wrapped = denoiser.Denoiser(Wavy(), proc, "sinusoidal")
+        sampler.draw(
+            cfg, proc, lambda x, s, w=wrapped: w(x, s, Cond()), z, no_noise, lambda i, x, D, seen=seen: seen.append(x)
+        )
+        theirs._step_index, x = 0, z
+        for i, t in enumerate(theirs.timesteps):
+            x = theirs.step(Wavy()(x, t.double()[None], None, None), t, x).prev_sample
+            torch.testing.assert_close(seen[i], x, rtol=0, atol=5e-6)
+
+
+# --- step grids ---
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("T", [10, 37, 50, 1000])
+def test_indices_are_diffusers(spacing, T):
+    """At every number of steps, but for three that are faults there."""
+    theirs = diffusers.DDIMScheduler(num_train_timesteps=T, timestep_spacing=spacing, steps_offset=1)
+    proc = process.build(config.VP(timesteps=T))
+    for steps in range(1, T + 1):
+        theirs.set_timesteps(steps)
+        wanted = theirs.timesteps
+        if (spacing, steps) == ("linspace", 1):
+            wanted = torch.tensor([T - 1])  # theirs takes pure noise for the first level
+        if spacing == "trailing" and len(wanted) == steps + 1:
+            assert wanted[-1] == -1  # a rounding of arange
+            wanted = wanted[:-1]
+        if spacing == "leading" and steps == T:
+            assert wanted[0] == T  # outside of the table
+            with pytest.raises(UsageError, match=f"{T - 1} levels to step from"):
+                schedule.levels(proc, steps, spacing)
+            continue
+        levels = schedule.levels(proc, steps, spacing)
+        assert len(levels) == steps + 1 and levels[-1] == 0
+        assert (levels[:-1] == proc.table[wanted]).all(), steps
+
+
+def test_each_process_has_its_own_grid():
+    edm = schedule.levels(EDM, 32)
+    i, rho = 13, 7
+    wanted = (80 ** (1 / rho) + i / 31 * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho  # EDM Eq. 5
+    assert (float(edm[0]), float(edm[-2])) == (80, 0.002) and float(edm[13]) == pytest.approx(wanted)
+    torch.testing.assert_close(schedule.levels(PROCESSES["edm x2"], 32), 2 * edm)
+    torch.testing.assert_close(schedule.levels(RF, 10), torch.linspace(1, 0, 11, dtype=F64))
+    torch.testing.assert_close(schedule.levels(VP, 1000)[:-1], VP.table.flip(0))
+    torch.testing.assert_close(schedule.levels(VP, 20), schedule.levels(VP, 20, "linspace"))
+    rf = schedule.levels(RF, 9, "karras")
+    torch.testing.assert_close(rf[:-1] ** (1 / 7), torch.linspace(1, 0.001 ** (1 / 7), 9, dtype=F64))
+    assert schedule.levels(ZERO, 30)[0] == schedule.levels(ZERO, 30, "karras")[0] == 1
+    assert [len(schedule.levels(proc, 1)) for proc in PROCESSES.values()] == [2] * len(PROCESSES)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    name=st.sampled_from(sorted(PROCESSES)),
+    grid=st.sampled_from([None, "karras", "trailing", "leading", "linspace", "linear"]),
+    steps=st.integers(1, 600),
+    shift=st.floats(0.2, 5),
+    last=st.sampled_from(["zero", "first"]),
+)
+def test_levels_fall_or_are_refused(name, grid, steps, shift, last):
+    proc = PROCESSES[name]
+    try:
+        levels = schedule.levels(proc, steps, grid, shift, last)
+    except UsageError as error:
+        assert str(error).startswith(("sample.grid", "sample.shift", "sample.last"))
+        return
+    assert levels.dtype == F64 and levels.shape == (steps + 1,)
+    assert (levels.diff() < 0).all() and levels[0] <= proc.largest
+    plain = schedule.levels(proc, steps, grid, 1.0, last)
+    sigma, shifted = (levels_ / proc.alpha(levels_) for levels_ in (plain, levels))
+    torch.testing.assert_close(shifted, shift * sigma, rtol=1e-9, atol=0)
+    assert (plain[-1] == 0) if last == "zero" else (plain[-1] == proc.smallest)
+
+
+@pytest.mark.parametrize(
+    "proc, how, said",
+    [
+        (EDM, {"grid": "trailing"}, "sample.grid=trailing: this process has karras"),
+        (RF, {"grid": "linspace"}, "this process has linear, karras"),
+        (VP, {"grid": "linear"}, "this process has linspace, trailing, leading, karras"),
+        (VP, {"steps": 1001}, "1000 levels to step from"),
+        (VP, {"steps": 0}, "there is at least 1"),
+        (EDM, {"steps": -1, "grid": "karras"}, "there is at least 1"),
+        (EDM, {"shift": 2.0}, "the first level would be 160, above 80"),
+        (VPV, {"shift": 1.1}, "a shift above 1 is for process.name=rf"),
+        (RF, {"last": "first"}, "only process.name=vp"),
+        (VP, {"last": "first"}, "sample.grid=leading or trailing"),
+        (VP, {"last": "first", "grid": "karras"}, "sample.grid=leading or trailing"),
+    ],
+)
+def test_grids_that_cannot_be_are_refused(proc, how, said):
+    with pytest.raises(UsageError, match=said):
+        schedule.levels(proc, **{"steps": 20, **how})
+
+
+@pytest.mark.parametrize("levels", [[1.0, 1.0, 0.0], [1.0, 2.0], [1.0], [1.0, -0.5]])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_levels_must_fall(levels, name):
+    with pytest.raises(ValueError, match="must fall"):
+        run(name, gaussian(EDM.alpha), torch.zeros(1, 4, 1, 1, dtype=F64), one(levels), EDM.alpha)
+
+
+# --- settings and images ---
+
+
+def test_evaluations():
+    for name, count in [("euler", 32), ("heun", 2 * 32 - 1), ("dpm++2m", 32)]:  # EDM2's 63
+        model = gaussian(EDM.alpha)
+        sampler.draw(config.Sample(sampler=name, steps=32), EDM, model, normals(13, 2, 4, 1, 1), no_noise)
+        assert model.calls == count
+
+
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ({"sampler": "heun", "eta": 0.5}, "sample.eta=0.5 is euler's noise.*sample.sampler=euler or sample.eta=0"),
+        ({"sampler": "dpm++2m", "eta": 0.5}, "sample.eta=0.5 is euler's noise"),
+        ({"sampler": "euler", "S_churn": 40}, "sample.S_churn=40 is heun's noise.*sample.S_churn=0"),
+        ({"S_min": 2, "S_max": 1}, "sample.S_min=2 is above sample.S_max=1"),
+        ({"eta": 1.5}, "sample.eta"),
+        ({"grid": "cosine"}, "sample.grid"),
+    ],
+)
+def test_settings_that_contradict_are_refused(how, said):
+    with pytest.raises(UsageError, match=said):
+        config.validate({"net": {"name": "dit"}, "sample": how})
+
+
+class Small(torch.nn.Module):
+    """A float32 network of the process's own target, to see what the dtype of the state changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 3, 1)
+
+    def forward(self, x, c_noise, progress, cond):
+        return torch.tanh(self.layer(x))
+
+
+@FIVE
+@pytest.mark.parametrize("how", [{"sampler": n} for n in SAMPLERS] + [{"sampler": "euler", "eta": 1.0}], ids=str)
+def test_a_float64_state_changes_little(proc, how):
+    torch.manual_seed(0)
+    wrapped = denoiser.Denoiser(Small(), proc, "fourier").requires_grad_(False)
+    z, made = normals(14, 2, 3, 4, 4), []
+    for dtype in (torch.float32, torch.float64):
+        made.append(
+            sampler.draw(
+                config.Sample(steps=20, **how), proc, lambda x, s: wrapped(x, s, Cond()), z.to(dtype),
+                lambda i, dtype=dtype: normals(60 + i, 2, 3, 4, 4).to(dtype),
+            )
+        )  # fmt: skip
+        assert made[-1].dtype == dtype
+    assert 0 < (made[0] - made[1]).abs().max() < 2e-5 * made[1].abs().max()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["sample.sampler=euler", "sample.eta=1", "process.name=rf", "sample.shift=3"],
+        ["sample.sampler=heun", "sample.S_churn=10", "sample.state_dtype=float64"],
+        ["sample.sampler=dpm++2m", "process.name=vp", "sample.grid=trailing", "process.prediction=v"],
+    ],
+    ids=["rf", "edm", "vp"],
+)
+def test_an_image_depends_on_its_seed_only(how):
+    """The noise of the steps too is keyed to the sample, not to the batch."""
+    arguments = [
+        "sample.steps=4",
+        "sample.guidance=1",
+        "data.num_classes=10",
+        "data.mean=[0.0]",
+        "data.std=[0.5]",
+        *how,
+    ]
+    run, _ = recipes.resolve("digits", arguments)
+    torch.manual_seed(0)
+    net = nets.build(run.net, run.inputs)
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.05 * torch.randn_like(p)
+    wrapped = denoiser.Denoiser(net, process.build(run.process), run.net.embedding).eval().requires_grad_(False)
+
+    def images(seeds, batch_size):
+        sample = run.sample.model_copy(update={"batch_size": batch_size})
+        return torch.cat(
+            list(
+                generate.generate(
+                    wrapped, run.model_copy(update={"sample": sample}), seeds, Cond(label=torch.full((len(seeds),), 3))
+                )
+            )
+        )
+
+    whole = images([5, 1, 2, 9], 4)
+    parts = images([9, 1], 1)
+    assert (whole[[3, 1]].int() - parts.int()).abs().max() <= 1  # a rounding to 8 bits
+    assert (whole[0].int() - whole[1].int()).abs().max() > 20
