@@ -154,6 +154,30 @@ def test_orders_at_the_end_points(proc, name, least):
     assert errors[-1] < 5e-3
 
 
+@pytest.mark.parametrize("proc", [VP, VPV], ids=["vp", "vp-v"])
+def test_dpmpp_is_lus_algorithm(proc):
+    """Lu et al. 2022, Algorithm 2, as published: in DDPM's coordinates, with r = h_old/h and e^-h; on uneven steps.
+
+    The order would not tell a wrong r: its errors cancel from step to step.
+    """
+    index = torch.tensor([999, 998, 700, 650, 640, 300, 299, 40, 0])
+    levels = proc.table[index]
+    a = 1 / (1 + VP.table[index] ** 2).sqrt()
+    b = VP.table[index] * a
+    model, exact, seen = two_peaks(proc.alpha), two_peaks(VP.alpha), []
+    x = normals(15, 6, 1, 1, 1)
+    size = (proc.alpha(levels) ** 2 + levels**2).sqrt()  # x over this is DDPM's
+    sampler.dpmpp(model, size[0] * x, levels, proc.alpha, watch=lambda i, x, D: seen.append(x))
+    lam, D_old = (a / b).log(), None
+    for i in range(len(index) - 1):
+        h = lam[i + 1] - lam[i]
+        D = exact(x / a[i], b[i] / a[i])
+        r = None if i == 0 else (lam[i] - lam[i - 1]) / h
+        mixed = D if i == 0 else (1 + 1 / (2 * r)) * D - 1 / (2 * r) * D_old
+        x, D_old = b[i + 1] / b[i] * x - a[i + 1] * ((-h).exp() - 1) * mixed, D
+        torch.testing.assert_close(seen[i] / size[i + 1], x, rtol=1e-9, atol=1e-9)
+
+
 def test_dpmpp_is_first_order_where_it_must_be():
     """The first step, the second from a level without signal, and the step to 0 are Euler's."""
     for levels, euler_steps in [([0.9, 0.5, 0.3, 0.0], {0, 2}), ([1.0, 0.5, 0.3, 0.1, 0.0], {0, 1, 3})]:

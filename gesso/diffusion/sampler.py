@@ -132,19 +132,18 @@ def _churned(
 def dpmpp(denoise: Denoise, x: Tensor, levels: Tensor, alpha: Alpha, watch: Watch | None = None) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order from one evaluation a step.
 
-    With lambda = ln(alpha/s) and h the step in it, x' = (s'/s) x + (alpha' - (s'/s) alpha) (D + (D - D_old) h/(2 h_old)).
+    With lambda = ln(alpha/s) and h the step in it, x' = (s'/s) x + (1 - s'/s) (D + (D - D_old) h/(2 h_old)).
     First order on the first step, on the second where the first level has no signal (h_old infinite), and to 0.
     """
     _check(levels)
     h_old, D_old = math.inf, None
     for i, (s, s_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
         D = estimate = denoise(x, s)
-        a, a_next = alpha(s), alpha(s_next)
-        h = float((a_next / s_next).log() - (a / s).log())
+        h = float((alpha(s_next) / s_next).log() - (alpha(s) / s).log())
         if s_next > 0 and math.isfinite(h_old):
             estimate = D + h / (2 * h_old) * (D - D_old)
-        ratio = s_next / s
-        x = float(ratio) * x + float(a_next - ratio * a) * estimate
+        ratio = float(s_next / s)
+        x = ratio * x + (1 - ratio) * estimate
         h_old, D_old = h, D
         if watch:
             watch(i, x, D)

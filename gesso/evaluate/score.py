@@ -62,7 +62,7 @@ def evaluate(
     cond, labels = _conditions(folder, run, images, count)
     guided = run.sample.guidance != 1
     settings = {"guided": run} if guided else {}
-    settings["unguided"] = _with(run, guidance=1.0)
+    settings["unguided"] = _with(run, guidance=1.0, control_guidance=1.0)
     total = count * (len(settings) + len(cfg.sweep)) if sweeping else min(count, ROWS * COLUMNS)
     counter = Counter(tick, total, cond, generate.guide_of(folder, run))
 
