@@ -74,7 +74,7 @@ def train(
     run = start(run, out, resume, console, _say)
     _say(
         f"trained: {out}\nnext:\n  gesso sample {out}"
-        + (" --label 0" if run.data.num_classes else "")
+        + (" --label 0" if run.inputs.num_classes else "")
         + f"\n  gesso evaluate {out}\n  gesso report {out}"
     )
 
@@ -157,9 +157,10 @@ def ema(
         if not 0 < length < 12**-0.5:
             raise UsageError(f"--sigma-rel {length}: an EMA length lies between 0 and {12**-0.5:.4f}")
     weights, run, time, errs = snapshot.synthesize(folder, sigma_rel, parse_count(nimg) if nimg else None)
+    rows = snapshot.control_rows(folder)
     for length, tensors, error in zip(sigma_rel, weights, errs, strict=True):
         path = snapshot.path_for(out or folder / "ema", time, length)
-        snapshot.write(path, tensors, time, length, run)
+        snapshot.write(path, tensors, time, length, run, rows)
         _say(f"sigma_rel {length:g} at image {time:,}: {path}  (relative error of the profile {error**0.5:.1e})")
     _say(f"next:\n  gesso sample {folder} sample.sigma_rel={sigma_rel[-1]:g}")
 

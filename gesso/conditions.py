@@ -30,14 +30,14 @@ def numbers(text: str, what: str) -> list[int]:
 def check_labels(run: Run, labels: Sequence[int]) -> None:
     """Raise UsageError for a label that the run does not have."""
     classes = run.inputs.num_classes
+    none = run.semantic.dropout > 0  # otherwise the null class was never trained
     if not classes:
         words = "words: say --prompt" if run.semantic.kind == "text" else "no classes: it takes no label"
         raise UsageError(f"this run was trained with {words}")
-    wrong = sorted({label for label in labels if not 0 <= label <= classes})
+    wrong = sorted({label for label in labels if not 0 <= label < classes + none})
     if wrong:
-        raise UsageError(
-            f"label {wrong[0]} is out of range: the run has labels 0 to {classes - 1} (and {classes} for none)"
-        )
+        says = f"labels 0 to {classes - 1}" + (f" (and {classes} for none)" if none else "")
+        raise UsageError(f"label {wrong[0]} is out of range: the run has {says}")
 
 
 def labels_for(run: Run, text: str | None, n: int) -> list[int] | None:
@@ -52,7 +52,7 @@ def labels_for(run: Run, text: str | None, n: int) -> list[int] | None:
     if not classes:
         check_labels(run, [])
     chosen: list[int] = []
-    for part in text.split(","):
+    for part in (part.strip() for part in text.split(",")):
         if part in names:
             chosen.append(names.index(part))
         elif part[:1].isdigit():
@@ -95,7 +95,9 @@ def build(
         check_labels(run, labels)
         fields["label"] = torch.tensor(list(labels))
     if prompts is not None:
-        tokens, lengths, cut = Words(run.semantic)(list(prompts))
+        words = Words(run.semantic)
+        tokens, lengths = words(prompts)
+        cut = words.cut(prompts)
         fields |= text_fields(run.semantic, tokens, lengths, 0, seed)
     said = _said(run, control or {})
     if run.control.variables:

@@ -58,10 +58,8 @@ def strength(run: Run) -> float:
 
 
 def guided(denoiser: Denoiser, run: Run, cond: Cond, guide: Denoiser | None) -> guidance.Denoise:
-    """The denoiser that a sampler sees, by run.sample. Without class and text there is nothing to guide towards."""
+    """The denoiser that a sampler sees, by run.sample."""
     cfg = run.sample
-    told = cond.label is not None or cond.text is not None
-    by_lambda = [strength(run) if told else 1.0, 1.0]
     inside, outside = (
         guidance.combine(
             guidance.terms(
@@ -69,7 +67,7 @@ def guided(denoiser: Denoiser, run: Run, cond: Cond, guide: Denoiser | None) -> 
                 keep_control=cfg.keep_control, guide=guide, guide_sees=cfg.guide_sees,
             )
         )
-        for lam in by_lambda
+        for lam in (strength(run), 1.0)
     )  # fmt: skip
     return guidance.within(inside, outside, denoiser.process.alpha, cfg.interval) if cfg.interval else inside
 
@@ -115,10 +113,11 @@ def draw(folder: Path, run: Run, asked: Asked, out: Path | None) -> list[str]:
     seeds = conditions.numbers(asked.seeds, "--seeds")
     labels = conditions.labels_for(run, asked.label, len(seeds))
     prompts = conditions.prompts_for(run, asked.prompts, len(seeds))
-    weights, _, time, _ = snapshot.synthesize(folder, [run.sample.sigma_rel], _time(asked.nimg))
     cond, warnings = conditions.build(run, seeds, snapshot.control_rows(folder), labels, prompts, asked.control)
+    guide = guide_of(folder, run)
+    weights, _, time, _ = snapshot.synthesize(folder, [run.sample.sigma_rel], _time(asked.nimg))
     denoiser = snapshot.denoiser(weights[0], run, device_of(run))
-    made = torch.cat(list(generate(denoiser, run, seeds, cond, guide_of(folder, run))))
+    made = torch.cat(list(generate(denoiser, run, seeds, cond, guide)))
     target = out or folder / "samples" / _name(run, asked)
     for seed, image in zip(seeds, made, strict=True):
         save_png(picture(image), target / f"seed{seed:06d}.png")
@@ -159,15 +158,37 @@ def guide_of(folder: Path, run: Run) -> Denoiser | None:
     if cfg.guide is None or cfg.guidance == 1:
         return None
     place = folder if cfg.guide == "self" else Path(cfg.guide)
-    if cfg.guide == "self" and cfg.guide_sees == "all" and not (cfg.guide_sigma_rel or cfg.guide_nimg):
-        raise UsageError("sample.guide=self is the same network: say sample.guide_sigma_rel or sample.guide_nimg")
+    if cfg.guide == "self" and not cfg.guide_nimg and cfg.guide_sigma_rel in (None, cfg.sigma_rel):
+        raise UsageError(
+            "sample.guide=self is the same network: say another sample.guide_sigma_rel or sample.guide_nimg"
+        )
     last = snapshot.read(snapshot.stored(place)[-1].path)[1]
     for what in ("data.channels", "data.mean", "data.std", "process.name", "process.sigma_data", "process.prediction"):
         ours, theirs = (config.flat(r).get(what) for r in (run, last))
         if ours != theirs:
             raise UsageError(f"sample.guide={cfg.guide} was trained otherwise: {what} is {theirs} there, {ours} here")
+    _check_told(run, last)
     weights, other, _, _ = snapshot.synthesize(place, [cfg.guide_sigma_rel or last.sample.sigma_rel], cfg.guide_nimg)
     return snapshot.denoiser(weights[0], other, device_of(run))
+
+
+def _check_told(run: Run, guide: Run) -> None:
+    """Raise UsageError when the guiding network cannot be told what run.sample.guide_sees says."""
+    cfg, ours, theirs = run.sample, config.flat(run), config.flat(guide)
+    same = ["semantic.kind", "semantic.tokens", "semantic.width", "data.class_names", "control.variables"]
+    if cfg.guide_sees == "nothing":
+        blind = {"semantic": guide.inputs.semantic, "control": guide.control.variables and not cfg.keep_control}
+        for block, has in blind.items():
+            if has and getattr(guide, block).dropout == 0:
+                raise UsageError(f"sample.guide={cfg.guide} never learned to see nothing: {block}.dropout is 0 there")
+        # What is withheld still has a shape: that of tokens where it has text, that of rows where both have control.
+        same = same[:3] if guide.semantic.kind == "text" else []
+        same += ["control.variables"] if guide.control.variables and run.control.variables else []
+    for what in same:
+        if ours[what] != theirs[what]:
+            raise UsageError(
+                f"sample.guide={cfg.guide} cannot be told the same: {what} is {theirs[what]} there, {ours[what]} here"
+            )
 
 
 def _time(nimg: str | None) -> int | None:

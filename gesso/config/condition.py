@@ -1,6 +1,5 @@
 """What a network is told besides the noise level: class or text, and control variables. CONTROLS is the only list."""
 
-import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -40,12 +39,12 @@ def _crop(text: str) -> tuple[float, ...]:
 
 def _size(text: str) -> tuple[float, ...]:
     height, width = (int(part) for part in text.split("x"))
-    return float(_above_zero(height)), float(_above_zero(width))
+    return _above_zero(height), _above_zero(width)
 
 
 def _aspect(text: str) -> tuple[float, ...]:
-    width, _, height = text.partition(":")
-    return (1000 * _above_zero(float(width)) / _above_zero(float(height or 1)),)
+    width, colon, height = text.partition(":")
+    return (_above_zero(1000 * _above_zero(float(width)) / _above_zero(float(height if colon else 1))),)
 
 
 def _grey(text: str) -> tuple[float, ...]:
@@ -55,9 +54,9 @@ def _grey(text: str) -> tuple[float, ...]:
 
 
 def _above_zero(number: float) -> float:
-    if not (number > 0 and math.isfinite(number)):
+    if not 0 < number < 1e9:  # nan and inf neither
         raise ValueError(number)
-    return number
+    return float(number)
 
 
 CONTROLS: dict[str, Variable] = {
@@ -81,7 +80,7 @@ def _names(value: Any) -> Any:
     """flip,size as well as [flip, size]; in the order of CONTROLS."""
     if isinstance(value, str):
         value = [part.strip() for part in value.strip("[]").split(",") if part.strip()]
-    if isinstance(value, list | tuple) and all(name in CONTROLS for name in value):
+    if isinstance(value, list | tuple) and all(isinstance(name, str) and name in CONTROLS for name in value):
         return tuple(name for name in CONTROLS if name in value)
     return value
 
@@ -126,9 +125,12 @@ class Controls(Settings):
     """sigma at which step begins to tell the low level (Table A6 has 1, 2 and 6)"""
 
     @model_validator(mode="after")
-    def _each_once(self) -> "Controls":
-        if len(set(self.variables)) < len(self.variables):
-            raise ValueError("control.variables names one of them twice")
+    def _joint(self) -> "Controls":
+        if self.mlp == "joint" and self.schedule != "uniform":
+            raise ValueError(
+                f"control.schedule={self.schedule} weighs the low level, which control.mlp=joint does not keep apart: "
+                "set control.schedule=uniform or control.mlp=split"
+            )
         return self
 
     def columns(self, level: str) -> tuple[str, ...]:

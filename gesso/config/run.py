@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from gesso.config.base import Count, Positive, Probability, Settings, SigmaRel
 from gesso.config.condition import Controls, Semantic
-from gesso.config.net import Control, Inputs, Net
+from gesso.config.net import Control, Inputs, MMDiT, Net, UNet
 from gesso.config.process import EDM, Process
 from gesso.config.sample import Sample
 
@@ -134,10 +134,8 @@ class Run(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> "Run":
-        if self.data.resolution % self.net.multiple:
-            raise ValueError(
-                f"data.resolution={self.data.resolution} is not a multiple of {self.net.multiple}, which net.name={self.net.name} needs"
-            )
+        for block in ("data", "sample"):
+            self._size(block, getattr(self, block).resolution)
         self._conditions()
         self._guidance()
         if self.eval.features == "digits" and (self.data.resolution, self.data.channels) != (8, 1):
@@ -151,19 +149,43 @@ class Run(Settings):
                 raise ValueError(f"data.{name} has {len(given)} values for data.channels={self.data.channels}")
         return self
 
+    def _size(self, block: str, resolution: int | None) -> None:
+        net, said = self.net, f"{block}.resolution={resolution}"
+        if resolution and resolution % net.multiple:
+            raise ValueError(f"{said} is not a multiple of {net.multiple}, which net.name={net.name} needs")
+        if resolution and isinstance(net, MMDiT) and net.max_grid and resolution > net.patch * net.max_grid:
+            raise ValueError(f"{said} is above the {net.patch * net.max_grid} that net.max_grid={net.max_grid} covers")
+
     def _conditions(self) -> None:
         net, kind = self.net, self.semantic.kind
         if kind == "text" and "text" not in net.accepts:
             raise ValueError(f"net.name={net.name} takes no text: set semantic.kind=label, or choose another net.name")
         if self.control.variables and "control" not in net.accepts:
             raise ValueError(f"net.name={net.name} takes no control variables: set control.variables=[]")
+        shared = isinstance(net, UNet) and net.pooled_mlp == "shared" and kind == "text"
+        if shared and self.control.variables and self.control.mlp == "split":
+            raise ValueError(
+                "net.pooled_mlp=shared puts the control variables into the pooled text's one MLP: "
+                "set control.mlp=joint and control.schedule=uniform, or net.pooled_mlp=own"
+            )
 
     def _guidance(self) -> None:
-        sample = self.sample
-        if sample.guidance != 1 and sample.guide is None and self.semantic.dropout == 0:
+        sample, inputs = self.sample, self.inputs
+        if sample.guidance != 1 and sample.guide is None and self.data.num_classes is not None and not inputs.semantic:
             raise ValueError(
-                f"sample.guidance={sample.guidance} needs a network that also learned without labels: "
+                f"sample.guidance={sample.guidance} has nothing to guide towards, as the run has neither classes nor text: "
+                "set sample.guidance=1, or name another network by sample.guide"
+            )
+        withheld = sample.guidance != 1 and sample.guide in (None, "self") and sample.guide_sees == "nothing"
+        if withheld and self.semantic.dropout == 0:
+            raise ValueError(
+                f"sample.guidance={sample.guidance} needs a network that also learned without label or text: "
                 "set semantic.dropout above 0, name another network by sample.guide, or set sample.guidance=1"
+            )
+        if withheld and not sample.keep_control and self.control.variables and self.control.dropout == 0:
+            raise ValueError(
+                f"sample.guidance={sample.guidance} needs a network that also learned without control variables: set "
+                "control.dropout above 0, or let guidance keep them by sample.keep_control=true"
             )
         if sample.control_guidance != 1 and not (self.control.variables and self.control.dropout > 0):
             raise ValueError(

@@ -104,7 +104,7 @@ def _digits(data: Data) -> Images:
         small = F.interpolate(F.avg_pool2d(pixels[1::2].double(), 2), scale_factor=2, mode="bilinear")
         pixels[1::2], sizes[1::2] = small.round().to(torch.uint8), 4
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    said = ("{}", "the digit {}", "a {} in somebody's handwriting")  # of 1, 3 and 5 words
+    said = ("{}", "the digit {}", "a {} in somebody's handwriting")  # of 1, 3 and 6 words: 's is one
     captions = tuple(said[i % 3].format(names[label]) for i, label in enumerate(digits.target))
     labels = torch.from_numpy(digits.target.astype(np.int64))
     return Images(pixels, labels, tuple(str(name) for name in digits.target_names), sizes, captions)

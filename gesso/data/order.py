@@ -49,7 +49,7 @@ class Batches:
         self.columns = run.control.columns("high") + run.control.columns("low")
         self.measured = measured(images) if self.columns else {}
         if run.semantic.kind == "text":
-            self.tokens, self.lengths, _ = Words(run.semantic)(list(images.captions))
+            self.tokens, self.lengths = Words(run.semantic)(images.captions)
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, Cond]:
         """x0 (B, C, R, R) and the conditions of the samples `counter` (B,)."""

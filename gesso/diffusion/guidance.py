@@ -42,7 +42,7 @@ def terms(
     return [
         Term(guidance * control_guidance, denoiser, cond),
         Term(guidance * (1 - control_guidance), denoiser, cond.without(control=True)),
-        Term(1 - guidance, guide or denoiser, weaker),
+        Term(1 - guidance, denoiser if guide is None else guide, weaker),
     ]
 
 

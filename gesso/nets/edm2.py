@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gesso.cond import Cond
 from gesso.config import EDM2, Inputs
 from gesso.nets.embed import MPControl, null_filled
+from gesso.nets.layers import check_size
 from gesso.nets.mp import SILU_GAIN, MPConv, MPFourier, MPLinear, balance, mp_cat, mp_silu, mp_sum, pixel_norm
 
 
@@ -78,7 +79,7 @@ class EDM2Net(nn.Module):
 
     def __init__(self, cfg: EDM2, inputs: Inputs):
         super().__init__()
-        self.num_classes = inputs.num_classes
+        self.num_classes, self.multiple = inputs.num_classes, cfg.multiple
         self.label_balance, self.concat_balance = cfg.label_balance, cfg.concat_balance
         widths = [cfg.channels * m for m in cfg.multipliers]
         lowest = len(widths) - 1
@@ -127,8 +128,9 @@ class EDM2Net(nn.Module):
         return mp_silu(self.emb_control.add(emb, cond, progress)).to(dtype)
 
     def forward(self, x: Tensor, c_noise: Tensor, progress: Tensor, cond: Cond) -> Tensor:
+        check_size(x, self.multiple)
         emb = self.embed(c_noise, progress, cond, x.dtype)
-        x = self.conv_in(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
+        x = self.conv_in(torch.cat([x, torch.ones_like(x[:, :1])], dim=1).contiguous(memory_format=torch.channels_last))
         skips = [x]
         for block in self.encoder:
             x = block(x, emb)

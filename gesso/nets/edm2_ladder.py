@@ -19,6 +19,7 @@ from gesso.cond import Cond
 from gesso.config import EDM2Ladder, Inputs
 from gesso.nets import mp
 from gesso.nets.embed import null_filled, sinusoids
+from gesso.nets.layers import check_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +246,7 @@ class EDM2LadderNet(nn.Module):
     def __init__(self, cfg: EDM2Ladder, inputs: Inputs):
         super().__init__()
         self.steps = steps = Steps.up_to(cfg.step)
-        self.num_classes = inputs.num_classes
+        self.num_classes, self.multiple = inputs.num_classes, cfg.multiple
         self.silu = silu(steps)
         self.sum = mp.mp_sum if steps.mp_fixed else plain_sum
         self.cat = mp.mp_cat if steps.mp_fixed else plain_cat
@@ -319,6 +320,7 @@ class EDM2LadderNet(nn.Module):
         return self.silu(emb).to(dtype)
 
     def forward(self, x: Tensor, c_noise: Tensor, progress: Tensor, cond: Cond) -> Tensor:
+        check_size(x, self.multiple)
         emb = self.embed(c_noise, cond, x.dtype)
         if self.steps.no_biases:
             x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)

@@ -120,6 +120,17 @@ def text_filled(cond: Cond, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return text.to(x.dtype), cond.mask_or_null()
 
 
+def pooled_filled(cond: Cond, x: Tensor) -> Tensor:
+    """Pooled text (B, D) in the dtype of x, zero where withheld.
+
+    Raises ValueError when there is none at all, which would not be the zeros that the network was trained with.
+    """
+    pooled = cond.pooled_or_null()
+    if pooled is None:
+        raise ValueError("a network built for pooled text needs Cond.pooled; withhold it by has_semantic instead")
+    return pooled.to(x.dtype)
+
+
 def null_filled(cond: Cond, num_classes: int, x: Tensor) -> Tensor:
     """(B,) labels; the null class where there is none. x is any tensor of the batch."""
     label = cond.label_or_null(num_classes)
@@ -146,6 +157,14 @@ def control_features(values: Tensor) -> Tensor:
     return sinusoids(values.flatten(), 256).unflatten(0, values.shape).flatten(1)
 
 
+def control_parts(control: Control) -> dict[str, int]:
+    """The embeddings that there are, with the number of variables in each: high and low, or all in one."""
+    parts = {"high": control.high, "low": control.low}
+    if control.mlp == "joint":
+        parts = {"all": control.high + control.low}
+    return {name: count for name, count in parts.items() if count}
+
+
 class ControlEmbed(nn.Module):
     """c_emb = E_h(phi_h) + gamma_c(t) E_l(phi_l), each sinusoids and a 2-layer SiLU MLP, zero at start (Eq. 1).
 
@@ -155,18 +174,12 @@ class ControlEmbed(nn.Module):
     def __init__(self, control: Control, width: int):
         super().__init__()
         self.control = control
-        parts = (
-            {"all": control.high + control.low}
-            if control.mlp == "joint"
-            else {"high": control.high, "low": control.low}
-        )
         self.mlps = nn.ModuleDict()
-        for name, count in parts.items():
-            if count:
-                mlp = nn.Sequential(nn.Linear(256 * count, width), nn.SiLU(), nn.Linear(width, width))
-                nn.init.zeros_(mlp[2].weight)
-                nn.init.zeros_(mlp[2].bias)
-                self.mlps[name] = mlp
+        for name, count in control_parts(control).items():
+            mlp = nn.Sequential(nn.Linear(256 * count, width), nn.SiLU(), nn.Linear(width, width))
+            nn.init.zeros_(mlp[2].weight)
+            nn.init.zeros_(mlp[2].bias)
+            self.mlps[name] = mlp
 
     def add(self, c: Tensor, cond: Cond, progress: Tensor) -> Tensor:
         """c (B, D), progress (B,)."""
@@ -185,8 +198,8 @@ class MPControl(nn.Module):
     def __init__(self, control: Control, width: int):
         super().__init__()
         self.control = control
-        counts = {"high": control.high, "low": control.low}
-        self.first = nn.ModuleDict({k: MPLinear(256 * n, width) for k, n in counts.items() if n})
+        parts = control_parts(control)
+        self.first = nn.ModuleDict({name: MPLinear(256 * count, width) for name, count in parts.items()})
         self.second = nn.ModuleDict({k: MPLinear(width, width) for k in self.first})
         self.gain = nn.Parameter(torch.zeros(1)) if self.first else None
 

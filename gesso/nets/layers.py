@@ -8,16 +8,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def check_size(x: Tensor, multiple: int) -> None:
+    """Raise ValueError when height or width of x (B, C, H, W) is no multiple of what the network needs."""
+    h, w = x.shape[2:]
+    if h % multiple or w % multiple:
+        raise ValueError(f"a network for sizes that are multiples of {multiple} was given {h} x {w}")
+
+
 class PatchEmbed(nn.Module):
     """(B, C, H, W) -> (B, T, D), one token per patch x patch square, row by row."""
 
     def __init__(self, channels: int, width: int, patch: int):
         super().__init__()
+        self.patch = patch
         self.proj = nn.Conv2d(channels, width, patch, stride=patch)
         nn.init.xavier_uniform_(self.proj.weight.view(width, -1))
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_size(x, self.patch)
         return self.proj(x).flatten(2).transpose(1, 2)
 
 

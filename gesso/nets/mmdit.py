@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gesso.cond import Cond
 from gesso.config import Inputs, MMDiT, MMDiTpp
-from gesso.nets.embed import ControlEmbed, GridPosition, SemanticTokens, TimeEmbed, sincos_2d
+from gesso.nets.embed import ControlEmbed, GridPosition, SemanticTokens, TimeEmbed, pooled_filled, sincos_2d
 from gesso.nets.layers import QKV, AdaLN, Mlp, PatchEmbed, attention, linear, modulate, unpatchify
 
 
@@ -176,7 +176,7 @@ class MMDiTNet(JointTransformer):
     def modulation(self, time: Tensor, text: Tensor | None, cond: Cond) -> Tensor:
         if self.class_in_c:
             time = time + text[:, 0]
-        return time if self.pooled is None else time + self.pooled(cond.pooled_or_null().to(time.dtype))
+        return time if self.pooled is None else time + self.pooled(pooled_filled(cond, time))
 
 
 class MMDiTppNet(JointTransformer):

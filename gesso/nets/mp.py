@@ -125,8 +125,10 @@ def put_on_sphere(weights: list[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def fold(module: nn.Module) -> None:
-    """Multiply the constant factors into the weights of a network that is trained no more: forward has less to do."""
+    """Make a network that is trained no more fast: constant factors go into the weights, kernels into the layout of the
+    activations, so that no forward pass does either again."""
     for m in module.modules():
         if isinstance(m, MPWeight):
             m.weight.mul_(m.scale)
             m.scale = 1.0
+            m.to(memory_format=torch.channels_last)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from gesso.cond import Cond
 from gesso.config import Inputs, MPDiT, MPMMDiTpp
 from gesso.nets.embed import GridPosition, MPControl, null_filled, text_filled
-from gesso.nets.layers import attention, unpatchify
+from gesso.nets.layers import attention, check_size, unpatchify
 from gesso.nets.mp import MPFourier, MPLinear, mp_silu, mp_sum, pixel_norm
 
 GELU_RMS = 0.652
@@ -58,6 +58,7 @@ class MPPatchEmbed(nn.Module):
         self.position = GridPosition(width, (resolution // patch,) * 2, positions)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_size(x, self.patch)
         patches = F.pixel_unshuffle(x, self.patch)  # B Cpp H/p W/p
         tokens = self.linear(with_one(patches.flatten(2).transpose(1, 2)))
         # sin^2 + cos^2 = 1 gives the table an rms of sqrt(1/2).

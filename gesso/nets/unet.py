@@ -10,8 +10,16 @@ from torch import Tensor, nn
 
 from gesso.cond import Cond
 from gesso.config import Control, Inputs, UNet
-from gesso.nets.embed import ControlEmbed, SemanticTokens, control_features, control_values, present, sinusoids
-from gesso.nets.layers import attention, linear, split_heads
+from gesso.nets.embed import (
+    ControlEmbed,
+    SemanticTokens,
+    control_features,
+    control_values,
+    pooled_filled,
+    present,
+    sinusoids,
+)
+from gesso.nets.layers import attention, check_size, linear, split_heads
 
 CLASS_CONTEXT = 1024
 """Channels of the class token where the settings name none (Table A1's class cell)."""
@@ -137,19 +145,18 @@ class Block(nn.Module):
 class PooledEmbed(nn.Module):
     """MLP of the pooled text, or of pooled text and the sinusoids of `controls` variables concatenated (SDXL).
 
-    What is withheld or absent is zero before the MLP. In the concatenation the control variables are in
+    What is withheld is zero before the MLP, as is absent control. In the concatenation the control variables are in
     the order high, low; SDXL's own is original size, top left of the crop, target size.
     """
 
     def __init__(self, pooled: int, controls: int, width: int):
         super().__init__()
-        self.pooled, self.controls = pooled, controls
+        self.controls = controls
         self.mlp = mlp(pooled + 256 * controls, width)
 
     def add(self, c: Tensor, cond: Cond) -> Tensor:
         """c (B, E) + the embedding."""
-        pooled = cond.pooled_or_null()
-        features = c.new_zeros(len(c), self.pooled) if pooled is None else pooled.to(c.dtype)
+        features = pooled_filled(cond, c)
         if self.controls:
             if cond.control_high is None and cond.control_low is None:
                 sizes = c.new_zeros(len(c), 256 * self.controls)
@@ -171,7 +178,7 @@ class UNetNet(nn.Module):
 
     def __init__(self, cfg: UNet, inputs: Inputs):
         super().__init__()
-        self.channels = cfg.channels
+        self.channels, self.multiple = cfg.channels, cfg.multiple
         E = 4 * cfg.channels
         self.time = mlp(cfg.channels, E)
         self.pooled, self.control = added_conditions(cfg, inputs, E)
@@ -208,6 +215,7 @@ class UNetNet(nn.Module):
         return emb if self.pooled is None else self.pooled.add(emb, cond)
 
     def forward(self, x: Tensor, c_noise: Tensor, progress: Tensor, cond: Cond) -> Tensor:
+        check_size(x, self.multiple)
         emb = self.embed(c_noise, progress, cond)
         context, mask = self.semantic(cond, x) if self.semantic else (None, None)
         skips = []

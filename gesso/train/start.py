@@ -11,6 +11,7 @@ import gesso
 from gesso import config, files
 from gesso.config import Run
 from gesso.data import images
+from gesso.data.encoders import Words
 from gesso.errors import UsageError
 from gesso.generate import device_of
 from gesso.train import loop
@@ -51,12 +52,31 @@ def opened(run: Run, console: Console) -> tuple[Run, images.Images]:
         console.print(f"note: {note}", highlight=False)
     for name, reason in loaded.unreadable[:10]:
         console.print(f"left out: {name} ({reason})", highlight=False, markup=False)
+    _captions(run, loaded, console)
+    told = run.semantic.kind == "text" or (run.semantic.kind == "label" and loaded.class_names)
     tree = config.as_tree(run)
     tree["data"] = config.as_tree(run.model_copy(update={"data": images.described(run.data, loaded)}))["data"]
-    if not loaded.class_names and run.sample.guidance != 1:
+    if not told and run.sample.guidance != 1 and run.sample.guide is None:
         tree["sample"]["guidance"] = 1.0
         console.print("note: sample.guidance=1, as there are no classes to guide towards", highlight=False)
     return config.validate(tree), loaded
+
+
+def _captions(run: Run, loaded: images.Images, console: Console) -> None:
+    """Say how many captions are cut, and which. Raises UsageError when there are no words to learn."""
+    if run.semantic.kind != "text":
+        return
+    if not any(loaded.captions):
+        raise UsageError(
+            f"semantic.kind=text: {run.data.source} has no captions; put image.txt beside each image, "
+            "or set semantic.kind=none"
+        )
+    if cut := Words(run.semantic).cut(loaded.captions):
+        console.print(
+            f"note: {len(cut):,} of {len(loaded):,} captions are longer than semantic.tokens={run.semantic.tokens}, "
+            f"such as {cut[0]}",
+            highlight=False, markup=False,
+        )  # fmt: skip
 
 
 def prepare(out: Path, run: Run) -> Run:

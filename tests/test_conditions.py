@@ -1,0 +1,473 @@
+"""What a user says of a sample, and what is drawn where the user is silent; and what is refused before any work."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from written import changed, small, written
+
+from gesso import __main__ as cli
+from gesso import conditions, nets, recipes, snapshot
+from gesso.config import CONTROLS, Inputs, MMDiT, UNet
+from gesso.data.encoders import Words
+from gesso.errors import UsageError
+from gesso.train.start import opened
+
+ALL = "flip,crop,aspect,size,brightness,contrast"
+COLUMNS = [
+    "flip", "crop_top", "crop_left", "crop_bottom", "crop_right", "aspect", "height", "width", "brightness", "contrast",
+]  # fmt: skip
+
+
+def run_with(variables: str = ALL, **sample: object):
+    """A run as if its data had been opened."""
+    run = small(**{"control.variables": variables, "data.num_classes": 10})
+    return changed(run, **{f"sample.{k}": v for k, v in sample.items()})
+
+
+def training_rows(n: int = 50) -> torch.Tensor:
+    """Every number tells its row: i + column / 100. No flip of the rows is 0, no crop full."""
+    return 100.0 + torch.arange(n)[:, None] + torch.arange(10) / 100
+
+
+def drawn(run, seeds=range(40), rows=None, **control: str) -> dict[str, torch.Tensor]:
+    cond, warnings = conditions.build(run, list(seeds), training_rows() if rows is None else rows, control=control)
+    assert warnings == []
+    values = torch.cat([v for v in (cond.control_high, cond.control_low) if v is not None], dim=1)
+    columns = run.control.columns("high") + run.control.columns("low")
+    return dict(zip(columns, values.T, strict=True))
+
+
+# Rows of control.
+
+
+def test_what_is_drawn_comes_from_one_row():
+    at = drawn(run_with(), range(300))
+    number = at["aspect"].floor()
+    for name in ("aspect", "height", "width", "brightness", "contrast"):
+        torch.testing.assert_close(at[name], number + COLUMNS.index(name) / 100)
+    assert len(number.unique()) > 45  # all rows, evenly
+    assert torch.bincount((number - 100).long(), minlength=50).max() < 20
+
+
+def test_flip_no_and_crop_full_are_the_defaults():
+    at = drawn(run_with())
+    assert not at["flip"].any() and not at["crop_top"].any() and not at["crop_left"].any()
+    assert (at["crop_bottom"] == 1000).all() and (at["crop_right"] == 1000).all()
+
+
+SAID = {
+    "flip": ("yes", [1000]),
+    "crop": ("0.1,0.2,0.9,1", [100, 200, 900, 1000]),
+    "aspect": ("3:2", [1500]),
+    "size": ("256x384", [256, 384]),
+    "brightness": ("128.5", [128.5]),
+    "contrast": ("0", [0]),
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(names=st.sets(st.sampled_from(list(SAID))))
+def test_what_the_user_says_replaces_the_row_and_nothing_else_does(names):
+    silent, at = drawn(run_with()), drawn(run_with(), **{name: SAID[name][0] for name in names})
+    said = {column for name in names for column in CONTROLS[name].columns}
+    if "size" in names:
+        said.add("aspect")
+    for name in names:
+        for column, value in zip(CONTROLS[name].columns, SAID[name][1], strict=True):
+            torch.testing.assert_close(at[column], torch.full((40,), float(value)))
+    for column in set(COLUMNS) - said:
+        assert at[column].equal(silent[column])
+    if "size" in names and "aspect" not in names:
+        assert (at["aspect"] == 1500).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(low=st.integers(1, 3000), more=st.integers(0, 50), how=st.sampled_from(["fixed", "square", "free"]))
+def test_the_other_samplers_of_table_2b(low, more, how):
+    at = drawn(run_with(size=how, size_range=f"[{low},{low + more}]"), range(400))
+    h, w = at["height"], at["width"]
+    for side in (h, w):
+        assert side.frac().abs().max() == 0 and side.min() >= low and side.max() <= low + more
+    torch.testing.assert_close(at["aspect"], 1000 * w / h)
+    if how == "fixed":
+        assert (h == low).all() and (w == low).all()
+    elif how == "square":
+        assert h.equal(w)
+    elif more > 3:
+        assert abs(float(torch.corrcoef(torch.stack([h, w]))[0, 1])) < 0.25
+    if how != "fixed" and more <= 10:
+        assert set(h.tolist()) == set(map(float, range(low, low + more + 1)))  # both ends are drawn
+    rows = at["brightness"] - 0.08
+    torch.testing.assert_close(rows, rows.round())  # the rest still comes from training rows
+
+
+def test_the_users_size_goes_over_the_sampler():
+    at = drawn(run_with(size="free"), size="64x32")
+    assert (at["height"] == 64).all() and (at["width"] == 32).all() and (at["aspect"] == 500).all()
+
+
+@pytest.mark.parametrize("how", ["train", "fixed", "square", "free"])
+def test_a_sample_depends_on_its_own_seed(how):
+    run = run_with(size=how)
+    whole = drawn(run, range(100, 140))
+    for part in ([117], [139, 100], [105, 105]):
+        for name, values in drawn(run, part).items():
+            assert values.equal(whole[name][[seed - 100 for seed in part]])
+
+
+def test_a_run_with_some_of_the_variables():
+    rows = torch.tensor([[0.0, 4, 5], [1000.0, 6, 7]])
+    at = drawn(run_with("flip,size"), rows=rows)
+    assert list(at) == ["flip", "height", "width"] and not at["flip"].any()
+    assert at["width"].equal(at["height"] + 1) and set(at["height"].tolist()) == {4.0, 6.0}
+    cond, _ = conditions.build(run_with("flip"), [0], rows[:, :1])
+    assert cond.control_low is None and cond.control_high.shape == (1, 1)
+
+
+def test_a_snapshot_without_its_rows():
+    with pytest.raises(UsageError, match="lacks its rows"):
+        conditions.build(run_with(), [0], None)
+
+
+# What is written wrongly.
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("flip", ["maybe", "", "1", "YES"]),
+        ("crop", ["half", "0,0,1", "0.5,0,0.5,1", "0,0.9,1,0.1", "-0.1,0,1,1", "0,0,1,1.01", "0,0,nan,1", "0,0,1,1,1"]),
+        (
+            "size",
+            [
+                "512",
+                "512x",
+                "0x512",
+                "-5x5",
+                "512.5x5",
+                "axb",
+                "512x512x3",
+                "512:512",
+                "infx5",
+                "9" * 400 + "x5",
+                "5x" + "9" * 5000,
+            ],
+        ),
+        ("aspect", ["4:", ":3", "0", "-1:2", "4:0", "nan", "inf", "1e308:1e-308", "4x3", "4:3:2", ""]),
+        ("brightness", ["-1", "256", "nan", "bright", ""]),
+        ("contrast", ["-1", "inf", "255.01"]),
+    ],
+)
+def test_malformed_values(name, wrong):
+    for text in wrong:
+        with pytest.raises(UsageError) as refused:
+            drawn(run_with(), **{name: text})
+        assert str(refused.value) == f"{name}={text}: write {CONTROLS[name].written}"
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=st.sampled_from(list(CONTROLS)), text=st.text(alphabet="0123456789.,:xe-+ ninfayo", max_size=12))
+def test_any_text_is_a_number_or_refused(name, text):
+    try:
+        at = drawn(run_with(), [0], **{name: text})
+    except UsageError:
+        return
+    assert all(value.isfinite().all() for value in at.values())
+
+
+def test_unknown_controls_and_those_that_the_run_lacks():
+    with pytest.raises(UsageError, match=r"sise=4x4: no such control variable; did you mean size\?"):
+        drawn(run_with(), sise="4x4")
+    with pytest.raises(UsageError, match="not trained with crop; its control variables: flip, size"):
+        drawn(run_with("flip,size"), rows=torch.zeros(1, 3), crop="full")
+    with pytest.raises(UsageError, match="its control variables: none"):
+        conditions.build(changed(small(), **{"data.num_classes": 10}), [0], None, control={"size": "4x4"})
+
+
+# Labels and prompts.
+
+
+def classes(names=("cat", "dog", "hen"), **settings):
+    run = changed(small(), **{"data.num_classes": len(names), **settings})
+    return run.model_copy(update={"data": run.data.model_copy(update={"class_names": tuple(names)})})
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        (None, [0, 1, 2, 0, 1]),
+        ("2", [2] * 5),
+        ("0-2", [0, 1, 2, 0, 1]),
+        ("dog", [1] * 5),
+        ("hen, 0", [2, 0, 2, 0, 2]),
+        ("3", [3] * 5),
+    ],
+)
+def test_labels_go_round(text, wanted):
+    assert conditions.labels_for(classes(), text, 5) == wanted
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("4", "label 4 is out of range: the run has labels 0 to 2 (and 3 for none)"),
+        ("0-9", "label 4 is out of range"),
+        ("cow", "no such class"),
+        ("", "no such class"),
+        ("2-1", "write numbers"),
+        ("-1", "no such class"),
+    ],
+)
+def test_labels_that_are_refused(text, said):
+    with pytest.raises(UsageError) as refused:
+        conditions.labels_for(classes(), text, 5)
+    assert said in str(refused.value)
+
+
+def test_no_label_where_none_was_never_trained():
+    run = classes(**{"semantic.dropout": 0, "sample.guidance": 1})
+    with pytest.raises(UsageError, match=r"label 3 is out of range: the run has labels 0 to 2$"):
+        conditions.labels_for(run, "3", 1)
+
+
+def test_labels_and_prompts_to_the_wrong_run():
+    words = changed(small(), **{"semantic.kind": "text", "data.num_classes": 10})
+    nothing = changed(small(), **{"semantic.kind": "none", "data.num_classes": 10, "sample.guidance": 1})
+    with pytest.raises(UsageError, match="trained with words: say --prompt"):
+        conditions.labels_for(words, "3", 1)
+    with pytest.raises(UsageError, match="no classes: it takes no label"):
+        conditions.labels_for(nothing, "3", 1)
+    with pytest.raises(UsageError, match="--prompt 'a cat': this run was trained with classes: say --label"):
+        conditions.prompts_for(classes(), ["a cat"], 1)
+    with pytest.raises(UsageError, match="neither classes nor text"):
+        conditions.prompts_for(nothing, ["a cat"], 1)
+    assert conditions.labels_for(words, None, 3) is None and conditions.prompts_for(classes(), [], 3) is None
+
+
+def test_prompts_go_round_or_are_the_runs_own():
+    run = changed(small(), **{"semantic.kind": "text"})
+    assert conditions.prompts_for(run, ["a", "b"], 3) == ["a", "b", "a"]
+    assert conditions.prompts_for(run, [], 2) == ["", ""]
+    run = changed(run, **{"data.examples": '["x","y"]'})
+    assert conditions.prompts_for(run, [], 3) == ["x", "y", "x"]
+
+
+def test_what_is_cut_is_said_once():
+    run = changed(small(), **{"semantic.kind": "text", "semantic.tokens": 3, "data.num_classes": 10})
+    long = "A fine-haired cat, asleep"
+    cond, warnings = conditions.build(run, [0, 1, 2], None, prompts=[long, "a cat", long])
+    assert warnings == [
+        "warning: 'A fine-haired cat, asleep': of 5 words the first 3 are seen, cut from 'cat' on",
+    ]
+    short = "a fine haired"
+    same, none = conditions.build(run, [0, 1, 2], None, prompts=[short, "A CAT!", short])
+    assert none == [] and cond.text.shape == (3, 3, 64)
+    assert cond.text.equal(same.text)
+
+
+def test_words_are_unit_vectors_that_depend_on_the_word_and_its_place_alone():
+    words = Words(small(**{"semantic.tokens": 4, "semantic.width": 512}).semantic)
+    tokens, lengths = words(["red cat", "cat", "dog red cat", ""])
+    assert lengths.tolist() == [2, 1, 3, 0] and not tokens[3].any() and not tokens[1, 1:].any()
+    assert tokens[tokens.any(2)].square().mean(1).sub(1).abs().max() < 0.25
+    alone, _ = Words(small(**{"semantic.tokens": 4, "semantic.width": 512}).semantic)(["xy cat"])
+    assert alone[0, 1].equal(tokens[0, 1])  # another vocabulary
+    position = tokens[2, 2] - tokens[0, 1]  # cat in places 2 and 1
+    assert position.abs().max() > 0.1
+    torch.testing.assert_close(position - (tokens[0, 1] - tokens[1, 0]), tokens[2, 2] - 2 * tokens[0, 1] + tokens[1, 0])
+
+
+# Refused before any work: by the settings.
+
+
+def complaint(*settings: str, recipe: str = "digits") -> str:
+    with pytest.raises(UsageError) as refused:
+        recipes.resolve(recipe, list(settings))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (["semantic.dropout=0"], "sample.guidance=1.5 needs a network that also learned without label or text"),
+        (["semantic.dropout=0", "sample.guide=self", "sample.guide_nimg=5"], "also learned without label or text"),
+        (["semantic.kind=none", "data.num_classes=10"], "has nothing to guide towards"),
+        (["data.num_classes=0"], "has nothing to guide towards"),
+        (["sample.control_guidance=1.4"], "sample.control_guidance=1.4 needs"),
+        (["sample.control_guidance=1.4", "control.variables=size", "control.dropout=0", "sample.keep_control=true"],
+         "sample.control_guidance=1.4 needs"),
+        (["control.variables=size", "control.dropout=0"], "also learned without control variables"),
+        (["control.variables=[size,colour]"], "control.variables"),
+        (['control.variables=[["size"]]'], "control.variables"),
+        (["control.variables=size", "control.mlp=joint"], "control.schedule=cosine weighs the low level"),
+        (["net.name=edm2-ladder", "control.variables=size"], "takes no control variables"),
+        (["net.name=dit", "semantic.kind=text"], "net.name=dit takes no text"),
+        (["sample.resolution=9"], "sample.resolution=9 is not a multiple of 2, which net.name=mmdit++ needs"),
+        (["sample.resolution=0"], "greater than 0"),
+        (["sample.interval=[2,1]"], "does not rise"),
+        (["sample.interval=[1,1]"], "does not rise"),
+        (["sample.interval=[-1,1]"], "greater than or equal to 0"),
+        (["sample.size_range=[9,8]"], "falls"),
+        (["sample.sigma_rel=0.2887"], "less than 0.288"),
+        (["sample.sigma_rel=0"], "greater than 0"),
+        (["sample.guide=self", "sample.guide_sigma_rel=0.3"], "less than 0.288"),
+        (["sample.guide_sigma_rel=0.1"], "describe another network"),
+        (["sample.guide_sees=all"], "describe another network"),
+        (["sample.steps=0"], "greater than 0"),
+        (["sample.steps=-3"], "greater than 0"),
+        (["semantic.padding=repeat"], "'noisy'"),
+        (["semantic.noise=-1"], "greater than or equal to 0"),
+        (["semantic.tokens=0"], "greater than 0"),
+        (["control.alpha=0"], "greater than 0"),
+        (["control.edge=-2"], "greater than 0"),
+    ],
+)  # fmt: skip
+def test_settings_that_are_refused(settings, said):
+    text = complaint(*settings)
+    assert said in text and len(text.splitlines()) <= 2
+
+
+def test_sizes_by_network():
+    assert "not a multiple of 2, which net.name=edm2" in complaint("sample.resolution=9", recipe="digits-edm2")
+    deep = ["net.multipliers=[1,1,1]", "net.transformer_depth=[0,0,1]"]
+    assert "multiple of 4, which net.name=unet" in complaint("sample.resolution=6", *deep, recipe="digits-unet")
+    table = ["net.max_grid=8"]
+    assert "above the 16 that net.max_grid=8 covers" in complaint("sample.resolution=18", *table, recipe="digits-mmdit")
+    recipes.resolve("digits-mmdit", ["sample.resolution=16", *table])
+
+
+def test_shared_pooled_mlp_and_split_control():
+    settings = ["net.pooled_mlp=shared", "semantic.kind=text", "control.variables=size"]
+    assert "set control.mlp=joint" in complaint(*settings, recipe="digits-unet")
+    recipes.resolve("digits-unet", [*settings, "control.mlp=joint", "control.schedule=uniform"])
+
+
+def test_guidance_that_needs_no_withheld_condition():
+    recipes.resolve("digits", ["semantic.dropout=0", "sample.guidance=1"])
+    recipes.resolve("digits", ["semantic.dropout=0", "sample.guide=runs/other"])
+    recipes.resolve("digits", ["control.variables=size", "control.dropout=0", "sample.keep_control=true"])
+
+
+@pytest.mark.parametrize("update", [{"semantic.kind": "none"}, {"semantic.kind": "none", "sample.guidance": 3}])
+def test_training_without_anything_to_guide_towards_says_so(update, capsys):
+    run, _ = opened(small(**update), Console(width=200))
+    assert run.sample.guidance == 1 and "sample.guidance=1, as there are" in capsys.readouterr().out
+
+
+# Refused before any work: on the command line.
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    written(root / "classes")
+    written(root / "sized", **{"control.variables": "flip,size"})
+    written(root / "words", **{"semantic.kind": "text", "semantic.tokens": 4})
+    written(root / "edm2", "digits-edm2")
+    return root
+
+
+@pytest.fixture
+def sample(folders, monkeypatch, capsys, tmp_path):
+    def type_in(folder: str, *words: str) -> tuple[int, str, str]:
+        typed = ["gesso", "sample", folders / folder, *words, "--seeds", "0-1", "--out", tmp_path / "out"]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in typed])
+        monkeypatch.setattr(cli, "console", Console(width=200))
+        monkeypatch.setattr(cli, "errors", Console(stderr=True, width=200))
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        said = capsys.readouterr()
+        return end.value.code or 0, said.out, said.err
+
+    return type_in
+
+
+@pytest.mark.parametrize(
+    "folder, words, said",
+    [
+        ("classes", ["--prompt", "a cat"], "was trained with classes: say --label"),
+        ("words", ["--label", "3"], "was trained with words: say --prompt"),
+        ("classes", ["--label", "11"], "the run has labels 0 to 9 (and 10 for none)"),
+        ("classes", ["--size", "8x8"], "this run was not trained with size; its control variables: none"),
+        ("sized", ["--crop", "full"], "not trained with crop; its control variables: flip, size"),
+        ("sized", ["--control", "sise=8x8"], "did you mean size?"),
+        ("sized", ["--control", "size"], "write HEIGHTxWIDTH"),
+        ("sized", ["--size", "8"], "write HEIGHTxWIDTH"),
+        ("sized", ["--flip", "maybe"], "write yes or no"),
+        ("sized", ["sample.control_guidance=nan"], "finite"),
+        ("classes", ["sample.control_guidance=2"], "needs a network that learned with and without control"),
+        ("classes", ["sample.resolution=9"], "not a multiple of 2"),
+        ("edm2", ["sample.resolution=9"], "not a multiple of 2, which net.name=edm2 needs"),
+        ("classes", ["sample.guide=self"], "is the same network"),
+        ("classes", ["sample.guide=nowhere"], "holds no snapshots"),
+        ("classes", ["control.dropout=0"], "settled by training"),
+        ("classes", ["sample.interval=[3,1]"], "does not rise"),
+        ("classes", ["sample.sigma_rel=0.2887"], "less than"),
+        ("classes", ["sample.steps=0"], "greater than 0"),
+    ],
+)
+def test_refused_on_the_command_line(sample, monkeypatch, folder, words, said, tmp_path):
+    monkeypatch.setattr(snapshot, "denoiser", None)  # no network is built
+    code, _, err = sample(folder, *words)
+    assert code == 2 and said in err and "Traceback" not in err and len(err.strip().splitlines()) <= 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_the_command_line_reach_the_network(sample, monkeypatch):
+    seen = []
+    build = conditions.build
+    monkeypatch.setattr(conditions, "build", lambda *a, **k: seen.append(build(*a, **k)) or seen[-1])
+    for words in ([], ["--size", "4x8"], ["--control", "size=4x8", "--flip", "yes"]):
+        code, out, _ = sample("sized", *words)
+        assert code == 0 and "wrote 2 images" in out
+    silent, sized, both = (cond for cond, _ in seen)
+    assert silent.control_low.tolist() == [[8, 8]] * 2 and not silent.control_high.any()
+    assert sized.control_low.tolist() == [[4, 8]] * 2 and not sized.control_high.any()
+    assert both.control_low.tolist() == [[4, 8]] * 2 and (both.control_high == 1000).all()
+
+
+def test_a_cut_prompt_is_said_on_the_command_line(sample):
+    code, out, _ = sample("words", "--prompt", "a very long word for three")
+    assert code == 0 and "warning: 'a very long word for three': of 6 words the first 4 are seen, cut from 'for'" in out
+
+
+# Networks called on what they were not built for.
+
+
+@pytest.mark.parametrize("recipe", ["digits", "digits-dit", "digits-dit-att", "digits-pixart", "digits-mdt",
+                                    "digits-mmdit", "digits-mp-dit", "digits-mp-mmdit++", "digits-unet", "digits-edm2"])  # fmt: skip
+@pytest.mark.parametrize("size", [(7, 9), (8, 9), (9, 8)])
+def test_networks_name_the_multiple_that_they_need(recipe, size):
+    run = small(recipe)
+    net = nets.build(run.net, Inputs(1, 8))
+    some = torch.full((1,), 0.5)
+    with pytest.raises(ValueError, match=f"multiples of 2 was given {size[0]} x {size[1]}"):
+        net(torch.zeros(1, 1, *size), some, some, conditions.Cond())
+
+
+def test_the_ladder_names_it_too():
+    for step in "AG":
+        net = nets.build(small("digits-edm2", **{"net.name": "edm2-ladder", "net.step": step, "net.channels": 32,
+                               "net.channels_per_head": 16}).net, Inputs(1, 8))  # fmt: skip
+        with pytest.raises(ValueError, match="multiples of 2 was given 7 x 8"):
+            net(torch.zeros(1, 1, 7, 8), torch.zeros(1), torch.zeros(1), conditions.Cond())
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        MMDiT(width=32, depth=1, heads=2),
+        UNet(channels=16, multipliers=(1, 2), blocks=1, transformer_depth=(0, 1), head_width=8, groups=8),
+    ],
+)
+def test_pooled_text_left_out(cfg):
+    net, some = nets.build(cfg, Inputs(1, 8, text_width=6, pooled_width=6)), torch.full((1,), 0.5)
+    cond = conditions.Cond(text=torch.zeros(1, 3, 6))
+    for withheld in (cond, cond.without(semantic=True)):
+        with pytest.raises(ValueError, match=r"built for pooled text needs Cond\.pooled"):
+            net(torch.zeros(1, 1, 8, 8), some, some, withheld)

@@ -1,0 +1,382 @@
+"""Control variables: gamma_c, their embeddings, what is measured, what a snapshot carries, and every network with them."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from written import QUIET, SMALL, changed, small, written
+
+from gesso import __main__ as cli
+from gesso import generate, recipes, snapshot
+from gesso.cond import Cond
+from gesso.config import CONTROLS, Control, Controls
+from gesso.data import images as sources
+from gesso.data.order import Batches
+from gesso.diffusion import denoiser, process
+from gesso.nets.embed import ControlEmbed, MPControl, control_features, gamma_c
+from gesso.train.loop import Trainer
+from gesso.train.start import opened, start
+
+F64 = torch.float64
+ALL = "flip,crop,aspect,size,brightness,contrast"
+progress = st.floats(0, 1)
+
+
+def gamma(t: float | list[float], **cfg: object) -> Tensor:
+    return gamma_c(Control(**cfg), torch.as_tensor(t, dtype=F64))
+
+
+# gamma_c (Section 2.1, Table A6).
+
+
+@given(t=progress, alpha=st.floats(0.1, 64))
+def test_cosine_falls_from_1_at_clean_to_0_at_noise(t, alpha):
+    rows = gamma([0.0, t, min(1.0, t + 0.05), 1.0], alpha=alpha)
+    assert rows[0] == 1 and rows[3] == 0
+    assert 0 <= rows[2] <= rows[1] <= 1
+    assert float(rows[1]) == pytest.approx((1 - math.cos(math.pi * (1 - t) ** alpha)) / 2, abs=1e-12)
+
+
+@given(alpha=st.floats(0.1, 64))
+def test_cosine_is_half_where_the_power_is_half(alpha):
+    assert float(gamma(1 - 0.5 ** (1 / alpha), alpha=alpha)) == pytest.approx(0.5, abs=1e-9)
+
+
+@given(t=progress, low=st.floats(0.1, 30), more=st.floats(1.01, 4))
+def test_a_larger_alpha_tells_less(t, low, more):
+    assert gamma(t, alpha=low * more) <= gamma(t, alpha=low) + 1e-15
+
+
+def test_alpha_8_is_half_at_083():
+    assert float(gamma(0.083)) == pytest.approx(0.5, abs=2e-3)
+
+
+@given(t=progress, edge=progress)
+def test_the_other_schedules(t, edge):
+    assert gamma(t, schedule="zero") == 0 and gamma(t, schedule="uniform") == 1
+    assert gamma(t, schedule="linear") == 1 - t
+    assert gamma(t, schedule="step", edge=edge) == (t <= edge)
+    assert gamma(edge, schedule="step", edge=edge) == 1
+
+
+PROCESSES = ["edm", "vp", "vp-v", "rf"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(name=st.sampled_from(PROCESSES), edge=st.floats(0.06, 12), scale=st.sampled_from([1, 2]), dtype=st.booleans())
+def test_step_switches_at_its_sigma_in_every_process(name, edge, scale, dtype):
+    """build() turns the edge, a sigma, into a progress: the low level is told at sigma <= edge and nowhere else.
+
+    Edges among VP's levels, the lowest of which is .029 k: below it progress does not go.
+    """
+    chosen = {"process.name": name[:2] if name != "edm" else name, "process.scale": scale}
+    chosen |= {"process.prediction": "v"} if name == "vp-v" else {}
+    control = {"control.variables": "size", "control.schedule": "step", "control.edge": edge}
+    run = small("digits", **chosen, **control, **{"net.depth": 1})
+    built = denoiser.build(changed(run, **{"data.num_classes": 10}))
+    proc, cfg = built.process, built.net.control.control
+    dtype = F64 if dtype else torch.float32
+    sigma = torch.tensor([edge * (1 - 1e-4), edge * (1 + 1e-4), edge / 3, 2 * edge], dtype=F64)
+    flow = name in ("vp-v", "rf")
+    s = sigma / (1 + sigma) if flow else sigma
+    torch.testing.assert_close(s / proc.alpha(s), sigma, rtol=1e-12, atol=0)
+    on = gamma_c(cfg, proc.progress(s).to(dtype))
+    assert on.tolist() == [1, 0, 1, 0]
+    exact = torch.tensor(edge, dtype=F64)
+    exact = exact / (1 + exact) if flow else exact
+    assert gamma_c(cfg, proc.progress(exact)) == 1
+
+
+def test_table_a6_step_of_each_edge_reaches_the_network():
+    for edge in (1.0, 2.0, 6.0):
+        run = small("digits", **{"control.variables": "size", "control.schedule": "step", "control.edge": edge})
+        built = denoiser.build(changed(run, **{"data.num_classes": 10}))
+        proc = process.build(run.process)
+        assert built.net.control.control.edge == pytest.approx(float(proc.progress(torch.tensor(edge, dtype=F64))))
+
+
+# The embeddings (Eq. 1).
+
+ROWS = Cond(
+    control_high=torch.tensor([[0.0], [1000.0], [0.0]], dtype=F64),
+    control_low=torch.tensor([[8.0, 8.0], [4.0, 4.0], [512.0, 768.0]], dtype=F64),
+)
+T = torch.tensor([0.02, 0.3, 0.7], dtype=F64)
+
+
+def awake(module: torch.nn.Module) -> torch.nn.Module:
+    g = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=g, dtype=p.dtype) * (0.1 if p.ndim > 1 else 0.7))
+    return module.double()
+
+
+def wide(cfg: Control, kind=ControlEmbed) -> torch.nn.Module:
+    torch.manual_seed(0)
+    module = kind(cfg, 16)
+    if kind is MPControl:  # on its sphere from the start, but for the gain
+        module.gain.data.fill_(0.7)
+        return module.double()
+    return awake(module)
+
+
+def by_two_layers(mlp, values: Tensor) -> Tensor:
+    """The MLP of the sinusoids cos, sin of value * 1e4^(-i/128), written out."""
+    omega = 10_000.0 ** (-torch.arange(128, dtype=F64) / 128)
+    angle = values[:, :, None] * omega
+    features = torch.cat([angle.cos(), angle.sin()], dim=2).flatten(1)
+    hidden = features @ mlp[0].weight.T + mlp[0].bias
+    return (hidden * torch.sigmoid(hidden)) @ mlp[2].weight.T + mlp[2].bias
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "uniform", "zero", "linear", "step"])
+def test_equation_1(schedule):
+    cfg = Control(1, 2, schedule=schedule, alpha=3.0, edge=0.3)
+    net, c = wide(cfg), torch.ones(3, 16, dtype=F64)
+    high, low = by_two_layers(net.mlps["high"], ROWS.control_high), by_two_layers(net.mlps["low"], ROWS.control_low)
+    wanted = c + high + gamma_c(cfg, T)[:, None] * low
+    torch.testing.assert_close(net.add(c, ROWS, T), wanted, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=30, deadline=None)
+@given(t=progress, alpha=st.floats(0.2, 30))
+def test_the_low_level_contributes_exactly_gamma_times_itself(t, alpha):
+    cfg = Control(1, 2, alpha=alpha)
+    net, zero = wide(cfg), torch.zeros(3, 16, dtype=F64)
+    at = lambda t: net.add(zero, ROWS, torch.full((3,), t, dtype=F64))  # noqa: E731
+    high = at(1.0)  # gamma_c = 0
+    torch.testing.assert_close(at(t) - high, float(gamma(t, alpha=alpha)) * (at(0.0) - high), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", [ControlEmbed, MPControl])
+def test_joint_is_one_mlp_over_all_and_has_no_gamma(kind):
+    cfg = Control(1, 2, mlp="joint")
+    net, c = wide(cfg, kind), torch.ones(3, 16, dtype=F64)
+    out = net.add(c, ROWS, T)
+    assert out.equal(net.add(c, ROWS, 1 - T))
+    names = [name for name, _ in net.named_parameters()]
+    assert any("all" in name for name in names) and not any("high" in name or "low" in name for name in names)
+    if kind is ControlEmbed:
+        both = torch.cat([ROWS.control_high, ROWS.control_low], dim=1)
+        torch.testing.assert_close(out, c + by_two_layers(net.mlps["all"], both), rtol=1e-10, atol=1e-10)
+    moved = dataclasses.replace(ROWS, control_high=ROWS.control_high + 1)
+    assert (net.add(c, moved, T) - out).abs().amax(1).min() > 1e-3
+
+
+def test_on_the_sphere_gamma_weighs_the_low_level_too():
+    cfg = Control(1, 2, alpha=3.0)
+    net, c = wide(cfg, MPControl), torch.zeros(3, 16, dtype=F64)
+    high, at = net.add(c, ROWS, T * 0 + 1), net.add(c, ROWS, T)
+    torch.testing.assert_close(at - high, gamma_c(cfg, T)[:, None] * (net.add(c, ROWS, T * 0) - high))
+
+
+@pytest.mark.parametrize("kind", [ControlEmbed, MPControl])
+@pytest.mark.parametrize("mlp", ["split", "joint"])
+def test_nothing_at_the_start_and_nothing_when_withheld(kind, mlp):
+    cfg, c = Control(1, 2, mlp=mlp), torch.randn(3, 16, dtype=F64)
+    assert kind(cfg, 16).double().add(c, ROWS, T).equal(c)
+    net = wide(cfg, kind)
+    some = dataclasses.replace(ROWS, has_control=torch.tensor([True, False, True]))
+    changed = (net.add(c, some, T) != c).any(1)
+    assert changed.tolist() == [True, False, True]
+    assert net.add(c, Cond(), T).equal(c) and net.add(c, ROWS.without(control=True), T).equal(c)
+
+
+@given(value=st.floats(0, 5000), step=st.sampled_from([1.0, 2.0, 10.0]))
+def test_sinusoids_tell_a_step_of_one_unit(value, step):
+    """So that thousandths and pixels are the units."""
+    a, b = control_features(torch.tensor([[value], [value + step]], dtype=F64))
+    assert (a - b).norm() > 0.5
+
+
+# What is measured.
+
+
+def folder_of(root, sizes, mode="RGB"):
+    """Oblong images that are brighter to the right and to the bottom; names in order."""
+    (root / "a").mkdir(parents=True)
+    for i, (h, w) in enumerate(sizes):
+        y, x = np.mgrid[0:h, 0:w]
+        ramp = np.stack([255 * x / w, 255 * y / h, 127 * x / w], axis=2).round().astype(np.uint8)
+        Image.fromarray(ramp).convert(mode).save(root / "a" / f"{i:02}.png")
+
+
+SIZES = [(16, 16), (16, 48), (64, 16), (40, 30), (17, 23)]
+
+
+def batches_of(run):
+    run, loaded = opened(run, QUIET)
+    return Batches(loaded, run, 0.5, torch.device("cpu")), loaded
+
+
+def test_columns_are_in_the_order_of_controls_and_of_levels():
+    run = small("digits-dit", **{"control.variables": "contrast,size,flip,brightness,aspect,crop"})
+    assert ",".join(run.control.variables) == ALL
+    assert run.control.columns("high") == ("flip", "crop_top", "crop_left", "crop_bottom", "crop_right", "aspect")
+    assert run.control.columns("low") == ("height", "width", "brightness", "contrast")
+    assert small("digits", **{"control.variables": "[size,flip,size]"}).control.variables == ("flip", "size")
+    assert sorted(CONTROLS) == sorted(ALL.split(","))
+
+
+def test_rows_of_oblong_images(tmp_path):
+    """Size of the whole image; the crop box is the part of it whose pixels are seen, to half a pixel of the image."""
+    folder_of(tmp_path, SIZES)
+    run = small("digits-dit", **{"data.source": tmp_path, "data.resolution": 16, "data.channels": 3,
+                                 "control.variables": ALL, "eval.features": "none"})  # fmt: skip
+    batches, loaded = batches_of(run)
+    rows = batches.rows(torch.arange(5))
+    at = {name: rows[:, i] for i, name in enumerate(batches.columns)}
+    index = batches.order(torch.arange(5))
+    for i, (h, w) in zip(range(5), [SIZES[j] for j in index.tolist()], strict=True):
+        assert (at["height"][i], at["width"][i]) == (h, w)
+        assert float(at["aspect"][i]) == pytest.approx(1000 * w / h)
+        pixels = loaded.pixels[index[i]].double()
+        assert float(at["brightness"][i]) == pytest.approx(float(pixels.mean()), rel=1e-6)
+        assert float(at["contrast"][i]) == pytest.approx(float(pixels.std(correction=0)), rel=1e-5)
+        # The ramps read off where the crop begins and ends.
+        horizontal, vertical = pixels[0].mean(0) / 255, pixels[1].mean(1) / 255
+        box = [float(at[f"crop_{edge}"][i]) / 1000 for edge in ("top", "left", "bottom", "right")]
+        for ramp, low, high in ((vertical, box[0], box[2]), (horizontal, box[1], box[3])):
+            middle = (ramp[7] + ramp[8]) / 2 + 0.5 / (h if ramp is vertical else w)
+            assert float(middle) == pytest.approx((low + high) / 2, abs=0.03)
+            slope = float(ramp[12] - ramp[3]) / 9 * 16
+            assert slope == pytest.approx(high - low, abs=0.06)
+        side = min(h, w)
+        assert box[2] - box[0] == pytest.approx(side / h) and box[3] - box[1] == pytest.approx(side / w)
+
+
+def test_flip_is_what_was_done_to_the_pixels():
+    run = small("digits", **{"data.flip": "true", "control.variables": "flip,size"})
+    batches, loaded = batches_of(run)
+    counter = torch.arange(600)
+    x0, cond = batches(counter)
+    straight = sources.to_float(loaded.pixels[batches.order(counter)], batches.run.data, 0.5)
+    flip = cond.control_high[:, 0]
+    assert set(flip.tolist()) == {0.0, 1000.0} and 0.4 < float((flip > 0).float().mean()) < 0.6
+    mirrored = flip > 0
+    assert x0[mirrored].equal(straight[mirrored].flip(3)) and x0[~mirrored].equal(straight[~mirrored])
+    assert not batches_of(small("digits", **{"control.variables": "flip"}))[0].rows(counter).any()
+
+
+def test_coarse_digits_lack_what_their_size_says():
+    loaded = sources.load(small("digits", **{"data.source": "digits-coarse"}).data)
+    plain = sources.load(small("digits").data)
+    assert loaded.sizes[0::2].unique().tolist() == [8] and loaded.sizes[1::2].unique().tolist() == [4]
+    assert loaded.pixels[0::2].equal(plain.pixels[0::2])
+    detail = lambda p: (p[:, :, :, 1:].float() - p[:, :, :, :-1].float()).abs().mean()  # noqa: E731
+    assert detail(loaded.pixels[1::2]) < 0.7 * detail(plain.pixels[1::2])
+
+
+# Dropout.
+
+
+@pytest.mark.parametrize("semantic, control", [(0.1, 0.1), (0.3, 0.6), (0.0, 0.5), (1.0, 0.2)])
+@pytest.mark.parametrize("kind", ["label", "text"])
+def test_all_four_combinations_in_their_proportions(semantic, control, kind):
+    run = small(**{"control.variables": "size", "semantic.kind": kind, "semantic.dropout": semantic,
+                   "control.dropout": control, "sample.guidance": 1})  # fmt: skip
+    batches, _ = batches_of(run)
+    n = 6000
+    cond = batches(torch.arange(n))[1]
+    for has_s in (True, False):
+        for has_c in (True, False):
+            p = (1 - semantic if has_s else semantic) * (1 - control if has_c else control)
+            share = float(((cond.has_semantic == has_s) & (cond.has_control == has_c)).double().mean())
+            assert abs(share - p) <= 4 * math.sqrt(p * (1 - p) / n)
+    some = torch.tensor([7, 5999, 0, 123])
+    few = batches(some)[1]
+    assert few.has_semantic.equal(cond.has_semantic[some]) and few.has_control.equal(cond.has_control[some])
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_nothing_withheld_reaches_the_network(recipe):
+    """The loss of a training batch does not change with the labels and rows of samples that withhold them."""
+    run = small(recipe, **{"control.variables": "flip,size", "semantic.dropout": 0.5, "control.dropout": 0.5})
+    trainer = Trainer(*opened(run, QUIET))
+    net = awake(trainer.denoiser.net.float())
+    x0, cond = trainer.batches(torch.arange(12))
+    x0 = x0.double()
+    cond = dataclasses.replace(cond, control_high=cond.control_high.double(), control_low=cond.control_low.double())
+    other = dataclasses.replace(
+        cond,
+        label=torch.where(cond.has_semantic, cond.label, 9 - cond.label),
+        control_high=torch.where(cond.has_control[:, None], cond.control_high, 1000 - cond.control_high),
+        control_low=torch.where(cond.has_control[:, None], cond.control_low, cond.control_low + 5),
+    )
+    combinations = {(a, b) for a, b in zip(cond.has_semantic.tolist(), cond.has_control.tolist(), strict=True)}
+    assert len(combinations) == 4
+    call = lambda c: denoiser.Denoiser(net, trainer.process, run.net.embedding)(x0, torch.full((12,), 0.5), c)  # noqa: E731
+    with torch.no_grad():
+        assert call(cond).equal(call(other))
+        told = dataclasses.replace(other, has_control=torch.ones_like(cond.has_control))
+        assert not call(told).equal(call(dataclasses.replace(cond, has_control=told.has_control)))
+
+
+# The snapshot's rows.
+
+
+def test_rows_in_snapshots_survive_gesso_ema(tmp_path, monkeypatch):
+    run = small(**{"data.source": "digits-coarse", "data.flip": "true", "control.variables": "flip,size"})
+    start(run, tmp_path / "run", False, QUIET, print)
+    rows = snapshot.control_rows(tmp_path / "run")
+    assert (
+        rows.shape == (48, 3) and set(rows[:, 1].tolist()) == {4.0, 8.0} and set(rows[:, 0].tolist()) == {0.0, 1000.0}
+    )
+    batches, _ = batches_of(run)
+    assert rows.equal(batches.rows(torch.arange(48)))
+    weights, _, _, _ = snapshot.synthesize(tmp_path / "run", [0.07])
+    assert snapshot.ROWS not in weights[0]
+    assert snapshot.ROWS not in snapshot.read(snapshot.stored(tmp_path / "run")[0].path)[0]
+    typed = ["gesso", "ema", tmp_path / "run", "--sigma-rel", 0.07, "--out", tmp_path / "made" / "snapshots"]
+    monkeypatch.setattr("sys.argv", [str(word) for word in typed])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    assert snapshot.control_rows(tmp_path / "made").equal(rows)
+
+
+def test_at_most_4096_rows():
+    trainer = Trainer(*opened(small(**{"control.variables": "size", "train.total_images": 20_000}), QUIET))
+    assert trainer.rows.shape == (4096, 2)
+    assert Trainer(*opened(small(), QUIET)).rows is None
+
+
+# Every network.
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_every_network_trains_and_samples_with_control(recipe, tmp_path):
+    run = small(recipe, **{"data.source": "digits-coarse", "data.flip": "true", "control.variables": ALL,
+                           "sample.control_guidance": 1.375})  # fmt: skip
+    out = tmp_path / "run"
+    start(run, out, False, QUIET, print)
+    trained = snapshot.read(snapshot.stored(out)[-1].path)[1]
+    asked = generate.Asked(label="3", seeds="0-1", control={"size": "4x4"})
+    assert "control guidance 1.375" in generate.draw(out, trained, asked, tmp_path / "made")[-1]
+    assert len(list((tmp_path / "made").glob("seed*.png"))) == 2
+
+
+@pytest.mark.parametrize("recipe", ["digits-edm2", "digits-mp-dit", "digits-unet"])
+def test_joint_control_is_for_every_network(recipe, tmp_path):
+    run = written(tmp_path, recipe, **{"control.variables": "flip,size", "control.mlp": "joint",
+                                       "control.schedule": "uniform"})  # fmt: skip
+    asked = generate.Asked(label="3", seeds="0-1", control={"size": "4x4"})
+    assert "wrote 2 images" in generate.draw(tmp_path, run, asked, tmp_path / "made")[0]
+
+
+def test_joint_has_no_schedule():
+    with pytest.raises(ValueError, match=r"control\.schedule=cosine weighs the low level"):
+        Controls(variables=("size",), mlp="joint")
+    assert Controls(variables=("size",), mlp="joint", schedule="uniform").mlp == "joint"
+
+
+def test_the_published_columns_resolve():
+    for name in ("digits-sdxl", "digits-sd3", "digits-ours"):
+        recipes.resolve(name, [])
