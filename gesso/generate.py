@@ -5,6 +5,7 @@ An image depends on its seed, its condition and the sampler's settings, not on t
 Legend: N images, C channels, R resolution.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from gesso.cond import Cond
 from gesso.config import Run
 from gesso.config.base import parse_count
 from gesso.data.images import to_uint8
-from gesso.diffusion import guidance, sampler
+from gesso.diffusion import guidance, process, sampler, schedule
 from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import UsageError
 
@@ -33,7 +34,7 @@ def generate(
     seeds: N of them; cond: the conditions of N samples (conditions.build); guide: the network that
     run.sample.guide names. Raises UsageError for levels that the process does not have.
     """
-    cfg, data, process = run.sample, run.data, denoiser.process
+    cfg, data = run.sample, run.data
     device = next(denoiser.parameters()).device
     dtype = getattr(torch, cfg.state_dtype)
     shape = (data.channels, *2 * (cfg.resolution or data.resolution,))
@@ -46,8 +47,13 @@ def generate(
         def noise(i: int, seed: Tensor = seed) -> Tensor:
             return keyed.normal(0, seed, f"noise of step {i}", shape, dtype)
 
-        x = sampler.draw(cfg, process, denoise, first, noise)
-        yield to_uint8(x, data, process.sd).cpu()
+        x = sampler.draw(cfg, denoiser.process, denoise, first, noise)
+        yield to_uint8(x, data, denoiser.process.sd).cpu()
+
+
+def check(run: Run) -> None:
+    """Raise UsageError for sampling settings that the run's process does not have, before any work."""
+    schedule.asked(process.build(run.process), run.sample)
 
 
 def strength(run: Run) -> float:
@@ -110,6 +116,7 @@ class Asked(NamedTuple):
 
 def draw(folder: Path, run: Run, asked: Asked, out: Path | None) -> list[str]:
     """Images of a run as PNG files and one picture of all; returns what to tell the user."""
+    check(run)
     seeds = conditions.numbers(asked.seeds, "--seeds")
     labels = conditions.labels_for(run, asked.label, len(seeds))
     prompts = conditions.prompts_for(run, asked.prompts, len(seeds))
@@ -118,7 +125,7 @@ def draw(folder: Path, run: Run, asked: Asked, out: Path | None) -> list[str]:
     weights, _, time, _ = snapshot.synthesize(folder, [run.sample.sigma_rel], _time(asked.nimg))
     denoiser = snapshot.denoiser(weights[0], run, device_of(run))
     made = torch.cat(list(generate(denoiser, run, seeds, cond, guide)))
-    target = out or folder / "samples" / _name(run, asked)
+    target = out or folder / "samples" / _name(folder, run, asked)
     for seed, image in zip(seeds, made, strict=True):
         save_png(picture(image), target / f"seed{seed:06d}.png")
     save_png(grid(made, columns=min(len(made), max(4, round(len(made) ** 0.5)))), target / "grid.png")
@@ -140,16 +147,16 @@ def described(run: Run) -> str:
     return ", ".join([*parts, f"sigma_rel {cfg.sigma_rel:g}"])
 
 
-def _name(run: Run, asked: Asked) -> str:
-    """A folder name that tells these samples from others of the run."""
-    cfg = run.sample
-    words = [re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] for prompt in asked.prompts[:1]]
-    parts = [f"label{asked.label}"] if asked.label else words
+def _name(folder: Path, run: Run, asked: Asked) -> str:
+    """A folder name that tells these samples from others: all that was said and is not the run's own."""
+    own, said = (config.as_tree(r)["sample"] for r in (config.read(folder / "run.yaml"), run))
+    parts = [f"label{asked.label}"] if asked.label else list(asked.prompts)
     parts += [f"{name}{value}" for name, value in asked.control.items()]
-    parts += [f"guidance{strength(run):g}"]
-    parts += [f"control{cfg.control_guidance:g}"] if cfg.control_guidance != 1 else []
-    parts += [f"{cfg.resolution}px"] if cfg.resolution else []
-    return "-".join([*parts, f"ema{cfg.sigma_rel:g}", f"{cfg.sampler}{cfg.steps}"]).replace("/", "-")
+    parts += [f"{name}-{value}" for name, value in said.items() if value != own[name]]
+    parts += [f"nimg{asked.nimg}"] if asked.nimg else []
+    whole = re.sub(r"[^A-Za-z0-9.,:+_]+", "-", "-".join(parts)).strip("-.") or "own"
+    # Two long names that begin alike are not the same samples.
+    return whole if len(whole) <= 80 else f"{whole[:70]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def guide_of(folder: Path, run: Run) -> Denoiser | None:

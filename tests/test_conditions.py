@@ -11,8 +11,9 @@ from rich.console import Console
 from written import changed, small, written
 
 from gesso import __main__ as cli
-from gesso import conditions, nets, recipes, snapshot
+from gesso import conditions, config, generate, nets, recipes, snapshot
 from gesso.config import CONTROLS, Inputs, MMDiT, UNet
+from gesso.data import images as sources
 from gesso.data.encoders import Words
 from gesso.errors import UsageError
 from gesso.train.start import opened
@@ -353,6 +354,19 @@ def test_guidance_that_needs_no_withheld_condition():
     recipes.resolve("digits", ["control.variables=size", "control.dropout=0", "sample.keep_control=true"])
 
 
+def test_training_with_levels_that_the_process_lacks_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(sources, "load", None)  # no image is read
+    for update, said in (
+        ({"sample.grid": "trailing"}, "this process has karras"),
+        ({"process.name": "rf", "sample.grid": "leading"}, "this process has linear, karras"),
+        ({"process.name": "vp", "sample.steps": 2000}, "has 1000 levels"),
+        ({"sample.last": "first"}, "only process.name=vp"),
+        ({"sample.shift": 3}, "above 40"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            opened(small(**update), Console(quiet=True))
+
+
 @pytest.mark.parametrize("update", [{"semantic.kind": "none"}, {"semantic.kind": "none", "sample.guidance": 3}])
 def test_training_without_anything_to_guide_towards_says_so(update, capsys):
     run, _ = opened(small(**update), Console(width=200))
@@ -397,6 +411,7 @@ def sample(folders, monkeypatch, capsys, tmp_path):
         ("sized", ["--crop", "full"], "not trained with crop; its control variables: flip, size"),
         ("sized", ["--control", "sise=8x8"], "did you mean size?"),
         ("sized", ["--control", "size"], "write HEIGHTxWIDTH"),
+        ("classes", ["sample.grid=trailing"], "this process has karras"),
         ("sized", ["--size", "8"], "write HEIGHTxWIDTH"),
         ("sized", ["--flip", "maybe"], "write yes or no"),
         ("sized", ["sample.control_guidance=nan"], "finite"),
@@ -429,6 +444,26 @@ def test_options_of_the_command_line_reach_the_network(sample, monkeypatch):
     assert silent.control_low.tolist() == [[8, 8]] * 2 and not silent.control_high.any()
     assert sized.control_low.tolist() == [[4, 8]] * 2 and not sized.control_high.any()
     assert both.control_low.tolist() == [[4, 8]] * 2 and (both.control_high == 1000).all()
+
+
+def test_samples_said_otherwise_have_folders_of_their_own(folders):
+    """What differs from the run's own settings is in the name, so that nothing is overwritten by something else."""
+    run, asked = config.read(folders / "sized" / "run.yaml"), generate.Asked
+    sampling = [
+        {"guidance": 2}, {"steps": 4}, {"eta": 0.5, "sampler": "euler"}, {"S_churn": 10, "sampler": "heun"}, {"shift": 0.5},
+        {"grid": "karras"}, {"interval": "[0.1,2]"}, {"size": "free"}, {"resolution": 12}, {"guide": "runs/a", "guidance": 2},
+    ]  # fmt: skip
+    told = [
+        asked(label="3"), asked(label="3", control={"size": "4x8"}), asked(control={"size": "4x8"}), asked(nimg="100k"),
+        asked(prompts=("a/b",)), asked(prompts=("a very " * 30 + "one",)), asked(prompts=("a very " * 30 + "two",)),
+    ]  # fmt: skip
+    names = [generate._name(folders / "sized", run, one) for one in (asked(), *told)]
+    for how in sampling:
+        other = changed(run, **{f"sample.{name}": value for name, value in how.items()})
+        names += [generate._name(folders / "sized", other, one) for one in (asked(), told[0])]
+    assert len(set(names)) == len(names) and max(map(len, names)) <= 80
+    assert not any("/" in name or name.startswith((".", "-")) for name in names)
+    assert names[:2] == ["own", "label3"] and "guidance-2.0" in names
 
 
 def test_a_cut_prompt_is_said_on_the_command_line(sample):

@@ -43,7 +43,7 @@ def draw(
     first: standard normal noise, in the dtype that the state is to have; noise: that of a step, on demand.
     Raises UsageError for levels that the process does not have.
     """
-    levels = schedule.levels(process, cfg.steps, cfg.grid, cfg.shift, cfg.last)
+    levels = schedule.asked(process, cfg)
     x = process.prior(first, levels[0])
     if cfg.sampler == "euler":
         return euler(denoise, x, levels, process.alpha, cfg.eta, noise, watch)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gesso.config import Sample
 from gesso.diffusion.process import VP, Process, VPv
 from gesso.errors import UsageError
 
@@ -45,6 +46,11 @@ def levels(process: Process, steps: int, grid: str | None = None, shift: float =
             "of this process; a shift above 1 is for process.name=rf"
         )
     return s
+
+
+def asked(process: Process, cfg: Sample) -> Tensor:
+    """`levels` by sampling settings."""
+    return levels(process, cfg.steps, cfg.grid, cfg.shift, cfg.last)
 
 
 def _karras(process: Process, steps: int) -> Tensor:

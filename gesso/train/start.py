@@ -13,7 +13,7 @@ from gesso.config import Run
 from gesso.data import images
 from gesso.data.encoders import Words
 from gesso.errors import UsageError
-from gesso.generate import device_of
+from gesso.generate import check, device_of
 from gesso.train import loop
 from gesso.train.log import Bar
 
@@ -46,6 +46,7 @@ def made_with(device: torch.device) -> dict[str, str | int]:
 
 def opened(run: Run, console: Console) -> tuple[Run, images.Images]:
     """Load the images and complete the run with what they tell; check again that it all fits."""
+    check(run)
     with Bar(console, 1, 0, f"reading {run.data.source}") as bar:
         loaded = images.load(run.data, lambda done, total: bar.update(done, total=total))
     for note in loaded.notes:
