@@ -18,12 +18,16 @@ M = 2**20  # The durations of Table 6 are whole numbers of 2^20 images: 2147.5M 
 BATCH = 2048
 
 
-class Preset(NamedTuple):
-    """One column of Table 6. fid and sigma_rel: without guidance, and the EMA length of that FID.
+class Best(NamedTuple):
+    """A Frechet distance of Table 6 and the sampling that gave it. guidance 1 is none."""
 
-    guidance, guided_sigma_rel: strength and EMA length of the guided FID. They are a record: EDM2 guides
-    with a second, unconditional XS network (`img512_unconditional`), which `Sample` cannot name yet.
-    """
+    distance: float
+    sigma_rel: float
+    guidance: float = 1.0
+
+
+class Preset(NamedTuple):
+    """One column of Table 6, what it trains with; sigma_rel: the EMA length of its unguided FID."""
 
     channels: int
     images: int
@@ -32,30 +36,45 @@ class Preset(NamedTuple):
     t_ref: int
     sigma_rel: float
     days: float | None = None
-    fid: float | None = None
-    guidance: float | None = None
-    guided_sigma_rel: float | None = None
-    guided_fid: float | None = None
 
 
 IMG512 = {
     # XXS is a preset of the published code: width, rate and decay from there; the rest is our choice (as XS).
     "XXS": Preset(64, 2048 * M, 0.0, 0.0170, 70_000, 0.135),
-    "XS": Preset(128, 2048 * M, 0.0, 0.0120, 70_000, 0.135, 3.0, 3.53, 1.4, 0.045, 2.91),
-    "S": Preset(192, 2048 * M, 0.0, 0.0100, 70_000, 0.130, 5.3, 2.56, 1.4, 0.025, 2.23),
-    "M": Preset(256, 2048 * M, 0.1, 0.0090, 70_000, 0.100, 7.8, 2.25, 1.2, 0.030, 2.01),
-    "L": Preset(320, 1792 * M, 0.1, 0.0080, 70_000, 0.085, 10.2, 2.06, 1.2, 0.015, 1.88),
-    "XL": Preset(384, 1280 * M, 0.1, 0.0070, 70_000, 0.085, 9.7, 1.96, 1.2, 0.020, 1.85),
-    "XXL": Preset(448, 896 * M, 0.1, 0.0065, 70_000, 0.070, 9.1, 1.91, 1.2, 0.015, 1.81),
+    "XS": Preset(128, 2048 * M, 0.0, 0.0120, 70_000, 0.135, 3.0),
+    "S": Preset(192, 2048 * M, 0.0, 0.0100, 70_000, 0.130, 5.3),
+    "M": Preset(256, 2048 * M, 0.1, 0.0090, 70_000, 0.100, 7.8),
+    "L": Preset(320, 1792 * M, 0.1, 0.0080, 70_000, 0.085, 10.2),
+    "XL": Preset(384, 1280 * M, 0.1, 0.0070, 70_000, 0.085, 9.7),
+    "XXL": Preset(448, 896 * M, 0.1, 0.0065, 70_000, 0.070, 9.1),
 }
 IMG64 = {
     # XS is a preset of the published code: width, rate and decay from there; the rest is our choice (as S).
     "XS": Preset(128, 1024 * M, 0.0, 0.0120, 35_000, 0.075),
-    "S": Preset(192, 1024 * M, 0.0, 0.0100, 35_000, 0.075, 2.6, 1.58),
-    "M": Preset(256, 2048 * M, 0.1, 0.0090, 35_000, 0.060, 7.8, 1.43),
-    "L": Preset(320, 1024 * M, 0.1, 0.0080, 35_000, 0.040, 5.8, 1.33),
-    "XL": Preset(384, 640 * M, 0.1, 0.0070, 35_000, 0.040, 4.9, 1.33),
+    "S": Preset(192, 1024 * M, 0.0, 0.0100, 35_000, 0.075, 2.6),
+    "M": Preset(256, 2048 * M, 0.1, 0.0090, 35_000, 0.060, 7.8),
+    "L": Preset(320, 1024 * M, 0.1, 0.0080, 35_000, 0.040, 5.8),
+    "XL": Preset(384, 640 * M, 0.1, 0.0070, 35_000, 0.040, 4.9),
 }
+
+# Sampling by metric (Table 6). The unconditional XS guides all sizes, averaged over the same length.
+FID_512 = {
+    "XS": (Best(3.53, 0.135), Best(2.91, 0.045, 1.4)),
+    "S": (Best(2.56, 0.130), Best(2.23, 0.025, 1.4)),
+    "M": (Best(2.25, 0.100), Best(2.01, 0.030, 1.2)),
+    "L": (Best(2.06, 0.085), Best(1.88, 0.015, 1.2)),
+    "XL": (Best(1.96, 0.085), Best(1.85, 0.020, 1.2)),
+    "XXL": (Best(1.91, 0.070), Best(1.81, 0.015, 1.2)),
+}
+DINO_512 = {
+    "XS": (Best(103.39, 0.200), Best(79.94, 0.150, 1.7)),
+    "S": (Best(68.64, 0.190), Best(52.32, 0.085, 1.9)),
+    "M": (Best(58.44, 0.155), Best(41.98, 0.015, 2.0)),
+    "L": (Best(52.25, 0.155), Best(38.20, 0.035, 1.7)),
+    "XL": (Best(45.96, 0.155), Best(35.67, 0.030, 1.7)),
+    "XXL": (Best(42.84, 0.150), Best(33.09, 0.015, 1.7)),
+}
+FID_64 = {"S": Best(1.58, 0.075), "M": Best(1.43, 0.060), "L": Best(1.33, 0.040), "XL": Best(1.33, 0.040)}
 
 
 def pixels() -> Data:
@@ -116,8 +135,8 @@ def img512_unconditional() -> Run:
 
     gesso train edm2-img512-xs-uncond data.source=/path/to/imagenet     about 3 days on 32 A100
     """
-    data = latents().model_copy(update={"num_classes": 0})
-    return preset("edm2-img512-xs-uncond", IMG512["XS"], data, EDM(P_mean=-0.4, P_std=1.0))
+    run = preset("edm2-img512-xs-uncond", IMG512["XS"], latents(), EDM(P_mean=-0.4, P_std=1.0))
+    return run.model_copy(update={"semantic": Semantic(kind="none")})
 
 
 class Rung(NamedTuple):
@@ -178,19 +197,27 @@ def described(make: Callable[[str], Run], key: str, name: str, what: str, result
     return {name: recipe}
 
 
-def result(p: Preset, where: str) -> str:
-    """Cost and FID of Table 6, which lacks the presets of the published code."""
-    return "cost and FID not in the paper" if p.fid is None else f"{p.days} days on 32 A100; FID {p.fid:.2f} {where}"
+def guided(name: str, best: Best, metric: str) -> str:
+    """How to sample what Table 6 measured, with guidance."""
+    return (
+        f"    gesso sample runs/{name} sample.guide=runs/edm2-img512-xs-uncond sample.guidance={best.guidance} "
+        f"sample.sigma_rel={best.sigma_rel} sample.guide_sigma_rel={best.sigma_rel}    {metric} {best.distance}\n"
+    )
 
 
 PIXELS, LATENTS = "ImageNet at 64x64 pixels", "ImageNet-512's latents (RGB at 64x64 for now)"
+UNPUBLISHED = "cost and FID not in the paper"
 
 RECIPES: dict[str, Callable[[], Run]] = {"edm2-img512-xs-uncond": img512_unconditional}
 for size, p in IMG64.items():
-    RECIPES |= described(img64, size, f"edm2-img64-{size.lower()}", f"EDM2-{size} on {PIXELS}", result(p, "(Table 6)"))
+    cost = f"{p.days} days on 32 A100; FID {FID_64[size].distance} (Table 6)" if size in FID_64 else UNPUBLISHED
+    RECIPES |= described(img64, size, f"edm2-img64-{size.lower()}", f"EDM2-{size} on {PIXELS}", cost)
 for size, p in IMG512.items():
-    name, where = f"edm2-img512-{size.lower()}", "on latents (Table 6)"
-    RECIPES |= described(img512, size, name, f"EDM2-{size} on {LATENTS}", result(p, where))
-for step, rung in RUNGS.items():
-    name, what = f"edm2-ladder-{step.lower()}", f"CONFIG {step} of EDM2 on {LATENTS}"
-    RECIPES |= described(ladder, step, name, what, f"FID {rung.fid:.2f} on latents (Table 1)")
+    name, cost = f"edm2-img512-{size.lower()}", UNPUBLISHED
+    if size in FID_512:
+        cost = f"{p.days} days on 32 A100; FID {FID_512[size][0].distance} on latents (Table 6)\n"
+        cost += guided(name, FID_512[size][1], "FID") + guided(name, DINO_512[size][1], "FD of DINOv2").rstrip()
+    RECIPES |= described(img512, size, name, f"EDM2-{size} on {LATENTS}", cost)
+for size, rung in RUNGS.items():
+    name, what = f"edm2-ladder-{size.lower()}", f"CONFIG {size} of EDM2 on {LATENTS}"
+    RECIPES |= described(ladder, size, name, what, f"FID {rung.fid:.2f} on latents (Table 1)")

@@ -1,0 +1,284 @@
+"""Reading a scene of `gesso.data.shapes` back from its picture, without learned weights.
+
+The ground is fitted by a plane in each channel; pixels take the nearest of the eight colours or the ground;
+connected pixels of one colour are a shape; its kind is that of the nearest of many drawn templates.
+
+Legend: N pictures, K shapes found in them, h w rows and columns of the working grid, whose shorter edge is
+GRID; T templates of P pixels. Lengths are in units of the shorter edge, (0, 0) the middle, as in scenes.
+"""
+
+import functools
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gesso.data.shapes import COLOURS, KINDS, OUTLINES, Facts, mirrored, parse
+from gesso.errors import UsageError
+
+GRID = 64
+LEAST_AREA = 0.01
+"""of the centred square; the smallest star has 0.03"""
+OFF_CENTRE = 0.085
+"""a single shape is at a side from here on; scenes leave out 0.04 to 0.13"""
+PERIODS = {"circle": 0, "square": 4, "triangle": 3, "star": 5, "ring": 0, "cross": 4}
+"""how many times a shape looks the same in a turn; 0: at every angle"""
+BLURS = (0.04, 0.12, 0.2, 0.28)
+"""standard deviations of the templates' blur, in units of the radius"""
+PATCH = 24
+STEPS = ((np.arange(PATCH) + 0.5) * (2 / PATCH) - 1) * 1.15
+"""where templates are sampled along each axis, in units of the root of the area"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A shape in a picture. `area` in units of the shorter edge squared; `touches` the border: it may be cut."""
+
+    kind: str
+    colour: str
+    x: float
+    y: float
+    area: float
+    touches: bool
+
+
+def read(images: Tensor, chunk: int = 256) -> list[list[Found]]:
+    """The shapes of each picture, the largest first. Images (N, 3, H, W) uint8, any H and W from 16 on.
+
+    Raises UsageError on other images.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 16:
+        raise UsageError(
+            f"shapes are read from uint8 pictures (N, 3, H, W) of 16 pixels and more; got {images.dtype} {tuple(images.shape)}"
+        )
+    return [found for part in images.split(chunk) if len(part) for found in _read(part)]
+
+
+def _read(images: Tensor) -> list[list[Found]]:
+    n = len(images)
+    pictures = _on_grid(images)
+    colours = torch.tensor(list(COLOURS.values()), device=images.device) / 255
+    ground = _ground(pictures)
+    distances = torch.stack([(pictures - c[:, None, None]).square().sum(1) for c in colours], dim=1)
+    to_ground = (pictures - ground).square().sum(1, keepdim=True)
+    nearest = torch.cat([distances, to_ground], dim=1).argmin(1)  # (N, h, w), the last is the ground
+    components = _components(nearest, len(colours))
+    names, counts = components.unique(return_counts=True)
+    shapes = (counts >= LEAST_AREA * GRID**2) & (names >= 0)
+    names, area = names[shapes], counts[shapes] / GRID**2
+    whose = names // components[0].numel()  # a component's name is the index of one of its pixels
+    colour = nearest.flatten()[names]
+    mask = components[whose] == names[:, None, None]
+    weight = _coverage(pictures[whose], ground[whose], colours[colour], mask, (nearest != len(colours))[whose])
+    x, y, unit = _moments(weight)
+    kinds = _kinds(weight, x, y, unit)
+    inner = mask[:, 1:-1, 1:-1].flatten(1).sum(1)
+    touches = mask.flatten(1).sum(1) > inner
+    found: list[list[Found]] = [[] for _ in range(n)]
+    columns = (whose, kinds, colour, x, y, area, touches)
+    for i, k, c, *rest in zip(*(column.tolist() for column in columns), strict=True):
+        found[i].append(Found(KINDS[k], list(COLOURS)[c], *rest))
+    return [sorted(shapes, key=lambda shape: -shape.area) for shapes in found]
+
+
+def _on_grid(images: Tensor) -> Tensor:
+    """(N, 3, h, w) float32 from 0 to 1, smoothed a little against noise."""
+    factor = GRID / min(images.shape[2:])
+    size = [round(edge * factor) for edge in images.shape[2:]]
+    x = F.interpolate(images.float() / 255, size, mode="bicubic", antialias=True)
+    kernel = torch.tensor([1.0, 2.0, 1.0], device=x.device) / 4
+    kernel = (kernel[:, None] * kernel).expand(3, 1, 3, 3)
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
+
+
+def _places(shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """x and y of the pixel centres, both (h, w)."""
+    h, w = shape
+    y, x = ((torch.arange(edge, device=device) + 0.5 - edge / 2) / min(h, w) for edge in (h, w))
+    return x.expand(h, w), y[:, None].expand(h, w)
+
+
+def _ground(pictures: Tensor) -> Tensor:
+    """The plane through what is muted, (N, 3, h, w), fitted again without what is far from it."""
+    x, y = _places(pictures.shape[2:], pictures.device)
+    basis = torch.stack([torch.ones_like(x), x, y]).flatten(1)  # (3, h w)
+    values = pictures.flatten(2)
+    lightness, spread = values.mean(1), values.amax(1) - values.amin(1)
+    weight = ((lightness - 0.55).abs() < 0.25) & (spread < 0.3)  # (N, h w)
+    for _ in range(3):
+        weighted = basis * weight[:, None].float()
+        # The small ridge keeps a picture without ground solvable.
+        gram = weighted @ basis.T + 1e-2 * torch.eye(3, device=x.device)
+        plane = torch.linalg.solve(gram, weighted @ values.transpose(1, 2))  # (N, 3 terms, 3 channels)
+        ground = (basis.T @ plane).transpose(1, 2)
+        weight = (values - ground).square().sum(1) < 0.15**2
+    return ground.unflatten(2, pictures.shape[2:])
+
+
+def _components(nearest: Tensor, ground: int) -> Tensor:
+    """Connected pixels of one colour: the largest index of their pixels, (N, h, w) int64, and -1 on the ground."""
+    own = torch.arange(nearest.numel(), device=nearest.device).view_as(nearest)
+    names = own.clone()
+    alike = [(nearest[:, 1:] == nearest[:, :-1], 1), (nearest[:, :, 1:] == nearest[:, :, :-1], 2)]
+    while True:
+        before = names.clone()
+        for same, dim in alike:
+            a, b = names.narrow(dim, 0, names.shape[dim] - 1), names.narrow(dim, 1, names.shape[dim] - 1)
+            higher = torch.maximum(a, b)
+            a.copy_(torch.where(same, higher, a))
+            b.copy_(torch.where(same, torch.maximum(higher, b), b))
+        names = names.flatten()[names]  # a pixel's name is a pixel of the same component: its name serves too
+        if names.equal(before):
+            return names.where(nearest != ground, -1)
+
+
+def _coverage(pictures: Tensor, ground: Tensor, colours: Tensor, mask: Tensor, taken: Tensor) -> Tensor:
+    """How much of each pixel the shape covers, (K, h, w): its place from the ground 0 to the shape's colour 1.
+
+    `mask` (K, h, w) the shape's pixels; its margin of 2 pixels counts too, where no other shape has `taken` it.
+    """
+    direction = colours[:, :, None, None] - ground
+    share = ((pictures - ground) * direction).sum(1) / direction.square().sum(1)
+    margin = F.max_pool2d(mask[:, None].float(), 5, stride=1, padding=2)[:, 0] > 0
+    return share.clamp(0, 1) * (margin & (mask | ~taken))
+
+
+def _moments(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x and y of the centre of mass, and the root of the area, (K,) each: the same when `weight` is multiplied."""
+    x, y = _places(weight.shape[1:], weight.device)
+    mass = weight.sum((1, 2))
+    area = mass**2 / weight.square().sum((1, 2))
+    return (weight * x).sum((1, 2)) / mass, (weight * y).sum((1, 2)) / mass, area.sqrt() / GRID
+
+
+def _kinds(weight: Tensor, x: Tensor, y: Tensor, unit: Tensor) -> Tensor:
+    """Index in KINDS of the template that a shape correlates with most, (K,).
+
+    The shape is cut out at unit area, its centre in the middle: position, size and contrast don't matter.
+    """
+    templates, kinds = _templates()
+    h, w = weight.shape[1:]
+    reach = unit[:, None] * torch.from_numpy(STEPS).to(weight)  # (K, PATCH)
+    # grid_sample counts from -1 to 1 across each edge
+    columns, rows = (x[:, None] + reach) * (2 * GRID / w), (y[:, None] + reach) * (2 * GRID / h)
+    grid = torch.stack([columns[:, None, :].expand(-1, PATCH, -1), rows[:, :, None].expand(-1, -1, PATCH)], dim=-1)
+    patches = F.grid_sample(weight[:, None], grid, mode="bilinear", align_corners=False).flatten(1)
+    likeness = F.normalize(patches, dim=1) @ templates.to(weight.device).T
+    return kinds.to(weight.device)[likeness.argmax(1)]
+
+
+@functools.cache
+def _templates() -> tuple[Tensor, Tensor]:
+    """Templates (T, P) of length 1 and their kinds (T,): every kind at all angles, more or less blurred, in three sizes.
+
+    They are cut out as shapes are: at unit area after the blur.
+    """
+    fine = ((np.arange(160) + 0.5) / 80 - 1) * 2  # across twice the radius
+    templates, kinds = [], []
+    for index, (kind, turns) in enumerate(PERIODS.items()):
+        angles = np.arange(0, 2 * math.pi / turns, math.pi / 18) if turns else [0.0]
+        drawn = [_drawn(kind, angle, fine) for angle in angles]
+        for blur, size in itertools.product(BLURS, (0.94, 1, 1.06)):
+            whole = _gaussians(fine, fine, blur) @ drawn[0] @ _gaussians(fine, fine, blur).T
+            unit = math.sqrt(whole.sum() ** 2 / (whole**2).sum()) * (fine[1] - fine[0])
+            g = _gaussians(STEPS * unit * size, fine, blur)
+            templates += [(g @ inside @ g.T).ravel() for inside in drawn]
+            kinds += [index] * len(drawn)
+    return F.normalize(torch.tensor(np.array(templates), dtype=torch.float32), dim=1), torch.tensor(kinds)
+
+
+def _drawn(kind: str, angle: float, at: np.ndarray) -> np.ndarray:
+    """1 inside the outline of radius 1, 0 outside."""
+    c, s, x, y = math.cos(angle), math.sin(angle), at, at[:, None]
+    return (OUTLINES[kind](x * c + y * s, y * c - x * s) < 0).astype(np.float64)
+
+
+def _gaussians(to: np.ndarray, at: np.ndarray, std: float) -> np.ndarray:
+    """Weights (len(to), len(at)) of a Gaussian average: blur and sampling in one."""
+    weights = np.exp(-((to[:, None] - at) ** 2) / (2 * std**2))
+    return weights / weights.sum(1, keepdims=True)
+
+
+def place(shapes: Sequence[Found]) -> str:
+    """The side of one shape, or the relation of the first of two to the second."""
+    if len(shapes) == 1:
+        return _direction(shapes[0].x, shapes[0].y, "top", "bottom", OFF_CENTRE)
+    first, second = shapes
+    return _direction(first.x - second.x, first.y - second.y, "above", "below", 0)
+
+
+def _direction(x: float, y: float, up: str, down: str, least: float) -> str:
+    if max(abs(x), abs(y)) < least:
+        return "middle"
+    if abs(x) > abs(y):
+        return "left" if x < 0 else "right"
+    return up if y < 0 else down
+
+
+def named(claim: Facts, found: Sequence[Found]) -> tuple[Found, ...] | None:
+    """The found shapes that the claim speaks of, in its order: those that agree best, a colour before a kind.
+
+    None when there are too few, when one agrees in neither, or when two choices agree equally well.
+    """
+
+    def marks(choice: tuple[Found, ...]) -> list[int]:
+        return [
+            2 * (shape.colour == colour) + (shape.kind == kind)
+            for shape, (kind, colour) in zip(choice, claim.shapes, strict=True)
+        ]
+
+    choices = sorted(itertools.permutations(found, len(claim.shapes)), key=lambda c: -sum(marks(c)))
+    if not choices or min(marks(choices[0])) == 0:
+        return None
+    if len(choices) > 1 and sum(marks(choices[0])) == sum(marks(choices[1])):
+        return None
+    return choices[0]
+
+
+def agreement(images: Tensor, captions: Sequence[str]) -> dict[str, float]:
+    """Rates over pictures (N, 3, H, W) uint8 and what their captions claim, N >= 1.
+
+    colour: every colour of the caption is there; kind: every kind is; pair: every kind is there in its colour;
+    place: the shapes that it speaks of stand as it says; all: pair and place hold, and there are just as many shapes as
+    it names; flipped: left and right are exchanged, among the captions that say one of them (`sided` of all; 0 when
+    there are none); border: some shape touches the border, and may have been cropped.
+
+    Raises UsageError when the numbers differ, and as `read` and `parse` do.
+    """
+    if len(images) != len(captions) or not captions:
+        raise UsageError(f"agreement takes a caption for each picture; got {len(images)} and {len(captions)}")
+    rows = [_judged(parse(caption), found) for caption, found in zip(captions, read(images), strict=True)]
+    rates = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    flipped = rates.pop("flipped")
+    return rates | {"flipped": flipped / rates["sided"] if rates["sided"] else 0.0}
+
+
+def _judged(claim: Facts, found: Sequence[Found]) -> dict[str, bool]:
+    spoken = named(claim, found)
+    seen = place(spoken) if spoken else None
+    there = [(shape.kind, shape.colour) for shape in found]
+    kinds, colours = ([pair[i] for pair in claim.shapes] for i in (0, 1))
+    pair = _contains(there, claim.shapes)
+    right_place = spoken is not None and claim.place in (None, seen)
+    sided = claim.place in ("left", "right")
+    return {
+        "colour": _contains([colour for _, colour in there], colours),
+        "kind": _contains([kind for kind, _ in there], kinds),
+        "pair": pair,
+        "place": right_place,
+        "all": pair and right_place and len(found) == len(claim.shapes),
+        "sided": sided,
+        "flipped": sided and seen == mirrored(claim).place,
+        "border": any(shape.touches for shape in found),
+    }
+
+
+def _contains(there: Sequence, asked: Sequence) -> bool:
+    """Each as often as it is asked for."""
+    return not Counter(asked) - Counter(there)
