@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gesso import conditions, config, generate, keyed, snapshot
+from gesso import conditions, config, ema, generate, keyed, snapshot
 from gesso.data import images as sources
 from gesso.evaluate import features, metrics
 
@@ -32,7 +32,7 @@ class Tested:
 
     def __init__(self, folder: Path):
         self.run = config.read(folder / "run.yaml")
-        weights, _, _, _ = snapshot.synthesize(folder, [self.run.sample.sigma_rel])
+        weights, _, _, _ = snapshot.synthesize(folder, [ema.chosen(self.run.sample)])
         self.denoiser, self.rows = snapshot.denoiser(weights[0], self.run), snapshot.control_rows(folder)
         self.network, self.images = features.load_digit_features(), sources.load(self.run.data)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from gesso import config, keyed, snapshot
 from gesso.data import images as sources
 from gesso.data.order import Batches
+from gesso.ema import Power
 
 
 def block_rms(denoiser, x: Tensor, s: Tensor, cond) -> list[float]:
@@ -40,7 +41,7 @@ def trace(folder: Path) -> list[dict[str, float]]:
     loaded = sources.load(run.data)
     rows = []
     for stored in snapshot.stored(folder):
-        if stored.sigma_rel != 0.05:
+        if stored.profile != Power(0.05):
             continue
         tensors, _, _ = snapshot.read(stored.path)
         denoiser = snapshot.denoiser(tensors, run)

@@ -14,7 +14,7 @@ from torch import nn
 from gesso import config, keyed
 from gesso.cond import Cond
 from gesso.diffusion import denoiser, guidance, process, sampler, schedule
-from gesso.ema import PowerEMA
+from gesso.ema import Power, Tracker
 from gesso.nets import mp
 
 BATCH, STEPS, WIDTH = 1024, 1500, 128
@@ -56,7 +56,7 @@ def train() -> denoiser.Denoiser:
     net = Net()
     model = denoiser.Denoiser(net, proc, "fourier")
     optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
-    sphere, average, nimg = mp.sphere_weights(net), PowerEMA(net.state_dict(), [0.1]), 0
+    sphere, average, nimg = mp.sphere_weights(net), Tracker(net.state_dict(), [Power(0.1)]), 0
     for step in range(STEPS):
         counter = torch.arange(nimg, nimg + BATCH)
         x0, arm = spiral(counter)
@@ -73,7 +73,7 @@ def train() -> denoiser.Denoiser:
         mp.put_on_sphere(sphere)
         average.update(nimg, nimg + BATCH)
         nimg += BATCH
-    net.load_state_dict(average.averages[0.1])
+    net.load_state_dict(average.averages[Power(0.1)])
     mp.put_on_sphere(sphere)
     return model.eval()
 

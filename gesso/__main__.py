@@ -47,6 +47,12 @@ def _recorded(folder: Path, arguments: list[str] | None, changeable: tuple[str, 
         if not path.startswith(changeable):
             allowed = ", ".join(f"{c}*" for c in changeable)
             raise UsageError(f"{path} was settled by training; what can change here is {allowed}")
+    ours, own = run.sample, recorded.sample
+    if ours.halflife and ours.halflife == own.halflife and ours.sigma_rel != own.sigma_rel:
+        raise UsageError(
+            f"sample.sigma_rel={ours.sigma_rel:g} has no effect beside this run's sample.halflife={ours.halflife}: "
+            "set sample.halflife=null too"
+        )
     return run
 
 
@@ -143,7 +149,12 @@ def evaluate(folder: RunFolder, settings: Overrides = None) -> None:
 @app.command()
 def ema(
     folder: RunFolder,
-    sigma_rel: Annotated[list[float], typer.Option(help="relative EMA length, between 0 and 0.2886; may be repeated")],
+    sigma_rel: Annotated[
+        list[float] | None, typer.Option(help="relative EMA length, between 0 and 0.2886; may be repeated")
+    ] = None,
+    halflife: Annotated[
+        list[str] | None, typer.Option(help="half-life of a traditional EMA in images, such as 50M; may be repeated")
+    ] = None,
     nimg: Annotated[
         str | None, typer.Option(help="time in training, such as 100k; the last by default", show_default=False)
     ] = None,
@@ -152,17 +163,26 @@ def ema(
     """Weights averaged over any length, rebuilt after training from the stored snapshots."""
     from gesso import snapshot
     from gesso.config.base import parse_count
+    from gesso.ema import Power, Traditional
 
-    for length in sigma_rel:
+    for length in sigma_rel or ():
         if not 0 < length < 12**-0.5:
             raise UsageError(f"--sigma-rel {length}: an EMA length lies between 0 and {12**-0.5:.4f}")
-    weights, run, time, errs = snapshot.synthesize(folder, sigma_rel, parse_count(nimg) if nimg else None)
+    halflives = [parse_count(text) for text in halflife or ()]
+    if not all(isinstance(count, int) and count > 0 for count in halflives):
+        raise UsageError(f"--halflife {' '.join(halflife or ())}: write a number of images above 0, such as 50M")
+    profiles = [*map(Power, sigma_rel or ()), *map(Traditional, halflives)]
+    if not profiles:
+        raise UsageError("which average? say --sigma-rel or --halflife")
+    weights, run, time, fits = snapshot.synthesize(folder, profiles, parse_count(nimg) if nimg else None)
     rows = snapshot.control_rows(folder)
-    for length, tensors, error in zip(sigma_rel, weights, errs, strict=True):
-        path = snapshot.path_for(out or folder / "ema", time, length)
-        snapshot.write(path, tensors, time, length, run, rows)
-        _say(f"sigma_rel {length:g} at image {time:,}: {path}  (relative error of the profile {error**0.5:.1e})")
-    _say(f"next:\n  gesso sample {folder} sample.sigma_rel={sigma_rel[-1]:g}")
+    for profile, tensors, fit in zip(profiles, weights, fits, strict=True):
+        path = snapshot.path_for(out or folder / "ema", time, profile)
+        snapshot.write(path, tensors, time, profile, run, rows)
+        _say(f"{profile} at image {time:,}: {path}  ({fit})")
+    last = f"halflife={halflives[-1]}" if halflives else f"sigma_rel={sigma_rel[-1]:g}"
+    instead = " sample.halflife=null" if run.sample.halflife and not halflives else ""
+    _say(f"next:\n  gesso sample {folder} sample.{last}{instead}")
 
 
 @app.command()

@@ -11,7 +11,7 @@ from torch import Tensor
 from gesso import config, keyed
 from gesso.cond import Cond
 from gesso.config import CONTROLS, Run
-from gesso.data.encoders import Words
+from gesso.data import text as encoders
 from gesso.data.order import control_fields, text_fields
 from gesso.errors import UsageError
 
@@ -95,10 +95,9 @@ def build(
         check_labels(run, labels)
         fields["label"] = torch.tensor(list(labels))
     if prompts is not None:
-        words = Words(run.semantic)
-        tokens, lengths = words(prompts)
-        cut = words.cut(prompts)
-        fields |= text_fields(run.semantic, tokens, lengths, 0, seed)
+        encoder = encoders.build(run.semantic)
+        cut = encoder.cut(prompts)
+        fields |= text_fields(run.semantic, encoder(prompts), 0, seed)
     said = _said(run, control or {})
     if run.control.variables:
         fields |= control_fields(run, _rows(run, seed, rows, said))

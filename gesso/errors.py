@@ -1,4 +1,4 @@
-"""The two kinds of error that a user can cause. The command line prints them without a traceback."""
+"""The kinds of error that a user can cause. The command line prints them without a traceback."""
 
 
 class GessoError(Exception):
@@ -25,3 +25,12 @@ class Stopped(GessoError):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class Unreadable(GessoError):
+    """One image of many is damaged or refused. Whoever reads many skips it, counts it, and says which."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name} ({reason})" if name else reason)
+        self.name = name
+        self.reason = reason

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gesso import conditions, config, files, keyed, snapshot
+from gesso import conditions, config, ema, files, keyed, snapshot
 from gesso.cond import Cond
 from gesso.config import Run
 from gesso.config.base import parse_count
@@ -122,14 +122,15 @@ def draw(folder: Path, run: Run, asked: Asked, out: Path | None) -> list[str]:
     prompts = conditions.prompts_for(run, asked.prompts, len(seeds))
     cond, warnings = conditions.build(run, seeds, snapshot.control_rows(folder), labels, prompts, asked.control)
     guide = guide_of(folder, run)
-    weights, _, time, _ = snapshot.synthesize(folder, [run.sample.sigma_rel], _time(asked.nimg))
+    weights, _, time, fits = snapshot.synthesize(folder, [ema.chosen(run.sample)], _time(asked.nimg))
     denoiser = snapshot.denoiser(weights[0], run, device_of(run))
     made = torch.cat(list(generate(denoiser, run, seeds, cond, guide)))
     target = out or folder / "samples" / _name(folder, run, asked)
     for seed, image in zip(seeds, made, strict=True):
         save_png(picture(image), target / f"seed{seed:06d}.png")
     save_png(grid(made, columns=min(len(made), max(4, round(len(made) ** 0.5)))), target / "grid.png")
-    return [*warnings, f"wrote {len(made)} images and grid.png to {target}", f"  {described(run)}, image {time:,}"]
+    wrote = f"wrote {len(made)} images and grid.png to {target}"
+    return [*warnings, wrote, f"  {described(run)}, image {time:,} ({fits[0]})"]
 
 
 def described(run: Run) -> str:
@@ -144,7 +145,7 @@ def described(run: Run) -> str:
         parts.append(f"control guidance {cfg.control_guidance:g}")
     if cfg.interval:
         parts.append("guided from sigma {:g} to {:g}".format(*cfg.interval))
-    return ", ".join([*parts, f"sigma_rel {cfg.sigma_rel:g}"])
+    return ", ".join([*parts, str(ema.chosen(cfg))])
 
 
 def _name(folder: Path, run: Run, asked: Asked) -> str:
@@ -165,7 +166,8 @@ def guide_of(folder: Path, run: Run) -> Denoiser | None:
     if cfg.guide is None or cfg.guidance == 1:
         return None
     place = folder if cfg.guide == "self" else Path(cfg.guide)
-    if cfg.guide == "self" and not cfg.guide_nimg and cfg.guide_sigma_rel in (None, cfg.sigma_rel):
+    length = ema.Power(cfg.guide_sigma_rel) if cfg.guide_sigma_rel else None
+    if cfg.guide == "self" and not cfg.guide_nimg and length in (None, ema.chosen(cfg)):
         raise UsageError(
             "sample.guide=self is the same network: say another sample.guide_sigma_rel or sample.guide_nimg"
         )
@@ -175,21 +177,22 @@ def guide_of(folder: Path, run: Run) -> Denoiser | None:
         if ours != theirs:
             raise UsageError(f"sample.guide={cfg.guide} was trained otherwise: {what} is {theirs} there, {ours} here")
     _check_told(run, last)
-    weights, other, _, _ = snapshot.synthesize(place, [cfg.guide_sigma_rel or last.sample.sigma_rel], cfg.guide_nimg)
+    weights, other, _, _ = snapshot.synthesize(place, [length or ema.chosen(last.sample)], cfg.guide_nimg)
     return snapshot.denoiser(weights[0], other, device_of(run))
 
 
 def _check_told(run: Run, guide: Run) -> None:
     """Raise UsageError when the guiding network cannot be told what run.sample.guide_sees says."""
     cfg, ours, theirs = run.sample, config.flat(run), config.flat(guide)
-    same = ["semantic.kind", "semantic.tokens", "semantic.width", "data.class_names", "control.variables"]
+    shape = ["semantic.kind", "semantic.tokens", "semantic.width", "semantic.pooled_width"]
+    same = [*shape, "semantic.encoder", "data.class_names", "control.variables"]
     if cfg.guide_sees == "nothing":
         blind = {"semantic": guide.inputs.semantic, "control": guide.control.variables and not cfg.keep_control}
         for block, has in blind.items():
             if has and getattr(guide, block).dropout == 0:
                 raise UsageError(f"sample.guide={cfg.guide} never learned to see nothing: {block}.dropout is 0 there")
         # What is withheld still has a shape: that of tokens where it has text, that of rows where both have control.
-        same = same[:3] if guide.semantic.kind == "text" else []
+        same = shape if guide.semantic.kind == "text" else []
         same += ["control.variables"] if guide.control.variables and run.control.variables else []
     for what in same:
         if ours[what] != theirs[what]:

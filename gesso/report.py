@@ -97,7 +97,9 @@ def _samples(folder: Path, run: Run) -> str:
     if not made.is_file():
         return f"<h2>Samples</h2><p>None measured yet: <code>gesso evaluate {html.escape(str(folder))}</code></p>"
     rows = "A row for each class. " if run.data.num_classes else ""
-    caption = f"Samples. {rows}{run.sample.sampler}, {run.sample.steps} steps, guidance {run.sample.guidance:g}, EMA {run.sample.sigma_rel:g}."
+    cfg = run.sample
+    length = f"half-life {cfg.halflife:,}" if cfg.halflife else f"sigma_rel {cfg.sigma_rel:g}"
+    caption = f"Samples. {rows}{cfg.sampler}, {cfg.steps} steps, guidance {cfg.guidance:g}, EMA of {length}."
     nearest = "The training image nearest to each sample, in pixels: what it would look like to have copied."
     return f'<h2>Samples</h2><div class="pair">{_image(made, caption)}{_image(near, nearest) if near.is_file() else ""}</div>'
 
@@ -111,9 +113,11 @@ def _distance(row: dict[str, float]) -> str:
 
 
 def _scores(metrics: dict[str, Any]) -> str:
+    protocol = metrics.get("protocol", {})
+    if protocol.get("features") == "shapes":
+        return _read_back(metrics) + _protocol(protocol)
     if "class_agreement" not in metrics:
         return ""
-    protocol = metrics["protocol"]
     rows = [_row("", "class agreement", "Frechet distance", tag="th")]
     rows.append(_row(f"guidance {protocol['guidance']:g}", f"{metrics['class_agreement']:.1%}", _distance(metrics)))
     if "unguided" in metrics:
@@ -121,8 +125,26 @@ def _scores(metrics: dict[str, Any]) -> str:
     rows.append(
         _row("real against real (floor)", f"{metrics['real']['class_agreement']:.1%}", _distance(metrics["floor"]))
     )
+    return f"<h2>Scores</h2><table>{''.join(rows)}</table>" + _protocol(protocol)
+
+
+def _read_back(metrics: dict[str, Any]) -> str:
+    """Shares of pictures whose shapes are as their caption or class says."""
+    rows = [_row("", *metrics["real"], tag="th")]
+    titles = {
+        "guided": f"guidance {metrics['protocol']['guidance']:g}",
+        "unguided": "unguided",
+        "real": "real pictures",
+    }
+    for name, title in titles.items():
+        if name in metrics:
+            rows.append(_row(title, *(f"{rate:.1%}" for rate in metrics[name].values())))
+    return f"<h2>What is drawn</h2><table>{''.join(rows)}</table>"
+
+
+def _protocol(protocol: dict[str, Any]) -> str:
     terms = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in protocol.items())
-    return f"<h2>Scores</h2><table>{''.join(rows)}</table><h2>Protocol</h2><dl>{terms}</dl>"
+    return f"<h2>Protocol</h2><dl>{terms}</dl>"
 
 
 def _lengths(metrics: dict[str, Any]) -> str:

@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from gesso import config, ema, files, nets
 from gesso.config import Run
 from gesso.diffusion.denoiser import Denoiser, build
+from gesso.ema import Fit, Power, Profile, Traditional
 from gesso.errors import RunError, UsageError
 from gesso.nets import mp
 
@@ -25,15 +27,15 @@ ROWS = "control rows"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One stored average: file, images seen, relative EMA length."""
+    """One stored average: file, images seen, profile."""
 
     path: Path
     nimg: int
-    sigma_rel: float
+    profile: Profile
 
 
 def write(
-    path: Path, tensors: dict[str, Tensor], nimg: int, sigma_rel: float, run: Run, rows: Tensor | None = None
+    path: Path, tensors: dict[str, Tensor], nimg: int, profile: Profile, run: Run, rows: Tensor | None = None
 ) -> None:
     """Store named weights in safetensors with all that is needed to use them alone.
 
@@ -41,15 +43,17 @@ def write(
     """
     if rows is not None:
         tensors = tensors | {ROWS: rows}
-    description = {"format": FORMAT, "nimg": nimg, "sigma_rel": sigma_rel, "run": config.as_tree(run)}
+    # asdict: the one key sigma_rel or halflife.
+    description = {"format": FORMAT, "nimg": nimg, **asdict(profile), "run": config.as_tree(run)}
     with files.whole(path) as temporary:
         # One key: safetensors writes several in no fixed order, and equal runs shall give equal bytes.
         metadata = {"gesso": json.dumps(description)}
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
 
 
-def path_for(folder: Path, nimg: int, sigma_rel: float) -> Path:
-    return folder / f"nimg{nimg:012d}-ema{sigma_rel:.4f}.safetensors"
+def path_for(folder: Path, nimg: int, profile: Profile) -> Path:
+    name = f"ema{profile.sigma_rel:.4f}" if isinstance(profile, Power) else profile.key
+    return folder / f"nimg{nimg:012d}-{name}.safetensors"
 
 
 def _description(path: Path) -> dict[str, Any]:
@@ -65,48 +69,46 @@ def _description(path: Path) -> dict[str, Any]:
     return description
 
 
+def _snapshot(path: Path, description: dict[str, Any]) -> Snapshot:
+    halflife = description.get("halflife")
+    return Snapshot(path, description["nimg"], Traditional(halflife) if halflife else Power(description["sigma_rel"]))
+
+
 def stored(run_folder: Path) -> list[Snapshot]:
-    """The snapshots of a run, by time, then length. Raises UsageError when there are none."""
-    found = []
-    for path in sorted((run_folder / "snapshots").glob("*.safetensors")):
-        description = _description(path)
-        found.append(Snapshot(path, description["nimg"], description["sigma_rel"]))
+    """The snapshots of a run, by time, then name. Raises UsageError when there are none."""
+    found = [_snapshot(path, _description(path)) for path in (run_folder / "snapshots").glob("*.safetensors")]
     if not found:
         raise UsageError(f"{run_folder} holds no snapshots yet: train it first, or name another run folder")
-    return sorted(found, key=lambda s: (s.nimg, s.sigma_rel))
+    return sorted(found, key=lambda s: (s.nimg, s.path.name))
 
 
 def synthesize(
-    run_folder: Path, sigma_rels: list[float], nimg: int | None = None
-) -> tuple[list[dict[str, Tensor]], Run, int, list[float]]:
-    """Weights for each EMA length at time nimg (the last, when None), from all snapshots up to then.
+    run_folder: Path, profiles: Sequence[Profile], nimg: int | None = None
+) -> tuple[list[dict[str, Tensor]], Run, int, list[Fit]]:
+    """Weights for each profile at time nimg (the last, when None), from all snapshots up to then.
 
-    Returns (weights per length, run, nimg, squared relative profile error per length). Stored lengths
-    come out as stored. One pass over the files. Raises UsageError for a time before the first snapshot.
+    Returns (weights per profile, run, nimg, fit per profile: its error, and the weight of the initial weights in
+    it). What is stored comes out as stored. One pass over the files. Raises UsageError for a time before the first
+    snapshot.
     """
     available = stored(run_folder)
     nimg = available[-1].nimg if nimg is None else nimg
     used = [s for s in available if s.nimg <= nimg]
     if not used:
         raise UsageError(f"no snapshot up to image {nimg:,}; the first of {run_folder} is at {available[0].nimg:,}")
-    times, gammas = [s.nimg for s in used], [ema.sigma_rel_to_gamma(s.sigma_rel) for s in used]
-    columns, errors = [], []
-    for sigma_rel in sigma_rels:
-        x, error = ema.solve(times, gammas, nimg, ema.sigma_rel_to_gamma(sigma_rel))
-        columns.append(x)
-        errors.append(error)
-    weights: list[dict[str, Tensor]] = [{} for _ in sigma_rels]
+    fits = [ema.solve([s.nimg for s in used], [s.profile for s in used], nimg, profile) for profile in profiles]
+    weights: list[dict[str, Tensor]] = [{} for _ in profiles]
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(safe_open(s.path, "pt")) for s in used]
         for s, reader in zip(used, readers, strict=True):
             if set(reader.keys()) != set(readers[0].keys()):
                 raise RunError(f"{s.path} holds other tensors than {used[0].path}: it belongs to another run")
         names = sorted(set(readers[0].keys()) - {ROWS})
-        for name, values in ema.combine(readers, np.stack(columns, axis=1), names):
+        for name, values in ema.combine(readers, np.stack([fit.x for fit in fits], axis=1), names):
             for target, value in zip(weights, values, strict=True):
                 target[name] = value
     run = config.validate(_description(used[-1].path)["run"])
-    return weights, run, nimg, errors
+    return weights, run, nimg, fits
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], Run, Snapshot]:
@@ -115,7 +117,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], Run, Snapshot]:
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in list(file.keys()) if name != ROWS}
     run = config.validate(description["run"])
-    return tensors, run, Snapshot(path, description["nimg"], description["sigma_rel"])
+    return tensors, run, _snapshot(path, description)
 
 
 def control_rows(run_folder: Path) -> Tensor | None:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from gesso import __main__ as cli
 from gesso import generate, recipes, snapshot
+from gesso.ema import Power
 from gesso.errors import UsageError
 from gesso.train.start import start
 
@@ -161,7 +162,7 @@ def test_ema_writes_a_snapshot_of_any_length(gesso, run):
     assert code == 0 and "sigma_rel 0.15" in out and "relative error" in out
     made, _, meta = snapshot.read(run / "ema" / "nimg000000000640-ema0.0500.safetensors")
     kept, _, _ = snapshot.read(run / "snapshots" / "nimg000000000640-ema0.0500.safetensors")
-    assert meta.sigma_rel == 0.05 and all(torch.allclose(made[k], kept[k], atol=1e-6) for k in kept)
+    assert meta.profile == Power(0.05) and all(torch.allclose(made[k], kept[k], atol=1e-6) for k in kept)
     assert len(snapshot.stored(run)) == 8  # what was made is not mistaken for what was tracked
 
 

@@ -16,6 +16,7 @@ from gesso import keyed
 from gesso.cond import Cond, concat, pad
 from gesso.config import Semantic
 from gesso.data.order import text_fields
+from gesso.data.text import Encoded, mean
 
 F64 = torch.float64
 HOW = ("zero", "masked", "replicate", "noisy")
@@ -23,6 +24,10 @@ HOW = ("zero", "masked", "replicate", "noisy")
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def encoded(tokens: Tensor, lengths: Tensor) -> Encoded:
+    return Encoded(tokens, lengths, mean(tokens, lengths))
 
 
 @st.composite
@@ -114,7 +119,7 @@ def test_the_noise_has_the_moments_of_equation_7():
     text = torch.zeros(6, 2)
     text[:2] = torch.tensor([[1.0, -3.0], [2.0, 5.0]])
     n = 4000
-    fields = text_fields(cfg, text.expand(n, 6, 2), torch.full((n,), 2), 0, torch.arange(n))
+    fields = text_fields(cfg, encoded(text.expand(n, 6, 2), torch.full((n,), 2)), 0, torch.arange(n))
     copies = text[[0, 1, 0, 1, 0, 1]]
     std = 0.3 * math.sqrt(2) * torch.tensor([0.5, 4.0])
     assert ((fields["text"].mean(0) - copies).abs() < 5 * std / n**0.5).all()
@@ -129,14 +134,14 @@ def test_the_noise_is_keyed_to_seed_and_sample_whatever_the_batch():
     cfg = Semantic(kind="text", tokens=8, width=4, padding="noisy", noise=0.5)
     tokens, lengths = torch.randn(8, 8, 4, generator=torch.Generator().manual_seed(3)), torch.tensor([2, 3, 4, 5] * 2)
     sample = torch.tensor([5, 9, 11, 2, 7, 8, 3, 1])
-    whole = text_fields(cfg, tokens, lengths, 3, sample)["text"]
+    whole = text_fields(cfg, encoded(tokens, lengths), 3, sample)["text"]
     for i in range(8):
-        one = text_fields(cfg, tokens[i : i + 1], lengths[i : i + 1], 3, sample[i : i + 1])["text"]
+        one = text_fields(cfg, encoded(tokens[i : i + 1], lengths[i : i + 1]), 3, sample[i : i + 1])["text"]
         assert one[0].equal(whole[i])
     order = torch.tensor([3, 1, 0, 2, 7, 4, 6, 5])
-    assert text_fields(cfg, tokens[order], lengths[order], 3, sample[order])["text"].equal(whole[order])
-    assert not text_fields(cfg, tokens, lengths, 4, sample)["text"].allclose(whole, atol=1e-2)
-    assert not text_fields(cfg, tokens, lengths, 3, sample + 100)["text"].allclose(whole, atol=1e-2)
+    assert text_fields(cfg, encoded(tokens[order], lengths[order]), 3, sample[order])["text"].equal(whole[order])
+    assert not text_fields(cfg, encoded(tokens, lengths), 4, sample)["text"].allclose(whole, atol=1e-2)
+    assert not text_fields(cfg, encoded(tokens, lengths), 3, sample + 100)["text"].allclose(whole, atol=1e-2)
     eps = keyed.normal(3, sample, "text padding", (8, 4))
     assert pad(tokens, lengths, "noisy", 0.5, eps)[0].equal(whole)
 
@@ -146,8 +151,8 @@ def test_an_empty_text_is_a_withheld_text(how):
     """T zero tokens, all attended, zero pooled text: the same three tensors under each padding."""
     cfg = Semantic(kind="text", tokens=5, width=3, padding=how, noise=0.5)
     tokens, counter = torch.randn(2, 5, 3), torch.arange(2)
-    empty = Cond(**text_fields(cfg, tokens * 0, torch.zeros(2, dtype=torch.int64), 0, counter))
-    given = Cond(**text_fields(cfg, tokens, torch.tensor([2, 5]), 0, counter))
+    empty = Cond(**text_fields(cfg, encoded(tokens * 0, torch.zeros(2, dtype=torch.int64)), 0, counter))
+    given = Cond(**text_fields(cfg, encoded(tokens, torch.tensor([2, 5])), 0, counter))
     given = dataclasses.replace(given, pooled=given.pooled + 1)
     for cond in (empty, given.without(semantic=True), empty.without(semantic=True)):
         assert cond.text_or_null().equal(torch.zeros(2, 5, 3))
@@ -161,7 +166,7 @@ def test_pooled_text_is_the_mean_of_the_real_tokens_under_each_padding():
     tokens[0, :1], tokens[1, :3] = 2.0, torch.arange(9.0).reshape(3, 3)
     for how in HOW:
         cfg = Semantic(kind="text", tokens=4, width=3, padding=how)
-        pooled = text_fields(cfg, tokens, lengths, 0, torch.arange(2))["pooled"]
+        pooled = text_fields(cfg, encoded(tokens, lengths), 0, torch.arange(2))["pooled"]
         assert pooled.equal(torch.tensor([[2.0, 2, 2], [3, 4, 5]]))
 
 

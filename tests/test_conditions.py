@@ -14,7 +14,7 @@ from gesso import __main__ as cli
 from gesso import conditions, config, generate, nets, recipes, snapshot
 from gesso.config import CONTROLS, Inputs, MMDiT, UNet
 from gesso.data import images as sources
-from gesso.data.encoders import Words
+from gesso.data.text import Words
 from gesso.errors import UsageError
 from gesso.train.start import opened
 
@@ -273,10 +273,10 @@ def test_what_is_cut_is_said_once():
 
 def test_words_are_unit_vectors_that_depend_on_the_word_and_its_place_alone():
     words = Words(small(**{"semantic.tokens": 4, "semantic.width": 512}).semantic)
-    tokens, lengths = words(["red cat", "cat", "dog red cat", ""])
+    tokens, lengths, _ = words(["red cat", "cat", "dog red cat", ""])
     assert lengths.tolist() == [2, 1, 3, 0] and not tokens[3].any() and not tokens[1, 1:].any()
     assert tokens[tokens.any(2)].square().mean(1).sub(1).abs().max() < 0.25
-    alone, _ = Words(small(**{"semantic.tokens": 4, "semantic.width": 512}).semantic)(["xy cat"])
+    alone, _, _ = Words(small(**{"semantic.tokens": 4, "semantic.width": 512}).semantic)(["xy cat"])
     assert alone[0, 1].equal(tokens[0, 1])  # another vocabulary
     position = tokens[2, 2] - tokens[0, 1]  # cat in places 2 and 1
     assert position.abs().max() > 0.1

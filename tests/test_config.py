@@ -21,7 +21,16 @@ def complaint(*arguments, name="digits") -> str:
 
 
 @pytest.mark.parametrize(
-    "text, value", [("200k", 200_000), ("1e6", 1_000_000), ("1.5M", 1_500_000), ("64", 64), ("2E3", 2000)]
+    "text, value",
+    [
+        ("200k", 200_000),
+        ("1e6", 1_000_000),
+        ("1.5M", 1_500_000),
+        ("64", 64),
+        ("2E3", 2000),
+        ("1.2.3", "1.2.3"),
+        (".", "."),
+    ],
 )
 def test_counts(text, value):
     assert resolve(f"train.total_images={text}").train.total_images == value

@@ -1,12 +1,24 @@
-"""Power-function averages against brute force, and other lengths rebuilt from them."""
+"""Averages of both kinds against brute force, others rebuilt from them, and their way through snapshots and sampling."""
 
+import json
+import shutil
+import sys
+
+import mpmath
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from written import QUIET, changed, small, written
 
-from gesso import ema
+from gesso import __main__ as cli
+from gesso import config, ema, generate, recipes, snapshot
+from gesso.ema import Density, Power, Traditional
+from gesso.evaluate import score
+from gesso.train import loop
+from gesso.train.start import start
 
 
 @pytest.mark.parametrize(
@@ -27,56 +39,148 @@ def test_exponent_gives_back_the_length(sigma_rel):
 @pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 0.2887, 1.0, float("nan")])
 def test_lengths_without_a_profile(sigma_rel):
     with pytest.raises(ValueError, match=r"between 0 and 0\.2887"):
-        ema.sigma_rel_to_gamma(sigma_rel)
+        ema.Power(sigma_rel)
+
+
+@pytest.mark.parametrize("halflife", [0, -5, float("nan")])
+def test_half_lives_that_are_none(halflife):
+    with pytest.raises(ValueError, match="above 0"):
+        Traditional(halflife)
 
 
 def test_published_beta():
-    beta = ema.power_beta(ema.sigma_rel_to_gamma(0.05), 20_480_000 - 2048, 20_480_000)
-    assert beta == pytest.approx(0.9982043044666998, rel=1e-12)
+    assert Power(0.05).beta(20_480_000 - 2048, 20_480_000) == pytest.approx(0.9982043044666998, rel=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    steps=st.lists(st.integers(1, 5000), min_size=1, max_size=30),
-    sigma_rel=st.sampled_from([0.05, 0.1, 0.2]),
-    seed=st.integers(0, 1000),
-)
-def test_tracking_equals_the_integral_at_any_interval(steps, sigma_rel, seed):
-    """theta_hat(t) = int p(t) theta(t) dt with theta piecewise constant (Eq. 112-119), updates any distance apart."""
+def test_config_a_in_steps():
+    """A half-life of 50M images is 12k steps of 4096, and sigma_rel .034 at the end of 2^31 images (B.1)."""
+    profile = Traditional(50_000_000)
+    assert profile.beta(0, 4096) ** 12_207 == pytest.approx(0.5, abs=1e-4)
+    assert round(1 / profile.k / 2**31, 3) == 0.034  # a long exponential's standard deviation is 1/k
+
+
+PROFILES = [Power(0.05), Power(0.1), Power(0.2), Traditional(7), Traditional(2000), Traditional(10**9)]
+
+
+def shares(profile: ema.Profile, edges: np.ndarray) -> np.ndarray:
+    """Weights of theta(0) and of the theta of each interval between the edges, 0 to t, by the primitive of p."""
+    t = edges[-1]
+    if isinstance(profile, Power):
+        cdf = (edges / t) ** (profile.gamma + 1)
+    else:
+        cdf = 2.0 ** (-(t - edges) / profile.halflife)
+    return np.diff(cdf, prepend=0.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(steps=st.lists(st.integers(1, 5000), min_size=1, max_size=30), seed=st.integers(0, 1000))
+def test_tracking_equals_the_integral_at_any_interval(steps, seed):
+    """theta_hat(t) = int p(t) theta(t) dt + m theta(0), theta piecewise constant (Eq. 112-120), updates any distance apart."""
     g = torch.Generator().manual_seed(seed)
-    theta = torch.zeros(3, dtype=torch.float64)
-    average = ema.PowerEMA({"w": theta}, [sigma_rel])
-    times, values, t = [0], [], 0
+    theta = torch.randn(3, generator=g, dtype=torch.float64)
+    average = ema.Tracker({"w": theta}, PROFILES)
+    times, values = [0], [theta.clone()]
     for dt in steps:
         theta.copy_(torch.randn(3, generator=g, dtype=torch.float64))
-        average.update(t, t + dt)
-        t += dt
-        times.append(t)
+        average.update(times[-1], times[-1] + dt)
+        times.append(times[-1] + dt)
         values.append(theta.clone())
-    gamma = ema.sigma_rel_to_gamma(sigma_rel)
-    cdf = (torch.tensor(times, dtype=torch.float64) / t) ** (gamma + 1)  # primitive of p
-    wanted = (cdf.diff()[:, None] * torch.stack(values)).sum(0)
-    torch.testing.assert_close(average.averages[sigma_rel]["w"], wanted, rtol=1e-9, atol=1e-12)
+    for profile in PROFILES:
+        wanted = torch.from_numpy(shares(profile, np.array(times, np.float64))) @ torch.stack(values)
+        torch.testing.assert_close(average.averages[profile]["w"], wanted, rtol=1e-9, atol=1e-12)
 
 
-def test_inner_products_equal_integrals():
-    t = np.linspace(0, 1, 2_000_001)[1:]
-    for (t_a, g_a), (t_b, g_b) in [((0.6, 3.0), (1.0, 7.0)), ((1.0, 7.0), (0.6, 3.0)), ((0.5, 2.0), (0.5, 6.0))]:
-        p = [(g + 1) * t**g / end ** (g + 1) * (t <= end) for end, g in ((t_a, g_a), (t_b, g_b))]
-        numeric = (p[0] * p[1]).sum() * (t[1] - t[0])
-        ours = ema.inner_products(np.float64(t_a), np.float64(g_a), np.float64(t_b), np.float64(g_b))
-        assert float(ours) == pytest.approx(numeric, rel=1e-5)
+@settings(max_examples=200, deadline=None)
+@given(gamma=st.floats(0.05, 500), exponent=st.floats(-8, 5))
+def test_kummers_function(gamma, exponent):
+    """M(1, gamma+2, -z) = e^-z M(gamma+1, gamma+2, z), in 40 digits."""
+    z = 10**exponent
+    with mpmath.workdps(40):
+        wanted = mpmath.hyp1f1(1, mpmath.mpf(gamma) + 2, -mpmath.mpf(z), maxterms=10**6)
+        assert float(abs(ema.kummer(np.float64(gamma), np.float64(z)) / wanted - 1)) < 1e-13
 
 
-def walk(n=2048, size=16):
-    """A random walk of weights, and its brute-force average at any length."""
+def test_kummers_closed_cases():
+    assert ema.kummer(np.array([3.0, 0.0]), np.array([0.0, 0.0])).tolist() == [1, 1]
+    assert ema.kummer(np.float64(0), np.float64(1e-9)) == pytest.approx(1 - 0.5e-9, rel=1e-15)
+    for z in (0.3, 40.0):  # the quadrature goes over into the closed forms
+        assert ema.kummer(np.float64(1e-13), np.float64(z)) == pytest.approx(-np.expm1(-z) / z, rel=1e-12)
+    assert ema.kummer(np.float64(5), np.float64(1e-13)) == pytest.approx(1, rel=1e-12)
+
+
+def curve(kind: str, t: float, length: float) -> Density:
+    """One density: gamma or the half-life given."""
+    return Density(*np.float64((t, length, 0.0) if kind == "power" else (t, 0.0, np.log(2) / length)))
+
+
+def integral(*curves: Density) -> mpmath.mpf:
+    """Of the product of densities, by quadrature in 25 digits on pieces that are short where it is steep."""
+    with mpmath.workdps(25):
+        T = min(mpmath.mpf(float(c.t)) for c in curves)
+        rate = sum(mpmath.mpf(float(c.k)) + (float(c.gamma) + 1) / T for c in curves)
+
+        def product(tau):
+            value = mpmath.mpf(1)
+            for c in curves:
+                t, gamma, k = (mpmath.mpf(float(v)) for v in c)
+                value *= k * mpmath.exp(-k * (t - tau)) if k else (gamma + 1) / t * (tau / t) ** gamma
+            return value
+
+        largest = product(T)  # mpmath's error is absolute: integrate what is 1 at T
+        ends = [T - 4 * i / rate for i in range(20)]
+        pieces = [mpmath.mpf(0), T / 10**9, T / 10**5, *sorted(end for end in ends if end > T / 100)]
+        return largest * mpmath.quad(lambda tau: product(tau) / largest, pieces)
+
+
+curves = st.one_of(
+    st.builds(lambda t, length: curve("power", t, length), st.floats(0.01, 1), st.floats(0.1, 60)),
+    st.builds(lambda t, x: curve("traditional", t, 10**x), st.floats(0.01, 1), st.floats(-4, 2)),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(a=curves, b=curves)
+def test_inner_products_equal_integrals(a, b):
+    """Gamma from .1 to 60, half-lives from 1e-4 to 100 of the time, in any pair, at any two times."""
+    ours = float(ema.inner_products(a, b))
+    assert ours == float(ema.inner_products(b, a)) and np.isfinite(ours)
+    assume(ours > 1e-280)
+    assert float(abs(ours / integral(a, b) - 1)) < 1e-10
+
+
+@settings(max_examples=20, deadline=None)
+@given(a=curves)
+def test_all_weights_sum_to_1(a):
+    assert float(integral(a)) + float(a.initial()) == pytest.approx(1, rel=1e-12)
+
+
+def test_inner_products_of_two_power_profiles_are_eq_151():
+    a, b = curve("power", 0.6, 3.0), curve("power", 1.0, 7.0)
+    assert float(ema.inner_products(a, b)) == pytest.approx(4 * 8 * 0.6**7 / 11, rel=1e-14)
+
+
+def test_far_ends_overflow_nowhere():
+    t = [1, 10**4, 10**6, 2 * 10**9]
+    profiles = [Power(1e-3), Power(0.2886), Traditional(1), Traditional(10**15)]
+    row = ema.densities([time for time in t for _ in profiles], profiles * len(t), 2e9)
+    products = ema.inner_products(Density(*(values[:, None] for values in row)), row)
+    assert np.isfinite(products).all() and (products >= 0).all() and (products.diagonal() > 0).all()
+    assert products == pytest.approx(products.T, rel=1e-13)
+
+
+N = 2048
+FAR = 10.0
+"""theta(0) lies far from all that follows: what it spoils is seen"""
+
+
+def walk(n=N, size=16):
+    """A random walk of weights, and its brute-force average of any profile at any time."""
     g = torch.Generator().manual_seed(0)
     theta = torch.randn(n, size, generator=g, dtype=torch.float64).cumsum(0) / n**0.5
+    theta = torch.cat([FAR * torch.randn(1, size, generator=g, dtype=torch.float64), theta])
 
-    def average(sigma_rel, end=n):
-        gamma = ema.sigma_rel_to_gamma(sigma_rel)
-        cdf = (torch.arange(end + 1, dtype=torch.float64) / end) ** (gamma + 1)
-        return (cdf.diff()[:, None] * theta[:end]).sum(0)
+    def average(profile, end=n):
+        return torch.from_numpy(shares(profile, np.arange(end + 1, dtype=np.float64))) @ theta[: end + 1]
 
     return theta, average
 
@@ -92,13 +196,26 @@ class Memory:
         return self.tensor
 
 
-def rebuilt(average, sigma_rel, n=2048, snapshots=32, end=None):
-    stored = [(n * (i + 1) // snapshots, s) for i in range(snapshots) for s in (0.05, 0.10)]
-    stored = [(t, s) for t, s in stored if end is None or t <= end]
-    gammas = [ema.sigma_rel_to_gamma(s) for _, s in stored]
-    x, error = ema.solve([t for t, _ in stored], gammas, end or n, ema.sigma_rel_to_gamma(sigma_rel))
-    assert x.sum() == pytest.approx(1)
-    return dict(ema.combine([Memory(average(s, t)) for t, s in stored], x))["w"], error
+def kept(profiles, snapshots=32, n=N, end=None):
+    """Times and profiles of what a run stores up to `end`."""
+    pairs = [(n * (i + 1) // snapshots, p) for i in range(snapshots) for p in profiles]
+    times, kinds = zip(*[(t, p) for t, p in pairs if t <= (end or n)], strict=True)
+    return times, kinds
+
+
+TWO = (Power(0.05), Power(0.1))
+
+
+def rebuilt(average, target, profiles=TWO, end=None, dtype=torch.float64, **how):
+    times, kinds = kept(profiles, end=end, **how)
+    fit = ema.solve(times, kinds, end or N, target)
+    assert fit.x.sum() == pytest.approx(1)
+    readers = [Memory(average(p, t).to(dtype)) for t, p in zip(times, kinds, strict=True)]
+    return dict(ema.combine(readers, fit.x))["w"], fit
+
+
+def distance(ours, wanted):
+    return float((ours - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize(
@@ -107,38 +224,145 @@ def rebuilt(average, sigma_rel, n=2048, snapshots=32, end=None):
 )
 def test_other_lengths_from_snapshots(sigma_rel, bound):
     _, average = walk()
-    ours, error = rebuilt(average, sigma_rel)
-    wanted = average(sigma_rel)
-    assert (ours - wanted).norm() / wanted.norm() < bound
-    assert error < (1e-3 if sigma_rel <= 0.2 else 2e-3)
+    ours, fit = rebuilt(average, Power(sigma_rel))
+    wanted = average(Power(sigma_rel))
+    assert distance(ours, wanted) < bound
+    assert fit.error < (1e-3 if sigma_rel <= 0.2 else 2e-3) and fit.initial == 0
     # It is not merely one of the stored ones.
-    assert min((average(s) - wanted).norm() for s in (0.05, 0.1)) > 5 * (ours - wanted).norm()
+    assert min((average(Power(s)) - wanted).norm() for s in (0.05, 0.1)) > 5 * (ours - wanted).norm()
 
 
-def test_stored_lengths_come_out_as_stored():
+MIXED = (Power(0.05), Power(0.1), Traditional(N // 20), Traditional(10 * N))
+
+
+@pytest.mark.parametrize("target", MIXED, ids=str)
+@pytest.mark.parametrize("end", [N, N // 2])
+def test_what_is_stored_comes_out_as_stored(target, end):
     _, average = walk()
-    for s in (0.05, 0.10):
-        torch.testing.assert_close(rebuilt(average, s)[0], average(s), rtol=1e-8, atol=1e-8)
+    ours, fit = rebuilt(average, target, MIXED, end=end)
+    assert ours.equal(average(target, end)) and fit.error == 0 and (fit.x != 0).sum() == 1
+    assert fit.initial == pytest.approx(shares(target, np.array([0.0, end]))[0])
 
 
 def test_a_past_time():
     _, average = walk()
-    ours, _ = rebuilt(average, 0.15, end=1024)
-    wanted = average(0.15, 1024)
-    assert (ours - wanted).norm() / wanted.norm() < 5e-3
+    ours, _ = rebuilt(average, Power(0.15), end=1024)
+    assert distance(ours, average(Power(0.15), 1024)) < 5e-3
     with pytest.raises(ValueError, match="nothing is stored"):
-        ema.solve([100], [6.9], 50, 6.9)
+        ema.solve([100], [Power(0.1)], 50, Power(0.1))
+    with pytest.raises(ValueError, match="nothing is stored"):
+        ema.solve([], [], 50, Power(0.1))
 
 
-def test_error_falls_as_the_fourth_power_of_the_snapshots():
-    """MATH: squared error of the profile ~ 1/n^4 with two profiles."""
-    errors = []
-    for n in (16, 32, 64):
-        t = [i + 1 for i in range(n) for _ in range(2)]
-        gammas = [ema.sigma_rel_to_gamma(s) for _ in range(n) for s in (0.05, 0.10)]
-        errors.append(ema.solve(t, gammas, n, ema.sigma_rel_to_gamma(0.075))[1])
-    slopes = np.diff(np.log2(errors))
-    assert slopes == pytest.approx(-4, abs=0.5)
+@pytest.mark.parametrize(
+    "profiles, target, slope",
+    [
+        ((Power(0.05), Power(0.1)), Power(0.075), -4),  # MATH: squared error of the profile ~ 1/n^4 with two profiles
+        ((Traditional(500),), Power(0.1), -2),  # 1/n^2 with one
+        ((Traditional(10**4),), Power(0.1), -2),
+        ((Traditional(50), Traditional(500)), Power(0.1), -4),
+        ((Power(0.1), Traditional(500)), Power(0.15), -4),
+        ((Power(0.05), Power(0.1)), Traditional(100), -4),
+    ],
+    ids=str,
+)
+def test_errors_fall_with_the_number_of_snapshots(profiles, target, slope):
+    errors = [ema.solve(*kept(profiles, n), N, target).error for n in (16, 32, 64, 128)]
+    assert np.diff(np.log2(errors)).mean() == pytest.approx(slope, abs=0.5)
+
+
+def test_other_profiles_from_one_half_life():
+    """Power targets, and other half-lives, from many traditional snapshots: as in theory, so of weights."""
+    _, average = walk()
+    for target in (Power(0.05), Power(0.1), Power(0.2), Traditional(150)):
+        far, near = (rebuilt(average, target, (Traditional(100),), snapshots=n) for n in (16, 128))
+        assert near[1].error < far[1].error / 20 and near[1].error < 2e-3
+        assert distance(near[0], average(target)) < 5e-3
+        assert distance(near[0], average(target)) < distance(far[0], average(target))
+
+
+@pytest.mark.parametrize("target", [Power(0.02), Power(0.15), Power(0.25), Traditional(300)], ids=str)
+@pytest.mark.parametrize("profiles", [MIXED, (Traditional(100),), (Power(0.1), Traditional(N))], ids=str)
+def test_a_combination_of_averages_is_that_of_profiles(profiles, target):
+    """Averages that a tracker made of a random trajectory, against the integral of sum_i x_i p_i, and m."""
+    n = 256
+    theta = torch.randn(n + 1, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    live = theta[0].clone()
+    tracker = ema.Tracker({"w": live}, profiles)
+    times, kinds = kept(profiles, 8, n)
+    readers, last = [], 0
+    for t in range(1, n + 1):
+        live.copy_(theta[t])
+        tracker.update(last, t)
+        last = t
+        if t in times:
+            readers += [Memory(tracker.averages[p]["w"].clone()) for p in profiles]
+    fit = ema.solve(times, kinds, n, target)
+    fine = 4000  # midpoints in every step
+    tau = (np.arange(n * fine) + 0.5) / fine
+    stored = ema.densities(times, kinds)
+    p = np.zeros_like(tau)
+    for i, x in enumerate(fit.x):
+        inside = tau <= times[i]
+        p[inside] += x * Density(*(v[i] for v in stored)).at(tau[inside])
+    weights = np.r_[fit.initial, p.reshape(n, fine).mean(1)]
+    ours = dict(ema.combine(readers, fit.x))["w"]
+    torch.testing.assert_close(ours, torch.from_numpy(weights) @ theta, rtol=1e-5, atol=1e-5)
+    # The error told is that of the profile; theta(0) counts as the weights of the first snapshot's time before 0.
+    wanted = Density(*(v[0] for v in ema.densities([n], [target])))
+    gap = ((p - wanted.at(tau)) ** 2).mean() * n + (fit.initial - wanted.initial()) ** 2 / times[0]
+    norm = (wanted.at(tau) ** 2).mean() * n + wanted.initial() ** 2 / times[0]
+    assert fit.error == pytest.approx(gap / norm, rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("halflife", [100, N, 10 * N, 1000 * N])
+@pytest.mark.parametrize("beside", [(), (Power(0.034), Power(0.05))], ids=str)
+@pytest.mark.parametrize("sigma_rel", [0.1, 0.25])
+def test_initial_weights_stay_out_of_power_targets(halflife, beside, sigma_rel):
+    """Even where the stored averages are theta(0) almost alone, in a run much shorter than the half-life.
+
+    Least squares between the densities alone has theta(0) at a weight of .9 here, and results 10 lengths away.
+    """
+    _, average = walk()
+    profiles = (*beside, Traditional(halflife))
+    ours, fit = rebuilt(average, Power(sigma_rel), profiles, snapshots=128)
+    assert abs(fit.initial) < 2e-4 and fit.error < 1e-3
+    assert distance(ours, average(Power(sigma_rel))) < 5e-3
+
+
+def test_the_weight_of_theta_0_is_told():
+    """Half of this target is theta(0), which power profiles hold nothing of."""
+    target = Traditional(N)
+    without = ema.solve(*kept((Power(0.05), Power(0.1))), N, target)
+    assert without.initial == 0 and without.error > 0.5 and "initial" not in str(without)
+    within = ema.solve(*kept((Power(0.05), Power(0.1), Traditional(5 * N))), N, target)
+    assert within.initial == pytest.approx(0.5, abs=1e-2) and within.error < 1e-3
+    assert "weight of the initial weights 0.5" in str(within)
+
+
+def test_one_snapshot_stands_for_all():
+    fit = ema.solve([100], [Traditional(50)], 100, Power(0.1))
+    assert fit.x.tolist() == [1] and fit.initial == 0.25
+
+
+@pytest.mark.parametrize(
+    "profiles, bound",
+    [
+        ((Power(0.034), Power(0.05), Traditional(round(0.0233 * N))), 2e-5),  # CONFIG A: all about alike at the end
+        ((Power(0.05), Power(0.1), Traditional(2 * N)), 2e-5),
+        ((Traditional(100 * N), Traditional(101 * N)), 1e-3),  # less than 1% of them is not theta(0)
+        ((Power(0.1), Power(0.1)), 2e-6),
+    ],
+    ids=str,
+)
+def test_averages_that_nearly_coincide(profiles, bound):
+    """Coefficients stay small, so that float32 averages give what float64 ones would."""
+    _, average = walk()
+    for target in (Power(0.07), Power(0.15), Traditional(100)):
+        exact, _ = rebuilt(average, target, profiles, snapshots=256)
+        rounded, _ = rebuilt(average, target, profiles, snapshots=256, dtype=torch.float32)
+        assert distance(rounded.double(), exact) < bound
+        assert distance(exact, average(target)) < 2e-3
 
 
 def test_several_targets_in_one_pass():
@@ -147,3 +371,222 @@ def test_several_targets_in_one_pass():
     together = dict(ema.combine(readers, x))["w"]
     for j in range(2):
         torch.testing.assert_close(together[j], dict(ema.combine(readers, x[:, j]))["w"])
+
+
+# Snapshots, settings, sampling.
+
+HALF = {"ema.halflives": "[1000]"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run with sigma_rel .05, .1 and a half-life of 1000 at image 640; their weights differ."""
+    path = tmp_path_factory.mktemp("half") / "run"
+    written(path, **HALF)
+    return path
+
+
+@pytest.fixture
+def gesso(monkeypatch, capsys):
+    """Type a command; returns (exit code, all it says)."""
+
+    def type_in(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["gesso", *map(str, words)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        said = capsys.readouterr()
+        return code, " ".join((said.out + said.err).split())
+
+    return type_in
+
+
+def test_snapshots_know_their_profile(folder):
+    found = snapshot.stored(folder)
+    assert [s.path.name for s in found] == [
+        f"nimg000000000640-{name}.safetensors" for name in ("ema0.0500", "ema0.1000", "halflife1000")
+    ]
+    assert [s.profile for s in found] == [Power(0.05), Power(0.1), Traditional(1000)]
+    for one in found:
+        tensors, _, meta = snapshot.read(one.path)
+        (made,), _, time, (fit,) = snapshot.synthesize(folder, [one.profile])
+        assert meta == one and time == 640 and fit.error == 0
+        assert all(made[k].equal(tensors[k]) for k in tensors)
+    assert fit.initial == pytest.approx(2**-0.64)
+
+
+def test_snapshots_of_before_half_lives(tmp_path):
+    run = small()
+    tree = config.as_tree(run)
+    del tree["ema"]["halflives"], tree["sample"]["halflife"]
+    description = {"format": "gesso snapshot 1", "nimg": 640, "sigma_rel": 0.05, "run": tree}
+    path = tmp_path / "snapshots" / "nimg000000000640-ema0.0500.safetensors"
+    path.parent.mkdir()
+    save_file({"w": torch.ones(3)}, path, {"gesso": json.dumps(description)})
+    assert snapshot.read(path)[1] == run
+    assert snapshot.stored(tmp_path) == [snapshot.Snapshot(path, 640, Power(0.05))]
+    # The files of power profiles are still written under this name, with these keys in this order.
+    assert snapshot.path_for(path.parent, 640, Power(0.05)) == path
+    snapshot.write(path, {"w": torch.ones(3)}, 640, Power(0.05), run)
+    assert list(snapshot._description(path)) == list(description)
+
+
+def test_training_resumes_bit_equal_and_samples(tmp_path):
+    out, again = tmp_path / "run", tmp_path / "again"
+    run = small(**HALF, **{"ema.sigma_rels": "[]", "sample.halflife": 1000})
+    start(run, out, False, QUIET, print)
+    shutil.copytree(out, again)
+    shutil.rmtree(again / "state" / max(p.name for p in (again / "state").iterdir()))
+    shutil.rmtree(again / "snapshots")
+    start(run, again, True, QUIET, print)
+    last = snapshot.stored(out)[-1].path
+    assert last.name == "nimg000000000048-halflife1000.safetensors"
+    assert last.read_bytes() == (again / "snapshots" / last.name).read_bytes()
+    recorded = config.read(out / "run.yaml")
+    lines = generate.draw(out, recorded, generate.Asked(seeds="0-1"), tmp_path / "made")
+    assert "half-life 1,000, image 48" in lines[-1] and "weight of the initial weights 0.97" in lines[-1]
+
+
+def test_a_trained_average_is_the_sum_over_its_steps(monkeypatch, tmp_path):
+    """theta_hat = 2^(-t/h) theta(0) + sum of (1 - beta) beta^(steps after it) theta, from the weights of every step."""
+    run = small(**HALF)
+    seen = []
+    step = loop.Trainer.step
+
+    def stepping(self):
+        before = {k: v.clone() for k, v in self.ema.live.items()}
+        loss = step(self)
+        seen.extend([before] if not seen else [])
+        seen.append({k: v.clone() for k, v in self.ema.live.items()})
+        return loss
+
+    monkeypatch.setattr(loop.Trainer, "step", stepping)
+    start(run, tmp_path / "run", False, QUIET, print)
+    tensors, _, meta = snapshot.read(snapshot.stored(tmp_path / "run")[-1].path)
+    assert meta.profile == Traditional(1000) and len(seen) == 4
+    beta = 2 ** (-16 / 1000)
+    for name, tensor in tensors.items():
+        wanted = beta**3 * seen[0][name] + sum((1 - beta) * beta ** (2 - i) * seen[i + 1][name] for i in range(3))
+        torch.testing.assert_close(tensor, wanted)
+
+
+def pictures(path):
+    return [p.read_bytes() for p in sorted(path.glob("seed*.png"))]
+
+
+def test_sampling_on_the_command_line(gesso, folder, tmp_path):
+    code, said = gesso("sample", folder, "sample.halflife=1k", "--seeds", "0-2", "--out", tmp_path / "half")
+    assert (
+        code == 0 and "half-life 1,000, image 640 (relative error of the profile 0.0e+00, weight of the initial" in said
+    )
+    assert gesso("sample", folder, "--seeds", "0-2", "--out", tmp_path / "power")[0] == 0
+    code, said = gesso("sample", folder, "sample.halflife=700", "--seeds", "0-2", "--out", tmp_path / "made")
+    assert code == 0 and "half-life 700" in said
+    half, power, made = (pictures(tmp_path / name) for name in ("half", "power", "made"))
+    assert len(half) == 3 and half != power and half != made
+    # What was drawn is what the stored file says.
+    tensors, run, _ = snapshot.read(folder / "snapshots" / "nimg000000000640-halflife1000.safetensors")
+    drawn = changed(run, **{"sample.halflife": 1000})
+    direct = snapshot.denoiser(tensors, drawn)
+    cond, _ = generate.conditions.build(drawn, range(3), None, [0, 1, 2])
+    for seed, image in enumerate(torch.cat(list(generate.generate(direct, drawn, range(3), cond)))):
+        generate.save_png(generate.picture(image), tmp_path / "direct" / f"seed{seed:06d}.png")
+    assert half == pictures(tmp_path / "direct")
+    names = {p.name for p in (folder / "samples").iterdir()} if (folder / "samples").exists() else set()
+    assert gesso("sample", folder, "sample.halflife=1000", "--seeds", "0")[0] == 0
+    assert {p.name for p in (folder / "samples").iterdir()} - names == {"halflife-1000"}
+
+
+def test_other_averages_on_the_command_line(gesso, folder, tmp_path):
+    code, said = gesso("ema", folder, "--halflife", "1k", "--halflife", "300", "--sigma-rel", "0.07", "--out", tmp_path)
+    assert code == 0 and "half-life 300 at image 640" in said and "sigma_rel 0.07 at image 640" in said
+    assert "sample.halflife=300" in said
+    made = {p.name: snapshot.read(p)[2].profile for p in tmp_path.iterdir()}
+    assert sorted(map(str, made.values())) == ["half-life 1,000", "half-life 300", "sigma_rel 0.07"]
+    assert "nimg000000000640-halflife300.safetensors" in made
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["ema", "--halflife", "soon"], "write a number of images above 0"),
+        (["ema", "--halflife", "0"], "write a number of images above 0"),
+        (["ema"], "say --sigma-rel or --halflife"),
+        (["ema", "--halflife", "50M", "--nimg", "10"], "no snapshot up to image 10"),
+        (["sample", "sample.halflife=0"], "greater than 0"),
+        (["sample", "sample.halflife=-1"], "sample.halflife"),
+        (["sample", "sample.halflife=1.5"], "sample.halflife"),
+        (["sample", "sample.halflife=1000", "--nimg", "10"], "no snapshot up to image 10"),
+        (["sample", "ema.halflives=[5]"], "settled by training"),
+    ],
+)
+def test_refused_on_the_command_line(gesso, folder, words, said, tmp_path):
+    code, told = gesso(words[0], folder, *words[1:], "--out", tmp_path / "out")
+    assert code == 2 and said in told and "Traceback" not in told and not (tmp_path / "out").exists()
+
+
+def test_a_length_beside_a_half_life_is_not_passed_over_in_silence(gesso, tmp_path):
+    written(tmp_path / "run", **HALF, **{"sample.halflife": 1000})
+    assert "sample.sigma_rel=0.1 sample.halflife=null" in gesso("ema", tmp_path / "run", "--sigma-rel", "0.1")[1]
+    code, said = gesso("sample", tmp_path / "run", "sample.sigma_rel=0.1")
+    assert code == 2 and "no effect" in said and "sample.halflife=null" in said
+    code, said = gesso("sample", tmp_path / "run", "sample.sigma_rel=0.1", "sample.halflife=null", "--seeds", "0")
+    assert code == 0 and "sigma_rel 0.1" in said
+
+
+def test_guided_by_a_half_life(folder, tmp_path, monkeypatch):
+    """A guiding network stands at its own run's half-life; self at another length."""
+    other = tmp_path / "other"
+    written(other, **HALF, **{"sample.halflife": 1000})
+    run = config.read(folder / "run.yaml")
+    asked = []
+    synthesize = snapshot.synthesize
+    monkeypatch.setattr(snapshot, "synthesize", lambda *a: asked.append((a[0], a[1])) or synthesize(*a))
+    guide = {"sample.guidance": 3, "sample.guide": other}
+    generate.guide_of(folder, changed(run, **guide))
+    generate.guide_of(folder, changed(run, **guide, **{"sample.guide_sigma_rel": 0.1}))
+    assert asked == [(other, [Traditional(1000)]), (other, [Power(0.1)])]
+    weak = {"sample.guidance": 3, "sample.guide": "self", "sample.guide_sigma_rel": 0.05}
+    with pytest.raises(Exception, match="is the same network"):
+        generate.guide_of(folder, changed(run, **weak))
+    assert generate.guide_of(folder, changed(run, **weak, **{"sample.halflife": 1000})) is not None
+
+
+def test_evaluation_takes_the_half_life(folder, monkeypatch):
+    class Enough(Exception):
+        pass
+
+    def asked(place, profiles, nimg=None):
+        raise Enough(profiles)
+
+    monkeypatch.setattr(snapshot, "synthesize", asked)
+    run = changed(config.read(folder / "run.yaml"), **{"sample.halflife": 1000, "eval.sweep": "[0.07]"})
+    with pytest.raises(Enough) as caught:
+        score.evaluate_folder(folder, run, lambda done, total: None)
+    assert caught.value.args[0] == [Traditional(1000), Power(0.07)]
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["ema.sigma_rels=[]"], "at least one length"),
+        (["ema.halflives=[5,5]"], "each once"),
+        (["ema.halflives=[0]"], "greater than 0"),
+        (["ema.halflives=[1.5]"], "fractional part"),
+    ],
+)
+def test_settings_that_are_refused(given, said):
+    with pytest.raises(Exception, match=said):
+        recipes.resolve("digits", given)
+
+
+def test_config_a():
+    """B.1: a half-life of 50M images; the other steps have power profiles."""
+    run = recipes.resolve("edm2-ladder-a", [])[0]
+    assert ema.chosen(run.sample) == Traditional(50_000_000) in ema.tracked(run.ema)
+    rest = [recipes.resolve(f"edm2-ladder-{step}", [])[0] for step in "bcdefg"]
+    assert all(r.ema.halflives == () and isinstance(ema.chosen(r.sample), Power) for r in rest)
+    assert recipes.resolve("digits", ['ema.halflives=["50M","200k"]'])[0].ema.halflives == (50_000_000, 200_000)

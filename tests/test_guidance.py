@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from written import changed, small, written
 
-from gesso import generate, keyed, snapshot
+from gesso import ema, generate, keyed, snapshot
 from gesso.cond import Cond
 from gesso.config import EDM, RF, VP
 from gesso.data.images import to_uint8
@@ -223,7 +223,7 @@ def run_of(folder, **sample: object):
 def images(folder, run, label="3", seeds="0-3"):
     """What `gesso sample` would write, as one tensor."""
     cond = Cond(label=torch.full((4,), int(label)))
-    weights = snapshot.synthesize(folder, [run.sample.sigma_rel])[0][0]
+    weights = snapshot.synthesize(folder, [ema.chosen(run.sample)])[0][0]
     denoiser = snapshot.denoiser(weights, run)
     return torch.cat(list(generate.generate(denoiser, run, range(4), cond, generate.guide_of(folder, run))))
 
@@ -232,7 +232,7 @@ def images(folder, run, label="3", seeds="0-3"):
 def test_self_at_another_length_end_to_end(folders, sees):
     folder = folders / "plain"
     run = run_of(folder, guide="self", guide_sigma_rel=0.1, guide_sees=sees, guidance=3, steps=4)
-    (strong, weak), _, _, _ = snapshot.synthesize(folder, [0.05, 0.1])
+    (strong, weak), _, _, _ = snapshot.synthesize(folder, [ema.Power(0.05), ema.Power(0.1)])
     strong, weak = snapshot.denoiser(strong, run), snapshot.denoiser(weak, run)
     label = torch.full((4,), 3)
 

@@ -1,5 +1,6 @@
 """The procedural data set: what its scenes promise; and the checker: that it reads them, and notices what is wrong."""
 
+import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -11,12 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from written import QUIET, small
 
+from gesso import config, generate, recipes, report
+from gesso.config import Data
 from gesso.data import images as sources
 from gesso.data import shapes
 from gesso.data.shapes import COLOURS, KINDS, RELATIONS, SIDES, Facts, caption, facts, mirrored, parse, render
 from gesso.errors import UsageError
 from gesso.evaluate import shapes as checker
+from gesso.evaluate.score import evaluate_folder
+from gesso.train.start import start
 
 INDEX = st.integers(0, 2**63 - 1)
 
@@ -442,3 +448,41 @@ def test_what_cannot_be_read():
     for captions in ([], ["a red circle"] * 2):
         with pytest.raises(UsageError, match="a caption for each picture"):
             checker.agreement(image, captions)
+
+
+# From the recipe to the report.
+
+
+@pytest.mark.parametrize("recipe", ["shapes", "shapes-class"])
+def test_a_run_from_training_to_report(recipe, tmp_path):
+    run = small(recipe, **{"train.total_images": 32})
+    start(run, tmp_path, False, QUIET, print)
+    run = config.read(tmp_path / "run.yaml")
+    assert run.data.num_images == 64 and run.data.class_names == KINDS and run.data.examples
+    lines = evaluate_folder(tmp_path, run, lambda done, total: None)
+    assert lines[0].split()[:3] == ["what", "is", "drawn"] and len(lines) == 4
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["protocol"]["features"] == "shapes" and metrics["protocol"]["images"] == 32
+    assert metrics["real"]["all"] == 1 and metrics["guided"].keys() == metrics["real"].keys()
+    page = report.write(tmp_path).read_text()
+    assert "What is drawn" in page and "real pictures" in page and "100.0%" in page
+    prompt = "a red star to the left of a blue ring"
+    asked = generate.Asked(prompts=(prompt,)) if recipe == "shapes" else generate.Asked("star")
+    assert generate.draw(tmp_path, run, asked, tmp_path / "made")[-2].startswith("wrote 16 images")
+
+
+def test_shapes_are_read_at_the_resolution_of_the_run():
+    loaded = sources.load(Data(source="shapes", size=40, resolution=32))
+    assert loaded.pixels.shape == (40, 3, 32, 32) and loaded.sizes[:, 0].unique().numel() > 10
+    assert checker.agreement(loaded.pixels, loaded.captions)["all"] == 1
+    single = sources.load(Data(source="shapes-class", size=40, resolution=32))
+    assert checker.class_agreement(single.pixels, single.labels) == {"kind": 1, "all": 1, "border": 0}
+    wrong = checker.class_agreement(single.pixels, (single.labels + 1) % 6)
+    assert wrong["kind"] == wrong["all"] == 0
+
+
+def test_only_drawings_are_read_back():
+    with pytest.raises(
+        UsageError, match=r"eval\.features=shapes reads the drawings of data\.source=shapes, not digits"
+    ):
+        recipes.resolve("digits", ["eval.features=shapes"])

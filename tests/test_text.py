@@ -13,8 +13,9 @@ from gesso import conditions, generate, snapshot
 from gesso.cond import Cond
 from gesso.config import Data
 from gesso.data import images as sources
-from gesso.data.encoders import Words
 from gesso.data.order import Batches
+from gesso.data.text import Words
+from gesso.ema import Power
 from gesso.errors import UsageError
 from gesso.train.loop import Trainer
 from gesso.train.start import opened, start
@@ -58,7 +59,7 @@ def trained(tmp_path_factory):
         if (recipe, padding) not in made:
             folder = tmp_path_factory.mktemp("text")
             run = written(folder, recipe, **TEXT | {"semantic.padding": padding})
-            made[recipe, padding] = snapshot.denoiser(snapshot.synthesize(folder, [0.05])[0][0], run), run
+            made[recipe, padding] = snapshot.denoiser(snapshot.synthesize(folder, [Power(0.05)])[0][0], run), run
         return made[recipe, padding]
 
     return get
@@ -137,7 +138,7 @@ def test_batches_hold_the_captions_of_their_images():
     batches, loaded = batches_of(text_run("digits", "zero"))
     counter = torch.arange(40)
     _, cond = batches(counter)
-    tokens, lengths = Words(batches.run.semantic)([loaded.captions[i] for i in batches.order(counter).tolist()])
+    tokens, lengths, _ = Words(batches.run.semantic)([loaded.captions[i] for i in batches.order(counter).tolist()])
     assert cond.text.equal(tokens) and cond.label is None
     torch.testing.assert_close(cond.pooled, tokens.sum(1) / lengths[:, None])
     assert set(lengths.tolist()) == {1, 3, 6}  # "somebody's" is two words
@@ -195,7 +196,7 @@ def test_captions_of_a_folder(tmp_path):
     settings = {"data.source": tmp_path, "data.channels": 3, "eval.features": "none"}
     batches, loaded = batches_of(small(**TEXT | settings))
     assert loaded.captions == ("dog", "red cat", "A cat, ünder a table.")
-    assert batches.lengths.tolist() == [1, 2, 5] and batches.run.data.examples == loaded.captions
+    assert batches.encoded.lengths.tolist() == [1, 2, 5] and batches.run.data.examples == loaded.captions
 
 
 def test_a_folder_without_captions(tmp_path):

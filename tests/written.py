@@ -6,7 +6,7 @@ import torch
 from conftest import awake
 from rich.console import Console
 
-from gesso import config, recipes, snapshot
+from gesso import config, ema, recipes, snapshot
 from gesso.config import Run
 from gesso.train.loop import Trainer
 from gesso.train.start import opened
@@ -25,6 +25,8 @@ SMALL = {
     "digits-mp-mmdit++": TRANSFORMER,
     "digits-unet": U_NET | {"net.head_width": 8, "net.context": 24},
     "digits-edm2": U_NET | {"net.channels_per_head": 16},
+    "shapes": TRANSFORMER | {"data.size": 64},
+    "shapes-class": TRANSFORMER | {"data.size": 64},
 }
 TRAIN = {
     "train.total_images": 48, "train.batch_size": 16, "train.snapshot_images": 16, "train.state_images": 16,
@@ -45,9 +47,9 @@ def written(folder: Path, recipe: str = "digits", **settings: object) -> Run:
     trainer = Trainer(run, images)
     weights = awake(trainer.denoiser.net).state_dict()
     g = torch.Generator().manual_seed(1)
-    for sigma_rel in run.ema.sigma_rels:
-        path = snapshot.path_for(folder / "snapshots", 640, sigma_rel)
-        snapshot.write(path, weights, 640, sigma_rel, run, trainer.rows)
+    for profile in ema.tracked(run.ema):
+        path = snapshot.path_for(folder / "snapshots", 640, profile)
+        snapshot.write(path, weights, 640, profile, run, trainer.rows)
         weights = {k: v + 0.2 * v.std(correction=0) * torch.randn(v.shape, generator=g) for k, v in weights.items()}
     config.write(run, folder / "run.yaml")
     return run

@@ -24,7 +24,7 @@ def parse_count(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("should be a whole number")
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9.]+(?:e\+?[0-9]+)?)\s*([kKmM]?)\s*", value)
+        match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e\+?[0-9]+)?)\s*([kKmM]?)\s*", value)
         if match:
             value = float(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[match[2].lower()]
     if isinstance(value, float) and value == round(value):

@@ -97,10 +97,15 @@ class Semantic(Settings):
     """label: the class; text: the caption; none: neither, unconditional"""
     dropout: Probability = 0.1
     """share of samples whose class or caption is withheld, for classifier-free guidance"""
+    encoder: str = "words"
+    """words (a random vector for each, nothing to download), or a folder or hub id of a CLIP or T5 text encoder, such as
+    openai/clip-vit-large-patch14, also of a pipeline with text_encoder and tokenizer; it stays as it is"""
     tokens: Positive = 16
-    """T: text tokens that the network sees; longer captions are cut, shorter ones padded"""
-    width: Positive = 64
-    """channels of a text token"""
+    """T: text tokens that the network sees, CLIP's and T5's marks among them; longer captions are cut, shorter padded"""
+    width: Positive | None = None
+    """channels of a text token; null is the encoder's own (64 of words), filled in when it is opened"""
+    pooled_width: Positive | None = None
+    """channels of the pooled text; null is the encoder's own, filled in when it is opened"""
     padding: Literal["zero", "masked", "replicate", "noisy"] = "zero"
     """tokens after the caption: zeros that stay attended (the paper's baseline), zeros that are masked, copies of the
     caption, or copies with noise (Berrada et al. Eq. 7). No text is T zero tokens, all attended, under each of them"""

@@ -15,7 +15,10 @@ class Data(Settings):
     """Which images, and how they become x0."""
 
     source: str = "digits"
-    """digits (scikit-learn's 8x8 scans), or a folder whose sub-folders are the classes"""
+    """digits (scikit-learn's 8x8 scans), shapes (drawn, with captions), shapes-class (one shape each, its kind the
+    class), or a folder whose sub-folders are the classes"""
+    size: Positive | None = None
+    """how many pictures shapes has, 20,000 when null; other sources have what they have"""
     resolution: Positive = 8
     """height and width in pixels; larger or oblong images are resized on the shorter edge and centre-cropped"""
     channels: Literal[1, 3] = 3
@@ -87,23 +90,27 @@ class Train(Settings):
 
 
 class Ema(Settings):
-    """Power-function averages tracked in training (EDM2 Section 3)."""
+    """Averages of the weights tracked in training (EDM2 Section 3)."""
 
     sigma_rels: tuple[SigmaRel, ...] = (0.05, 0.10)
-    """relative lengths; two allow any other to be rebuilt afterwards"""
+    """relative lengths of power-function averages; two allow any other to be rebuilt afterwards"""
+    halflives: tuple[Positive, ...] = ()
+    """images; a traditional average of fixed half-life each; CONFIG A has 50M"""
 
     @model_validator(mode="after")
     def _some(self) -> "Ema":
-        if not self.sigma_rels or len({round(s, 4) for s in self.sigma_rels}) < len(self.sigma_rels):
-            raise ValueError("sigma_rels needs at least one length, each once (to four decimals)")
+        lengths = [*(round(s, 4) for s in self.sigma_rels), *self.halflives]
+        if not lengths or len(set(lengths)) < len(lengths):
+            raise ValueError("sigma_rels and halflives need at least one length, each once (to four decimals)")
         return self
 
 
 class Eval(Settings):
     """What `gesso evaluate` measures."""
 
-    features: Literal["digits", "none"] = "none"
-    """digits: the small classifier shipped with gesso; none: pictures and nearest training images only"""
+    features: Literal["digits", "shapes", "none"] = "none"
+    """digits: the small classifier shipped with gesso; shapes: what is drawn is read back and compared with the caption
+    or class; none: pictures and nearest training images only"""
     splits: Annotated[Count, Field(ge=1)] = 5
     """random halves of the real images; scores and the floor are taken on each, at equal counts"""
     sweep: tuple[SigmaRel, ...] = (0.02, 0.035, 0.05, 0.075, 0.10, 0.15, 0.20, 0.25)
@@ -138,6 +145,10 @@ class Run(Settings):
             self._size(block, getattr(self, block).resolution)
         self._conditions()
         self._guidance()
+        if self.eval.features == "shapes" and not self.data.source.startswith("shapes"):
+            raise ValueError(
+                f"eval.features=shapes reads the drawings of data.source=shapes, not {self.data.source}: set eval.features=none"
+            )
         if self.eval.features == "digits" and (self.data.resolution, self.data.channels) != (8, 1):
             raise ValueError(
                 "eval.features=digits reads grey 8x8 images only; set eval.features=none for "
@@ -170,8 +181,8 @@ class Run(Settings):
             )
 
     def _guidance(self) -> None:
-        sample, inputs = self.sample, self.inputs
-        if sample.guidance != 1 and sample.guide is None and self.data.num_classes is not None and not inputs.semantic:
+        sample, told = self.sample, self.inputs.num_classes or self.semantic.kind == "text"
+        if sample.guidance != 1 and sample.guide is None and self.data.num_classes is not None and not told:
             raise ValueError(
                 f"sample.guidance={sample.guidance} has nothing to guide towards, as the run has neither classes nor text: "
                 "set sample.guidance=1, or name another network by sample.guide"
@@ -195,18 +206,18 @@ class Run(Settings):
 
     @property
     def inputs(self) -> Inputs:
-        """What the network is built for. Needs the counts that opening the data fills in.
+        """What the network is built for. Needs what opening the data and the text encoder fills in.
 
         `control.edge` is still a sigma; `diffusion.denoiser.build` makes it a progress, which needs the process.
         """
-        c, text = self.control, self.semantic.kind == "text"
-        width = self.semantic.width if text else 0
+        c, semantic = self.control, self.semantic
+        text = semantic.kind == "text"
         control = Control(len(c.columns("high")), len(c.columns("low")), c.mlp, c.schedule, c.alpha, c.edge)
         return Inputs(
             channels=self.data.channels,
             resolution=self.data.resolution,
-            num_classes=(self.data.num_classes or 0) if self.semantic.kind == "label" else 0,
-            text_width=width,
-            pooled_width=width if "pooled" in self.net.accepts else 0,
+            num_classes=(self.data.num_classes or 0) if semantic.kind == "label" else 0,
+            text_width=(semantic.width or 0) if text else 0,
+            pooled_width=(semantic.pooled_width or 0) if text and "pooled" in self.net.accepts else 0,
             control=control,
         )

@@ -56,6 +56,8 @@ class Sample(Settings):
     size_range: tuple[Positive, Positive] = (512, 1024)
     sigma_rel: SigmaRel = 0.10
     """EMA length of the weights"""
+    halflife: Positive | None = None
+    """images; the traditional average of this half-life instead of sigma_rel"""
     batch_size: Positive = 256
 
     @model_validator(mode="after")

@@ -1,25 +1,17 @@
 """Which part of a picture a sample shows, and what control variables say of it (Berrada et al. Sections 2.1, 2.2).
 
-A box is four shares of the whole picture: top, left, bottom, right. The papers give crop scales (.9 to 1, .4 to .6,
-.4 to 1) and do not say of what: here a scale is the area of the box as a share of the largest box of the same aspect
-that fits, so that 1 is a whole edge, and `data.crop_aspect` is the aspect of the box, 1 by default: nothing is squeezed.
+A box is four shares of the whole picture: top, left, bottom, right.
 
-Legend: N pictures, B samples, C channels, R resolution.
+Legend: B samples, C channels.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-
-from gesso.config import Data
-
-UNIFORMS = 5
-"""how many uniform draws decide a view"""
 
 
 class View(NamedTuple):
@@ -34,27 +26,8 @@ class View(NamedTuple):
 
 def centred(height: int, width: int, aspect: float = 1.0) -> View:
     """The largest box of aspect width / height in the middle: ADM's crop, where the aspect is 1."""
-    h, w = _largest(height, width, aspect)
+    h, w = min(1.0, width / (height * aspect)), min(1.0, height * aspect / width)
     return View((1 - h) / 2, (1 - w) / 2, (1 + h) / 2, (1 + w) / 2)
-
-
-def drawn(data: Data, height: int, width: int, u: Sequence[float]) -> View:
-    """The view of a sample, from UNIFORMS draws: scale, aspect (uniform in its logarithm), place, flip."""
-    flip = data.flip and u[4] < 0.5
-    if data.crop == "center":
-        return centred(height, width)._replace(flip=flip)
-    low, high = (math.log(a) for a in data.crop_aspect)
-    h, w = _largest(height, width, math.exp(low + u[1] * (high - low)))
-    scale = data.crop_scale[0] + u[0] * (data.crop_scale[1] - data.crop_scale[0])
-    side = math.sqrt(scale) if data.crop_of == "area" else scale
-    h, w = h * side, w * side
-    top, left = u[2] * (1 - h), u[3] * (1 - w)
-    return View(top, left, top + h, left + w, flip)
-
-
-def _largest(height: int, width: int, aspect: float) -> tuple[float, float]:
-    """Height and width, as shares, of the largest box of this aspect."""
-    return min(1.0, width / (height * aspect)), min(1.0, height * aspect / width)
 
 
 def taken(image: Image.Image, view: View, height: int, width: int) -> np.ndarray:
@@ -65,10 +38,10 @@ def taken(image: Image.Image, view: View, height: int, width: int) -> np.ndarray
     W, H = image.size
     box = (view.left * W, view.top * H, view.right * W, view.bottom * H)
     box = tuple(min(max(edge, 0.0), float(most)) for edge, most in zip(box, (W, H, W, H), strict=True))
-    if (W, H) != (width, height) or box != (0, 0, W, H):
+    if (width, height) != (W, H) or box != (0, 0, W, H):
         image = image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
     pixels = np.asarray(image).reshape(height, width, -1).transpose(2, 0, 1)
-    return np.ascontiguousarray(pixels[:, :, ::-1] if view.flip else pixels)
+    return (pixels[:, :, ::-1] if view.flip else pixels).copy()
 
 
 def columns(sizes: Tensor, boxes: Tensor, flips: Tensor, tone: Tensor) -> Mapping[str, Tensor]:

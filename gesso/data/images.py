@@ -1,4 +1,4 @@
-"""Sources of images: scikit-learn's digits, or a folder whose sub-folders are the classes.
+"""Sources of images: scikit-learn's digits, drawn shapes, or a folder whose sub-folders are the classes.
 
 Legend: N images, C channels, R resolution; pixels are uint8.
 """
@@ -18,11 +18,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from gesso.config import Data
+from gesso.data import crops, shapes
 from gesso.errors import RunError, UsageError
 
 DIGITS = {
     "digits": "scikit-learn's scans",
     "digits-coarse": "every second of them shrunk to 4x4 and back, its size then being 4x4",
+}
+SHAPES = {
+    "shapes": "drawings of one or two shapes, with captions",
+    "shapes-class": "drawings of one shape, whose kind is the class",
 }
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -62,6 +67,8 @@ def load(data: Data, progress: Callable[[int, int], None] = lambda done, total: 
     """
     if data.source in DIGITS:
         return _digits(data)
+    if data.source in SHAPES:
+        return _shapes(data, progress)
     return _folder(data, progress)
 
 
@@ -110,6 +117,22 @@ def _digits(data: Data) -> Images:
     return Images(pixels, labels, tuple(str(name) for name in digits.target_names), sizes, captions)
 
 
+def _shapes(data: Data, progress: Callable[[int, int], None]) -> Images:
+    scenes = shapes.scenes(range(data.size or 20_000), single=data.source == "shapes-class")
+
+    def drawn(scene: shapes.Scene) -> np.ndarray:
+        return _prepared(Image.fromarray(shapes.render(scene)), data.resolution, data.channels)[0]
+
+    pixels = torch.empty(len(scenes), data.channels, data.resolution, data.resolution, dtype=torch.uint8)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i, picture in enumerate(pool.map(drawn, scenes)):
+            pixels[i] = torch.from_numpy(picture)
+            progress(i + 1, len(scenes))
+    labels = torch.tensor([shapes.label(scene) for scene in scenes])
+    sizes = torch.tensor([(scene.height, scene.width) for scene in scenes])
+    return Images(pixels, labels, shapes.KINDS, sizes, tuple(shapes.caption(scene) for scene in scenes))
+
+
 def _listing(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...], list[str]]:
     """(image, label) in sorted order, class names, notes."""
 
@@ -121,7 +144,7 @@ def _listing(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...], list[
         raise UsageError("which images? Write gesso train folder:/path/to/images, or data.source=/path/to/images")
     if not root.is_dir():
         raise UsageError(
-            f"data.source={root}: there is no such folder (and the named sources are: {', '.join(DIGITS)})"
+            f"data.source={root}: there is no such folder (and the named sources are: {', '.join(DIGITS | SHAPES)})"
         )
     classes = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     loose = sorted(p for p in root.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES)
@@ -178,7 +201,7 @@ def _caption(path: Path, otherwise: str) -> str:
 
 
 def _prepared(image: Image.Image, resolution: int, channels: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Upright, in 8-bit grey or RGB on white, shorter edge resized, centre cropped: (C, R, R) uint8.
+    """Upright, in 8-bit grey or RGB on white, the middle square resized: (C, R, R) uint8.
 
     With it the height and width of the whole image.
     """
@@ -190,26 +213,14 @@ def _prepared(image: Image.Image, resolution: int, channels: int) -> tuple[np.nd
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if channels == 1 else "RGB")
-    factor = resolution / min(image.size)
-    size = [max(resolution, round(edge * factor)) for edge in image.size]
-    if image.size != tuple(size):
-        image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-    left, top = ((edge - resolution) // 2 for edge in size)
-    image = image.crop((left, top, left + resolution, top + resolution))
-    return np.asarray(image).reshape(resolution, resolution, channels).transpose(2, 0, 1).copy(), whole
+    return crops.taken(image, crops.centred(image.height, image.width), resolution, resolution), whole
 
 
 def measured(images: Images) -> dict[str, Tensor]:
     """Columns of control that belong to an image, by name, (N,) float32; units as in config.CONTROLS."""
-    height, width = images.sizes.float().unbind(1)
-    shorter = torch.minimum(height, width)
-    top, left = 500 * (1 - shorter / height), 500 * (1 - shorter / width)  # the centred square, in thousandths
-    values = images.pixels.flatten(1).float()
-    return {
-        "crop_top": top, "crop_left": left, "crop_bottom": 1000 - top, "crop_right": 1000 - left,
-        "aspect": 1000 * width / height, "height": height, "width": width,
-        "brightness": values.mean(1), "contrast": values.std(1, correction=0),
-    }  # fmt: skip
+    boxes = torch.tensor([crops.centred(h, w)[:4] for h, w in images.sizes.tolist()])
+    flips = torch.zeros(len(images), dtype=torch.bool)
+    return dict(crops.columns(images.sizes, boxes, flips, crops.tone(images.pixels)))
 
 
 def to_float(pixels: Tensor, data: Data, sd: float, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gesso import keyed
 from gesso.cond import Cond, pad
 from gesso.config import Run, Semantic
-from gesso.data.encoders import Words
+from gesso.data import text
 from gesso.data.images import Images, measured, to_float
 
 
@@ -49,7 +49,7 @@ class Batches:
         self.columns = run.control.columns("high") + run.control.columns("low")
         self.measured = measured(images) if self.columns else {}
         if run.semantic.kind == "text":
-            self.tokens, self.lengths = Words(run.semantic)(images.captions)
+            self.encoded = text.build(run.semantic, device)(images.captions)
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, Cond]:
         """x0 (B, C, R, R) and the conditions of the samples `counter` (B,)."""
@@ -68,7 +68,8 @@ class Batches:
     def _semantic(self, counter: Tensor, index: Tensor) -> dict[str, Tensor | None]:
         cfg, seed = self.run.semantic, self.run.train.seed
         if cfg.kind == "text":
-            fields = text_fields(cfg, self.tokens[index], self.lengths[index], seed, counter)
+            some = text.Encoded(*(field[index] for field in self.encoded))
+            fields = text_fields(cfg, some, seed, counter)
         elif cfg.kind == "label" and self.run.data.num_classes:
             fields = {"label": self.images.labels[index]}
         else:
@@ -97,12 +98,9 @@ def control_fields(run: Run, rows: Tensor) -> dict[str, Tensor]:
     return {name: values for name, values in fields.items() if values.shape[1]}
 
 
-def text_fields(cfg: Semantic, tokens: Tensor, lengths: Tensor, seed: int, sample: Tensor) -> dict[str, Tensor | None]:
-    """Tokens (B, T, D), zeros after each text, as the fields of Cond; the noise of the padding is keyed to the sample.
-
-    Pooled text is the mean over the text's tokens.
-    """
+def text_fields(cfg: Semantic, encoded: text.Encoded, seed: int, sample: Tensor) -> dict[str, Tensor | None]:
+    """B texts as the fields of Cond; the noise of the padding is keyed to the sample (B,)."""
+    tokens, lengths, pooled = encoded
     eps = keyed.normal(seed, sample, "text padding", tokens.shape[1:]) if cfg.padding == "noisy" else None
     padded, mask = pad(tokens, lengths, cfg.padding, cfg.noise, eps)
-    pooled = tokens.sum(1) / lengths.clamp(min=1)[:, None]
     return {"text": padded, "text_mask": mask, "pooled": pooled}

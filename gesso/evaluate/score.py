@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gesso import conditions, files, generate, keyed, snapshot
+from gesso import conditions, ema, files, generate, keyed, snapshot
 from gesso.cond import Cond
 from gesso.config import Run
 from gesso.data import images as sources
 from gesso.data.images import Images
 from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import UsageError
-from gesso.evaluate import features, metrics
+from gesso.evaluate import features, metrics, shapes
 
 Say = Callable[[str], None]
 ROWS, COLUMNS = 10, 10
+DRAWN = 1000
+"""pictures of shapes that are read back"""
 
 
 def evaluate_folder(folder: Path, run: Run, tick: Callable[[int, int], None]) -> list[str]:
@@ -29,6 +31,8 @@ def evaluate_folder(folder: Path, run: Run, tick: Callable[[int, int], None]) ->
     if images.fingerprint() != run.data.fingerprint:
         raise UsageError(f"the images in {run.data.source} are not those that {folder} was trained on")
     result = evaluate(folder, run, images, generate.device_of(run), tick)
+    if run.eval.features == "shapes":
+        return _rates(run, result)
     if run.eval.features == "none":
         return ["no feature network for these images (eval.features=none): wrote pictures, no metrics"]
     lines = [f"{'':22}class agreement   Frechet distance"]
@@ -54,56 +58,59 @@ def evaluate(
     tick(done, total) counts generated images. Returns what metrics.json holds.
     """
     cfg = run.eval
-    count = len(images) // 2
-    sweeping = cfg.features != "none"
-    lengths = [run.sample.sigma_rel, *(cfg.sweep if sweeping else ())]
-    weights, _, nimg, errors = snapshot.synthesize(folder, lengths)
+    sweeping = cfg.features == "digits"
+    count = min(len(images) // 2, {"digits": len(images), "shapes": DRAWN, "none": ROWS * COLUMNS}[cfg.features])
+    profiles = [ema.chosen(run.sample), *(map(ema.Power, cfg.sweep) if sweeping else ())]
+    weights, _, nimg, fits = snapshot.synthesize(folder, profiles)
     default = snapshot.denoiser(weights[0], run, device)
     cond, labels = _conditions(folder, run, images, count)
     guided = run.sample.guidance != 1
     settings = {"guided": run} if guided else {}
     settings["unguided"] = _with(run, guidance=1.0, control_guidance=1.0)
-    total = count * (len(settings) + len(cfg.sweep)) if sweeping else min(count, ROWS * COLUMNS)
+    if cfg.features == "none":
+        settings = dict(list(settings.items())[:1])
+    total = count * (len(settings) + (len(cfg.sweep) if sweeping else 0))
     counter = Counter(tick, total, cond, generate.guide_of(folder, run))
 
-    if not sweeping:
-        made = counter.generate(default, next(iter(settings.values())), total)
-        result: dict[str, Any] = {"protocol": {"features": "none"}, "nimg": nimg}
-        _pictures(folder, run, made, images)
-        files.write_json(folder / "metrics.json", result)
-        return result
-
-    network = features.load_digit_features(str(device))
-    score = Scorer(network, run, images, labels, device)
-    rows = {}
-    for name, setting in settings.items():
-        made = counter.generate(default, setting, count)
-        rows[name] = score(made)
-        if name == next(iter(settings)):
-            _pictures(folder, run, made, images)
-    sweep = []
-    quick = _with(run, guidance=cfg.sweep_guidance, steps=cfg.sweep_steps)
-    for sigma_rel, tensors, error in zip(cfg.sweep, weights[1:], errors[1:], strict=True):
-        made = counter.generate(snapshot.denoiser(tensors, run, device), quick, count)
-        sweep.append({"sigma_rel": sigma_rel, "profile_error": error, **score(made)})
-    main = next(iter(rows.values()))
-    result = {
-        "class_agreement": main["class_agreement"],
-        "frechet_distance": main["frechet_distance"],
-        "frechet_distance_std": main["frechet_distance_std"],
-        **({"unguided": rows["unguided"]} if guided else {}),
-        "floor": score.floor,
-        "real": {"class_agreement": score.real_agreement},
-        "protocol": protocol(run, network.name, nimg, count),
-        "ema_sweep": {
-            "guidance": cfg.sweep_guidance,
-            "sampler": run.sample.sampler,
-            "steps": cfg.sweep_steps,
-            "rows": sweep,
-        },
-    }
+    made = {name: counter.generate(default, setting, count) for name, setting in settings.items()}
+    _pictures(folder, run, next(iter(made.values())), images)
+    result: dict[str, Any] = {"protocol": protocol(run, nimg, count)}
+    if cfg.features == "shapes":
+        result |= {name: _read_back(run, some, images, labels) for name, some in made.items()}
+        result["real"] = _read_back(run, images.pixels[:count], images, images.labels[:count])
+    if cfg.features == "digits":
+        score = Scorer(features.load_digit_features(str(device)), run, images, labels, device)
+        rows = {name: score(some) for name, some in made.items()}
+        quick, sweep = _with(run, guidance=cfg.sweep_guidance, control_guidance=1.0, steps=cfg.sweep_steps), []
+        for sigma_rel, tensors, fit in zip(cfg.sweep, weights[1:], fits[1:], strict=True):
+            some = counter.generate(snapshot.denoiser(tensors, run, device), quick, count)
+            told = {"sigma_rel": sigma_rel, "profile_error": fit.error, "initial_weight": fit.initial}
+            sweep.append(told | score(some))
+        result |= rows.pop("guided") if guided else rows["unguided"]
+        result |= rows if guided else {}
+        result |= {"floor": score.floor, "real": {"class_agreement": score.real_agreement}}
+        how = {"guidance": cfg.sweep_guidance, "sampler": run.sample.sampler, "steps": cfg.sweep_steps}
+        result["ema_sweep"] = how | {"rows": sweep}
     files.write_json(folder / "metrics.json", result)
     return result
+
+
+def _read_back(run: Run, pictures: Tensor, images: Images, labels: Tensor) -> dict[str, float]:
+    """How often the shapes of pictures are those of their captions or classes."""
+    if run.semantic.kind == "text":
+        return shapes.agreement(pictures, images.captions[: len(pictures)])
+    return shapes.class_agreement(pictures, labels)
+
+
+def _rates(run: Run, result: dict[str, Any]) -> list[str]:
+    """A table of what was read back."""
+    rows = {f"guidance {run.sample.guidance:g}": "guided", "unguided": "unguided", "real pictures": "real"}
+    lines = ["".join(["what is drawn".ljust(18), *(name.rjust(9) for name in result["real"])])]
+    return lines + [
+        "".join([title.ljust(18), *(f"{rate:9.1%}" for rate in result[name].values())])
+        for title, name in rows.items()
+        if name in result
+    ]
 
 
 def _conditions(folder: Path, run: Run, images: Images, count: int) -> tuple[Cond, Tensor]:
@@ -116,13 +123,21 @@ def _conditions(folder: Path, run: Run, images: Images, count: int) -> tuple[Con
     return cond, images.labels[torch.arange(count) % len(images)] if labels is None else torch.tensor(labels)
 
 
-def protocol(run: Run, network: str, nimg: int, count: int) -> dict[str, Any]:
+WHAT = {
+    "digits": "Frechet distance and class agreement in the features of a small digit classifier; not FID",
+    "shapes": "share of pictures whose shapes, read back, are as the caption or class says",
+    "none": "pictures only",
+}
+
+
+def protocol(run: Run, nimg: int, count: int) -> dict[str, Any]:
     """Everything that decides a number besides the weights."""
+    halves = f"{run.eval.splits} random halves of the {run.data.num_images} training images, {count} each; mean and std"
     return {
-        "features": network,
-        "what": "Frechet distance and class agreement in the features of a small digit classifier; not FID",
+        "features": features.DigitFeatures.name if run.eval.features == "digits" else run.eval.features,
+        "what": WHAT[run.eval.features],
         "images": count,
-        "reference": f"{run.eval.splits} random halves of the {run.data.num_images} training images, {count} each; mean and std",
+        **({"reference": halves} if run.eval.features == "digits" else {}),
         "conditions": "captions of training images" if run.semantic.kind == "text" else "labels in turn",
         **run.sample.model_dump(mode="json", exclude={"batch_size"}),
         "nimg": nimg,

@@ -259,6 +259,19 @@ def agreement(images: Tensor, captions: Sequence[str]) -> dict[str, float]:
     return rates | {"flipped": flipped / rates["sided"] if rates["sided"] else 0.0}
 
 
+def class_agreement(images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Rates over pictures (N, 3, H, W) uint8 that are to show one shape of the kind KINDS[labels], N >= 1.
+
+    kind: a shape of that kind is there; all: it is the only one; border: some shape touches the border.
+    """
+    rows = [(KINDS[label], found) for label, found in zip(labels.tolist(), read(images), strict=True)]
+    return {
+        "kind": sum(any(f.kind == kind for f in found) for kind, found in rows) / len(rows),
+        "all": sum([f.kind for f in found] == [kind] for kind, found in rows) / len(rows),
+        "border": sum(any(f.touches for f in found) for _, found in rows) / len(rows),
+    }
+
+
 def _judged(claim: Facts, found: Sequence[Found]) -> dict[str, bool]:
     spoken = named(claim, found)
     seen = place(spoken) if spoken else None

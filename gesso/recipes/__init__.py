@@ -6,12 +6,13 @@ from pathlib import Path
 from gesso import config
 from gesso.config import Run
 from gesso.errors import UsageError
-from gesso.recipes import berrada, digits, edm2
+from gesso.recipes import berrada, digits, edm2, shapes
 from gesso.recipes.folder import folder
 
 RECIPES: dict[str, Callable[[], Run]] = {
     **digits.RECIPES,
     **berrada.RECIPES,
+    **shapes.RECIPES,
     "folder": folder,
     # The presets of ImageNet-512 wait for latents: on pixels they would be another experiment.
     **{name: make for name, make in edm2.RECIPES.items() if not name.startswith("edm2-img512")},

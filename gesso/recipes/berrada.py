@@ -59,23 +59,25 @@ def ours() -> dict[str, Any]:
 def on_digits(name: str, column: dict[str, Any], net: UNet | MMDiT | MMDiTpp, lr: float) -> Run:
     """A column at the scale of the digits, every second of which lacks detail: words, 100k images, a rate of their own.
 
-    Where the flip is a control variable half of the digits are mirrored: only with it can they be told apart.
+    Of the control variables size alone: digits are neither mirrored nor cropped, and at rates such as these a variable
+    that never changes kills the embedding (docs/log.md).
     """
-    run = digits()
+    run, control = digits(), column.get("control", Controls())
+    varying = tuple(variable for variable in control.variables if variable == "size")
     optim = column["optim"].model_copy(
         update=dict(lr=lr, schedule="inverse_sqrt", ref_images=100_000, warmup_images=2_000)
     )
     sample = column["sample"].model_copy(update=dict(sigma_rel=0.075, tuned_at=8))
     train = dict(total_images=100_000, snapshot_images=10_000, state_images=10_000)
-    flip = "flip" in column.get("control", Controls()).variables
-    changes = dict(recipe=name, net=net, data=Data(source="digits-coarse", resolution=8, channels=1, flip=flip))
+    data = Data(source="digits-coarse", resolution=8, channels=1)
+    changes = dict(recipe=name, net=net, data=data, control=control.model_copy(update={"variables": varying}))
     return run.model_copy(
         update=column | changes | dict(optim=optim, sample=sample, train=run.train.model_copy(update=train))
     )
 
 
 def digits_sdxl() -> Run:
-    """Table A4's column SD-XL on the digits: U-Net with words, size and crop.
+    """Table A4's column SD-XL on the digits: U-Net with words and size.
 
     gesso train digits-sdxl        1-3 minutes
     """

@@ -152,7 +152,8 @@ class Rung(NamedTuple):
 
 
 # Lengths of B to F are read from Figure 5a in the paper, which its text lacks: .10 is our choice, to be
-# replaced by the best of a sweep. A: a traditional EMA of 50M images half-life there, about .034 (B.1).
+# replaced by the best of a sweep. A samples HALFLIFE instead; .034 is its relative length at the end (B.1).
+HALFLIFE = 50_000_000  # images, of A's traditional EMA (B.1)
 RUNGS = {
     "A": Rung(8.00, 0.034, batch=4096, lr=0.0001, beta2=0.999),
     "B": Rung(7.24, 0.10),
@@ -170,9 +171,10 @@ def ladder(step: str) -> Run:
     gesso train edm2-ladder-a data.source=/path/to/imagenet    32 A100, days not published; FID 8.00 on latents
     gesso train edm2-ladder-g data.source=/path/to/imagenet    5.3 days on 32 A100; FID 2.56 on latents
 
-    Each sees 2^31 images. A's traditional EMA is replaced by power profiles of .034 (its relative length at the
-    end) and .05. Warm-up in A to F, as in G, is our choice. Noise levels are those for latents; for pixels Table 6
-    has process.P_mean=-0.8, process.P_std=1.6.
+    Each sees 2^31 images. A samples its traditional EMA; the power profiles tracked beside it, .034 (its relative
+    length at the end) and .05, are our choice, so that other lengths can be had of A too, by sample.halflife=null
+    sample.sigma_rel=0.1. Warm-up in A to F, as in G, is our choice. Noise levels are those for latents; for pixels
+    Table 6 has process.P_mean=-0.8, process.P_std=1.6.
     """
     rung, is_a = RUNGS[step], step == "A"
     decay = {"schedule": "inverse_sqrt", "ref_images": rung.t_ref * rung.batch} if rung.t_ref else {}
@@ -185,8 +187,10 @@ def ladder(step: str) -> Run:
         loss=Loss(weighting="native" if is_a else "uncertainty"),
         optim=optim(rung.lr, betas=(0.9, rung.beta2), **decay),
         train=train(2048 * M, rung.batch),
-        ema=Ema(sigma_rels=(0.034, 0.05) if is_a else (0.05, 0.10)),
-        sample=Sample(sampler="heun", steps=32, guidance=1, sigma_rel=rung.sigma_rel),
+        ema=Ema(sigma_rels=(0.034, 0.05), halflives=(HALFLIFE,)) if is_a else Ema(sigma_rels=(0.05, 0.10)),
+        sample=Sample(
+            sampler="heun", steps=32, guidance=1, sigma_rel=rung.sigma_rel, halflife=HALFLIFE if is_a else None
+        ),
     )
 
 

@@ -11,13 +11,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from gesso import keyed, snapshot
+from gesso import ema, keyed, snapshot
 from gesso.cond import Cond
 from gesso.config import MDT, Run
 from gesso.data.images import Images
 from gesso.data.order import Batches
 from gesso.diffusion import denoiser as diffusion
-from gesso.ema import PowerEMA
 from gesso.errors import RunError, Stopped
 from gesso.generate import device_of
 from gesso.nets import mp
@@ -46,7 +45,7 @@ class Trainer:
         self.sphere = mp.sphere_weights(self.modules)
         mp.put_on_sphere(self.sphere)
         self.optimizer = optim.build(run.optim, self.modules)
-        self.ema = PowerEMA(net.state_dict(), run.ema.sigma_rels)
+        self.ema = ema.Tracker(net.state_dict(), ema.tracked(run.ema))
         self.batches = Batches(images, run, self.process.sd, self.device)
         rows = torch.arange(min(4096, run.train.total_images))
         self.rows = self.batches.rows(rows) if run.control.variables else None
@@ -56,7 +55,7 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs besides nimg, by name."""
-        averages = {f"ema.{s!r}.{name}": t for s, average in self.ema.averages.items() for name, t in average.items()}
+        averages = {f"ema.{p.key}.{name}": t for p, average in self.ema.averages.items() for name, t in average.items()}
         return {
             **{f"modules.{name}": t for name, t in self.modules.state_dict().items()},
             **{f"optimizer.{name}": t for name, t in optim.named_state(self.optimizer, self.modules).items()},
@@ -183,9 +182,9 @@ def _steps(trainer: Trainer, out: Path, log: Log, bar: Bar, caught: list[int]) -
                 images_per_second=round((trainer.nimg - started_at) / (time.monotonic() - started), 1),
             )
         if done or crossed(before, trainer.nimg, cfg.snapshot_images):
-            for sigma_rel, average in trainer.ema.averages.items():
-                path = snapshot.path_for(out / "snapshots", trainer.nimg, sigma_rel)
-                snapshot.write(path, average, trainer.nimg, sigma_rel, trainer.run, trainer.rows)
+            for profile, average in trainer.ema.averages.items():
+                path = snapshot.path_for(out / "snapshots", trainer.nimg, profile)
+                snapshot.write(path, average, trainer.nimg, profile, trainer.run, trainer.rows)
         if done or caught or crossed(before, trainer.nimg, cfg.state_images):
             checkpoint.save(out / "state", trainer.nimg, trainer.tensors())
         bar.update(trainer.nimg, f"loss {loss:.3f}")

@@ -10,8 +10,7 @@ from rich.console import Console
 import gesso
 from gesso import config, files
 from gesso.config import Run
-from gesso.data import images
-from gesso.data.encoders import Words
+from gesso.data import images, text
 from gesso.errors import UsageError
 from gesso.generate import check, device_of
 from gesso.train import loop
@@ -45,8 +44,9 @@ def made_with(device: torch.device) -> dict[str, str | int]:
 
 
 def opened(run: Run, console: Console) -> tuple[Run, images.Images]:
-    """Load the images and complete the run with what they tell; check again that it all fits."""
+    """Load the images and complete the run with what they and the text encoder tell; check again that it all fits."""
     check(run)
+    widths = text.widths(run.semantic)
     with Bar(console, 1, 0, f"reading {run.data.source}") as bar:
         loaded = images.load(run.data, lambda done, total: bar.update(done, total=total))
     for note in loaded.notes:
@@ -57,6 +57,7 @@ def opened(run: Run, console: Console) -> tuple[Run, images.Images]:
     told = run.semantic.kind == "text" or (run.semantic.kind == "label" and loaded.class_names)
     tree = config.as_tree(run)
     tree["data"] = config.as_tree(run.model_copy(update={"data": images.described(run.data, loaded)}))["data"]
+    tree["semantic"] |= widths
     if not told and run.sample.guidance != 1 and run.sample.guide is None:
         tree["sample"]["guidance"] = 1.0
         console.print("note: sample.guidance=1, as there are no classes to guide towards", highlight=False)
@@ -72,7 +73,7 @@ def _captions(run: Run, loaded: images.Images, console: Console) -> None:
             f"semantic.kind=text: {run.data.source} has no captions; put image.txt beside each image, "
             "or set semantic.kind=none"
         )
-    if cut := Words(run.semantic).cut(loaded.captions):
+    if cut := text.build(run.semantic).cut(loaded.captions):
         console.print(
             f"note: {len(cut):,} of {len(loaded):,} captions are longer than semantic.tokens={run.semantic.tokens}, "
             f"such as {cut[0]}",

@@ -1,0 +1,123 @@
+"""A frozen VAE (diffusers' AutoencoderKL): pixels into the mean and standard deviation of latents, and latents back.
+
+Latents are raw here: as the VAE gives them, unscaled. What goes in, and how raw latents become x0, are a convention:
+
+dit   pixels in [-1, 1]; x0 = (z - shift) * scaling, both from the VAE's own settings (LDM, SDXL, SD3, DiT).
+edm2  pixels in [0, 1]; x0 = (z - mean) * sd / std with a fixed mean and std per channel, sd = 0.5.
+
+One cannot read latents of the other.
+
+Legend: B images, C latent channels, H W height and width in pixels, f the VAE's factor, h = H/f, w = W/f.
+"""
+
+import torch
+from torch import Tensor
+
+from gesso.data import pretrained
+from gesso.errors import RunError, UsageError
+
+STEM = "diffusion_pytorch_model"
+EDM2_MEAN = (5.81, 3.25, 0.12, -2.15)
+EDM2_STD = (4.17, 4.62, 3.71, 3.28)
+"""of raw latents of ImageNet, pixels in [0, 1] (EDM2's published code, which the paper leaves out)"""
+INPUT = {"dit": (127.5, 1.0), "edm2": (255.0, 0.0)}
+"""by convention: (divisor, offset), what goes in is pixels / divisor - offset"""
+
+
+class VAE:
+    """where: a folder, or a hub id, of an AutoencoderKL or of a pipeline that has one. channels: C; factor: f.
+
+    Raises UsageError for what is no such VAE of RGB pixels, for weights that are not in safetensors, and for a
+    convention that does not fit.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        convention: str = "dit",
+    ):
+        self.where, self.device, self.dtype, self.convention = where, torch.device(device), dtype, convention
+        what = self.what = f"the VAE {where}"
+        if convention not in INPUT:
+            raise UsageError(f"{what}: no convention {convention!r}; there are: {', '.join(INPUT)}")
+        pretrained.library("diffusers", "vae", [])
+        self.folder = pretrained.folder(where, what, ("vae",), pretrained.fetchable(STEM))
+        self.config = pretrained.config(self.folder, what)
+        kind = self.config.get("_class_name") or self.config.get("model_type")
+        if kind != "AutoencoderKL":
+            raise UsageError(f"{what}: a model of type {kind}, where an AutoencoderKL is needed")
+        pretrained.weights(self.folder, STEM, what)
+        (model_class,) = pretrained.library("diffusers", "vae", ["AutoencoderKL"])
+        model = pretrained.opened(model_class, "diffusers", self.folder, what)
+        self.model, self.settings = model.to(self.device, dtype), model.config
+        self.channels = self.settings.latent_channels
+        self.factor = 2 ** (len(self.settings.block_out_channels) - 1)
+        pixels = (self.settings.in_channels, self.settings.out_channels)
+        if pixels != (3, 3):
+            raise UsageError(f"{what}: from {pixels[0]} channels to {pixels[1]}, where RGB has 3")
+        if convention == "edm2" and self.channels != len(EDM2_MEAN):
+            raise UsageError(
+                f"{what}: {self.channels} latent channels, where the convention edm2 has {len(EDM2_MEAN)}: use dit"
+            )
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 (B, 3, H, W) -> mean and standard deviation of the raw latents, each (B, C, h, w) float32.
+
+        Raises UsageError when f does not divide H and W, RunError when the result is not finite.
+        """
+        assert pixels.dtype == torch.uint8 and pixels.shape[1] == 3, (pixels.dtype, pixels.shape)
+        H, W = pixels.shape[2:]
+        if H % self.factor or W % self.factor:
+            raise UsageError(f"{self.what}: images of {H}x{W} pixels, where it needs multiples of {self.factor}")
+        divisor, offset = INPUT[self.convention]
+        x = pixels.to(self.device).float() / divisor - offset
+        with torch.no_grad():
+            latents = self.model.encode(x.to(self.dtype)).latent_dist
+        return self._finite(latents.mean), self._finite(latents.std)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Raw latents (B, C, h, w) -> uint8 (B, 3, H, W), rounded and clipped. Raises RunError as `encode`."""
+        assert z.shape[1] == self.channels, z.shape
+        divisor, offset = INPUT[self.convention]
+        with torch.no_grad():
+            x = self._finite(self.model.decode(z.to(self.device, self.dtype)).sample)
+        return ((x + offset) * divisor).round().clip(0, 255).to(torch.uint8)
+
+    def _finite(self, x: Tensor) -> Tensor:
+        if not bool(x.isfinite().all()):
+            raise RunError(
+                f"{self.what} gives numbers that are not finite in {str(self.dtype).removeprefix('torch.')}: SDXL's "
+                "does in float16; use bfloat16 or float32"
+            )
+        return x.float()
+
+    def constants(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std of each channel, for Data.mean and Data.std: x0 = (z - mean) * sd / std.
+
+        dit: shift and 1 / scaling, so that x0 is DiT's where the process has sd = 1.
+        """
+        if self.convention == "edm2":
+            return EDM2_MEAN, EDM2_STD
+        C, settings = self.channels, self.settings
+        mean = settings.get("latents_mean") or [settings.get("shift_factor") or 0.0] * C
+        std = settings.get("latents_std") or [1.0] * C
+        return tuple(float(m) for m in mean), tuple(s / settings.scaling_factor for s in std)
+
+    def identity(self) -> dict[str, str | int]:
+        """What latents depend on besides the pixels, for a manifest; SHA-256 of settings and weights."""
+        return {
+            "vae": self.where,
+            "config": pretrained.config_digest(self.config),
+            "weights": pretrained.digest(pretrained.weights(self.folder, STEM, self.what)),
+            "convention": self.convention,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "channels": self.channels,
+            "factor": self.factor,
+        }
+
+
+def posterior_sample(mean: Tensor, std: Tensor, eps: Tensor) -> Tensor:
+    """A raw latent: mean + std * eps, eps standard normal."""
+    return mean + std * eps
