@@ -1,4 +1,4 @@
-"""A density in the plane, learned in under a minute on a CPU with gesso's own process, denoiser and samplers.
+"""A density in the plane, learned in a minute or two on a CPU with gesso's own process, denoiser and samplers.
 
     python examples/toy2d.py            writes toy2d.png
 
