@@ -25,6 +25,9 @@ from gesso.diffusion import guidance, process, sampler, schedule
 from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import UsageError
 
+POOR = 0.3
+"""relative error of a profile above which the user is warned"""
+
 
 def generate(
     denoiser: Denoiser, run: Run, seeds: Sequence[int], cond: Cond, guide: Denoiser | None = None
@@ -130,6 +133,8 @@ def draw(folder: Path, run: Run, asked: Asked, out: Path | None) -> list[str]:
         save_png(picture(image), target / f"seed{seed:06d}.png")
     save_png(grid(made, columns=min(len(made), max(4, round(len(made) ** 0.5)))), target / "grid.png")
     wrote = f"wrote {len(made)} images and grid.png to {target}"
+    if fits[0].error > POOR**2:
+        warnings.append(f"warning: the stored averages hardly make one of {ema.chosen(run.sample)}: {fits[0]}")
     return [*warnings, wrote, f"  {described(run)}, image {time:,} ({fits[0]})"]
 
 

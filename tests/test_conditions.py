@@ -466,6 +466,14 @@ def test_samples_said_otherwise_have_folders_of_their_own(folders):
     assert names[:2] == ["own", "label3"] and "guidance-2.0" in names
 
 
+def test_an_average_that_cannot_be_made_is_said(sample):
+    assert "warning" not in sample("sized")[1]
+    assert (
+        "warning: the stored averages hardly make one of half-life 1,000,000"
+        in sample("sized", "sample.halflife=1M")[1]
+    )
+
+
 def test_a_cut_prompt_is_said_on_the_command_line(sample):
     code, out, _ = sample("words", "--prompt", "a very long word for three")
     assert code == 0 and "warning: 'a very long word for three': of 6 words the first 4 are seen, cut from 'for'" in out
