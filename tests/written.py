@@ -25,8 +25,8 @@ SMALL = {
     "digits-mp-mmdit++": TRANSFORMER,
     "digits-unet": U_NET | {"net.head_width": 8, "net.context": 24},
     "digits-edm2": U_NET | {"net.channels_per_head": 16},
-    "shapes": TRANSFORMER | {"data.size": 64},
-    "shapes-class": TRANSFORMER | {"data.size": 64},
+    "shapes": TRANSFORMER | {"data.source": "shapes:64"},
+    "shapes-class": TRANSFORMER | {"data.source": "shapes-class:64"},
 }
 TRAIN = {
     "train.total_images": 48, "train.batch_size": 16, "train.snapshot_images": 16, "train.state_images": 16,

@@ -15,10 +15,8 @@ class Data(Settings):
     """Which images, and how they become x0."""
 
     source: str = "digits"
-    """digits (scikit-learn's 8x8 scans), shapes (drawn, with captions), shapes-class (one shape each, its kind the
-    class), or a folder whose sub-folders are the classes"""
-    size: Positive | None = None
-    """how many pictures shapes has, 20,000 when null; other sources have what they have"""
+    """digits, digits-coarse, shapes, shapes-class (shapes:5000 for as many), or a path: a folder whose sub-folders are the
+    classes, a folder with captions, EDM2's zip, webdataset tars, parquet files (data/sources.py)"""
     resolution: Positive = 8
     """height and width in pixels; larger or oblong images are resized on the shorter edge and centre-cropped"""
     channels: Literal[1, 3] = 3
