@@ -39,7 +39,7 @@ def test_counts_of_any_size(n):
     assert parse_count(str(n)) == n and parse_count(n) == n
 
 
-@pytest.mark.parametrize("text", ["1.5", "many", "1e-3", "true", "-3", "", "0x10", "nan"])
+@pytest.mark.parametrize("text", ["1.5", "1.2.3", ".", "k", "many", "1e-3", "true", "-3", "", "0x10", "nan"])
 def test_what_is_no_count(text):
     assert "train.total_images" in complaint(f"train.total_images={text}")
 
@@ -160,10 +160,3 @@ def test_recipes_are_complete_and_say_what_they_are(name):
     assert run.recipe == name
     assert config.validate(config.as_tree(run)) == run
     assert f"gesso train {name}" in recipes.RECIPES[name].__doc__
-
-
-@pytest.mark.parametrize("text", ["1.2.3", ".", "1e", "k"])
-def test_what_is_no_count(text):
-    assert parse_count(text) == text
-    with pytest.raises(UsageError, match=r"train\.total_images"):
-        resolve(f"train.total_images={text}")
