@@ -22,11 +22,11 @@ from gesso.config.net import (
     mmditpp,
 )
 from gesso.config.process import EDM, RF, VP, Process
-from gesso.config.run import Data, Ema, Eval, Loss, Optim, Run, Train
+from gesso.config.run import Data, Ema, Eval, Latent, Loss, Optim, Run, Train
 from gesso.config.sample import Sample
 
 __all__ = [
-    "CONTROLS", "EDM", "EDM2", "MDT", "RF", "VP", "Control", "Controls", "Data", "DiT", "DiTAtt", "EDM2Ladder", "Ema", "Eval", "Inputs", "Loss", "MMDiT",
+    "CONTROLS", "EDM", "EDM2", "MDT", "RF", "VP", "Control", "Controls", "Data", "DiT", "DiTAtt", "EDM2Ladder", "Ema", "Eval", "Inputs", "Latent", "Loss", "MMDiT",
     "MMDiTpp", "MPDiT", "MPMMDiTpp", "Net", "Optim", "PixArt", "Process", "Run", "Sample", "Semantic", "Train", "UNet",
     "as_tree", "differences", "edm2", "explained", "flat", "mmditpp", "nearest", "read", "resolve", "to_yaml", "validate", "write",
 ]  # fmt: skip

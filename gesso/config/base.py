@@ -36,5 +36,6 @@ Count = Annotated[int, BeforeValidator(parse_count)]
 """A whole number; also written 200k, 1.5M or 1e6."""
 Positive = Annotated[Count, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 SigmaRel = Annotated[float, Field(gt=0, lt=12**-0.5)]
 """Relative EMA length (EDM2 Eq. 123); above 12^-1/2 = .2886 no power profile exists."""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
-from gesso.config.base import Count, Positive, Probability, Settings, SigmaRel
+from gesso.config.base import Count, Positive, Probability, Settings, Share, SigmaRel
 from gesso.config.condition import Controls, Semantic
 from gesso.config.net import Control, Inputs, MMDiT, Net, UNet
 from gesso.config.process import EDM, Process
@@ -22,7 +22,10 @@ class Data(Settings):
     channels: Literal[1, 3] = 3
     """1 grey, 3 RGB"""
     flip: bool = False
-    """mirror half of the images, keyed to the sample"""
+    """mirror half of the samples, keyed to the sample"""
+    crop_scale: tuple[Share, Share] | None = None
+    """null: the largest box of the output's aspect, in the middle (ADM's crop); else a box of its own for each sample, at
+    random, whose area is a share of that one in this range: .9,1 global, .4,.6 local, .4,1 mix (Berrada et al. Section 3.4)"""
     max_unreadable: Probability = 0.01
     """share of unreadable images that are skipped and named before the run is refused"""
     num_images: Count | None = None
@@ -36,9 +39,32 @@ class Data(Settings):
     fingerprint: str | None = None
     """of all pixels and labels, so that a run is never resumed on other images"""
     mean: tuple[float, ...] | None = None
-    """per channel, of pixels in [-1, 1]; measured when not given"""
+    """per channel, of pixels in [-1, 1] or of raw latents: x0 = (raw - mean) * sd / std; measured when not given"""
     std: tuple[PositiveFloat, ...] | None = None
-    """per channel, of pixels in [-1, 1]; measured when not given"""
+    """as mean; of latents both are the VAE's own where latent.constants says so"""
+
+    @model_validator(mode="after")
+    def _rises(self) -> "Data":
+        if self.crop_scale and self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError(f"data.crop_scale={self.crop_scale} falls")
+        return self
+
+
+class Latent(Settings):
+    """Latents in the place of pixels: which VAE made them, and how they become x0 (data/vae.py)."""
+
+    vae: str | None = None
+    """null: x0 is pixels. Else a folder or hub id of a diffusers AutoencoderKL, such as stabilityai/sd-vae-ft-mse"""
+    convention: Literal["dit", "edm2"] = "dit"
+    """dit: pixels in [-1, 1] go in, scale and shift are the VAE's; edm2: pixels in [0, 1], fixed mean and std per channel"""
+    constants: Literal["vae", "measured"] = "vae"
+    """data.mean and std where not given: those of the convention, or measured on the latents"""
+    channels: Positive = 4
+    """of a latent; checked when the VAE or the cache is opened"""
+    factor: Positive = 8
+    """pixels per latent, along either edge; checked as channels"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """that the VAE computes in"""
 
 
 class Loss(Settings):
@@ -124,6 +150,7 @@ class Run(Settings):
     recipe: str = "custom"
     """the recipe that this run was made from"""
     data: Data = Data()
+    latent: Latent = Latent()
     net: Net
     process: Process = EDM()
     semantic: Semantic = Semantic()

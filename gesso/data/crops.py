@@ -2,16 +2,26 @@
 
 A box is four shares of the whole picture: top, left, bottom, right.
 
+What the paper leaves open of its crop scales (.9 to 1 global, .4 to .6 local, .4 to 1 mix), and what they are here:
+shares of the area, of the largest box of the output's aspect that fits into the picture. So a crop never distorts,
+.9 to 1 is nearly all of an oblong picture too, and .5 halves the area, not the side.
+
 Legend: B samples, C channels.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from gesso.config import Data
+
+UNIFORMS = 4
+"""draws of a view: scale, top, left, flip"""
 
 
 class View(NamedTuple):
@@ -28,6 +38,19 @@ def centred(height: int, width: int, aspect: float = 1.0) -> View:
     """The largest box of aspect width / height in the middle: ADM's crop, where the aspect is 1."""
     h, w = min(1.0, width / (height * aspect)), min(1.0, height * aspect / width)
     return View((1 - h) / 2, (1 - w) / 2, (1 + h) / 2, (1 + w) / 2)
+
+
+def drawn(data: Data, height: int, width: int, u: Sequence[float], aspect: float = 1.0) -> View:
+    """The view that `data` and the UNIFORMS draws u say; width / height of the output is `aspect`."""
+    flip = data.flip and u[3] < 0.5
+    view = centred(height, width, aspect)
+    if data.crop_scale is None:
+        return view._replace(flip=flip)
+    low, high = data.crop_scale
+    side = math.sqrt(low + (high - low) * u[0])
+    h, w = side * (view.bottom - view.top), side * (view.right - view.left)
+    top, left = u[1] * (1 - h), u[2] * (1 - w)
+    return View(top, left, top + h, left + w, flip)
 
 
 def taken(image: Image.Image, view: View, height: int, width: int) -> np.ndarray:

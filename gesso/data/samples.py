@@ -1,0 +1,92 @@
+"""What training reads: samples by image and by sample counter, whatever lies behind them.
+
+images.Images holds a small source in memory, live.Live decodes a large one as it goes, cache.Cache reads what
+`gesso cache` wrote.
+
+Legend: N images, B samples; C channels of pixels, H W of their size; c channels of latents, h w of theirs.
+"""
+
+import abc
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gesso.data import crops
+from gesso.data.order import Order
+from gesso.data.text import Encoded
+
+
+class Samples(NamedTuple):
+    """B samples, on the CPU.
+
+    x       pixels (B, C, H, W) uint8, or latents (B, 2c, h, w) float: means, then standard deviations
+    sizes   (B, 2) height and width of the whole picture; boxes (B, 4) float32 crops.View of it; flips (B,) bool
+    tone    (B, 2) float32, mean and standard deviation of the pixels of the view
+    labels  (B,) int64
+    texts   tokens of the captions, where the data set keeps them; else they are encoded as they come
+    """
+
+    x: Tensor
+    sizes: Tensor
+    boxes: Tensor
+    flips: Tensor
+    tone: Tensor
+    labels: Tensor
+    texts: Encoded | None = None
+
+    def columns(self) -> dict[str, Tensor]:
+        """Columns of control by name, (B,) float32 each, in the units of config.CONTROLS."""
+        return crops.columns(self.sizes, self.boxes, self.flips, self.tone)
+
+
+class Dataset(abc.ABC):
+    """N images. Any thread may call `take` at any time; it depends on nothing but its arguments.
+
+    labels (N,) int64; captions N, empty where there is none; class_names empty where there are no classes; notes for
+    the user; unreadable (name, reason) of images that were left out; latents: x is latents.
+    """
+
+    where: str
+    labels: Tensor
+    captions: Sequence[str]
+    class_names: tuple[str, ...]
+    notes: list[str]
+    unreadable: list[tuple[str, str]]
+    latents = False
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abc.abstractmethod
+    def take(self, index: Tensor, counter: Tensor) -> Samples:
+        """Samples `counter` (B,) of the images `index` (B,): what is drawn of a view is keyed to the counter."""
+
+    @abc.abstractmethod
+    def pictures(self, index: Tensor) -> Tensor:
+        """(B, C, H, W) uint8: the images `index` (B,) as they are compared with generated ones."""
+
+    @abc.abstractmethod
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation per channel, float64: of pixels in [-1, 1], or of raw latents."""
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the images."""
+
+    def order(self, seed: int, batch_size: int) -> Order:
+        """Which image a sample counter stands for."""
+        return Order(len(self), seed)
+
+
+def pixel_moments(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel, float64, of uint8 (B, C, H, W) as numbers in [-1, 1]."""
+    values = pixels.double().transpose(0, 1).flatten(1)
+    return values.mean(dim=1) / 127.5 - 1, values.std(dim=1, correction=0) / 127.5
+
+
+def latent_moments(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """As `pixel_moments`, of raw latents drawn from (B, 2c, h, w): the variance of means and the mean of variances."""
+    mean, std = (half.double().transpose(0, 1).flatten(1) for half in latents.chunk(2, dim=1))
+    return mean.mean(dim=1), torch.sqrt(mean.var(dim=1, correction=0) + std.square().mean(dim=1))
