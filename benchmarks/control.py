@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gesso import conditions, config, ema, generate, keyed, snapshot
-from gesso.data import images as sources
+from gesso.data.dataset import open_dataset
 from gesso.evaluate import features, metrics
 
 BETAS = (0.0, 0.5, 0.75, 1.0, 1.25, 1.375, 1.5, 2.0, 3.0)
@@ -34,7 +34,7 @@ class Tested:
         self.run = config.read(folder / "run.yaml")
         weights, _, _, _ = snapshot.synthesize(folder, [ema.chosen(self.run.sample)])
         self.denoiser, self.rows = snapshot.denoiser(weights[0], self.run), snapshot.control_rows(folder)
-        self.network, self.images = features.load_digit_features(), sources.load(self.run.data)
+        self.network, self.images = features.load_digit_features(), open_dataset(self.run.data)
 
     def made(self, count: int = COUNT, first: int = 0, sample: dict | None = None, **control: str) -> Tensor:
         run = self.run.model_copy(update={"sample": self.run.sample.model_copy(update=sample or {})})

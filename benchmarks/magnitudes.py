@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from gesso import config, keyed, snapshot
-from gesso.data import images as sources
-from gesso.data.order import Batches
+from gesso.data.batches import Batches
+from gesso.data.dataset import open_dataset
 from gesso.ema import Power
 
 
@@ -38,7 +38,7 @@ def block_rms(denoiser, x: Tensor, s: Tensor, cond) -> list[float]:
 def trace(folder: Path) -> list[dict[str, float]]:
     """One row per stored time."""
     run = config.read(folder / "run.yaml")
-    loaded = sources.load(run.data)
+    loaded = open_dataset(run.data)
     rows = []
     for stored in snapshot.stored(folder):
         if stored.profile != Power(0.05):

@@ -12,7 +12,7 @@ from gesso import config, keyed
 from gesso.cond import Cond
 from gesso.config import CONTROLS, Run
 from gesso.data import text as encoders
-from gesso.data.order import control_fields, text_fields
+from gesso.data.batches import control_fields, text_fields
 from gesso.errors import UsageError
 
 

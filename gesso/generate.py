@@ -20,7 +20,7 @@ from gesso import conditions, config, ema, files, keyed, snapshot
 from gesso.cond import Cond
 from gesso.config import Run
 from gesso.config.base import parse_count
-from gesso.data.images import to_uint8
+from gesso.data.space import Space
 from gesso.diffusion import guidance, process, sampler, schedule
 from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import UsageError
@@ -30,17 +30,24 @@ POOR = 0.3
 
 
 def generate(
-    denoiser: Denoiser, run: Run, seeds: Sequence[int], cond: Cond, guide: Denoiser | None = None
+    denoiser: Denoiser,
+    run: Run,
+    seeds: Sequence[int],
+    cond: Cond,
+    guide: Denoiser | None = None,
+    space: Space | None = None,
 ) -> Iterator[Tensor]:
     """Batches of images (n, C, H, W) uint8 on the CPU, in the order of `seeds`, by the settings of run.sample.
 
     seeds: N of them; cond: the conditions of N samples (conditions.build); guide: the network that
-    run.sample.guide names. Raises UsageError for levels that the process does not have.
+    run.sample.guide names; space: opened before, to open a VAE once. Raises UsageError for levels that the process
+    does not have, and for a VAE that cannot be opened.
     """
-    cfg, data = run.sample, run.data
+    cfg = run.sample
     device = next(denoiser.parameters()).device
     dtype = getattr(torch, cfg.state_dtype)
-    shape = (data.channels, *2 * (cfg.resolution or data.resolution,))
+    shape = (run.channels, *2 * ((cfg.resolution or run.data.resolution) // run.factor,))
+    space = space or Space(run.data, run.latent, denoiser.process.sd, device)
     for start in range(0, len(seeds), cfg.batch_size):
         chunk = slice(start, start + cfg.batch_size)
         seed = torch.tensor(seeds[chunk], dtype=torch.int64, device=device)
@@ -51,7 +58,15 @@ def generate(
             return keyed.normal(0, seed, f"noise of step {i}", shape, dtype)
 
         x = sampler.draw(cfg, denoiser.process, denoise, first, noise)
-        yield to_uint8(x, data, denoiser.process.sd).cpu()
+        yield space.pixels(x).cpu()
+
+
+def opened_space(run: Run) -> Space:
+    """The way from x0 to pixels, its VAE opened. Raises UsageError before any work."""
+    space = Space(run.data, run.latent, process.build(run.process).sd, device_of(run))
+    if run.latent.vae:
+        _ = space.vae
+    return space
 
 
 def check(run: Run) -> None:
@@ -125,9 +140,10 @@ def draw(folder: Path, run: Run, asked: Asked, out: Path | None) -> list[str]:
     prompts = conditions.prompts_for(run, asked.prompts, len(seeds))
     cond, warnings = conditions.build(run, seeds, snapshot.control_rows(folder), labels, prompts, asked.control)
     guide = guide_of(folder, run)
+    space = opened_space(run)
     weights, _, time, fits = snapshot.synthesize(folder, [ema.chosen(run.sample)], _time(asked.nimg))
     denoiser = snapshot.denoiser(weights[0], run, device_of(run))
-    made = torch.cat(list(generate(denoiser, run, seeds, cond, guide)))
+    made = torch.cat(list(generate(denoiser, run, seeds, cond, guide, space)))
     target = out or folder / "samples" / _name(folder, run, asked)
     for seed, image in zip(seeds, made, strict=True):
         save_png(picture(image), target / f"seed{seed:06d}.png")

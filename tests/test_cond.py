@@ -15,7 +15,7 @@ from torch import Tensor
 from gesso import keyed
 from gesso.cond import Cond, concat, pad
 from gesso.config import Semantic
-from gesso.data.order import text_fields
+from gesso.data.batches import text_fields
 from gesso.data.text import Encoded, mean
 
 F64 = torch.float64

@@ -13,7 +13,7 @@ from written import changed, small, written
 from gesso import __main__ as cli
 from gesso import conditions, config, generate, nets, recipes, snapshot
 from gesso.config import CONTROLS, Inputs, MMDiT, UNet
-from gesso.data import images as sources
+from gesso.data import dataset
 from gesso.data.text import Words
 from gesso.errors import UsageError
 from gesso.train.start import opened
@@ -355,7 +355,7 @@ def test_guidance_that_needs_no_withheld_condition():
 
 
 def test_training_with_levels_that_the_process_lacks_is_refused_at_once(monkeypatch):
-    monkeypatch.setattr(sources, "load", None)  # no image is read
+    monkeypatch.setattr(dataset, "open_source", None)  # no image is read
     for update, said in (
         ({"sample.grid": "trailing"}, "this process has karras"),
         ({"process.name": "rf", "sample.grid": "leading"}, "this process has linear, karras"),

@@ -16,8 +16,8 @@ from gesso import __main__ as cli
 from gesso import generate, recipes, snapshot
 from gesso.cond import Cond
 from gesso.config import CONTROLS, Control, Controls
-from gesso.data import images as sources
-from gesso.data.order import Batches
+from gesso.data.batches import Batches
+from gesso.data.dataset import open_dataset
 from gesso.diffusion import denoiser, process
 from gesso.ema import Power
 from gesso.nets.embed import ControlEmbed, MPControl, control_features, gamma_c
@@ -259,7 +259,7 @@ def test_flip_is_what_was_done_to_the_pixels():
     batches, loaded = batches_of(run)
     counter = torch.arange(600)
     x0, cond = batches(counter)
-    straight = sources.to_float(loaded.pixels[batches.order(counter)], batches.run.data, 0.5)
+    straight = batches.space.x0(loaded.pixels[batches.order(counter)], 0, counter)
     flip = cond.control_high[:, 0]
     assert set(flip.tolist()) == {0.0, 1000.0} and 0.4 < float((flip > 0).float().mean()) < 0.6
     mirrored = flip > 0
@@ -268,8 +268,8 @@ def test_flip_is_what_was_done_to_the_pixels():
 
 
 def test_coarse_digits_lack_what_their_size_says():
-    loaded = sources.load(small("digits", **{"data.source": "digits-coarse"}).data)
-    plain = sources.load(small("digits").data)
+    loaded = open_dataset(small("digits", **{"data.source": "digits-coarse"}).data)
+    plain = open_dataset(small("digits").data)
     assert loaded.sizes[0::2].unique().tolist() == [8] and loaded.sizes[1::2].unique().tolist() == [4]
     assert loaded.pixels[0::2].equal(plain.pixels[0::2])
     detail = lambda p: (p[:, :, :, 1:].float() - p[:, :, :, :-1].float()).abs().mean()  # noqa: E731

@@ -6,18 +6,19 @@ import torch
 from conftest import folder_of_images, tiny_run
 from PIL import Image
 
-from gesso.config import Data
-from gesso.data import images as sources
-from gesso.data.order import Batches
+from gesso.config import Data, Latent
+from gesso.data.batches import Batches
+from gesso.data.dataset import described, open_dataset
+from gesso.data.space import Space
 from gesso.errors import RunError, UsageError
 
 
 def load(path, **settings):
-    return sources.load(Data(source=str(path), resolution=8, **settings))
+    return open_dataset(Data(source=str(path), resolution=8, **settings))
 
 
 def test_digits():
-    loaded = sources.load(Data(source="digits", resolution=8, channels=1))
+    loaded = open_dataset(Data(source="digits", resolution=8, channels=1))
     assert loaded.pixels.shape == (1797, 1, 8, 8) and loaded.pixels.dtype == torch.uint8
     assert loaded.class_names == tuple("0123456789")
     assert loaded.pixels.max() == 255 and loaded.pixels.min() == 0
@@ -26,7 +27,7 @@ def test_digits():
 
 def test_digits_of_another_shape():
     with pytest.raises(UsageError, match="grey 8x8"):
-        sources.load(Data(source="digits", resolution=16, channels=1))
+        open_dataset(Data(source="digits", resolution=16, channels=1))
 
 
 def test_folder_is_sorted_and_labelled(tmp_path):
@@ -109,7 +110,7 @@ def test_one_flat_colour(tmp_path):
     Image.new("RGB", (9, 9), "red").save(tmp_path / "x.png")
     loaded = load(tmp_path)
     with pytest.raises(RunError, match="one flat colour"):
-        sources.described(Data(source=str(tmp_path)), loaded)
+        described(Data(source=str(tmp_path)), loaded)
 
 
 def save(array, path, mode=None):
@@ -160,19 +161,20 @@ def test_centre_crop_after_resize_of_the_shorter_edge(tmp_path, size):
 def test_standardized_and_back(tmp_path):
     folder_of_images(tmp_path, {"a": 30})
     loaded = load(tmp_path)
-    data = sources.described(Data(source=str(tmp_path), resolution=8), loaded)
+    data = described(Data(source=str(tmp_path), resolution=8), loaded)
     for sd in (0.5, 1.0):
-        x0 = sources.to_float(loaded.pixels, data, sd, torch.float64)
+        space = Space(data, Latent(), sd, "cpu")
+        x0 = space.x0(loaded.pixels, 0, torch.arange(30), torch.float64)
         assert x0.mean((0, 2, 3)).abs().max() < 1e-9
         torch.testing.assert_close(x0.std((0, 2, 3), correction=0), torch.full((3,), sd, dtype=torch.float64))
-        assert sources.to_uint8(x0, data, sd).equal(loaded.pixels)
-        assert sources.to_uint8(x0 * 100, data, sd).float().isfinite().all()
+        assert space.pixels(x0).equal(loaded.pixels)
+        assert space.pixels(x0 * 100).float().isfinite().all()
 
 
 def batches(flip=False, seed=0):
     run = tiny_run(**{"data.flip": str(flip).lower(), "train.seed": seed})
-    loaded = sources.load(run.data)
-    run = run.model_copy(update={"data": sources.described(run.data, loaded)})
+    loaded = open_dataset(run.data)
+    run = run.model_copy(update={"data": described(run.data, loaded)})
     return Batches(loaded, run, 0.5, torch.device("cpu")), loaded
 
 
@@ -192,7 +194,7 @@ def test_an_epoch_sees_every_image_once():
     make, loaded = batches()
     x0, cond = make(torch.arange(1797))
     key = lambda t: sorted(t.flatten(1).sum(1).tolist())  # noqa: E731
-    assert key(x0) == key(sources.to_float(loaded.pixels, make.run.data, 0.5))
+    assert key(x0) == key(make.space.x0(loaded.pixels, 0, torch.arange(1797)))
     assert torch.bincount(cond.label).equal(torch.bincount(loaded.labels))
 
 

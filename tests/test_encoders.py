@@ -39,8 +39,7 @@ from written import QUIET, changed, small, written
 
 from gesso import conditions, generate, snapshot
 from gesso.config import Semantic
-from gesso.data import images as sources
-from gesso.data import pretrained, text, vae
+from gesso.data import dataset, pretrained, text, vae
 from gesso.errors import RunError, UsageError
 from gesso.train.start import opened, start
 
@@ -605,7 +604,7 @@ def test_prompts_become_the_encoders_tokens(folders, tmp_path):
 
 
 def test_an_encoder_is_opened_before_any_image_is_read(folders, monkeypatch):
-    monkeypatch.setattr(sources, "load", None)
+    monkeypatch.setattr(dataset, "open_source", None)
     run = small(**{"semantic.kind": "text", "semantic.encoder": folders["clip"], "semantic.tokens": 77})
     with pytest.raises(UsageError, match="has no more than 12 places"):
         opened(run, QUIET)

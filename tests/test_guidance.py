@@ -15,7 +15,7 @@ from written import changed, small, written
 from gesso import ema, generate, keyed, snapshot
 from gesso.cond import Cond
 from gesso.config import EDM, RF, VP
-from gesso.data.images import to_uint8
+from gesso.data.space import Space
 from gesso.diffusion import guidance, process, sampler
 from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import UsageError
@@ -244,7 +244,7 @@ def test_self_at_another_length_end_to_end(folders, sees):
     with torch.no_grad():
         x = sampler.draw(run.sample, strong.process, by_hand, first, lambda i: first)
     made = images(folder, run)
-    assert (made.int() - to_uint8(x, run.data, strong.process.sd).int()).abs().max() <= 1
+    assert (made.int() - Space(run.data, run.latent, strong.process.sd, "cpu").pixels(x).int()).abs().max() <= 1
     unlike = images(folder, run_of(folder, guidance=3, steps=4))
     assert (made.int() - unlike.int()).abs().max() > 10
     lines = generate.draw(folder, run, generate.Asked(label="3", seeds="0-1"), folder / f"drawn {sees}")

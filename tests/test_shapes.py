@@ -17,7 +17,7 @@ from written import QUIET, small
 from gesso import config, generate, recipes, report
 from gesso.config import Data
 from gesso.data import crops, shapes
-from gesso.data import images as sources
+from gesso.data.dataset import open_dataset
 from gesso.data.shapes import COLOURS, KINDS, RELATIONS, SIDES, Facts, caption, facts, mirrored, parse, render
 from gesso.errors import UsageError
 from gesso.evaluate import shapes as checker
@@ -472,10 +472,10 @@ def test_a_run_from_training_to_report(recipe, tmp_path):
 
 
 def test_shapes_are_read_at_the_resolution_of_the_run():
-    loaded = sources.load(Data(source="shapes:40", resolution=32))
+    loaded = open_dataset(Data(source="shapes:40", resolution=32))
     assert loaded.pixels.shape == (40, 3, 32, 32) and loaded.sizes[:, 0].unique().numel() > 10
     assert checker.agreement(loaded.pixels, loaded.captions)["all"] == 1
-    single = sources.load(Data(source="shapes-class:40", resolution=32))
+    single = open_dataset(Data(source="shapes-class:40", resolution=32))
     assert checker.class_agreement(single.pixels, single.labels) == {"kind": 1, "all": 1, "border": 0}
     wrong = checker.class_agreement(single.pixels, (single.labels + 1) % 6)
     assert wrong["kind"] == wrong["all"] == 0

@@ -12,8 +12,8 @@ from written import QUIET, changed, small, written
 from gesso import conditions, generate, snapshot
 from gesso.cond import Cond
 from gesso.config import Data
-from gesso.data import images as sources
-from gesso.data.order import Batches
+from gesso.data.batches import Batches
+from gesso.data.dataset import open_dataset
 from gesso.data.text import Words
 from gesso.ema import Power
 from gesso.errors import UsageError
@@ -147,7 +147,7 @@ def test_batches_hold_the_captions_of_their_images():
 def test_noise_in_training_is_keyed_to_the_sample_and_the_seed():
     longer = {"semantic.tokens": 8}  # than any caption
     batches, _ = batches_of(text_run("digits", "noisy", **longer))
-    n = len(batches.images)
+    n = len(batches.dataset)
     counter = torch.tensor([5, 900, 5 + n, 17])
     whole = batches(counter)[1].text
     for i in range(4):
@@ -155,7 +155,7 @@ def test_noise_in_training_is_keyed_to_the_sample_and_the_seed():
     other, _ = batches_of(text_run("digits", "noisy", **longer | {"train.seed": 1}))
     same_image = {int(k): i for i, k in enumerate(other.order(torch.arange(n)))}
     k = torch.tensor([same_image[int(batches.order(counter[:1]))]])
-    captions = [batches.images.captions[int(b.order(c))] for b, c in ((batches, counter[:1]), (other, k))]
+    captions = [batches.dataset.captions[int(b.order(c))] for b, c in ((batches, counter[:1]), (other, k))]
     assert captions[0] == captions[1] and not other(k)[1].text[0].equal(whole[0])
 
 
@@ -184,7 +184,7 @@ def test_training_says_which_captions_are_cut(capsys):
 
 
 def test_the_count_of_cut_captions():
-    loaded = sources.load(Data(resolution=8, channels=1))
+    loaded = open_dataset(Data(resolution=8, channels=1))
     cut = Words(small(**TEXT | {"semantic.tokens": 3}).semantic).cut(loaded.captions)
     assert len(cut) == sum("handwriting" in caption for caption in loaded.captions)
 
@@ -196,7 +196,7 @@ def test_captions_of_a_folder(tmp_path):
     settings = {"data.source": tmp_path, "data.channels": 3, "eval.features": "none"}
     batches, loaded = batches_of(small(**TEXT | settings))
     assert loaded.captions == ("dog", "red cat", "A cat, ünder a table.")
-    assert batches.encoded.lengths.tolist() == [1, 2, 5] and batches.run.data.examples == loaded.captions
+    assert batches.kept.lengths.tolist() == [1, 2, 5] and batches.run.data.examples == loaded.captions
 
 
 def test_a_folder_without_captions(tmp_path):

@@ -168,6 +168,8 @@ class Run(Settings):
     def _fits(self) -> "Run":
         for block in ("data", "sample"):
             self._size(block, getattr(self, block).resolution)
+        if self.latent.vae and self.data.channels != 3:
+            raise ValueError(f"data.channels={self.data.channels}, but latent.vae sees RGB: set data.channels=3")
         self._conditions()
         self._guidance()
         if self.eval.features == "shapes" and not self.data.source.startswith("shapes"):
@@ -181,16 +183,19 @@ class Run(Settings):
             )
         for name in ("mean", "std"):
             given = getattr(self.data, name)
-            if given is not None and len(given) != self.data.channels:
-                raise ValueError(f"data.{name} has {len(given)} values for data.channels={self.data.channels}")
+            if given is not None and len(given) != self.channels:
+                block = "latent" if self.latent.vae else "data"
+                raise ValueError(f"data.{name} has {len(given)} values for {block}.channels={self.channels}")
         return self
 
     def _size(self, block: str, resolution: int | None) -> None:
-        net, said = self.net, f"{block}.resolution={resolution}"
-        if resolution and resolution % net.multiple:
-            raise ValueError(f"{said} is not a multiple of {net.multiple}, which net.name={net.name} needs")
-        if resolution and isinstance(net, MMDiT) and net.max_grid and resolution > net.patch * net.max_grid:
-            raise ValueError(f"{said} is above the {net.patch * net.max_grid} that net.max_grid={net.max_grid} covers")
+        net, said, factor = self.net, f"{block}.resolution={resolution}", self.factor
+        needs = f"net.name={net.name}" + (f" at latent.factor={factor}" if factor > 1 else "")
+        if resolution and resolution % (net.multiple * factor):
+            raise ValueError(f"{said} is not a multiple of {net.multiple * factor}, which {needs} needs")
+        most = isinstance(net, MMDiT) and net.max_grid and net.patch * net.max_grid * factor
+        if resolution and most and resolution > most:
+            raise ValueError(f"{said} is above the {most} that net.max_grid={net.max_grid} covers")
 
     def _conditions(self) -> None:
         net, kind = self.net, self.semantic.kind
@@ -230,6 +235,16 @@ class Run(Settings):
             )
 
     @property
+    def channels(self) -> int:
+        """C of x0."""
+        return self.latent.channels if self.latent.vae else self.data.channels
+
+    @property
+    def factor(self) -> int:
+        """Pixels per position of x0, along either edge."""
+        return self.latent.factor if self.latent.vae else 1
+
+    @property
     def inputs(self) -> Inputs:
         """What the network is built for. Needs what opening the data and the text encoder fills in.
 
@@ -239,8 +254,8 @@ class Run(Settings):
         text = semantic.kind == "text"
         control = Control(len(c.columns("high")), len(c.columns("low")), c.mlp, c.schedule, c.alpha, c.edge)
         return Inputs(
-            channels=self.data.channels,
-            resolution=self.data.resolution,
+            channels=self.channels,
+            resolution=self.data.resolution // self.factor,
             num_classes=(self.data.num_classes or 0) if semantic.kind == "label" else 0,
             text_width=(semantic.width or 0) if text else 0,
             pooled_width=(semantic.pooled_width or 0) if text and "pooled" in self.net.accepts else 0,

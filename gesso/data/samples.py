@@ -25,6 +25,7 @@ class Samples(NamedTuple):
     sizes   (B, 2) height and width of the whole picture; boxes (B, 4) float32 crops.View of it; flips (B,) bool
     tone    (B, 2) float32, mean and standard deviation of the pixels of the view
     labels  (B,) int64
+    index   (B,) int64, which images they are
     texts   tokens of the captions, where the data set keeps them; else they are encoded as they come
     """
 
@@ -34,6 +35,7 @@ class Samples(NamedTuple):
     flips: Tensor
     tone: Tensor
     labels: Tensor
+    index: Tensor
     texts: Encoded | None = None
 
     def columns(self) -> dict[str, Tensor]:
@@ -45,7 +47,8 @@ class Dataset(abc.ABC):
     """N images. Any thread may call `take` at any time; it depends on nothing but its arguments.
 
     labels (N,) int64; captions N, empty where there is none; class_names empty where there are no classes; notes for
-    the user; unreadable (name, reason) of images that were left out; latents: x is latents.
+    the user; unreadable (name, reason) of images that were left out; latents: x is latents; immediate: `take` costs next
+    to nothing.
     """
 
     where: str
@@ -55,6 +58,7 @@ class Dataset(abc.ABC):
     notes: list[str]
     unreadable: list[tuple[str, str]]
     latents = False
+    immediate = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,7 +69,7 @@ class Dataset(abc.ABC):
 
     @abc.abstractmethod
     def pictures(self, index: Tensor) -> Tensor:
-        """(B, C, H, W) uint8: the images `index` (B,) as they are compared with generated ones."""
+        """x of the images `index` (B,) as they are compared with generated ones: the middle, not mirrored."""
 
     @abc.abstractmethod
     def moments(self) -> tuple[Tensor, Tensor]:

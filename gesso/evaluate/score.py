@@ -13,8 +13,9 @@ from torch import Tensor
 from gesso import conditions, ema, files, generate, keyed, snapshot
 from gesso.cond import Cond
 from gesso.config import Run
-from gesso.data import images as sources
-from gesso.data.images import Images
+from gesso.data.dataset import open_dataset
+from gesso.data.samples import Dataset
+from gesso.data.space import Space
 from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import UsageError
 from gesso.evaluate import features, metrics, shapes
@@ -23,11 +24,13 @@ Say = Callable[[str], None]
 ROWS, COLUMNS = 10, 10
 DRAWN = 1000
 """pictures of shapes that are read back"""
+NEAR = 4096
+"""training images that are read for comparison where they are not in memory"""
 
 
 def evaluate_folder(folder: Path, run: Run, tick: Callable[[int, int], None]) -> list[str]:
     """Score a run folder; returns the lines to show. Raises UsageError when its images have changed since."""
-    images = sources.load(run.data)
+    images = open_dataset(run.data, run.latent, run.train.seed)
     if images.fingerprint() != run.data.fingerprint:
         raise UsageError(f"the images in {run.data.source} are not those that {folder} was trained on")
     result = evaluate(folder, run, images, generate.device_of(run), tick)
@@ -51,7 +54,7 @@ def evaluate_folder(folder: Path, run: Run, tick: Callable[[int, int], None]) ->
 
 
 def evaluate(
-    folder: Path, run: Run, images: Images, device: torch.device, tick: Callable[[int, int], None]
+    folder: Path, run: Run, images: Dataset, device: torch.device, tick: Callable[[int, int], None]
 ) -> dict[str, Any]:
     """Score the run in `folder` with the settings of `run` and write metrics.json and samples/*.png.
 
@@ -70,16 +73,18 @@ def evaluate(
     if cfg.features == "none":
         settings = dict(list(settings.items())[:1])
     total = count * (len(settings) + (len(cfg.sweep) if sweeping else 0))
-    counter = Counter(tick, total, cond, generate.guide_of(folder, run))
+    space = generate.opened_space(run)
+    counter = Counter(tick, total, cond, generate.guide_of(folder, run), space)
+    real = _real(space, images)
 
     made = {name: counter.generate(default, setting, count) for name, setting in settings.items()}
-    _pictures(folder, run, next(iter(made.values())), images)
+    _pictures(folder, run, next(iter(made.values())), real)
     result: dict[str, Any] = {"protocol": protocol(run, nimg, count)}
     if cfg.features == "shapes":
         result |= {name: _read_back(run, some, images, labels) for name, some in made.items()}
-        result["real"] = _read_back(run, images.pixels[:count], images, images.labels[:count])
+        result["real"] = _read_back(run, real[:count], images, images.labels[:count])
     if cfg.features == "digits":
-        score = Scorer(features.load_digit_features(str(device)), run, images, labels, device)
+        score = Scorer(features.load_digit_features(str(device)), run, real, images.labels, labels, device)
         rows = {name: score(some) for name, some in made.items()}
         quick, sweep = _with(run, guidance=cfg.sweep_guidance, control_guidance=1.0, steps=cfg.sweep_steps), []
         for sigma_rel, tensors, fit in zip(cfg.sweep, weights[1:], fits[1:], strict=True):
@@ -95,7 +100,13 @@ def evaluate(
     return result
 
 
-def _read_back(run: Run, pictures: Tensor, images: Images, labels: Tensor) -> dict[str, float]:
+def _real(space: Space, images: Dataset) -> Tensor:
+    """(n, C, H, W) uint8: training images, all of them where they are in memory, else the first NEAR."""
+    count = len(images) if images.immediate else min(len(images), NEAR)
+    return torch.cat([space.shown(images.pictures(some)) for some in torch.arange(count).split(64)])
+
+
+def _read_back(run: Run, pictures: Tensor, images: Dataset, labels: Tensor) -> dict[str, float]:
     """How often the shapes of pictures are those of their captions or classes."""
     if run.semantic.kind == "text":
         return shapes.agreement(pictures, images.captions[: len(pictures)])
@@ -113,7 +124,7 @@ def _rates(run: Run, result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _conditions(folder: Path, run: Run, images: Images, count: int) -> tuple[Cond, Tensor]:
+def _conditions(folder: Path, run: Run, images: Dataset, count: int) -> tuple[Cond, Tensor]:
     """What samples 0 to count-1 are to show: labels in turn, or captions of training images; and their labels."""
     seeds, prompts = range(count), None
     labels = conditions.labels_for(run, None, count)
@@ -152,14 +163,14 @@ def _with(run: Run, **sample: Any) -> Run:
 class Counter:
     """Generates under the same conditions with a common count of images done."""
 
-    def __init__(self, tick: Callable[[int, int], None], total: int, cond: Cond, guide: Denoiser | None):
+    def __init__(self, tick: Callable[[int, int], None], total: int, cond: Cond, guide: Denoiser | None, space: Space):
         self.tick, self.total, self.done = tick, total, 0
-        self.cond, self.guide = cond, guide
+        self.cond, self.guide, self.space = cond, guide, space
 
     def generate(self, denoiser: Denoiser, run: Run, count: int) -> Tensor:
         """Images of seeds 0 to count-1. (count, C, R, R) uint8."""
         batches = []
-        for batch in generate.generate(denoiser, run, range(count), self.cond[:count], self.guide):
+        for batch in generate.generate(denoiser, run, range(count), self.cond[:count], self.guide, self.space):
             batches.append(batch)
             self.done += len(batch)
             self.tick(self.done, self.total)
@@ -173,17 +184,25 @@ class Scorer:
     number of images.
     """
 
-    def __init__(self, network: features.DigitFeatures, run: Run, images: Images, labels: Tensor, device: torch.device):
+    def __init__(
+        self,
+        network: features.DigitFeatures,
+        run: Run,
+        pictures: Tensor,
+        classes: Tensor,
+        labels: Tensor,
+        device: torch.device,
+    ):
         self.network, self.device, count = network, device, len(labels)
-        real, logits = network.classify(images.pixels.to(device))
-        self.real_agreement = metrics.class_agreement(logits, images.labels.to(device))
+        real, logits = network.classify(pictures.to(device))
+        self.real_agreement = metrics.class_agreement(logits, classes.to(device))
         self.labels = labels.to(device)
         self.halves = []
         distances = []
         for split in range(run.eval.splits):
-            order = keyed.words(run.eval.seed, torch.arange(len(images)), f"evaluation split {split}", 1)[:, 0].argsort(
-                stable=True
-            )
+            order = keyed.words(run.eval.seed, torch.arange(len(pictures)), f"evaluation split {split}", 1)[
+                :, 0
+            ].argsort(stable=True)
             a, b = (metrics.Moments() for _ in range(2))
             a.update(real[order[:count]])
             b.update(real[order[count : 2 * count]])
@@ -204,7 +223,7 @@ def _mean_std(distances: list[float]) -> dict[str, float]:
     return {"frechet_distance": float(values.mean()), "frechet_distance_std": float(values.std(correction=0))}
 
 
-def _pictures(folder: Path, run: Run, made: Tensor, images: Images) -> None:
+def _pictures(folder: Path, run: Run, made: Tensor, real: Tensor) -> None:
     """samples/by-class.png, a row for each of the first classes, and samples/nearest.png, the training images nearest to them."""
     classes = run.inputs.num_classes
     if classes:
@@ -212,6 +231,6 @@ def _pictures(folder: Path, run: Run, made: Tensor, images: Images) -> None:
     else:
         chosen = list(range(min(len(made), ROWS * COLUMNS)))
     shown = made[chosen]
-    near = images.pixels[metrics.nearest(shown, images.pixels)]
+    near = real[metrics.nearest(shown, real)]
     generate.save_png(generate.grid(shown, COLUMNS), folder / "samples" / "by-class.png")
     generate.save_png(generate.grid(near, COLUMNS), folder / "samples" / "nearest.png")

@@ -1,5 +1,6 @@
 """The training loop. Time is nimg, the number of images seen; the data state is nimg and nothing else."""
 
+import itertools
 import math
 import signal
 import time
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from gesso import ema, keyed, snapshot
 from gesso.cond import Cond
 from gesso.config import MDT, Run
-from gesso.data.images import Images
-from gesso.data.order import Batches
+from gesso.data.batches import Batches
+from gesso.data.samples import Dataset
 from gesso.diffusion import denoiser as diffusion
 from gesso.errors import RunError, Stopped
 from gesso.generate import device_of
@@ -31,7 +32,7 @@ class Trainer:
     nimg: images seen; running: (2,) float64, sum of losses and number of images since the last log line.
     """
 
-    def __init__(self, run: Run, images: Images):
+    def __init__(self, run: Run, dataset: Dataset):
         self.run, self.device = run, device_of(run)
         dtype = getattr(torch, run.train.dtype)
         torch.manual_seed(keyed.number(run.train.seed, 0, "initial weights"))
@@ -46,10 +47,11 @@ class Trainer:
         mp.put_on_sphere(self.sphere)
         self.optimizer = optim.build(run.optim, self.modules)
         self.ema = ema.Tracker(net.state_dict(), ema.tracked(run.ema))
-        self.batches = Batches(images, run, self.process.sd, self.device)
+        self.batches = Batches(dataset, run, self.process.sd, self.device)
         rows = torch.arange(min(4096, run.train.total_images))
         self.rows = self.batches.rows(rows) if run.control.variables else None
         self.nimg = 0
+        self._stream: Iterator[tuple[Tensor, Tensor, Cond]] | None = None
         self.running = torch.zeros(2, dtype=torch.float64)
         self.grad_norm = math.nan
 
@@ -67,8 +69,7 @@ class Trainer:
         """One batch. Returns its loss. Raises RunError, with nothing changed, when loss or gradient is not finite."""
         run = self.run
         seed, size = run.train.seed, run.train.batch_size
-        counter = torch.arange(self.nimg, self.nimg + size)
-        x0, cond = self.batches(counter)
+        counter, x0, cond = self._next()
         s = self.process.quantile(keyed.uniform(seed, counter, "noise level")[:, 0]).to(x0)
         eps = keyed.normal(seed, counter.to(self.device), "noise", x0.shape[1:], x0.dtype)
         if run.net.dropout:
@@ -96,6 +97,15 @@ class Trainer:
         self.nimg += size
         self.running += torch.tensor([value * size, size])
         return value
+
+    def _next(self) -> tuple[Tensor, Tensor, Cond]:
+        """Counter, x0 and conditions of the batch that begins at nimg."""
+        if self._stream is None:
+            size = self.run.train.batch_size
+            self._stream = self.batches.ahead(torch.arange(k, k + size) for k in itertools.count(self.nimg, size))
+        batch = next(self._stream)
+        assert int(batch[0][0]) == self.nimg, "nimg was moved after the first step"
+        return batch
 
     def _masked(self, counter: Tensor, x0: Tensor, s: Tensor, cond: Cond) -> Tensor:
         """MDT's second term: the same images and levels, noise of its own, most tokens seen."""
@@ -139,13 +149,13 @@ def crossed(before: int, after: int, every: int) -> bool:
     return after // every > before // every
 
 
-def train(run: Run, images: Images, out: Path, console: Console) -> None:
+def train(run: Run, dataset: Dataset, out: Path, console: Console) -> None:
     """Train `run` in the folder `out` from its newest state, or from the beginning, to train.total_images.
 
     Writes log.jsonl, state/ and snapshots/. Raises Stopped on SIGINT and SIGTERM with the state saved,
     RunError when the loss diverges or the disk refuses.
     """
-    trainer = Trainer(run, images)
+    trainer = Trainer(run, dataset)
     trainer.nimg = checkpoint.load_latest(
         out / "state", trainer.tensors(), lambda text: console.print(f"warning: {text}")
     )
@@ -153,8 +163,8 @@ def train(run: Run, images: Images, out: Path, console: Console) -> None:
     log.rewind(trainer.nimg)
     if trainer.nimg:
         console.print(f"resumed at image {trainer.nimg:,}", highlight=False)
-    elif images.unreadable:
-        log.write(nimg=0, unreadable=images.unreadable)
+    elif dataset.unreadable:
+        log.write(nimg=0, unreadable=dataset.unreadable)
     with caught_signals() as caught, Bar(console, run.train.total_images, trainer.nimg, run.recipe) as bar:
         try:
             _steps(trainer, out, log, bar, caught)

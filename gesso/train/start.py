@@ -10,11 +10,16 @@ from rich.console import Console
 import gesso
 from gesso import config, files
 from gesso.config import Run
-from gesso.data import images, text
+from gesso.data import text
+from gesso.data.dataset import described, open_dataset
+from gesso.data.samples import Dataset
 from gesso.errors import UsageError
 from gesso.generate import check, device_of
 from gesso.train import loop
 from gesso.train.log import Bar
+
+CUT = 100_000
+"""captions that are looked through for long ones"""
 
 
 def commit() -> str:
@@ -43,39 +48,43 @@ def made_with(device: torch.device) -> dict[str, str | int]:
     }
 
 
-def opened(run: Run, console: Console) -> tuple[Run, images.Images]:
-    """Load the images and complete the run with what they and the text encoder tell; check again that it all fits."""
+def opened(run: Run, console: Console) -> tuple[Run, Dataset]:
+    """Open the images and complete the run with what they and the text encoder tell; check again that it all fits."""
     check(run)
     widths = text.widths(run.semantic)
     with Bar(console, 1, 0, f"reading {run.data.source}") as bar:
-        loaded = images.load(run.data, lambda done, total: bar.update(done, total=total))
-    for note in loaded.notes:
+        dataset = open_dataset(run.data, run.latent, run.train.seed, lambda done, total: bar.update(done, total=total))
+    for note in dataset.notes:
         console.print(f"note: {note}", highlight=False)
-    for name, reason in loaded.unreadable[:10]:
+    for name, reason in dataset.unreadable[:10]:
         console.print(f"left out: {name} ({reason})", highlight=False, markup=False)
-    _captions(run, loaded, console)
-    told = run.semantic.kind == "text" or (run.semantic.kind == "label" and loaded.class_names)
+    _captions(run, dataset, console)
+    told = run.semantic.kind == "text" or (run.semantic.kind == "label" and dataset.class_names)
     tree = config.as_tree(run)
-    tree["data"] = config.as_tree(run.model_copy(update={"data": images.described(run.data, loaded)}))["data"]
+    tree["data"] = config.as_tree(
+        run.model_copy(update={"data": described(run.data, dataset, run.latent, run.train.seed)})
+    )["data"]
     tree["semantic"] |= widths
     if not told and run.sample.guidance != 1 and run.sample.guide is None:
         tree["sample"]["guidance"] = 1.0
         console.print("note: sample.guidance=1, as there are no classes to guide towards", highlight=False)
-    return config.validate(tree), loaded
+    return config.validate(tree), dataset
 
 
-def _captions(run: Run, loaded: images.Images, console: Console) -> None:
+def _captions(run: Run, dataset: Dataset, console: Console) -> None:
     """Say how many captions are cut, and which. Raises UsageError when there are no words to learn."""
     if run.semantic.kind != "text":
         return
-    if not any(loaded.captions):
+    if not any(dataset.captions):
         raise UsageError(
             f"semantic.kind=text: {run.data.source} has no captions; put image.txt beside each image, "
             "or set semantic.kind=none"
         )
-    if cut := text.build(run.semantic).cut(loaded.captions):
+    some = dataset.captions[:CUT]
+    if cut := text.build(run.semantic).cut(some):
+        of = f"{len(some):,}" if len(some) == len(dataset) else f"the first {len(some):,}"
         console.print(
-            f"note: {len(cut):,} of {len(loaded):,} captions are longer than semantic.tokens={run.semantic.tokens}, "
+            f"note: {len(cut):,} of {of} captions are longer than semantic.tokens={run.semantic.tokens}, "
             f"such as {cut[0]}",
             highlight=False, markup=False,
         )  # fmt: skip
@@ -112,7 +121,7 @@ def start(run: Run, out: Path, resume: bool, console: Console, say: Callable[[st
     already = (out / "run.yaml").exists()
     if already and not resume:
         raise UsageError(f"{out} already holds a run: go on with --resume, or choose another --out")
-    run, loaded = opened(run, console)
+    run, dataset = opened(run, console)
     with files.locked(out):
         files.sweep(out)
         for inner in ("state", "snapshots"):
@@ -126,6 +135,6 @@ def start(run: Run, out: Path, resume: bool, console: Console, say: Callable[[st
         ]
         if already and changed:
             say(f"note: {'; '.join(changed)}: the result will agree closely, not to the last bit")
-        say(f"training in {out}: {len(loaded):,} images, {run.net.name}, {run.process.name}")
-        loop.train(run, loaded, out, console)
+        say(f"training in {out}: {len(dataset):,} images, {run.net.name}, {run.process.name}")
+        loop.train(run, dataset, out, console)
     return run

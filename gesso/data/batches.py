@@ -1,0 +1,115 @@
+"""The batch that a run of sample counters makes.
+
+The counter k = 0, 1, 2, ... counts samples since the beginning of training, over all ranks. Everything
+about sample k is a function of (seed, k): order, crop, flip, dropped label, latent noise, and in the loop noise
+level and noise. The state of the data is therefore one integer, `nimg`.
+
+Legend: B samples, n numbers of control; x0 (B, C, H, W).
+"""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from gesso import keyed
+from gesso.cond import Cond, pad
+from gesso.config import Run, Semantic
+from gesso.data import text
+from gesso.data.samples import Dataset, Samples
+from gesso.data.space import Space
+
+KEPT = 2**30
+"""bytes of text tokens that are kept in memory; beyond it captions are encoded as they come"""
+
+
+class Batches:
+    """x0 and conditions for any run of sample counters, on `device`; x0 of standard deviation sd."""
+
+    def __init__(self, dataset: Dataset, run: Run, sd: float, device: torch.device):
+        self.dataset, self.run, self.device = dataset, run, device
+        self.dtype = getattr(torch, run.train.dtype)
+        self.space = Space(run.data, run.latent, sd, device)
+        self.order = dataset.order(run.train.seed, run.train.batch_size)
+        self.columns = run.control.columns("high") + run.control.columns("low")
+        self.encoder = text.build(run.semantic, device) if run.semantic.kind == "text" else None
+        self.kept = None
+        if self.encoder and 4 * len(dataset) * self.encoder.tokens * self.encoder.width <= KEPT:
+            self.kept = self.encoder(dataset.captions)
+
+    def __call__(self, counter: Tensor) -> tuple[Tensor, Cond]:
+        """x0 and the conditions of the samples `counter` (B,)."""
+        return self.finish(counter, self.fetch(counter))
+
+    def fetch(self, counter: Tensor) -> Samples:
+        """What comes from disk and processor; any thread may do it."""
+        samples = self.dataset.take(self.order(counter), counter)
+        return samples._replace(x=samples.x.pin_memory()) if self.device.type == "cuda" else samples
+
+    def ahead(self, counters: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Cond]]:
+        """(counter, x0, conditions) of each; while one is used, the next is fetched."""
+        if self.dataset.immediate:
+            yield from ((counter, *self(counter)) for counter in counters)
+            return
+        with ThreadPoolExecutor(1, "fetch") as pool:
+            waiting = None
+            for counter in counters:
+                following = counter, pool.submit(self.fetch, counter)
+                if waiting:
+                    yield waiting[0], *self.finish(waiting[0], waiting[1].result())
+                waiting = following
+            if waiting:
+                yield waiting[0], *self.finish(waiting[0], waiting[1].result())
+
+    def finish(self, counter: Tensor, samples: Samples) -> tuple[Tensor, Cond]:
+        """x0 and conditions on the device."""
+        seed = self.run.train.seed
+        x0 = self.space.x0(samples.x.to(self.device, non_blocking=True), seed, counter, self.dtype)
+        return x0, Cond(**self._semantic(counter, samples), **self._control(counter, samples)).to(self.device)
+
+    def _semantic(self, counter: Tensor, samples: Samples) -> dict[str, Tensor | None]:
+        cfg, seed = self.run.semantic, self.run.train.seed
+        if cfg.kind == "text":
+            fields = text_fields(cfg, self._texts(samples), seed, counter)
+        elif cfg.kind == "label" and self.run.data.num_classes:
+            fields = {"label": samples.labels}
+        else:
+            return {}
+        return fields | {"has_semantic": keyed.uniform(seed, counter, "label dropout")[:, 0] >= cfg.dropout}
+
+    def _texts(self, samples: Samples) -> text.Encoded:
+        if samples.texts is not None:
+            return samples.texts
+        if self.kept is not None:
+            return text.Encoded(*(field[samples.index] for field in self.kept))
+        return self.encoder([self.dataset.captions[i] for i in samples.index.tolist()])
+
+    def rows(self, counter: Tensor) -> Tensor:
+        """(B, n) control variables of the samples, in the order of `columns`."""
+        return self._rows(self.dataset.take(self.order(counter), counter))
+
+    def _rows(self, samples: Samples) -> Tensor:
+        columns = samples.columns()
+        return torch.stack([columns[name] for name in self.columns], dim=1)
+
+    def _control(self, counter: Tensor, samples: Samples) -> dict[str, Tensor]:
+        if not self.columns:
+            return {}
+        kept = keyed.uniform(self.run.train.seed, counter, "control dropout")[:, 0] >= self.run.control.dropout
+        return control_fields(self.run, self._rows(samples)) | {"has_control": kept}
+
+
+def control_fields(run: Run, rows: Tensor) -> dict[str, Tensor]:
+    """Rows (B, n) as the two fields of Cond; a level without variables is absent."""
+    high = len(run.control.columns("high"))
+    fields = {"control_high": rows[:, :high], "control_low": rows[:, high:]}
+    return {name: values for name, values in fields.items() if values.shape[1]}
+
+
+def text_fields(cfg: Semantic, encoded: text.Encoded, seed: int, sample: Tensor) -> dict[str, Tensor | None]:
+    """B texts as the fields of Cond; the noise of the padding is keyed to the sample (B,)."""
+    tokens, lengths, pooled = encoded
+    eps = keyed.normal(seed, sample, "text padding", tokens.shape[1:]) if cfg.padding == "noisy" else None
+    padded, mask = pad(tokens, lengths, cfg.padding, cfg.noise, eps)
+    return {"text": padded, "text_mask": mask, "pooled": pooled}

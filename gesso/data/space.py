@@ -1,0 +1,65 @@
+"""Between what data sets hold, pixels or latents, and the x0 of a run.
+
+Legend: B samples; C channels of pixels, c of latents; H W and h w their sizes.
+"""
+
+import torch
+from torch import Tensor
+
+from gesso import keyed
+from gesso.config import Data, Latent
+from gesso.data.vae import VAE, posterior_sample
+from gesso.errors import UsageError
+
+
+class Space:
+    """x0 = (raw - data.mean) * sd / data.std per channel, raw being pixels in [-1, 1] or raw latents.
+
+    The VAE is opened when it is first needed: to encode pixels, or to show an image.
+    """
+
+    def __init__(self, data: Data, latent: Latent, sd: float, device: torch.device | str):
+        self.latent, self.device = latent, torch.device(device)
+        self.mean, self.std = (
+            torch.tensor(v, dtype=torch.float64, device=self.device)[:, None, None] for v in (data.mean, data.std)
+        )
+        self.sd = sd
+        self._vae: VAE | None = None
+
+    @property
+    def vae(self) -> VAE:
+        """Raises UsageError where there is none, or none that fits."""
+        if self._vae is None:
+            self._vae = open_vae(self.latent, self.device)
+        return self._vae
+
+    def x0(self, x: Tensor, seed: int, counter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Samples.x of the samples `counter` (B,) -> x0. Noise of latents is keyed to the counter."""
+        if x.dtype == torch.uint8 and not self.latent.vae:
+            raw = x.to(dtype) / 127.5 - 1
+        else:
+            mean, std = self.vae.encode(x) if x.dtype == torch.uint8 else x.to(dtype).chunk(2, dim=1)
+            eps = keyed.normal(seed, counter.to(x.device), "latent", mean.shape[1:], dtype)
+            raw = posterior_sample(mean.to(dtype), std.to(dtype), eps)
+        return (raw - self.mean.to(dtype)) * (self.sd / self.std.to(dtype))
+
+    def shown(self, x: Tensor) -> Tensor:
+        """Samples.x as pixels (B, C, H, W) uint8, on the CPU; of latents the means."""
+        return x if x.dtype == torch.uint8 else self.vae.decode(x.float().chunk(2, dim=1)[0]).cpu()
+
+    def pixels(self, x0: Tensor) -> Tensor:
+        """x0 -> (B, C, H, W) uint8, rounded and clipped."""
+        raw = x0 * (self.std.to(x0.dtype) / self.sd) + self.mean.to(x0.dtype)
+        if self.latent.vae:
+            return self.vae.decode(raw)
+        return ((raw + 1) * 127.5).round().clip(0, 255).to(torch.uint8)
+
+
+def open_vae(latent: Latent, device: torch.device | str) -> VAE:
+    """The VAE of a run. Raises UsageError when it cannot be opened or is not as the settings say."""
+    vae = VAE(latent.vae, device, getattr(torch, latent.dtype), latent.convention)
+    for name, has in (("channels", vae.channels), ("factor", vae.factor)):
+        said = getattr(latent, name)
+        if said != has:
+            raise UsageError(f"latent.{name}={said}, but latent.vae={latent.vae} has {has}: set latent.{name}={has}")
+    return vae
