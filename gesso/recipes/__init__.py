@@ -14,8 +14,7 @@ RECIPES: dict[str, Callable[[], Run]] = {
     **berrada.RECIPES,
     **shapes.RECIPES,
     "folder": folder,
-    # The presets of ImageNet-512 wait for latents: on pixels they would be another experiment.
-    **{name: make for name, make in edm2.RECIPES.items() if not name.startswith("edm2-img512")},
+    **edm2.RECIPES,
 }
 
 

@@ -3,16 +3,16 @@
 Sources: "Table 6" and the text of the paper; what only its figures hold, or neither, is marked "our choice".
 Everything here runs in float32; the paper's runs are FP16 with loss scaling (D.2), on 32 A100 GPUs.
 
-The settings named img512 and ladder are those of 64x64x4 latents. gesso has no latents yet (data.channels
-is 1 or 3), so `latents()` gives RGB at 64x64 in their place: these runs work, and their results are not
-comparable with the published numbers until that one function changes.
+Those named img512 and ladder train on 64x64x4 latents of ImageNet at 512x512, made once by
+
+    gesso cache /path/to/imagenet caches/imagenet-512 --resolution 512 --vae stabilityai/sd-vae-ft-mse --convention edm2 --dtype float32
 """
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from gesso.config import EDM, EDM2, Data, EDM2Ladder, Ema, Loss, Optim, Run, Sample, Semantic, Train
+from gesso.config import EDM, EDM2, Data, EDM2Ladder, Ema, Latent, Loss, Optim, Run, Sample, Semantic, Train
 
 M = 2**20  # The durations of Table 6 are whole numbers of 2^20 images: 2147.5M = 2048 * 2^20.
 BATCH = 2048
@@ -77,14 +77,15 @@ DINO_512 = {
 FID_64 = {"S": Best(1.58, 0.075), "M": Best(1.43, 0.060), "L": Best(1.33, 0.040), "XL": Best(1.33, 0.040)}
 
 
-def pixels() -> Data:
-    """ImageNet at 64x64, class folders. No flips: D.3."""
-    return Data(source="", resolution=64, channels=3, flip=False)
+def pixels() -> dict[str, Any]:
+    """ImageNet at 64x64, class folders or a cache. No flips: D.3."""
+    return dict(data=Data(source="", resolution=64, channels=3, flip=False))
 
 
-def latents() -> Data:
-    """Stands for 64x64x4 latents of ImageNet-512; RGB until gesso has latents."""
-    return pixels()
+def latents() -> dict[str, Any]:
+    """64x64x4 latents of ImageNet at 512x512, cached. Which VAE: the published code (Stability's, fine-tuned on MSE)."""
+    vae = Latent(vae="stabilityai/sd-vae-ft-mse", convention="edm2", channels=4, factor=8)
+    return dict(data=Data(source="", resolution=512, channels=3, flip=False), latent=vae)
 
 
 def optim(lr: float, **changes: Any) -> Optim:
@@ -97,10 +98,10 @@ def train(images: int, batch: int = BATCH) -> Train:
     return Train(total_images=images, batch_size=batch, snapshot_images=8 * M, state_images=8 * M, log_images=M // 8)
 
 
-def preset(name: str, p: Preset, data: Data, process: EDM) -> Run:
+def preset(name: str, p: Preset, data: dict[str, Any], process: EDM) -> Run:
     return Run(
         recipe=name,
-        data=data,
+        **data,
         net=EDM2(channels=p.channels, dropout=p.dropout),
         process=process,
         semantic=Semantic(dropout=0),  # the unconditional network is a separate one
@@ -122,10 +123,10 @@ def img64(size: str) -> Run:
 
 
 def img512(size: str) -> Run:
-    """EDM2 on 64x64x4 latents of ImageNet-512 (RGB for now); size is XXS, XS, S, M, L, XL or XXL.
+    """EDM2 on 64x64x4 latents of ImageNet-512; size is XXS, XS, S, M, L, XL or XXL.
 
-    gesso train edm2-img512-s data.source=/path/to/imagenet    5.3 days on 32 A100 (Table 6); FID 2.56 on latents
-    gesso train edm2-img512-xxl data.source=/path/to/imagenet  9.1 days on 32 A100; FID 1.91 on latents
+    gesso train edm2-img512-s data.source=caches/imagenet-512    5.3 days on 32 A100 (Table 6); FID 2.56
+    gesso train edm2-img512-xxl data.source=caches/imagenet-512  9.1 days on 32 A100; FID 1.91
     """
     return preset(f"edm2-img512-{size.lower()}", IMG512[size], latents(), EDM(P_mean=-0.4, P_std=1.0))
 
@@ -133,7 +134,7 @@ def img512(size: str) -> Run:
 def img512_unconditional() -> Run:
     """The XS network without labels that guides all sizes in Table 2. How it was trained is our choice: as XS.
 
-    gesso train edm2-img512-xs-uncond data.source=/path/to/imagenet     about 3 days on 32 A100
+    gesso train edm2-img512-xs-uncond data.source=caches/imagenet-512     about 3 days on 32 A100
     """
     run = preset("edm2-img512-xs-uncond", IMG512["XS"], latents(), EDM(P_mean=-0.4, P_std=1.0))
     return run.model_copy(update={"semantic": Semantic(kind="none")})
@@ -168,8 +169,8 @@ RUNGS = {
 def ladder(step: str) -> Run:
     """CONFIG A to G of Table 1 at 192 channels: each what the one before was, and one change more.
 
-    gesso train edm2-ladder-a data.source=/path/to/imagenet    32 A100, days not published; FID 8.00 on latents
-    gesso train edm2-ladder-g data.source=/path/to/imagenet    5.3 days on 32 A100; FID 2.56 on latents
+    gesso train edm2-ladder-a data.source=caches/imagenet-512    32 A100, days not published; FID 8.00
+    gesso train edm2-ladder-g data.source=caches/imagenet-512    5.3 days on 32 A100; FID 2.56
 
     Each sees 2^31 images. A samples its traditional EMA; the power profiles tracked beside it, .034 (its relative
     length at the end) and .05, are our choice, so that other lengths can be had of A too, by sample.halflife=null
@@ -180,7 +181,7 @@ def ladder(step: str) -> Run:
     decay = {"schedule": "inverse_sqrt", "ref_images": rung.t_ref * rung.batch} if rung.t_ref else {}
     return Run(
         recipe=f"edm2-ladder-{step.lower()}",
-        data=latents(),
+        **latents(),
         net=EDM2Ladder(step=step, attention_levels=(1, 2, 3) if is_a else (2, 3), dropout=rung.dropout),
         process=EDM(P_mean=-1.2, P_std=1.2) if is_a else EDM(P_mean=-0.4, P_std=1.0),
         semantic=Semantic(dropout=0),
@@ -197,7 +198,8 @@ def ladder(step: str) -> Run:
 def described(make: Callable[[str], Run], key: str, name: str, what: str, result: str) -> dict[str, Callable[[], Run]]:
     """One size or step as a recipe under `name`, with a docstring of its own."""
     recipe = partial(make, key)
-    recipe.__doc__ = f"{what}.\n\n    gesso train {name} data.source=/path/to/imagenet    {result}\n"
+    where = "/path/to/imagenet" if make is img64 else "caches/imagenet-512"
+    recipe.__doc__ = f"{what}.\n\n    gesso train {name} data.source={where}    {result}\n"
     return {name: recipe}
 
 
@@ -209,7 +211,7 @@ def guided(name: str, best: Best, metric: str) -> str:
     )
 
 
-PIXELS, LATENTS = "ImageNet at 64x64 pixels", "ImageNet-512's latents (RGB at 64x64 for now)"
+PIXELS, LATENTS = "ImageNet at 64x64 pixels", "ImageNet-512's latents"
 UNPUBLISHED = "cost and FID not in the paper"
 
 RECIPES: dict[str, Callable[[], Run]] = {"edm2-img512-xs-uncond": img512_unconditional}
@@ -219,9 +221,9 @@ for size, p in IMG64.items():
 for size, p in IMG512.items():
     name, cost = f"edm2-img512-{size.lower()}", UNPUBLISHED
     if size in FID_512:
-        cost = f"{p.days} days on 32 A100; FID {FID_512[size][0].distance} on latents (Table 6)\n"
+        cost = f"{p.days} days on 32 A100; FID {FID_512[size][0].distance} (Table 6)\n"
         cost += guided(name, FID_512[size][1], "FID") + guided(name, DINO_512[size][1], "FD of DINOv2").rstrip()
     RECIPES |= described(img512, size, name, f"EDM2-{size} on {LATENTS}", cost)
 for size, rung in RUNGS.items():
     name, what = f"edm2-ladder-{size.lower()}", f"CONFIG {size} of EDM2 on {LATENTS}"
-    RECIPES |= described(ladder, size, name, what, f"FID {rung.fid:.2f} on latents (Table 1)")
+    RECIPES |= described(ladder, size, name, what, f"FID {rung.fid:.2f} (Table 1)")
