@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,11 +30,13 @@ def choices(path: str) -> dict[str, type[BaseModel]]:
 
 
 def parse_value(text: str) -> Any:
-    """JSON where it is JSON; otherwise the text itself, for the schema to convert (no, 010, 200k)."""
+    """JSON where it is JSON, numbers with commas between (.4,.6 or [.4,1]) as a list; otherwise the text itself, for the
+    schema to convert (no, 010, 200k)."""
     try:
         return json.loads(text)
     except ValueError:
-        return text
+        numbers = re.fullmatch(r"\[?([\d.eE+-]+[kKmM]?(?:,\s*[\d.eE+-]+[kKmM]?)+)\]?", text.strip())
+        return [part.strip() for part in numbers[1].split(",")] if numbers else text
 
 
 def parse_override(argument: str) -> Tree:
