@@ -3,6 +3,7 @@
 import signal
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,8 @@ from rich.console import Console
 
 from gesso.errors import GessoError, UsageError
 
+# What Pillow finds odd in a picture's metadata concerns nobody; what it cannot decode is counted and named.
+warnings.filterwarnings("ignore", module="PIL")
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -191,6 +194,66 @@ def report(folder: RunFolder, out: Out = None) -> None:
     from gesso.report import write
 
     _say(f"wrote {write(folder, out)}")
+
+
+@app.command()
+def data(
+    where: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="what data.source takes, or a cache", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", help="the sheet of pictures to write")] = Path("sheet.png"),
+    rows: Annotated[int, typer.Option(min=1, max=100, help="images on the sheet")] = 8,
+    views: Annotated[int, typer.Option(min=1, max=12, help="of each image")] = 4,
+    crop_scale: Annotated[
+        str | None, typer.Option(help="shares of the area, such as .4,.6; the middle square by default", show_default=False)
+    ] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="mirror half of the views")] = False,
+    resolution: Annotated[int | None, typer.Option(min=1, help="of the views", show_default=False)] = None,
+    limit: Annotated[int, typer.Option(min=1, help="headers and captions to read")] = 5_000,
+    seed: Annotated[int, typer.Option(min=0, help="of the views, as in a cache")] = 0,
+    vae: Annotated[str | None, typer.Option(help="to show latents with", show_default=False)] = None,
+    convention: Annotated[str, typer.Option(help="of these latents: dit or edm2")] = "dit",
+) -> None:
+    """What a source of images or a cache holds: counts, sizes, classes, captions, and a sheet of views to look at."""
+    from gesso import files
+    from gesso.data.sheet import Asked, examined, sheet
+
+    asked = Asked(rows, views, _shares(crop_scale), flip, resolution, seed, vae, convention)
+    tables, pictures, notes = examined(where, limit, asked)
+    for table in tables:
+        _print_table(*table)
+    with files.whole(out) as temporary:
+        sheet(pictures).save(temporary, "PNG")
+    for note in notes:
+        _say(f"note: {note}")
+    _say(f"wrote {out}")
+
+
+def _shares(text: str | None) -> tuple[float, float] | None:
+    """.4,.6"""
+    try:
+        low, high = map(float, text.split(",")) if text else (1.0, 1.0)
+    except ValueError:
+        low = high = 0.0
+    if not 0 < low <= high <= 1:
+        raise UsageError(f"--crop-scale {text}: write two shares of the area, the smaller one first, such as .4,.6")
+    return (low, high) if text else None
+
+
+def _print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Cells are what users wrote: nothing in them is markup."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        box=box.SIMPLE_HEAD if any(header) else None, show_header=any(header), show_edge=False, pad_edge=False
+    )
+    for n, name in enumerate(header):
+        table.add_column(name, justify="right" if name else "left", overflow="fold", min_width=6 if n == 0 else None)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(Text(title, "bold"), table, "", sep="\n")
 
 
 @app.command()

@@ -202,10 +202,10 @@ def test_captions_follow_the_image_that_is_shown(photos, tmp_path):
     counter = torch.arange(9)
     place = batches.order(counter).tolist().index(4)
     _, cond = batches(counter)
-    due = batches.encoder(["picture 5"])
+    due = batches.texts.encoder(["picture 5"])
     length = int(due.lengths[0])
     assert cond.text[place, :length].equal(due.tokens[0, :length])
-    batches.kept = None  # as for captions too many to keep: the same tokens
+    batches.texts.kept = None  # as for captions too many to keep: the same tokens
     assert batches(counter)[1].text.equal(cond.text)
 
 

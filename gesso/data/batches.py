@@ -21,7 +21,7 @@ from gesso.data.samples import Dataset, Samples
 from gesso.data.space import Space
 
 KEPT = 2**30
-"""bytes of text tokens that are kept in memory; beyond it captions are encoded as they come"""
+"""bytes of text tokens that are kept once they were encoded; where all would take more, none are"""
 
 
 class Batches:
@@ -33,10 +33,7 @@ class Batches:
         self.space = Space(run.data, run.latent, sd, device)
         self.order = dataset.order(run.train.seed, run.train.batch_size)
         self.columns = run.control.columns("high") + run.control.columns("low")
-        self.encoder = text.build(run.semantic, device) if run.semantic.kind == "text" else None
-        self.kept = None
-        if self.encoder and 4 * len(dataset) * self.encoder.tokens * self.encoder.width <= KEPT:
-            self.kept = self.encoder(dataset.captions)
+        self.texts = _Texts(text.build(run.semantic, device), dataset) if run.semantic.kind == "text" else None
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, Cond]:
         """x0 and the conditions of the samples `counter` (B,)."""
@@ -71,19 +68,12 @@ class Batches:
     def _semantic(self, counter: Tensor, samples: Samples) -> dict[str, Tensor | None]:
         cfg, seed = self.run.semantic, self.run.train.seed
         if cfg.kind == "text":
-            fields = text_fields(cfg, self._texts(samples), seed, counter)
+            fields = text_fields(cfg, self.texts(samples), seed, counter)
         elif cfg.kind == "label" and self.run.data.num_classes:
             fields = {"label": samples.labels}
         else:
             return {}
         return fields | {"has_semantic": keyed.uniform(seed, counter, "label dropout")[:, 0] >= cfg.dropout}
-
-    def _texts(self, samples: Samples) -> text.Encoded:
-        if samples.texts is not None:
-            return samples.texts
-        if self.kept is not None:
-            return text.Encoded(*(field[samples.index] for field in self.kept))
-        return self.encoder([self.dataset.captions[i] for i in samples.index.tolist()])
 
     def rows(self, counter: Tensor) -> Tensor:
         """(B, n) control variables of the samples, in the order of `columns`."""
@@ -98,6 +88,36 @@ class Batches:
             return {}
         kept = keyed.uniform(self.run.train.seed, counter, "control dropout")[:, 0] >= self.run.control.dropout
         return control_fields(self.run, self._rows(samples)) | {"has_control": kept}
+
+
+class _Texts:
+    """Tokens of the captions of samples: the data set's own, or encoded when they first come and kept where there is room."""
+
+    def __init__(self, encoder: text.TextEncoder, dataset: Dataset):
+        self.encoder, self.captions, n = encoder, dataset.captions, len(dataset)
+        self.known = torch.zeros(n, dtype=torch.bool)
+        self.kept: text.Encoded | None = None
+        if 4 * n * encoder.tokens * encoder.width <= KEPT:
+            self.kept = text.Encoded(
+                torch.zeros(n, encoder.tokens, encoder.width),
+                torch.zeros(n, dtype=torch.int64),
+                torch.zeros(n, encoder.pooled_width),
+            )
+
+    def __call__(self, samples: Samples) -> text.Encoded:
+        if samples.texts is not None:
+            return samples.texts
+        index = samples.index
+        if self.kept is None:
+            return self._encoded(index)
+        if len(new := index[~self.known[index]].unique()):
+            for kept, some in zip(self.kept, self._encoded(new), strict=True):
+                kept[new] = some
+            self.known[new] = True
+        return text.Encoded(*(field[index] for field in self.kept))
+
+    def _encoded(self, index: Tensor) -> text.Encoded:
+        return self.encoder([self.captions[i] for i in index.tolist()])
 
 
 def control_fields(run: Run, rows: Tensor) -> dict[str, Tensor]:
