@@ -3,6 +3,7 @@
 Legend: N samples, n numbers of control.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -128,6 +129,7 @@ def _rows(run: Run, seed: Tensor, rows: Tensor | None, said: Mapping[str, tuple[
     if rows is None:
         raise UsageError("the snapshot lacks its rows of control variables, from which samples draw theirs")
     columns = run.control.columns("high") + run.control.columns("low")
+    rows = _alike(run, rows, columns)
     pick = (keyed.uniform(0, seed, "control row")[:, 0] * len(rows)).long()
     chosen = rows[pick].clone()
     given = {name: CONTROLS[name].plain for name in run.control.variables if CONTROLS[name].plain}
@@ -136,6 +138,16 @@ def _rows(run: Run, seed: Tensor, rows: Tensor | None, said: Mapping[str, tuple[
             value = values[i]
             chosen[:, columns.index(column)] = value if isinstance(value, Tensor) else float(value)
     return chosen
+
+
+def _alike(run: Run, rows: Tensor, columns: Sequence[str]) -> Tensor:
+    """Of the training rows those of pictures about as wide as what is sampled, where sample.aspect says and there are any."""
+    if run.sample.aspect is None or not {"aspect", "width"} & set(columns):
+        return rows
+    value = dict(zip(columns, rows.unbind(1), strict=True))
+    wide = value["aspect"] / 1000 if "aspect" in value else value["width"] / value["height"]
+    near = (wide / run.sample.ratio).log().abs() < math.log(1.2)
+    return rows[near] if bool(near.any()) else rows
 
 
 def _sizes(run: Run, seed: Tensor) -> dict[str, tuple[Tensor | float, ...]]:

@@ -46,7 +46,7 @@ def generate(
     cfg = run.sample
     device = next(denoiser.parameters()).device
     dtype = getattr(torch, cfg.state_dtype)
-    shape = (run.channels, *2 * ((cfg.resolution or run.data.resolution) // run.factor,))
+    shape = (run.channels, *(side // run.factor for side in run.canvas))
     space = space or Space(run.data, run.latent, denoiser.process.sd, device)
     for start in range(0, len(seeds), cfg.batch_size):
         chunk = slice(start, start + cfg.batch_size)

@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 from test_encoders import write_vae
 
-from gesso import config, generate, keyed, recipes, snapshot
+from gesso import conditions, config, generate, keyed, recipes, snapshot
 from gesso.config import Data, Latent
 from gesso.data import crops, dataset
 from gesso.data.batches import Batches
@@ -401,3 +401,32 @@ def test_a_larger_folder_than_memory_trains(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "IN_MEMORY", 0)
     start(tiny(tmp_path / "images", **{"data.flip": "true"}), tmp_path / "run", False, QUIET, lambda text: None)
     assert snapshot.stored(tmp_path / "run")
+
+
+# Other aspects.
+
+
+@pytest.mark.parametrize("aspect, size", [("1:1", (16, 16)), ("2:1", (22, 12)), ("1:2", (12, 22)), ("16:9", (22, 12))])
+def test_samples_of_another_aspect_have_as_many_pixels(photos, tmp_path, aspect, size):
+    run = tiny(photos, **{"net.patch": 2, "train.total_images": 8, "control.variables": "size,aspect"})
+    start(run, tmp_path / "run", False, QUIET, lambda text: None)
+    run, _ = config.resolve(config.as_tree(config.read(tmp_path / "run" / "run.yaml")), [f"sample.aspect={aspect}"])
+    assert run.canvas == size[::-1]
+    generate.draw(tmp_path / "run", run, Asked(seeds="0-1"), tmp_path / "made")
+    assert sizes_of(tmp_path / "made") == [size] * 2
+
+
+def test_rows_of_control_are_of_pictures_of_that_aspect(photos):
+    run, _ = opened(tiny(photos, **{"control.variables": "size", "sample.aspect": "2:1"}), QUIET)
+    rows = torch.tensor([[64.0, 40.0], [48.0, 96.0], [64.0, 40.0], [48.0, 100.0]])
+    cond, _ = conditions.build(run, range(40), rows, labels=[0] * 40)
+    assert {tuple(row) for row in cond.control_low.tolist()} == {(48.0, 96.0), (48.0, 100.0)}
+    cond, _ = conditions.build(run, range(40), rows[::2], labels=[0] * 40)  # none is: any
+    assert cond.control_low.unique(dim=0).tolist() == [[64.0, 40.0]]
+
+
+def test_the_bucket_that_is_nearest():
+    run = tiny("digits", **{"data.buckets": "[[16,16],[12,20],[20,12]]", "sample.aspect": "3:2"})
+    assert run.canvas == (12, 20)
+    with pytest.raises(UsageError, match=r"sample.aspect=wide: write width:height"):
+        tiny("digits", **{"sample.aspect": "wide"})

@@ -1,5 +1,6 @@
 """The complete description of a run. Times are counted in images. No torch here."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
@@ -38,6 +39,8 @@ class Data(Settings):
     """some of its captions, read when the source is opened: prompts for samples where the user names none"""
     fingerprint: str | None = None
     """of all pixels and labels, so that a run is never resumed on other images"""
+    buckets: tuple[tuple[Positive, Positive], ...] | None = None
+    """height and width of the pictures of a cache with aspect-ratio buckets, read when it is opened; null: squares"""
     mean: tuple[float, ...] | None = None
     """per channel, of pixels in [-1, 1] or of raw latents: x0 = (raw - mean) * sd / std; measured when not given"""
     std: tuple[PositiveFloat, ...] | None = None
@@ -196,6 +199,11 @@ class Run(Settings):
         most = isinstance(net, MMDiT) and net.max_grid and net.patch * net.max_grid * factor
         if resolution and most and resolution > most:
             raise ValueError(f"{said} is above the {most} that net.max_grid={net.max_grid} covers")
+        if block == "sample" and most and max(self.canvas) > most:
+            height, width = self.canvas
+            raise ValueError(
+                f"sample.aspect={self.sample.aspect} is {height}x{width}, above the {most} that net.max_grid={net.max_grid} covers"
+            )
 
     def _conditions(self) -> None:
         net, kind = self.net, self.semantic.kind
@@ -243,6 +251,19 @@ class Run(Settings):
     def factor(self) -> int:
         """Pixels per position of x0, along either edge."""
         return self.latent.factor if self.latent.vae else 1
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """Height and width to sample at, in pixels."""
+        cfg, wide = self.sample, self.sample.ratio
+        side = cfg.resolution or self.data.resolution
+        if cfg.aspect is None:
+            return side, side
+        if self.data.buckets and cfg.resolution is None:
+            return min(self.data.buckets, key=lambda size: abs(math.log(size[1] / size[0] / wide)))
+        unit = self.net.multiple * self.factor
+        height, width = (max(1, round(side * k / unit)) * unit for k in (wide**-0.5, wide**0.5))
+        return height, width
 
     @property
     def inputs(self) -> Inputs:

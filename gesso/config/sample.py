@@ -1,5 +1,6 @@
 """How images are drawn."""
 
+import re
 from typing import Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat, model_validator
@@ -42,6 +43,9 @@ class Sample(Settings):
     """resolution that guidance was tuned at: at k times it, lambda is 1 + k (lambda - 1) (Prop. 2). null: no such law"""
     resolution: Positive | None = None
     """height and width to sample at; null: those of training"""
+    aspect: str | None = None
+    """width:height to sample at, such as 3:2, with about as many pixels as the square; of a run trained on buckets the
+    nearest one. null: square"""
     guide: str | None = None
     """the guiding network: a run folder, or self (another length or time of this run). null: this network, withheld"""
     guide_sees: Literal["nothing", "all"] = "nothing"
@@ -60,8 +64,16 @@ class Sample(Settings):
     """images; the traditional average of this half-life instead of sigma_rel"""
     batch_size: Positive = 256
 
+    @property
+    def ratio(self) -> float:
+        """Width over height."""
+        width, height = (int(part) for part in (self.aspect or "1:1").split(":"))
+        return width / height
+
     @model_validator(mode="after")
     def _noise(self) -> "Sample":
+        if self.aspect is not None and not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.aspect):
+            raise ValueError(f"sample.aspect={self.aspect}: write width:height such as 3:2")
         if self.eta > 0 and self.sampler != "euler":
             raise ValueError(
                 f"sample.eta={self.eta:g} is euler's noise, not that of sample.sampler={self.sampler}: "
