@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -245,18 +245,24 @@ def agreement(images: Tensor, captions: Sequence[str]) -> dict[str, float]:
     """Rates over pictures (N, 3, H, W) uint8 and what their captions claim, N >= 1.
 
     colour: every colour of the caption is there; kind: every kind is; pair: every kind is there in its colour;
-    place: the shapes that it speaks of stand as it says; all: pair and place hold, and there are just as many shapes as
-    it names; flipped: left and right are exchanged, among the captions that say one of them (`sided` of all; 0 when
-    there are none); border: some shape touches the border, and may have been cropped.
+    place: the shapes that it speaks of stand as it says; side and relation: place, among the captions of one shape and
+    among those of two; all: pair and place hold, and there are just as many shapes as it names; flipped: left and right
+    are exchanged, among the captions that say one of them (`sided` of all); border: some shape touches the border, and
+    may have been cropped. A rate among none is 0.
 
     Raises UsageError when the numbers differ, and as `read` and `parse` do.
     """
     if len(images) != len(captions) or not captions:
         raise UsageError(f"agreement takes a caption for each picture; got {len(images)} and {len(captions)}")
     rows = [_judged(parse(caption), found) for caption, found in zip(captions, read(images), strict=True)]
-    rates = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-    flipped = rates.pop("flipped")
-    return rates | {"flipped": flipped / rates["sided"] if rates["sided"] else 0.0}
+    among = {"side": "single", "relation": "double", "flipped": "sided"}
+    rates = {name: _share(row[name] for row in rows if row[among.get(name, "always")]) for name in rows[0]}
+    return {name: rate for name, rate in rates.items() if name not in ("single", "double", "always")}
+
+
+def _share(holds: Iterable[bool]) -> float:
+    values = list(holds)
+    return sum(values) / len(values) if values else 0.0
 
 
 def class_agreement(images: Tensor, labels: Tensor) -> dict[str, float]:
@@ -285,10 +291,15 @@ def _judged(claim: Facts, found: Sequence[Found]) -> dict[str, bool]:
         "kind": _contains([kind for kind, _ in there], kinds),
         "pair": pair,
         "place": right_place,
+        "side": right_place,
+        "relation": right_place,
         "all": pair and right_place and len(found) == len(claim.shapes),
         "sided": sided,
         "flipped": sided and seen == mirrored(claim).place,
         "border": any(shape.touches for shape in found),
+        "single": len(claim.shapes) == 1,
+        "double": len(claim.shapes) == 2,
+        "always": True,
     }
 
 
