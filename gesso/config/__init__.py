@@ -22,8 +22,9 @@ from gesso.config.net import (
     mmditpp,
 )
 from gesso.config.process import EDM, RF, VP, Process
-from gesso.config.run import Data, Ema, Eval, Latent, Loss, Optim, Run, Train
+from gesso.config.run import Data, Ema, Eval, Latent, Run
 from gesso.config.sample import Sample
+from gesso.config.train import Loss, Optim, Train
 
 __all__ = [
     "CONTROLS", "EDM", "EDM2", "MDT", "RF", "VP", "Control", "Controls", "Data", "DiT", "DiTAtt", "EDM2Ladder", "Ema", "Eval", "Inputs", "Latent", "Loss", "MMDiT",

@@ -10,6 +10,7 @@ from gesso.config.condition import Controls, Semantic
 from gesso.config.net import Control, Inputs, MMDiT, Net, UNet
 from gesso.config.process import EDM, Process
 from gesso.config.sample import Sample
+from gesso.config.train import Loss, Optim, Train
 
 
 class Data(Settings):
@@ -68,52 +69,6 @@ class Latent(Settings):
     """pixels per latent, along either edge; checked as channels"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """that the VAE computes in"""
-
-
-class Loss(Settings):
-    """Factors on |D - x0|^2."""
-
-    weighting: Literal["native", "uniform", "min-snr", "uncertainty"] = "native"
-    """native: MSE of the network's own target; uniform: 1; min-snr: min(SNR, 5); uncertainty: native / e^u + u (EDM2 Eq. 21)"""
-
-
-class Optim(Settings):
-    """Adam or AdamW, and the learning rate as a function of images seen."""
-
-    name: Literal["adam", "adamw"] = "adam"
-    lr: PositiveFloat = 1e-3
-    betas: tuple[Probability, Probability] = (0.9, 0.99)
-    eps: PositiveFloat = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """for matrices and kernels; weights on the sphere, gains and biases have none"""
-    schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
-    """inverse_sqrt: lr / sqrt(max(nimg/ref_images, 1)) (EDM2 Eq. 67); cosine: to 0 at train.total_images"""
-    ref_images: Positive = 10_000_000
-    """where inverse_sqrt starts to fall: t_ref * batch size"""
-    warmup_images: Annotated[Count, Field(ge=0)] = 0
-    """linear warm-up over the first images"""
-    clip: PositiveFloat | None = None
-    """largest gradient norm, after the projection onto the tangent planes"""
-
-
-class Train(Settings):
-    """How long, in which portions, on what."""
-
-    total_images: Positive = 200_000
-    """rounded up to whole batches"""
-    batch_size: Positive = 128
-    seed: NonNegativeInt = 0
-    log_images: Positive = 2_000
-    """a line of log.jsonl every so many images"""
-    snapshot_images: Positive = 20_000
-    """a snapshot of each EMA every so many images"""
-    state_images: Positive = 20_000
-    """a state to resume from every so many images"""
-    dtype: Literal["float32", "float64"] = "float32"
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda, cuda:1"""
-    threads: Positive | None = None
-    """CPU threads; torch's own choice when not given"""
 
 
 class Ema(Settings):

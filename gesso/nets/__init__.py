@@ -23,6 +23,7 @@ from gesso.config import (
     PixArt,
     UNet,
 )
+from gesso.nets import dit, edm2, edm2_ladder, mdt, mmdit, mp_transformer, unet
 from gesso.nets.dit import DiTAttNet, DiTNet, PixArtNet
 from gesso.nets.edm2 import EDM2Net
 from gesso.nets.edm2_ladder import EDM2LadderNet
@@ -45,6 +46,11 @@ NETS: dict[type, type[nn.Module]] = {
     MPMMDiTpp: MPMMDiTppNet,
 }
 
+BLOCKS = (
+    dit.AdaBlock, dit.TokenBlock, dit.CrossBlock, dit.SingleBlock, edm2.Block, edm2_ladder.Block, mdt.Block,
+    mmdit.JointBlock, mp_transformer.MPBlock, unet.Block,
+)  # fmt: skip
+
 
 def build(cfg: Net, inputs: Inputs) -> nn.Module:
     """The network that `cfg` describes, with fresh weights from torch's global generator.
@@ -63,6 +69,11 @@ def build(cfg: Net, inputs: Inputs) -> nn.Module:
     if inputs.num_classes and inputs.text_width:
         raise ValueError("a network is conditioned on classes or on text, not on both")
     return NETS[type(cfg)](cfg, inputs)
+
+
+def blocks(net: nn.Module) -> list[nn.Module]:
+    """The repeated parts of a network, in order: what is compiled, computed again or sharded one by one."""
+    return [module for module in net.modules() if isinstance(module, BLOCKS)]
 
 
 def misfit(net: nn.Module, weights: Mapping[str, Tensor]) -> str | None:

@@ -1,0 +1,89 @@
+"""How a run is trained: loss, optimizer, ranks, precision. Times are counted in images. No torch here."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
+
+from gesso.config.base import Count, Positive, Probability, Settings
+
+
+class Loss(Settings):
+    """Factors on |D - x0|^2."""
+
+    weighting: Literal["native", "uniform", "min-snr", "uncertainty"] = "native"
+    """native: MSE of the network's own target; uniform: 1; min-snr: min(SNR, 5); uncertainty: native / e^u + u (EDM2 Eq. 21)"""
+
+
+class Optim(Settings):
+    """Adam or AdamW, and the learning rate as a function of images seen."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Probability, Probability] = (0.9, 0.99)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """for matrices and kernels; weights on the sphere, gains and biases have none"""
+    schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
+    """inverse_sqrt: lr / sqrt(max(nimg/ref_images, 1)) (EDM2 Eq. 67); cosine: to 0 at train.total_images"""
+    ref_images: Positive = 10_000_000
+    """where inverse_sqrt starts to fall: t_ref * batch size"""
+    warmup_images: Annotated[Count, Field(ge=0)] = 0
+    """linear warm-up over the first images"""
+    clip: PositiveFloat | None = None
+    """largest gradient norm, after the projection onto the tangent planes"""
+
+
+class Train(Settings):
+    """How long, in which portions, on what."""
+
+    total_images: Positive = 200_000
+    """rounded up to whole batches"""
+    batch_size: Positive = 128
+    seed: NonNegativeInt = 0
+    log_images: Positive = 2_000
+    """a line of log.jsonl every so many images"""
+    snapshot_images: Positive = 20_000
+    """a snapshot of each EMA every so many images"""
+    state_images: Positive = 20_000
+    """a state to resume from every so many images"""
+    dtype: Literal["float32", "float64"] = "float32"
+    """of weights, averages and optimizer"""
+    precision: Literal["full", "bfloat16", "float16"] = "full"
+    """that products are computed in (autocast); full is dtype. Noise embeddings, norms, loss and gradients stay in dtype"""
+    loss_scale: PositiveFloat | Literal["dynamic"] = "dynamic"
+    """of float16: a constant factor (EDM2 has 100), or one that halves at an overflow and doubles after 2,000 good steps"""
+    tf32: bool = False
+    """let GPUs round the factors of float32 products to 10 bits"""
+    nonfinite: Literal["stop", "skip", "zero"] = "stop"
+    """a gradient that is not finite ends the run, or the step is left out, or the bad values become 0 (EDM2); counted
+    in log.jsonl, and 20 such steps in a row end the run in any case"""
+    sharding: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """over several ranks (torchrun): each has all weights, or a share of them; hsdp: shared within a node only"""
+    micro_batch: Positive | None = None
+    """samples of a rank that go through the network at once; null: its share of the batch, or what the GPU's memory holds"""
+    recompute: bool = False
+    """compute activations again in backward instead of keeping them (activation checkpointing, block by block)"""
+    compile: bool = False
+    """torch.compile, block by block"""
+    deterministic: bool = False
+    """only algorithms that give the same bits each time, on a GPU too"""
+    timeout: Positive = 600
+    """seconds that ranks wait for one another"""
+    keep_states: Positive = 2
+    """the last so many states are kept"""
+    milestone_images: Positive | None = None
+    """and those at every so many images, for good"""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1"""
+    threads: Positive | None = None
+    """CPU threads; torch's own choice when not given"""
+
+    @model_validator(mode="after")
+    def _precise(self) -> "Train":
+        if self.precision != "full" and self.dtype == "float64":
+            raise ValueError(f"train.precision={self.precision} beside train.dtype=float64: set train.dtype=float32")
+        if self.precision != "float16" and self.loss_scale != "dynamic":
+            raise ValueError(
+                f"train.loss_scale={self.loss_scale} is for train.precision=float16; leave it out with {self.precision}"
+            )
+        return self

@@ -1,0 +1,79 @@
+"""What goes over the ranks: the losses of samples, with every way to compute them faster or in less memory applied in one
+order: recompute, compile, shard or replicate."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from gesso import nets
+from gesso.cond import Cond
+from gesso.config import MDT, Run, Train
+from gesso.diffusion import denoiser as diffusion
+from gesso.train.ranks import Ranks
+
+
+class Objective(nn.Module):
+    """Losses (B,) of samples; `masked` is noise and tokens of MDT's second term."""
+
+    def __init__(self, denoiser: diffusion.Denoiser, uncertainty: diffusion.Uncertainty | None, weighting: str):
+        super().__init__()
+        self.denoiser, self.uncertainty, self.weighting = denoiser, uncertainty, weighting
+
+    def forward(
+        self, x0: Tensor, s: Tensor, eps: Tensor, cond: Cond, masked: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        def loss(eps: Tensor, keep: Tensor | None = None) -> Tensor:
+            return diffusion.loss(
+                self.denoiser, self.denoiser.process, x0, s, eps, cond, self.weighting, self.uncertainty, keep
+            )
+
+        return loss(eps) if masked is None else loss(eps) + loss(*masked)
+
+
+def prepare(objective: Objective, run: Run, ranks: Ranks, device: torch.device) -> nn.Module:
+    """The objective as this rank calls it. Its parameters keep their names; sharded ones become DTensors."""
+    cfg, net = run.train, objective.denoiser.net
+    for block in nets.blocks(net):
+        if cfg.recompute:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if cfg.compile:
+            block.compile()
+    if ranks.world == 1:
+        return objective
+    if cfg.sharding == "ddp":
+        return DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+    mesh = ranks.mesh(cfg.sharding, device)
+    for block in nets.blocks(net):
+        fully_shard(block, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    if isinstance(run.net, MDT):
+        register_fsdp_forward_method(net, "masked")
+    if objective.uncertainty:
+        fully_shard(objective.uncertainty, mesh=mesh)
+    return objective
+
+
+@contextlib.contextmanager
+def summing(module: nn.Module, last: bool) -> Iterator[None]:
+    """Gradients are summed over the ranks after the last of several passes alone."""
+    if isinstance(module, DistributedDataParallel):
+        with contextlib.nullcontext() if last else module.no_sync():
+            yield
+        return
+    for inner in module.modules():
+        if isinstance(inner, FSDPModule):
+            inner.set_requires_gradient_sync(last, recurse=False)
+    yield
+
+
+def products(cfg: Train, device: torch.device) -> contextlib.AbstractContextManager:
+    """Products in the precision of the settings."""
+    if cfg.precision == "full":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, getattr(torch, cfg.precision), cache_enabled=False)

@@ -1,0 +1,136 @@
+"""Ranks: processes that train one network together, started by torchrun; alone, rank 0 of 1."""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from gesso.config import Run
+from gesso.errors import RunError, UsageError
+from gesso.generate import device_of
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """rank of world; `local` of `per_node` on this machine."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+    per_node: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over all ranks. Raises RunError when one of them is gone."""
+        if self.world > 1:
+            with lost(self):
+                dist.all_reduce(values)
+        return values
+
+    def gathered(self, value: float, device: torch.device) -> list[float]:
+        """That of every rank."""
+        values = torch.zeros(self.world, dtype=torch.float64, device=device)
+        values[self.rank] = value
+        return self.sum(values).tolist()
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.world > 1:
+            with lost(self):
+                dist.barrier()
+
+    def share(self, first: int, size: int) -> tuple[Tensor, Tensor]:
+        """Counters of this rank's part of the batch first .. first + size - 1, and which of them count.
+
+        All ranks have equally many, so that they keep step; where the world does not divide the batch, the last ones
+        have copies that do not count.
+        """
+        n = -(-size // self.world)
+        place = torch.arange(self.rank * n, (self.rank + 1) * n)
+        return first + place.clamp(max=size - 1), place < size
+
+    def mesh(self, sharding: str, device: torch.device) -> DeviceMesh:
+        """Of fsdp one dimension; of hsdp nodes and the ranks of each."""
+        if sharding == "fsdp":
+            return init_device_mesh(device.type, (self.world,))
+        return init_device_mesh(
+            device.type, (self.world // self.per_node, self.per_node), mesh_dim_names=("node", "rank")
+        )
+
+
+@contextlib.contextmanager
+def lost(ranks: Ranks) -> Iterator[None]:
+    """Turn what torch.distributed raises when a rank is gone into a RunError."""
+    try:
+        yield
+    except (RuntimeError, dist.DistBackendError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise RunError(
+            f"rank {ranks.rank} of {ranks.world} lost the others ({str(error).splitlines()[0][:200]}); the first rank that "
+            "failed says why above. Go on from the last state with --resume"
+        ) from error
+
+
+def here() -> Ranks:
+    """Of this process, by torchrun's environment."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return Ranks(*(int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0, 1), strict=True)))
+
+
+@contextlib.contextmanager
+def joined(run: Run) -> Iterator[tuple[Ranks, torch.device]]:
+    """The ranks of this run, connected (NCCL between GPUs, gloo between CPUs), and this one's device.
+
+    Raises UsageError where there are more ranks than images in a batch, or than GPUs.
+    """
+    ranks = here()
+    if ranks.world == 1:
+        yield ranks, device_of(run)
+        return
+    if ranks.world > run.train.batch_size:
+        raise UsageError(
+            f"{ranks.world} ranks for train.batch_size={run.train.batch_size}: start fewer, or set it higher"
+        )
+    device = device_of(run)
+    if device.type == "cuda":
+        if ranks.per_node > torch.cuda.device_count():
+            raise UsageError(
+                f"{ranks.per_node} ranks on this machine, which has {torch.cuda.device_count()} GPUs: "
+                f"torchrun --nproc-per-node {torch.cuda.device_count()}"
+            )
+        device = torch.device("cuda", ranks.local)
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(seconds=run.train.timeout),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield ranks, device
+    finally:
+        dist.destroy_process_group()
+
+
+def own(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this rank holds, and of its gradient; the tensor itself where it is whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    part = tensor.detach().to_local()
+    part.grad = None if tensor.grad is None else tensor.grad.to_local()
+    return part
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together; all ranks take part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
