@@ -26,11 +26,11 @@ def disk_errors(path: Path) -> Iterator[None]:
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise RunError(
                 f"no space left to write {path} ({reason}). What was written before is whole.\n"
-                f"Free some space and go on with --resume."
+                f"Free some space and go on: with --resume in training, else with the same command."
             ) from error
         if code is None:
             raise
-        raise RunError(f"cannot write {path} ({reason}); choose another place with --out") from error
+        raise RunError(f"cannot write {path} ({reason}); choose another place to write to") from error
 
 
 def _os_error(text: str) -> int | None:
@@ -75,11 +75,16 @@ def whole(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def in_progress(path: Path) -> Path:
+    """Where `whole_folder` writes what is to become `path`."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """As `whole`, for a folder of files. An existing folder of that name is replaced."""
+    """As `whole`, for a folder of files, one writer at a time. An existing folder of that name is replaced."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = in_progress(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -122,10 +127,10 @@ def sweep(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, doing: str = "training in") -> Iterator[None]:
     """Hold `folder` for this process. The kernel drops the lock when the process ends, however it ends.
 
-    Raises UsageError when another process holds it.
+    Raises UsageError when another process holds it; `doing` says what that one does with the folder.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,5 +139,5 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"another process is training in {folder}; wait for it, or choose another --out") from None
+            raise UsageError(f"another process is {doing} {folder}; wait for it, or choose another place") from None
         yield

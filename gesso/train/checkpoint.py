@@ -1,42 +1,111 @@
 """States to resume from: torch.distributed.checkpoint through safetensors, one folder each.
 
 state/nimg000000128000/state.json           nimg, sizes of the files
-state/nimg000000128000/*.safetensors        every tensor of the loop, by name
+state/nimg000000128000/*.safetensors        every tensor of the loop, by name; each rank writes its share
+
+Any number of ranks can read what any number wrote, sharded or not.
 """
 
 import contextlib
 import json
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from gesso import files
 from gesso.errors import RunError
+from gesso.train.ranks import ALONE, Ranks, lost
 
 FORMAT = "gesso state 1"
-KEEP = 2
 
 
-def save(folder: Path, nimg: int, tensors: dict[str, Tensor]) -> Path:
-    """Write a whole state or none, then drop all but the last KEEP."""
+class Saver:
+    """Writes states and whatever else beside the training, one after the other in the order of asking.
+
+    What is written is what the tensors held when it was asked. An error of the disk is raised by the next call.
+    """
+
+    def __init__(self, ranks: Ranks = ALONE):
+        self.ranks, self.pool = ranks, ThreadPoolExecutor(1, "save")
+        self.pending: list[Future[None]] = []
+        # Its own group: what this thread exchanges must not mix with what the step does.
+        self.group = dist.new_group(backend="gloo") if ranks.world > 1 else None
+        self.stager = DefaultStager(StagingOptions(False, False, False, False))
+
+    def state(self, folder: Path, nimg: int, tensors: dict[str, Tensor], keep: int, milestone: bool) -> None:
+        """As `save`. Waits for the state before this one."""
+        self.wait()
+        staged = self.stager.stage(dict(tensors))
+        self.soon(lambda: save(folder, nimg, staged, keep, milestone, self.ranks, self.group))
+
+    def soon(self, write: Callable[[], None]) -> None:
+        self.check()
+        self.pending.append(self.pool.submit(write))
+
+    def check(self) -> None:
+        """Raise what went wrong so far."""
+        while self.pending and self.pending[0].done():
+            self.pending.pop(0).result()
+
+    def wait(self) -> None:
+        """Until all is written."""
+        while self.pending:
+            self.pending.pop(0).result()
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+
+def save(
+    folder: Path,
+    nimg: int,
+    tensors: dict[str, Tensor],
+    keep: int = 2,
+    milestone: bool = False,
+    ranks: Ranks = ALONE,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write a whole state or none, then drop all but the last `keep` and the milestones. All ranks take part."""
     target = folder / f"nimg{nimg:012d}"
-    with files.whole_folder(target) as temporary:
+    temporary = files.in_progress(target)
+    with files.whole_folder(target) if ranks.main else contextlib.nullcontext():
+        _meet(ranks, group)
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         try:
             with _single_process():
-                dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+                dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=ranks.world == 1)
         except CheckpointException as error:  # it wraps what each rank raised: raise that
             raise next(iter(error.failures.values()))[0] from None
+        _meet(ranks, group)
+        if not ranks.main:
+            return
         sizes = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}
-        (temporary / "state.json").write_text(json.dumps({"format": FORMAT, "nimg": nimg, "files": sizes}))
-    for old in stored(folder)[:-KEEP]:
-        files.remove_folder(old)
-    return target
+        description = {"format": FORMAT, "nimg": nimg, "milestone": milestone, "files": sizes}
+        (temporary / "state.json").write_text(json.dumps(description))
+    for old in stored(folder)[:-keep]:
+        if not _is_milestone(old):
+            files.remove_folder(old)
+
+
+def _meet(ranks: Ranks, group: dist.ProcessGroup | None) -> None:
+    if ranks.world > 1:
+        with lost(ranks):
+            dist.barrier(group=group)
+
+
+def _is_milestone(state: Path) -> bool:
+    try:
+        return bool(json.loads((state / "state.json").read_text()).get("milestone"))
+    except (OSError, ValueError):
+        return False
 
 
 def stored(folder: Path) -> list[Path]:
@@ -44,7 +113,7 @@ def stored(folder: Path) -> list[Path]:
     return sorted(folder.glob("nimg*"))
 
 
-def load_latest(folder: Path, tensors: dict[str, Tensor], warn: Callable[[str], None]) -> int:
+def load_latest(folder: Path, tensors: dict[str, Tensor], warn: Callable[[str], None], ranks: Ranks = ALONE) -> int:
     """Read the newest whole state into `tensors` in place and return its nimg; 0 when there is none.
 
     A damaged state is passed over with `warn(text)`: an older one leads to the same weights. Raises
@@ -56,7 +125,7 @@ def load_latest(folder: Path, tensors: dict[str, Tensor], warn: Callable[[str], 
         problem = _damage(state)
         if problem is None:
             nimg = json.loads((state / "state.json").read_text())["nimg"]
-            _load(state, tensors)
+            _load(state, tensors, ranks)
             return nimg
         damage.append(f"{state}: {problem}")
         warn(f"{state} is damaged ({problem}); going back to the state before it")
@@ -82,7 +151,7 @@ def _damage(state: Path) -> str | None:
     return None
 
 
-def _load(state: Path, tensors: dict[str, Tensor]) -> None:
+def _load(state: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     reader = HuggingFaceStorageReader(str(state))
     try:
         found = {name: tuple(meta.size) for name, meta in reader.read_metadata().state_dict_metadata.items()}
@@ -96,7 +165,7 @@ def _load(state: Path, tensors: dict[str, Tensor]) -> None:
             f"{state} is the state of another network: missing {missing[:3]}, unknown {unknown[:3]}, other shape {shapes[:3]}"
         )
     with _single_process():
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
+        dcp.load(dict(tensors), storage_reader=reader, no_dist=ranks.world == 1)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,11 @@
 """The training loop. Time is nimg, the number of images seen; the data state is nimg and nothing else."""
 
+import functools
 import itertools
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,9 +25,8 @@ from gesso.nets import mp
 from gesso.nets.mdt import keep_ids
 from gesso.train import checkpoint, optim, parallel
 from gesso.train.log import Bar, Log
-from gesso.train.ranks import Ranks, own, whole
+from gesso.train.ranks import ALONE, Ranks, own, whole
 
-ALONE = Ranks()
 IN_A_ROW = 20
 """steps whose gradient is not finite"""
 
@@ -67,6 +67,8 @@ class Trainer:
         first = 2.0**16 if dynamic else run.train.loss_scale
         self.scaling = torch.tensor([first if run.train.precision == "float16" else 1.0, 0, 0], dtype=torch.float64)
         self.grad_norm, self.nonfinite = math.nan, 0
+        self.caught: Sequence[int] = ()
+        self.stopping = 0
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs besides nimg, by name."""
@@ -79,14 +81,28 @@ class Trainer:
             "scaling": self.scaling,
         }
 
+    def summary(self) -> dict[str, float | int]:
+        """A line of the log: what happened since the last one."""
+        total, n = self.running.tolist()
+        self.running.zero_()
+        line = {"nimg": self.nimg, "loss": total / n if n else None, "lr": self.optimizer.param_groups[0]["lr"]}
+        line["grad_norm"] = self.grad_norm if math.isfinite(self.grad_norm) else None
+        if self.nonfinite:
+            line["nonfinite_steps"] = self.nonfinite
+        if self.run.train.precision == "float16":
+            line["loss_scale"] = float(self.scaling[0])
+        return line
+
     def step(self) -> float:
-        """One batch. Returns its loss. Raises RunError, with nothing changed, when loss or gradient is not finite and
+        """One batch. Returns its loss. A signal that any rank has `caught` is `stopping` on all of them. Raises RunError, with nothing changed, when loss or gradient is not finite and
         the settings say stop, or for the 20th time in a row."""
         run, size = self.run, self.run.train.batch_size
         counts, counter, x0, cond = self._next()
         self.optimizer.zero_grad(set_to_none=True)
         losses, s = self._backward(counter, counts, x0, cond)
-        value = float(self.ranks.sum(losses.sum(dtype=torch.float64))) / size
+        said = torch.stack([losses.sum(), losses.new_tensor(self.caught[0] if self.caught else 0)])
+        total, number = self.ranks.sum(said).tolist()
+        value, self.stopping = total / size, min(int(number), signal.SIGTERM)
         parameters = [p for p in self.modules.parameters() if p.grad is not None]
         gradients = [own(p).grad for p in parameters]
         if self.scaling[0] != 1:
@@ -231,32 +247,44 @@ def crossed(before: int, after: int, every: int) -> bool:
     return after // every > before // every
 
 
-def train(run: Run, dataset: Dataset, out: Path, console: Console) -> None:
+def train(
+    run: Run,
+    dataset: Dataset,
+    out: Path,
+    console: Console,
+    ranks: Ranks = ALONE,
+    device: torch.device | None = None,
+) -> None:
     """Train `run` in the folder `out` from its newest state, or from the beginning, to train.total_images.
 
     Writes log.jsonl, state/ and snapshots/. Raises Stopped on SIGINT and SIGTERM with the state saved,
-    RunError when the loss diverges or the disk refuses.
+    RunError when the loss diverges, the disk refuses or another rank is gone.
     """
-    trainer = Trainer(run, dataset)
+    trainer = Trainer(run, dataset, ranks, device)
     trainer.nimg = checkpoint.load_latest(
-        out / "state", trainer.tensors(), lambda text: console.print(f"warning: {text}")
+        out / "state", trainer.tensors(), lambda text: console.print(f"warning: {text}"), ranks
     )
-    log = Log(out / "log.jsonl")
-    log.rewind(trainer.nimg)
+    log = Log(out / "log.jsonl") if ranks.main else None
+    if log:
+        log.rewind(trainer.nimg)
     if trainer.nimg:
         console.print(f"resumed at image {trainer.nimg:,}", highlight=False)
-    elif dataset.unreadable:
+    elif log and dataset.unreadable:
         log.write(nimg=0, unreadable=dataset.unreadable)
+    saver = checkpoint.Saver(ranks)
     with caught_signals() as caught, Bar(console, run.train.total_images, trainer.nimg, run.recipe) as bar:
         try:
-            _steps(trainer, out, log, bar, caught)
+            trainer.caught = caught
+            _steps(trainer, out, log, bar, saver)
         except RunError as error:
             last = checkpoint.stored(out / "state")
             where = f"last good state: {last[-1]}" if last else "no state was saved yet"
             raise RunError(f"{error}\n{where}") from error
+        finally:
+            saver.close()
 
 
-def _steps(trainer: Trainer, out: Path, log: Log, bar: Bar, caught: list[int]) -> None:
+def _steps(trainer: Trainer, out: Path, log: Log | None, bar: Bar, saver: checkpoint.Saver) -> None:
     cfg = trainer.run.train
     started, started_at = time.monotonic(), trainer.nimg
     while trainer.nimg < cfg.total_images:
@@ -264,25 +292,35 @@ def _steps(trainer: Trainer, out: Path, log: Log, bar: Bar, caught: list[int]) -
         loss = trainer.step()
         done = trainer.nimg >= cfg.total_images
         if done or crossed(before, trainer.nimg, cfg.log_images):
-            total, n = trainer.running.tolist()
-            trainer.running.zero_()
-            log.write(
-                nimg=trainer.nimg,
-                loss=total / n,
-                lr=trainer.optimizer.param_groups[0]["lr"],
-                grad_norm=trainer.grad_norm,
-                images_per_second=round((trainer.nimg - started_at) / (time.monotonic() - started), 1),
-            )
+            line = trainer.summary()
+            if log:
+                rate = (trainer.nimg - started_at) / (time.monotonic() - started)
+                log.write(**line, images_per_second=round(rate, 1))
         if done or crossed(before, trainer.nimg, cfg.snapshot_images):
-            for profile, average in trainer.ema.averages.items():
-                path = snapshot.path_for(out / "snapshots", trainer.nimg, profile)
-                snapshot.write(path, average, trainer.nimg, profile, trainer.run, trainer.rows)
-        if done or caught or crossed(before, trainer.nimg, cfg.state_images):
-            checkpoint.save(out / "state", trainer.nimg, trainer.tensors())
-        bar.update(trainer.nimg, f"loss {loss:.3f}")
-        if caught and not done:
-            name = signal.Signals(caught[0]).name
-            raise Stopped(
-                f"{name} at image {trainer.nimg:,}: the state is saved. Go on with\n  gesso train {out} --resume",
-                caught[0],
+            _snapshots(trainer, out, saver)
+        if done or trainer.stopping or crossed(before, trainer.nimg, cfg.state_images):
+            milestone = bool(cfg.milestone_images) and crossed(
+                trainer.nimg - cfg.state_images, trainer.nimg, cfg.milestone_images
             )
+            saver.state(out / "state", trainer.nimg, trainer.tensors(), cfg.keep_states, milestone)
+        saver.check()
+        bar.update(trainer.nimg, f"loss {loss:.3f}")
+        if trainer.stopping and not done:
+            break
+    saver.wait()
+    if trainer.nimg < cfg.total_images:
+        raise Stopped(
+            f"{signal.Signals(trainer.stopping).name} at image {trainer.nimg:,}: the state is saved. Go on with\n"
+            f"  gesso train {out} --resume",
+            trainer.stopping,
+        )
+
+
+def _snapshots(trainer: Trainer, out: Path, saver: checkpoint.Saver) -> None:
+    """One for each average; the first rank writes it."""
+    nimg, run, rows = trainer.nimg, trainer.run, trainer.rows
+    for profile, average in trainer.ema.averages.items():
+        path = snapshot.path_for(out / "snapshots", nimg, profile)
+        tensors = {name: whole(tensor).detach().to("cpu", copy=True) for name, tensor in average.items()}
+        if trainer.ranks.main:
+            saver.soon(functools.partial(snapshot.write, path, tensors, nimg, profile, run, rows))

@@ -3,6 +3,7 @@ order: recompute, compile, shard or replicate."""
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -47,7 +48,11 @@ def prepare(objective: Objective, run: Run, ranks: Ranks, device: torch.device) 
     if ranks.world == 1:
         return objective
     if cfg.sharding == "ddp":
-        return DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Buffers are constants that every rank has made alike.
+        constants = [name for name, _ in objective.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, constants)
+        return DistributedDataParallel(objective, gradient_as_bucket_view=True)
+    warnings.filterwarnings("ignore", message=".*returned a view tensor.*")  # what is done to it is out of place
     mesh = ranks.mesh(cfg.sharding, device)
     for block in nets.blocks(net):
         fully_shard(block, mesh=mesh)

@@ -68,6 +68,9 @@ class Ranks:
         )
 
 
+ALONE = Ranks()
+
+
 @contextlib.contextmanager
 def lost(ranks: Ranks) -> Iterator[None]:
     """Turn what torch.distributed raises when a rank is gone into a RunError."""

@@ -1,5 +1,7 @@
 """Opening a run folder: new, or resumed; never overwritten."""
 
+import contextlib
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +16,10 @@ from gesso.data import text
 from gesso.data.dataset import described, open_dataset
 from gesso.data.samples import Dataset
 from gesso.errors import UsageError
-from gesso.generate import check, device_of
+from gesso.generate import check
 from gesso.train import loop
 from gesso.train.log import Bar
+from gesso.train.ranks import ALONE, Ranks, joined
 
 CUT = 100_000
 """captions that are looked through for long ones"""
@@ -35,7 +38,7 @@ def commit() -> str:
         return "none"
 
 
-def made_with(device: torch.device) -> dict[str, str | int]:
+def made_with(device: torch.device, ranks: Ranks = ALONE) -> dict[str, str | int]:
     """What decides the last bits besides the settings."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
@@ -44,7 +47,7 @@ def made_with(device: torch.device) -> dict[str, str | int]:
         "torch": torch.__version__,
         "device": name,
         "threads": torch.get_num_threads(),
-        "ranks": 1,
+        "ranks": ranks.world,
     }
 
 
@@ -90,8 +93,13 @@ def _captions(run: Run, dataset: Dataset, console: Console) -> None:
         )  # fmt: skip
 
 
-def prepare(out: Path, run: Run) -> Run:
-    """The run to go on with: `run` in a new folder, the recorded one when resuming.
+HOW = ("made_with", "train.device", "train.threads", "train.sharding", "train.micro_batch", "train.recompute", "train.compile",
+       "train.timeout", "train.keep_states", "train.milestone_images", "train.deterministic", "train.tf32")  # fmt: skip
+"""settings that may change when a run goes on: they do not change what it computes, but for rounding"""
+
+
+def prepare(out: Path, run: Run, device: torch.device, ranks: Ranks = ALONE) -> Run:
+    """The run to go on with: `run` in a new folder, the recorded one, as it is computed now, when resuming.
 
     Raises UsageError when the folder holds another run, or other things.
     """
@@ -100,41 +108,56 @@ def prepare(out: Path, run: Run) -> Run:
         strangers = [p.name for p in out.iterdir() if not p.name.startswith(".")]
         if strangers:
             raise UsageError(f"{out} holds other files ({', '.join(strangers[:3])}) and no run; choose another --out")
-        run = run.model_copy(update={"made_with": made_with(device_of(run))})
+        run = run.model_copy(update={"made_with": made_with(device, ranks)})
         config.write(run, record)
         return run
     recorded = config.read(record)
-    differing = [d for d in config.differences(recorded, run) if not d[0].startswith("made_with")]
+    differing = [d for d in config.differences(recorded, run) if not d[0].startswith(HOW)]
     if differing:
         shown = "\n".join(f"  {path}: {old!r} there, {new!r} here" for path, old, new in differing[:8])
         raise UsageError(
             f"{out} holds another run, which cannot be resumed with these settings:\n{shown}\nChoose another --out."
         )
-    return recorded
+    return run.model_copy(update={"made_with": recorded.made_with})
 
 
 def start(run: Run, out: Path, resume: bool, console: Console, say: Callable[[str], None]) -> Run:
-    """Open the data and the folder and train; returns the run as it was recorded."""
+    """Open the data and the folder and train, on every rank; the first one speaks. Returns the run as it was recorded."""
     if run.train.threads:
         torch.set_num_threads(run.train.threads)
-    device = device_of(run)
-    already = (out / "run.yaml").exists()
-    if already and not resume:
-        raise UsageError(f"{out} already holds a run: go on with --resume, or choose another --out")
-    run, dataset = opened(run, console)
-    with files.locked(out):
-        files.sweep(out)
-        for inner in ("state", "snapshots"):
-            files.sweep(out / inner)
-        run = prepare(out, run)
-        now = made_with(device)
-        changed = [
-            f"{k} {run.made_with.get(k)} -> {v}"
-            for k, v in now.items()
-            if k not in ("gesso", "commit") and run.made_with.get(k) != v
-        ]
-        if already and changed:
-            say(f"note: {'; '.join(changed)}: the result will agree closely, not to the last bit")
-        say(f"training in {out}: {len(dataset):,} images, {run.net.name}, {run.process.name}")
-        loop.train(run, dataset, out, console)
+    _exactness(run)
+    with joined(run) as (ranks, device):
+        if not ranks.main:
+            console, say = Console(quiet=True), lambda text: None
+        already = (out / "run.yaml").exists()
+        if already and not resume:
+            raise UsageError(f"{out} already holds a run: go on with --resume, or choose another --out")
+        run, dataset = opened(run, console)
+        with files.locked(out) if ranks.main else contextlib.nullcontext():
+            if ranks.main:
+                for folder in (out, out / "state", out / "snapshots"):
+                    files.sweep(folder)
+                run = prepare(out, run, device, ranks)
+            ranks.wait()
+            run = prepare(out, run, device, ranks)
+            now = made_with(device, ranks)
+            changed = [
+                f"{k} {run.made_with.get(k)} -> {v}"
+                for k, v in now.items()
+                if k not in ("gesso", "commit") and run.made_with.get(k) != v
+            ]
+            if already and changed:
+                say(f"note: {'; '.join(changed)}: the result will agree closely, not to the last bit")
+            over = f", {ranks.world} ranks ({run.train.sharding})" if ranks.world > 1 else ""
+            say(f"training in {out}: {len(dataset):,} images, {run.net.name}, {run.process.name}{over}")
+            loop.train(run, dataset, out, console, ranks, device)
     return run
+
+
+def _exactness(run: Run) -> None:
+    """Process-wide switches of torch."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.train.tf32
+    if run.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
