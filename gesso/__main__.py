@@ -21,8 +21,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Latent diffusion image models from scratch, on even ground. Settings are written a.b=c, such as train.total_images=200k.",
 )
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+console = Console(highlight=False, emoji=False)
+errors = Console(stderr=True, highlight=False, emoji=False)
 
 Overrides = Annotated[
     list[str] | None,
@@ -152,40 +152,40 @@ def evaluate(folder: RunFolder, settings: Overrides = None) -> None:
 @app.command()
 def ema(
     folder: RunFolder,
+    settings: Overrides = None,
     sigma_rel: Annotated[
         list[float] | None, typer.Option(help="relative EMA length, between 0 and 0.2886; may be repeated")
     ] = None,
     halflife: Annotated[
-        list[str] | None, typer.Option(help="half-life of a traditional EMA in images, such as 50M; may be repeated")
+        list[str] | None, typer.Option(help="traditional EMA in images, such as 50M; may be repeated")
     ] = None,
-    nimg: Annotated[
-        str | None, typer.Option(help="time in training, such as 100k; the last by default", show_default=False)
-    ] = None,
+    nimg: Annotated[str | None, typer.Option(help="time, such as 100k (default: the last)", show_default=False)] = None,
+    tensors: Annotated[list[str] | None, typer.Option(help="GLOB=LENGTH; with --sweep GLOB")] = None,
+    sweep: Annotated[str | None, typer.Option(help="measure LOW:HIGH:COUNT lengths", show_default=False)] = None,
+    metric: Annotated[str | None, typer.Option(help="of --sweep, such as fd", show_default=False)] = None,
+    guidance: Annotated[str | None, typer.Option(help="of --sweep: 1,1.5,2", show_default=False)] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="of --sweep, with other seeds")] = 1,
+    files: Annotated[list[str] | None, typer.Option(help="another trainer's: step-{step}.safetensors")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="images of a step", show_default=False)] = None,
+    decay: Annotated[float | None, typer.Option(help="of --files that are EMAs, each step", show_default=False)] = None,
     out: Out = None,
 ) -> None:
-    """Weights averaged over any length, rebuilt after training from the stored snapshots."""
-    from gesso import snapshot
-    from gesso.config.base import parse_count
-    from gesso.ema import Power, Traditional
+    """Weights averaged over any length, made after training from what was stored; or quality at each length."""
+    from gesso.evaluate import averages
+    from gesso.evaluate import sweep as sweeps
+    from gesso.train.log import Bar
 
-    for length in sigma_rel or ():
-        if not 0 < length < 12**-0.5:
-            raise UsageError(f"--sigma-rel {length}: an EMA length lies between 0 and {12**-0.5:.4f}")
-    halflives = [parse_count(text) for text in halflife or ()]
-    if not all(isinstance(count, int) and count > 0 for count in halflives):
-        raise UsageError(f"--halflife {' '.join(halflife or ())}: write a number of images above 0, such as 50M")
-    profiles = [*map(Power, sigma_rel or ()), *map(Traditional, halflives)]
-    if not profiles:
-        raise UsageError("which average? say --sigma-rel or --halflife")
-    weights, run, time, fits = snapshot.synthesize(folder, profiles, parse_count(nimg) if nimg else None)
-    rows = snapshot.control_rows(folder)
-    for profile, tensors, fit in zip(profiles, weights, fits, strict=True):
-        path = snapshot.path_for(out or folder / "ema", time, profile)
-        snapshot.write(path, tensors, time, profile, run, rows)
-        _say(f"{profile} at image {time:,}: {path}  ({fit})")
-    last = f"halflife={halflives[-1]}" if halflives else f"sigma_rel={sigma_rel[-1]:g}"
-    instead = " sample.halflife=null" if run.sample.halflife and not halflives else ""
-    _say(f"next:\n  gesso sample {folder} sample.{last}{instead}")
+    if not sweep:
+        asked = averages.Asked(sigma_rel or (), halflife or (), tensors or (), nimg, files or (), batch_size, decay)
+        lines = averages.average(folder, asked, out, {"--metric": metric, "--guidance": guidance, "a.b=c": settings})
+    else:
+        averages.check_measurable(folder, {"--files": files, "--decay": decay, "--halflife": halflife, "--out": out})
+        run = _recorded(folder, settings, ("sample.", "eval."))
+        wanted = sweeps.Asked(sweep, metric, guidance, tensors or (), sigma_rel or (), nimg, repeats)
+        with Bar(console, 1, 0, "measuring") as bar:
+            lines = sweeps.sweep(folder, run, wanted, lambda done, total: bar.update(done, total=total))
+    for line in lines:
+        _say(line)
 
 
 @app.command()
@@ -198,62 +198,67 @@ def report(folder: RunFolder, out: Out = None) -> None:
 
 @app.command()
 def data(
-    where: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="what data.source takes, or a cache", show_default=False)
-    ],
+    where: Annotated[str, typer.Argument(metavar="SOURCE", help="as data.source, or a cache", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="the sheet of pictures to write")] = Path("sheet.png"),
     rows: Annotated[int, typer.Option(min=1, max=100, help="images on the sheet")] = 8,
     views: Annotated[int, typer.Option(min=1, max=12, help="of each image")] = 4,
-    crop_scale: Annotated[
-        str | None, typer.Option(help="shares of the area, such as .4,.6; the middle square by default", show_default=False)
-    ] = None,
+    crop_scale: Annotated[str | None, typer.Option(help="shares of the area: .4,.6", show_default=False)] = None,
     flip: Annotated[bool, typer.Option("--flip", help="mirror half of the views")] = False,
     resolution: Annotated[int | None, typer.Option(min=1, help="of the views", show_default=False)] = None,
     limit: Annotated[int, typer.Option(min=1, help="headers and captions to read")] = 5_000,
     seed: Annotated[int, typer.Option(min=0, help="of the views, as in a cache")] = 0,
     vae: Annotated[str | None, typer.Option(help="to show latents with", show_default=False)] = None,
-    convention: Annotated[str, typer.Option(help="of these latents: dit or edm2")] = "dit",
+    convention: Annotated[str, typer.Option(help="of those latents: dit or edm2")] = "dit",
 ) -> None:
     """What a source of images or a cache holds: counts, sizes, classes, captions, and a sheet of views to look at."""
-    from gesso import files
-    from gesso.data.sheet import Asked, examined, sheet
+    from gesso.data.examine import Asked, examine, shares
 
-    asked = Asked(rows, views, _shares(crop_scale), flip, resolution, seed, vae, convention)
-    tables, pictures, notes = examined(where, limit, asked)
-    for table in tables:
-        _print_table(*table)
-    with files.whole(out) as temporary:
-        sheet(pictures).save(temporary, "PNG")
-    for note in notes:
-        _say(f"note: {note}")
-    _say(f"wrote {out}")
+    scale = None if crop_scale is None else shares(crop_scale)
+    asked = Asked(rows, views, scale, flip, resolution, seed, vae, convention)
+    for line in examine(where, limit, asked, out, console):
+        _say(line)
 
 
-def _shares(text: str | None) -> tuple[float, float] | None:
-    """.4,.6"""
-    try:
-        low, high = map(float, text.split(",")) if text else (1.0, 1.0)
-    except ValueError:
-        low = high = 0.0
-    if not 0 < low <= high <= 1:
-        raise UsageError(f"--crop-scale {text}: write two shares of the area, the smaller one first, such as .4,.6")
-    return (low, high) if text else None
+@app.command()
+def cache(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="as data.source; OUT with --check", show_default=False)
+    ],
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="folder to write", show_default=False)] = None,
+    settings: Overrides = None,
+    resolution: Annotated[int | None, typer.Option(help="height and width in pixels", show_default=False)] = None,
+    channels: Annotated[int | None, typer.Option(help="1 grey, 3 RGB (default)", show_default=False)] = None,
+    crop_scale: Annotated[str | None, typer.Option(help="shares of the area: .4,.6", show_default=False)] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="mirror every other view")] = False,
+    views: Annotated[int | None, typer.Option(help="of each image (default 1)", show_default=False)] = None,
+    vae: Annotated[str | None, typer.Option(help="store latents: folder or hub id", show_default=False)] = None,
+    convention: Annotated[str | None, typer.Option(help="dit (default) or edm2", show_default=False)] = None,
+    text: Annotated[str | None, typer.Option(help="store tokens: words, or a CLIP or T5", show_default=False)] = None,
+    tokens: Annotated[int | None, typer.Option(help="of a caption (default 16)", show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16 (default) or float32", show_default=False)] = None,
+    blur_faces: Annotated[bool, typer.Option("--blur-faces", help="before anything else")] = False,
+    buckets: Annotated[int | None, typer.Option(help="how many aspects, odd", show_default=False)] = None,
+    shard_images: Annotated[int | None, typer.Option(help="images of a file", show_default=False)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="views (default 32)", show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
+    check: Annotated[bool, typer.Option("--check", help="whether OUT is as it was written")] = False,
+) -> None:
+    """Crops, latents and text tokens of SOURCE, to train from OUT. The same command goes on after any stop."""
+    told = {f"--{name.replace('_', '-')}": value for name, value in locals().items()}
+    from gesso.config.cache import planned
+    from gesso.data import caching, shards
+    from gesso.train.log import Bar
+    from gesso.train.loop import caught_signals
 
-
-def _print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Cells are what users wrote: nothing in them is markup."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        box=box.SIMPLE_HEAD if any(header) else None, show_header=any(header), show_edge=False, pad_edge=False
-    )
-    for n, name in enumerate(header):
-        table.add_column(name, justify="right" if name else "left", overflow="fold", min_width=6 if n == 0 else None)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(Text(title, "bold"), table, "", sep="\n")
+    plan = planned(source, out, told, settings or [])
+    with caught_signals() as caught, Bar(console, 1, 0, "checking" if check else "caching") as bar:
+        if plan is None:
+            lines = shards.check(source, lambda done, total: bar.update(done, total=total))
+        else:
+            lines = caching.write(plan, out, device, lambda done, total: bar.update(done, total=total), _say, caught)
+    for line in lines or ([f"{source} is as it was written"] if plan is None else []):
+        _say(line)
+    raise typer.Exit(int(plan is None and bool(lines)))
 
 
 @app.command()

@@ -28,6 +28,8 @@ class Data(Settings):
     crop_scale: tuple[Share, Share] | None = None
     """null: the largest box of the output's aspect, in the middle (ADM's crop); else a box of its own for each sample, at
     random, whose area is a share of that one in this range: .9,1 global, .4,.6 local, .4,1 mix (Berrada et al. Section 3.4)"""
+    window: Positive | None = None
+    """files of a cache whose images are shuffled together, so that few are needed at a time (object storage); null: all"""
     max_unreadable: Probability = 0.01
     """share of unreadable images that are skipped and named before the run is refused"""
     num_images: Count | None = None

@@ -33,7 +33,9 @@ class Batches:
         self.space = Space(run.data, run.latent, sd, device)
         self.order = dataset.order(run.train.seed, run.train.batch_size)
         self.columns = run.control.columns("high") + run.control.columns("low")
-        self.texts = _Texts(text.build(run.semantic, device), dataset) if run.semantic.kind == "text" else None
+        self.texts = None
+        if run.semantic.kind == "text" and dataset.encoded is None:
+            self.texts = _Texts(text.build(run.semantic, device), dataset)
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, Cond]:
         """x0 and the conditions of the samples `counter` (B,)."""
@@ -68,7 +70,7 @@ class Batches:
     def _semantic(self, counter: Tensor, samples: Samples) -> dict[str, Tensor | None]:
         cfg, seed = self.run.semantic, self.run.train.seed
         if cfg.kind == "text":
-            fields = text_fields(cfg, self.texts(samples), seed, counter)
+            fields = text_fields(cfg, self.texts(samples) if self.texts else samples.texts, seed, counter)
         elif cfg.kind == "label" and self.run.data.num_classes:
             fields = {"label": samples.labels}
         else:
@@ -91,7 +93,7 @@ class Batches:
 
 
 class _Texts:
-    """Tokens of the captions of samples: the data set's own, or encoded when they first come and kept where there is room."""
+    """Tokens of the captions of samples: encoded when they first come, and kept where there is room."""
 
     def __init__(self, encoder: text.TextEncoder, dataset: Dataset):
         self.encoder, self.captions, n = encoder, dataset.captions, len(dataset)
@@ -105,8 +107,6 @@ class _Texts:
             )
 
     def __call__(self, samples: Samples) -> text.Encoded:
-        if samples.texts is not None:
-            return samples.texts
         index = samples.index
         if self.kept is None:
             return self._encoded(index)

@@ -3,10 +3,12 @@
 import torch
 
 from gesso.config import Data, Latent
+from gesso.data.cache import Cache
 from gesso.data.images import Progress, load
 from gesso.data.listing import Source
 from gesso.data.live import Live
 from gesso.data.samples import Dataset, latent_moments
+from gesso.data.shards import is_cache
 from gesso.data.sources import open_source
 from gesso.data.space import open_vae
 from gesso.data.vae import EDM2_MEAN, EDM2_STD
@@ -20,12 +22,14 @@ IN_MEMORY = 2**31
 def open_dataset(
     data: Data, latent: Latent = PIXELS, seed: int = 0, progress: Progress = lambda done, total: None
 ) -> Dataset:
-    """The images that `data` names, held in memory where every visit shows the same pixels and there are few, else decoded as
+    """The images that `data` names: a cache, read from its files; else a source, held in memory where every visit shows the same pixels and there are few, else decoded as
     they are needed. `progress(done, total)` is called as images are read into memory.
 
     Raises UsageError when the source is missing, empty or of another shape; RunError when too many images are
     unreadable.
     """
+    if is_cache(data.source):
+        return Cache(data.source, seed, data.window)
     source = open_source(data.source)
     if data.source in ("digits", "digits-coarse") and (data.resolution, data.channels) != (8, 1):
         raise UsageError(

@@ -1,30 +1,186 @@
-"""Which image a sample counter stands for."""
+"""Which image a sample counter stands for: pure functions of (seed, epoch, position in the epoch).
+
+    Order      any image after any other
+    Windowed   only the images of a few shards of a cache at a time, for shards that are fetched from afar
+    Grouped    batches of one group each, for pictures of several sizes
+
+All take counters (B,) int64, which may lie in several epochs, and return indices (B,). Any thread may call them.
+
+Legend: n images, B counters, G groups.
+"""
 
 import functools
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from gesso import keyed
+from gesso.errors import UsageError
+
+LARGE = 2**22
+"""images; the permutation of more of them is not held in memory"""
+ROUNDS = 6
+"""Luby and Rackoff 1988: 4 make a permutation that no test of few pairs tells from a random one"""
+
+
+class Permutations:
+    """Permutations of 0..n-1 keyed to (seed, purpose). The last `kept` that were sorted stay in memory."""
+
+    def __init__(self, seed: int, kept: int = 2):
+        self.seed = seed
+        self._sorted = functools.lru_cache(maxsize=kept)(self._sort)
+
+    def __call__(self, n: int, purpose: str, position: Tensor) -> Tensor:
+        """What stands at `position` (B,) of the permutation of 0..n-1."""
+        if n > LARGE:
+            return feistel(n, self.seed, purpose, position)
+        return self._sorted(n, purpose)[position]
+
+    def _sort(self, n: int, purpose: str) -> Tensor:
+        # Sorting random 64-bit keys; a tie (n^2 / 2^64) falls to the lower index.
+        high, low = keyed.words(self.seed, torch.arange(n), purpose, 2).unbind(1)
+        return ((high << 32) | low).argsort(stable=True)
+
+
+def feistel(n: int, seed: int, purpose: str, position: Tensor) -> Tensor:
+    """As `Permutations`, computed for these positions alone; n from a few hundred to 2^61.
+
+    A Feistel network on pairs (left, right) of an a x b rectangle of at least n places, with addition modulo a and b for
+    exclusive or; what falls outside of 0..n-1 goes through it again (Black and Rogaway 2002, "Ciphers with arbitrary
+    finite domains": generalized Feistel, cycle walking).
+    """
+    root = math.isqrt(n - 1) + 1
+    a = min(
+        range(root, root + 64), key=lambda a: -n % a
+    )  # few places outside: a second turn takes as long as the first
+    b = -(-n // a)
+    place, outside = position, torch.ones_like(position, dtype=torch.bool)
+    while outside.any():
+        left, right = place[outside] // b, place[outside] % b
+        for r in range(0, ROUNDS, 2):
+            left = (left + _round(a, seed, purpose, r, right)) % a
+            right = (right + _round(b, seed, purpose, r + 1, left)) % b
+        place = place.masked_scatter(outside, left * b + right)
+        outside = place >= n
+    return place
+
+
+def _round(m: int, seed: int, purpose: str, r: int, half: Tensor) -> Tensor:
+    """Uniform on 0..m-1 but for m / 2^32, a function of `half`; m below 2^31."""
+    return keyed.words(seed, half | r << 32, purpose, 1)[:, 0] * m >> 32
 
 
 class Order:
-    """Every epoch a permutation of 0..n-1: a pure function of (seed, epoch, position)."""
+    """Every epoch a permutation of 0..n-1."""
 
     def __init__(self, n: int, seed: int):
-        self.n, self.seed = n, seed
-        self._permutation = functools.lru_cache(maxsize=2)(self._make)
-
-    def _make(self, epoch: int) -> Tensor:
-        # Sorting random 64-bit keys; a tie (n^2 / 2^64) falls to the lower index.
-        high, low = keyed.words(self.seed, torch.arange(self.n), f"order of epoch {epoch}", 2).unbind(1)
-        return ((high << 32) | low).argsort(stable=True)
+        self.n = n
+        self._permuted = Permutations(seed)
 
     def __call__(self, counter: Tensor) -> Tensor:
-        """(B,) counters -> (B,) indices into the data set."""
         epoch, position = counter // self.n, counter % self.n
         out = torch.empty_like(counter)
         for e in epoch.unique().tolist():
             here = epoch == e
-            out[here] = self._permutation(e)[position[here]]
+            out[here] = self._permuted(self.n, f"order of epoch {e}", position[here])
+        return out
+
+
+class Windowed:
+    """Every epoch a permutation of 0..n-1 that needs few shards at a time.
+
+    counts: images of each shard, in order. An epoch permutes the shards, takes `window` of them after another, and
+    permutes the images of these together. Where a shard holds few classes, a batch has those of a window.
+
+    span: images of the largest window there can be, so that `shards(k, k + span)` ends in the window after that of k.
+    """
+
+    def __init__(self, counts: Sequence[int], window: int, seed: int):
+        self.counts = torch.as_tensor(counts, dtype=torch.int64)
+        self.window = min(window, len(self.counts))
+        self.n = int(self.counts.sum())
+        self.span = int(self.counts.sort(descending=True).values[: self.window].sum())
+        self._first = self.counts.cumsum(0) - self.counts  # image of each shard
+        self._permuted = Permutations(seed)
+        self._epoch = functools.lru_cache(maxsize=2)(self._make)
+
+    def _make(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Shards as the epoch comes to them, (S,); where each of them and where each window ends in the epoch."""
+        number = len(self.counts)
+        shard = self._permuted(number, f"shards of epoch {epoch}", torch.arange(number))
+        end = self.counts[shard].cumsum(0)
+        return shard, end, torch.cat([end[self.window - 1 : -1 : self.window], end[-1:]])
+
+    def __call__(self, counter: Tensor) -> Tensor:
+        epoch, position = counter // self.n, counter % self.n
+        out = torch.empty_like(counter)
+        for e in epoch.unique().tolist():
+            shard, end, window_end = self._epoch(e)
+            window = torch.searchsorted(window_end, position, right=True)
+            for w in window[epoch == e].unique().tolist():
+                here = (epoch == e) & (window == w)
+                start = int(window_end[w - 1]) if w else 0
+                size = int(window_end[w]) - start
+                # The place in the epoch were only shards permuted, not images.
+                place = start + self._permuted(size, f"order of epoch {e}, window {w}", position[here] - start)
+                slot = torch.searchsorted(end, place, right=True)
+                out[here] = self._first[shard[slot]] + place - (end[slot] - self.counts[shard[slot]])
+        return out
+
+    def shards(self, first: int, stop: int) -> list[int]:
+        """Shards of the windows in which the samples first..stop-1 lie, those of the earlier windows first."""
+        found: dict[int, None] = {}
+        while first < stop:
+            epoch, position = divmod(first, self.n)
+            shard, _, window_end = self._epoch(epoch)
+            w = int(torch.searchsorted(window_end, position, right=True))
+            found |= dict.fromkeys(shard[w * self.window : (w + 1) * self.window].tolist())
+            first = epoch * self.n + int(window_end[w])
+        return list(found)
+
+
+class Grouped:
+    """Batches of one group each: the counters j * batch_size ... (j + 1) * batch_size - 1 are images of one group.
+
+    group: (N,) int, the group of each image. An epoch permutes each group, cuts it into whole batches, and permutes the
+    batches of all. What is less than a batch sits out the epoch, other images each time.
+
+    n: samples of an epoch. left_out: group -> its images, of the groups that never fill a batch.
+
+    Raises UsageError when no group fills a batch.
+    """
+
+    def __init__(self, group: Tensor | Sequence[int], batch_size: int, seed: int):
+        group = torch.as_tensor(group, dtype=torch.int64)
+        sizes = group.bincount()
+        self.left_out = {g: size for g, size in enumerate(sizes.tolist()) if 0 < size < batch_size}
+        if sizes.max() < batch_size:
+            raise UsageError(
+                f"no bucket fills a batch: train.batch_size={batch_size}, and the largest has {int(sizes.max())} images; "
+                "choose smaller batches, or fewer buckets"
+            )
+        self.batch_size = batch_size
+        self._members = group.argsort(stable=True).split(sizes.tolist())
+        self._batch_end = (sizes // batch_size).cumsum(0)
+        self.batches = int(self._batch_end[-1])
+        self.n = self.batches * batch_size
+        # Every group comes in turn, so each keeps its permutation of this epoch and the next.
+        self._permuted = Permutations(seed, kept=2 * len(sizes) + 2)
+
+    def __call__(self, counter: Tensor) -> Tensor:
+        epoch, batch = counter // self.n, counter % self.n // self.batch_size
+        out = torch.empty_like(counter)
+        for e in epoch.unique().tolist():
+            now = epoch == e
+            drawn = self._permuted(self.batches, f"batches of epoch {e}", batch[now])
+            group = torch.searchsorted(self._batch_end, drawn, right=True)
+            before = torch.cat([torch.zeros_like(self._batch_end[:1]), self._batch_end])[group]
+            position = (drawn - before) * self.batch_size + counter[now] % self.batch_size
+            image = torch.empty_like(position)
+            for g in group.unique().tolist():
+                members, here = self._members[g], group == g
+                image[here] = members[self._permuted(len(members), f"order of epoch {e}, group {g}", position[here])]
+            out[now] = image
         return out

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gesso.config import Run, Semantic
 from gesso.data import crops
 from gesso.data.order import Order
 from gesso.data.text import Encoded
@@ -59,6 +60,8 @@ class Dataset(abc.ABC):
     unreadable: list[tuple[str, str]]
     latents = False
     immediate = False
+    encoded: Semantic | None = None
+    """how the captions were encoded, where `take` gives their tokens"""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,6 +81,10 @@ class Dataset(abc.ABC):
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """16 hex digits that change with the images."""
+
+    def settled(self, run: Run) -> dict[str, dict[str, object]]:
+        """Fields of the run's blocks `data` and `latent` that the images themselves settle."""
+        return {}
 
     def order(self, seed: int, batch_size: int) -> Order:
         """Which image a sample counter stands for."""

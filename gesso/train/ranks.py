@@ -114,6 +114,9 @@ def joined(run: Run) -> Iterator[tuple[Ranks, torch.device]]:
             )
         device = torch.device("cuda", ranks.local)
         torch.cuda.set_device(device)
+    if dist.is_initialized():  # by whoever calls gesso as a library
+        yield ranks, device
+        return
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=datetime.timedelta(seconds=run.train.timeout),

@@ -15,6 +15,7 @@ from gesso.config import Run
 from gesso.data import text
 from gesso.data.dataset import described, open_dataset
 from gesso.data.samples import Dataset
+from gesso.data.shards import is_cache
 from gesso.errors import UsageError
 from gesso.generate import check
 from gesso.train import loop
@@ -54,24 +55,58 @@ def made_with(device: torch.device, ranks: Ranks = ALONE) -> dict[str, str | int
 def opened(run: Run, console: Console) -> tuple[Run, Dataset]:
     """Open the images and complete the run with what they and the text encoder tell; check again that it all fits."""
     check(run)
-    widths = text.widths(run.semantic)
+    widths = {} if is_cache(run.data.source) else text.widths(run.semantic)
     with Bar(console, 1, 0, f"reading {run.data.source}") as bar:
         dataset = open_dataset(run.data, run.latent, run.train.seed, lambda done, total: bar.update(done, total=total))
     for note in dataset.notes:
         console.print(f"note: {note}", highlight=False)
     for name, reason in dataset.unreadable[:10]:
         console.print(f"left out: {name} ({reason})", highlight=False, markup=False)
-    _captions(run, dataset, console)
+    run = _settled(run, dataset, console)
+    widths = widths or _encoded(run, dataset, console) or text.widths(run.semantic)
+    if dataset.encoded is None:
+        _captions(run, dataset, console)
     told = run.semantic.kind == "text" or (run.semantic.kind == "label" and dataset.class_names)
     tree = config.as_tree(run)
-    tree["data"] = config.as_tree(
-        run.model_copy(update={"data": described(run.data, dataset, run.latent, run.train.seed)})
-    )["data"]
+    data = described(run.data, dataset, run.latent, run.train.seed)
+    tree["data"] = config.as_tree(run.model_copy(update={"data": data}))["data"]
     tree["semantic"] |= widths
     if not told and run.sample.guidance != 1 and run.sample.guide is None:
         tree["sample"]["guidance"] = 1.0
         console.print("note: sample.guidance=1, as there are no classes to guide towards", highlight=False)
     return config.validate(tree), dataset
+
+
+def _settled(run: Run, dataset: Dataset, console: Console) -> Run:
+    """The run with what its images settle, and a note for what it said otherwise."""
+    tree = config.as_tree(run)
+    for block, fields in dataset.settled(run).items():
+        for name, value in fields.items():
+            if tree[block][name] not in (None, value):
+                console.print(
+                    f"note: {block}.{name}={value} (not {tree[block][name]}), as {run.data.source} holds",
+                    highlight=False, markup=False,
+                )  # fmt: skip
+            tree[block][name] = value
+    return config.validate(tree)
+
+
+def _encoded(run: Run, dataset: Dataset, console: Console) -> dict[str, int]:
+    """Widths of the tokens that the data set keeps. Where they are of another encoder, they are left aside, with a note."""
+    ours, theirs = run.semantic, dataset.encoded
+    if ours.kind != "text" or theirs is None:
+        return {}
+    widths = {"width": theirs.width, "pooled_width": theirs.pooled_width}
+    same = (ours.encoder, ours.tokens) == (theirs.encoder, theirs.tokens)
+    if same and all(getattr(ours, name) in (None, width) for name, width in widths.items()):
+        return widths
+    dataset.encoded = None
+    console.print(
+        f"note: captions are encoded by {ours.encoder}, {ours.tokens} tokens; for the tokens that {run.data.source} keeps "
+        f"set semantic.encoder={theirs.encoder} semantic.tokens={theirs.tokens}",
+        highlight=False, markup=False,
+    )  # fmt: skip
+    return {}
 
 
 def _captions(run: Run, dataset: Dataset, console: Console) -> None:
@@ -130,6 +165,7 @@ def start(run: Run, out: Path, resume: bool, console: Console, say: Callable[[st
         if not ranks.main:
             console, say = Console(quiet=True), lambda text: None
         already = (out / "run.yaml").exists()
+        ranks.wait()  # before the first one writes it
         if already and not resume:
             raise UsageError(f"{out} already holds a run: go on with --resume, or choose another --out")
         run, dataset = opened(run, console)

@@ -1,0 +1,194 @@
+"""One network on several ranks: gloo processes that torchrun starts."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from gesso import snapshot
+from gesso.errors import UsageError
+from gesso.train import checkpoint, ranks
+from gesso.train.log import read as read_log
+from gesso.train.ranks import Ranks
+
+DRIVER = Path(__file__).with_name("ranks_driver.py")
+STEPS, BATCH = 50, 7  # which neither 2 nor 3 divides
+DOUBLE = {
+    "train.dtype": "float64", "train.batch_size": BATCH, "train.total_images": STEPS * BATCH, "train.log_images": BATCH,
+    "train.snapshot_images": STEPS * BATCH, "train.state_images": 10 * BATCH, "optim.warmup_images": 0, "train.threads": 1,
+}  # fmt: skip
+# A network of each kind: joint attention and control; the sphere and learned uncertainty; a masked second pass; dropout of
+# nothing but conditions everywhere, so that ranks share no draw that depends on their number.
+MMDIT = {"net.width": 32, "net.depth": 1, "net.heads": 2}
+NETS = {
+    "mmdit++": MMDIT,
+    "edm2": {
+        "net.name": "edm2", "net.channels": 16, "net.multipliers": "[1,2]", "net.blocks": 1, "net.attention_levels": "[1]",
+        "net.channels_per_head": 16, "loss.weighting": "uncertainty",
+    },
+    "mdt": {"net.name": "mdt", "net.width": 32, "net.heads": 2, "net.depth": 3, "net.decoder": 1, "net.patch": 2},
+    "unet": {
+        "net.name": "unet", "net.heads": "null", "net.channels": 16, "net.multipliers": "[1,2]", "net.transformer_depth": "[0,1]", "net.blocks": 1,
+        "net.head_width": 16, "net.groups": 8,
+    },
+}  # fmt: skip
+
+
+def launch(world: int, jobs: list[dict], check: bool = True) -> subprocess.CompletedProcess:
+    """Run the jobs one after the other on `world` ranks."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    start = torchrun if world > 1 else [sys.executable]
+    done = subprocess.run(
+        [*start, str(DRIVER), json.dumps(jobs)], capture_output=True, text=True, env=environment, timeout=500
+    )
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def weights(out) -> dict[str, torch.Tensor]:
+    """All averages of the last snapshots, and the last state's tensors put together."""
+    found = {}
+    for stored in snapshot.stored(Path(out)):
+        found |= {f"{stored.path.name}:{k}": v for k, v in snapshot.read(stored.path)[0].items()}
+    return found
+
+
+def furthest(one, other) -> float:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys() and len(a) > 20
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+def losses(out) -> list[float]:
+    return [line["loss"] for line in read_log(Path(out) / "log.jsonl") if "loss" in line]
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory) -> Path:
+    """Every network trained by one rank."""
+    root = tmp_path_factory.mktemp("alone")
+    launch(1, [{"out": str(root / name), "settings": DOUBLE | net} for name, net in NETS.items()])
+    return root
+
+
+@pytest.mark.parametrize(
+    "world, names",
+    [(2, ["edm2"]), pytest.param(2, NETS, marks=pytest.mark.slow), pytest.param(3, NETS, marks=pytest.mark.slow)],
+)
+def test_ranks_and_shards_and_passes_do_not_matter(alone, tmp_path, world, names):
+    """float64 weights to 1e-10 after 50 steps: replicated and sharded, in one pass and in passes of 1 and 2 samples."""
+    jobs = []
+    for name, net in ((name, NETS[name]) for name in names):
+        for sharding, micro in (("ddp", 1), ("fsdp", 2)) if world == 2 else (("fsdp", None), ("ddp", 2)):
+            how = {"train.sharding": sharding} | ({"train.micro_batch": micro} if micro else {})
+            jobs.append({"out": str(tmp_path / f"{name}-{sharding}"), "settings": DOUBLE | net | how})
+    launch(world, jobs)
+    for job in jobs:
+        name = Path(job["out"]).name.rsplit("-", 1)[0]
+        assert furthest(alone / name, job["out"]) < 1e-10, job
+        assert losses(job["out"]) == pytest.approx(losses(alone / name), rel=1e-10)
+        assert len(losses(job["out"])) == STEPS
+
+
+def test_passes_of_one_rank_and_recomputing(alone, tmp_path):
+    how = [{"train.micro_batch": 3}, {"train.recompute": "true"}, {"train.micro_batch": 2, "train.recompute": "true"}]
+    jobs = [{"out": str(tmp_path / f"{i}"), "settings": DOUBLE | NETS["mmdit++"] | some} for i, some in enumerate(how)]
+    jobs.append({"out": str(tmp_path / "edm2"), "settings": DOUBLE | NETS["edm2"] | how[1]})
+    launch(1, jobs)
+    for job in jobs[:3]:
+        assert furthest(alone / "mmdit++", job["out"]) < 1e-10
+    assert furthest(alone / "edm2", tmp_path / "edm2") < 1e-10
+
+
+def test_in_single_precision(tmp_path):
+    single = DOUBLE | MMDIT | {"train.dtype": "float32"}
+    launch(1, [{"out": str(tmp_path / "one"), "settings": single}])
+    launch(
+        2, [{"out": str(tmp_path / name), "settings": single | {"train.sharding": name}} for name in ("ddp", "fsdp")]
+    )
+    for name in ("ddp", "fsdp"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-5, abs=1e-6)
+        assert furthest(tmp_path / "one", tmp_path / name) < 1e-5
+
+
+def test_resumed_on_other_numbers_of_ranks_and_shards(alone, tmp_path):
+    """3 ranks, sharded; then 1; then 2, replicated; stopped in the middle of an epoch and between states."""
+    out, net = str(tmp_path / "run"), NETS["edm2"]
+    one = {"out": out, "settings": DOUBLE | net | {"train.sharding": "fsdp"}, "stop_at": 15 * BATCH}
+    launch(3, [one])
+    assert checkpoint.stored(tmp_path / "run" / "state")[-1].name == f"nimg{10 * BATCH:012d}"
+    launch(1, [{"out": out, "settings": DOUBLE | net, "resume": True, "stop_at": 33 * BATCH}])
+    done = launch(2, [{"out": out, "settings": DOUBLE | net, "resume": True}])
+    assert "ranks 3 -> 2: the result will agree closely" in done.stdout
+    assert furthest(alone / "edm2", out) < 1e-10
+    assert losses(out) == pytest.approx(losses(alone / "edm2"), rel=1e-10) and len(losses(out)) == STEPS
+
+
+def test_a_state_of_two_ranks_is_bit_equal_on_two_ranks(tmp_path):
+    job = {"out": str(tmp_path / "whole"), "settings": DOUBLE | MMDIT | {"train.sharding": "fsdp"}}
+    parts = job | {"out": str(tmp_path / "parts")}
+    launch(2, [job, parts | {"stop_at": 25 * BATCH}, parts | {"resume": True}])
+    assert furthest(tmp_path / "whole", tmp_path / "parts") == 0
+    last = [
+        sorted(checkpoint.stored(tmp_path / name / "state")[-1].glob("*.safetensors")) for name in ("whole", "parts")
+    ]
+    assert [f.name for f in last[0]] == [f.name for f in last[1]] and len(last[0]) == 2  # each rank wrote its share
+    for one, other in zip(*last, strict=True):
+        a, b = load_file(one), load_file(other)
+        assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+
+
+def test_a_rank_that_dies_takes_the_others_along_by_name(alone, tmp_path):
+    out = tmp_path / "run"
+    start = time.monotonic()
+    done = launch(2, [{"out": str(out), "settings": DOUBLE | MMDIT, "kill": [14 * BATCH, 1]}], check=False)
+    assert done.returncode != 0 and time.monotonic() - start < 60
+    assert re.search(r"rank +: 1 ", done.stderr) and "SIGKILL" in done.stderr  # torchrun names it
+    assert checkpoint.stored(out / "state")[-1].name == f"nimg{10 * BATCH:012d}"
+    launch(2, [{"out": str(out), "settings": DOUBLE | MMDIT, "resume": True}])
+    assert furthest(alone / "mmdit++", out) < 1e-10
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_a_signal_to_one_rank_stops_all_with_the_state_saved(alone, tmp_path):
+    out = tmp_path / "run"
+    done = launch(2, [{"out": str(out), "settings": DOUBLE | MMDIT, "signal": [14 * BATCH, 1]}], check=False)
+    assert done.returncode != 0 and "SIGTERM at image" in done.stderr
+    stopped = int(checkpoint.stored(out / "state")[-1].name.removeprefix("nimg"))
+    assert 14 * BATCH < stopped <= 16 * BATCH
+    launch(1, [{"out": str(out), "settings": DOUBLE | MMDIT, "resume": True}])
+    assert furthest(alone / "mmdit++", out) < 1e-10
+
+
+@settings(max_examples=200, deadline=None)
+@given(first=st.integers(0, 10**12), size=st.integers(1, 300), world=st.integers(1, 40))
+def test_shares_are_the_batch(first, size, world):
+    shares = [Ranks(rank, world).share(first, size) for rank in range(world)]
+    assert len({len(counter) for counter, _ in shares}) == 1  # all keep step
+    together = torch.cat([counter[counts] for counter, counts in shares])
+    assert together.equal(torch.arange(first, first + size))
+    assert all(first <= int(k) < first + size for counter, _ in shares for k in counter)
+    assert len(shares[0][0]) == math.ceil(size / world)
+
+
+def test_more_ranks_than_samples(monkeypatch):
+    from conftest import tiny_run
+
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "0")
+    with (
+        pytest.raises(UsageError, match=r"8 ranks for train.batch_size=4"),
+        ranks.joined(tiny_run(**{"train.batch_size": 4})),
+    ):
+        pass
