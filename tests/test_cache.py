@@ -26,7 +26,7 @@ from gesso.__main__ import app
 from gesso.config import Data, Latent, Semantic
 from gesso.config.cache import FLAGS, Manifest, Plan, command, planned
 from gesso.data import caching, crops, faces, pretrained, shards, text, views
-from gesso.data.cache import Cache, facts
+from gesso.data.cache import Cache
 from gesso.data.samples import latent_moments, pixel_moments
 from gesso.data.sources import open_source
 from gesso.data.vae import VAE
@@ -183,7 +183,8 @@ def test_tokens_are_the_encoders(encoder, dtype, clip, photos, tmp_path):  # noq
     kept = rows(tmp_path / "o")
     assert kept["tokens"].shape[0] == int(due.lengths.sum()) < 8 * 8, "only real tokens are stored"
     assert cache.manifest.text == text.build(semantic).identity()
-    assert facts(cache)["text"] == cache.manifest.text
+    assert (cache.encoded.encoder, cache.encoded.tokens) == (semantic.encoder, semantic.tokens)
+    assert cache.encoded.width == due.tokens.shape[2] and cache.encoded.pooled_width == due.pooled.shape[1]
 
 
 def captioned(folder: Path, photos: Path, captions: list[str | bytes]) -> Path:  # noqa: F811
@@ -414,7 +415,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(vae, photos, tmp_path):  # no
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert tree(tmp_path / "1") == tree(tmp_path / "2") == tree(tmp_path / "3")
-    assert len(list((tmp_path / "3" / "shards").glob("*.safetensors"))) == 6
+    assert len(list((tmp_path / "3" / "shards").glob("shard-*.safetensors"))) == 6
 
 
 @pytest.mark.parametrize("number", [2, 15])
@@ -484,7 +485,7 @@ def test_what_is_deleted_is_made_again(photos, tmp_path):  # noqa: F811
     o = tmp_path / "o"
     made(o, photos, shard_images=4)
     before = tree(o)
-    times = {p: p.stat().st_mtime_ns for p in o.rglob("*.safetensors")}
+    times = {p: p.stat().st_mtime_ns for p in o.rglob("shard-*.safetensors")}
     doomed = o / "shards" / "shard-000002.safetensors"
     doomed.unlink()
     with pytest.raises(
@@ -541,7 +542,10 @@ def test_a_disk_that_fills_up_on_the_way(photos, tmp_path, monkeypatch):  # noqa
     with monkeypatch.context() as patch, pytest.raises(RunError, match=r"no space left .*shard-000001"):
         patch.setattr(caching, "save_file", full)
         made(tmp_path / "o", photos, shard_images=6)
-    assert {p.name for p in (tmp_path / "o" / "shards").iterdir()} == {"shard-000000.json", "shard-000000.safetensors"}
+    assert {p.name for p in (tmp_path / "o" / "shards").iterdir()} == {
+        "shard-000000.json",
+        "shard-000000.safetensors",
+    }
     made(tmp_path / "o", photos, shard_images=6)
     assert tree(tmp_path / "o") == tree(tmp_path / "whole")
 
@@ -635,7 +639,7 @@ def test_vaes_that_do_not_fit(vae, photos, tmp_path):  # noqa: F811
     assert "--text: " in refused(o, captioned(tmp_path / "s", photos, [""] * 3), semantic=Semantic(kind="text"))
     assert not o.exists(), "nothing was started"
     manifest = made(o, photos, latent=Latent(vae=str(deep)))
-    assert manifest.files[0].shape == (16, 1, 32, 2, 2) and facts(Cache(o))["latent"]["channels"] == 16
+    assert manifest.files[0].shape == (16, 1, 32, 2, 2) and Cache(o).settled(None)["latent"]["channels"] == 16
 
 
 def test_numbers_that_do_not_fit_into_float16(photos, tmp_path, monkeypatch):  # noqa: F811
@@ -846,13 +850,14 @@ def test_what_a_cache_tells(vae, photos, tmp_path):  # noqa: F811
         o, photos, data={"flip": True, "crop_scale": (0.5, 1)}, latent=Latent(vae=str(vae), dtype="bfloat16")
     )
     cache = Cache(o)
-    told = facts(cache)
+    told = cache.settled(None)
     assert told["data"] == {
-        "resolution": 16, "channels": 3, "flip": True, "crop_scale": (0.5, 1.0), "num_images": 16, "num_classes": 2,
-        "class_names": ("tall", "wide"), "examples": ("tall", "wide"), "fingerprint": manifest.fingerprint,
+        "resolution": 16, "channels": 3, "flip": True, "crop_scale": (0.5, 1.0), "buckets": None,
     }  # fmt: skip
-    assert told["latent"] == {"vae": str(vae), "convention": "dit", "channels": 4, "factor": 8, "dtype": "bfloat16"}
-    assert told["text"] is None and Data(**told["data"]) and Latent(**told["latent"])
+    assert told["latent"] == {"vae": str(vae), "convention": "dit", "channels": 4, "factor": 8}
+    assert cache.encoded is None and Data(**told["data"]) and Latent(**told["latent"])
+    assert len(cache) == 16 and cache.class_names == ("tall", "wide") and cache.captions[0] == "tall"
+    assert cache.fingerprint() == manifest.fingerprint
     assert cache.latents and cache.immediate and len(cache.fingerprint()) == 16 and int(cache.fingerprint(), 16)
     assert cache.labels.tolist() == open_source(str(photos)).labels.tolist() and cache.buckets == [(16, 16)]
     made(tmp_path / "p", photos, data={"flip": True, "crop_scale": (0.5, 1)}, seed=1, latent=Latent(vae=str(vae)))

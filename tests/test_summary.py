@@ -354,7 +354,7 @@ def test_latents_of_a_cache(gesso, tmp_path):  # noqa: F811
     assert gesso("cache", "shapes:5", tmp_path / "c", "--resolution", 32, "--vae", vae)[0] == 0
     cache = Cache(tmp_path / "c")
     rows, notes = examine.cache_rows(cache, examine.Asked(rows=2))
-    means = cache._views(torch.tensor([1, 3]), torch.tensor([0, 0])).x.float()[:, :4]
+    means = cache.views(torch.tensor([1, 3]), torch.tensor([0, 0])).x.float()[:, :4]
     decoded = examine.VAE(str(vae)).decode(means)
     assert notes == [] and torch.cat([one.views.x for one in rows]).equal(decoded)
     assert "brightness" in " ".join(sheet.control(rows[0].views, 0))
@@ -371,7 +371,7 @@ def test_what_is_said_of_a_cache(tmp_path, gesso):  # noqa: F811
     assert gesso("cache", where, tmp_path / "c", *words)[0] == 0
     tables = summary.cache_tables(Cache(tmp_path / "c"))
     about = dict(tables[0].rows)
-    stored = sum(file.stat().st_size for file in (tmp_path / "c" / "shards").glob("*.safetensors"))
+    stored = sum(file.stat().st_size for file in (tmp_path / "c" / "shards").glob("shard-*.safetensors"))
     assert about["images"] == "6 of 7, 2 views each" and summary.in_bytes(stored) in about["stored"]
     assert about["faces"] == "as they are" and len(about["mean"].split(", ")) == 3
     said = dict(table(tables, "conventions").rows)

@@ -121,6 +121,14 @@ class Shard(Settings):
     sha256: Hexadecimal
 
 
+class Columns(Settings):
+    """The file of what is small of all images, in the order of the files."""
+
+    name: str
+    bytes: Positive
+    sha256: Hexadecimal
+
+
 class Sums(Settings):
     """Over all views: count of numbers per channel; per channel sum of pixels or means, of their squares, of variances."""
 
@@ -169,6 +177,7 @@ class Manifest(Started):
     unreadable: tuple[tuple[str, str], ...]
     faces: NonNegativeInt
     files: tuple[Shard, ...]
+    columns: Columns
     fingerprint: Hexadecimal
     """of the files' checksums"""
 

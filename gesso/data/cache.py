@@ -4,49 +4,40 @@ Legend: N images, K views of each, B samples; C channels of pixels, H W of their
 T tokens, D and P channels of a token and of pooled text.
 """
 
-import bisect
 import math
-from collections.abc import Iterator, Sequence
+import threading
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gesso import keyed
+from gesso.config import Run
+from gesso.data import remote
 from gesso.data.listing import Texts
+from gesso.data.order import Grouped, Order, Windowed
 from gesso.data.samples import Dataset, Samples
-from gesso.data.shards import TEXT, mapped, opened_manifest
+from gesso.data.shards import COLUMNS, SHARDS, TEXT, mapped, mapped_columns, opened_manifest
 from gesso.data.text import Encoded
+from gesso.errors import UsageError
 
 
-class Captions(Sequence[str]):
-    """Of all files one after another; decoded when they are asked for."""
+class Rows(NamedTuple):
+    """A file, memory-mapped: the bytes of x, and the tokens of its texts."""
 
-    def __init__(self, parts: list[Texts], ends: list[int]):
-        self.parts, self.ends = parts, ends
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def __getitem__(self, i):
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        i = range(len(self))[i]
-        f = bisect.bisect_right(self.ends, i)
-        return self.parts[f][i - self.ends[f] + len(self.parts[f])]
-
-    def __iter__(self) -> Iterator[str]:
-        for part in self.parts:
-            yield from part
+    x: memoryview
+    text: dict[str, np.ndarray]
 
 
 class Cache(Dataset):
-    """What `gesso cache` wrote at `where`. x is pixels uint8, or moments in the type they are stored in.
+    """What `gesso cache` wrote at `where`, a folder or an address (remote.py). x is pixels uint8, or moments in the type
+    they are stored in.
 
-    A sample is one of the K views of its image, keyed to (seed, counter). window: shards among which an order may shuffle.
-    buckets: sizes in pixels; bucket_of (N,) int64, which of them an image is in: the images of one `take` are in one.
+    A sample is one of the K views of its image, keyed to (seed, counter). window: files whose images are shuffled together;
+    of a cache at an address those of two windows are kept on the local disk, without a window all. buckets: sizes in
+    pixels; bucket_of (N,) int64, which of them an image is in: the images of one `take` are in one.
 
     Raises UsageError as `opened_manifest`.
     """
@@ -55,39 +46,96 @@ class Cache(Dataset):
 
     def __init__(self, where: str | Path, seed: int = 0, window: int | None = None):
         self.where, self.seed, self.window, self.notes = str(where), seed, window, []
-        self.manifest = opened_manifest(where)
+        far = remote.is_remote(where)
+        self.manifest = remote.opened(self.where) if far else opened_manifest(where)
         plan, files = self.manifest.plan, self.manifest.files
         self.plan, self.latents = plan, plan.latent.vae is not None
+        self.encoded = plan.semantic if plan.semantic.kind == "text" else None
         self.class_names, self.unreadable = self.manifest.class_names, list(self.manifest.unreadable)
-        shards = [mapped(Path(where), plan, shard) for shard in files]
-
-        def whole(name: str) -> Tensor:
-            return torch.cat([shard[name] for shard in shards])
-
-        # What is small is held in memory; the rows of x, tokens and captions stay on the disk.
-        self.labels, self.sizes = whole("label"), whole("size").long()
-        self._drawn = torch.cat([whole("box"), whole("flip")[:, :, None], whole("tone")], dim=2).flatten(0, 1).numpy()
-        x = [shard["moments" if self.latents else "pixels"] for shard in shards]
-        self._x, self._dtype = [memoryview(part.numpy().reshape(-1).view(np.uint8)) for part in x], x[0].dtype
-        self._text = [{name: shard[name].numpy() for name in TEXT if name in shard} for shard in shards]
+        self._dtype = getattr(torch, plan.dtype or "float32") if self.latents else torch.uint8
+        self._local = self._copies() if far else None
+        self._order: Windowed | None = None
+        self._open: dict[int, Rows] = {}
+        self._opening = threading.Lock()
+        # What is small is held in memory; x and tokens stay on the disk.
+        columns = mapped_columns(self._path(COLUMNS), self.manifest)
+        self.labels, self.sizes = columns["label"].clone(), columns["size"].long()
+        drawn = [columns["box"], columns["flip"][:, :, None], columns["tone"]]
+        self._drawn = torch.cat(drawn, dim=2).flatten(0, 1).numpy()
+        self.captions = Texts(columns["caption"].numpy(), columns["caption_end"].numpy())
         counts = np.array([shard.rows for shard in files])
         self._ends = np.cumsum(counts)
         self._starts = self._ends - counts
-        parts = [Texts(shard["caption"].numpy(), shard["caption_end"].numpy()) for shard in shards]
-        self.captions = Captions(parts, self._ends.tolist())
         self.buckets = plan.sizes()
         self.bucket_of = np.repeat([self.buckets.index((shard.height, shard.width)) for shard in files], counts)
+        if not far:  # a damaged file is found now, not in the middle of training
+            for f in range(len(files)):
+                self._rows(f)
+
+    def _copies(self) -> remote.Local:
+        """The local copies of files at an address."""
+        files, columns = self.manifest.files, self.manifest.columns
+        if self.window is None:
+            local = remote.Local(self.where)
+            local.ahead([columns.name, *(shard.name for shard in files)])
+            return local
+        largest = sorted((shard.bytes for shard in files), reverse=True)
+        return remote.Local(self.where, columns.bytes + sum(largest[: 2 * self.window]))
+
+    def _path(self, name: str) -> Path:
+        return self._local.path(name) if self._local else Path(self.where) / SHARDS / name
+
+    def _rows(self, f: int) -> Rows:
+        with self._opening:
+            if f not in self._open:
+                shard = self.manifest.files[f]
+                found = mapped(self._path(shard.name), self.plan, shard)
+                x = found["moments" if self.latents else "pixels"].numpy().reshape(-1).view(np.uint8)
+                self._open[f] = Rows(memoryview(x), {name: found[name].numpy() for name in TEXT if name in found})
+            return self._open[f]
+
+    def _move_on(self, counter: Tensor) -> None:
+        """Of a cache at an address: let go of the files of earlier windows, and begin to fetch those of the next."""
+        if self._local is None or self._order is None:
+            return
+        first, stop = int(counter.min()), int(counter.max()) + 1
+        needed, files = set(self._order.shards(first, stop)), self.manifest.files
+        with self._opening:
+            past = [f for f in self._open if f not in needed]
+            for f in past:
+                del self._open[f]
+        self._local.release(files[f].name for f in past)
+        self._local.ahead([files[f].name for f in self._order.shards(first, stop + self._order.span)])
+
+    def order(self, seed: int, batch_size: int) -> Order | Windowed | Grouped:
+        """Raises UsageError for a window beside buckets, and when no bucket fills a batch."""
+        if len(self.buckets) > 1:
+            if self.window:
+                raise UsageError("data.window is for caches without buckets: set data.window=null")
+            return Grouped(torch.from_numpy(self.bucket_of), batch_size, seed)
+        if self.window is None:
+            return Order(len(self), seed)
+        self._order = Windowed([shard.rows for shard in self.manifest.files], self.window, seed)
+        return self._order
+
+    def settled(self, run: Run) -> dict[str, dict[str, object]]:
+        data = {name: getattr(self.plan.data, name) for name in ("resolution", "channels", "flip", "crop_scale")}
+        data["buckets"] = tuple(self.buckets) if len(self.buckets) > 1 else None
+        names = ("vae", "convention", "channels", "factor")
+        latent = {name: getattr(self.plan.latent, name) for name in names} if self.latents else {"vae": None}
+        return {"data": data, "latent": latent}
 
     def take(self, index: Tensor, counter: Tensor) -> Samples:
+        self._move_on(counter)
         if self.plan.views == 1:
-            return self._views(index, torch.zeros_like(index))
+            return self.views(index, torch.zeros_like(index))
         view = (keyed.uniform(self.seed, counter, "view")[:, 0] * self.plan.views).long()
-        return self._views(index, view)
+        return self.views(index, view)
 
     def pictures(self, index: Tensor) -> Tensor:
         """The first view that is not mirrored. Where all are, pixels are mirrored back, and latents are the first view."""
         mirrored = self._drawn[:, 4].reshape(-1, self.plan.views)[index.numpy()]
-        samples = self._views(index, torch.from_numpy(mirrored.argmin(axis=1)))
+        samples = self.views(index, torch.from_numpy(mirrored.argmin(axis=1)))
         back = samples.flips[:, None, None, None] & (not self.latents)
         return torch.where(back, samples.x.flip(3), samples.x)
 
@@ -98,7 +146,8 @@ class Cache(Dataset):
     def fingerprint(self) -> str:
         return self.manifest.fingerprint
 
-    def _views(self, index: Tensor, view: Tensor) -> Samples:
+    def views(self, index: Tensor, view: Tensor) -> Samples:
+        """The views (B,) of the images index (B,), of one bucket."""
         # In numpy: a call of torch costs as much as a row.
         K, i = self.plan.views, index.numpy()
         place = i * K + view.numpy()
@@ -110,7 +159,7 @@ class Cache(Dataset):
         size = math.prod(shape) * self._dtype.itemsize
         # Of numpy, which asks for huge pages. Row by row: nearly as fast as one gather, and files may be many.
         x = np.empty(len(files) * size, np.uint8)
-        to, parts, here = memoryview(x), self._x, 0
+        to, parts, here = memoryview(x), {f: self._rows(f).x for f in set(files)}, 0
         for f, start in zip(files, (size * (place - K * self._starts[file])).tolist(), strict=True):
             to[here : here + size] = parts[f][start : start + size]
             here += size
@@ -128,24 +177,10 @@ class Cache(Dataset):
         pooled = np.zeros((len(files), semantic.pooled_width), np.float32)
         lengths = torch.zeros(len(files), dtype=torch.int64)
         for b, (f, i) in enumerate(zip(files, rows, strict=True)):
-            ends = self._text[f]["token_end"]
+            text = self._rows(f).text
+            ends = text["token_end"]
             start, stop = int(ends[i - 1]) if i else 0, int(ends[i])
             lengths[b] = stop - start
-            tokens[b, : stop - start] = self._text[f]["tokens"][start:stop]
-            pooled[b] = self._text[f]["pooled"][i]
+            tokens[b, : stop - start] = text["tokens"][start:stop]
+            pooled[b] = text["pooled"][i]
         return Encoded(torch.from_numpy(tokens), lengths, torch.from_numpy(pooled))
-
-
-def facts(cache: Cache) -> dict[str, Any]:
-    """What a run takes from a cache: fields of its blocks `data` and `latent`, and `text`, the encoder's identity or None."""
-    manifest, plan = cache.manifest, cache.plan
-    captions = dict.fromkeys(cache.captions[:1000])
-    data = {name: getattr(plan.data, name) for name in ("resolution", "channels", "flip", "crop_scale")} | {
-        "num_images": len(cache),
-        "num_classes": len(cache.class_names),
-        "class_names": cache.class_names,
-        "examples": tuple(captions)[:16] if any(captions) else (),
-        "fingerprint": manifest.fingerprint,
-    }
-    latent = {name: getattr(plan.latent, name) for name in ("vae", "convention", "channels", "factor", "dtype")}
-    return {"data": data, "latent": latent if plan.latent.vae else {}, "text": manifest.text}

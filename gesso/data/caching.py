@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from gesso import files
-from gesso.config.cache import FORMAT, Manifest, Plan, Range, Shard, Started, Sums, command, flattened
+from gesso.config.cache import FORMAT, Columns, Manifest, Plan, Range, Shard, Started, Sums, command, flattened
 from gesso.data import pretrained, shards, views
 from gesso.data.images import Progress, refuse_many
 from gesso.data.listing import shown
@@ -147,7 +147,7 @@ def _begin(out: Path, started: Started) -> None:
     if manifest.is_file():
         known = shards.record(manifest, Manifest)
         _same(out, known, started)
-        if not any(shards.size_problem(out, shard) for shard in known.files):
+        if not any(shards.size_problem(out, shard) for shard in (*known.files, known.columns)):
             plan.unlink(missing_ok=True)
             return
         files.write_json(plan, started.model_dump(mode="json"))
@@ -287,6 +287,12 @@ def _write(
     files.write_json(_sidecar(out, r), found.model_dump(mode="json"))
 
 
+def _columns(plan: Plan, out: Path, written: Sequence[Shard]) -> Columns:
+    with files.whole(out / shards.SHARDS / shards.COLUMNS) as temporary:
+        save_file(shards.gathered(out, plan, written), temporary, {"format": FORMAT})
+        return Columns(name=shards.COLUMNS, bytes=temporary.stat().st_size, sha256=pretrained.digest([temporary]))
+
+
 def _finish(work: Work, out: Path, started: Started, world: int) -> None:
     """The manifest, from the sidecars of all ranks."""
     ranges, sums = [], Sums()
@@ -313,6 +319,7 @@ def _finish(work: Work, out: Path, started: Started, world: int) -> None:
         unreadable=unreadable,
         faces=sum(found.faces for found in ranges),
         files=written,
+        columns=_columns(work.plan, out, written),
         fingerprint=shards.fingerprint_of(written),
     )
     files.write_json(out / "manifest.json", manifest.model_dump(mode="json"))

@@ -3,6 +3,7 @@
 import torch
 
 from gesso.config import Data, Latent
+from gesso.data import remote
 from gesso.data.cache import Cache
 from gesso.data.images import Progress, load
 from gesso.data.listing import Source
@@ -28,7 +29,7 @@ def open_dataset(
     Raises UsageError when the source is missing, empty or of another shape; RunError when too many images are
     unreadable.
     """
-    if is_cache(data.source):
+    if remote.is_remote(data.source) or is_cache(data.source):
         return Cache(data.source, seed, data.window)
     source = open_source(data.source)
     if data.source in ("digits", "digits-coarse") and (data.resolution, data.channels) != (8, 1):

@@ -91,7 +91,7 @@ def cache_rows(cache: Cache, asked: Asked) -> tuple[list[Row], list[str]]:
     rows = []
     for i in spread(len(cache), asked.rows).tolist():
         view = torch.arange(min(asked.views, cache.plan.views))
-        stored = cache._views(torch.full_like(view, i), view)
+        stored = cache.views(torch.full_like(view, i), view)
         text = described(cache.captions[i], int(cache.labels[i]), cache.class_names)
         rows.append(Row(f"image {i}", text, None, stored._replace(x=shown(stored.x))))
     return rows, notes

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gesso.config.cache import Manifest
+from gesso.data import shards
 from gesso.data.kept import Kept
 from gesso.data.pretrained import brief, digest, library
 from gesso.errors import GessoError, RunError, UsageError
@@ -64,6 +66,13 @@ def manifest(where: str | Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UsageError(f"{what} is damaged: it holds no object")
     return tree
+
+
+def opened(url: str) -> Manifest:
+    """The manifest of the cache at `url`, checked. Raises as `manifest`, and UsageError when it is hostile or of another
+    version."""
+    what = f"{url.rstrip('/')}/manifest.json"
+    return shards.counted(shards.understood(manifest(url), what, Manifest), what)
 
 
 def _storage(url: str) -> tuple[Any, str]:
@@ -219,7 +228,8 @@ class Local:
 def _listed(url: str, tree: dict[str, Any]) -> dict[str, tuple[int, str]]:
     """Size and SHA-256 by name, of the files of a manifest. Raises UsageError when it is damaged, or hostile."""
     try:
-        due = {file["name"]: (int(file["bytes"]), str(file["sha256"])) for file in tree["files"]}
+        listed = [*tree["files"], *([tree["columns"]] if "columns" in tree else [])]
+        due = {file["name"]: (int(file["bytes"]), str(file["sha256"])) for file in listed}
         sound = isinstance(tree["fingerprint"], str) and all(size > 0 for size, _ in due.values())
     except (KeyError, TypeError, ValueError):
         sound = False

@@ -8,6 +8,7 @@ OUT/shards/shard-000000.safetensors, or one for each bucket, shard-000000-384x64
     index, label int64 (n,); size int32 (n, 2); box float32 (n, K, 4); flip uint8 (n, K); tone float32 (n, K, 2)
     caption uint8, the bytes of all; caption_end int64 (n,)
     with text: tokens float16|float32 (sum of lengths, D); token_end int64 (n,); pooled (n, P)
+OUT/shards/columns.safetensors     label to caption_end of all files, so that a reader need not open them to begin
 
 `index` is the place in the source; what Samples call index is the place in the cache.
 
@@ -29,12 +30,14 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gesso.config.cache import FORMAT, Manifest, Plan, Range, Shard, Started, command
+from gesso.config.cache import FORMAT, Columns, Manifest, Plan, Range, Shard, Started, command
 from gesso.data import pretrained
 from gesso.data.images import Progress
 from gesso.errors import UsageError
 
 SHARDS = "shards"
+COLUMNS = "columns.safetensors"
+SMALL = ("label", "size", "box", "flip", "tone", "caption", "caption_end")
 TEXT = ("tokens", "token_end", "pooled")
 NAME = re.compile(r"shard-\d{6,}(-\d+x\d+)?\.safetensors")
 
@@ -58,6 +61,11 @@ def record(path: Path, kind: type[Record]) -> Record:
         tree = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read: {pretrained.brief(error)}") from None
+    return understood(tree, path, kind)
+
+
+def understood(tree: object, path: Path | str, kind: type[Record]) -> Record:
+    """What a JSON file holds, checked; `path` is how errors name it."""
     version = tree.get("format") if isinstance(tree, dict) else None
     if kind is not Range and version != FORMAT:
         raise UsageError(f"{path}: written as {str(version)[:40]!r}, where {FORMAT!r} is read: make the cache anew")
@@ -67,6 +75,7 @@ def record(path: Path, kind: type[Record]) -> Record:
         first = error.errors()[0]
         raise UsageError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     hostile = [shard.name for shard in getattr(found, "files", ()) if not NAME.fullmatch(shard.name)]
+    hostile += [found.columns.name] if kind is Manifest and found.columns.name != COLUMNS else []
     if hostile:
         raise UsageError(f"{path}: refused, for it names a file {hostile[0]!r}, which gesso cache never writes")
     return found
@@ -75,7 +84,7 @@ def record(path: Path, kind: type[Record]) -> Record:
 def opened_manifest(where: str | Path) -> Manifest:
     """Raises UsageError when the cache is missing, unfinished, of another version, damaged, or lacks files."""
     manifest = _manifest(Path(where))
-    for shard in manifest.files:
+    for shard in (*manifest.files, manifest.columns):
         if wrong := size_problem(Path(where), shard):
             raise UsageError(f"{wrong}; gesso cache --check {where} says more")
     return manifest
@@ -88,17 +97,27 @@ def _manifest(where: Path) -> Manifest:
             raise UsageError(f"{where} is no cache: it has no manifest.json; write one with gesso cache SOURCE {where}")
         begun = record(where / "plan.json", Started)
         raise UsageError(f"{where} is a cache that is not finished; go on with\n  {command(begun.plan, where)}")
-    manifest = record(path, Manifest)
+    return counted(record(path, Manifest), path)
+
+
+def counted(manifest: Manifest, path: Path | str) -> Manifest:
+    """Raises UsageError when the files are not those that the plan makes of the images."""
     if manifest.num_images != sum(shard.rows for shard in manifest.files):
         raise UsageError(f"{path} is damaged: num_images is not the sum of the rows of its files")
     plan, text = manifest.plan, manifest.plan.semantic
     needed = [plan.shard_images, *([text.width, text.pooled_width] if text.kind == "text" else [])]
     if None in needed or (plan.dtype is None and (plan.latent.vae or text.kind == "text")):
         raise UsageError(f"{path} is damaged: its plan has gaps")
+    sizes = manifest.plan.sizes()
+    for shard in manifest.files:
+        if (shard.height, shard.width) not in sizes or shard.shape != x_shape(
+            manifest.plan, shard.rows, shard.height, shard.width
+        ):
+            raise UsageError(f"{path}: the shape {shard.shape} of {shard.name} is not what the plan of the cache makes")
     return manifest
 
 
-def size_problem(where: Path, shard: Shard) -> str | None:
+def size_problem(where: Path, shard: Shard | Columns) -> str | None:
     path = where / SHARDS / shard.name
     try:
         has = path.stat().st_size
@@ -131,14 +150,40 @@ def x_shape(plan: Plan, rows: int, height: int, width: int) -> tuple[int, ...]:
     return (rows, plan.views, plan.data.channels, height, width)
 
 
-def mapped(where: Path, plan: Plan, shard: Shard) -> dict[str, Tensor]:
+def gathered(where: Path, plan: Plan, files: Sequence[Shard]) -> dict[str, Tensor]:
+    """What COLUMNS holds."""
+    parts = []
+    for shard in files:
+        found = mapped(where / SHARDS / shard.name, plan, shard)
+        parts.append({name: found[name] for name in SMALL})
+    columns = {name: torch.cat([part[name] for part in parts]) for name in SMALL}
+    before = torch.tensor([0, *(len(part["caption"]) for part in parts)]).cumsum(0)
+    columns["caption_end"] = torch.cat([part["caption_end"] + k for part, k in zip(parts, before, strict=False)])
+    return columns
+
+
+def mapped_columns(path: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """Those of a cache, memory-mapped. Raises UsageError when they are not what the manifest says."""
+    due = columns_layout(manifest)
+    found = _mapped(path, due)
+    ends = found["caption_end"].numpy()
+    if (np.diff(ends, prepend=0) < 0).any() or ends[-1] != len(found["caption"]):
+        raise UsageError(f"{path} is damaged: its ends of captions do not rise to their length")
+    return found
+
+
+def columns_layout(manifest: Manifest) -> dict[str, tuple[torch.dtype, tuple[int | None, ...]]]:
+    """As `layout`, of COLUMNS."""
+    rows = manifest.files[0].model_copy(update={"rows": manifest.num_images})
+    return {name: due for name, due in layout(manifest.plan, rows).items() if name in SMALL}
+
+
+def mapped(path: Path, plan: Plan, shard: Shard) -> dict[str, Tensor]:
     """Tensors of a file, memory-mapped. Raises UsageError when they are not what the plan says."""
-    path = where / SHARDS / shard.name
-    due = layout(plan, shard)
-    if (shard.height, shard.width) not in plan.sizes() or shard.shape != x_shape(
-        plan, shard.rows, shard.height, shard.width
-    ):
-        raise UsageError(f"{path}: its shape {shard.shape} is not what the plan of the cache makes")
+    return _mapped(path, layout(plan, shard))
+
+
+def _mapped(path: Path, due: dict[str, tuple[torch.dtype, tuple[int | None, ...]]]) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -172,7 +217,7 @@ def check(where: str | Path, progress: Progress = lambda done, total: None) -> l
         wrong = size_problem(where, shard) or _digest_problem(where, shard)
         if wrong is None:
             try:
-                found = mapped(where, manifest.plan, shard)
+                found = mapped(where / SHARDS / shard.name, manifest.plan, shard)
                 wrong = _content_problem(manifest, shard, found)
                 places.append(found["index"].numpy())
             except UsageError as error:
@@ -182,6 +227,15 @@ def check(where: str | Path, progress: Progress = lambda done, total: None) -> l
             lines.append(wrong)
         done += shard.rows
         progress(done, manifest.num_images)
+    columns = where / SHARDS / COLUMNS
+    if wrong := size_problem(where, manifest.columns) or _digest_problem(where, manifest.columns):
+        bad.append(columns)
+        lines.append(wrong)
+    elif not bad:
+        due, has = gathered(where, manifest.plan, manifest.files), mapped_columns(columns, manifest)
+        if differing := [name for name in SMALL if not due[name].equal(has[name])]:
+            bad.append(columns)
+            lines.append(f"{columns}: {', '.join(differing)} are not those of the shards")
     if not bad and len(np.unique(np.concatenate(places))) != manifest.num_images:
         lines.append(f"{where}: an image of the source is there twice")
     if manifest.num_images + len(manifest.unreadable) != manifest.images:
@@ -198,7 +252,7 @@ def check(where: str | Path, progress: Progress = lambda done, total: None) -> l
     return lines
 
 
-def _digest_problem(where: Path, shard: Shard) -> str | None:
+def _digest_problem(where: Path, shard: Shard | Columns) -> str | None:
     path = where / SHARDS / shard.name
     try:
         return None if pretrained.digest([path]) == shard.sha256 else f"{path} is damaged: its SHA-256 is another"
