@@ -79,7 +79,8 @@ class Batches:
 
     def rows(self, counter: Tensor) -> Tensor:
         """(B, n) control variables of the samples, in the order of `columns`."""
-        return self._rows(self.dataset.take(self.order(counter), counter))
+        parts = counter.split(self.run.train.batch_size)  # what is taken at once has one size
+        return torch.cat([self._rows(self.dataset.take(self.order(some), some)) for some in parts])
 
     def _rows(self, samples: Samples) -> Tensor:
         columns = samples.columns()

@@ -118,6 +118,10 @@ class Cache(Dataset):
         self._order = Windowed([shard.rows for shard in self.manifest.files], self.window, seed)
         return self._order
 
+    def alike(self, height: int, width: int) -> Tensor:
+        wanted = [b for b, size in enumerate(self.buckets) if size == (height, width)]
+        return torch.from_numpy(np.flatnonzero(np.isin(self.bucket_of, wanted)))
+
     def settled(self, run: Run) -> dict[str, dict[str, object]]:
         data = {name: getattr(self.plan.data, name) for name in ("resolution", "channels", "flip", "crop_scale")}
         data["buckets"] = tuple(self.buckets) if len(self.buckets) > 1 else None

@@ -82,6 +82,10 @@ class Dataset(abc.ABC):
     def fingerprint(self) -> str:
         """16 hex digits that change with the images."""
 
+    def alike(self, height: int, width: int) -> Tensor:
+        """(n,) images whose views have that size in pixels."""
+        return torch.arange(len(self))
+
     def settled(self, run: Run) -> dict[str, dict[str, object]]:
         """Fields of the run's blocks `data` and `latent` that the images themselves settle."""
         return {}

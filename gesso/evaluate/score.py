@@ -75,7 +75,7 @@ def evaluate(
     total = count * (len(settings) + (len(cfg.sweep) if sweeping else 0))
     space = generate.opened_space(run)
     counter = Counter(tick, total, cond, generate.guide_of(folder, run), space)
-    real = _real(space, images)
+    real = _real(space, images, run)
 
     made = {name: counter.generate(default, setting, count) for name, setting in settings.items()}
     _pictures(folder, run, next(iter(made.values())), real)
@@ -100,10 +100,16 @@ def evaluate(
     return result
 
 
-def _real(space: Space, images: Dataset) -> Tensor:
-    """(n, C, H, W) uint8: training images, all of them where they are in memory, else the first NEAR."""
-    count = len(images) if images.immediate else min(len(images), NEAR)
-    return torch.cat([space.shown(images.pictures(some)) for some in torch.arange(count).split(64)])
+def _real(space: Space, images: Dataset, run: Run) -> Tensor:
+    """(n, C, H, W) uint8: training images, all of them where that takes no decoding, else the first NEAR.
+
+    Raises UsageError when there are none of the size that is sampled.
+    """
+    index = images.alike(*run.canvas) if run.data.buckets else torch.arange(len(images))
+    if not len(index):
+        raise UsageError(f"no image of {run.data.source} has the size {run.canvas} that is sampled: set sample.aspect")
+    index = index if images.immediate and not images.latents else index[:NEAR]
+    return torch.cat([space.shown(images.pictures(some)) for some in index.split(64)])
 
 
 def _read_back(run: Run, pictures: Tensor, images: Dataset, labels: Tensor) -> dict[str, float]:

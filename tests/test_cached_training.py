@@ -1,0 +1,148 @@
+"""From a folder to a cache to a run, by the command line: pixels, latents with tokens, buckets, object storage."""
+
+import shutil
+
+import fsspec
+import pytest
+import torch
+from rich.console import Console
+from test_cache import photos, vae  # noqa: F401
+from test_encoders import write_clip
+from test_live import sizes_of, tiny
+from typer.testing import CliRunner
+
+from gesso import config, generate, snapshot
+from gesso.__main__ import app
+from gesso.data.batches import Batches
+from gesso.data.cache import Cache
+from gesso.data.order import Grouped, Windowed
+from gesso.errors import UsageError
+from gesso.evaluate import score
+from gesso.generate import Asked
+from gesso.train.start import opened, start
+
+QUIET = Console(quiet=True)
+CPU = torch.device("cpu")
+
+
+def gesso(*words: object) -> str:
+    done = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def trained(source, out, **settings) -> config.Run:
+    start(tiny(source, **settings), out, False, QUIET, lambda text: None)
+    return config.read(out / "run.yaml")
+
+
+def captioned(photos, folder):  # noqa: F811
+    folder.mkdir()
+    for i, file in enumerate(sorted(photos.glob("*/*.*"))):
+        shutil.copy(file, folder / f"{i:02d}{file.suffix}")
+        (folder / f"{i:02d}.txt").write_text(["a cat", "a red cat", "", "two dogs run"][i % 4])
+    return folder
+
+
+def test_two_commands_from_a_folder_to_a_run(photos, tmp_path):  # noqa: F811
+    said = gesso("cache", photos, tmp_path / "c", "--resolution", 16, "--views", 2, "--crop-scale", ".5,1", "--flip")
+    assert f"gesso train RECIPE data.source={tmp_path / 'c'}" in said
+    run = trained(tmp_path / "c", tmp_path / "run", **{"data.resolution": 32, "control.variables": "flip,crop,size"})
+    assert run.data.resolution == 16 and run.data.flip and run.data.crop_scale == (0.5, 1.0)  # as the cache holds
+    assert run.data.num_images == 16 and run.data.class_names == ("tall", "wide") and len(run.data.mean) == 3
+    generate.draw(tmp_path / "run", run, Asked(seeds="0-1", label="wide"), tmp_path / "made")
+    assert sizes_of(tmp_path / "made") == [(16, 16)] * 2
+    score.evaluate_folder(tmp_path / "run", run, lambda done, total: None)
+    assert gesso("cache", "--check", tmp_path / "c")
+
+
+def test_what_the_cache_holds_is_said_where_the_run_says_otherwise(photos, tmp_path):  # noqa: F811
+    gesso("cache", photos, tmp_path / "c", "--resolution", 16)
+    console = Console(record=True, width=400)
+    opened(tiny(tmp_path / "c", **{"data.resolution": 32, "data.flip": "true"}), console)
+    said = console.export_text()
+    assert f"data.resolution=16 (not 32), as {tmp_path / 'c'} holds" in said and "data.flip=False (not True)" in said
+
+
+def test_latents_and_tokens_need_neither_vae_nor_encoder_in_training(photos, vae, tmp_path):  # noqa: F811
+    clip = write_clip(tmp_path / "clip")
+    gesso(
+        "cache", captioned(photos, tmp_path / "s"), tmp_path / "c", "--resolution", 32, "--vae", vae, "--convention", "edm2",
+        "--text", clip, "--tokens", 8,
+    )  # fmt: skip
+    text = {"semantic.kind": "text", "semantic.encoder": clip, "semantic.tokens": 8, "semantic.padding": "noisy"}
+    run, found = opened(tiny(tmp_path / "c", **text), QUIET)
+    with_encoder, other = opened(tiny(tmp_path / "c", **text), QUIET)
+    other.encoded = None
+    counter = torch.arange(12)
+    x0, cond = Batches(found, run, 0.5, CPU)(counter)
+    y0, same = Batches(other, with_encoder, 0.5, CPU)(counter)
+    assert x0.equal(y0) and x0.shape == (12, 4, 4, 4)
+    torch.testing.assert_close(cond.text, same.text, atol=2e-3, rtol=1e-3)  # stored in 16 bits
+    shutil.move(clip, tmp_path / "away")
+    shutil.move(vae, tmp_path / "vae away")
+    try:
+        done = trained(tmp_path / "c", tmp_path / "run", **text)
+        assert (
+            done.semantic.width == cond.text.shape[2] and done.latent.convention == "edm2" and done.data.mean[0] == 5.81
+        )
+        with pytest.raises(UsageError, match="the VAE .*: there is no such folder"):
+            generate.draw(tmp_path / "run", done, Asked(seeds="0"), None)
+    finally:
+        shutil.move(tmp_path / "vae away", vae)
+    shutil.move(tmp_path / "away", clip)
+    generate.draw(tmp_path / "run", done, Asked(seeds="0", prompts=["a red cat"]), tmp_path / "made")
+    assert sizes_of(tmp_path / "made") == [(32, 32)]
+
+
+def test_tokens_of_another_encoder_are_left_aside_with_a_note(photos, tmp_path):  # noqa: F811
+    gesso(
+        "cache", captioned(photos, tmp_path / "s"), tmp_path / "c", "--resolution", 16, "--text", "words", "--tokens", 4
+    )
+    console = Console(record=True, width=400)
+    run, found = opened(tiny(tmp_path / "c", **{"semantic.kind": "text", "semantic.tokens": 6}), console)
+    assert found.encoded is None and "set semantic.encoder=words semantic.tokens=4" in console.export_text()
+    _, cond = Batches(found, run, 0.5, CPU)(torch.arange(4))
+    assert cond.text.shape[1] == 6
+
+
+def test_buckets_train_and_sample(photos, tmp_path):  # noqa: F811
+    gesso("cache", photos, tmp_path / "c", "--resolution", 16, "--buckets", 3, "bucket_multiple=4")
+    settings = {"train.batch_size": 4, "control.variables": "size,aspect", "net.patch": 2, "train.micro_batch": 3}
+    run = trained(tmp_path / "c", tmp_path / "run", **settings)
+    assert run.data.buckets and len(run.data.buckets) == 3
+    found = Cache(tmp_path / "c")
+    batches = Batches(found, run, 0.5, CPU)
+    assert isinstance(batches.order, Grouped)
+    shapes = {tuple(batches(torch.arange(k, k + 4))[0].shape[2:]) for k in range(0, 40, 4)}
+    assert len(shapes) > 1 and shapes <= set(run.data.buckets)
+    wide, _ = config.resolve(config.as_tree(run), ["sample.aspect=2:1"])
+    height, width = wide.canvas
+    assert width > height and wide.canvas in run.data.buckets
+    generate.draw(tmp_path / "run", wide, Asked(seeds="0-1"), tmp_path / "made")
+    assert sizes_of(tmp_path / "made") == [(width, height)] * 2
+    score.evaluate_folder(tmp_path / "run", wide, lambda done, total: None)
+    with pytest.raises(UsageError, match="no bucket fills a batch"):
+        start(tiny(tmp_path / "c", **settings | {"train.batch_size": 100}), tmp_path / "other", False, QUIET, print)
+
+
+def test_an_address_gives_the_same_batches_and_keeps_two_windows(photos, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    gesso("cache", photos, tmp_path / "c", "--resolution", 16, "--shard-images", 2)
+    storage = fsspec.filesystem("memory")
+    storage.put(str(tmp_path / "c"), "/far", recursive=True)
+    settings = {"data.window": 2, "control.variables": "size"}
+    run, near = opened(tiny(tmp_path / "c", **settings), QUIET)
+    away, far = opened(tiny("memory://far", **settings), QUIET)
+    assert away.data.fingerprint == run.data.fingerprint and away.data.mean == run.data.mean
+    here, there = Batches(near, run, 0.5, CPU), Batches(far, away, 0.5, CPU)
+    assert isinstance(there.order, Windowed)
+    copies = []
+    for k in range(0, 48, 4):  # three epochs
+        counter = torch.arange(k, k + 4)
+        (x0, cond), (y0, other) = here(counter), there(counter)
+        assert x0.equal(y0) and cond.label.equal(other.label) and cond.control_low.equal(other.control_low)
+        copies.append(len(list((tmp_path / "home").glob("gesso/shards/*/shard-*.safetensors"))))
+    assert max(copies) <= 4 < len(near.manifest.files)
+    done = trained("memory://far", tmp_path / "run", **settings)
+    assert snapshot.stored(tmp_path / "run") and done.data.source == "memory://far"
