@@ -1,22 +1,26 @@
 """Snapshots: averaged weights with their time, length and run. The only reader and writer of them."""
 
 import contextlib
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from gesso import config, ema, files, nets
 from gesso.config import Run
 from gesso.diffusion.denoiser import Denoiser, build
-from gesso.ema import Fit, Power, Profile, Traditional
+from gesso.ema import Fit, PerTensor, Power, Profile, Raw, Traditional
+from gesso.ema.stream import File, written
 from gesso.errors import RunError, UsageError
 from gesso.nets import mp
 
@@ -32,27 +36,41 @@ class Snapshot:
     path: Path
     nimg: int
     profile: Profile
+    run: dict[str, Any] | None = field(default=None, compare=False, repr=False)
+    """settings of the run, as plain values; of another trainer {"trainer": a name of its own}, or None"""
+
+
+Target = Profile | PerTensor
 
 
 def write(
-    path: Path, tensors: dict[str, Tensor], nimg: int, profile: Profile, run: Run, rows: Tensor | None = None
+    path: Path, tensors: dict[str, Tensor], nimg: int, profile: Profile, run: Run | str, rows: Tensor | None = None
 ) -> None:
     """Store named weights in safetensors with all that is needed to use them alone.
 
-    rows (M, n): control variables of training samples, from which sampling draws.
+    rows (M, n): control variables of training samples, from which sampling draws. run: of another trainer a name.
     """
     if rows is not None:
         tensors = tensors | {ROWS: rows}
-    # asdict: the one key sigma_rel or halflife.
-    description = {"format": FORMAT, "nimg": nimg, **asdict(profile), "run": config.as_tree(run)}
+    metadata = _metadata(nimg, profile, {"trainer": run} if isinstance(run, str) else config.as_tree(run))
     with files.whole(path) as temporary:
-        # One key: safetensors writes several in no fixed order, and equal runs shall give equal bytes.
-        metadata = {"gesso": json.dumps(description)}
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
 
 
-def path_for(folder: Path, nimg: int, profile: Profile) -> Path:
-    name = f"ema{profile.sigma_rel:.4f}" if isinstance(profile, Power) else profile.key
+def _metadata(nimg: int, target: Target, run: dict[str, Any] | None) -> dict[str, str]:
+    rest = target.rest if isinstance(target, PerTensor) else target
+    groups = {"tensors": {g: asdict(p) for g, p in target.groups}} if isinstance(target, PerTensor) else {}
+    # asdict: the one key sigma_rel or halflife, none of raw weights.
+    description = {"format": FORMAT, "nimg": nimg, **asdict(rest), **groups, "run": run}
+    # One key: safetensors writes several in no fixed order, and equal runs shall give equal bytes.
+    return {"gesso": json.dumps(description)}
+
+
+def path_for(folder: Path, nimg: int, target: Target) -> Path:
+    rest = target.rest if isinstance(target, PerTensor) else target
+    name = f"ema{rest.sigma_rel:.4f}" if isinstance(rest, Power) else rest.key
+    if isinstance(target, PerTensor):
+        name += f"-tensors-{hashlib.sha256(str(target).encode()).hexdigest()[:8]}"
     return folder / f"nimg{nimg:012d}-{name}.safetensors"
 
 
@@ -70,54 +88,234 @@ def _description(path: Path) -> dict[str, Any]:
 
 
 def _snapshot(path: Path, description: dict[str, Any]) -> Snapshot:
-    halflife = description.get("halflife")
-    return Snapshot(path, description["nimg"], Traditional(halflife) if halflife else Power(description["sigma_rel"]))
+    profile: Profile = Raw()
+    if "sigma_rel" in description:
+        profile = Power(description["sigma_rel"])
+    elif "halflife" in description:
+        profile = Traditional(description["halflife"])
+    return Snapshot(path, description["nimg"], profile, description["run"])
 
 
 def stored(run_folder: Path) -> list[Snapshot]:
-    """The snapshots of a run, by time, then name. Raises UsageError when there are none."""
-    found = [_snapshot(path, _description(path)) for path in (run_folder / "snapshots").glob("*.safetensors")]
+    """The snapshots of a run, by time, then name; of a folder of snapshots too. Raises UsageError when there are none."""
+    inside = run_folder / "snapshots"
+    folder = inside if inside.is_dir() else run_folder
+    found = [_snapshot(path, _description(path)) for path in folder.glob("*.safetensors")]
     if not found:
         raise UsageError(f"{run_folder} holds no snapshots yet: train it first, or name another run folder")
     return sorted(found, key=lambda s: (s.nimg, s.path.name))
 
 
+class Plan(NamedTuple):
+    """What to read, and how to sum it, for targets at one time. fits: of every profile among the targets."""
+
+    used: list[Snapshot]
+    nimg: int
+    targets: list[Target]
+    fits: dict[Profile, Fit]
+
+    def fit(self, target: Target) -> Fit:
+        """Of the profile that is made worst."""
+        profiles = target.profiles if isinstance(target, PerTensor) else [target]
+        return max((self.fits[profile] for profile in profiles), key=lambda fit: fit.error)
+
+    def coefficients(self, name: str) -> np.ndarray:
+        """(used, targets), those of one tensor."""
+        profiles = [t.of(name) if isinstance(t, PerTensor) else t for t in self.targets]
+        return np.stack([self.fits[profile].x for profile in profiles], axis=1)
+
+
+def plan(available: Sequence[Snapshot], targets: Sequence[Target], nimg: int | None = None) -> Plan:
+    """How to make averages at time nimg (the last, when None) from all snapshots up to then.
+
+    Raises UsageError for a time outside of what is stored, RunError for snapshots of different runs.
+    """
+    first, last = available[0], available[-1]
+    nimg = last.nimg if nimg is None else nimg
+    used = [s for s in available if s.nimg <= nimg]
+    if not used:
+        raise UsageError(f"no snapshot up to image {nimg:,}; the first is {first.path} at {first.nimg:,}")
+    if nimg > last.nimg:
+        raise UsageError(f"image {nimg:,} lies after the last snapshot, {last.path} at {last.nimg:,}")
+    if nimg == 0:
+        raise UsageError("at image 0 there is nothing to average yet")
+    _same_run(used)
+    profiles = [p for t in targets for p in (t.profiles if isinstance(t, PerTensor) else [t])]
+    times, kinds = [s.nimg for s in used], [s.profile for s in used]
+    return Plan(used, nimg, list(targets), {p: ema.solve(times, kinds, nimg, p) for p in profiles})
+
+
+DECIDES = (
+    "data.fingerprint", "latent.", "net.", "process.", "semantic.kind", "loss.", "optim.", "train.seed", "train.batch_size"
+)  # fmt: skip
+"""settings by which snapshots are told to be of one run"""
+
+
+def _same_run(snapshots: Sequence[Snapshot]) -> None:
+    last = snapshots[-1]
+    for s in snapshots:
+        if s.run == last.run:
+            continue
+        if not all(one and "net" in one for one in (s.run, last.run)):
+            raise RunError(f"{s.path} and {last.path} belong to different runs")
+        for what, there, here in config.differences(config.validate(s.run), config.validate(last.run)):
+            if what.startswith(DECIDES):
+                raise RunError(f"{s.path} belongs to another run: {what} is {there} there, {here} in {last.path}")
+
+
+def _readers(plan: Plan) -> list[File]:
+    """Files of equal tensors. Raises RunError that names what differs, UsageError for a glob that fits none."""
+    readers = [File(s.path) for s in plan.used]
+    last = readers[-1]
+    wanted = set(last.keys()) - {ROWS}
+    for reader in readers:
+        names = set(reader.keys()) - {ROWS}
+        if names != wanted:
+            lacks, more = sorted(wanted - names)[:3], sorted(names - wanted)[:3]
+            raise RunError(f"{reader.path} holds other tensors than {last.path}: lacks {lacks}, has {more} beside")
+        for name in names:
+            there, here = tuple(reader.like(name).shape), tuple(last.like(name).shape)
+            if there != here:
+                raise RunError(f"{name} has shape {there} in {reader.path}, {here} in {last.path}")
+    for target in plan.targets:
+        for glob, _ in target.groups if isinstance(target, PerTensor) else ():
+            if not any(fnmatchcase(name, glob) for name in wanted):
+                raise UsageError(f"no tensor is named {glob}; there are: {', '.join(sorted(wanted)[:6])}, ...")
+    return readers
+
+
+def _sums(plan: Plan, readers: Sequence[File], device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
+    """Name and values for each target (targets, *shape), one pass over the files. Raises RunError for what is not finite."""
+    for name in sorted(set(readers[-1].keys()) - {ROWS}):
+        values = ema.combined(readers, plan.coefficients(name), name, device)
+        # A sum is finite only if all are, and is a quarter of the work of asking each.
+        if (
+            values.is_floating_point()
+            and not values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).isfinite()
+        ):
+            bad = next((r.path for r in readers if not r.whole(name).isfinite().all()), plan.used[-1].path)
+            raise RunError(f"{bad} holds NaN or infinity in {name}; remove it to do without it")
+        yield name, values
+
+
+def make(plan: Plan, folder: Path, device: torch.device | str = "cpu") -> list[Path]:
+    """Write every target of a plan in one pass over the files, tensor by tensor: memory for one tensor of each.
+
+    Returns the path of each.
+    """
+    paths, last = [path_for(folder, plan.nimg, target) for target in plan.targets], plan.used[-1]
+    readers = _readers(plan)
+    with contextlib.ExitStack() as stack:
+        likes = {name: readers[-1].like(name) for name in list(readers[-1].keys())}
+        metadata = [_metadata(plan.nimg, target, last.run) for target in plan.targets]
+        puts = [stack.enter_context(written(p, likes, m)) for p, m in zip(paths, metadata, strict=True)]
+        if ROWS in likes:
+            for put in puts:
+                put(ROWS, readers[-1].whole(ROWS))
+        for name, values in _sums(plan, readers, device):
+            for put, value in zip(puts, values, strict=True):
+                put(name, value)
+    return paths
+
+
+def made(plan: Plan, device: torch.device | str = "cpu") -> list[dict[str, Tensor]]:
+    """As `make`, in memory: named weights of each target."""
+    weights: list[dict[str, Tensor]] = [{} for _ in plan.targets]
+    for name, values in _sums(plan, _readers(plan), device):
+        for target, value in zip(weights, values, strict=True):
+            target[name] = value
+    return weights
+
+
 def synthesize(
-    run_folder: Path, profiles: Sequence[Profile], nimg: int | None = None
+    run_folder: Path, profiles: Sequence[Target], nimg: int | None = None
 ) -> tuple[list[dict[str, Tensor]], Run, int, list[Fit]]:
     """Weights for each profile at time nimg (the last, when None), from all snapshots up to then.
 
     Returns (weights per profile, run, nimg, fit per profile: its error, and the weight of the initial weights in
-    it). What is stored comes out as stored. One pass over the files. Raises UsageError for a time before the first
-    snapshot.
+    it). What is stored comes out as stored. One pass over the files. Raises UsageError for a time outside of what is
+    stored, and where snapshots are of no run.
     """
-    available = stored(run_folder)
-    nimg = available[-1].nimg if nimg is None else nimg
-    used = [s for s in available if s.nimg <= nimg]
-    if not used:
-        raise UsageError(f"no snapshot up to image {nimg:,}; the first of {run_folder} is at {available[0].nimg:,}")
-    fits = [ema.solve([s.nimg for s in used], [s.profile for s in used], nimg, profile) for profile in profiles]
-    weights: list[dict[str, Tensor]] = [{} for _ in profiles]
-    with contextlib.ExitStack() as stack:
-        readers = [stack.enter_context(safe_open(s.path, "pt")) for s in used]
-        for s, reader in zip(used, readers, strict=True):
-            if set(reader.keys()) != set(readers[0].keys()):
-                raise RunError(f"{s.path} holds other tensors than {used[0].path}: it belongs to another run")
-        names = sorted(set(readers[0].keys()) - {ROWS})
-        for name, values in ema.combine(readers, np.stack([fit.x for fit in fits], axis=1), names):
-            for target, value in zip(weights, values, strict=True):
-                target[name] = value
-    run = config.validate(_description(used[-1].path)["run"])
-    return weights, run, nimg, fits
+    how = plan(stored(run_folder), profiles, nimg)
+    run = _run(how.used[-1])
+    return made(how), run, how.nimg, [how.fit(profile) for profile in profiles]
+
+
+def _run(snapshot: Snapshot) -> Run:
+    if not snapshot.run or "net" not in snapshot.run:
+        raise UsageError(f"{snapshot.path} was kept by another trainer: gesso knows its weights, not its network")
+    return config.validate(snapshot.run)
+
+
+class PostHocEMA:
+    """Averages of any PyTorch module, kept by any training loop, from which other lengths can be made afterwards.
+
+        ema = PostHocEMA(module)
+        ema.update(nimg)                                # after an optimizer step, or every few: images seen so far
+        ema.save("runs/mine")                           # now and then; a few dozen times in all
+        weights = PostHocEMA.synthesize("runs/mine", sigma_rel=0.07)
+        module.load_state_dict(weights)
+
+    Averages are those of the continuous-time profile with weights that stay as they are between updates. A sharded
+    module (FSDP2) has sharded averages; all processes call `save`, and the first writes.
+    """
+
+    def __init__(self, module: nn.Module, sigma_rels: Sequence[float] = (0.05, 0.10), halflives: Sequence[int] = ()):
+        if not sigma_rels and not halflives:
+            raise UsageError("no average to keep: name a length, such as sigma_rels=(0.05, 0.1)")
+        self.module, self.nimg, self.name = module, 0, secrets.token_hex(8)
+        self.tracker = ema.Tracker(module.state_dict(), [*map(Power, sigma_rels), *map(Traditional, halflives)])
+
+    def update(self, nimg: int) -> None:
+        """Move on to nimg images seen. Raises UsageError when time does not go on."""
+        if not nimg > self.nimg:
+            raise UsageError(f"averages stand at image {self.nimg:,}: they cannot be moved on to {nimg:,}")
+        self.tracker.follow(self.module.state_dict())  # a module may have been moved since
+        self.tracker.update(self.nimg, nimg)
+        self.nimg = nimg
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write a snapshot of each average to FOLDER/snapshots. Raises UsageError before the first update."""
+        if not self.nimg:
+            raise UsageError("nothing is averaged yet: call update(nimg) before save")
+        paths = [path_for(Path(folder) / "snapshots", self.nimg, profile) for profile in self.tracker.averages]
+        for path, (profile, average) in zip(paths, self.tracker.averages.items(), strict=True):
+            tensors = {name: ema.whole(tensor) for name, tensor in average.items()}
+            if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+                write(path, tensors, self.nimg, profile, self.name)
+        return paths
+
+    @staticmethod
+    def synthesize(folder: str | Path, sigma_rel: float, nimg: int | None = None) -> dict[str, Tensor]:
+        """Named weights of any length at any time (the last, when None) up to which snapshots are stored."""
+        return made(plan(stored(Path(folder)), [Power(sigma_rel)], nimg))[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs."""
+        averages = {profile.key: dict(average) for profile, average in self.tracker.averages.items()}
+        return {"nimg": self.nimg, "name": self.name, "averages": averages}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UsageError when the averages are others."""
+        ours = {profile.key: average for profile, average in self.tracker.averages.items()}
+        theirs = state["averages"]
+        if {k: set(v) for k, v in ours.items()} != {k: set(v) for k, v in theirs.items()}:
+            raise UsageError(
+                f"the state holds averages {sorted(theirs)} of other tensors or lengths than {sorted(ours)}"
+            )
+        for key, average in ours.items():
+            for name, tensor in average.items():
+                tensor.copy_(theirs[key][name])
+        self.nimg, self.name = state["nimg"], state["name"]
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], Run, Snapshot]:
     """One file as it is."""
-    description = _description(path)
+    snapshot = _snapshot(path, _description(path))
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in list(file.keys()) if name != ROWS}
-    run = config.validate(description["run"])
-    return tensors, run, _snapshot(path, description)
+    return tensors, _run(snapshot), snapshot
 
 
 def control_rows(run_folder: Path) -> Tensor | None:

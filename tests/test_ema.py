@@ -15,7 +15,7 @@ from written import QUIET, changed, small, written
 
 from gesso import __main__ as cli
 from gesso import config, ema, generate, recipes, snapshot
-from gesso.ema import Density, Power, Traditional
+from gesso.ema import Density, Power, Raw, Traditional
 from gesso.evaluate import score
 from gesso.train import loop
 from gesso.train.start import start
@@ -189,11 +189,15 @@ class Memory:
     def __init__(self, tensor):
         self.tensor = tensor
 
-    def keys(self):
-        return ["w"]
+    def like(self, name):
+        return self.tensor.to("meta")
 
-    def get_tensor(self, name):
-        return self.tensor
+    def part(self, name, start, stop):
+        return self.tensor.reshape(-1)[start:stop]
+
+
+def summed(readers, x):
+    return ema.combined(readers, x[:, None], "w")[0]
 
 
 def kept(profiles, snapshots=32, n=N, end=None):
@@ -211,7 +215,7 @@ def rebuilt(average, target, profiles=TWO, end=None, dtype=torch.float64, **how)
     fit = ema.solve(times, kinds, end or N, target)
     assert fit.x.sum() == pytest.approx(1)
     readers = [Memory(average(p, t).to(dtype)) for t, p in zip(times, kinds, strict=True)]
-    return dict(ema.combine(readers, fit.x))["w"], fit
+    return summed(readers, fit.x), fit
 
 
 def distance(ours, wanted):
@@ -306,7 +310,7 @@ def test_a_combination_of_averages_is_that_of_profiles(profiles, target):
         inside = tau <= times[i]
         p[inside] += x * Density(*(v[i] for v in stored)).at(tau[inside])
     weights = np.r_[fit.initial, p.reshape(n, fine).mean(1)]
-    ours = dict(ema.combine(readers, fit.x))["w"]
+    ours = summed(readers, fit.x)
     torch.testing.assert_close(ours, torch.from_numpy(weights) @ theta, rtol=1e-5, atol=1e-5)
     # The error told is that of the profile; theta(0) counts as the weights of the first snapshot's time before 0.
     wanted = Density(*(v[0] for v in ema.densities([n], [target])))
@@ -368,9 +372,9 @@ def test_averages_that_nearly_coincide(profiles, bound):
 def test_several_targets_in_one_pass():
     readers = [Memory(torch.randn(2, 3)) for _ in range(4)]
     x = np.random.default_rng(0).normal(size=(4, 2))
-    together = dict(ema.combine(readers, x))["w"]
+    together = ema.combined(readers, x, "w")
     for j in range(2):
-        torch.testing.assert_close(together[j], dict(ema.combine(readers, x[:, j]))["w"])
+        torch.testing.assert_close(together[j], summed(readers, x[:, j]))
 
 
 # Snapshots, settings, sampling.
@@ -590,3 +594,149 @@ def test_config_a():
     rest = [recipes.resolve(f"edm2-ladder-{step}", [])[0] for step in "bcdefg"]
     assert all(r.ema.halflives == () and isinstance(ema.chosen(r.sample), Power) for r in rest)
     assert recipes.resolve("digits", ['ema.halflives=["50M","200k"]'])[0].ema.halflives == (50_000_000, 200_000)
+
+
+# Raw weights, tensors of any kind.
+
+
+def test_raw_weights_stand_for_the_times_around_them():
+    """Their coefficients are what the target's profile integrates to, from midpoint to midpoint."""
+    times = [100, 200, 400, 800]
+    edges = np.array([0, 150, 300, 600, 1000.0])
+    for target in (Power(0.05), Power(0.2), Traditional(300)):
+        fit = ema.solve(times, [Raw()] * 4, 1000, target)
+        wanted = shares(target, edges)[1:]
+        assert fit.x == pytest.approx(wanted / wanted.sum(), rel=1e-9, abs=1e-12) and fit.initial == 0
+    # Weights of time 0 are theta(0): they take its share too.
+    fit = ema.solve([0, *times], [Raw()] * 5, 1000, Traditional(300))
+    wanted = shares(Traditional(300), np.array([0, 50, *edges[1:]]))
+    assert fit.x == pytest.approx(np.r_[wanted[0] + wanted[1], wanted[2:]], rel=1e-9)
+    assert fit.initial == pytest.approx(fit.x[0])
+
+
+@pytest.mark.parametrize("target", [Power(0.05), Power(0.1), Traditional(200)], ids=str)
+def test_averages_of_raw_weights_converge(target):
+    """A smooth path of weights: the error falls as the square of the distance in time."""
+    n = 4096
+
+    def path(t):
+        return torch.as_tensor(3 * np.asarray(t) / n).sin()[..., None]
+
+    edges = np.arange(n + 1.0)
+    weights = shares(target, edges)
+    wanted = torch.from_numpy(weights[1:]) @ path(edges[1:] - 0.5) + weights[0] * path(0.0)
+    errors = []
+    for snapshots in (32, 64, 128):
+        times = [n * (i + 1) // snapshots for i in range(snapshots)]
+        fit = ema.solve(times, [Raw()] * snapshots, n, target)
+        errors.append(abs(float(summed([Memory(path(float(t))) for t in times], fit.x) - wanted)))
+    assert errors[2] < errors[1] / 3 < errors[0] / 9 and errors[2] < 1e-3
+
+
+@pytest.mark.parametrize("target", [Power(0.03), Power(0.15), Traditional(300)], ids=str)
+@pytest.mark.parametrize("zero", [False, True])
+def test_raw_weights_beside_averages(target, zero):
+    """The error told is that of the densities, by brute force; no other combination does better."""
+    times, kinds = kept((Power(0.1), Traditional(700), Raw()), 6, 600)
+    if zero:
+        times, kinds = (0, *times), (Raw(), *kinds)
+    fit = ema.solve(times, kinds, 600, target)
+    t_1, fine = 100, 400
+    tau = (np.arange(-t_1 * fine, 600 * fine) + 0.5) / fine
+    raw = [t for t, p in zip(times, kinds, strict=True) if p == Raw()]
+    middle = [(a + b) / 2 for a, b in zip(raw, raw[1:], strict=False)]
+    starts, ends = [-t_1 if zero else 0, *middle], [*middle, 600]
+
+    def density(t, p):
+        if p == Raw():
+            start, end = starts[raw.index(t)], ends[raw.index(t)]
+            return ((tau > start) & (tau <= end)) / (end - start)
+        d = Density(*(v[0] for v in ema.densities([t], [p])))
+        inside = np.where((tau > 0) & (tau <= t), d.at(np.clip(tau, 1e-9, t)), 0)
+        return inside + np.where(tau <= 0, d.initial() / t_1, 0)
+
+    P = np.stack([density(t, p) for t, p in zip(times, kinds, strict=True)], 1)
+    wanted = density(600, target)
+
+    def error(x):
+        return float(((P @ (x / x.sum()) - wanted) ** 2).sum() / (wanted**2).sum())
+
+    assert fit.error == pytest.approx(error(fit.x), rel=2e-3, abs=1e-9)
+    free = np.linalg.lstsq(P, wanted, rcond=None)[0]
+    assert fit.error <= error(free) * 1.01 + 1e-9
+    assert fit.error < ema.solve(*kept((Raw(),), 6, 600), 600, target).error
+
+
+def test_a_profile_per_tensor():
+    both = ema.PerTensor(Power(0.1), (("enc.*.weight", Power(0.05)), ("enc.*", Traditional(7))))
+    names = {"enc.0.weight": Power(0.05), "enc.0.bias": Traditional(7), "dec.weight": Power(0.1)}
+    assert {name: both.of(name) for name in names} == names
+    assert both.profiles == [Power(0.1), Power(0.05), Traditional(7)]
+
+
+def test_tensors_of_every_kind_are_tracked():
+    """Averages of 16-bit weights are kept in 32; whole numbers are copied; what has moved is followed."""
+    live = {"w": torch.zeros(3, dtype=torch.bfloat16), "n": torch.tensor(0), "ok": torch.tensor([True, False])}
+    tracker = ema.Tracker(live, [Power(0.1), Raw()])
+    for step in range(1, 101):
+        live["w"].fill_(1)
+        live["n"].add_(1)
+        tracker.update(10 * step, 10 * step + 10)
+    average = tracker.averages[Power(0.1)]
+    assert average["w"].dtype == torch.float32 and average["n"] == 100 and average["ok"].tolist() == [True, False]
+    # 16 bits of bfloat16 would stand still at 1 - 2^-8
+    assert float(average["w"][0]) == pytest.approx(1 - (10 / 1010) ** (Power(0.1).gamma + 1), abs=1e-6)
+    assert tracker.averages[Raw()]["w"].eq(1).all()
+    tracker.follow({k: v.clone() for k, v in live.items()} | {"w": torch.full((3,), 2.0)})
+    tracker.update(1010, 10**9)
+    assert average["w"].tolist() == pytest.approx([2, 2, 2])
+
+
+@settings(max_examples=30, deadline=None)
+@given(shape=st.lists(st.integers(0, 200), max_size=3), files=st.integers(1, 40), seed=st.integers(0, 9))
+def test_sums_by_parts(shape, files, seed):
+    """Every cut into chunks and blocks of files is the plain sum in float64."""
+    g = torch.Generator().manual_seed(seed)
+    thetas = [torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(files)]
+    x = np.random.default_rng(seed).normal(size=(files, 3)) * np.array([1, 40, 0.1])
+    ours = ema.combined([Memory(theta) for theta in thetas], x, "w")
+    wanted = torch.einsum("fm,f...->m...", torch.from_numpy(x), torch.stack(thetas))
+    torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-10)
+    # Of 32-bit weights: within what their own rounding, by 2^-24 of each, does to the sum.
+    stored = [theta.float() for theta in thetas]
+    single = ema.combined([Memory(theta) for theta in stored], x, "w")
+    wanted = torch.einsum("fm,f...->m...", torch.from_numpy(x), torch.stack(stored).double())
+    rounding = torch.einsum("fm,f...->m...", torch.from_numpy(abs(x)), torch.stack(stored).double().abs()) * 2**-24
+    largest = torch.stack(stored).abs().sum(0) * float(abs(x).max()) * 2**-24
+    assert single.dtype == torch.float32 and (single - wanted).abs().le(4 * rounding + 4 * largest).all()
+
+
+def test_short_lengths_from_32_bits():
+    """Coefficients of norm 42 (MATH.md) on weights that lie near one another lose less than a step of 32 bits."""
+    g = torch.Generator().manual_seed(0)
+    base, n = torch.randn(4000, generator=g, dtype=torch.float64), 128
+    thetas = [(base + 0.01 * torch.randn(4000, generator=g, dtype=torch.float64)).float() for _ in range(n)]
+    x = np.random.default_rng(0).normal(size=n)
+    x *= 42 / np.linalg.norm(x)
+    x[-1] += 1 - x.sum()
+    ours = summed([Memory(theta) for theta in thetas], x).double()
+    wanted = torch.einsum("f,fk->k", torch.from_numpy(x), torch.stack(thetas).double())
+    assert float((ours - wanted).norm() / wanted.norm()) < 2**-23
+    # Not by the sum as it stands: in 32 bits that is ten times worse.
+    plain = torch.einsum("f,fk->k", torch.from_numpy(x).float(), torch.stack(thetas)).double()
+    assert float((plain - wanted).norm()) > 5 * float((ours - wanted).norm())
+
+
+def test_a_stored_target_among_others_is_bit_equal():
+    thetas = [torch.randn(50) for _ in range(5)]
+    x = np.eye(5)[:, [1, 4]] + np.array([[0.0, 0.0]] * 5)
+    x = np.c_[x, np.full(5, 0.2)]
+    ours = ema.combined([Memory(theta) for theta in thetas], x, "w")
+    assert ours[0].equal(thetas[1]) and ours[1].equal(thetas[4])
+
+
+def test_whole_numbers_and_unused_files_in_sums():
+    counts = [Memory(torch.tensor([i, 10 * i])) for i in range(3)]
+    assert ema.combined(counts, np.array([[0.3], [0.7], [0.0]]), "w").tolist() == [[1, 10]]
+    unused = Memory(torch.full((4,), float("nan")))
+    assert ema.combined([unused, Memory(torch.ones(4))], np.array([[0.0], [1.0]]), "w").equal(torch.ones(1, 4))

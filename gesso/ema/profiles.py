@@ -1,0 +1,139 @@
+"""Profiles of averages (EDM2 Section 3.1, Appendix C).
+
+An average at time t is int_0^t p(tau) theta(tau) dtau + m theta(0), where p integrates to 1 - m.
+
+Legend: t, tau times in images, theta weights, p density of a profile on (0, t], m weight of the initial theta(0).
+Power profile: p ~ tau^gamma, m = 0, sigma_rel its relative standard deviation. Traditional profile: p ~ e^(k tau),
+m = e^(-k t), k = ln 2 / h, h its half-life. Raw weights are no average: each stands for the times around its own.
+"""
+
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+
+import numpy as np
+
+from gesso import config
+
+
+def sigma_rel_to_gamma(sigma_rel: float) -> float:
+    """Exponent of the power profile of a relative length (EDM2 Eq. 126, Algorithm 2).
+
+    Raises ValueError outside (0, 12^-1/2), where no profile with gamma > 0 exists.
+    """
+    if not 0 < sigma_rel < 12**-0.5:
+        raise ValueError(f"an EMA length sigma_rel lies between 0 and {12**-0.5:.4f}, not {sigma_rel}")
+    t = float(sigma_rel) ** -2
+    return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
+
+
+@dataclass(frozen=True)
+class Power:
+    """Profile of a relative length, which stretches with training (Eq. 121). theta(0) has no part in it.
+
+    Raises ValueError for a sigma_rel outside (0, 12^-1/2).
+    """
+
+    sigma_rel: float
+    k = 0.0
+
+    def __post_init__(self):
+        sigma_rel_to_gamma(self.sigma_rel)
+
+    @cached_property
+    def gamma(self) -> float:
+        return sigma_rel_to_gamma(self.sigma_rel)
+
+    @property
+    def key(self) -> str:
+        """Its name among the averages of a run."""
+        return repr(self.sigma_rel)
+
+    def __str__(self) -> str:
+        return f"sigma_rel {self.sigma_rel:g}"
+
+    def beta(self, t: float, t_next: float) -> float:
+        """Weight that the old average keeps when time goes from t to t_next, any step apart (Eq. 127)."""
+        return (t / t_next) ** (self.gamma + 1)
+
+
+@dataclass(frozen=True)
+class Traditional:
+    """Profile of a fixed half-life in images (Eq. 110): CONFIG A of EDM2 has 50M (B.1), about sigma_rel .034 at its end.
+
+    The half-life is the same from the first image on: Appendix B.1 and C.2 of the paper mention no ramp-up (EDM's
+    published code has one). The mass of times before 0 is deposited at 0 (C.2), as an average that starts at theta(0)
+    does: theta(0) has weight 2^(-t/h), most of the average until t = h. Raises ValueError for a half-life that is
+    not above 0.
+    """
+
+    halflife: int
+    gamma = 0.0
+
+    def __post_init__(self):
+        if not self.halflife > 0:
+            raise ValueError(f"a half-life is a number of images above 0, not {self.halflife}")
+
+    @property
+    def k(self) -> float:
+        return math.log(2) / self.halflife
+
+    @property
+    def key(self) -> str:
+        """Its name among the averages of a run."""
+        return f"halflife{self.halflife}"
+
+    def __str__(self) -> str:
+        return f"half-life {self.halflife:,}"
+
+    def beta(self, t: float, t_next: float) -> float:
+        """Weight that the old average keeps when time goes from t to t_next, any step apart (Eq. 120)."""
+        return 2.0 ** (-(t_next - t) / self.halflife)
+
+
+@dataclass(frozen=True)
+class Raw:
+    """No average: the weights themselves. Stands for all times that are nearer to it than to another such."""
+
+    key = "raw"
+    gamma = k = 0.0
+
+    def __str__(self) -> str:
+        return "raw weights"
+
+    def beta(self, t: float, t_next: float) -> float:
+        """Nothing of the old is kept."""
+        return 0.0
+
+
+Profile = Power | Traditional | Raw
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One profile for all tensors but those that a glob names; the first glob that fits decides (EDM2 Figure 5b)."""
+
+    rest: Profile
+    groups: tuple[tuple[str, Profile], ...]
+
+    def __str__(self) -> str:
+        return ", ".join([str(self.rest), *(f"{glob} {profile}" for glob, profile in self.groups)])
+
+    @property
+    def profiles(self) -> list[Profile]:
+        return list(dict.fromkeys([self.rest, *(profile for _, profile in self.groups)]))
+
+    def of(self, name: str) -> Profile:
+        """That of a tensor."""
+        return next((profile for glob, profile in self.groups if fnmatchcase(name, glob)), self.rest)
+
+
+def tracked(cfg: config.Ema) -> list[Profile]:
+    """The averages that a run tracks."""
+    return [*map(Power, cfg.sigma_rels), *map(Traditional, cfg.halflives)]
+
+
+def chosen(cfg: config.Sample) -> Profile:
+    """The average that a run samples with."""
+    return Traditional(cfg.halflife) if cfg.halflife else Power(cfg.sigma_rel)

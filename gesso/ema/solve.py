@@ -1,0 +1,168 @@
+"""The combination of stored averages that comes nearest to another (EDM2 Appendix C.5).
+
+Legend: as in profiles.py; A inner products of the stored profiles, b those with the target's, x coefficients.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from gesso.ema.profiles import Profile, Raw
+
+
+class Density(NamedTuple):
+    """Densities p(tau) ~ tau^gamma e^(k tau) on (0, t]; arrays that broadcast. Of power profiles k is 0, else gamma."""
+
+    t: np.ndarray
+    gamma: np.ndarray
+    k: np.ndarray
+
+    def at(self, tau: np.ndarray) -> np.ndarray:
+        """p(tau) for tau up to t: p(t), at most which it is, times ratios that cannot overflow."""
+        end = np.where(self.k > 0, self.k, (self.gamma + 1) / self.t)
+        return end * (tau / self.t) ** self.gamma * np.exp(-self.k * (self.t - tau))
+
+    def initial(self) -> np.ndarray:
+        """m, the weight of theta(0)."""
+        return np.where(self.k > 0, np.exp(-self.k * self.t), 0.0)
+
+    def until(self, tau: np.ndarray) -> np.ndarray:
+        """Weight of theta(0) and of all theta up to tau; 0 for tau < 0."""
+        near = np.minimum(tau, self.t)
+        power, exponential = np.maximum(near / self.t, 0) ** (self.gamma + 1), np.exp(-self.k * (self.t - near))
+        return np.where(near < 0, 0.0, np.where(self.k > 0, exponential, power))
+
+
+def densities(t: Sequence[float], profiles: Sequence[Profile], unit: float = 1.0) -> Density:
+    """Of N profiles at times t, in units of `unit` images; arrays (N,)."""
+    rows = [(time / unit, profile.gamma, profile.k * unit) for time, profile in zip(t, profiles, strict=True)]
+    return Density(*np.array(rows, np.float64).T)
+
+
+def inner_products(a: Density, b: Density) -> np.ndarray:
+    """<p_a, p_b> = int_0^T p_a p_b dtau, T = min(t_a, t_b), of any two profiles; the arguments broadcast.
+
+    p_a p_b is again of the form tau^gamma e^(k tau), so that the integral is its value at T times the integral
+    of u^gamma e^(-k T (1-u)) over u = tau/T from 0 to 1. For two power profiles this is Eq. 151.
+    """
+    T, gamma, k = np.minimum(a.t, b.t), a.gamma + b.gamma, a.k + b.k
+    return a.at(T) * b.at(T) * T / (gamma + 1) * kummer(gamma, k * T)
+
+
+# Nodes and weights of the trapezoidal rule for int_0^inf f(y) dy under y = exp(x - e^-x), the double exponential rule
+# of Takahasi and Mori for an f that falls like e^-y. 61 nodes give `kummer` to 1e-14 for gamma .01 to 1000, z 0 to 1e5.
+_STEP = 0.2
+_X = _STEP * np.arange(-20, 41)
+NODES = np.exp(_X - np.exp(-_X))
+WEIGHTS = _STEP * NODES * (1 + np.exp(-_X))
+
+
+def kummer(gamma: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """(gamma+1) int_0^1 u^gamma e^(-z(1-u)) du = M(1, gamma+2, -z), Kummer's function; between 0 and 1. gamma, z >= 0.
+
+    Closed for gamma = 0 or z = 0. Otherwise by quadrature in y = (gamma+1+z) v with u = e^-v, where the integrand
+    starts as e^-y.
+    """
+    gamma, z = np.broadcast_arrays(gamma, z)
+    result = np.ones(z.shape)
+    plain = (gamma == 0) & (z > 0)
+    result[plain] = -np.expm1(-z[plain]) / z[plain]
+    mixed = (gamma != 0) & (z > 0)
+    g, z = gamma[mixed] + 1, z[mixed]
+    result[mixed] = 0
+    for y, weight in zip(NODES, WEIGHTS, strict=True):
+        v = y / (g + z)
+        result[mixed] += weight * g / (g + z) * np.exp(-g * v + z * np.expm1(-v))
+    return result
+
+
+RIDGE = 1e-12
+"""Added to the unit diagonal of the scaled products: a part of 1e-6 of an average, of which float32 leaves little
+beside rounding, is not worth a large coefficient"""
+
+
+class Fit(NamedTuple):
+    """An average as a combination of stored ones.
+
+    x: (N,) its coefficients, of sum 1; error: squared relative error of its profile; initial: weight of theta(0) in it.
+    """
+
+    x: np.ndarray
+    error: float
+    initial: float
+
+    def __str__(self) -> str:
+        share = f", weight of the initial weights {self.initial:.2g}" if abs(self.initial) > 1e-6 else ""
+        return f"relative error of the profile {self.error**0.5:.1e}{share}"
+
+
+def intervals(t: np.ndarray, end: float, before: float) -> tuple[np.ndarray, np.ndarray]:
+    """Times (N,), rising, for which raw weights stand: from midpoint to midpoint, the first from 0, the last to `end`.
+
+    Weights of time 0 stand for those before it too, from -before on.
+    """
+    middle = (t[1:] + t[:-1]) / 2
+    return np.r_[-before if t[0] == 0 else 0.0, middle], np.r_[middle, max(end, t[-1])]
+
+
+def solve(t: Sequence[float], profiles: Sequence[Profile], t_target: float, target: Profile) -> Fit:
+    """The combination of what is stored, of `profiles` at times t, that comes nearest to the target at t_target.
+
+    Least squares between profiles (Eq. 141), then rescaled to sum to 1, as the published code does. A target that is
+    stored comes out as stored.
+
+    The weight of theta(0) is a part of the profile: p integrates to 1 - m, so that all weights sum to 1. A point mass
+    has no square integral; m counts as the density m / t_1 on (-t_1, 0], as if theta had stayed at theta(0) for as
+    long as until the first snapshot t_1. Without this, averages that are mostly theta(0) would enter for the
+    sake of their small remainder, and theta(0) with them. Where the stored averages cannot give the target's m,
+    `initial` tells what the result has instead.
+
+    Raw weights count as a constant density on their interval. Where nothing else is stored, least squares makes their
+    coefficients what the target's profile integrates to over it.
+
+    Averages that nearly coincide (RIDGE) share their coefficient, rather than have large ones of either sign.
+    error is |p* - p|^2 / |p|^2 after rescaling. Raises ValueError when nothing is stored up to t_target.
+    """
+    if not len(t) or min(t) > t_target or t_target <= 0:
+        raise ValueError(f"nothing is stored up to image {t_target:,.0f}")
+    pairs = list(zip(t, profiles, strict=True))
+    A, b, norm, initial = _products(pairs, t_target, target)
+    if (t_target, target) in pairs:
+        i = pairs.index((t_target, target))
+        return Fit(np.eye(len(pairs))[i], 0.0, float(initial[i]))
+    scale = A.diagonal() ** -0.5
+    x = scale * np.linalg.solve(scale[:, None] * A * scale + RIDGE * np.eye(len(b)), scale * b)
+    x = x / x.sum()
+    return Fit(x, float(max(x @ A @ x - 2 * x @ b + norm, 0.0) / norm), float(x @ initial))
+
+
+def _products(
+    pairs: Sequence[tuple[float, Profile]], t_target: float, target: Profile
+) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
+    """<p_i, p_j> (N, N), <p_i, p> (N,), <p, p>, and the weight of theta(0) in each (N,)."""
+    # Times in units of the target time: the products then lie near 1, whatever the length of training.
+    t_1 = min((time for time, _ in pairs if time > 0), default=t_target) / t_target
+    raw = np.array([isinstance(profile, Raw) for _, profile in pairs])
+    some = [pair for pair, is_raw in zip(pairs, raw, strict=True) if not is_raw]
+    stored, wanted = (
+        densities(*zip(*some, strict=True), t_target) if some else None,
+        densities([t_target], [target], t_target),
+    )
+    m_wanted, initial = wanted.initial(), np.zeros(len(pairs))
+    A, b = np.zeros((len(pairs), len(pairs))), np.zeros(len(pairs))
+    if stored:
+        m = initial[~raw] = stored.initial()
+        column = Density(*(values[:, None] for values in stored))
+        A[np.ix_(~raw, ~raw)] = inner_products(column, stored) + m[:, None] * m / t_1
+        b[~raw] = inner_products(stored, wanted) + m * m_wanted / t_1
+    if raw.any():
+        times = np.array([time for (time, _), is_raw in zip(pairs, raw, strict=True) if is_raw]) / t_target
+        start, end = intervals(times, 1.0, t_1)
+        A[raw, raw] = 1 / (end - start)
+        b[raw] = (wanted.until(end) - wanted.until(start)) / (end - start)
+        initial[raw] = times == 0
+        if stored:
+            beside = (column.until(end) - column.until(start)) / (end - start)
+            A[np.ix_(~raw, raw)], A[np.ix_(raw, ~raw)] = beside, beside.T
+    return A, b, float(inner_products(wanted, wanted)[0] + m_wanted[0] ** 2 / t_1), initial

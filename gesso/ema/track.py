@@ -1,0 +1,79 @@
+"""Averages that training keeps (EDM2 Eq. 119)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gesso.ema.profiles import Profile
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor (FSDP2's DTensor) that this process holds; any other as it is."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return tensor.detach()
+    from torch.distributed.tensor import DTensor  # slow to import, and loaded already where there is one
+
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, in which all processes take part; any other as it is."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Tracker:
+    """Averages of named tensors, one for each profile, held beside them and updated in place.
+
+    Usable in any training loop: after each optimizer step, or every few, call `update(t, t_next)` with
+    the images seen at the last call and now. Averages start at the weights given, theta(0), and are of at least 32 bits.
+    Sharded tensors have sharded averages: every process moves its own part on. Whole numbers are copied.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], profiles: Sequence[Profile]):
+        self.averages = {profile: {k: _copied(v.detach()) for k, v in tensors.items()} for profile in profiles}
+        # Looked up once: a step does nothing but move them. The averages of a tensor follow one another, so that it
+        # is read from the cache for all but the first.
+        self._averages, self._copies = (
+            [
+                local(average[k])
+                for k, v in tensors.items()
+                if v.is_floating_point() is real
+                for average in self.averages.values()
+            ]
+            for real in (True, False)
+        )
+        self.follow(tensors)
+
+    def follow(self, tensors: dict[str, Tensor]) -> None:
+        """Average these from now on: the same names, at another place in memory."""
+        self.live = {k: v.detach() for k, v in tensors.items()}
+        self._live, self._counts = (
+            [
+                part
+                for v in self.live.values()
+                if v.is_floating_point() is real
+                for part in [local(v)] * len(self.averages)
+            ]
+            for real in (True, False)
+        )
+
+    @torch.no_grad()
+    def update(self, t: int, t_next: int) -> None:
+        """Move every average on from t to t_next images, with the live weights as they are now (Eq. 119)."""
+        weights = [1 - profile.beta(t, t_next) for profile in self.averages]
+        # A live tensor itself where device and dtype are those of its average.
+        live = [new.to(old) for new, old in zip(self._live, self._averages, strict=True)]
+        torch._foreach_lerp_(self._averages, live, weights * (len(live) // len(weights)))
+        for old, new in zip(self._copies, self._counts, strict=True):
+            old.copy_(new)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy; 16 bits would lose the small steps of an average."""
+    small = tensor.is_floating_point() and tensor.dtype.itemsize < 4
+    return tensor.to(torch.float32) if small else tensor.clone()

@@ -1,0 +1,215 @@
+"""Quality against EMA length: what is measured, kept, fitted, plotted and refused."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_ema import gesso  # noqa: F401
+from written import changed, written
+
+from gesso import config, generate, snapshot
+from gesso.ema import PerTensor, Power
+from gesso.errors import RunError, UsageError
+from gesso.evaluate import curves, features, score, sweep
+from gesso.evaluate.curves import Point
+
+QUICK = ["sample.steps=2", "sample.sampler=euler"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sweep") / "run"
+    written(path)
+    return path
+
+
+@pytest.fixture
+def folder(run_folder):
+    for name in ("ema_sweep.json", "ema_sweep.png"):
+        (run_folder / name).unlink(missing_ok=True)
+    return run_folder
+
+
+def record(folder):
+    return json.loads((folder / "ema_sweep.json").read_text())["sweeps"]
+
+
+def test_points_are_measured_once(gesso, folder, monkeypatch):  # noqa: F811
+    drawn = []
+    real = generate.generate
+    monkeypatch.setattr(generate, "generate", lambda *a: drawn.append(a[1].sample.guidance) or real(*a))
+    code, said = gesso("ema", folder, "--sweep", ".05:.2:3", *QUICK)
+    assert code == 0 and "Frechet distance" in said and drawn == [1.5] * 3, said
+    (one,) = record(folder)
+    assert [row["sigma_rel"] for row in one["rows"]] == [0.05, 0.1, 0.2]
+    assert {row["guidance"] for row in one["rows"]} == {1.5} and "best" in said
+    # The value is that of the weights, drawn and scored by hand.
+    run = changed(config.read(folder / "run.yaml"), **dict(s.split("=") for s in QUICK))
+    weights = snapshot.synthesize(folder, [Power(0.1)])[0][0]
+    bench = sweep.Bench(folder, run, {1.5: run})
+    pictures = torch.cat(list(real(snapshot.denoiser(weights, run), run, range(898), bench.cond)))
+    reals = score._real(bench.space, bench.images, run)
+    scorer = score.Scorer(features.load_digit_features("cpu"), run, reals, bench.images.labels, bench.labels, "cpu")
+    assert one["rows"][1].items() >= scorer(pictures).items()
+    # Again: nothing is drawn. Another guidance, another length: these alone.
+    before = (folder / "ema_sweep.json").read_text()
+    drawn.clear()
+    code, said = gesso("ema", folder, "--sweep", ".05:.2:3", "--metric", "agreement", *QUICK)
+    assert code == 0 and drawn == [] and "class agreement" in said and "3 points measured before" in said
+    assert "sample.guidance=1.5 sample.sigma_rel=" in said
+    assert record(folder)[0]["rows"] == json.loads(before)["sweeps"][0]["rows"]
+    gesso("ema", folder, "--sweep", ".05:.2:3", "--guidance", "1,1.5", *QUICK)
+    assert drawn == [1.0] * 3
+    gesso("ema", folder, "--sweep", ".05:.2:5", *QUICK)
+    assert drawn == [1.0] * 3 + [1.5] * 2 and len(record(folder)[0]["rows"]) == 8
+    # Another protocol begins anew and leaves the old one.
+    gesso("ema", folder, "--sweep", ".05:.2:3", "sample.steps=3", "sample.sampler=euler")
+    assert [len(one["rows"]) for one in record(folder)] == [8, 3]
+    with Image.open(folder / "ema_sweep.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 500
+
+
+def test_stopped_and_gone_on(gesso, folder, monkeypatch):  # noqa: F811
+    real, calls = generate.generate, []
+
+    def stops(*a):
+        calls.append(a)
+        if len(calls) == 3:
+            raise RunError("stopped")
+        return real(*a)
+
+    monkeypatch.setattr(generate, "generate", stops)
+    assert gesso("ema", folder, "--sweep", ".05:.2:4", *QUICK)[0] == 1
+    assert len(record(folder)[0]["rows"]) == 2
+    assert gesso("ema", folder, "--sweep", ".05:.2:4", *QUICK)[0] == 0
+    assert len(calls) == 5 and len(record(folder)[0]["rows"]) == 4
+
+
+def test_repetitions_have_other_seeds(gesso, folder):  # noqa: F811
+    code, _ = gesso("ema", folder, "--sweep", ".05:.2:3", "--repeats", "2", *QUICK)
+    rows = record(folder)[0]["rows"]
+    assert code == 0 and [(r["sigma_rel"], r["repeat"]) for r in rows] == [
+        (s, i) for s in (0.05, 0.1, 0.2) for i in (0, 1)
+    ]
+    assert all(a["frechet_distance"] != b["frechet_distance"] for a, b in zip(rows[::2], rows[1::2], strict=True))
+
+
+def test_some_tensors_alone(gesso, folder, monkeypatch):  # noqa: F811
+    asked = []
+    plan = snapshot.plan
+    monkeypatch.setattr(snapshot, "plan", lambda *a: asked.append(a[1]) or plan(*a))
+    names = [name for name in snapshot.read(snapshot.stored(folder)[0].path)[0] if name.endswith("weight")]
+    glob = names[0].rsplit(".", 1)[0] + ".*"
+    code, said = gesso(
+        "ema", folder, "--sweep", ".05:.2:3", "--tensors", glob, "--tensors", "*bias", "--sigma-rel", "0.09", *QUICK
+    )
+    assert code == 0, said
+    assert asked == [[PerTensor(Power(0.09), ((g, Power(s)),)) for g in (glob, "*bias") for s in (0.05, 0.1, 0.2)]]
+    rows = record(folder)[0]["rows"]
+    assert {(r["tensors"], r["rest"]) for r in rows} == {(glob, "sigma_rel 0.09"), ("*bias", "sigma_rel 0.09")}
+    assert f"guidance 1.5, {glob} beside sigma_rel 0.09: best" in said and "next:" not in said
+    assert len({r["frechet_distance"] for r in rows}) == 6
+
+
+def test_shapes_are_read_back(gesso, tmp_path):  # noqa: F811
+    written(tmp_path / "run", "shapes-class")
+    code, said = gesso("ema", tmp_path / "run", "--sweep", ".05:.2:3", "--metric", "kind", "sample.steps=1")
+    assert code == 0 and "share of pictures: kind" in said, said
+    assert all({"kind", "all"} <= row.keys() for row in record(tmp_path / "run")[0]["rows"])
+    code, said = gesso("ema", tmp_path / "run", "--sweep", ".05:.2:3", "--metric", "place")
+    assert code == 2 and "measures all, kind" in said
+
+
+@pytest.mark.parametrize("text", ["", "1", ".02:.25", "a:b:c", ".02:.25:2", ".25:.02:5", "0:.2:5", ".02:.3:5", ".02:.25:5.5",
+                                  ".1:.1001:9", "nan:.2:5"])  # fmt: skip
+def test_malformed_sweeps(text):
+    with pytest.raises(UsageError, match="--sweep"):
+        sweep.lengths(text)
+
+
+def test_lengths_lie_at_equal_ratios():
+    grid = sweep.lengths(".02:.25:12")
+    assert len(grid) == 12 and grid[0] == 0.02 and grid[-1] == 0.25
+    assert np.diff(np.log(grid)) == pytest.approx(np.full(11, math.log(12.5) / 11), abs=0.005)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--sweep", ".02-.25"], "write LOW:HIGH:COUNT"),
+        (["--sweep", ".05:.2:3", "--metric", "fid"], "eval.features=digits measures fd, agreement"),
+        (["--sweep", ".05:.2:3", "--guidance", "1;2"], "write numbers such as 1,1.5,2"),
+        (["--sweep", ".05:.2:3", "--tensors", "a=0.1"], "write the GLOB alone"),
+        (["--sweep", ".05:.2:3", "--tensors", "nothing*"], "no tensor is named nothing*"),
+        (["--sweep", ".05:.2:3", "--sigma-rel", "0.1"], "is the length of the tensors that --tensors does not name"),
+        (["--sweep", ".05:.2:3", "--tensors", "*", "--sigma-rel", "0.1", "--sigma-rel", "0.2"], "say one"),
+        (["--sweep", ".05:.2:3", "--nimg", "10"], "no snapshot up to image 10"),
+        (["--sweep", ".05:.2:3", "train.seed=3"], "settled by training"),
+        (["--sweep", ".05:.2:3", "eval.features=none"], "measures nothing"),
+        (["--sweep", ".05:.2:3", "--files", "{nimg}"], "--files has no effect beside --sweep"),
+    ],
+)
+def test_refused(gesso, folder, words, said):  # noqa: F811
+    code, told = gesso("ema", folder, *words)
+    assert code == 2 and said in told and "Traceback" not in told and not (folder / "ema_sweep.json").exists()
+
+
+def test_a_strange_record_is_left_alone(gesso, folder):  # noqa: F811
+    for text in ("{}", "[", '{"format": "x", "sweeps": []}'):
+        (folder / "ema_sweep.json").write_text(text)
+        code, said = gesso("ema", folder, "--sweep", ".05:.2:3", *QUICK)
+        assert code == 1 and "was not written by gesso as a sweep" in said
+        assert (folder / "ema_sweep.json").read_text() == text
+
+
+# The optimum.
+
+GRID = np.geomspace(0.02, 0.25, 12)
+
+
+def curve(f, repeats=1, noise=0.0, shift=0.0, seed=0):
+    """f of ln sigma_rel, with noise of each point, and a shift along it of each repetition."""
+    rng = np.random.default_rng(seed)
+    shifts = shift * rng.normal(size=repeats)
+    return {
+        float(s): Point(tuple(f(math.log(s) - d) + noise * rng.normal() for d in shifts), 0.0, 0.0) for s in GRID
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("at", [0.03, 0.0777, 0.13])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_parabola_is_found_exactly(at, sign):
+    found = curves.optimum(curve(lambda x: sign * (3 + 2 * (x - math.log(at)) ** 2)), falls=sign == 1)
+    assert found.sigma_rel == pytest.approx(at, rel=1e-9) and found.value == pytest.approx(sign * 3)
+    assert found.low == pytest.approx(at, rel=1e-6) and found.high == pytest.approx(at, rel=1e-6)
+
+
+@pytest.mark.parametrize("repeats, noise, shift", [(1, 0.02, 0.0), (4, 0.0, 0.1), (4, 0.02, 0.05)])
+def test_the_error_is_as_large_as_it_says(repeats, noise, shift):
+    """One standard error holds the truth in about two of three cases, the estimate being of few numbers."""
+    at, inside = 0.075, []
+    for seed in range(300):
+        found = curves.optimum(curve(lambda x: 3 + (x - math.log(at)) ** 2, repeats, noise, shift, seed), falls=True)
+        if found.low and found.high:
+            inside.append(found.low <= at <= found.high)
+    assert len(inside) > 250 and 0.5 < np.mean(inside) < 0.75, np.mean(inside)
+
+
+def test_where_there_is_no_inner_optimum():
+    assert "may lie below" in curves.optimum(curve(lambda x: x), True).note
+    assert "may lie above" in curves.optimum(curve(lambda x: x), False).note
+    assert "alike" in curves.optimum(curve(lambda x: 1.0), True).note
+    values = [3, 3, 1, 3, 3.0, 2, 1.1, 2, 3, 3, 3, 3]
+    spiky = {float(s): Point((v,), 0.0, 0.0) for s, v in zip(GRID, [1.0, 0.0, 0.9, -0.5, *[0.9] * 8], strict=True)}
+    assert curves.optimum(spiky, True).sigma_rel == pytest.approx(GRID[3], rel=0.2)
+    narrow = {float(s): Point((v,), 0.0, 0.0) for s, v in zip(GRID[:3], values[1:4], strict=True)}
+    assert "no error known" in curves.optimum(narrow, True).note
+
+
+def test_the_table_marks_the_best():
+    found = {"guidance 1": curve(lambda x: (x - math.log(GRID[4])) ** 2), "guidance 2": curve(lambda x: -x)}
+    lines = curves.table(found, falls=True)
+    assert len(lines) == 13 and lines[5].count("*") == 1 and lines[12].count("*") == 1
