@@ -86,7 +86,7 @@ def test_latents_and_tokens_need_neither_vae_nor_encoder_in_training(photos, vae
         assert (
             done.semantic.width == cond.text.shape[2] and done.latent.convention == "edm2" and done.data.mean[0] == 5.81
         )
-        with pytest.raises(UsageError, match="the VAE .*: there is no such folder"):
+        with pytest.raises(UsageError, match=r"the VAE .*: there is no such folder"):
             generate.draw(tmp_path / "run", done, Asked(seeds="0"), None)
     finally:
         shutil.move(tmp_path / "vae away", vae)
@@ -146,3 +146,20 @@ def test_an_address_gives_the_same_batches_and_keeps_two_windows(photos, tmp_pat
     assert max(copies) <= 4 < len(near.manifest.files)
     done = trained("memory://far", tmp_path / "run", **settings)
     assert snapshot.stored(tmp_path / "run") and done.data.source == "memory://far"
+
+
+def test_drawings_in_a_cache_are_read_back(tmp_path):
+    gesso("cache", "shapes:60", tmp_path / "c", "--resolution", 32)
+    settings = {"semantic.kind": "text", "eval.features": "shapes", "net.patch": 4, "data.resolution": 32}
+    run = trained(tmp_path / "c", tmp_path / "run", **settings)
+    said = score.evaluate_folder(tmp_path / "run", run, lambda done, total: None)
+    assert any("real pictures" in line and "100.0%" in line for line in said)
+    with pytest.raises(UsageError, match="is a cache already: train on it"):
+        gesso("cache", tmp_path / "c", tmp_path / "d", "--resolution", 32)
+
+
+def test_captions_that_are_no_shapes_are_refused_before_any_picture(photos, tmp_path):  # noqa: F811
+    folder = captioned(photos, tmp_path / "s")
+    run = trained(folder, tmp_path / "run", **{"semantic.kind": "text", "eval.features": "shapes"})
+    with pytest.raises(UsageError, match="caption 'a cat': not one or two shapes"):
+        score.evaluate_folder(tmp_path / "run", run, lambda done, total: pytest.fail("a picture was made"))

@@ -132,7 +132,7 @@ class Run(Settings):
             raise ValueError(f"data.channels={self.data.channels}, but latent.vae sees RGB: set data.channels=3")
         self._conditions()
         self._guidance()
-        if self.eval.features == "shapes" and not self.data.source.startswith("shapes"):
+        if self.eval.features == "shapes" and self.data.source.startswith("digits"):
             raise ValueError(
                 f"eval.features=shapes reads the drawings of data.source=shapes, not {self.data.source}: set eval.features=none"
             )

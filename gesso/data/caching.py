@@ -55,6 +55,8 @@ def write(
     inside = Path(plan.data.source)
     if inside.is_dir() and out.resolve().is_relative_to(inside.resolve()):
         raise UsageError(f"{out} lies within the source {inside}: choose another place")
+    if shards.is_cache(inside):
+        raise UsageError(f"{inside} is a cache already: train on it with data.source={inside}")
     source = open_source(plan.data.source)
     with _ranks() as (rank, world, together):
         work = views.opened(plan, source, _device(device))

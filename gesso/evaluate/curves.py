@@ -126,7 +126,11 @@ def table(found: Mapping[str, Curve], falls: bool) -> list[str]:
         cells = []
         for name, curve in found.items():
             point = curve.get(s)
-            text = "" if point is None else f"{point.mean:.4g} +- {point.spread:.2g}" + ("*" if point.mean == best[name] else " ")
+            text = (
+                ""
+                if point is None
+                else f"{point.mean:.4g} +- {point.spread:.2g}" + ("*" if point.mean == best[name] else " ")
+            )
             cells.append(text.rjust(widths[name]))
         lines.append(f"{s:9.4f}  {error:13.1e}" + "".join(cells))
     return lines

@@ -62,6 +62,9 @@ def evaluate(
     """
     cfg = run.eval
     sweeping = cfg.features == "digits"
+    if cfg.features == "shapes" and run.semantic.kind == "text":
+        for caption in images.captions[:DRAWN]:
+            shapes.parse(caption)  # raises UsageError before any picture is made
     count = min(len(images) // 2, {"digits": len(images), "shapes": DRAWN, "none": ROWS * COLUMNS}[cfg.features])
     profiles = [ema.chosen(run.sample), *(map(ema.Power, cfg.sweep) if sweeping else ())]
     weights, _, nimg, fits = snapshot.synthesize(folder, profiles)
