@@ -69,7 +69,7 @@ def evaluate(
     profiles = [ema.chosen(run.sample), *(map(ema.Power, cfg.sweep) if sweeping else ())]
     weights, _, nimg, fits = snapshot.synthesize(folder, profiles)
     default = snapshot.denoiser(weights[0], run, device)
-    cond, labels = _conditions(folder, run, images, count)
+    cond, labels = conditions_of(folder, run, images, count)
     guided = run.sample.guidance != 1
     settings = {"guided": run} if guided else {}
     settings["unguided"] = _with(run, guidance=1.0, control_guidance=1.0)
@@ -78,14 +78,14 @@ def evaluate(
     total = count * (len(settings) + (len(cfg.sweep) if sweeping else 0))
     space = generate.opened_space(run)
     counter = Counter(tick, total, cond, generate.guide_of(folder, run), space)
-    real = _real(space, images, run)
+    real = real_pictures(space, images, run)
 
     made = {name: counter.generate(default, setting, count) for name, setting in settings.items()}
     _pictures(folder, run, next(iter(made.values())), real)
     result: dict[str, Any] = {"protocol": protocol(run, nimg, count)}
     if cfg.features == "shapes":
-        result |= {name: _read_back(run, some, images, labels) for name, some in made.items()}
-        result["real"] = _read_back(run, real[:count], images, images.labels[:count])
+        result |= {name: read_back(run, some, images, labels) for name, some in made.items()}
+        result["real"] = read_back(run, real[:count], images, images.labels[:count])
     if cfg.features == "digits":
         score = Scorer(features.load_digit_features(str(device)), run, real, images.labels, labels, device)
         rows = {name: score(some) for name, some in made.items()}
@@ -103,7 +103,7 @@ def evaluate(
     return result
 
 
-def _real(space: Space, images: Dataset, run: Run) -> Tensor:
+def real_pictures(space: Space, images: Dataset, run: Run) -> Tensor:
     """(n, C, H, W) uint8: training images, all of them where that takes no decoding, else the first NEAR.
 
     Raises UsageError when there are none of the size that is sampled.
@@ -115,7 +115,7 @@ def _real(space: Space, images: Dataset, run: Run) -> Tensor:
     return torch.cat([space.shown(images.pictures(some)) for some in index.split(64)])
 
 
-def _read_back(run: Run, pictures: Tensor, images: Dataset, labels: Tensor) -> dict[str, float]:
+def read_back(run: Run, pictures: Tensor, images: Dataset, labels: Tensor) -> dict[str, float]:
     """How often the shapes of pictures are those of their captions or classes."""
     if run.semantic.kind == "text":
         return shapes.agreement(pictures, images.captions[: len(pictures)])
@@ -133,7 +133,7 @@ def _rates(run: Run, result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _conditions(folder: Path, run: Run, images: Dataset, count: int) -> tuple[Cond, Tensor]:
+def conditions_of(folder: Path, run: Run, images: Dataset, count: int) -> tuple[Cond, Tensor]:
     """What samples 0 to count-1 are to show: labels in turn, or captions of training images; and their labels."""
     seeds, prompts = range(count), None
     labels = conditions.labels_for(run, None, count)

@@ -185,9 +185,9 @@ class Bench:
         half = len(self.images) // 2
         self.count = min(half, score.DRAWN) if run.eval.features == "shapes" else half
         self.guide = next((g for one in settings.values() if (g := generate.guide_of(folder, one))), None)
-        self.cond, self.labels = score._conditions(folder, run, self.images, self.count)
+        self.cond, self.labels = score.conditions_of(folder, run, self.images, self.count)
         self.space = generate.opened_space(run)
-        self.scorer = _scorer(run, self.images, score._real(self.space, self.images, run), self.labels, self.device)
+        self.scorer = _scorer(run, self.images, score.real_pictures(self.space, self.images, run), self.labels, self.device)
 
     def protocol(self, how: snapshot.Plan) -> dict[str, Any]:
         """Everything that decides a number besides length, guidance strength and repetition."""
@@ -207,7 +207,7 @@ class Bench:
 
     def scores(self, pictures: Tensor) -> dict[str, float]:
         if self.scorer is None:
-            return score._read_back(self.run, pictures, self.images, self.labels)
+            return score.read_back(self.run, pictures, self.images, self.labels)
         return self.scorer(pictures)
 
     def floor(self, metric: Metric) -> float | None:
