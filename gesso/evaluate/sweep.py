@@ -187,7 +187,9 @@ class Bench:
         self.guide = next((g for one in settings.values() if (g := generate.guide_of(folder, one))), None)
         self.cond, self.labels = score.conditions_of(folder, run, self.images, self.count)
         self.space = generate.opened_space(run)
-        self.scorer = _scorer(run, self.images, score.real_pictures(self.space, self.images, run), self.labels, self.device)
+        self.scorer = _scorer(
+            run, self.images, score.real_pictures(self.space, self.images, run), self.labels, self.device
+        )
 
     def protocol(self, how: snapshot.Plan) -> dict[str, Any]:
         """Everything that decides a number besides length, guidance strength and repetition."""
