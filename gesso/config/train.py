@@ -49,7 +49,7 @@ class Train(Settings):
     dtype: Literal["float32", "float64"] = "float32"
     """of weights, averages and optimizer"""
     precision: Literal["full", "bfloat16", "float16"] = "full"
-    """that products are computed in (autocast); full is dtype. Noise embeddings, norms, loss and gradients stay in dtype"""
+    """that products are computed in (autocast); full is dtype. Weights, norms, loss and gradients stay in dtype"""
     loss_scale: PositiveFloat | Literal["dynamic"] = "dynamic"
     """of float16: a constant factor (EDM2 has 100), or one that halves at an overflow and doubles after 2,000 good steps"""
     tf32: bool = False
