@@ -51,7 +51,7 @@ def test_points_are_measured_once(gesso, folder, monkeypatch):  # noqa: F811
     weights = snapshot.synthesize(folder, [Power(0.1)])[0][0]
     bench = sweep.Bench(folder, run, {1.5: run})
     pictures = torch.cat(list(real(snapshot.denoiser(weights, run), run, range(898), bench.cond)))
-    reals = score._real(bench.space, bench.images, run)
+    reals = score.real_pictures(bench.space, bench.images, run)
     scorer = score.Scorer(features.load_digit_features("cpu"), run, reals, bench.images.labels, bench.labels, "cpu")
     assert one["rows"][1].items() >= scorer(pictures).items()
     # Again: nothing is drawn. Another guidance, another length: these alone.

@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 import types
@@ -783,3 +784,18 @@ def test_numbers_that_overflow_are_an_error(vaes, tmp_path):
     for call in (lambda: half.encode(pixels()), lambda: half.decode(mean)):
         with pytest.raises(RunError, match="not finite in float16"):
             call()
+
+
+OPENED = """
+import sys, torch
+from gesso.data import text
+from gesso.config import Semantic
+text.build(Semantic(kind="text", encoder=sys.argv[1], tokens=8))
+with torch.device("meta"):
+    assert torch.linspace(0, 1, 3).device.type == "meta"
+"""
+
+
+def test_opening_an_encoder_leaves_torch_as_it_was(folders):
+    """transformers exchanges torch.linspace for a while, and torch would remember the wrong one."""
+    subprocess.run([sys.executable, "-c", OPENED, str(folders["clip"])], check=True)

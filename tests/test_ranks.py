@@ -152,10 +152,11 @@ def test_a_state_of_two_ranks_is_bit_equal_on_two_ranks(tmp_path):
 def test_a_rank_that_dies_takes_the_others_along_by_name(alone, tmp_path):
     out = tmp_path / "run"
     start = time.monotonic()
-    done = launch(2, [{"out": str(out), "settings": DOUBLE | MMDIT, "kill": [14 * BATCH, 1]}], check=False)
+    done = launch(2, [{"out": str(out), "settings": DOUBLE | MMDIT, "kill": [34 * BATCH, 1]}], check=False)
     assert done.returncode != 0 and time.monotonic() - start < 60
     assert re.search(r"rank +: 1 ", done.stderr) and "SIGKILL" in done.stderr  # torchrun names it
-    assert checkpoint.stored(out / "state")[-1].name == f"nimg{10 * BATCH:012d}"
+    # The state of step 30 may still have been on its way; that of step 20 was waited for.
+    assert checkpoint.stored(out / "state")[-1].name in (f"nimg{20 * BATCH:012d}", f"nimg{30 * BATCH:012d}")
     launch(2, [{"out": str(out), "settings": DOUBLE | MMDIT, "resume": True}])
     assert furthest(alone / "mmdit++", out) < 1e-10
     assert not list(out.rglob("*.tmp"))

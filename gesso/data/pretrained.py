@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from gesso.errors import UsageError
@@ -94,6 +95,10 @@ def opened(model: Any, package: str, folder: Path, what: str) -> nn.Module:
 
     Raises UsageError when the library refuses, or leaves a tensor at random because the file lacks it.
     """
+    # transformers puts another function in the place of torch.linspace while it opens a model. torch lists the functions
+    # that torch.device(...) governs when it first meets one, for good: it is to meet the true one.
+    with torch.device("cpu"):
+        torch.empty(0)
     with quiet(package):
         try:
             network, info = model.from_pretrained(
