@@ -1,5 +1,6 @@
 """gesso's command line: parses, calls, prints."""
 
+import os
 import signal
 import sys
 import traceback
@@ -21,7 +22,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Latent diffusion image models from scratch, on even ground. Settings are written a.b=c, such as train.total_images=200k.",
 )
-console = Console(highlight=False, emoji=False)
+# Of several ranks the first one speaks; each may complain.
+console = Console(highlight=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0")
 errors = Console(stderr=True, highlight=False, emoji=False)
 
 Overrides = Annotated[
