@@ -29,7 +29,7 @@ def open_dataset(
     Raises UsageError when the source is missing, empty or of another shape; RunError when too many images are
     unreadable.
     """
-    if remote.is_remote(data.source) or is_cache(data.source):
+    if is_cached(data.source):
         return Cache(data.source, seed, data.window)
     source = open_source(data.source)
     if data.source in ("digits", "digits-coarse") and (data.resolution, data.channels) != (8, 1):
@@ -43,6 +43,11 @@ def open_dataset(
     if small and not source.latents and not latent.vae and data.crop_scale is None:
         return load(source, data, seed, progress)
     return Live(source, data, seed)
+
+
+def is_cached(where: str) -> bool:
+    """Whether `where` is a cache, in a folder or at an address."""
+    return remote.is_remote(where) or is_cache(where)
 
 
 def _check_latents(source: Source, data: Data, latent: Latent) -> None:

@@ -94,8 +94,11 @@ class Trainer:
         return line
 
     def step(self) -> float:
-        """One batch. Returns its loss. A signal that any rank has `caught` is `stopping` on all of them. Raises RunError, with nothing changed, when loss or gradient is not finite and
-        the settings say stop, or for the 20th time in a row."""
+        """One batch. Returns its loss. A signal that any rank has `caught` is `stopping` on all of them.
+
+        Raises RunError, with nothing changed, when loss or gradient is not finite and the settings say stop, or for the
+        20th time in a row.
+        """
         run, size = self.run, self.run.train.batch_size
         counts, counter, x0, cond = self._next()
         self.optimizer.zero_grad(set_to_none=True)
@@ -164,11 +167,12 @@ class Trainer:
                 # The one draw that is keyed to the step, not to the sample.
                 part = f"dropout of rank {self.ranks.rank}" + (f", part {j}" if j else "")
                 torch.manual_seed(keyed.number(seed, self.nimg, part))
-            with parallel.products(run.train, self.device):
-                losses = self.parallel(x0[at], s[at], eps, cond[at], self._masked(k, x0))
-            if not bool(counts[at].all()):
-                losses = losses * counts[at].to(losses)
+            # DDP asks at the forward pass already whether to sum.
             with parallel.summing(self.parallel, last=j == len(starts) - 1):
+                with parallel.products(run.train, self.device):
+                    losses = self.parallel(x0[at], s[at], eps, cond[at], self._masked(k, x0))
+                if not bool(counts[at].all()):
+                    losses = losses * counts[at].to(losses)
                 (losses.sum() * factor).backward()
             found.append(losses.detach())
         return torch.cat(found), s

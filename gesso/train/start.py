@@ -12,10 +12,9 @@ from rich.console import Console
 import gesso
 from gesso import config, files
 from gesso.config import Run
-from gesso.data import remote, text
-from gesso.data.dataset import described, open_dataset
+from gesso.data import text
+from gesso.data.dataset import described, is_cached, open_dataset
 from gesso.data.samples import Dataset
-from gesso.data.shards import is_cache
 from gesso.errors import UsageError
 from gesso.generate import check
 from gesso.train import loop
@@ -55,8 +54,7 @@ def made_with(device: torch.device, ranks: Ranks = ALONE) -> dict[str, str | int
 def opened(run: Run, console: Console) -> tuple[Run, Dataset]:
     """Open the images and complete the run with what they and the text encoder tell; check again that it all fits."""
     check(run)
-    cached = remote.is_remote(run.data.source) or is_cache(run.data.source)
-    widths = {} if cached else text.widths(run.semantic)  # before any image is read
+    widths = {} if is_cached(run.data.source) else text.widths(run.semantic)  # before any image is read
     with Bar(console, 1, 0, f"reading {run.data.source}") as bar:
         dataset = open_dataset(run.data, run.latent, run.train.seed, lambda done, total: bar.update(done, total=total))
     for note in dataset.notes:
