@@ -30,12 +30,14 @@ FORMAT = "gesso state 1"
 class Saver:
     """Writes states and whatever else beside the training, one after the other in the order of asking.
 
-    What is written is what the tensors held when it was asked. An error of the disk is raised by the next call.
+    What is written is what the tensors held when it was asked. After an error of the disk nothing more is written, so
+    that the run folder never lacks what came before a thing it has; the next call raises it.
     """
 
     def __init__(self, ranks: Ranks = ALONE):
         self.ranks, self.pool = ranks, ThreadPoolExecutor(1, "save")
         self.pending: list[Future[None]] = []
+        self.failed = False
         # Its own group: what this thread exchanges must not mix with what the step does.
         self.group = dist.new_group(backend="gloo") if ranks.world > 1 else None
         self.stager = DefaultStager(StagingOptions(False, False, False, False))
@@ -48,7 +50,16 @@ class Saver:
 
     def soon(self, write: Callable[[], None]) -> None:
         self.check()
-        self.pending.append(self.pool.submit(write))
+        self.pending.append(self.pool.submit(self._write, write))
+
+    def _write(self, write: Callable[[], None]) -> None:
+        if self.failed:
+            return
+        try:
+            write()
+        except BaseException:
+            self.failed = True
+            raise
 
     def check(self) -> None:
         """Raise what went wrong so far."""
