@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from gesso.errors import GessoError, UsageError
+from gesso.errors import GessoError
 
 # What Pillow finds odd in a picture's metadata concerns nobody; what it cannot decode is counted and named.
 warnings.filterwarnings("ignore", module="PIL")
@@ -38,29 +38,6 @@ def _say(text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
-def _recorded(folder: Path, arguments: list[str] | None, changeable: tuple[str, ...]):
-    """The run of a folder with settings laid over it that may change after training."""
-    from gesso import config
-
-    if not (folder / "run.yaml").is_file():
-        raise UsageError(
-            f"{folder} is no run folder (it has no run.yaml); train one with gesso train RECIPE --out {folder}"
-        )
-    recorded = config.read(folder / "run.yaml")
-    run, _ = config.resolve(config.as_tree(recorded), list(arguments or ()))
-    for path, _, _ in config.differences(recorded, run):
-        if not path.startswith(changeable):
-            allowed = ", ".join(f"{c}*" for c in changeable)
-            raise UsageError(f"{path} was settled by training; what can change here is {allowed}")
-    ours, own = run.sample, recorded.sample
-    if ours.halflife and ours.halflife == own.halflife and ours.sigma_rel != own.sigma_rel:
-        raise UsageError(
-            f"sample.sigma_rel={ours.sigma_rel:g} has no effect beside this run's sample.halflife={ours.halflife}: "
-            "set sample.halflife=null too"
-        )
-    return run
-
-
 @app.command()
 def train(
     recipe: Annotated[
@@ -79,26 +56,15 @@ def train(
     run, notes = recipes.resolve(recipe, list(settings or ()))
     for note in notes:
         _say(f"note: {note}")
-    out = out or _default_out(recipe, run.recipe, run.data.source, resume)
-    from gesso.train.start import start
+    from gesso.train.start import default_out, start
 
+    out = out or default_out(recipe, run, resume)
     run = start(run, out, resume, console, _say)
     _say(
         f"trained: {out}\nnext:\n  gesso sample {out}"
         + (" --label 0" if run.inputs.num_classes else "")
         + f"\n  gesso evaluate {out}\n  gesso report {out}"
     )
-
-
-def _default_out(name: str, recipe: str, source: str, resume: bool) -> Path:
-    """runs/RECIPE; runs/NAME for a folder of images; beside the original for a repeated run.yaml."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.is_dir():
-        origin = path if path.is_dir() else path.parent
-        if resume or not (origin / "run.yaml").exists():
-            return origin
-        return next(p for i in range(2, 10_000) if not (p := origin.with_name(f"{origin.name}-{i}")).exists())
-    return Path("runs") / (Path(source).resolve().name if recipe == "folder" and source else recipe)
 
 
 @app.command()
@@ -128,9 +94,10 @@ def sample(
     out: Out = None,
 ) -> None:
     """Draw images from a trained run (sample.* may be set: sample.guidance=2 sample.sigma_rel=0.05)."""
+    from gesso import config
     from gesso.generate import Asked, draw
 
-    run = _recorded(folder, settings, ("sample.",))
+    run = config.recorded(folder, settings, ("sample.",))
     said = dict(part.partition("=")[::2] for part in control or ())
     said |= {name: text for name, text in (("size", size), ("flip", flip), ("crop", crop)) if text is not None}
     for line in draw(folder, run, Asked(label, tuple(prompt or ()), said, seeds, nimg), out):
@@ -140,7 +107,9 @@ def sample(
 @app.command()
 def evaluate(folder: RunFolder, settings: Overrides = None) -> None:
     """Measure a run (sample.* and eval.* may be set); writes metrics.json and pictures of samples."""
-    run = _recorded(folder, settings, ("sample.", "eval."))
+    from gesso import config
+
+    run = config.recorded(folder, settings, ("sample.", "eval."))
     from gesso.evaluate.score import evaluate_folder
     from gesso.train.log import Bar
 
@@ -173,6 +142,7 @@ def ema(
     out: Out = None,
 ) -> None:
     """Weights averaged over any length, made after training from what was stored; or quality at each length."""
+    from gesso import config
     from gesso.evaluate import averages
     from gesso.evaluate import sweep as sweeps
     from gesso.train.log import Bar
@@ -182,7 +152,7 @@ def ema(
         lines = averages.average(folder, asked, out, {"--metric": metric, "--guidance": guidance, "a.b=c": settings})
     else:
         averages.check_measurable(folder, {"--files": files, "--decay": decay, "--halflife": halflife, "--out": out})
-        run = _recorded(folder, settings, ("sample.", "eval."))
+        run = config.recorded(folder, settings, ("sample.", "eval."))
         wanted = sweeps.Asked(sweep, metric, guidance, tensors or (), sigma_rel or (), nimg, repeats)
         with Bar(console, 1, 0, "measuring") as bar:
             lines = sweeps.sweep(folder, run, wanted, lambda done, total: bar.update(done, total=total))

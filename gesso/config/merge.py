@@ -176,6 +176,27 @@ def read(path: Path) -> Run:
     return validate(read_yaml(path))
 
 
+def recorded(folder: Path, arguments: list[str] | None, changeable: tuple[str, ...]) -> Run:
+    """The run of a folder with settings laid over it that may change after training: those that begin with `changeable`."""
+    if not (folder / "run.yaml").is_file():
+        raise UsageError(
+            f"{folder} is no run folder (it has no run.yaml); train one with gesso train RECIPE --out {folder}"
+        )
+    settled = read(folder / "run.yaml")
+    run, _ = resolve(as_tree(settled), list(arguments or ()))
+    for path, _, _ in differences(settled, run):
+        if not path.startswith(changeable):
+            allowed = ", ".join(f"{c}*" for c in changeable)
+            raise UsageError(f"{path} was settled by training; what can change here is {allowed}")
+    ours, own = run.sample, settled.sample
+    if ours.halflife and ours.halflife == own.halflife and ours.sigma_rel != own.sigma_rel:
+        raise UsageError(
+            f"sample.sigma_rel={ours.sigma_rel:g} has no effect beside this run's sample.halflife={ours.halflife}: "
+            "set sample.halflife=null too"
+        )
+    return run
+
+
 def flat(run: Run) -> dict[str, Any]:
     """{"train.seed": 0, ...}: one entry per setting."""
 

@@ -25,6 +25,18 @@ CUT = 100_000
 """captions that are looked through for long ones"""
 
 
+def default_out(name: str, run: Run, resume: bool) -> Path:
+    """runs/RECIPE; runs/NAME for a folder of images; beside the original for a repeated run.yaml."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_dir():
+        origin = path if path.is_dir() else path.parent
+        if resume or not (origin / "run.yaml").exists():
+            return origin
+        return next(p for i in range(2, 10_000) if not (p := origin.with_name(f"{origin.name}-{i}")).exists())
+    source = run.data.source
+    return Path("runs") / (Path(source).resolve().name if run.recipe == "folder" and source else run.recipe)
+
+
 def commit() -> str:
     """The git commit of the gesso checkout in use, with + when there are changes; 'none' elsewhere."""
     here = Path(gesso.__file__).parent
