@@ -1,4 +1,4 @@
-"""Moments, Frechet distance, class agreement and nearest images: no network, no files.
+"""Moments, Frechet and kernel distance, inception score, class agreement, nearest images: no network, no files.
 
 N samples, D features; moments and distances in float64 on the CPU.
 """
@@ -6,6 +6,7 @@ N samples, D features; moments and distances in float64 on the CPU.
 import torch
 from torch import Tensor
 
+from gesso import keyed
 from gesso.errors import RunError, UsageError
 
 
@@ -96,6 +97,51 @@ def _root(cov: Tensor) -> Tensor:
     rounding = len(values) * torch.finfo(cov.dtype).eps * values[-1].clamp(min=0)
     roots = torch.where(values > rounding, values, 0).sqrt()
     return (vectors * roots) @ vectors.T
+
+
+def kernel_distance(
+    real: Tensor, made: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """KID (Binkowski et al. 2018): the squared maximum mean discrepancy under the kernel (x.y/D + 1)^3, unbiased.
+
+    real (N, D), made (M, D) -> mean and standard deviation over `subsets` random ones of `size` samples, or of all where
+    there are fewer. May be below zero. Raises UsageError below two samples.
+    """
+    n = min(size, len(real), len(made))
+    if n < 2:
+        raise UsageError(f"kernel_distance takes at least 2 samples of each; got {len(real)} and {len(made)}")
+    x, y = (torch.as_tensor(t).to("cpu", torch.float64) for t in (real, made))
+    found = []
+    for i in range(subsets):
+        a, b = (
+            t[keyed.words(seed, torch.arange(len(t)), f"kernel distance {what} {i}", 1)[:, 0].argsort(stable=True)[:n]]
+            for what, t in (("real", x), ("made", y))
+        )
+        aa, bb, ab = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
+        within = (aa.sum() - aa.trace() + bb.sum() - bb.trace()) / (n * (n - 1))
+        found.append(float(within - 2 * ab.mean()))
+    values = torch.tensor(found, dtype=torch.float64)
+    return float(values.mean()), float(values.std(correction=0))
+
+
+def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[float, float]:
+    """exp E KL(p(y|x) || p(y)) (Salimans et al. 2016). (N, K) -> mean and standard deviation over `splits` runs of samples.
+
+    Samples are to be in random order. Raises UsageError for fewer samples than splits.
+    """
+    if len(probabilities) < splits:
+        raise UsageError(
+            f"inception_score takes at least one sample for each of {splits} splits; got {len(probabilities)}"
+        )
+    p = probabilities.to("cpu", torch.float64)
+    parts = [p[len(p) * i // splits : len(p) * (i + 1) // splits] for i in range(splits)]
+    scores = []
+    for part in parts:
+        # KL(p || m) = sum p log p - sum p log m, with 0 log 0 = 0.
+        divergence = torch.special.xlogy(part, part) - torch.special.xlogy(part, part.mean(dim=0))
+        scores.append(float(divergence.sum(dim=1).mean().exp()))
+    values = torch.tensor(scores, dtype=torch.float64)
+    return float(values.mean()), float(values.std(correction=0))
 
 
 def class_agreement(logits: Tensor, labels: Tensor) -> float:

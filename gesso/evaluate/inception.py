@@ -1,0 +1,207 @@
+"""InceptionV3 as the Frechet inception distance has it: the network of 2015-12-05, with 2,048 features and 1,008 logits.
+
+It differs from the one of image classification in three places: average pools do not count the padding, the last
+block has a maximum pool, and images are resized as TensorFlow 1 did, without the shift of half a pixel. Batch
+normalization is folded into the convolutions.
+
+Legend: B images, C channels, H W height and width.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gesso.errors import UsageError
+from gesso.evaluate import weights
+from gesso.evaluate.weights import File
+
+EPS = 1e-3  # of the batch normalization
+
+# A block is branches whose outputs are put side by side; a branch is layers one after the other: (name, channels, kernel,
+# stride), a pool, or two layers that fork. Convolutions of stride 1 keep the size, others are not padded.
+Layer = tuple[str, int, int | tuple[int, int], int]
+AVERAGE, MAXIMUM, HALF = "average", "maximum", "half"
+
+
+def block_a(pool: int) -> list:
+    return [
+        [("branch1x1", 64, 1, 1)],
+        [("branch5x5_1", 48, 1, 1), ("branch5x5_2", 64, 5, 1)],
+        [("branch3x3dbl_1", 64, 1, 1), ("branch3x3dbl_2", 96, 3, 1), ("branch3x3dbl_3", 96, 3, 1)],
+        [AVERAGE, ("branch_pool", pool, 1, 1)],
+    ]
+
+
+def block_b() -> list:
+    return [
+        [("branch3x3", 384, 3, 2)],
+        [("branch3x3dbl_1", 64, 1, 1), ("branch3x3dbl_2", 96, 3, 1), ("branch3x3dbl_3", 96, 3, 2)],
+        [HALF],
+    ]
+
+
+def block_c(c: int) -> list:
+    across, down = (1, 7), (7, 1)
+    return [
+        [("branch1x1", 192, 1, 1)],
+        [("branch7x7_1", c, 1, 1), ("branch7x7_2", c, across, 1), ("branch7x7_3", 192, down, 1)],
+        [
+            ("branch7x7dbl_1", c, 1, 1), ("branch7x7dbl_2", c, down, 1), ("branch7x7dbl_3", c, across, 1),
+            ("branch7x7dbl_4", c, down, 1), ("branch7x7dbl_5", 192, across, 1),
+        ],
+        [AVERAGE, ("branch_pool", 192, 1, 1)],
+    ]  # fmt: skip
+
+
+def block_d() -> list:
+    return [
+        [("branch3x3_1", 192, 1, 1), ("branch3x3_2", 320, 3, 2)],
+        [
+            ("branch7x7x3_1", 192, 1, 1), ("branch7x7x3_2", 192, (1, 7), 1), ("branch7x7x3_3", 192, (7, 1), 1),
+            ("branch7x7x3_4", 192, 3, 2),
+        ],
+        [HALF],
+    ]  # fmt: skip
+
+
+def block_e(pool: str) -> list:
+    across, down = (1, 3), (3, 1)
+    return [
+        [("branch1x1", 320, 1, 1)],
+        [("branch3x3_1", 384, 1, 1), [("branch3x3_2a", 384, across, 1), ("branch3x3_2b", 384, down, 1)]],
+        [
+            ("branch3x3dbl_1", 448, 1, 1), ("branch3x3dbl_2", 384, 3, 1),
+            [("branch3x3dbl_3a", 384, across, 1), ("branch3x3dbl_3b", 384, down, 1)],
+        ],
+        [pool, ("branch_pool", 192, 1, 1)],
+    ]  # fmt: skip
+
+
+STEM: list[Layer | str] = [
+    ("Conv2d_1a_3x3", 32, 3, 2), ("Conv2d_2a_3x3", 32, 3, 0), ("Conv2d_2b_3x3", 64, 3, 1), HALF,
+    ("Conv2d_3b_1x1", 80, 1, 1), ("Conv2d_4a_3x3", 192, 3, 0), HALF,
+]  # fmt: skip
+"""stride 0: of stride 1, not padded"""
+BLOCKS = {
+    "Mixed_5b": block_a(32), "Mixed_5c": block_a(64), "Mixed_5d": block_a(64), "Mixed_6a": block_b(),
+    "Mixed_6b": block_c(128), "Mixed_6c": block_c(160), "Mixed_6d": block_c(160), "Mixed_6e": block_c(192),
+    "Mixed_7a": block_d(), "Mixed_7b": block_e(AVERAGE), "Mixed_7c": block_e(MAXIMUM),
+}  # fmt: skip
+
+
+class Mixed(nn.Module):
+    """Branches side by side. (B, C, H, W) -> (B, width, H', W')"""
+
+    def __init__(self, n_in: int, branches: list):
+        super().__init__()
+        self.branches, self.width = branches, 0
+        for branch in branches:
+            n = n_in
+            for layer in branch:
+                n = sum(self._add(n, fork) for fork in layer) if isinstance(layer, list) else self._add(n, layer)
+            self.width += n
+
+    def _add(self, n_in: int, layer: Layer | str) -> int:
+        """Channels after the layer."""
+        if isinstance(layer, str):
+            return n_in
+        self.add_module(layer[0], convolution(n_in, layer))
+        return layer[1]
+
+    def _applied(self, x: Tensor, layer: Layer | str | list) -> Tensor:
+        if isinstance(layer, list):
+            return torch.cat([self._applied(x, fork) for fork in layer], dim=1)
+        return pooled(x, layer) if isinstance(layer, str) else F.relu(self.get_submodule(layer[0])(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = []
+        for branch in self.branches:
+            y = x
+            for layer in branch:
+                y = self._applied(y, layer)
+            found.append(y)
+        return torch.cat(found, dim=1)
+
+
+def convolution(n_in: int, layer: Layer) -> nn.Conv2d:
+    _, n_out, kernel, stride = layer
+    size = (kernel, kernel) if isinstance(kernel, int) else kernel
+    padding = (size[0] // 2, size[1] // 2) if stride == 1 else (0, 0)
+    return nn.Conv2d(n_in, n_out, size, stride=max(stride, 1), padding=padding)
+
+
+def pooled(x: Tensor, how: str) -> Tensor:
+    if how == AVERAGE:
+        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+    if how == MAXIMUM:
+        return F.max_pool2d(x, 3, stride=1, padding=1)
+    return F.max_pool2d(x, 3, stride=2)
+
+
+class Inception(nn.Module):
+    """uint8 (B, 3, H, W) -> features (B, 2048) float32."""
+
+    name = "inception-v3-2015-12-05"
+    features, classes = 2048, 1008
+
+    def __init__(self) -> None:
+        super().__init__()
+        n = 3
+        for layer in STEM:
+            if not isinstance(layer, str):
+                self.add_module(layer[0], convolution(n, layer))
+                n = layer[1]
+        for name, branches in BLOCKS.items():
+            self.add_module(name, Mixed(n, branches))
+            n = self.get_submodule(name).width
+        self.fc = nn.Linear(n, self.classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Raises UsageError unless the images are uint8 and RGB."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise UsageError(
+                f"{self.name} reads uint8 RGB images (B, 3, H, W); got {images.dtype} {tuple(images.shape)}"
+            )
+        x = (resized(images.float(), 299) - 128) / 128
+        for layer in STEM:
+            x = pooled(x, layer) if isinstance(layer, str) else F.relu(self.get_submodule(layer[0])(x))
+        for name in BLOCKS:
+            x = self.get_submodule(name)(x)
+        return x.mean(dim=(2, 3))
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """Of the 1,008 classes, (B, 1008), from features; without the bias, as the inception score is computed."""
+        return (features @ self.fc.weight.T).softmax(dim=1)
+
+
+def resized(x: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, size, size), bilinear as TensorFlow 1: output i is taken at i * H / size, unsmoothed."""
+    for dim in (2, 3):
+        n = x.shape[dim]
+        at = torch.arange(size, device=x.device, dtype=x.dtype) * (n / size)
+        low = at.floor().long().clamp(max=n - 1)
+        share = (at - low).reshape((-1, 1) if dim == 2 else (-1,))
+        below, above = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1))
+        x = below + (above - below) * share
+    return x
+
+
+def load(folder: Path | None = None, device: torch.device | str = "cpu", file: File = weights.INCEPTION) -> Inception:
+    """The network with its public weights, frozen. Raises as weights.load."""
+    tensors = folded(weights.load(file, folder))
+    return weights.fitted(Inception(), tensors, file.name).to(device)
+
+
+def folded(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """X.conv and X.bn as the one convolution X: weight g/s and bias b - m g/s, with s = sqrt(variance + eps)."""
+    found = {name: value for name, value in state.items() if name.startswith("fc.")}
+    for name in (name.removesuffix(".conv.weight") for name in state if name.endswith(".conv.weight")):
+        norm = {part: state.get(f"{name}.bn.{part}") for part in ("weight", "bias", "running_mean", "running_var")}
+        if any(value is None for value in norm.values()):
+            continue  # reported as missing where the network is filled
+        factor = norm["weight"].double() / (norm["running_var"].double() + EPS).sqrt()
+        found[f"{name}.weight"] = (state[f"{name}.conv.weight"].double() * factor[:, None, None, None]).float()
+        found[f"{name}.bias"] = (norm["bias"].double() - norm["running_mean"].double() * factor).float()
+    return found

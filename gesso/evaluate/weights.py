@@ -1,0 +1,79 @@
+"""Public weight files of feature networks: where they come from, and whether a file is the one that numbers are named after."""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gesso.errors import RunError, UsageError
+
+
+class File(NamedTuple):
+    """A file that its publishers never change. sha256: of its content, or the first digits of it where no more is published."""
+
+    name: str
+    url: str
+    sha256: str
+
+
+INCEPTION = File(
+    "pt_inception-2015-12-05-6726825d.pth",
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+    "6726825d",
+)
+ALEXNET = File(
+    "alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "7be5be79"
+)  # fmt: skip
+VGG16 = File("vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
+_LPIPS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/"
+LPIPS_ALEX = File(
+    "lpips-alex.pth", _LPIPS + "alex.pth", "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"
+)
+LPIPS_VGG = File(
+    "lpips-vgg.pth", _LPIPS + "vgg.pth", "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
+)
+
+
+def load(file: File, folder: Path | None = None) -> dict[str, Tensor]:
+    """Named tensors of a public file in `folder`; where none is said, in torch's own cache, fetched once.
+
+    Raises UsageError that says which file, from where and where to put it when it is missing, RunError when it is not the
+    public one or is damaged.
+    """
+    path = (folder or Path(torch.hub.get_dir()) / "checkpoints") / file.name
+    if not path.is_file():
+        _fetch(file, path, fetch=folder is None)
+    if not (found := hashlib.sha256(path.read_bytes()).hexdigest()).startswith(file.sha256):
+        raise RunError(
+            f"{path} is not the file that numbers are named after: its sha256 is {found[:16]}..., that of {file.url} "
+            f"begins with {file.sha256[:16]}; remove it"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the unpickler finds
+        raise RunError(f"{path} cannot be read: {type(error).__name__}") from None
+
+
+def _fetch(file: File, path: Path, fetch: bool) -> None:
+    why = "it is not there"
+    if fetch:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(file.url, str(path), hash_prefix=file.sha256, progress=False)
+            return
+        except Exception as error:  # of the network, of the disk, of another content
+            why = f"it could not be fetched ({type(error).__name__})"
+    raise UsageError(f"this needs {file.name}, and {why}: download {file.url}\nto {path}")
+
+
+def fitted(network: torch.nn.Module, tensors: dict[str, Tensor], what: str) -> torch.nn.Module:
+    """`network` with these tensors, frozen. Raises RunError that names what is missing or of another shape."""
+    own = network.state_dict()
+    missing = sorted(own.keys() - tensors.keys())
+    other = sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape)
+    if missing or other:
+        raise RunError(f"{what} does not hold this network: it lacks {missing[:3]}, of another shape are {other[:3]}")
+    network.load_state_dict({name: tensors[name].float() for name in own})
+    return network.eval().requires_grad_(False)
