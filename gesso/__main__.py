@@ -105,19 +105,39 @@ def sample(
 
 
 @app.command()
-def evaluate(folder: RunFolder, settings: Overrides = None) -> None:
-    """Measure a run (sample.* and eval.* may be set); writes metrics.json and pictures of samples."""
+def evaluate(
+    folder: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="a run folder", show_default=False)] = None,
+    settings: Overrides = None,
+    images: Annotated[
+        str | None, typer.Option(help="instead of a run: pictures, as data.source, or a .npz", show_default=False)
+    ] = None,
+    ref: Annotated[str | None, typer.Option(help="pictures to compare with", show_default=False)] = None,
+    metrics: Annotated[str | None, typer.Option(help="fid,kid,is,pr,fd_dinov2, ...", show_default=False)] = None,
+    resolution: Annotated[int | None, typer.Option(min=1, help="crop and resize both", show_default=False)] = None,
+    count: Annotated[int | None, typer.Option(min=2, help="the first so many pictures", show_default=False)] = None,
+    weights: Annotated[Path | None, typer.Option(help="folder of weight files", show_default=False)] = None,
+    dinov2: Annotated[str | None, typer.Option(help="folder or hub id", show_default=False)] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda", show_default=False)] = None,
+    out: Out = None,
+) -> None:
+    """Measure a run (sample.* and eval.* may be set), or pictures beside others; writes metrics.json and pictures."""
+    told = {f"--{name}": value for name, value in locals().items() if name not in ("folder", "settings")}
     from gesso import config
-
-    run = config.recorded(folder, settings, ("sample.", "eval."))
-    from gesso.evaluate.score import evaluate_folder
+    from gesso.evaluate import compare, score
     from gesso.train.log import Bar
 
+    asked = compare.asked(folder, settings or [], told)
     with Bar(console, 1, 0, "evaluating") as bar:
-        lines = evaluate_folder(folder, run, lambda done, total: bar.update(done, total=total))
+        tick = lambda done, total: bar.update(done, total=total)  # noqa: E731
+        if asked:
+            lines = compare.write(asked, tick)
+        else:
+            run = config.recorded(folder, settings, ("sample.", "eval."))
+            lines = score.evaluate_folder(folder, run, tick)
     for line in lines:
         _say(line)
-    _say(f"wrote {folder / 'metrics.json'}\nnext:\n  gesso report {folder}")
+    if not asked:
+        _say(f"wrote {folder / 'metrics.json'}\nnext:\n  gesso report {folder}")
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Shared by the tests: one thread each (they run two at a time), and small networks with nothing left at zero."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -61,3 +62,27 @@ def folder_of_images(root, counts: dict[str, int], size: int = 8) -> None:
         (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
+
+
+@pytest.fixture
+def gesso(monkeypatch, capsys):
+    """Type a command; returns (exit code, stdout, stderr)."""
+
+    from rich.console import Console
+
+    from gesso import __main__ as cli
+
+    def type_in(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gesso", *map(str, words)])
+        monkeypatch.setattr(cli, "console", Console(width=200))
+        monkeypatch.setattr(cli, "errors", Console(stderr=True, width=200))
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return type_in

@@ -13,7 +13,6 @@ from conftest import tiny_run
 from PIL import Image
 from rich.console import Console
 
-from gesso import __main__ as cli
 from gesso import generate, recipes, snapshot
 from gesso.ema import Power
 from gesso.errors import UsageError
@@ -31,26 +30,6 @@ def run(tmp_path_factory) -> Path:
         print,
     )
     return out
-
-
-@pytest.fixture
-def gesso(monkeypatch, capsys):
-    """Type a command; returns (exit code, stdout, stderr)."""
-
-    def type_in(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gesso", *map(str, words)])
-        monkeypatch.setattr(cli, "console", Console(width=200))
-        monkeypatch.setattr(cli, "errors", Console(stderr=True, width=200))
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return type_in
 
 
 def refused(result, words: str, code: int = 2) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import mpmath
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from written import QUIET, changed, small, written
 
-from gesso import __main__ as cli
 from gesso import config, ema, generate, recipes, snapshot
 from gesso.ema import Density, Power, Raw, Traditional
 from gesso.evaluate import score
@@ -391,19 +389,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def gesso(monkeypatch, capsys):
-    """Type a command; returns (exit code, all it says)."""
+def gesso(gesso):
+    """Type a command; returns (exit code, all it says on one line)."""
 
     def type_in(*words: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["gesso", *map(str, words)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        said = capsys.readouterr()
-        return code, " ".join((said.out + said.err).split())
+        code, out, err = gesso(*words)
+        return code, " ".join((out + err).split())
 
     return type_in
 

@@ -51,6 +51,19 @@ class DigitFeatures(nn.Module):
         return features, self.head(features)
 
 
+class Grey(nn.Module):
+    """Features of digits in RGB pictures that are grey. Raises UsageError for colour."""
+
+    def __init__(self, network: DigitFeatures):
+        super().__init__()
+        self.network, self.name, self.features = network, network.name, network.features
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not (images == images[:, :1]).all():
+            raise UsageError(f"{self.name} reads grey pictures; these have colour")
+        return self.network(images[:, :1])
+
+
 def load_digit_features(device: str | torch.device = "cpu") -> DigitFeatures:
     """The shipped network, frozen. Raises RunError when its file is missing or not the one recorded here."""
     try:

@@ -188,8 +188,9 @@ def resized(x: Tensor, size: int) -> Tensor:
     return x
 
 
-def load(folder: Path | None = None, device: torch.device | str = "cpu", file: File = weights.INCEPTION) -> Inception:
+def load(folder: Path | None = None, device: torch.device | str = "cpu", file: File | None = None) -> Inception:
     """The network with its public weights, frozen. Raises as weights.load."""
+    file = file or weights.INCEPTION
     tensors = folded(weights.load(file, folder))
     return weights.fitted(Inception(), tensors, file.name).to(device)
 

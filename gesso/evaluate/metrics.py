@@ -22,6 +22,13 @@ class Moments:
         self._mean: Tensor | None = None  # (D,)
         self._scatter: Tensor | None = None  # (D, D), sum of (x - mean)(x - mean)^T
 
+    @classmethod
+    def of(cls, mean: Tensor, cov: Tensor, n: int = 2) -> "Moments":
+        """Of a mean (D,) and an unbiased covariance (D, D) of n samples; where n is not known they serve alone."""
+        moments = cls()
+        moments.n, moments._mean, moments._scatter = n, mean.double(), cov.double() * (n - 1)
+        return moments
+
     def update(self, features: Tensor) -> None:
         """Add features (N, D), N >= 0. Raises RunError on NaN or infinity, UsageError on another shape or D."""
         x = torch.as_tensor(features).detach().to("cpu", torch.float64)

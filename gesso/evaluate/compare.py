@@ -1,0 +1,274 @@
+"""Scores of a set of pictures beside a reference set, both streamed: what `gesso evaluate --images DIR --ref DIR` prints.
+
+Legend: N pictures, D features.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gesso import files
+from gesso.errors import RunError, UsageError
+from gesso.evaluate import embed, features, inception, manifold, metrics
+from gesso.evaluate.metrics import Moments
+from gesso.evaluate.pictures import Pictures, open_pictures
+
+Tick = Callable[[int, int], None]
+
+METRICS = {
+    "fid": "inception", "kid": "inception", "is": "inception", "pr": "inception", "fd_dinov2": "dinov2",
+    "kd_dinov2": "dinov2", "pr_dinov2": "dinov2", "fd_digits": "digits",
+}  # fmt: skip
+"""score -> network. pr: precision and recall at k = 3, density and coverage at k = 5"""
+ROWS = ("kid", "pr", "kd_dinov2", "pr_dinov2")
+"""scores that need the features of every picture, not their moments alone"""
+MOST_NEIGHBOURS = 10_000
+"""pictures of either set that precision and recall are taken over, as ADM does"""
+
+
+class Asked(NamedTuple):
+    """What the user asks for; None where silent."""
+
+    images: str
+    ref: str | None = None
+    scores: tuple[str, ...] = ("fid",)
+    resolution: int | None = None
+    count: int | None = None
+    weights: Path | None = None
+    dinov2: str = embed.DINOV2
+    device: str = "auto"
+    out: Path | None = None
+    batch_size: int = 64
+
+
+def asked(folder: Path | None, settings: list[str], told: dict[str, Any]) -> Asked | None:
+    """What the flags `told` ask for; None for a run folder, which takes settings instead. Raises UsageError for a mixture."""
+    given = {flag.removeprefix("--"): value for flag, value in told.items() if value is not None}
+    if folder is not None:
+        if given:
+            raise UsageError(
+                f"--{next(iter(given))} is for pictures (--images DIR); a run takes settings, such as sample.steps=50"
+            )
+        return None
+    if "images" not in given:
+        raise UsageError("measure what? gesso evaluate RUN, or gesso evaluate --images DIR --ref DIR")
+    if settings:
+        raise UsageError(f"{settings[0]} is a setting of a run; pictures take --resolution, --metrics, ...")
+    if "metrics" in given:
+        given["scores"] = tuple(name.strip() for name in given.pop("metrics").split(","))
+    return Asked(**given)
+
+
+def write(asked: Asked, tick: Tick) -> list[str]:
+    """Score, and write what was found as JSON where the user says where. Returns the lines to show. Raises as `compare`."""
+    device = "cuda" if asked.device == "auto" and torch.cuda.is_available() else asked.device.replace("auto", "cpu")
+    result, lines = compare(asked, device, tick)
+    if asked.out is None:
+        return lines
+    files.write_json(asked.out, result)
+    return [*lines, f"wrote {asked.out}"]
+
+
+class Statistics(NamedTuple):
+    """Of the features of a set. rows (N, D) float32 where they were kept."""
+
+    moments: Moments
+    rows: Tensor | None = None
+
+
+def compare(asked: Asked, device: torch.device | str, tick: Tick) -> tuple[dict[str, Any], list[str]]:
+    """Scores with their protocol, and the lines to show. tick(done, total) counts pictures seen.
+
+    Raises UsageError for unknown scores, missing weights, sets that do not compare; RunError for unreadable pictures.
+    """
+    if unknown := [name for name in asked.scores if name not in METRICS]:
+        raise UsageError(f"no score {unknown[0]!r}; there are: {', '.join(METRICS)}")
+    if asked.ref is None and asked.scores != ("is",):
+        raise UsageError("compared with what? --ref DIR names the reference; only --metrics is needs none")
+    made = open_pictures(asked.images, asked.resolution, asked.count)
+    ref = _reference(asked, made)
+    networks = {name: load(name, asked, device) for name in dict.fromkeys(METRICS[score] for score in asked.scores)}
+    total = (made.count + (ref.count if isinstance(ref, Pictures) else 0)) * len(networks)
+    seen = Seen(tick, total)
+    scores: dict[str, float] = {}
+    for name, network in networks.items():
+        mine = [score for score in asked.scores if METRICS[score] == name]
+        keep = any(score in ROWS for score in mine)
+        x = gathered(made, network, asked.batch_size, keep or "is" in mine, device, seen)
+        y = _reference_statistics(ref, network, asked.batch_size, keep, device, seen) if ref else None
+        for score in mine:
+            scores |= scored(score, x, y, network)
+    protocol = {
+        "images": made.where, "reference": asked.ref, "count": made.count,
+        "reference_count": ref.count if isinstance(ref, Pictures) else None,
+        "size": list(made.size), "resized": "middle square, Lanczos" if made.resized else "no",
+        "networks": {name: network.name for name, network in networks.items()},
+    }  # fmt: skip
+    return {"scores": scores, "protocol": protocol}, _lines(scores, protocol, made, networks)
+
+
+def _reference(asked: Asked, made: Pictures) -> "Pictures | Statistics | None":
+    """Pictures, or the statistics that a .npz holds."""
+    if asked.ref is None:
+        return None
+    if asked.ref.endswith(".npz"):
+        try:
+            with np.load(asked.ref, allow_pickle=False) as arrays:
+                if "mu" in arrays and "sigma" in arrays:
+                    return _given(asked, arrays["mu"], arrays["sigma"])
+        except FileNotFoundError:
+            raise UsageError(f"there is no file {asked.ref}") from None
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{asked.ref}: no .npz that can be read ({error})") from None
+    ref = open_pictures(asked.ref, asked.resolution)
+    if ref.size != made.size:
+        raise UsageError(
+            f"{asked.images} is {made.size[0]}x{made.size[1]}, {asked.ref} {ref.size[0]}x{ref.size[1]}: --resolution "
+            "brings both to one size"
+        )
+    return ref
+
+
+def _given(asked: Asked, mean: np.ndarray, cov: np.ndarray) -> Statistics:
+    if needing := [score for score in asked.scores if score in ROWS]:
+        raise UsageError(f"{asked.ref} holds a mean and a covariance, {needing[0]} needs the pictures themselves")
+    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+        raise UsageError(f"{asked.ref}: mu {mean.shape} and sigma {cov.shape} do not fit together")
+    return Statistics(Moments.of(torch.from_numpy(mean), torch.from_numpy(cov)))
+
+
+def load(name: str, asked: Asked, device: torch.device | str) -> nn.Module:
+    """A feature network: uint8 (B, C, H, W) -> (B, D). Raises UsageError that says which file is missing."""
+    if name == "inception":
+        return inception.load(asked.weights, device)
+    if name == "dinov2":
+        return embed.DINOv2(asked.dinov2, device)
+    return features.Grey(features.load_digit_features(device))
+
+
+class Seen:
+    """Counts pictures over several sets."""
+
+    def __init__(self, tick: Tick, total: int):
+        self.tick, self.total, self.done = tick, total, 0
+
+    def __call__(self, n: int) -> None:
+        self.done += n
+        self.tick(self.done, self.total)
+
+
+@torch.no_grad()
+def gathered(
+    pictures: Pictures,
+    network: nn.Module,
+    size: int,
+    keep: bool,
+    device: torch.device | str,
+    seen: Callable[[int], None],
+) -> Statistics:
+    """Raises RunError where features are not finite."""
+    moments, rows = Moments(), []
+    for batch in pictures.batches(size):
+        found = network(batch.to(device)).cpu()
+        moments.update(found)
+        if keep:
+            rows.append(found)
+        seen(len(batch))
+    return Statistics(moments, torch.cat(rows) if keep else None)
+
+
+def kept_folder() -> Path:
+    """Where statistics of references are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gesso" / "statistics"
+
+
+def _reference_statistics(
+    ref: Pictures | Statistics, network: nn.Module, size: int, keep: bool, device: torch.device | str, seen: Seen
+) -> Statistics:
+    """Those kept from an earlier time, where pictures and network are the same."""
+    if isinstance(ref, Statistics):
+        return ref
+    told = {"pictures": ref.fingerprint, "network": network.name, "weights": _digest(network)}
+    key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
+    path = kept_folder() / f"{key}{'-rows' if keep else ''}.safetensors"
+    if path.is_file():
+        try:
+            with safe_open(path, "pt") as file:
+                moments = Moments.of(file.get_tensor("mean"), file.get_tensor("cov"), int(file.get_tensor("n")))
+                found = Statistics(moments, file.get_tensor("rows") if keep else None)
+        except (SafetensorError, OSError) as error:
+            raise RunError(f"{path} is damaged ({error}); remove it") from None
+        seen(ref.count)
+        return found
+    found = gathered(ref, network, size, keep, device, seen)
+    tensors = {"mean": found.moments.mean, "cov": found.moments.cov, "n": torch.tensor(found.moments.n)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.whole(path) as temporary:
+        save_file(tensors | ({"rows": found.rows} if keep else {}), temporary, {"gesso": json.dumps(told)})
+    return found
+
+
+def _digest(network: nn.Module) -> str:
+    """Of all weights."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def scored(score: str, x: Statistics, y: Statistics | None, network: nn.Module) -> dict[str, float]:
+    """Numbers by name, of made pictures x beside a reference y."""
+    if score == "is":
+        mean, std = metrics.inception_score(_shuffled(network.probabilities(x.rows.to(network.fc.weight.device)).cpu()))
+        return {"is": mean, "is_std": std}
+    if score in ("kid", "kd_dinov2"):
+        mean, std = metrics.kernel_distance(y.rows, x.rows)
+        return {score: mean, f"{score}_std": std}
+    if score in ("pr", "pr_dinov2"):
+        real, made = (_shuffled(rows)[:MOST_NEIGHBOURS] for rows in (y.rows, x.rows))
+        near, far = manifold.manifold(real, made, 3), manifold.manifold(real, made, 5)
+        end = score.removeprefix("pr")
+        return {
+            f"precision{end}": near.precision, f"recall{end}": near.recall,
+            f"density{end}": far.density, f"coverage{end}": far.coverage,
+        }  # fmt: skip
+    a, b = x.moments, y.moments
+    return {score: metrics.frechet_distance(a.mean, a.cov, b.mean, b.cov)}
+
+
+def _shuffled(rows: Tensor) -> Tensor:
+    """In an order of its own: sets are often sorted by class."""
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+
+
+def _lines(
+    scores: dict[str, float], protocol: dict[str, Any], made: Pictures, networks: dict[str, nn.Module]
+) -> list[str]:
+    lines = []
+    for name, value in scores.items():
+        if not name.endswith("_std"):
+            spread = f" +- {scores[f'{name}_std']:.4f}" if f"{name}_std" in scores else ""
+            lines.append(f"{name:20}{value:12.4f}{spread}")
+    reference = f" beside {protocol['reference']}" if protocol["reference"] else ""
+    count = f" ({protocol['reference_count']:,})" if protocol["reference_count"] else ""
+    lines.append(
+        f"{made.count:,} pictures of {made.size[0]}x{made.size[1]} in {made.where}{reference}{count}; "
+        f"{', '.join(protocol['networks'].values())}"
+    )
+    width = max(network.features for network in networks.values())
+    if made.count <= width:
+        lines.append(
+            f"note: {made.count:,} pictures do not fill a covariance of {width:,} features: Frechet distances of so few are "
+            "far too large, and compare only at equal count"
+        )
+    return lines
