@@ -137,7 +137,8 @@ def evaluate(
     for line in lines:
         _say(line)
     if not asked:
-        _say(f"wrote {folder / 'metrics.json'}\nnext:\n  gesso report {folder}")
+        wrote = "scores.json" if run.eval.scores else "metrics.json"
+        _say(f"wrote {folder / wrote}\nnext:\n  gesso report {folder}")
 
 
 @app.command()

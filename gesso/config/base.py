@@ -32,6 +32,13 @@ def parse_count(value: object) -> object:
     return value
 
 
+def parse_words(value: object) -> object:
+    """flip,size as well as [flip, size]."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.strip("[]").split(",") if part.strip()]
+    return value
+
+
 Count = Annotated[int, BeforeValidator(parse_count)]
 """A whole number; also written 200k, 1.5M or 1e6."""
 Positive = Annotated[Count, Field(gt=0)]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
-from gesso.config.base import Positive, Probability, Settings
+from gesso.config.base import Positive, Probability, Settings, parse_words
 
 
 class Variable(NamedTuple):
@@ -77,9 +77,8 @@ CONTROLS: dict[str, Variable] = {
 
 
 def _names(value: Any) -> Any:
-    """flip,size as well as [flip, size]; in the order of CONTROLS."""
-    if isinstance(value, str):
-        value = [part.strip() for part in value.strip("[]").split(",") if part.strip()]
+    """In the order of CONTROLS."""
+    value = parse_words(value)
     if isinstance(value, list | tuple) and all(isinstance(name, str) and name in CONTROLS for name in value):
         return tuple(name for name in CONTROLS if name in value)
     return value

@@ -3,9 +3,9 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, model_validator
 
-from gesso.config.base import Count, Positive, Probability, Settings, Share, SigmaRel
+from gesso.config.base import Count, Positive, Probability, Settings, Share, SigmaRel, parse_words
 from gesso.config.condition import Controls, Semantic
 from gesso.config.net import Control, Inputs, MMDiT, Net, UNet
 from gesso.config.process import EDM, Process
@@ -89,6 +89,9 @@ class Ema(Settings):
         return self
 
 
+Score = Literal["fid", "kid", "is", "pr", "fd_dinov2", "kd_dinov2", "pr_dinov2", "clip", "fd_digits"]
+
+
 class Eval(Settings):
     """What `gesso evaluate` measures."""
 
@@ -97,6 +100,29 @@ class Eval(Settings):
     or class; none: pictures and nearest training images only"""
     splits: Annotated[Count, Field(ge=1)] = 5
     """random halves of the real images; scores and the floor are taken on each, at equal counts"""
+    scores: Annotated[tuple[Score, ...], BeforeValidator(parse_words)] = ()
+    """fid,kid,is,pr (precision, recall, density, coverage) by Inception, fd_dinov2,kd_dinov2,pr_dinov2, clip: of `images`
+    samples beside `reference`, by networks that are not shipped; fd_digits by the one that is. Empty: what `features` says"""
+    images: Annotated[Count, Field(ge=2)] = 50_000
+    """samples that scores are taken over"""
+    repeats: Positive = 1
+    """times, with other seeds; EDM2 reports the least of three"""
+    reference: str | None = None
+    """pictures to compare with, as data.source; null: those that the run was trained on"""
+    prompts: str | None = None
+    """whose captions samples are drawn for; null: those of data.source"""
+    labels: Literal["turn", "random"] = "turn"
+    """of samples: all classes in turn, or drawn by seed"""
+    weights: str | None = None
+    """folder of the feature networks' public files; null: torch's cache, where they are fetched to"""
+    dinov2: str = "facebook/dinov2-large"
+    """folder or hub id"""
+    clip: str = "openai/clip-vit-large-patch14"
+    """folder or hub id"""
+    protocol: str | None = None
+    """whose way of measuring this is, for the record"""
+    patience: Positive = 3600
+    """seconds that the first rank waits for the samples of the others"""
     sweep: tuple[SigmaRel, ...] = (0.02, 0.035, 0.05, 0.075, 0.10, 0.15, 0.20, 0.25)
     """EMA lengths for the curve of quality against length"""
     sweep_guidance: float = 1.0

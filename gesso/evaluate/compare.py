@@ -6,7 +6,7 @@ Legend: N pictures, D features.
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +26,13 @@ Tick = Callable[[int, int], None]
 
 METRICS = {
     "fid": "inception", "kid": "inception", "is": "inception", "pr": "inception", "fd_dinov2": "dinov2",
-    "kd_dinov2": "dinov2", "pr_dinov2": "dinov2", "fd_digits": "digits",
+    "kd_dinov2": "dinov2", "pr_dinov2": "dinov2", "clip": "clip", "fd_digits": "digits",
 }  # fmt: skip
 """score -> network. pr: precision and recall at k = 3, density and coverage at k = 5"""
-ROWS = ("kid", "pr", "kd_dinov2", "pr_dinov2")
+ROWS = ("kid", "is", "pr", "kd_dinov2", "pr_dinov2", "clip")
 """scores that need the features of every picture, not their moments alone"""
+ALONE = ("is", "clip")
+"""scores without a reference"""
 MOST_NEIGHBOURS = 10_000
 """pictures of either set that precision and recall are taken over, as ADM does"""
 
@@ -45,6 +47,7 @@ class Asked(NamedTuple):
     count: int | None = None
     weights: Path | None = None
     dinov2: str = embed.DINOV2
+    clip: str = embed.CLIP
     device: str = "auto"
     out: Path | None = None
     batch_size: int = 64
@@ -90,10 +93,9 @@ def compare(asked: Asked, device: torch.device | str, tick: Tick) -> tuple[dict[
 
     Raises UsageError for unknown scores, missing weights, sets that do not compare; RunError for unreadable pictures.
     """
-    if unknown := [name for name in asked.scores if name not in METRICS]:
-        raise UsageError(f"no score {unknown[0]!r}; there are: {', '.join(METRICS)}")
-    if asked.ref is None and asked.scores != ("is",):
-        raise UsageError("compared with what? --ref DIR names the reference; only --metrics is needs none")
+    check(asked.scores)
+    if asked.ref is None and not set(asked.scores) <= set(ALONE):
+        raise UsageError(f"compared with what? --ref DIR names the reference; only {' and '.join(ALONE)} need none")
     made = open_pictures(asked.images, asked.resolution, asked.count)
     ref = _reference(asked, made)
     networks = {name: load(name, asked, device) for name in dict.fromkeys(METRICS[score] for score in asked.scores)}
@@ -102,9 +104,11 @@ def compare(asked: Asked, device: torch.device | str, tick: Tick) -> tuple[dict[
     scores: dict[str, float] = {}
     for name, network in networks.items():
         mine = [score for score in asked.scores if METRICS[score] == name]
-        keep = any(score in ROWS for score in mine)
-        x = gathered(made, network, asked.batch_size, keep or "is" in mine, device, seen)
-        y = _reference_statistics(ref, network, asked.batch_size, keep, device, seen) if ref else None
+        x = gathered(made, network, asked.batch_size, any(score in ROWS for score in mine), device, seen)
+        y = None
+        if ref and not set(mine) <= set(ALONE):
+            keep = any(score in ROWS and score not in ALONE for score in mine)
+            y = reference_statistics(ref, network, asked.batch_size, keep, device, seen)
         for score in mine:
             scores |= scored(score, x, y, network)
     protocol = {
@@ -114,6 +118,12 @@ def compare(asked: Asked, device: torch.device | str, tick: Tick) -> tuple[dict[
         "networks": {name: network.name for name, network in networks.items()},
     }  # fmt: skip
     return {"scores": scores, "protocol": protocol}, _lines(scores, protocol, made, networks)
+
+
+def check(scores: tuple[str, ...]) -> None:
+    """Raise UsageError for a score that there is not."""
+    if unknown := [name for name in scores if name not in METRICS]:
+        raise UsageError(f"no score {unknown[0]!r}; there are: {', '.join(METRICS)}")
 
 
 def _reference(asked: Asked, made: Pictures) -> "Pictures | Statistics | None":
@@ -152,6 +162,8 @@ def load(name: str, asked: Asked, device: torch.device | str) -> nn.Module:
         return inception.load(asked.weights, device)
     if name == "dinov2":
         return embed.DINOv2(asked.dinov2, device)
+    if name == "clip":
+        return embed.CLIPScore(asked.clip, device)
     return features.Grey(features.load_digit_features(device))
 
 
@@ -176,14 +188,22 @@ def gathered(
     seen: Callable[[int], None],
 ) -> Statistics:
     """Raises RunError where features are not finite."""
-    moments, rows = Moments(), []
+    moments, rows, at = Moments(), [], 0
+    captions = pictures.captions() if isinstance(network, embed.CLIPScore) else None
     for batch in pictures.batches(size):
-        found = network(batch.to(device)).cpu()
+        found = features_of(network, batch.to(device), captions and captions[at : at + len(batch)])
         moments.update(found)
+        at += len(batch)
         if keep:
             rows.append(found)
         seen(len(batch))
     return Statistics(moments, torch.cat(rows) if keep else None)
+
+
+def features_of(network: nn.Module, images: Tensor, captions: Sequence[str] | None) -> Tensor:
+    """(B, D) on the CPU; of CLIP the scores (B, 1)."""
+    found = network(images) if captions is None else network(images, captions)[:, None]
+    return found.cpu()
 
 
 def kept_folder() -> Path:
@@ -191,7 +211,7 @@ def kept_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gesso" / "statistics"
 
 
-def _reference_statistics(
+def reference_statistics(
     ref: Pictures | Statistics, network: nn.Module, size: int, keep: bool, device: torch.device | str, seen: Seen
 ) -> Statistics:
     """Those kept from an earlier time, where pictures and network are the same."""
@@ -231,6 +251,8 @@ def scored(score: str, x: Statistics, y: Statistics | None, network: nn.Module) 
     if score == "is":
         mean, std = metrics.inception_score(_shuffled(network.probabilities(x.rows.to(network.fc.weight.device)).cpu()))
         return {"is": mean, "is_std": std}
+    if score == "clip":
+        return {"clip": float(x.moments.mean)}
     if score in ("kid", "kd_dinov2"):
         mean, std = metrics.kernel_distance(y.rows, x.rows)
         return {score: mean, f"{score}_std": std}
@@ -265,10 +287,15 @@ def _lines(
         f"{made.count:,} pictures of {made.size[0]}x{made.size[1]} in {made.where}{reference}{count}; "
         f"{', '.join(protocol['networks'].values())}"
     )
-    width = max(network.features for network in networks.values())
-    if made.count <= width:
-        lines.append(
-            f"note: {made.count:,} pictures do not fill a covariance of {width:,} features: Frechet distances of so few are "
-            "far too large, and compare only at equal count"
-        )
-    return lines
+    return [*lines, *too_few(made.count, scores, networks)]
+
+
+def too_few(count: int, scores: Iterable[str], networks: dict[str, nn.Module]) -> list[str]:
+    """A warning where a Frechet distance is of fewer samples than features."""
+    width = max((networks[METRICS[name]].features for name in scores if name.startswith("f")), default=0)
+    if count > width:
+        return []
+    return [
+        f"note: {count:,} pictures do not fill a covariance of {width:,} features: Frechet distances of so few are far too "
+        "large, and compare only at equal count"
+    ]

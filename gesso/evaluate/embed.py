@@ -65,7 +65,7 @@ class CLIPScore(nn.Module):
 
     def __init__(self, where: str = CLIP, device: torch.device | str = "cpu"):
         super().__init__()
-        self.name, what = f"clip ({where})", f"CLIP {where}"
+        self.name, self.features, what = f"clip ({where})", 1, f"CLIP {where}"
         self.model, folder = _opened(where, {"clip": "CLIPModel"}, what)
         (tokenizer,) = pretrained.library("transformers", "text", ["CLIPTokenizerFast"])
         try:

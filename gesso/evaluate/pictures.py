@@ -41,6 +41,13 @@ class Pictures(NamedTuple):
                 some = range(start, min(start + size, self.count if stop is None else stop))
                 yield torch.from_numpy(np.stack(list(pool.map(self._picture, some))))
 
+    def captions(self) -> list[str]:
+        """Of every picture. Raises UsageError where there are none."""
+        captions = [self.source.captions()[i] for i in range(self.count)]
+        if not any(captions):
+            raise UsageError(f"{self.where} has no captions: put image.txt beside each image, or a captions.jsonl")
+        return captions
+
     def _picture(self, i: int) -> np.ndarray:
         """(3, H, W) uint8."""
         name = ""

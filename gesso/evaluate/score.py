@@ -18,7 +18,7 @@ from gesso.data.samples import Dataset
 from gesso.data.space import Space
 from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import UsageError
-from gesso.evaluate import features, metrics, shapes
+from gesso.evaluate import features, measure, metrics, shapes
 
 Say = Callable[[str], None]
 ROWS, COLUMNS = 10, 10
@@ -30,6 +30,8 @@ NEAR = 4096
 
 def evaluate_folder(folder: Path, run: Run, tick: Callable[[int, int], None]) -> list[str]:
     """Score a run folder; returns the lines to show. Raises UsageError when its images have changed since."""
+    if run.eval.scores:
+        return measure.measure_folder(folder, run, tick)
     images = open_dataset(run.data, run.latent, run.train.seed)
     if images.fingerprint() != run.data.fingerprint:
         raise UsageError(f"the images in {run.data.source} are not those that {folder} was trained on")

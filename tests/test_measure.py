@@ -1,0 +1,155 @@
+"""Scores of a run over many samples: in parts, by any number of ranks, after any stop."""
+
+import json
+from typing import get_args
+
+import pytest
+import torch
+from test_encoders import write_full_clip
+from test_features import public_inception, stored
+from written import written
+
+from gesso import config, ema, generate, snapshot
+from gesso.config.run import Score
+from gesso.errors import UsageError
+from gesso.evaluate import compare, embed, measure, metrics, weights
+from gesso.evaluate.measure import Work
+from gesso.evaluate.pictures import open_pictures
+
+CPU = torch.device("cpu")
+SILENT = lambda done, total: None  # noqa: E731
+
+
+@pytest.fixture(autouse=True)
+def small_parts(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(measure, "PART", 30)
+    monkeypatch.setattr(measure, "POLL", 0.01)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("measured") / "run"
+    written(path)
+    return path
+
+
+def asked(folder, *settings: str) -> config.Run:
+    return config.recorded(folder, ["sample.steps=2", "eval.images=75", *settings], ("sample.", "eval."))
+
+
+def drawn(folder, run: config.Run, seeds: range) -> torch.Tensor:
+    """The samples themselves, in one go, in RGB."""
+    tensors, *_ = snapshot.synthesize(folder, [ema.chosen(run.sample)])
+    cond, _ = measure._conditions(Work(folder, run, CPU), seeds, None)
+    made = torch.cat(list(generate.generate(snapshot.denoiser(tensors[0], run), run, seeds, cond)))
+    return made.expand(-1, 3, -1, -1)
+
+
+def frechet(x: torch.Tensor, y: torch.Tensor) -> float:
+    x, y = x.double(), y.double()
+    return metrics.frechet_distance(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
+
+
+def test_a_run_is_measured(folder):
+    run = asked(folder, "eval.scores=[fd_digits]", "eval.repeats=2", "eval.labels=random")
+    result, lines = measure.scores_of(Work(folder, run, CPU), SILENT)
+    network = compare.load("digits", None, "cpu")
+    real = torch.cat(list(open_pictures("digits", 8).batches(500)))
+    expected = [frechet(network(drawn(folder, run, seeds)), network(real)) for seeds in (range(75), range(75, 150))]
+    assert result["scores"]["fd_digits"]["values"] == pytest.approx(expected, rel=1e-6)
+    assert result["scores"]["fd_digits"]["least"] == pytest.approx(min(expected), rel=1e-6)
+    assert f"least of 2: {min(expected):.4f}" in lines[0] and "75 samples beside 1,797 of digits" in lines[1]
+    (recorded,) = json.loads((folder / "scores.json").read_text()).values()
+    assert recorded == result and recorded["protocol"]["reference_images"] == 1797
+    assert list((folder / "evaluation").iterdir()) == []
+
+
+def test_labels_are_drawn_by_seed(folder):
+    run = asked(folder, "eval.labels=random")
+    labels = measure._conditions(Work(folder, run, CPU), range(5000), None)[0].label
+    counts = labels.bincount(minlength=10)
+    assert len(counts) == 10 and counts.min() > 400 and counts.max() < 600 and not labels.equal(torch.arange(5000) % 10)
+    assert measure._conditions(Work(folder, run, CPU), range(100, 200), None)[0].label.equal(labels[100:200])
+    turn = measure._conditions(Work(folder, asked(folder), CPU), range(30), None)[0].label
+    assert turn.equal(torch.arange(30) % 10)
+
+
+def test_parts_are_shared_and_survive(folder, monkeypatch):
+    run = asked(folder, "eval.scores=[fd_digits]", "sample.batch_size=11")
+    whole = measure.scores_of(Work(folder, run, CPU), SILENT)[0]["scores"]
+    # Two ranks, one after the other: the last one to begin is the first rank, which waits for the other's parts.
+    assert measure.scores_of(Work(folder, run, CPU, 1, 2), SILENT) == ({}, [])
+    (place,) = (folder / "evaluation").iterdir()
+    assert [path.name for path in place.iterdir()] == ["digits-0-000001.safetensors"]
+    assert measure.scores_of(Work(folder, run, CPU, 0, 2), SILENT)[0]["scores"] == whole
+    # Stopped after the first part; then only what lacks is drawn.
+    made, drawn = generate.generate, []
+
+    def stopping(denoiser, run, seeds, *rest):
+        drawn.append(seeds[0])
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return made(denoiser, run, seeds, *rest)
+
+    monkeypatch.setattr(generate, "generate", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        measure.scores_of(Work(folder, run, CPU), SILENT)
+    assert measure.scores_of(Work(folder, run, CPU), SILENT)[0]["scores"] == whole
+    assert drawn == [0, 30, 30, 60]
+
+
+def test_another_number_of_steps_is_another_measurement(folder):
+    known = len(json.loads((folder / "scores.json").read_text())) if (folder / "scores.json").exists() else 0
+    for steps in (2, 3):
+        run = asked(folder, "eval.scores=[fd_digits]", "eval.images=31", f"sample.steps={steps}")
+        measure.scores_of(Work(folder, run, CPU), SILENT)
+    assert len(json.loads((folder / "scores.json").read_text())) == known + 2
+
+
+def test_clip_score_of_a_run_with_words(tmp_path):
+    folder, clip = tmp_path / "run", write_full_clip(tmp_path / "clip")
+    written(folder, **{"semantic.kind": "text", "data.source": "digits-coarse"})
+    run = asked(folder, "eval.scores=[clip]", f"eval.clip={clip}", "eval.images=40")
+    result, lines = measure.scores_of(Work(folder, run, CPU), SILENT)
+    prompts = measure._prompts(run)
+    tensors, *_ = snapshot.synthesize(folder, [ema.chosen(run.sample)])
+    cond, texts = measure._conditions(Work(folder, run, CPU), range(40), prompts)
+    made = torch.cat(list(generate.generate(snapshot.denoiser(tensors[0], run), run, range(40), cond)))
+    expected = float(embed.CLIPScore(str(clip))(made.expand(-1, 3, -1, -1), texts).mean())
+    assert result["scores"]["clip"]["mean"] == pytest.approx(expected, rel=1e-4) and "40 samples; clip" in lines[1]
+    assert texts[0] == prompts[0] and len(set(texts)) > 3
+
+
+def test_every_score_can_be_asked_for():
+    assert set(get_args(Score)) == set(compare.METRICS)
+
+
+def test_several_scores_of_one_drawing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "INCEPTION", stored(public_inception(), tmp_path, "inception.pth"))
+    settings = ("eval.scores=[fid,is,fd_digits]", f"eval.weights={tmp_path}", "eval.images=12")
+    reference = tmp_path / "real"
+    reference.mkdir()
+    for i, one in enumerate(open_pictures("digits", 8).batches(10).__next__()):
+        generate.save_png(generate.picture(one), reference / f"{i}.png")
+    run = asked(folder, *settings, f"eval.reference={reference}")
+    result, lines = measure.scores_of(Work(folder, run, CPU), SILENT)
+    assert set(result["scores"]) == {"fid", "is", "is_std", "fd_digits"} and "do not fill a covariance" in lines[-1]
+
+
+def test_what_a_run_lacks_is_said_before_any_sample(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "generate", None)
+    for settings, said in (
+        (("eval.scores=[fad]",), r"eval\.scores\.0 = .fad.: allowed are 'fid'"),
+        (("eval.scores=[clip]",), "needs a run with words"),
+        (("eval.scores=[fid]", f"eval.weights={tmp_path}"), r"needs pt_inception-2015-12-05-6726825d\.pth"),
+        (("eval.scores=[fd_digits]", f"eval.reference={tmp_path}"), str(tmp_path)),
+        (("eval.scores=[fd_digits]", "sample.aspect=2:1"), "are of squares"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            measure.scores_of(Work(folder, asked(folder, *settings), CPU), SILENT)
+
+
+def test_the_command(folder, gesso):
+    code, said, _ = gesso("evaluate", folder, "eval.scores=[fd_digits]", "eval.images=32", "sample.steps=2")
+    assert code == 0 and "fd_digits" in said and "scores.json" in said
