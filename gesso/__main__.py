@@ -108,6 +108,9 @@ def sample(
 def evaluate(
     folder: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="a run folder", show_default=False)] = None,
     settings: Overrides = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="adm, dit, edm2, berrada, ...: a paper's way", show_default=False)
+    ] = None,
     images: Annotated[
         str | None, typer.Option(help="instead of a run: pictures, as data.source, or a .npz", show_default=False)
     ] = None,
@@ -121,9 +124,8 @@ def evaluate(
     out: Out = None,
 ) -> None:
     """Measure a run (sample.* and eval.* may be set), or pictures beside others; writes metrics.json and pictures."""
-    told = {f"--{name}": value for name, value in locals().items() if name not in ("folder", "settings")}
-    from gesso import config
-    from gesso.evaluate import compare, score
+    told = {f"--{name}": value for name, value in locals().items() if name not in ("folder", "settings", "protocol")}
+    from gesso.evaluate import compare, protocols, score
     from gesso.train.log import Bar
 
     asked = compare.asked(folder, settings or [], told)
@@ -132,7 +134,7 @@ def evaluate(
         if asked:
             lines = compare.write(asked, tick)
         else:
-            run = config.recorded(folder, settings, ("sample.", "eval."))
+            run = protocols.measured(folder, protocol, settings or [])
             lines = score.evaluate_folder(folder, run, tick)
     for line in lines:
         _say(line)

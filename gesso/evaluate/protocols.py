@@ -1,0 +1,102 @@
+"""Ways of measuring, named after the papers that used them: settings that `gesso evaluate RUN --protocol NAME` lays over a run.
+
+What a paper does not say is our choice and is marked so. Everywhere: rounding to uint8, Inception's own resize, the run's
+EMA length. SD3's is not here: its Frechet distance is over features of CLIP, and its details are not published.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from gesso import config
+from gesso.config import Run
+from gesso.errors import UsageError
+
+CHANGEABLE = ("sample.", "eval.")
+FREE = (
+    "eval.weights", "eval.dinov2", "eval.clip", "eval.patience", "eval.reference", "eval.prompts", "eval.seed",
+    "sample.batch_size", "sample.sigma_rel", "sample.halflife", "sample.guide", "sample.guide_sigma_rel",
+)  # fmt: skip
+"""settings that a protocol leaves to the run or the machine"""
+
+
+def adm(run: Run) -> list[str]:
+    """Dhariwal and Nichol 2021: 50k samples of random classes, 250 ancestral steps, beside the training set."""
+    return ["eval.scores=fid,is,pr", "eval.labels=random", *ddim(250), "sample.eta=1"]
+
+
+def dit(run: Run) -> list[str]:
+    """Peebles and Xie 2023: as adm, by its evaluator, with guidance 1.5."""
+    return [*adm(run), "sample.guidance=1.5", "sample.tuned_at=null"]
+
+
+def edm2(run: Run) -> list[str]:
+    """Karras et al. 2024, Appendix C: 50k samples of random classes beside the whole training set, the least of three;
+    32 steps of Heun, 63 evaluations (guided ones count once)."""
+    return [
+        "eval.scores=fid,fd_dinov2", "eval.labels=random", "eval.repeats=3",
+        "sample.sampler=heun", "sample.steps=32", "sample.S_churn=0",
+    ]  # fmt: skip
+
+
+def berrada(run: Run) -> list[str]:
+    """Berrada et al. 2024, Section 3.1, Appendix C: 50k samples, 250 steps of DDIM, beside the full training set; guidance
+    1.5 at 256, 2.0 at 512 by the scale law. Classes in turn: our choice."""
+    return ["eval.scores=fid", *ddim(250), *GUIDED]
+
+
+def berrada_val(run: Run) -> list[str]:
+    """Figures 8 and A2: as berrada, in 50 steps, beside the validation set, which eval.reference names."""
+    return ["eval.scores=fid", *ddim(50), *GUIDED, *_reference(run, "the validation set")]
+
+
+def berrada_in22k(run: Run) -> list[str]:
+    """Appendix C: 50k samples beside 200k training images. Which ones the paper does not say: the user's eval.reference."""
+    return ["eval.scores=fid", *ddim(250), *GUIDED, *_reference(run, "200k training images")]
+
+
+def berrada_coco(run: Run) -> list[str]:
+    """Section 3.1: Frechet distance and CLIPScore beside COCO's validation set, about 40k pictures with captions, which
+    eval.reference names; 25 steps, guidance 5. Each caption once."""
+    where = _reference(run, "COCO's validation pictures with captions")
+    if run.eval.prompts is None:
+        where.append(f"eval.prompts={run.eval.reference}")
+    return ["eval.scores=fid,clip", *ddim(25), "sample.guidance=5", "sample.tuned_at=null", *where]
+
+
+def ddim(steps: int) -> list[str]:
+    return ["sample.sampler=euler", f"sample.steps={steps}", "sample.eta=0"]
+
+
+GUIDED = ["sample.guidance=1.5", "sample.tuned_at=256"]
+PROTOCOLS: dict[str, Callable[[Run], list[str]]] = {
+    "adm": adm, "dit": dit, "edm2": edm2, "berrada": berrada, "berrada-val": berrada_val,
+    "berrada-in22k": berrada_in22k, "berrada-coco": berrada_coco,
+}  # fmt: skip
+
+
+def _reference(run: Run, what: str) -> list[str]:
+    if run.eval.reference is None:
+        raise UsageError(f"this protocol compares with {what}: name them by eval.reference=DIR")
+    return []
+
+
+def measured(folder: Path, name: str | None, said: list[str]) -> Run:
+    """The run of a folder as it is to be measured: by the protocol `name`, and as the user said otherwise.
+
+    What departs from the protocol is recorded as such in eval.protocol. Raises UsageError for a protocol that there is not,
+    or that needs to be told more.
+    """
+    run = config.recorded(folder, said, CHANGEABLE)
+    if name is None:
+        return run
+    if name not in PROTOCOLS:
+        raise UsageError(f"no protocol {name!r}; {config.nearest(name, list(PROTOCOLS))}")
+    own = [f"eval.protocol={name}", "eval.images=50000", *PROTOCOLS[name](run)]
+    exact = config.recorded(folder, [*own, f"eval.reference={run.eval.reference or 'null'}"], CHANGEABLE)
+    run = config.recorded(folder, [*own, *said], CHANGEABLE)
+    other = sorted({path for path, _, _ in config.differences(exact, run) if path not in FREE})
+    return (
+        run
+        if not other
+        else config.recorded(folder, [*own, *said, f"eval.protocol={name}, but {' '.join(other)}"], CHANGEABLE)
+    )

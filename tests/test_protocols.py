@@ -1,0 +1,59 @@
+"""Papers' ways of measuring, as settings over a run."""
+
+import pytest
+from conftest import tiny_run
+
+from gesso import config, generate
+from gesso.errors import UsageError
+from gesso.evaluate import protocols
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("protocol")
+    config.write(tiny_run(), path / "run.yaml")
+    return path
+
+
+def at(resolution: int):
+    return lambda run: run.model_copy(update={"data": run.data.model_copy(update={"resolution": resolution})})
+
+
+def test_what_the_papers_say(folder):
+    run = protocols.measured(folder, "berrada", [])
+    assert (run.eval.images, run.eval.scores, run.eval.protocol) == (50_000, ("fid",), "berrada")
+    assert (run.sample.sampler, run.sample.steps, run.sample.eta) == ("euler", 250, 0)
+    assert generate.strength(at(256)(run)) == 1.5 and generate.strength(at(512)(run)) == 2.0
+    run = protocols.measured(folder, "edm2", [])
+    assert run.eval.repeats == 3 and run.eval.scores == ("fid", "fd_dinov2") and run.eval.labels == "random"
+    assert run.sample.sampler == "heun" and 2 * run.sample.steps - 1 == 63
+    run = protocols.measured(folder, "dit", [])
+    assert run.sample.guidance == 1.5 and run.sample.eta == 1 and generate.strength(at(512)(run)) == 1.5
+    run = protocols.measured(folder, "berrada-coco", ["eval.reference=coco"])
+    assert (run.sample.steps, generate.strength(at(512)(run))) == (25, 5.0)
+    assert run.eval.scores == ("fid", "clip") and run.eval.prompts == "coco"
+
+
+@pytest.mark.parametrize("name", protocols.PROTOCOLS)
+def test_every_protocol_is_a_run_that_could_be_measured(name, folder):
+    run = protocols.measured(folder, name, ["eval.reference=somewhere", "sample.batch_size=7", "sample.sigma_rel=0.05"])
+    assert run.eval.protocol == name and run.eval.images == 50_000 and run.eval.scores
+    assert (run.sample.batch_size, run.sample.sigma_rel, run.eval.reference) == (7, 0.05, "somewhere")
+
+
+def test_what_departs_is_marked(folder):
+    run = protocols.measured(folder, "berrada", ["eval.images=1000", "sample.steps=20"])
+    assert run.eval.protocol == "berrada, but eval.images sample.steps"
+    assert (run.eval.images, run.sample.steps, run.sample.sampler) == (1000, 20, "euler")
+    assert protocols.measured(folder, None, ["sample.steps=20"]).eval.protocol is None
+
+
+def test_what_is_wrong_is_said(folder):
+    for name, said in (
+        ("berada", "did you mean berrada"),
+        ("berrada-val", "the validation set: name them by eval.reference"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            protocols.measured(folder, name, [])
+    with pytest.raises(UsageError, match="settled by training"):
+        protocols.measured(folder, "adm", ["net.width=64"])
