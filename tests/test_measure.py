@@ -6,13 +6,13 @@ from typing import get_args
 import pytest
 import torch
 from test_encoders import write_full_clip
-from test_features import public_inception, stored
+from test_features import public_inception, public_lpips, stored
 from written import written
 
-from gesso import config, ema, generate, snapshot
+from gesso import conditions, config, ema, generate, snapshot
 from gesso.config.run import Score
 from gesso.errors import UsageError
-from gesso.evaluate import compare, embed, measure, metrics, weights
+from gesso.evaluate import compare, embed, lpips, measure, metrics, weights
 from gesso.evaluate.measure import Work
 from gesso.evaluate.pictures import open_pictures
 
@@ -41,7 +41,7 @@ def asked(folder, *settings: str) -> config.Run:
 def drawn(folder, run: config.Run, seeds: range) -> torch.Tensor:
     """The samples themselves, in one go, in RGB."""
     tensors, *_ = snapshot.synthesize(folder, [ema.chosen(run.sample)])
-    cond, _ = measure._conditions(Work(folder, run, CPU), seeds, None)
+    cond, _ = conditions.build(run, seeds, snapshot.control_rows(folder), measure._labels(run, seeds))
     made = torch.cat(list(generate.generate(snapshot.denoiser(tensors[0], run), run, seeds, cond)))
     return made.expand(-1, 3, -1, -1)
 
@@ -67,12 +67,11 @@ def test_a_run_is_measured(folder):
 
 def test_labels_are_drawn_by_seed(folder):
     run = asked(folder, "eval.labels=random")
-    labels = measure._conditions(Work(folder, run, CPU), range(5000), None)[0].label
+    labels = torch.tensor(measure._labels(run, range(5000)))
     counts = labels.bincount(minlength=10)
     assert len(counts) == 10 and counts.min() > 400 and counts.max() < 600 and not labels.equal(torch.arange(5000) % 10)
-    assert measure._conditions(Work(folder, run, CPU), range(100, 200), None)[0].label.equal(labels[100:200])
-    turn = measure._conditions(Work(folder, asked(folder), CPU), range(30), None)[0].label
-    assert turn.equal(torch.arange(30) % 10)
+    assert measure._labels(run, range(100, 200)) == labels[100:200].tolist()
+    assert measure._labels(asked(folder), range(30)) == [i % 10 for i in range(30)]
 
 
 def test_parts_are_shared_and_survive(folder, monkeypatch):
@@ -114,11 +113,36 @@ def test_clip_score_of_a_run_with_words(tmp_path):
     result, lines = measure.scores_of(Work(folder, run, CPU), SILENT)
     prompts = measure._prompts(run)
     tensors, *_ = snapshot.synthesize(folder, [ema.chosen(run.sample)])
-    cond, texts = measure._conditions(Work(folder, run, CPU), range(40), prompts)
+    texts = [prompts[i] for i in range(40)]
+    cond, _ = conditions.build(run, range(40), snapshot.control_rows(folder), None, texts)
     made = torch.cat(list(generate.generate(snapshot.denoiser(tensors[0], run), run, range(40), cond)))
     expected = float(embed.CLIPScore(str(clip))(made.expand(-1, 3, -1, -1), texts).mean())
     assert result["scores"]["clip"]["mean"] == pytest.approx(expected, rel=1e-4) and "40 samples; clip" in lines[1]
-    assert texts[0] == prompts[0] and len(set(texts)) > 3
+    assert len(set(texts)) > 3
+
+
+def test_diversity_under_other_sizes(tmp_path, monkeypatch):
+    """The mean over seeds of the mean LPIPS of all pairs among ten sizes; and without the two smallest."""
+    folder, sizes = tmp_path / "run", measure.SIZES
+    written(folder, "shapes-class", **{"control.variables": "size", "control.schedule": "uniform"})
+    trunk, heads = public_lpips("alex")
+    files = stored(trunk, tmp_path, "trunk.pth"), stored(heads, tmp_path, "heads.pth")
+    network = lpips.load("alex", tmp_path, files=files)
+    monkeypatch.setattr(compare.lpips, "load", lambda *where: network)
+    run = asked(folder, "eval.scores=lpips", "eval.diversity_seeds=3", "sample.steps=2", "sample.guidance=1")
+    scores = measure.scores_of(Work(folder, run, CPU), SILENT)[0]["scores"]
+    tensors, *_ = snapshot.synthesize(folder, [ema.chosen(run.sample)])
+    denoiser, rows = snapshot.denoiser(tensors[0], run), snapshot.control_rows(folder)
+    every, sharp = [], []
+    for seed in range(3):
+        cond = [conditions.build(run, [seed], rows, [seed % 6], None, {"size": f"{s}x{s}"})[0] for s in sizes]
+        made = [next(iter(generate.generate(denoiser, run, [seed], c))) for c in cond]
+        distance = {(i, j): float(network(made[i], made[j])) for j in range(10) for i in range(j)}
+        every.append(sum(distance.values()) / 45)
+        sharp.append(sum(v for (i, _), v in distance.items() if i >= 2) / 28)
+    assert sizes[2] == measure.LEAST and min(every) > 1e-4 and every != pytest.approx(sharp)
+    assert scores["lpips"]["values"] == pytest.approx([sum(every) / 3], rel=1e-3)
+    assert scores["lpips_hr"]["values"] == pytest.approx([sum(sharp) / 3], rel=1e-3)
 
 
 def test_every_score_can_be_asked_for():
@@ -142,6 +166,7 @@ def test_what_a_run_lacks_is_said_before_any_sample(folder, tmp_path, monkeypatc
     for settings, said in (
         (("eval.scores=[fad]",), r"eval\.scores\.0 = .fad.: allowed are 'fid'"),
         (("eval.scores=[clip]",), "needs a run with words"),
+        (("eval.scores=lpips", f"eval.weights={tmp_path}"), r"needs alexnet-owt-7be5be79\.pth"),
         (("eval.scores=[fid]", f"eval.weights={tmp_path}"), r"needs pt_inception-2015-12-05-6726825d\.pth"),
         (("eval.scores=[fd_digits]", f"eval.reference={tmp_path}"), str(tmp_path)),
         (("eval.scores=[fd_digits]", "sample.aspect=2:1"), "are of squares"),

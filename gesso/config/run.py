@@ -89,7 +89,7 @@ class Ema(Settings):
         return self
 
 
-Score = Literal["fid", "kid", "is", "pr", "fd_dinov2", "kd_dinov2", "pr_dinov2", "clip", "fd_digits"]
+Score = Literal["fid", "kid", "is", "pr", "fd_dinov2", "kd_dinov2", "pr_dinov2", "clip", "lpips", "fd_digits"]
 
 
 class Eval(Settings):
@@ -102,9 +102,11 @@ class Eval(Settings):
     """random halves of the real images; scores and the floor are taken on each, at equal counts"""
     scores: Annotated[tuple[Score, ...], BeforeValidator(parse_words)] = ()
     """fid,kid,is,pr (precision, recall, density, coverage) by Inception, fd_dinov2,kd_dinov2,pr_dinov2, clip: of `images`
-    samples beside `reference`, by networks that are not shipped; fd_digits by the one that is. Empty: what `features` says"""
+    samples beside `reference`, by networks that are not shipped; lpips between samples told different sizes; fd_digits by the one that is. Empty: what `features` says"""
     images: Annotated[Count, Field(ge=2)] = 50_000
     """samples that scores are taken over"""
+    diversity_seeds: Annotated[Count, Field(ge=2)] = 10_000
+    """prompts, or classes with noise, that lpips is averaged over, ten samples each"""
     repeats: Positive = 1
     """times, with other seeds; EDM2 reports the least of three"""
     reference: str | None = None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gesso import files
 from gesso.errors import RunError, UsageError
-from gesso.evaluate import embed, features, inception, manifold, metrics
+from gesso.evaluate import embed, features, inception, lpips, manifold, metrics
 from gesso.evaluate.metrics import Moments
 from gesso.evaluate.pictures import Pictures, open_pictures
 
@@ -26,12 +26,12 @@ Tick = Callable[[int, int], None]
 
 METRICS = {
     "fid": "inception", "kid": "inception", "is": "inception", "pr": "inception", "fd_dinov2": "dinov2",
-    "kd_dinov2": "dinov2", "pr_dinov2": "dinov2", "clip": "clip", "fd_digits": "digits",
+    "kd_dinov2": "dinov2", "pr_dinov2": "dinov2", "clip": "clip", "lpips": "lpips", "fd_digits": "digits",
 }  # fmt: skip
 """score -> network. pr: precision and recall at k = 3, density and coverage at k = 5"""
 ROWS = ("kid", "is", "pr", "kd_dinov2", "pr_dinov2", "clip")
 """scores that need the features of every picture, not their moments alone"""
-ALONE = ("is", "clip")
+ALONE = ("is", "clip", "lpips")
 """scores without a reference"""
 MOST_NEIGHBOURS = 10_000
 """pictures of either set that precision and recall are taken over, as ADM does"""
@@ -95,7 +95,7 @@ def compare(asked: Asked, device: torch.device | str, tick: Tick) -> tuple[dict[
     """
     check(asked.scores)
     if asked.ref is None and not set(asked.scores) <= set(ALONE):
-        raise UsageError(f"compared with what? --ref DIR names the reference; only {' and '.join(ALONE)} need none")
+        raise UsageError("compared with what? --ref DIR names the reference; only is and clip need none")
     made = open_pictures(asked.images, asked.resolution, asked.count)
     ref = _reference(asked, made)
     networks = {name: load(name, asked, device) for name in dict.fromkeys(METRICS[score] for score in asked.scores)}
@@ -124,6 +124,8 @@ def check(scores: tuple[str, ...]) -> None:
     """Raise UsageError for a score that there is not."""
     if unknown := [name for name in scores if name not in METRICS]:
         raise UsageError(f"no score {unknown[0]!r}; there are: {', '.join(METRICS)}")
+    if "lpips" in scores:
+        raise UsageError("lpips compares samples of a run under other conditions: gesso evaluate RUN eval.scores=lpips")
 
 
 def _reference(asked: Asked, made: Pictures) -> "Pictures | Statistics | None":
@@ -162,6 +164,8 @@ def load(name: str, asked: Asked, device: torch.device | str) -> nn.Module:
         return inception.load(asked.weights, device)
     if name == "dinov2":
         return embed.DINOv2(asked.dinov2, device)
+    if name == "lpips":
+        return lpips.load("alex", asked.weights, device)
     if name == "clip":
         return embed.CLIPScore(asked.clip, device)
     return features.Grey(features.load_digit_features(device))

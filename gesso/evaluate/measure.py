@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +26,18 @@ from gesso import conditions, ema, files, generate, keyed, snapshot
 from gesso.config import Run
 from gesso.data.shards import is_cache, opened_manifest
 from gesso.data.sources import open_source
+from gesso.data.space import Space
+from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import RunError, UsageError
-from gesso.evaluate import compare
+from gesso.evaluate import compare, lpips
 from gesso.evaluate.compare import Statistics
 from gesso.evaluate.metrics import Moments
 from gesso.evaluate.pictures import Pictures, open_pictures
 
+SIZES = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
+LEAST = 192
+"""original sizes that conditional diversity is measured over: ten, from 64 to 1024, without 64 and 128 for "lpips_hr"; which
+ones lie between is our choice"""
 Tick = Callable[[int, int], None]
 PART = 500
 """samples of a file"""
@@ -72,17 +78,27 @@ def scores_of(work: Work, tick: Tick) -> tuple[dict[str, Any], list[str]]:
     reference = None if alone else _reference(run)
     names = dict.fromkeys(compare.METRICS[score] for score in cfg.scores)
     networks = {name: compare.load(name, asked, work.device) for name in names}
+    pairs = networks.pop("lpips", None)
+    if pairs:
+        _check_pairs(run)
     weights, _, nimg, _ = snapshot.synthesize(work.folder, [ema.chosen(run.sample)])
     protocol = _protocol(work, nimg, networks, reference)
     place = work.folder / "evaluation" / _key(work, protocol)
-    total = cfg.images * cfg.repeats // work.world + (
-        reference.count * len(networks) if reference and not work.rank else 0
-    )
+    mine = (cfg.images * cfg.repeats if networks else 0) + (cfg.diversity_seeds if pairs else 0)
+    total = mine // work.world + (reference.count * len(networks) if reference and not work.rank else 0)
     seen = compare.Seen(tick, total)
-    _draw(work, weights[0], networks, prompts, place, seen)
+    denoiser, guide = snapshot.denoiser(weights[0], run, work.device), generate.guide_of(work.folder, run)
+    drawer = Drawer(work, denoiser, guide, generate.opened_space(run), prompts)
+    if networks:
+        _in_parts(work, list(networks), cfg.images, cfg.repeats, place, lambda s: _embedded(drawer, networks, s), seen)
+    if pairs:
+        _in_parts(work, ["lpips"], cfg.diversity_seeds, 1, place, lambda s: _distances(drawer, pairs, s), seen)
     if work.rank:
         return {}, []
     found: dict[str, list[float]] = {}
+    if pairs:
+        mean = _gathered(place, "lpips", cfg.diversity_seeds, 0).moments.mean.tolist()
+        found = {"lpips": mean[:1], "lpips_hr": mean[1:]}
     for name, network in networks.items():
         mine = [score for score in cfg.scores if compare.METRICS[score] == name]
         y = None
@@ -111,6 +127,18 @@ def _reference(run: Run) -> Pictures:
     return open_pictures(where, height)
 
 
+def _check_pairs(run: Run) -> None:
+    """Raise UsageError where the run cannot be told sizes, or draws too small for LPIPS."""
+    if "size" not in run.control.variables:
+        raise UsageError(
+            "eval.scores=lpips compares samples told different sizes; this run has no control variable size"
+        )
+    if min(run.canvas) < lpips.SMALLEST:
+        raise UsageError(
+            f"eval.scores=lpips needs {lpips.SMALLEST}x{lpips.SMALLEST} and more; this run draws {run.canvas[1]}x{run.canvas[0]}"
+        )
+
+
 def _prompts(run: Run) -> Sequence[str] | None:
     """Captions that samples are drawn for, where the run has words: those of eval.prompts, else of the training images."""
     if run.semantic.kind != "text":
@@ -123,19 +151,13 @@ def _prompts(run: Run) -> Sequence[str] | None:
     return captions
 
 
-def _conditions(work: Work, seeds: Sequence[int], prompts: Sequence[str] | None) -> tuple[Any, list[str] | None]:
-    """Of the samples of these seeds, and their captions."""
-    run, labels, texts = work.run, None, None
+def _labels(run: Run, seeds: Sequence[int]) -> list[int] | None:
+    """Classes of the samples of these seeds, where the run has any."""
     classes = run.inputs.num_classes
-    if classes and run.eval.labels == "turn":
-        labels = [seed % classes for seed in seeds]
-    elif classes:
-        u = keyed.uniform(run.eval.seed, torch.tensor(list(seeds)), "label of a sample")[:, 0]
-        labels = (u * classes).long().tolist()
-    if prompts is not None:
-        texts = [prompts[seed % len(prompts)] for seed in seeds]
-    cond, _ = conditions.build(run, seeds, snapshot.control_rows(work.folder), labels, texts)
-    return cond, texts
+    if not classes or run.eval.labels == "turn":
+        return [seed % classes for seed in seeds] if classes else None
+    u = keyed.uniform(run.eval.seed, torch.tensor(list(seeds)), "label of a sample")[:, 0]
+    return (u * classes).long().tolist()
 
 
 def _parts(images: int, repeats: int) -> list[tuple[int, int, range]]:
@@ -151,43 +173,76 @@ def _file(place: Path, network: str, repeat: int, part: int) -> Path:
     return place / f"{network}-{repeat}-{part:06d}.safetensors"
 
 
+class Drawer(NamedTuple):
+    """What samples are drawn with."""
+
+    work: Work
+    denoiser: Denoiser
+    guide: Denoiser | None
+    space: Space
+    prompts: Sequence[str] | None
+
+    def images(
+        self, seeds: Sequence[int], control: Mapping[str, str] | None = None
+    ) -> Iterator[tuple[Tensor, list[str] | None]]:
+        """Batches of RGB samples (n, 3, H, W) uint8 on the device with their captions; control: what all are told."""
+        run, texts = (
+            self.work.run,
+            None if self.prompts is None else [self.prompts[s % len(self.prompts)] for s in seeds],
+        )
+        rows = snapshot.control_rows(self.work.folder)
+        cond, _ = conditions.build(run, seeds, rows, _labels(run, seeds), texts, control)
+        at = 0
+        for images in generate.generate(self.denoiser, run, seeds, cond, self.guide, self.space):
+            yield images.expand(-1, 3, -1, -1).to(self.work.device), texts and texts[at : at + len(images)]
+            at += len(images)
+
+
+def _embedded(drawer: Drawer, networks: dict[str, nn.Module], seeds: Sequence[int]) -> dict[str, Tensor]:
+    """Features of the samples of these seeds by every network."""
+    rows: dict[str, list[Tensor]] = {name: [] for name in networks}
+    for images, texts in drawer.images(seeds):
+        for name, network in networks.items():
+            rows[name].append(compare.features_of(network, images, texts if name == "clip" else None))
+    return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+def _distances(drawer: Drawer, network: lpips.LPIPS, seeds: Sequence[int]) -> dict[str, Tensor]:
+    """{"lpips": (n, 2)}: of each seed, class or prompt, and noise, the mean LPIPS between its samples under two of SIZES;
+    then without those below LEAST (Berrada et al. Section 3.1)."""
+    made = [torch.cat([x for x, _ in drawer.images(seeds, {"size": f"{size}x{size}"})]) for size in SIZES]
+    pairs = [(i, j) for j in range(len(SIZES)) for i in range(j)]
+    found = torch.stack([network(made[i], made[j]).cpu() for i, j in pairs], dim=1)
+    sharp = [k for k, (i, _) in enumerate(pairs) if SIZES[i] >= LEAST]
+    return {"lpips": torch.stack([found.mean(dim=1), found[:, sharp].mean(dim=1)], dim=1)}
+
+
 @torch.no_grad()
-def _draw(
+def _in_parts(
     work: Work,
-    weights: dict[str, Tensor],
-    networks: dict[str, nn.Module],
-    prompts: Sequence[str] | None,
+    names: Sequence[str],
+    images: int,
+    repeats: int,
     place: Path,
+    made: Callable[[Sequence[int]], dict[str, Tensor]],
     seen: compare.Seen,
 ) -> None:
-    """Write the features of the parts that are not there; the first rank waits for those of the others."""
-    run, cfg = work.run, work.run.eval
-    denoiser = snapshot.denoiser(weights, run, work.device)
-    guide, space = generate.guide_of(work.folder, run), generate.opened_space(run)
+    """Write what is `made` of the seeds of each part that is not there; the first rank waits for those of the others."""
     place.mkdir(parents=True, exist_ok=True)
-    parts = _parts(cfg.images, cfg.repeats)
+    parts = _parts(images, repeats)
     for repeat, part, seeds in parts[work.rank :: work.world]:
-        paths = {name: _file(place, name, repeat, part) for name in networks}
+        paths = {name: _file(place, name, repeat, part) for name in names}
         if not all(path.is_file() for path in paths.values()):
-            cond, texts = _conditions(work, seeds, prompts)
-            rows: dict[str, list[Tensor]] = {name: [] for name in networks}
-            at = 0
-            for images in generate.generate(denoiser, run, seeds, cond, guide, space):
-                shown = images.expand(-1, 3, -1, -1).to(work.device)
-                for name, network in networks.items():
-                    captions = texts[at : at + len(images)] if name == "clip" else None
-                    rows[name].append(compare.features_of(network, shown, captions))
-                at += len(images)
-            for name, path in paths.items():
-                with files.whole(path) as temporary:
-                    save_file({"rows": torch.cat(rows[name])}, temporary)
+            for name, rows in made(seeds).items():
+                with files.whole(paths[name]) as temporary:
+                    save_file({"rows": rows}, temporary)
         seen(len(seeds))
     started = time.monotonic()
     for repeat, part, _ in parts if work.rank == 0 else ():
-        for name in networks:
+        for name in names:
             while not (path := _file(place, name, repeat, part)).is_file():
-                if time.monotonic() - started > cfg.patience:
-                    raise RunError(f"{path} of another rank is not there after {cfg.patience} seconds")
+                if time.monotonic() - started > work.run.eval.patience:
+                    raise RunError(f"{path} of another rank is not there after {work.run.eval.patience} seconds")
                 time.sleep(POLL)
 
 
@@ -205,7 +260,7 @@ def _protocol(work: Work, nimg: int, networks: dict[str, nn.Module], reference: 
     """All that decides a number."""
     run, cfg = work.run, work.run.eval
     return {
-        "name": cfg.protocol, "images": cfg.images, "repeats": cfg.repeats, "first_seed": 0,
+        "name": cfg.protocol, "images": cfg.images, "diversity_seeds": cfg.diversity_seeds, "repeats": cfg.repeats, "first_seed": 0,
         "labels": cfg.labels if run.inputs.num_classes else None,
         "prompts": (cfg.prompts or run.data.source) if run.semantic.kind == "text" else None,
         "reference": reference.where if reference else None, "reference_images": reference.count if reference else None,

@@ -63,6 +63,12 @@ def berrada_coco(run: Run) -> list[str]:
     return ["eval.scores=fid,clip", *ddim(25), "sample.guidance=5", "sample.tuned_at=null", *where]
 
 
+def berrada_lpips(run: Run) -> list[str]:
+    """Section 3.1: conditional diversity, 10k prompts, ten samples each with one seed and noise and other sizes. Sampler and
+    guidance as for the Frechet distance: our choice."""
+    return ["eval.scores=lpips", *ddim(250), *GUIDED]
+
+
 def ddim(steps: int) -> list[str]:
     return ["sample.sampler=euler", f"sample.steps={steps}", "sample.eta=0"]
 
@@ -70,7 +76,7 @@ def ddim(steps: int) -> list[str]:
 GUIDED = ["sample.guidance=1.5", "sample.tuned_at=256"]
 PROTOCOLS: dict[str, Callable[[Run], list[str]]] = {
     "adm": adm, "dit": dit, "edm2": edm2, "berrada": berrada, "berrada-val": berrada_val,
-    "berrada-in22k": berrada_in22k, "berrada-coco": berrada_coco,
+    "berrada-in22k": berrada_in22k, "berrada-coco": berrada_coco, "berrada-lpips": berrada_lpips,
 }  # fmt: skip
 
 
