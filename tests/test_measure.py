@@ -11,9 +11,12 @@ from written import written
 
 from gesso import conditions, config, ema, generate, snapshot
 from gesso.config.run import Score
+from gesso.data import crops, pixels
+from gesso.data.sources import open_source
 from gesso.errors import UsageError
-from gesso.evaluate import compare, embed, lpips, measure, metrics, weights
-from gesso.evaluate.measure import Work
+from gesso.evaluate import compare, embed, lpips, measure, metrics, parts, shapes, shipped, weights
+from gesso.evaluate.features import load_digit_features
+from gesso.evaluate.parts import Work
 from gesso.evaluate.pictures import open_pictures
 
 CPU = torch.device("cpu")
@@ -23,8 +26,8 @@ SILENT = lambda done, total: None  # noqa: E731
 @pytest.fixture(autouse=True)
 def small_parts(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(measure, "PART", 30)
-    monkeypatch.setattr(measure, "POLL", 0.01)
+    monkeypatch.setattr(parts, "PART", 30)
+    monkeypatch.setattr(parts, "POLL", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def asked(folder, *settings: str) -> config.Run:
 def drawn(folder, run: config.Run, seeds: range) -> torch.Tensor:
     """The samples themselves, in one go, in RGB."""
     tensors, *_ = snapshot.synthesize(folder, [ema.chosen(run.sample)])
-    cond, _ = conditions.build(run, seeds, snapshot.control_rows(folder), measure._labels(run, seeds))
+    cond, _ = conditions.build(run, seeds, snapshot.control_rows(folder), parts.labels_of(run, seeds))
     made = torch.cat(list(generate.generate(snapshot.denoiser(tensors[0], run), run, seeds, cond)))
     return made.expand(-1, 3, -1, -1)
 
@@ -67,11 +70,11 @@ def test_a_run_is_measured(folder):
 
 def test_labels_are_drawn_by_seed(folder):
     run = asked(folder, "eval.labels=random")
-    labels = torch.tensor(measure._labels(run, range(5000)))
+    labels = torch.tensor(parts.labels_of(run, range(5000)))
     counts = labels.bincount(minlength=10)
     assert len(counts) == 10 and counts.min() > 400 and counts.max() < 600 and not labels.equal(torch.arange(5000) % 10)
-    assert measure._labels(run, range(100, 200)) == labels[100:200].tolist()
-    assert measure._labels(asked(folder), range(30)) == [i % 10 for i in range(30)]
+    assert parts.labels_of(run, range(100, 200)) == labels[100:200].tolist()
+    assert parts.labels_of(asked(folder), range(30)) == [i % 10 for i in range(30)]
 
 
 def test_parts_are_shared_and_survive(folder, monkeypatch):
@@ -113,12 +116,55 @@ def test_clip_score_of_a_run_with_words(tmp_path):
     result, lines = measure.scores_of(Work(folder, run, CPU), SILENT)
     prompts = measure._prompts(run)
     tensors, *_ = snapshot.synthesize(folder, [ema.chosen(run.sample)])
-    texts = [prompts[i] for i in range(40)]
+    texts = [prompts[i].caption for i in range(40)]
     cond, _ = conditions.build(run, range(40), snapshot.control_rows(folder), None, texts)
     made = torch.cat(list(generate.generate(snapshot.denoiser(tensors[0], run), run, range(40), cond)))
     expected = float(embed.CLIPScore(str(clip))(made.expand(-1, 3, -1, -1), texts).mean())
     assert result["scores"]["clip"]["mean"] == pytest.approx(expected, rel=1e-4) and "40 samples; clip" in lines[1]
     assert len(set(texts)) > 3
+
+
+@pytest.mark.parametrize("recipe", ["shapes", "shapes-class"])
+def test_shapes_are_read_back(recipe, tmp_path):
+    folder, n = tmp_path / "run", 40
+    written(folder, recipe)
+    run = asked(folder, "eval.scores=drawn", f"eval.images={n}", "eval.features=none")
+    scores = measure.scores_of(Work(folder, run, CPU), SILENT)[0]["scores"]
+    prompts, rows = measure._prompts(run), snapshot.control_rows(folder)
+    captions = [prompts[i].caption for i in range(n)] if prompts else None
+    labels = parts.labels_of(run, range(n))
+    cond, _ = conditions.build(run, range(n), rows, labels, captions)
+    tensors, *_ = snapshot.synthesize(folder, [ema.chosen(run.sample)])
+    made = torch.cat(list(generate.generate(snapshot.denoiser(tensors[0], run), run, range(n), cond)))
+    if captions:
+        expected = shapes.agreement(made, captions)
+    else:
+        expected = shapes.class_agreement(made, torch.tensor(labels))
+    assert {name: found["mean"] for name, found in scores.items()} == pytest.approx(expected)
+
+
+def test_rates_are_those_of_real_pictures():
+    """Real shapes are read rightly beside their own captions, and not beside others'."""
+    source = open_source("shapes:60")
+    made = torch.stack([torch.from_numpy(shown(source, i)) for i in range(60)])
+    judge, captions = shipped.Drawn(True), list(source.captions())
+    right = shipped.rates(judge, judge(made, None, captions))
+    wrong = shipped.rates(judge, judge(made, None, captions[1:] + captions[:1]))
+    assert right["all"] > 0.95 and right["relation"] > 0.95 and wrong["pair"] < 0.5
+    assert right == pytest.approx(shapes.agreement(made, captions))
+
+
+def shown(source, i):
+    image = pixels.decode(source.item(i).image, 3)[0]
+    return crops.taken(image, crops.centred(image.height, image.width), 64, 64)
+
+
+def test_agreement_of_digits(folder):
+    run = asked(folder, "eval.scores=agreement,fd_digits")
+    scores = measure.scores_of(Work(folder, run, CPU), SILENT)[0]["scores"]
+    _, logits = load_digit_features().classify(drawn(folder, run, range(75))[:, :1])
+    expected = metrics.class_agreement(logits, torch.arange(75) % 10)
+    assert scores["class_agreement"]["mean"] == pytest.approx(expected)
 
 
 def test_diversity_under_other_sizes(tmp_path, monkeypatch):

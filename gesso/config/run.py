@@ -89,7 +89,9 @@ class Ema(Settings):
         return self
 
 
-Score = Literal["fid", "kid", "is", "pr", "fd_dinov2", "kd_dinov2", "pr_dinov2", "clip", "lpips", "fd_digits"]
+Score = Literal[
+    "fid", "kid", "is", "pr", "fd_dinov2", "kd_dinov2", "pr_dinov2", "clip", "lpips", "fd_digits", "agreement", "drawn"
+]
 
 
 class Eval(Settings):
@@ -101,8 +103,9 @@ class Eval(Settings):
     splits: Annotated[Count, Field(ge=1)] = 5
     """random halves of the real images; scores and the floor are taken on each, at equal counts"""
     scores: Annotated[tuple[Score, ...], BeforeValidator(parse_words)] = ()
-    """fid,kid,is,pr (precision, recall, density, coverage) by Inception, fd_dinov2,kd_dinov2,pr_dinov2, clip: of `images`
-    samples beside `reference`, by networks that are not shipped; lpips between samples told different sizes; fd_digits by the one that is. Empty: what `features` says"""
+    """of `images` samples, beside `reference` or alone. Inception: fid,kid,is,pr (precision, recall, density, coverage);
+    DINOv2: fd_dinov2,kd_dinov2,pr_dinov2; clip; lpips between samples told different sizes. Shipped: fd_digits and agreement
+    of digits, drawn of shapes read back. Empty: what `features` says"""
     images: Annotated[Count, Field(ge=2)] = 50_000
     """samples that scores are taken over"""
     diversity_seeds: Annotated[Count, Field(ge=2)] = 10_000

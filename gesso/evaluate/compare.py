@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gesso import files
 from gesso.errors import RunError, UsageError
-from gesso.evaluate import embed, features, inception, lpips, manifold, metrics
+from gesso.evaluate import embed, features, inception, lpips, manifold, metrics, shipped
 from gesso.evaluate.metrics import Moments
 from gesso.evaluate.pictures import Pictures, open_pictures
 
@@ -26,13 +26,14 @@ Tick = Callable[[int, int], None]
 
 METRICS = {
     "fid": "inception", "kid": "inception", "is": "inception", "pr": "inception", "fd_dinov2": "dinov2",
-    "kd_dinov2": "dinov2", "pr_dinov2": "dinov2", "clip": "clip", "lpips": "lpips", "fd_digits": "digits",
+    "kd_dinov2": "dinov2", "pr_dinov2": "dinov2", "clip": "clip", "lpips": "lpips", "agreement": "agreement", "drawn": "drawn", "fd_digits": "digits",
 }  # fmt: skip
 """score -> network. pr: precision and recall at k = 3, density and coverage at k = 5"""
-ROWS = ("kid", "is", "pr", "kd_dinov2", "pr_dinov2", "clip")
+ROWS = ("kid", "is", "pr", "kd_dinov2", "pr_dinov2", "clip", "agreement", "drawn")
 """scores that need the features of every picture, not their moments alone"""
-ALONE = ("is", "clip", "lpips")
+ALONE = ("is", "clip", "lpips", "agreement", "drawn")
 """scores without a reference"""
+OF_RUNS = ("lpips", "agreement", "drawn")
 MOST_NEIGHBOURS = 10_000
 """pictures of either set that precision and recall are taken over, as ADM does"""
 
@@ -81,6 +82,13 @@ def write(asked: Asked, tick: Tick) -> list[str]:
     return [*lines, f"wrote {asked.out}"]
 
 
+class Told(NamedTuple):
+    """What pictures of a batch were to show."""
+
+    labels: Sequence[int] | None = None
+    captions: Sequence[str] | None = None
+
+
 class Statistics(NamedTuple):
     """Of the features of a set. rows (N, D) float32 where they were kept."""
 
@@ -124,8 +132,9 @@ def check(scores: tuple[str, ...]) -> None:
     """Raise UsageError for a score that there is not."""
     if unknown := [name for name in scores if name not in METRICS]:
         raise UsageError(f"no score {unknown[0]!r}; there are: {', '.join(METRICS)}")
-    if "lpips" in scores:
-        raise UsageError("lpips compares samples of a run under other conditions: gesso evaluate RUN eval.scores=lpips")
+    for name in OF_RUNS:
+        if name in scores:
+            raise UsageError(f"{name} needs to know what samples were told: gesso evaluate RUN eval.scores={name}")
 
 
 def _reference(asked: Asked, made: Pictures) -> "Pictures | Statistics | None":
@@ -195,7 +204,7 @@ def gathered(
     moments, rows, at = Moments(), [], 0
     captions = pictures.captions() if isinstance(network, embed.CLIPScore) else None
     for batch in pictures.batches(size):
-        found = features_of(network, batch.to(device), captions and captions[at : at + len(batch)])
+        found = features_of(network, batch.to(device), Told(None, captions and captions[at : at + len(batch)]))
         moments.update(found)
         at += len(batch)
         if keep:
@@ -204,10 +213,13 @@ def gathered(
     return Statistics(moments, torch.cat(rows) if keep else None)
 
 
-def features_of(network: nn.Module, images: Tensor, captions: Sequence[str] | None) -> Tensor:
-    """(B, D) on the CPU; of CLIP the scores (B, 1)."""
-    found = network(images) if captions is None else network(images, captions)[:, None]
-    return found.cpu()
+def features_of(network: nn.Module, images: Tensor, told: Told) -> Tensor:
+    """(B, D) on the CPU; of CLIP the scores (B, 1), of the judges that are shipped their answers (B, K)."""
+    if isinstance(network, embed.CLIPScore):
+        return network(images, told.captions)[:, None].cpu()
+    if isinstance(network, shipped.Agreement | shipped.Drawn):
+        return network(images, told.labels, told.captions)
+    return network(images).cpu()
 
 
 def kept_folder() -> Path:
@@ -255,6 +267,8 @@ def scored(score: str, x: Statistics, y: Statistics | None, network: nn.Module) 
     if score == "is":
         mean, std = metrics.inception_score(_shuffled(network.probabilities(x.rows.to(network.fc.weight.device)).cpu()))
         return {"is": mean, "is_std": std}
+    if score in ("agreement", "drawn"):
+        return shipped.rates(network, x.rows)
     if score == "clip":
         return {"clip": float(x.moments.mean)}
     if score in ("kid", "kd_dinov2"):

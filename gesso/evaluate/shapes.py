@@ -254,14 +254,20 @@ def agreement(images: Tensor, captions: Sequence[str]) -> dict[str, float]:
     """
     if len(images) != len(captions) or not captions:
         raise UsageError(f"agreement takes a caption for each picture; got {len(images)} and {len(captions)}")
-    rows = [_judged(parse(caption), found) for caption, found in zip(captions, read(images), strict=True)]
+    rows = [judged(caption, found) for caption, found in zip(captions, read(images), strict=True)]
+    return {name: _share(row[name] for row in rows) for name in rows[0]}
+
+
+def judged(caption: str, found: Sequence[Found]) -> dict[str, bool | None]:
+    """What `agreement` counts, of one picture; None where the caption claims nothing of the kind."""
+    row = _judged(parse(caption), found)
     among = {"side": "single", "relation": "double", "flipped": "sided"}
-    rates = {name: _share(row[name] for row in rows if row[among.get(name, "always")]) for name in rows[0]}
-    return {name: rate for name, rate in rates.items() if name not in ("single", "double", "always")}
+    told = {name: holds if row[among.get(name, "always")] else None for name, holds in row.items()}
+    return {name: holds for name, holds in told.items() if name not in ("single", "double", "always")}
 
 
-def _share(holds: Iterable[bool]) -> float:
-    values = list(holds)
+def _share(holds: Iterable[bool | None]) -> float:
+    values = [value for value in holds if value is not None]
     return sum(values) / len(values) if values else 0.0
 
 
@@ -270,11 +276,17 @@ def class_agreement(images: Tensor, labels: Tensor) -> dict[str, float]:
 
     kind: a shape of that kind is there; all: it is the only one; border: some shape touches the border.
     """
-    rows = [(KINDS[label], found) for label, found in zip(labels.tolist(), read(images), strict=True)]
+    rows = [class_judged(label, found) for label, found in zip(labels.tolist(), read(images), strict=True)]
+    return {name: _share(row[name] for row in rows) for name in rows[0]}
+
+
+def class_judged(label: int, found: Sequence[Found]) -> dict[str, bool]:
+    """What `class_agreement` counts, of one picture."""
+    kind = KINDS[label]
     return {
-        "kind": sum(any(f.kind == kind for f in found) for kind, found in rows) / len(rows),
-        "all": sum([f.kind for f in found] == [kind] for kind, found in rows) / len(rows),
-        "border": sum(any(f.touches for f in found) for _, found in rows) / len(rows),
+        "kind": any(f.kind == kind for f in found),
+        "all": [f.kind for f in found] == [kind],
+        "border": any(f.touches for f in found),
     }
 
 
