@@ -109,7 +109,7 @@ class Eval(Settings):
     images: Annotated[Count, Field(ge=2)] = 50_000
     """samples that scores are taken over"""
     diversity_seeds: Annotated[Count, Field(ge=2)] = 10_000
-    """prompts, or classes with noise, that lpips is averaged over, ten samples each"""
+    """prompts, or classes with noise, that lpips is averaged over, five samples each"""
     repeats: Positive = 1
     """times, with other seeds; EDM2 reports the least of three"""
     reference: str | None = None

@@ -64,7 +64,7 @@ def berrada_coco(run: Run) -> list[str]:
 
 
 def berrada_lpips(run: Run) -> list[str]:
-    """Section 3.1: conditional diversity, 10k prompts, ten samples each with one seed and noise and other sizes. Sampler and
+    """Section 3.1: conditional diversity, 10k prompts, samples of one seed and noise told five sizes (Table 2a). Sampler and
     guidance as for the Frechet distance: our choice."""
     return ["eval.scores=lpips", *ddim(250), *GUIDED]
 
