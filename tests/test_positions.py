@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from gesso import nets
+from gesso import nets, recipes
 from gesso.cond import Cond
 from gesso.config import MDT, DiT, DiTAtt, Inputs, MMDiT, MMDiTpp, MPDiT, MPMMDiTpp, PixArt
+from gesso.errors import UsageError
 from gesso.nets.embed import GridPosition
 
 D = 16
@@ -152,3 +153,53 @@ def test_networks_with_positions_of_their_own_refuse_it(positions):
         MMDiT(**SHAPE, max_grid=8, positions=positions)
     with pytest.raises(ValidationError, match="resampled"):
         DiT(**SHAPE, positions="stretched")
+
+
+# --- Weights from another resolution: positions counted on that one's grid ------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("positions", SETTINGS)
+def test_counted_on_another_grid(name, positions):
+    """A network for 16 pixels with positions of 8 is the network for 8 at 16: on every grid, and its own is kept."""
+    at = Inputs(3, 8, num_classes=5)
+    nets_ = []
+    for inputs in (at, at._replace(resolution=16, positions_at=8), at._replace(resolution=16)):
+        torch.manual_seed(0)
+        nets_.append(awake(nets.build(CONFIGS[name](**SHAPE, positions=positions), inputs)))
+    small, moved, large = nets_
+    module = position_of(moved)
+    assert (module.base, module.grid, module.table.shape[1]) == ((4, 4), (8, 8), 64)
+    cond, t = Cond(label=torch.tensor([1])), torch.tensor([0.3])
+    for h, w in [(8, 8), (16, 16), (12, 20)]:
+        x = torch.randn(1, 3, h, w)
+        assert moved(x, t, t, cond).equal(small(x, t, t, cond))
+    x = torch.randn(1, 3, 16, 16)
+    apart = (moved(x, t, t, cond) - large(x, t, t, cond)).abs().max()
+    assert apart == 0 if positions == "extrapolated" else apart > 1e-3
+
+
+def test_resampled_from_another_grid_is_pseudocode_1():
+    """base_size = grid_size // scale; linspace(0, base_size, grid_size)."""
+    grid, scale = 8, 2
+    places = np.linspace(0, grid // scale, grid)
+    found = GridPosition(D, (grid // scale,) * 2, "resampled", (grid, grid))(grid, grid)[0].numpy()
+    np.testing.assert_allclose(found, table(places, places), atol=1e-6)
+
+
+def test_the_setting_in_a_run():
+    def run(*arguments, name="digits"):
+        return recipes.resolve(name, ["data.resolution=16", "eval.features=none", *arguments])[0]
+
+    assert run().inputs.positions_at is None and run("net.positions_at=8").inputs.positions_at == 8
+    latents = ["latent.vae=x", "data.channels=3", "data.resolution=64", "net.positions_at=32"]
+    assert run(*latents).inputs.positions_at == 4
+    for arguments, words in [
+        (["net.positions_at=9"], "net.positions_at=9 is not a multiple of 2"),
+        ([*latents, "net.positions_at=40"], "net.positions_at=40 is not a multiple of 16"),
+        (["net.name=mdt", "net.positions_at=8"], "positions_at is not for mdt"),
+        (["net.name=mmdit", "net.max_grid=16", "net.positions_at=8"], "leave positions_at out"),
+        (["net.name=edm2", "net.positions_at=8"], "no such setting"),
+    ]:
+        with pytest.raises(UsageError, match=words):
+            run(*arguments)

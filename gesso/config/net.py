@@ -30,6 +30,7 @@ class Inputs(NamedTuple):
 
     channels and resolution (height and width in training) of x; num_classes 0: no classes; text_width
     channels of a text token, 0: no text; pooled_width of the pooled text. Classes and text exclude each other.
+    positions_at: height and width of the x whose grid of tokens positions are counted on; None: resolution.
     """
 
     channels: int
@@ -38,6 +39,7 @@ class Inputs(NamedTuple):
     text_width: int = 0
     pooled_width: int = 0
     control: Control = Control()
+    positions_at: int | None = None
 
     @property
     def semantic(self) -> bool:
@@ -131,6 +133,9 @@ class Transformer(Settings):
     positions: Literal["resampled", "extrapolated", "interpolated"] = "resampled"
     """sine-cosine positions of a grid: resampled, from 0 to the training grid's side whatever the grid (Berrada et al.,
     Pseudocode 1); extrapolated, one step per token (DiT); interpolated, DiT's table of the training grid, resized"""
+    positions_at: PositiveInt | None = None
+    """resolution in pixels whose grid stands for the training grid in `positions`: where weights were moved from there
+    to data.resolution, base_size = grid_size / scale (Pseudocode 1). null: data.resolution"""
 
     @model_validator(mode="after")
     def _widths(self) -> "Transformer":
@@ -192,6 +197,8 @@ class MDT(Transformer):
     def _halves(self) -> "MDT":
         if self.positions != "resampled":
             raise ValueError(f"positions={self.positions} is not for mdt, which learns its positions; leave it out")
+        if self.positions_at is not None:
+            raise ValueError("positions_at is not for mdt, which learns its positions; leave it out")
         if self.mask_ratio[0] > self.mask_ratio[1] or self.mask_ratio[1] == 1:
             raise ValueError(f"mask_ratio={self.mask_ratio} must rise and stay below 1")
         if self.depth <= self.decoder or (self.depth - self.decoder) % 2:
@@ -219,6 +226,8 @@ class MMDiT(Transformer):
     def _of_sd3(self) -> "MMDiT":
         if self.max_grid is not None and self.positions != "resampled":
             raise ValueError(f"max_grid={self.max_grid} has positions of its own, not {self.positions}; leave one out")
+        if self.max_grid is not None and self.positions_at is not None:
+            raise ValueError(f"max_grid={self.max_grid} keeps its positions with the weights; leave positions_at out")
         if self.dual_blocks and self.text_weights != "all":
             raise ValueError(f"dual_blocks={self.dual_blocks} is SD3.5's and needs text_weights=all, its block")
         if self.dual_blocks > self.depth:

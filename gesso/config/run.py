@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, mode
 
 from gesso.config.base import Count, Positive, Probability, Settings, Share, SigmaRel, parse_words
 from gesso.config.condition import Controls, Semantic
-from gesso.config.net import Control, Inputs, MMDiT, Net, UNet
+from gesso.config.net import Control, Inputs, MMDiT, Net, Transformer, UNet
 from gesso.config.process import EDM, Process
 from gesso.config.sample import Sample
 from gesso.config.train import Loss, Optim, Train
@@ -159,6 +159,10 @@ class Run(Settings):
     def _fits(self) -> "Run":
         for block in ("data", "sample"):
             self._size(block, getattr(self, block).resolution)
+        if self.positions_at and self.positions_at % (self.net.multiple * self.factor):
+            raise ValueError(
+                f"net.positions_at={self.positions_at} is not a multiple of {self.net.multiple * self.factor}, pixels of a token"
+            )
         if self.latent.vae and self.data.channels != 3:
             raise ValueError(f"data.channels={self.data.channels}, but latent.vae sees RGB: set data.channels=3")
         self._conditions()
@@ -241,6 +245,11 @@ class Run(Settings):
         return self.latent.factor if self.latent.vae else 1
 
     @property
+    def positions_at(self) -> int | None:
+        """net.positions_at; None where that is data.resolution, or where the network has no such setting."""
+        return self.net.positions_at if isinstance(self.net, Transformer) else None
+
+    @property
     def canvas(self) -> tuple[int, int]:
         """Height and width to sample at, in pixels."""
         cfg, wide = self.sample, self.sample.ratio
@@ -269,4 +278,5 @@ class Run(Settings):
             text_width=(semantic.width or 0) if text else 0,
             pooled_width=(semantic.pooled_width or 0) if text and "pooled" in self.net.accepts else 0,
             control=control,
+            positions_at=self.positions_at // self.factor if self.positions_at else None,
         )

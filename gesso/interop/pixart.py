@@ -156,6 +156,8 @@ def to_diffusers(weights: Mapping[str, Tensor], cfg: PixArt, inputs: Inputs) -> 
         peer,
         {
             "net.positions=resampled (extrapolated it holds)": cfg.positions == "resampled",
+            "net.positions=interpolated from another grid": cfg.positions == "interpolated"
+            and inputs.positions_at not in (None, inputs.resolution),
             "net.qk_norm=true": cfg.qk_norm,
             f"net.mlp_ratio={cfg.mlp_ratio} (its own is 4)": cfg.mlp_ratio != 4,
             "a network without text": not inputs.text_width,

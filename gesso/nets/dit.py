@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gesso.cond import Cond
 from gesso.config import DiT, DiTAtt, Inputs, PixArt
-from gesso.nets.embed import ControlEmbed, GridPosition, SemanticTokens, TimeEmbed, null_filled
+from gesso.nets.embed import ControlEmbed, SemanticTokens, TimeEmbed, grid_position, null_filled
 from gesso.nets.layers import QKV, AdaLN, Mlp, PatchEmbed, RMSNorm, attention, linear, modulate, split_heads, unpatchify
 
 Modulation = tuple[Tensor, ...]
@@ -24,9 +24,8 @@ class Trunk(nn.Module):
     def __init__(self, cfg: DiT | DiTAtt | PixArt, inputs: Inputs):
         super().__init__()
         self.patch = cfg.patch
-        grid = inputs.resolution // cfg.patch
         self.patch_embed = PatchEmbed(inputs.channels, cfg.width, cfg.patch)
-        self.position = GridPosition(cfg.width, (grid, grid), cfg.positions)
+        self.position = grid_position(inputs, cfg.width, cfg.patch, cfg.positions)
         self.time = TimeEmbed(cfg.width)
         self.control = ControlEmbed(inputs.control, cfg.width)
         self.final = linear(cfg.width, cfg.patch**2 * inputs.channels, zero=True)

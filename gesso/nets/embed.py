@@ -53,30 +53,36 @@ def sincos_2d(width: int, h: int, w: int, last: tuple[int, int]) -> Tensor:
 
 
 class GridPosition(nn.Module):
-    """Sine-cosine positions, (1, h*w, D): those of the training grid `base` a constant, others made when seen.
+    """Sine-cosine positions, (1, h*w, D): those of the training grid a constant, others made when seen.
 
-    resampled: n tokens from 0 to base, step n/(n-1) on the training grid (Berrada et al., Pseudocode 1).
+    They are counted on the grid `base`, which is the training grid but where weights came from another resolution.
+    resampled: n tokens from 0 to base, step n/(n-1) on that grid (Berrada et al., Pseudocode 1).
     extrapolated: step 1 on every grid, as DiT has it and Pseudocode 1 in its commented-out line.
-    interpolated: the extrapolated table of the training grid, resized bicubically (Section 2.2, its
-    references 2 and 47).
+    interpolated: the extrapolated table of that grid, resized bicubically (Section 2.2, its references 2 and 47).
     """
 
-    def __init__(self, width: int, base: tuple[int, int], positions: str):
+    def __init__(self, width: int, base: tuple[int, int], positions: str, grid: tuple[int, int] | None = None):
         super().__init__()
-        self.width, self.base, self.positions = width, base, positions
-        self.register_buffer("table", self.sincos(*base), persistent=False)
+        self.width, self.base, self.positions, self.grid = width, base, positions, grid or base
+        self.register_buffer("table", self.made(*self.grid), persistent=False)
 
-    def sincos(self, h: int, w: int) -> Tensor:
-        last = self.base if self.positions == "resampled" else (h - 1, w - 1)
-        return sincos_2d(self.width, h, w, last)
+    def made(self, h: int, w: int) -> Tensor:
+        if self.positions == "resampled":
+            return sincos_2d(self.width, h, w, self.base)
+        if self.positions == "extrapolated" or (h, w) == self.base:
+            return sincos_2d(self.width, h, w, (h - 1, w - 1))
+        last = self.base[0] - 1, self.base[1] - 1
+        square = sincos_2d(self.width, *self.base, last).unflatten(1, self.base).permute(0, 3, 1, 2)  # 1 D h w
+        return F.interpolate(square, size=(h, w), mode="bicubic").flatten(2).transpose(1, 2)
 
     def forward(self, h: int, w: int) -> Tensor:
-        if (h, w) == self.base:
-            return self.table
-        if self.positions == "interpolated":
-            square = self.table.unflatten(1, self.base).permute(0, 3, 1, 2)  # 1 D h w
-            return F.interpolate(square, size=(h, w), mode="bicubic").flatten(2).transpose(1, 2)
-        return self.sincos(h, w).to(self.table)
+        return self.table if (h, w) == self.grid else self.made(h, w).to(self.table)
+
+
+def grid_position(inputs: Inputs, width: int, patch: int, positions: str) -> GridPosition:
+    """That of a network for x of inputs.resolution."""
+    grid, base = (side // patch for side in (inputs.resolution, inputs.positions_at or inputs.resolution))
+    return GridPosition(width, (base, base), positions, (grid, grid))
 
 
 class SemanticTokens(nn.Module):

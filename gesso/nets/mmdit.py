@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gesso.cond import Cond
 from gesso.config import Inputs, MMDiT, MMDiTpp
-from gesso.nets.embed import ControlEmbed, GridPosition, SemanticTokens, TimeEmbed, pooled_filled, sincos_2d
+from gesso.nets.embed import ControlEmbed, SemanticTokens, TimeEmbed, grid_position, pooled_filled, sincos_2d
 from gesso.nets.layers import QKV, AdaLN, Mlp, PatchEmbed, attention, linear, modulate, unpatchify
 
 
@@ -163,11 +163,10 @@ class MMDiTNet(JointTransformer):
     """
 
     def __init__(self, cfg: MMDiT, inputs: Inputs):
-        grid = inputs.resolution // cfg.patch
         if cfg.max_grid is None:
-            position = GridPosition(cfg.width, (grid, grid), cfg.positions)
+            position = grid_position(inputs, cfg.width, cfg.patch, cfg.positions)
         else:
-            position = CroppedPosition(cfg.width, cfg.max_grid, grid)
+            position = CroppedPosition(cfg.width, cfg.max_grid, inputs.resolution // cfg.patch)
         super().__init__(cfg, inputs, position, text_embed="mlp" if cfg.text_weights == "qkv" else "linear")
         self.class_in_c = bool(inputs.num_classes)
         n = inputs.pooled_width
@@ -183,8 +182,7 @@ class MMDiTppNet(JointTransformer):
     """mmDiT++: c = time + control; the semantic condition is in the tokens alone (Section 2.1)."""
 
     def __init__(self, cfg: MMDiTpp, inputs: Inputs):
-        grid = inputs.resolution // cfg.patch
-        position = GridPosition(cfg.width, (grid, grid), cfg.positions)
+        position = grid_position(inputs, cfg.width, cfg.patch, cfg.positions)
         super().__init__(cfg, inputs, position, text_embed="mlp")
 
     def modulation(self, time: Tensor, text: Tensor | None, cond: Cond) -> Tensor:

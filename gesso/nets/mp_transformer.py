@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from gesso.cond import Cond
 from gesso.config import Inputs, MPDiT, MPMMDiTpp
-from gesso.nets.embed import GridPosition, MPControl, null_filled, text_filled
+from gesso.nets.embed import MPControl, grid_position, null_filled, text_filled
 from gesso.nets.layers import attention, check_size, unpatchify
 from gesso.nets.mp import MPFourier, MPLinear, mp_silu, mp_sum, pixel_norm
 
@@ -51,11 +51,11 @@ def with_one(x: Tensor) -> Tensor:
 class MPPatchEmbed(nn.Module):
     """(B, C, H, W) -> (B, T, D), one token per p x p square, row by row; positions added by MP-sum."""
 
-    def __init__(self, channels: int, width: int, patch: int, resolution: int, positions: str):
+    def __init__(self, cfg: MPDiT | MPMMDiTpp, inputs: Inputs):
         super().__init__()
-        self.patch = patch
-        self.linear = MPLinear(patch**2 * channels + 1, width)
-        self.position = GridPosition(width, (resolution // patch,) * 2, positions)
+        self.patch = cfg.patch
+        self.linear = MPLinear(cfg.patch**2 * inputs.channels + 1, cfg.width)
+        self.position = grid_position(inputs, cfg.width, cfg.patch, cfg.positions)
 
     def forward(self, x: Tensor) -> Tensor:
         check_size(x, self.patch)
@@ -191,7 +191,7 @@ class MPDiTNet(nn.Module):
     def __init__(self, cfg: MPDiT, inputs: Inputs):
         super().__init__()
         self.patch = cfg.patch
-        self.patch_embed = MPPatchEmbed(inputs.channels, cfg.width, cfg.patch, inputs.resolution, cfg.positions)
+        self.patch_embed = MPPatchEmbed(cfg, inputs)
         self.noise = NoiseEmbed(cfg.width)
         self.label = MPClass(inputs.num_classes, cfg.width) if inputs.num_classes else None
         self.control = MPControl(inputs.control, cfg.width)
@@ -220,7 +220,7 @@ class MPMMDiTppNet(nn.Module):
     def __init__(self, cfg: MPMMDiTpp, inputs: Inputs):
         super().__init__()
         self.patch = cfg.patch
-        self.patch_embed = MPPatchEmbed(inputs.channels, cfg.width, cfg.patch, inputs.resolution, cfg.positions)
+        self.patch_embed = MPPatchEmbed(cfg, inputs)
         self.noise = NoiseEmbed(cfg.width)
         self.label = MPClass(inputs.num_classes, cfg.width) if inputs.num_classes else None
         self.text = MPText(inputs.text_width, cfg.width) if inputs.text_width else None
