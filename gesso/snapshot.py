@@ -237,11 +237,12 @@ def synthesize(
     stored, and where snapshots are of no run.
     """
     how = plan(stored(run_folder), profiles, nimg)
-    run = _run(how.used[-1])
+    run = run_of(how.used[-1])
     return made(how), run, how.nimg, [how.fit(profile) for profile in profiles]
 
 
-def _run(snapshot: Snapshot) -> Run:
+def run_of(snapshot: Snapshot) -> Run:
+    """Its run. Raises UsageError where another trainer kept it."""
     if not snapshot.run or "net" not in snapshot.run:
         raise UsageError(f"{snapshot.path} was kept by another trainer: gesso knows its weights, not its network")
     return config.validate(snapshot.run)
@@ -315,7 +316,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], Run, Snapshot]:
     snapshot = _snapshot(path, _description(path))
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in list(file.keys()) if name != ROWS}
-    return tensors, _run(snapshot), snapshot
+    return tensors, run_of(snapshot), snapshot
 
 
 def control_rows(run_folder: Path) -> Tensor | None:

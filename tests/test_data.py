@@ -26,8 +26,10 @@ def test_digits():
 
 
 def test_digits_of_another_shape():
-    with pytest.raises(UsageError, match="grey 8x8"):
-        open_dataset(Data(source="digits", resolution=16, channels=1))
+    for resolution, channels in ((4, 1), (8, 3)):
+        with pytest.raises(UsageError, match="grey 8x8"):
+            open_dataset(Data(source="digits", resolution=resolution, channels=channels))
+    assert open_dataset(Data(source="digits", resolution=16, channels=1)).pixels.shape == (1797, 1, 16, 16)  # enlarged
 
 
 def test_folder_is_sorted_and_labelled(tmp_path):

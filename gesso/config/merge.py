@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from gesso import files
+from gesso.config.init import FOUND
 from gesso.config.run import Run
 from gesso.errors import UsageError
 
@@ -40,7 +41,14 @@ def parse_value(text: str) -> Any:
 
 
 def parse_override(argument: str) -> Tree:
-    """`a.b=c` as {"a": {"b": c}}; a YAML file as what it holds."""
+    """`a.b=c` as {"a": {"b": c}}; a YAML file as what it holds. `init=x` is short for `init.source=x`."""
+    tree = _said(argument)
+    if "init" in tree and not isinstance(tree["init"], dict):
+        tree["init"] = {"source": tree["init"]}
+    return tree
+
+
+def _said(argument: str) -> Tree:
     if "=" not in argument and argument.endswith((".yaml", ".yml")):
         return read_yaml(Path(argument))
     path, equals, text = argument.partition("=")
@@ -81,8 +89,12 @@ def merged(base: Tree, override: Tree, path: tuple[str, ...] = ()) -> Tree:
 
 
 def switched(base: Tree, override: Tree, notes: list[str]) -> Tree:
-    """Where `net.name` or `process.name` changes, keep of `base` only the fields that both have."""
+    """Where `net.name` or `process.name` changes, keep of `base` only the fields that both have; where `init.source` does,
+    forget what the old one told."""
     base = dict(base)
+    given, old = override.get("init"), base.get("init") or {}
+    if isinstance(given, dict) and given.get("source", old.get("source")) != old.get("source"):
+        base["init"] = {k: v for k, v in old.items() if k not in FOUND}
     for path in ("net", "process"):
         given = override.get(path)
         new = given.get("name") if isinstance(given, dict) else None

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, mode
 
 from gesso.config.base import Count, Positive, Probability, Settings, Share, SigmaRel, parse_words
 from gesso.config.condition import Controls, Semantic
+from gesso.config.init import Init
 from gesso.config.net import Control, Inputs, MMDiT, Net, Transformer, UNet
 from gesso.config.process import EDM, Process
 from gesso.config.sample import Sample
@@ -146,6 +147,7 @@ class Run(Settings):
     process: Process = EDM()
     semantic: Semantic = Semantic()
     control: Controls = Controls()
+    init: Init = Init()
     loss: Loss = Loss()
     optim: Optim = Optim()
     train: Train = Train()

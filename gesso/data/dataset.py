@@ -32,10 +32,10 @@ def open_dataset(
     if is_cached(data.source):
         return Cache(data.source, seed, data.window)
     source = open_source(data.source)
-    if data.source in ("digits", "digits-coarse") and (data.resolution, data.channels) != (8, 1):
+    if data.source in ("digits", "digits-coarse") and (data.resolution < 8 or data.channels != 1):
         raise UsageError(
             f"data.source={data.source} has grey 8x8 images, but data.resolution={data.resolution}, data.channels={data.channels}; "
-            "set them to 8 and 1, or choose another source"
+            "set them to 8 (or more, enlarged) and 1, or choose another source"
         )
     if source.latents:
         _check_latents(source, data, latent)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gesso.config import Control, Inputs, UNet
 from gesso.errors import UsageError
-from gesso.interop.found import Found, Tie, controls, count, give, layers, refuse, shape, take
+from gesso.interop.found import ASSUMED, Found, Tie, controls, count, give, layers, refuse, shape, take
 
 RESIDUAL = {
     "norm1": "norm0", "conv1": "conv0", "time_emb_proj": "emb", "norm2": "norm1", "conv2": "conv1",
@@ -172,6 +172,7 @@ def convert(state: Mapping[str, Tensor], heads: int | None) -> Found:
         "c_noise": "timestep index 0..999",
         "heads": f"{cfg.heads} at every level" if cfg.heads else f"{cfg.head_width} channels wide",
         "latents": f"VAE times {0.13025 if inputs.pooled_width else 0.18215}",
+        "resolution": ASSUMED,
     }
     if inputs.pooled_width:
         notes["control"] = "high: original height, width, crop's top, left; low: target height, width"

@@ -13,6 +13,7 @@ from rich.console import Console
 from gesso import snapshot
 from gesso.config import Run
 from gesso.data.samples import Dataset
+from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import RunError, Stopped
 from gesso.train import checkpoint
 from gesso.train.log import Bar, Log
@@ -50,13 +51,15 @@ def train(
     console: Console,
     ranks: Ranks = ALONE,
     device: torch.device | None = None,
+    denoiser: Denoiser | None = None,
 ) -> None:
-    """Train `run` in the folder `out` from its newest state, or from the beginning, to train.total_images.
+    """Train `run` in the folder `out` from its newest state, or from the beginning (the weights of
+    `denoiser`, or random ones), to train.total_images.
 
     Writes log.jsonl, state/ and snapshots/. Raises Stopped on SIGINT and SIGTERM with the state saved,
     RunError when the loss diverges, the disk refuses or another rank is gone.
     """
-    trainer = Trainer(run, dataset, ranks, device)
+    trainer = Trainer(run, dataset, ranks, device, denoiser)
     trainer.nimg = checkpoint.load_latest(
         out / "state", trainer.tensors(), lambda text: console.print(f"warning: {text}"), ranks
     )

@@ -17,7 +17,8 @@ from gesso.data.dataset import described, is_cached, open_dataset
 from gesso.data.samples import Dataset
 from gesso.errors import UsageError
 from gesso.generate import check
-from gesso.train import loop
+from gesso.train import checkpoint, loop, settle, transfer
+from gesso.train import source as sources
 from gesso.train.log import Bar
 from gesso.train.ranks import ALONE, Ranks, joined
 
@@ -139,7 +140,7 @@ def _captions(run: Run, dataset: Dataset, console: Console) -> None:
         )  # fmt: skip
 
 
-HOW = ("made_with", "train.device", "train.threads", "train.sharding", "train.micro_batch", "train.recompute", "train.compile",
+HOW = ("made_with", "init.file", "train.device", "train.threads", "train.sharding", "train.micro_batch", "train.recompute", "train.compile",
        "train.timeout", "train.keep_states", "train.milestone_images", "train.deterministic", "train.tf32")  # fmt: skip
 """settings that may change when a run goes on: they do not change what it computes, but for rounding"""
 
@@ -179,11 +180,19 @@ def start(run: Run, out: Path, resume: bool, console: Console, say: Callable[[st
         ranks.wait()  # before the first one writes it
         if already and not resume:
             raise UsageError(f"{out} already holds a run: go on with --resume, or choose another --out")
+        if already:
+            run = settle.recalled(run, config.read(out / "run.yaml"))
+        # Once there is a state, the source is not needed any more.
+        begins = run.init.source is not None and not checkpoint.stored(out / "state")
+        source = sources.opened(run) if begins else None  # before any image is read
         run, dataset = opened(run, console)
         with files.locked(out) if ranks.main else contextlib.nullcontext():
             if ranks.main:
                 for folder in (out, out / "state", out / "snapshots"):
                     files.sweep(folder)
+            run, denoiser, account = transfer.begun(run, source) if source else (run, None, [])
+            source = None
+            if ranks.main:
                 run = prepare(out, run, device, ranks)
             ranks.wait()
             run = prepare(out, run, device, ranks)
@@ -195,9 +204,13 @@ def start(run: Run, out: Path, resume: bool, console: Console, say: Callable[[st
             ]
             if already and changed:
                 say(f"note: {'; '.join(changed)}: the result will agree closely, not to the last bit")
+            for line in account:
+                say(line)
+            if account and ranks.main:
+                files.write_text(out / "transfer.txt", "\n".join(account) + "\n")
             over = f", {ranks.world} ranks ({run.train.sharding})" if ranks.world > 1 else ""
             say(f"training in {out}: {len(dataset):,} images, {run.net.name}, {run.process.name}{over}")
-            loop.train(run, dataset, out, console, ranks, device)
+            loop.train(run, dataset, out, console, ranks, device, denoiser)
     return run
 
 

@@ -29,14 +29,22 @@ class Trainer:
     """The data state is nimg and nothing else.
 
     nimg: images seen; running: (2,) float64, sum of losses and number of images since the last log line; scaling: (3,)
-    float64, loss scale, good steps since it last changed, and steps in a row whose gradient was not finite.
+    float64, loss scale, good steps since it last changed, and steps in a row whose gradient was not finite. denoiser:
+    with weights to start from; None: random ones.
     """
 
-    def __init__(self, run: Run, dataset: Dataset, ranks: Ranks = ALONE, device: torch.device | None = None):
+    def __init__(
+        self,
+        run: Run,
+        dataset: Dataset,
+        ranks: Ranks = ALONE,
+        device: torch.device | None = None,
+        denoiser: diffusion.Denoiser | None = None,
+    ):
         self.run, self.ranks, self.device = run, ranks, device or device_of(run)
         dtype = getattr(torch, run.train.dtype)
         torch.manual_seed(keyed.number(run.train.seed, 0, "initial weights"))
-        self.denoiser = diffusion.build(run)
+        self.denoiser = denoiser or diffusion.build(run)
         self.process, net = self.denoiser.process, self.denoiser.net
         self.modules = nn.ModuleDict({"net": net})
         self.uncertainty = diffusion.Uncertainty(self.process) if run.loss.weighting == "uncertainty" else None

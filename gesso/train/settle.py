@@ -1,0 +1,171 @@
+"""What a change of data set or resolution settles in a run that starts from given weights (Berrada et al. Section 2.2).
+
+Legend: k ratio of the latent resolutions, here over there; lambda guidance.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gesso import config
+from gesso.config import MDT, MMDiT, Run
+from gesso.config.init import FOUND
+from gesso.config.net import Transformer
+from gesso.errors import UsageError
+from gesso.train.source import Source
+
+TOLD = ("process.", "semantic.kind", "semantic.encoder", "semantic.tokens", "semantic.padding", "control.", "latent.vae",
+        "latent.convention", "net.")  # fmt: skip
+"""settings that change what weights are told, or what is made of their outputs"""
+
+
+def settled(run: Run, source: Source) -> tuple[Run, list[str]]:
+    """The run with positions, noise, guidance and classes as the source has them, and what to say of them."""
+    tree = config.as_tree(run)
+    k = run.inputs.resolution / source.resolution
+    here, there = run.data.resolution, source.resolution * run.factor
+    lines = [
+        f"  resolution  {there} -> {here} pixels (k = {k:g})" if k != 1 else f"  resolution  {here} pixels, as there"
+    ]
+    lines += [*_positions(run, source, k, tree), *_noise(run, source, k, tree), *_guidance(run, source, k, tree)]
+    if source.run and source.run.data.crop_scale != run.data.crop_scale:
+        crops = " -> ".join(str(r.data.crop_scale or "whole") for r in (source.run, run))
+        lines.append(f"  crops       data.crop_scale {crops}")
+    record = source.record | {"rows": label_rows(run, source)}
+    for name, value in record.items():
+        kept = getattr(run.init, name)
+        if name != "file" and kept not in (None, value):
+            if name == "fingerprint":
+                kept, value = kept[:12], value[:12]
+            raise UsageError(
+                f"init.{name} was {str(kept)[:60]} when this run was first trained, and {source.called} has "
+                f"{str(value)[:60]}: set init.{name}=null to start from what is there now"
+            )
+    tree["init"] |= record
+    run = config.validate(tree)
+    return run, [*lines, *_otherwise(run, source)]
+
+
+def _positions(run: Run, source: Source, k: float, tree: dict[str, Any]) -> list[str]:
+    """net.positions_at: the source's grid (Pseudocode 1: base_size = grid_size / scale), or the new one's."""
+    net, how = run.net, run.init.positions
+    if not isinstance(net, Transformer):
+        return []
+    if isinstance(net, MDT) or (isinstance(net, MMDiT) and net.max_grid):
+        return [f"  positions   {how} table"] if k != 1 else []
+    at = source.base * run.factor
+    if k != 1 and how == "resampled" and net.positions == "extrapolated":
+        raise UsageError(
+            "net.positions=extrapolated has one step per token on every grid, which init.positions=resampled cannot be: "
+            "set init.positions=extrapolated or net.positions=resampled"
+        )
+    if (k != 1 and how == "extrapolated") or at == run.data.resolution or net.positions == "extrapolated":
+        at = None
+    if net.positions_at not in (None, at):
+        raise UsageError(
+            f"net.positions_at={net.positions_at}, but init.positions={how} makes it {at or 'null'}: leave one of them out"
+        )
+    tree["net"]["positions_at"] = at
+    if k == 1 and at is None:
+        return []
+    return [f"  positions   {how if k != 1 else 'as there'}, net.positions_at={at or 'null'}"]
+
+
+def _noise(run: Run, source: Source, k: float, tree: dict[str, Any]) -> list[str]:
+    """process.scale: that of the source, times k (Proposition 1)."""
+    how, scale = run.init.noise, source.scale * (k if run.init.noise == "scaled" else 1)
+    if run.process.scale not in (1, scale):
+        raise UsageError(
+            f"process.scale={run.process.scale:g}, but init.noise={how} makes it {scale:g} ({source.scale:g} in the source, "
+            f"k = {k:g}): say process.scale={scale:g}, or leave it out"
+        )
+    tree["process"]["scale"] = scale
+    return [f"  noise       {how}, process.scale={scale:g}"] if k != 1 or scale != run.process.scale else []
+
+
+def _guidance(run: Run, source: Source, k: float, tree: dict[str, Any]) -> list[str]:
+    """sample.tuned_at, by which lambda' = 1 + k (lambda - 1) (Proposition 2): where lambda is the source's own number."""
+    cfg, there = run.sample, source.run.sample if source.run else None
+    if k == 1 or cfg.guidance == 1:
+        return []
+    if cfg.tuned_at is None and there and there.guidance == cfg.guidance:
+        tree["sample"]["tuned_at"] = there.tuned_at or source.run.data.resolution
+        return [f"  guidance    {cfg.guidance:g} was the source's: sample.tuned_at={tree['sample']['tuned_at']}"]
+    return [f"  guidance    sample.guidance={cfg.guidance:g}, sample.tuned_at={cfg.tuned_at or 'null'} as set"]
+
+
+def _otherwise(run: Run, source: Source) -> list[str]:
+    """What the weights are told otherwise than in the source."""
+    if source.run is None:
+        return []
+    ours = ("process.scale", "net.positions_at")
+    found = [
+        f"{path} {old} -> {new}"
+        for path, old, new in config.differences(source.run, run)
+        if path.startswith(TOLD) and path not in ours
+    ]
+    return [f"  otherwise   {', '.join(found)}"] if found else []
+
+
+def recalled(run: Run, recorded: Run) -> Run:
+    """A run that goes on, with what its source settled when it began."""
+    if run.init.source is None or run.init.source != recorded.init.source or run.net.name != recorded.net.name:
+        return run
+    tree, then = config.as_tree(run), config.as_tree(recorded)
+    settled_there = [("init", name) for name in FOUND] + [("sample", "tuned_at"), ("process", "scale")]
+    for block, name in [*settled_there, ("net", "positions_at")]:
+        if name in tree[block] and tree[block][name] in (None, 1):
+            tree[block][name] = then[block].get(name)
+    return config.validate(tree)
+
+
+def label_rows(run: Run, source: Source) -> tuple[int | None, ...] | None:
+    """The source's class of each class, None where it has none; None where either has no classes.
+
+    Raises UsageError for a map that names classes which are not there, or leaves some out.
+    """
+    how, n, m = run.init.labels, run.inputs.num_classes, source.inputs.num_classes
+    if not n or not m:
+        if how is not None:
+            raise UsageError(f"init.labels={how}: there are no classes {'here' if not n else 'in the source'}")
+        return None
+    names = list(run.data.class_names or ())
+    theirs = list(source.run.data.class_names or ()) if source.run else []
+    if how is None:
+        how = "names" if names and theirs else "index"
+    if how == "fresh":
+        return (None,) * n
+    if how == "index":
+        return tuple(i if i < m else None for i in range(n))
+    if how == "names":
+        if not (names and theirs):
+            raise UsageError(f"init.labels=names: the classes have no names {'here' if not names else 'in the source'}")
+        place = {name: i for i, name in enumerate(theirs)}
+        return tuple(place.get(name) for name in names)
+    return _mapped(Path(how), names or [str(i) for i in range(n)], theirs or [str(i) for i in range(m)])
+
+
+def _mapped(path: Path, names: list[str], theirs: list[str]) -> tuple[int | None, ...]:
+    said = f"init.labels={path}"
+    if not path.is_file():
+        raise UsageError(f"{said}: neither names, index, fresh nor a file")
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{said} is neither JSON nor YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(mapping, dict):
+        raise UsageError(f"{said} holds no mapping {{class here: class there}}")
+    mapping = {str(k): None if v is None else str(v) for k, v in mapping.items()}
+    for where, unknown, known in (
+        ("here", [k for k in mapping if k not in names], names),
+        ("in the source", [v for v in mapping.values() if v is not None and v not in theirs], theirs),
+    ):
+        if unknown:
+            raise UsageError(f"{said}: no class {unknown[0]!r} {where}; {config.nearest(unknown[0], known[:50])}")
+    if lacking := [name for name in names if name not in mapping]:
+        raise UsageError(
+            f"{said} leaves out {len(lacking)} of {len(names)} classes ({', '.join(lacking[:4])}); null is for those without "
+            "counterpart"
+        )
+    return tuple(None if mapping[name] is None else theirs.index(mapping[name]) for name in names)

@@ -1,0 +1,212 @@
+"""What init.source names: weights to start from, and all that is known of the network that they belong to."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gesso import config, ema, interop, nets, snapshot
+from gesso.config import Inputs, Net, Run
+from gesso.config.base import parse_count
+from gesso.config.net import Transformer
+from gesso.ema.stream import File
+from gesso.errors import RunError, UsageError
+from gesso.generate import POOR
+from gesso.interop.found import ASSUMED, Found
+
+FREE = ("positions", "positions_at", "max_grid", "dropout", "mask_ratio", "context", "text_embed", "pooled_mlp")
+"""settings of a network that may differ: positions are moved, and what tensors they change is told tensor by tensor"""
+INSIDE = ("ema", "state_dict", "model")
+"""where a training checkpoint of PyTorch keeps the weights, the averages first"""
+
+
+class Source(NamedTuple):
+    """Weights and their network.
+
+    called: one line on where they come from; resolution, base: height and width of x in training, and of the x on whose
+    grid positions are counted; scale: process.scale; run: None of another project; record: what config.Init keeps of it.
+    """
+
+    called: str
+    cfg: Net
+    inputs: Inputs
+    weights: Mapping[str, Tensor]
+    resolution: int
+    base: int
+    scale: float
+    run: Run | None
+    record: dict[str, Any]
+    notes: list[str]
+
+
+def opened(run: Run) -> Source:
+    """The source that run.init names; what it records where it is, how long an average and from when goes first.
+
+    Raises UsageError where there is none, it is of another network than run.net (it lists the settings) or of no known
+    project, RunError where it is damaged.
+    """
+    path, sigma_rel, nimg = parsed(run.init.source)
+    recorded = Path(run.init.file) if run.init.file else path
+    path = recorded if recorded.exists() else path
+    for name, said, kept in (("sigma_rel", sigma_rel, run.init.sigma_rel), ("nimg", nimg, run.init.nimg)):
+        if said is not None and kept not in (None, said):
+            raise UsageError(f"init.source={run.init.source}, but init.{name}={kept}: say one of them")
+    if not path.exists():
+        raise UsageError(f"init.source={run.init.source}: there is no run folder or file {path}{_near(path)}")
+    if path.is_dir():
+        source = _of_folder(path, run, sigma_rel or run.init.sigma_rel, nimg or run.init.nimg)
+    else:
+        source = _of_file(path, run)
+        if sigma_rel or nimg:
+            raise UsageError(f"init.source={run.init.source}: {path.name} is one average at one time; leave @ out")
+    _check(run, source)
+    record = source.record | {"file": str(path.resolve()), "fingerprint": fingerprint(source.weights)}
+    return source._replace(record=record | {"resolution": source.resolution * run.factor})
+
+
+def parsed(text: str) -> tuple[Path, float | None, int | None]:
+    """Path, EMA length and time of PATH[@0.1][@100k], in either order. Raises UsageError for what is neither."""
+    path, length, nimg = text, None, None
+    while "@" in path and not Path(path).exists():
+        path, _, part = path.rpartition("@")
+        value = parse_count(part)
+        if not isinstance(value, int | float) or (value >= 1 and not isinstance(value, int)):
+            raise UsageError(
+                f"init.source={text}: @{part} is neither an EMA length (0.1) nor a number of images (100k)"
+            )
+        if (length if value < 1 else nimg) is not None:
+            raise UsageError(f"init.source={text} says two {'EMA lengths' if value < 1 else 'times'}")
+        if value >= 1:
+            nimg = value
+        elif 0 < value < 12**-0.5:
+            length = value
+        else:
+            raise UsageError(f"init.source={text}: an EMA length lies between 0 and {12**-0.5:.4f}")
+    return Path(path), length, nimg
+
+
+def _near(path: Path) -> str:
+    siblings = [p.name for p in path.parent.iterdir() if not p.name.startswith(".")] if path.parent.is_dir() else []
+    return f"; {config.nearest(path.name, siblings[:50])}" if siblings else ""
+
+
+def _of_folder(path: Path, run: Run, sigma_rel: float | None, nimg: int | None) -> Source:
+    there = snapshot.run_of(snapshot.stored(path)[-1])
+    target = ema.chosen(there.sample)
+    if sigma_rel:
+        target = ema.Power(sigma_rel)
+    elif run.init.halflife:
+        target = ema.Traditional(run.init.halflife)
+    weights, there, time, fits = snapshot.synthesize(path, [target], nimg)
+    poor = fits[0].error > POOR**2
+    notes = [f"the stored averages hardly make one of {target}: {fits[0]}"] if poor else []
+    return _of_run(f"{path} ({target}, image {time:,})", there, weights[0], target, time, run, notes)
+
+
+def _of_run(
+    called: str, there: Run, weights: dict[str, Tensor], target: ema.Profile, nimg: int, run: Run, notes: list[str]
+) -> Source:
+    if run.init.resolution not in (None, there.data.resolution // there.factor * run.factor):
+        raise UsageError(f"init.resolution={run.init.resolution}, but {called} was trained at {there.data.resolution}")
+    inputs = there.inputs
+    record = {"nimg": nimg, "sigma_rel": None, "halflife": None}
+    if isinstance(target, ema.Power | ema.Traditional):
+        record |= {"sigma_rel": target.sigma_rel} if isinstance(target, ema.Power) else {"halflife": target.halflife}
+    base = inputs.positions_at or inputs.resolution
+    return Source(
+        called, there.net, inputs, weights, inputs.resolution, base, there.process.scale, there, record, notes
+    )
+
+
+def _of_file(path: Path, run: Run) -> Source:
+    if path.suffix == ".safetensors":
+        file = File(path)
+        if "gesso" in file.metadata:
+            weights, there, stored = snapshot.read(path)
+            return _of_run(f"{path} (image {stored.nimg:,})", there, weights, stored.profile, stored.nimg, run, [])
+        state, notes = {name: file.whole(name) for name in list(file.keys())}, []
+    else:
+        state, notes = _unpickled(path)
+    found = _recognised(path, state, run)
+    said = [f"{name}: {text}" for name, text in found.notes.items() if name not in ("source", "resolution")]
+    resolution = found.inputs.resolution
+    if run.init.resolution:
+        resolution = run.init.resolution // run.factor
+    elif found.notes.get("resolution") == ASSUMED:
+        raise UsageError(
+            f"init.source={path}: its weights do not tell at what resolution they were trained: set init.resolution=256, "
+            "in pixels"
+        )
+    inputs = found.inputs._replace(resolution=resolution)
+    called = f"{path} ({found.notes['source']})"
+    return Source(called, found.cfg, inputs, found.weights, resolution, resolution, 1.0, None, {}, [*notes, *said])
+
+
+def _recognised(path: Path, state: Mapping[str, Tensor], run: Run) -> Found:
+    heads = run.net.heads if isinstance(run.net, Transformer) else None
+    try:
+        try:
+            return interop.recognise(state)
+        except UsageError:  # where neither shapes nor a published size tell the heads, ours are taken
+            if heads is None:
+                raise
+            return interop.recognise(state, heads)
+    except (UsageError, RunError) as error:
+        raise type(error)(f"init.source={path}: {error}") from None
+
+
+def _unpickled(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a PyTorch file that holds nothing but data."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever pickle, zip and torch raise at a file that is damaged or carries code
+        raise RunError(
+            f"init.source={path} is damaged, no weight file, or carries code, which is not run "
+            f"({type(error).__name__}: {str(error).splitlines()[0][:120]}); convert it to safetensors where you trust it"
+        ) from None
+    notes = []
+    for name in INSIDE:
+        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
+            loaded, notes = loaded[name], [f"of the file's parts {name!r} was taken"]
+            break
+    tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, dict) else {}
+    if not tensors:
+        raise UsageError(f"init.source={path} holds no named weights")
+    return tensors, notes
+
+
+def _check(run: Run, source: Source) -> None:
+    """Raise UsageError where the network is another, RunError where its weights are not whole."""
+    ours, theirs = (cfg.model_dump() for cfg in (run.net, source.cfg))
+    differ = [k for k in ours | theirs if k not in FREE and ours.get(k) != theirs.get(k)]
+    if ours["name"] != theirs["name"]:
+        differ = ["name"]
+    if differ:
+        settings, here = (" ".join(f"net.{k}={_typed(v[k])}" for k in differ if k in v) for v in (theirs, ours))
+        raise UsageError(f"init.source={run.init.source} is another network: {settings} there, {here} here")
+    with torch.device("meta"):
+        net = nets.build(source.cfg, source.inputs)
+    if wrong := nets.misfit(net, source.weights):
+        raise RunError(f"{source.called} is not whole: {wrong}")
+    bad = [k for k, v in source.weights.items() if not bool(v.isfinite().all())]
+    if bad:
+        raise RunError(f"{source.called} holds NaN or infinity in {', '.join(bad[:3])}")
+
+
+def _typed(value: object) -> str:
+    """As a user types it."""
+    return json.dumps(value).replace(" ", "").strip('"')
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """sha256 of names, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        value = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()

@@ -1,0 +1,250 @@
+"""Moving weights to another data set, another condition or another resolution (Berrada et al. Sections 2.2, 3.4).
+
+By name and shape: what is equal is taken, what has a counterpart of another size adapted, the rest left as a new network
+has it. The account says which is which.
+
+    class tables      a row for each class, by name, number or a map; the null class stays the null class. A class
+                      without counterpart starts as the null class: the network then draws it as it draws an image of
+                      which it knows no class, which it can, where a random row is an input that it has never seen. The
+                      rows part at their first gradients. EDM2's null class is a zero vector, which would not leave the
+                      columns on the sphere: there a new class is random.
+    class <-> text    what reads the class or the tokens is fresh, what comes after it is taken.
+    channels          first and last layer are fresh, the last with F = 0 as in a new network.
+    control           the part of Eq. 1 whose variables are others is fresh, and adds nothing at the start.
+    resolution        k times the source's. Sine-cosine positions: net.positions_at; tables of positions: read at other
+                      places; process.scale: Proposition 1; sample.tuned_at: Proposition 2.
+
+Legend: k ratio of latent resolutions, g rows of the source's grid of tokens, n of the new one, D width.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from gesso import keyed
+from gesso.config import MDT, DiTAtt, EDM2Ladder, MMDiT, Run
+from gesso.config.net import Transformer
+from gesso.diffusion import denoiser as diffusion
+from gesso.diffusion.denoiser import Denoiser
+from gesso.errors import UsageError
+from gesso.nets import mp
+from gesso.nets.mdt import hats
+from gesso.train.settle import label_rows, settled
+from gesso.train.source import Source
+
+TABLES = {"table.weight": 0, "semantic.table.weight": 0, "label.linear.weight": 1, "emb_label.weight": 1}
+"""of classes, and the dimension that counts them; the last is the null class but in EDM2's"""
+UNITS = {
+    "first layer": r"(trunk\.)?patch_embed\.|conv_in\.|ways_in\.0\.",
+    "last layer": r"(trunk\.)?final\.|conv_out\.|out\.weight$|out_gain$|ways_out\.\d+\.2\.",
+    "control, both levels": r"(emb_)?control\.(first|second|gain)|control\.mlps\.all\.",
+    "control, high level": r"control\.mlps\.high\.",
+    "control, low level": r"control\.mlps\.low\.",
+    "pooled text": r"pooled\.",
+}
+"""tensors that are taken together or not at all; the others go by layer"""
+READERS = r"semantic\.mlp\.0$|semantic\.mlp$|text\.linear$"
+"""layers that read the class table or the tokens"""
+
+
+@dataclass
+class Account:
+    """What became of every tensor: (names, numbers in them, what to say)."""
+
+    taken: list[tuple[list[str], int, str]] = field(default_factory=list)
+    adapted: list[tuple[list[str], int, str]] = field(default_factory=list)
+    fresh: list[tuple[list[str], int, str]] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    """of the source"""
+
+    def lines(self) -> list[str]:
+        lines = []
+        for kind in ("taken", "adapted", "fresh"):
+            entries = getattr(self, kind)
+            tensors, numbers = sum(len(names) for names, _, _ in entries), sum(n for _, n, _ in entries)
+            what = list(dict.fromkeys(said for _, _, said in entries))
+            lines.append(
+                f"  {kind:8}{tensors:>4} tensors, {numbers:,} parameters" + ": " * bool(what) + "; ".join(what)
+            )
+        if self.left:
+            names = list(dict.fromkeys(_short(name) for name in self.left))
+            lines.append(f"  {'left':8}{len(self.left):>4} tensors of the source: {', '.join(names)}")
+        return lines
+
+
+def begun(run: Run, source: Source) -> tuple[Run, Denoiser, list[str]]:
+    """The run with what the source settles recorded in it, its denoiser with the weights moved, and the account.
+
+    Raises UsageError where settings or what was recorded contradict the source, or nothing can be taken.
+    """
+    run, said = settled(run, source)
+    torch.manual_seed(keyed.number(run.train.seed, 0, "initial weights"))
+    denoiser = diffusion.build(run).to(getattr(torch, run.train.dtype))
+    account = moved(denoiser.net, source, run)
+    if not account.taken:
+        raise UsageError(f"{source.called} has nothing that this network can take")
+    notes = [f"  note    {note}" for note in source.notes]
+    return run, denoiser, [f"weights from {source.called}", *account.lines(), *said, *notes]
+
+
+@torch.no_grad()
+def moved(net: nn.Module, source: Source, run: Run) -> Account:
+    """Put the source's weights into the new network of `run` in place, those of the sphere back on it."""
+    new, old, account = net.state_dict(), source.weights, Account()
+    used: set[str] = set()
+    for unit, names in _units(new).items():
+        numbers = sum(new[name].numel() for name in names)
+        reason = _barred(unit, run, source)
+        there = reason is None and all(name in old for name in names)
+        if there and (how := _adapt(names, new, source, run)):
+            account.adapted.append((names, numbers, f"{_short(unit)} ({how})"))
+        elif there and all(new[name].shape == old[name].shape for name in names):
+            for name in names:
+                new[name].copy_(old[name])
+            account.taken.append((names, numbers, _part(unit)))
+        else:
+            account.fresh.append((names, numbers, f"{_short(unit)} ({reason or _why(names, new, old)})"))
+            continue
+        used.update(names)
+    account.left = sorted(old.keys() - used)
+    mp.put_on_sphere(mp.sphere_weights(net))
+    return account
+
+
+def _units(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Names of tensors that go together."""
+    found: dict[str, list[str]] = {}
+    for name in state:
+        named = next((unit for unit, pattern in UNITS.items() if re.match(pattern, name)), None)
+        layer = name if name in TABLES else name.rpartition(".")[0]
+        found.setdefault(named or layer or name, []).append(name)
+    return found
+
+
+def _short(name: str) -> str:
+    """Without the numbers of blocks, so that equal parts have one name."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
+
+
+def _part(unit: str) -> str:
+    """The part of the network that a unit stands in."""
+    parts = unit.split(".")
+    return ".".join(parts[:2]) if parts[0] == "trunk" else parts[0]
+
+
+def _why(names: list[str], new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> str:
+    for name in names:
+        if name in old and old[name].shape != new[name].shape:
+            return f"{'x'.join(map(str, old[name].shape))} there, {'x'.join(map(str, new[name].shape))} here"
+    return "not there"
+
+
+def _barred(unit: str, run: Run, source: Source) -> str | None:
+    """Why a unit cannot be taken whatever its shape: it reads something else."""
+    here, there = run.inputs, source.inputs
+    classes = bool(here.num_classes) != bool(there.num_classes)
+    if re.match(READERS, unit) and classes and here.semantic and there.semantic:
+        return "reads text here, classes there" if here.text_width else "reads classes here, text there"
+    levels = {"control, high level": ("high",), "control, low level": ("low",)}
+    if source.run and (unit.startswith("control") or unit == "pooled text"):
+        for level in levels.get(unit, ("high", "low")):
+            here, there = (r.control.columns(level) for r in (run, source.run))
+            if here != there and (unit != "pooled text" or run.net.pooled_mlp == "shared"):
+                return f"variables {','.join(here) or 'none'} here, {','.join(there) or 'none'} there"
+    return None
+
+
+def _adapt(names: list[str], new: Mapping[str, Tensor], source: Source, run: Run) -> str | None:
+    """Fill the tensors of a unit from counterparts of another size or meaning, and say how; None where it is no such unit."""
+    old, cfg, name = source.weights, run.net, names[0]
+    if name in TABLES:
+        return _classes(name, new[name], old[name], run, source)
+    kinds = [(bool(i.num_classes), bool(i.text_width)) for i in (run.inputs, source.inputs)]
+    if isinstance(cfg, DiTAtt) and re.match(r"blocks\.\d+\.ada\.linear\.", name) and kinds[0] != kinds[1]:
+        # Shift, scale, gate of attention first and of the MLP last; between them those of the semantic condition.
+        for name in names:
+            new[name][: 3 * cfg.width], new[name][-3 * cfg.width :] = (
+                old[name][: 3 * cfg.width],
+                old[name][-3 * cfg.width :],
+            )
+        return "attention and MLP taken, the condition's modulation fresh"
+    g, n = (r // cfg.patch if isinstance(cfg, Transformer) else r for r in (source.resolution, run.inputs.resolution))
+    if isinstance(cfg, MDT) and re.search(r"position\.table$|bias\.table$", name) and g != n:
+        grid = bias_table if name.endswith("bias.table") else position_table
+        new[name].copy_(grid(old[name], new[name], g, n, run.init.positions))
+        return f"{run.init.positions}, {g}x{g} -> {n}x{n} tokens"
+    if isinstance(cfg, MMDiT) and name == "position.table" and (g != n or old[name].shape != new[name].shape):
+        new[name].copy_(cropped_table(old[name], new[name].shape[1], g, n, run.init.positions))
+        return f"{run.init.positions}, {g}x{g} -> {n}x{n} tokens"
+    return None
+
+
+def _classes(name: str, new: Tensor, old: Tensor, run: Run, source: Source) -> str | None:
+    rows = label_rows(run, source)
+    if new.shape == old.shape and rows == tuple(range(len(rows))):
+        return None
+    axis, null = TABLES[name], name != "emb_label.weight"
+    table, made = old.to(new).movedim(axis, 0), new.movedim(axis, 0)
+    if isinstance(run.net, EDM2Ladder) and run.net.step == "C":
+        table = table * (len(table) / len(made)) ** 0.5  # CONFIG C multiplies by the root of their number
+    known = [i for i, row in enumerate(rows) if row is not None]
+    unknown = [i for i, row in enumerate(rows) if row is None]
+    made[known] = table[[rows[i] for i in known]]
+    like_null = null and run.init.labels != "fresh"
+    if null:
+        made[-1] = table[-1]
+    if like_null:
+        made[unknown] = table[-1]
+    said = f"{len(known)} of {len(rows)} classes taken" + ", the null class kept" * null
+    if unknown:
+        names = [str(run.data.class_names[i]) if run.data.class_names else str(i) for i in unknown[:4]]
+        more = ", ..." * (len(unknown) > 4)
+        said += f", {len(unknown)} {'as the null class' if like_null else 'random'}: {', '.join(names)}{more}"
+    if axis == 1 and known:
+        factor = 1 / new.square().mean(1).sqrt().clamp(min=1e-12) if not _first_steps(run) else new.new_ones(1)
+        said += f"; rows times {float(factor.min()):.3g} to {float(factor.max()):.3g}, back on the sphere"
+    return said
+
+
+def _first_steps(run: Run) -> bool:
+    """Whether weights are free: CONFIGS A to C."""
+    return isinstance(run.net, EDM2Ladder) and run.net.step < "D"
+
+
+def position_table(old: Tensor, new: Tensor, g: int, n: int, how: str) -> Tensor:
+    """Learned positions (1, g^2, D) -> (1, n^2, D): corner on corner, or the source's tokens and fresh ones beyond."""
+    square, made = old.unflatten(1, (g, g)), new.clone().unflatten(1, (n, n))
+    if how == "extrapolated":
+        m = min(g, n)
+        made[:, :m, :m] = square[:, :m, :m]
+        return made.flatten(1, 2)
+    at = hats(torch.linspace(0, g - 1, n, dtype=torch.float64), g).to(square)
+    return torch.einsum("yi,bijd,xj->byxd", at, square, at).flatten(1, 2)
+
+
+def bias_table(old: Tensor, new: Tensor, g: int, n: int, how: str) -> Tensor:
+    """Relative biases ((2g-1)^2 + 3, h) -> ((2n-1)^2 + 3, h): the largest offset on the largest, or the same offsets."""
+    old_side, side = 2 * g - 1, 2 * n - 1
+    square, made = old[: old_side**2].unflatten(0, (old_side, old_side)), new[: side**2].clone()
+    if how == "extrapolated":
+        m, made = min(g, n), made.unflatten(0, (side, side))
+        made[n - m : n + m - 1, n - m : n + m - 1] = square[g - m : g + m - 1, g - m : g + m - 1]
+        made = made.flatten(0, 1)
+    else:
+        at = hats(torch.linspace(0, old_side - 1, side, dtype=torch.float64), old_side).to(square)
+        made = torch.einsum("yi,ijh,xj->yxh", at, square, at).flatten(0, 1)
+    return torch.cat([made, old[old_side**2 :].to(made)])
+
+
+def cropped_table(old: Tensor, side: int, g: int, n: int, how: str) -> Tensor:
+    """SD3's positions (1, m, m, D) -> (1, side, side, D), of which a grid takes the centre: the new training grid's corners
+    on the source's, or the source's step. What would lie beyond the source's table has its edge."""
+    m, to = old.shape[1], torch.arange(side, dtype=torch.float64)
+    at = to + (m - side) // 2
+    if how == "resampled":
+        at = (m - g) // 2 + (to - (side - n) // 2) * ((g - 1) / max(n - 1, 1))
+    weights = hats(at.clamp(0, m - 1), m).to(old)
+    return torch.einsum("yi,bijd,xj->byxd", weights, old, weights)
