@@ -16,7 +16,7 @@ from gesso.errors import UsageError
 from gesso.train.source import Source
 
 TOLD = ("process.", "semantic.kind", "semantic.encoder", "semantic.tokens", "semantic.padding", "control.", "latent.vae",
-        "latent.convention", "net.")  # fmt: skip
+        "latent.convention", "data.mean", "data.std")  # fmt: skip
 """settings that change what weights are told, or what is made of their outputs"""
 
 
@@ -97,15 +97,16 @@ def _guidance(run: Run, source: Source, k: float, tree: dict[str, Any]) -> list[
 
 def _otherwise(run: Run, source: Source) -> list[str]:
     """What the weights are told otherwise than in the source."""
-    if source.run is None:
-        return []
-    ours = ("process.scale", "net.positions_at")
-    found = [
-        f"{path} {old} -> {new}"
-        for path, old, new in config.differences(source.run, run)
-        if path.startswith(TOLD) and path not in ours
-    ]
+    here, there = run.net.model_dump(), source.cfg.model_dump()
+    found = [(f"net.{name}", there[name], here[name]) for name in here if name != "positions_at"]
+    if source.run:
+        found += [d for d in config.differences(source.run, run) if d[0].startswith(TOLD) and d[0] != "process.scale"]
+    found = [f"{path} {_rounded(old)} -> {_rounded(new)}" for path, old, new in found if old != new]
     return [f"  otherwise   {', '.join(found)}"] if found else []
+
+
+def _rounded(value: Any) -> Any:
+    return [float(f"{v:.3g}") for v in value] if isinstance(value, list) and isinstance(value[0], float) else value
 
 
 def recalled(run: Run, recorded: Run) -> Run:

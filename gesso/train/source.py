@@ -111,7 +111,9 @@ def _of_run(
     called: str, there: Run, weights: dict[str, Tensor], target: ema.Profile, nimg: int, run: Run, notes: list[str]
 ) -> Source:
     if run.init.resolution not in (None, there.data.resolution // there.factor * run.factor):
-        raise UsageError(f"init.resolution={run.init.resolution}, but {called} was trained at {there.data.resolution}")
+        raise UsageError(
+            f"init.resolution={run.init.resolution}, but {called} was trained at {there.data.resolution}: leave it out"
+        )
     inputs = there.inputs
     record = {"nimg": nimg, "sigma_rel": None, "halflife": None}
     if isinstance(target, ema.Power | ema.Traditional):
@@ -134,12 +136,16 @@ def _of_file(path: Path, run: Run) -> Source:
     found = _recognised(path, state, run)
     said = [f"{name}: {text}" for name, text in found.notes.items() if name not in ("source", "resolution")]
     resolution = found.inputs.resolution
-    if run.init.resolution:
+    if found.notes.get("resolution") == ASSUMED:
+        if run.init.resolution is None:
+            raise UsageError(
+                f"init.source={path}: its weights do not tell at what resolution they were trained: say it in pixels, such as "
+                "init.resolution=256"
+            )
         resolution = run.init.resolution // run.factor
-    elif found.notes.get("resolution") == ASSUMED:
+    elif run.init.resolution not in (None, resolution * run.factor):
         raise UsageError(
-            f"init.source={path}: its weights do not tell at what resolution they were trained: set init.resolution=256, "
-            "in pixels"
+            f"init.resolution={run.init.resolution}, but {path} was trained at {resolution * run.factor} pixels: leave it out"
         )
     inputs = found.inputs._replace(resolution=resolution)
     called = f"{path} ({found.notes['source']})"

@@ -66,12 +66,11 @@ class Account:
             entries = getattr(self, kind)
             tensors, numbers = sum(len(names) for names, _, _ in entries), sum(n for _, n, _ in entries)
             what = list(dict.fromkeys(said for _, _, said in entries))
-            lines.append(
-                f"  {kind:8}{tensors:>4} tensors, {numbers:,} parameters" + ": " * bool(what) + "; ".join(what)
-            )
+            counts = f"{tensors} tensors, {numbers:,} parameters: " if what else "none"
+            lines.append(f"  {kind:12}{counts}{'; '.join(what)}")
         if self.left:
             names = list(dict.fromkeys(_short(name) for name in self.left))
-            lines.append(f"  {'left':8}{len(self.left):>4} tensors of the source: {', '.join(names)}")
+            lines.append(f"  left        {len(self.left)} tensors of the source: {', '.join(names)}")
         return lines
 
 
@@ -86,7 +85,9 @@ def begun(run: Run, source: Source) -> tuple[Run, Denoiser, list[str]]:
     account = moved(denoiser.net, source, run)
     if not account.taken:
         raise UsageError(f"{source.called} has nothing that this network can take")
-    notes = [f"  note    {note}" for note in source.notes]
+    notes = [f"  note        {note}" for note in source.notes]
+    if run.loss.weighting == "uncertainty":
+        notes.append("  note        the uncertainty u(s) of the loss is learned anew")
     return run, denoiser, [f"weights from {source.called}", *account.lines(), *said, *notes]
 
 
@@ -161,15 +162,15 @@ def _adapt(names: list[str], new: Mapping[str, Tensor], source: Source, run: Run
     """Fill the tensors of a unit from counterparts of another size or meaning, and say how; None where it is no such unit."""
     old, cfg, name = source.weights, run.net, names[0]
     if name in TABLES:
+        if new[name].numel() // new[name].shape[TABLES[name]] != old[name].numel() // old[name].shape[TABLES[name]]:
+            return None  # of another width
         return _classes(name, new[name], old[name], run, source)
     kinds = [(bool(i.num_classes), bool(i.text_width)) for i in (run.inputs, source.inputs)]
     if isinstance(cfg, DiTAtt) and re.match(r"blocks\.\d+\.ada\.linear\.", name) and kinds[0] != kinds[1]:
         # Shift, scale, gate of attention first and of the MLP last; between them those of the semantic condition.
         for name in names:
-            new[name][: 3 * cfg.width], new[name][-3 * cfg.width :] = (
-                old[name][: 3 * cfg.width],
-                old[name][-3 * cfg.width :],
-            )
+            for rows in (slice(3 * cfg.width), slice(-3 * cfg.width, None)):
+                new[name][rows] = old[name][rows].to(new[name])
         return "attention and MLP taken, the condition's modulation fresh"
     g, n = (r // cfg.patch if isinstance(cfg, Transformer) else r for r in (source.resolution, run.inputs.resolution))
     if isinstance(cfg, MDT) and re.search(r"position\.table$|bias\.table$", name) and g != n:
@@ -203,15 +204,10 @@ def _classes(name: str, new: Tensor, old: Tensor, run: Run, source: Source) -> s
         names = [str(run.data.class_names[i]) if run.data.class_names else str(i) for i in unknown[:4]]
         more = ", ..." * (len(unknown) > 4)
         said += f", {len(unknown)} {'as the null class' if like_null else 'random'}: {', '.join(names)}{more}"
-    if axis == 1 and known:
-        factor = 1 / new.square().mean(1).sqrt().clamp(min=1e-12) if not _first_steps(run) else new.new_ones(1)
+    if axis == 1 and not (isinstance(run.net, EDM2Ladder) and run.net.step < "D"):
+        factor = 1 / new.square().mean(1).sqrt()
         said += f"; rows times {float(factor.min()):.3g} to {float(factor.max()):.3g}, back on the sphere"
     return said
-
-
-def _first_steps(run: Run) -> bool:
-    """Whether weights are free: CONFIGS A to C."""
-    return isinstance(run.net, EDM2Ladder) and run.net.step < "D"
 
 
 def position_table(old: Tensor, new: Tensor, g: int, n: int, how: str) -> Tensor:
