@@ -38,8 +38,8 @@ from gesso.train.source import Source
 TABLES = {"table.weight": 0, "semantic.table.weight": 0, "label.linear.weight": 1, "emb_label.weight": 1}
 """of classes, and the dimension that counts them; the last is the null class but in EDM2's"""
 UNITS = {
-    "first layer": r"(trunk\.)?patch_embed\.|conv_in\.|ways_in\.0\.",
-    "last layer": r"(trunk\.)?final\.|conv_out\.|out\.weight$|out_gain$|ways_out\.\d+\.2\.",
+    "first layer": r"patch_embed\.|conv_in\.|ways_in\.0\.",
+    "last layer": r"final\.|conv_out\.|out\.weight$|out_gain$|ways_out\.\d+\.2\.",
     "control, both levels": r"(emb_)?control\.(first|second|gain)|control\.mlps\.all\.",
     "control, high level": r"control\.mlps\.high\.",
     "control, low level": r"control\.mlps\.low\.",
@@ -119,7 +119,8 @@ def _units(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Names of tensors that go together."""
     found: dict[str, list[str]] = {}
     for name in state:
-        named = next((unit for unit, pattern in UNITS.items() if re.match(pattern, name)), None)
+        bare = name.removeprefix("trunk.")
+        named = next((unit for unit, pattern in UNITS.items() if re.match(pattern, bare)), None)
         layer = name if name in TABLES else name.rpartition(".")[0]
         found.setdefault(named or layer or name, []).append(name)
     return found
