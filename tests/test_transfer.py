@@ -850,7 +850,7 @@ def test_a_run_killed_before_its_first_state_begins_again(digits, tmp_path):
 def test_places_that_hold_nothing(digits, tmp_path):
     (tmp_path / "empty").mkdir()
     for text, words in {
-        f"{digits}x": f"no run folder or file {digits}x; did you mean digits",
+        f"{digits}x": f"no run folder or file {digits}x; did you mean {digits}",
         f"{tmp_path}/empty": "holds no snapshots yet",
         f"{digits}@500k": "lies after the last snapshot",
         f"{digits}@3": "no snapshot up to image 3",

@@ -100,7 +100,10 @@ def _otherwise(run: Run, source: Source) -> list[str]:
     here, there = run.net.model_dump(), source.cfg.model_dump()
     found = [(f"net.{name}", there[name], here[name]) for name in here if name != "positions_at"]
     if source.run:
-        found += [d for d in config.differences(source.run, run) if d[0].startswith(TOLD) and d[0] != "process.scale"]
+        told = [d for d in config.differences(source.run, run) if d[0].startswith(TOLD) and d[0] != "process.scale"]
+        if source.run.process.name != run.process.name:  # whose settings have no counterparts
+            told = [d for d in told if d[0] == "process.name" or not d[0].startswith("process.")]
+        found += told
     found = [f"{path} {_rounded(old)} -> {_rounded(new)}" for path, old, new in found if old != new]
     return [f"  otherwise   {', '.join(found)}"] if found else []
 

@@ -90,8 +90,8 @@ def parsed(text: str) -> tuple[Path, float | None, int | None]:
 
 
 def _near(path: Path) -> str:
-    siblings = [p.name for p in path.parent.iterdir() if not p.name.startswith(".")] if path.parent.is_dir() else []
-    return f"; {config.nearest(path.name, siblings[:50])}" if siblings else ""
+    siblings = [str(p) for p in path.parent.iterdir() if not p.name.startswith(".")] if path.parent.is_dir() else []
+    return f"; {config.nearest(str(path), siblings[:20])}" if siblings else ""
 
 
 def _of_folder(path: Path, run: Run, sigma_rel: float | None, nimg: int | None) -> Source:
@@ -172,7 +172,7 @@ def _unpickled(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     except Exception as error:  # whatever pickle, zip and torch raise at a file that is damaged or carries code
         raise RunError(
             f"init.source={path} is damaged, no weight file, or carries code, which is not run "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:120]}); convert it to safetensors where you trust it"
+            f"({type(error).__name__}); convert it to safetensors where you trust it"
         ) from None
     notes = []
     for name in INSIDE:

@@ -66,11 +66,13 @@ class Account:
             entries = getattr(self, kind)
             tensors, numbers = sum(len(names) for names, _, _ in entries), sum(n for _, n, _ in entries)
             what = list(dict.fromkeys(said for _, _, said in entries))
-            counts = f"{tensors} tensors, {numbers:,} parameters: " if what else "none"
+            counts = f"{tensors} tensor{'s' * (tensors != 1)}, {numbers:,} parameters: " if what else "none"
             lines.append(f"  {kind:12}{counts}{'; '.join(what)}")
         if self.left:
             names = list(dict.fromkeys(_short(name) for name in self.left))
-            lines.append(f"  left        {len(self.left)} tensors of the source: {', '.join(names)}")
+            lines.append(
+                f"  left        {len(self.left)} tensor{'s' * (len(self.left) != 1)} of the source: {', '.join(names)}"
+            )
         return lines
 
 
