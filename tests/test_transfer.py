@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from gesso import config, interop, nets, recipes, snapshot
 from gesso.__main__ import app
 from gesso.cond import Cond
-from gesso.config import EDM, RF, VP, DiT, Inputs, MMDiT, PixArt, Sample, UNet
+from gesso.config import EDM, RF, VP, Controls, DiT, Inputs, MMDiT, PixArt, Sample, UNet
 from gesso.diffusion import process as processes
 from gesso.errors import GessoError, RunError, Stopped, UsageError
 from gesso.generate import strength
@@ -449,6 +449,27 @@ def test_maps_that_do_not_fit(tmp_path, text, words):
         begun(run)
 
 
+def test_a_map_is_needed_once(tmp_path):
+    """Its rows are in run.yaml: the run can be trained again without the file."""
+    path, mapping = written(tmp_path, run_of("dit", "label")), tmp_path / "m.json"
+    mapping.write_text('{"a": "c", "b": null, "c": "a"}')
+    run, denoiser, _ = begun(run_of("dit", "label", source=str(path), labels=str(mapping)))
+    mapping.unlink()
+    again, same, _ = begun(config.validate(config.as_tree(run)))
+    assert again == run and same.net.state_dict()["table.weight"].equal(denoiser.net.state_dict()["table.weight"])
+
+
+def test_pooled_text_that_shares_its_mlp_with_control(tmp_path):
+    net = NETS["unet"].model_copy(update={"pooled_mlp": "shared"})
+    joint = Controls(variables=("flip", "size"), mlp="joint", schedule="uniform")
+    there = run_of("unet", "text", net=net).model_copy(update={"control": joint})
+    path = written(tmp_path, there)
+    for variables, fresh in ((("flip", "size"), False), (("aspect", "size"), True)):
+        here = run_of("unet", "text", net=net, source=str(path), seed=1)
+        here = here.model_copy(update={"control": joint.model_copy(update={"variables": variables})})
+        assert ("pooled text (variables aspect here, flip there)" in kinds(begun(here)[2])["fresh"]) == fresh
+
+
 def test_labels_where_there_are_none(tmp_path):
     path = written(tmp_path, run_of("dit"))
     with pytest.raises(UsageError, match=r"init\.labels=index: there are no classes in the source"):
@@ -538,6 +559,10 @@ def test_control_variables_that_are_others_add_nothing(tmp_path, name):
     absent = F_of(denoiser, run, cond=Cond())
     assert (absent - F_of(original(path), run, cond=Cond())).abs().max() < 1e-12
     assert "aspect here, flip there" in kinds(said)["fresh"]
+    if takes(name, "text"):  # and with text, pooled too, which has an MLP of its own
+        path = written(tmp_path, run_of(name, "text", variables=("flip", "size")))
+        said_too = begun(run_of(name, "text", variables=("aspect", "size"), source=str(path)))[2]
+        assert "pooled" not in kinds(said_too)["fresh"]
     parts = {k: v for k, v in denoiser.net.state_dict().items() if "control" in k}
     if any(k.endswith("control.gain") for k in parts):
         assert F_of(denoiser, run, cond=given).equal(absent)  # one gain for both levels, 0 again

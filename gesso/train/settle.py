@@ -69,7 +69,8 @@ def _positions(run: Run, source: Source, k: float, tree: dict[str, Any]) -> list
     tree["net"]["positions_at"] = at
     if k == 1 and at is None:
         return []
-    return [f"  positions   {how if k != 1 else 'as there'}, net.positions_at={at or 'null'}"]
+    word = "as there" if k == 1 else net.positions if how == "resampled" else how
+    return [f"  positions   {word}, net.positions_at={at or 'null'}"]
 
 
 def _noise(run: Run, source: Source, k: float, tree: dict[str, Any]) -> list[str]:
@@ -147,6 +148,8 @@ def label_rows(run: Run, source: Source) -> tuple[int | None, ...] | None:
             raise UsageError(f"init.labels=names: the classes have no names {'here' if not names else 'in the source'}")
         place = {name: i for i, name in enumerate(theirs)}
         return tuple(place.get(name) for name in names)
+    if not Path(how).is_file() and len(run.init.rows or ()) == n:
+        return run.init.rows  # as they were when the file was there
     return _mapped(Path(how), names or [str(i) for i in range(n)], theirs or [str(i) for i in range(m)])
 
 

@@ -25,11 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from gesso import keyed
-from gesso.config import MDT, DiTAtt, EDM2Ladder, MMDiT, Run
+from gesso.config import MDT, DiTAtt, EDM2Ladder, MMDiT, Run, UNet
 from gesso.config.net import Transformer
 from gesso.diffusion import denoiser as diffusion
 from gesso.diffusion.denoiser import Denoiser
-from gesso.errors import UsageError
 from gesso.nets import mp
 from gesso.nets.mdt import hats
 from gesso.train.settle import label_rows, settled
@@ -79,14 +78,13 @@ class Account:
 def begun(run: Run, source: Source) -> tuple[Run, Denoiser, list[str]]:
     """The run with what the source settles recorded in it, its denoiser with the weights moved, and the account.
 
-    Raises UsageError where settings or what was recorded contradict the source, or nothing can be taken.
+    Raises UsageError where settings or what was recorded contradict the source.
     """
     run, said = settled(run, source)
     torch.manual_seed(keyed.number(run.train.seed, 0, "initial weights"))
     denoiser = diffusion.build(run).to(getattr(torch, run.train.dtype))
     account = moved(denoiser.net, source, run)
-    if not account.taken:
-        raise UsageError(f"{source.called} has nothing that this network can take")
+    assert account.taken, "a network of the same settings shares its blocks"
     notes = [f"  note        {note}" for note in source.notes]
     if run.loss.weighting == "uncertainty":
         notes.append("  note        the uncertainty u(s) of the loss is learned anew")
@@ -152,11 +150,12 @@ def _barred(unit: str, run: Run, source: Source) -> str | None:
     classes = bool(here.num_classes) != bool(there.num_classes)
     if re.match(READERS, unit) and classes and here.semantic and there.semantic:
         return "reads text here, classes there" if here.text_width else "reads classes here, text there"
+    shared = isinstance(run.net, UNet) and run.net.pooled_mlp == "shared"
     levels = {"control, high level": ("high",), "control, low level": ("low",)}
     if source.run and (unit.startswith("control") or unit == "pooled text"):
         for level in levels.get(unit, ("high", "low")):
             here, there = (r.control.columns(level) for r in (run, source.run))
-            if here != there and (unit != "pooled text" or run.net.pooled_mlp == "shared"):
+            if here != there and (unit != "pooled text" or shared):
                 return f"variables {','.join(here) or 'none'} here, {','.join(there) or 'none'} there"
     return None
 
