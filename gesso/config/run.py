@@ -31,6 +31,8 @@ class Data(Settings):
     random, whose area is a share of that one in this range: .9,1 global, .4,.6 local, .4,1 mix (Berrada et al. Section 3.4)"""
     window: Positive | None = None
     """files of a cache whose images are shuffled together, so that few are needed at a time (object storage); null: all"""
+    held_out: Annotated[Count, Field(ge=0)] = 0
+    """images kept from training for the validation loss (watch), the same ones whatever train.seed"""
     max_unreadable: Probability = 0.01
     """share of unreadable images that are skipped and named before the run is refused"""
     num_images: Count | None = None
