@@ -54,6 +54,7 @@ class Cache(Dataset):
         self.class_names, self.unreadable = self.manifest.class_names, list(self.manifest.unreadable)
         self._dtype = getattr(torch, plan.dtype or "float32") if self.latents else torch.uint8
         self._local = self._copies() if far else None
+        self.far = far and window is not None
         self._order: Windowed | None = None
         self._open: dict[int, Rows] = {}
         self._opening = threading.Lock()

@@ -50,7 +50,7 @@ class Dataset(abc.ABC):
 
     labels (N,) int64; captions N, empty where there is none; class_names empty where there are no classes; notes for
     the user; unreadable (name, reason) of images that were left out; latents: x is latents; immediate: `take` costs next
-    to nothing.
+    to nothing; far: files are fetched as they are needed, few at a time.
     """
 
     where: str
@@ -61,6 +61,7 @@ class Dataset(abc.ABC):
     unreadable: list[tuple[str, str]]
     latents = False
     immediate = False
+    far = False
     encoded: Semantic | None = None
     """how the captions were encoded, where `take` gives their tokens"""
     held = torch.zeros(0, dtype=torch.int64)
@@ -103,7 +104,9 @@ class Dataset(abc.ABC):
         Raises UsageError when none would be left.
         """
         if count >= len(self):
-            raise UsageError(f"data.held_out={count} leaves nothing of the {len(self)} images in {self.where}: set it lower")
+            raise UsageError(
+                f"data.held_out={count} leaves nothing of the {len(self)} images in {self.where}: set it lower"
+            )
         self.held = held_out(len(self), count) if count else self.held
 
     def order(self, seed: int, batch_size: int) -> Order | Without:
