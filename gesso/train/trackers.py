@@ -108,4 +108,4 @@ class Wandb:
             self.run.log(values, step=nimg)
 
     def close(self) -> None:
-        self.run.finish(quiet=True)
+        self.run.finish()

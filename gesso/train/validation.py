@@ -100,7 +100,7 @@ class Validation:
         # Pictures of one size go together.
         sizes = run.data.buckets or ()
         groups = [number[torch.isin(image, dataset.alike(*size))] for size in sizes] or [number]
-        parts = [part for group in groups for part in group.split(PASS)][ranks.rank :: ranks.world]
+        parts = [part for group in groups if len(group) for part in group.split(PASS)][ranks.rank :: ranks.world]
         self.passes = [Pairs(part, dataset.plain(image[part])) for part in parts]
 
     @torch.no_grad()
