@@ -153,19 +153,27 @@ def training(runs: Sequence[Folder]) -> str:
 
 def magnitudes(runs: Sequence[Folder]) -> str:
     plots = []
-    for what in ("activations", "weights"):
-        for i, how in enumerate(("largest", "mean")):
-            drawn = overlaid(runs, lambda f, what=what, i=i: growth(f, what, i), f"{what}, {how}, first = 1")
-            plots.append((drawn, f"{what.capitalize()}: growth of the {how} magnitude over all blocks (EDM2 Eq. 3)."))
+    for i, how in enumerate(("largest", "mean")):
+        drawn = overlaid(runs, lambda f, i=i: over_buckets(f, "activations", i), f"activations, {how}", from_zero=True)
+        plots.append(
+            (drawn, f"Activations: {how} magnitude over all blocks (EDM2 Eq. 3); 1 is what unit-normal values have.")
+        )
+    for i, how in enumerate(("largest", "mean")):
+        drawn = overlaid(runs, lambda f, i=i: growth(f, "weights", i), f"weights, {how}, first = 1")
+        plots.append((drawn, f"Weights: {how} magnitude over all blocks, over its first value."))
     return page.section("Magnitudes", single.shown(plots))
 
 
-def growth(found: Folder, what: str, i: int) -> Points:
-    """The largest of the buckets (i = 0), or their mean (i = 1), over its first value."""
+def over_buckets(found: Folder, what: str, i: int) -> Points:
+    """The largest of the buckets (i = 0), or their mean (i = 1)."""
     lines = [line for line in found.lines if "magnitudes" in line]
     values = [[pair[i] for pair in line["magnitudes"][what].values()] for line in lines]
-    joined = [max(v) if i == 0 else sum(v) / len(v) for v in values]
-    return [line["nimg"] for line in lines], [value / joined[0] for value in joined]
+    return [line["nimg"] for line in lines], [max(v) if i == 0 else sum(v) / len(v) for v in values]
+
+
+def growth(found: Folder, what: str, i: int) -> Points:
+    x, y = over_buckets(found, what, i)
+    return x, [value / y[0] for value in y]
 
 
 def speed(runs: Sequence[Folder]) -> str:
