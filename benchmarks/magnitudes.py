@@ -23,7 +23,7 @@ SAMPLES, PASS = 1024, 128
 SHOWN = (
     ("weights", 1, "weights, mean, first = 1"),
     ("activations", 1, "activations, mean"),
-    ("activations", 0, "activations, largest"),
+    ("main_path", 1, "main path, mean"),
 )
 
 
@@ -49,7 +49,7 @@ def measured(run, dataset, path: Path) -> dict[str, Any]:
             s = denoiser.process.quantile(keyed.uniform(0, counter, "noise level")[:, 0]).to(x0)
             level, eps = s[:, None, None, None], keyed.normal(0, counter, "noise", x0.shape[1:], x0.dtype)
             denoiser(denoiser.process.alpha(level) * x0 + level * eps, s, cond)
-    return {"activations": found.activations(), "weights": found.weights(tensors)}
+    return {"activations": found.activations(), "main_path": found.main_path(), "weights": found.weights(tensors)}
 
 
 def main() -> None:
@@ -85,7 +85,7 @@ def plot(traces: dict[str, dict[int, dict[str, Any]]], out: Path) -> None:
         axes.set(title=title, xlabel="thousand images")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e0d4", lw=0.8)
-        if what == "activations":
+        if what != "weights":
             axes.set_ylim(bottom=0)
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)

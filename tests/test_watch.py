@@ -364,6 +364,28 @@ def test_normal_activations_have_magnitude_one():
     assert abs(mean - 1) < 0.02 and 1 <= largest < 1.1 and abs(row_mean - 1) < 0.02
 
 
+@pytest.mark.parametrize("name", ["dit", "mmdit++", "unet"])
+def test_the_main_path_is_what_blocks_put_out(name):
+    row = ALL[name]
+    net = small(row)
+    found, outs = run_once(row, net), {}
+    for block, bucket in found._buckets().items():
+        net.get_submodule(block).register_forward_hook(
+            lambda m, i, out, bucket=bucket: outs.setdefault(bucket, []).append(
+                out[0] if isinstance(out, tuple) else out
+            )
+        )
+    x, c_noise, progress, cond = batch(row, dtype=torch.float32)
+    with torch.no_grad():
+        net(x, c_noise, progress, cond)
+    for bucket, parts in outs.items():
+        magnitudes = [
+            p.double().movedim(1 if p.ndim == 4 else -1, 0).flatten(2).square().mean(2).sqrt().mean(1) for p in parts
+        ]
+        due = torch.cat(magnitudes)
+        assert found.main_path()[bucket] == pytest.approx([float(due.max()), float(due.mean())], rel=1e-4)
+
+
 def test_samples_that_do_not_count_and_ranks_in_parts():
     row = ALL["dit"]
     net = small(row)
@@ -442,7 +464,7 @@ def test_what_a_watched_run_leaves(seen):
     validated_ = next(line for line in lines if "validation" in line)
     assert set(validated_["validation"]) == {"weights", "ema0.05", "ema0.1"}
     measured = next(line for line in lines if "magnitudes" in line)["magnitudes"]
-    assert set(measured) == {"activations", "weights"} and set(measured["weights"]) == {
+    assert set(measured) == {"activations", "main_path", "weights"} and set(measured["weights"]) == {
         "enc 8x8",
         "enc 4x4",
         "dec 4x4",

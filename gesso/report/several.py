@@ -153,11 +153,16 @@ def training(runs: Sequence[Folder]) -> str:
 
 def magnitudes(runs: Sequence[Folder]) -> str:
     plots = []
-    for i, how in enumerate(("largest", "mean")):
-        drawn = overlaid(runs, lambda f, i=i: over_buckets(f, "activations", i), f"activations, {how}", from_zero=True)
-        plots.append(
-            (drawn, f"Activations: {how} magnitude over all blocks (EDM2 Eq. 3); 1 is what unit-normal values have.")
-        )
+    for what, said in (("activations", "what layers put out"), ("main_path", "what blocks put out")):
+        for i, how in enumerate(("largest", "mean")):
+            name = f"{what.replace('_', ' ')}, {how}"
+            drawn = overlaid(runs, lambda f, what=what, i=i: over_buckets(f, what, i), name, from_zero=True)
+            plots.append(
+                (
+                    drawn,
+                    f"The {how} magnitude of {said}, over all blocks (EDM2 Eq. 3); 1 is that of unit-normal values.",
+                )
+            )
     for i, how in enumerate(("largest", "mean")):
         drawn = overlaid(runs, lambda f, i=i: growth(f, "weights", i), f"weights, {how}, first = 1")
         plots.append((drawn, f"Weights: {how} magnitude over all blocks, over its first value."))
@@ -166,7 +171,7 @@ def magnitudes(runs: Sequence[Folder]) -> str:
 
 def over_buckets(found: Folder, what: str, i: int) -> Points:
     """The largest of the buckets (i = 0), or their mean (i = 1)."""
-    lines = [line for line in found.lines if "magnitudes" in line]
+    lines = [line for line in found.lines if what in line.get("magnitudes", {})]
     values = [[pair[i] for pair in line["magnitudes"][what].values()] for line in lines]
     return [line["nimg"] for line in lines], [max(v) if i == 0 else sum(v) / len(v) for v in values]
 

@@ -179,14 +179,16 @@ def magnitudes(found: Folder) -> str:
     if not last:
         return ""
     plots = []
-    for what in ("activations", "weights"):
+    for what in last:
+        said = what.replace("_", " ")
         for i, how in enumerate(("largest", "mean")):
             curves = {bucket: found.curve("magnitudes", what, bucket, i) for bucket in last[what]}
-            drawn = figures.lines(curves, f"{what}, {how}", from_zero=True)
-            plots.append((drawn, f"{what.capitalize()}: the {how} magnitude over the features of a bucket."))
+            drawn = figures.lines(curves, f"{said}, {how}", from_zero=True)
+            plots.append((drawn, f"{said.capitalize()}: the {how} magnitude over the features of a bucket."))
     text = (
         "Magnitudes of features (EDM2 Eq. 3) of the averaged network, by resolution or third of the blocks; 1 is what unit-normal "
-        "values have. Weights are as they were averaged, not put back on the sphere."
+        "values have. Activations are what layers put out, the main path what whole blocks do; weights are as they were "
+        "averaged, not put back on the sphere."
     )
     return page.section("Magnitudes", page.paragraph(text), shown(plots))
 

@@ -2,7 +2,8 @@
 
 What is looked at are the layers in a network's blocks: matrices and kernels, without biases, gains and tables, and what
 they put out, biases and gains included, before any nonlinearity; not a layer that is used in part, as that of the text in
-the last block of an mmDiT. The magnitude of a feature is the rms over the positions
+the last block of an mmDiT. Beside them the main path, which is what the blocks themselves put out: in a standard network
+norms hide its growth from the layers. The magnitude of a feature is the rms over the positions
 of a sample (Eq. 3), of activations its mean over samples; of an output feature's weights it is the rms of their row.
 
 U-Nets have a bucket for each resolution on the way down (enc), at the bottom (mid) and on the way up (dec); of transformers,
@@ -36,7 +37,8 @@ class Magnitudes:
         self.blocks = {names[block]: block for block in nets.blocks(net)}
         self.layers = {names[layer]: layer for block in self.blocks.values() for layer in nets.layers(block)}
         self.counts: Tensor | None = None
-        self._sums: dict[str, Tensor] = {}  # (N + 1,) float64: of the magnitudes, and how many
+        self._sums: dict[str, Tensor] = {}  # of layers, (N + 1,) float64: of the magnitudes, and how many
+        self._paths: dict[str, Tensor] = {}  # of blocks, the same
         self._places: dict[str, str | None] = {}  # of a U-Net's blocks, in the order they ran
         self._height = 0
 
@@ -59,27 +61,33 @@ class Magnitudes:
             out = out[0] if isinstance(out, tuple) else out
             side = self.resolution * out.shape[2] // self._height if out.ndim == 4 else None
             self._places[name] = None if side is None else f"{SIDES[name.partition('.')[0]]} {side}x{side}"
+            self._add(self._paths, name, out, out.ndim == 4)
 
         return place
 
     def _note(self, name: str):
         def note(layer: nn.Module, inputs: tuple, out: Tensor) -> None:
-            wide = out.detach().to(torch.promote_types(out.dtype, torch.float32))
-            # (B, N, H, W) of a convolution, (B, ..., N) of a matrix product
-            wide = wide.flatten(2) if layer.weight.ndim == 4 else wide.reshape(len(wide), -1, wide.shape[-1]).mT
-            found = wide.square().mean(dim=2).sqrt()  # Eq. 3
-            if self.counts is not None:
-                found = found[self.counts]
-            sums = torch.cat([found.sum(dim=0), found.new_tensor([len(found)])]).double()
-            self._sums[name] = self._sums.get(name, 0) + sums
+            self._add(self._sums, name, out, layer.weight.ndim == 4)
 
         return note
 
+    def _add(self, sums: dict[str, Tensor], name: str, out: Tensor, image: bool) -> None:
+        """out: (B, N, H, W) of an image, (B, ..., N) of tokens and vectors."""
+        wide = out.detach().to(torch.promote_types(out.dtype, torch.float32))
+        wide = wide.flatten(2) if image else wide.reshape(len(wide), -1, wide.shape[-1]).mT
+        found = wide.square().mean(dim=2).sqrt()  # Eq. 3
+        if self.counts is not None:
+            found = found[self.counts]
+        found = torch.cat([found.sum(dim=0), found.new_tensor([len(found)])]).double()
+        sums[name] = sums.get(name, 0) + found
+
     def activations(self, ranks: Ranks = ALONE) -> Buckets:
-        """Of all passes so far, of all ranks."""
-        names = list(self._sums)
-        sums = ranks.sum(torch.cat([self._sums[name] for name in names])).split([len(self._sums[n]) for n in names])
-        return self._bucketed({name: total[:-1] / total[-1] for name, total in zip(names, sums, strict=True)})
+        """What layers put out, in all passes so far, of all ranks."""
+        return self._bucketed(_means(self._sums, ranks))
+
+    def main_path(self, ranks: Ranks = ALONE) -> Buckets:
+        """What blocks put out."""
+        return self._bucketed(_means(self._paths, ranks))
 
     def weights(self, tensors: dict[str, Tensor]) -> Buckets:
         """Of tensors by name, as they are: averages of weights on the sphere lie inside it. After a pass at least."""
@@ -106,6 +114,11 @@ class Magnitudes:
             said = f"block {stop}" if stop - first == 1 else f"blocks {first + 1}-{stop}"
             names |= dict.fromkeys(ran[first:stop], said)
         return names
+
+
+def _means(sums: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    totals = ranks.sum(torch.cat(list(sums.values()))).split([len(one) for one in sums.values()])
+    return {name: total[:-1] / total[-1] for name, total in zip(sums, totals, strict=True)}
 
 
 def _short(value: Tensor) -> float:

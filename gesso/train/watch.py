@@ -148,9 +148,9 @@ class Watcher:
                     magnitudes.counts = (counts[at] & (counter[at] < stop)).to(self.device)
                     with parallel.products(run.train, self.device):
                         denoiser(denoiser.process.alpha(level) * x0[at] + level * eps, s[at], cond[at])
-            activations = magnitudes.activations(self.ranks)
+            activations, main_path = magnitudes.activations(self.ranks), magnitudes.main_path(self.ranks)
             weights = magnitudes.weights({name: whole(tensor) for name, tensor in average.items()})
-        self._write(magnitudes={"activations": activations, "weights": weights})
+        self._write(magnitudes={"activations": activations, "main_path": main_path, "weights": weights})
 
     def drawn(self, denoiser: Denoiser, cond: Cond, n: int) -> Tensor:
         """Images of seeds 0 to n-1, (n, C, H, W) uint8 on the CPU; each rank draws its share."""
