@@ -80,7 +80,10 @@ class TensorBoard:
 
 
 class Wandb:
-    """Steps are images seen. A resumed run repeats what lies after its state to the last bit: it is not passed on twice."""
+    """Steps are images seen. A resumed run repeats what lies after its state to the last bit: it is not passed on twice.
+
+    Raises UsageError where Weights & Biases refuses.
+    """
 
     def __init__(self, run: Run, out: Path):
         import wandb
@@ -88,10 +91,16 @@ class Wandb:
         self.wandb, self.note = wandb, out / "wandb.json"
         known = json.loads(self.note.read_text()) if self.note.is_file() else {"id": secrets.token_hex(4), "nimg": -1}
         self.id, self.last, self.now = known["id"], known["nimg"], -1
-        self.run = wandb.init(
-            project=run.watch.wandb_project, name=out.name, id=self.id, dir=str(out), config=config.as_tree(run),
-            mode=run.watch.wandb, resume="allow", settings=wandb.Settings(console="off", silent=True),
-        )  # fmt: skip
+        try:
+            self.run = wandb.init(
+                project=run.watch.wandb_project, name=out.name, id=self.id, dir=str(out), config=config.as_tree(run),
+                mode=run.watch.wandb, resume="allow", settings=wandb.Settings(console="off", silent=True),
+            )  # fmt: skip
+        except wandb.Error as error:
+            said = str(error).strip().splitlines()[0]
+            raise UsageError(
+                f"watch.wandb={run.watch.wandb}: {said}; `wandb login`, or set watch.wandb=offline"
+            ) from None
 
     def write(self, nimg: int, values: dict[str, float]) -> None:
         self._log(nimg, values)
