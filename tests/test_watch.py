@@ -235,6 +235,13 @@ def test_another_source_to_validate_on(photos, tmp_path):  # noqa: F811
         validation.images(run, dataset)
 
 
+def test_a_source_that_is_not_there_is_said_before_the_folder_is_a_run(tmp_path):
+    run = tiny_run(**{"watch.source": tmp_path / "none", "watch.validate_images": 64})
+    with pytest.raises(UsageError, match=r"^watch.source=.*/none: there is no such folder"):
+        start(run, tmp_path / "run", False, QUIET, print)
+    assert not (tmp_path / "run" / "run.yaml").exists()
+
+
 def test_validation_over_buckets_takes_pictures_of_one_size_together(photos, tmp_path):  # noqa: F811
     gesso("cache", photos, tmp_path / "c", "--resolution", 16, "--buckets", 3, "bucket_multiple=4")
     settings_ = {

@@ -98,9 +98,7 @@ class Wandb:
             )  # fmt: skip
         except wandb.Error as error:
             said = str(error).strip().splitlines()[0]
-            raise UsageError(
-                f"watch.wandb={run.watch.wandb}: {said}; `wandb login`, or set watch.wandb=offline"
-            ) from None
+            raise UsageError(f"watch.wandb={run.watch.wandb}: {said} (Or set watch.wandb=offline.)") from None
 
     def write(self, nimg: int, values: dict[str, float]) -> None:
         self._log(nimg, values)

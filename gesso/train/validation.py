@@ -38,7 +38,10 @@ def images(run: Run, dataset: Dataset) -> tuple[Dataset, Tensor] | None:
         return None
     if run.watch.source:
         data = run.data.model_copy(update={"source": run.watch.source, "window": None})
-        other = open_dataset(data, run.latent, 0)
+        try:
+            other = open_dataset(data, run.latent, 0)
+        except UsageError as error:
+            raise UsageError(str(error).replace("data.source", "watch.source")) from None
         if other.class_names != dataset.class_names and run.semantic.kind == "label":
             raise UsageError(
                 f"watch.source={run.watch.source} has the classes {', '.join(other.class_names[:3]) or 'none'}, ..., not those "
