@@ -42,7 +42,7 @@ def lines(
     if scale == "log":
         plain_ticks(axes)
     if from_zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * max(max(y) for _, y in curves.values()) or 1)
     if len(curves) > 1:
         legend(figure, axes)
     return svg(figure)
