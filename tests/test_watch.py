@@ -262,7 +262,7 @@ def test_validation_that_would_never_be(tmp_path):
         tiny_run(**{"data.held_out": 5})
     with pytest.raises(UsageError, match=r"validate on the one or the other"):
         tiny_run(**{"data.held_out": 5, "watch.validate_images": 64, "watch.source": "digits"})
-    with pytest.raises(UsageError, match=r"watch.evaluate_images=64 beside eval.features=none"):
+    with pytest.raises(UsageError, match=r"watch.evaluate_images=64 measures what eval.features says, which is none"):
         tiny_run(**{"watch.evaluate_images": 64, "eval.features": "none"})
 
 

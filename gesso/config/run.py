@@ -201,7 +201,8 @@ class Run(Settings):
             )
         if watch.evaluate_images and self.eval.features == "none":
             raise ValueError(
-                f"watch.evaluate_images={watch.evaluate_images} beside eval.features=none: nothing to measure"
+                f"watch.evaluate_images={watch.evaluate_images} measures what eval.features says, which is none (eval.scores are "
+                "for gesso evaluate): set it to null"
             )
 
     def _size(self, block: str, resolution: int | None) -> None:

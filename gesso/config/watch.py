@@ -25,7 +25,7 @@ class Watch(Settings):
     samples: Positive = 16
     """images of a grid: seeds 0, 1, 2, ..."""
     evaluate_images: Positive | None = None
-    """the scores of eval.*, at sample.*'s settings, with the tracked average next to its length"""
+    """what eval.features says, at sample.*'s settings, with the tracked average next to its length"""
     tensorboard: bool = False
     """log.jsonl and the grids for TensorBoard too, in the run folder's tensorboard/"""
     wandb: Literal["no", "offline", "online"] = "no"
