@@ -6,7 +6,6 @@ import torch
 
 from gesso.config import Run
 from gesso.nets.count import training_macs
-from gesso.train import parallel
 from gesso.train.ranks import Ranks
 
 SIDE = {"cuda": 8192, "cpu": 1024}
@@ -28,13 +27,9 @@ class Pace:
         self.peak: float | None = None
         self.since, self.nimg, self.waited = time.perf_counter(), nimg, 0.0
 
-    def restart(self, nimg: int, waited: float) -> None:
-        self.since, self.nimg, self.waited = time.perf_counter(), nimg, waited
-
     def __call__(self, nimg: int, waited: float) -> dict[str, float]:
         """A line's values. nimg: images seen; waited: seconds spent waiting for data since training began."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        _synchronized(self.device)
         seconds = time.perf_counter() - self.since
         rate = (nimg - self.nimg) / seconds
         self.peak = self.peak or product_flops(self.run, self.device)
@@ -46,7 +41,7 @@ class Pace:
         }
         if self.device.type == "cuda":
             found["peak_gigabytes"] = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 2)
-        self.restart(nimg, waited)
+        self.since, self.nimg, self.waited = time.perf_counter(), nimg, waited
         return found
 
 
@@ -54,16 +49,16 @@ class Pace:
 def product_flops(run: Run, device: torch.device) -> float:
     """FLOPs per second of the best of a few products of large matrices, as training computes them."""
     n = SIDE.get(device.type, SIDE["cpu"])
+    dtype = getattr(torch, run.train.dtype if run.train.precision == "full" else run.train.precision)
     generator = torch.Generator(device).manual_seed(0)  # numbers, not ones: a GPU that does not toggle bits runs faster
-    a = torch.randn(n, n, generator=generator, device=device, dtype=getattr(torch, run.train.dtype))
+    a = torch.randn(n, n, generator=generator, device=device).to(dtype)
     best = float("inf")
-    with parallel.products(run.train, device):
-        for _ in range(4):  # the first warms up
-            _synchronized(device)
-            start = time.perf_counter()
-            _ = a @ a
-            _synchronized(device)
-            best = min(best, time.perf_counter() - start)
+    for _ in range(4):  # the first warms up
+        _synchronized(device)
+        start = time.perf_counter()
+        _ = a @ a
+        _synchronized(device)
+        best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
 
 
