@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -662,16 +663,18 @@ def test_wandb_offline_has_each_value_once(tmp_path, monkeypatch):
     from wandb.proto import wandb_internal_pb2
 
     lines = stopped_and_resumed(tmp_path / "run", monkeypatch, **{"watch.wandb": "offline"})
-    steps, losses, runs = [], [], set()
-    for path in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")):
-        for data in records(path.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            if record.run.run_id:
-                runs.add(record.run.run_id)
-            items = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
-            if "loss" in items:
-                steps.append(items["_step"])
-                losses.append(items["loss"])
-    assert runs == {json.loads((tmp_path / "run" / "wandb.json").read_text())["id"]}
-    assert steps == [line["nimg"] for line in lines] and losses == [line["loss"] for line in lines]
+    deadline = time.monotonic() + 60
+    while True:  # a process of its own writes the files, which may end after the run
+        found = []
+        for path in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")):
+            for data in records(path.read_bytes()):
+                found.append(wandb_internal_pb2.Record())
+                found[-1].ParseFromString(data)
+        if sum(record.HasField("exit") for record in found) == 2 or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    histories = [{(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in r.history.item} for r in found]
+    values = [(items["_step"], items["loss"]) for items in histories if "loss" in items]
+    assert values == [(line["nimg"], line["loss"]) for line in lines]
+    known = json.loads((tmp_path / "run" / "wandb.json").read_text())
+    assert {record.run.run_id for record in found} - {""} == {known["id"]} and known["nimg"] == 320
