@@ -184,11 +184,14 @@ def ema(
 
 
 @app.command()
-def report(folder: RunFolder, out: Out = None) -> None:
-    """One self-contained HTML page on a run, from the files in its folder."""
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders", show_default=False)],
+    out: Out = None,
+) -> None:
+    """One self-contained HTML page on a run, or on several beside each other, from the files in their folders."""
     from gesso.report import write
 
-    _say(f"wrote {write(folder, out)}")
+    _say(f"wrote {write(folders, out)}")
 
 
 @app.command()

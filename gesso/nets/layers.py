@@ -104,11 +104,10 @@ class QKV(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """(B, T, D) -> q, k, v of shape (B, h, T, d)."""
-        weight, bias = self.linear.weight, self.linear.bias
         if self.queries:
-            q, k, v = split_heads(F.linear(x, weight, bias), 3, self.heads)
+            q, k, v = split_heads(self.linear(x), 3, self.heads)
             return self.q_norm(q), self.k_norm(k), v
-        D = x.shape[2]
+        weight, bias, D = self.linear.weight, self.linear.bias, x.shape[2]
         k, v = split_heads(F.linear(x, weight[D:], None if bias is None else bias[D:]), 2, self.heads)
         return None, self.k_norm(k), v
 

@@ -2,7 +2,6 @@
 
 import functools
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +14,11 @@ from gesso.config import Run
 from gesso.data.samples import Dataset
 from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import RunError, Stopped
-from gesso.train import checkpoint
+from gesso.train import checkpoint, trackers
 from gesso.train.log import Bar, Log
 from gesso.train.ranks import ALONE, Ranks, whole
 from gesso.train.trainer import Trainer
+from gesso.train.watch import Watcher, crossed
 
 
 @contextmanager
@@ -37,11 +37,6 @@ def caught_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def crossed(before: int, after: int, every: int) -> bool:
-    """Whether a multiple of `every` lies in (before, after]."""
-    return after // every > before // every
 
 
 def train(
@@ -66,6 +61,7 @@ def train(
     log = Log(out / "log.jsonl") if ranks.main else None
     if log:
         log.rewind(trainer.nimg)
+        log.trackers = trackers.opened(run, out, trainer.nimg)
     if trainer.nimg:
         console.print(f"resumed at image {trainer.nimg:,}", highlight=False)
     elif log and dataset.unreadable:
@@ -74,18 +70,19 @@ def train(
     with caught_signals() as caught, Bar(console, run.train.total_images, trainer.nimg, run.recipe) as bar:
         try:
             trainer.caught = caught
-            _steps(trainer, out, log, bar, saver)
+            _steps(trainer, out, log, bar, saver, Watcher(trainer, dataset, out, log))
         except RunError as error:
             last = checkpoint.stored(out / "state")
             where = f"last good state: {last[-1]}" if last else "no state was saved yet"
             raise RunError(f"{error}\n{where}") from error
         finally:
             saver.close()
+            if log:
+                log.close()
 
 
-def _steps(trainer: Trainer, out: Path, log: Log | None, bar: Bar, saver: checkpoint.Saver) -> None:
+def _steps(trainer: Trainer, out: Path, log: Log | None, bar: Bar, saver: checkpoint.Saver, watcher: Watcher) -> None:
     cfg = trainer.run.train
-    started, started_at = time.monotonic(), trainer.nimg
     while trainer.nimg < cfg.total_images:
         before = trainer.nimg
         loss = trainer.step()
@@ -93,8 +90,8 @@ def _steps(trainer: Trainer, out: Path, log: Log | None, bar: Bar, saver: checkp
         if done or crossed(before, trainer.nimg, cfg.log_images):
             line = trainer.summary()
             if log:
-                rate = (trainer.nimg - started_at) / (time.monotonic() - started)
-                log.write(**line, images_per_second=round(rate, 1))
+                log.write(**line, **watcher.pace(trainer.nimg, trainer.waited))
+        watcher.after(before)  # before the state, so that a resumed run lacks nothing of what it does not repeat
         if done or crossed(before, trainer.nimg, cfg.snapshot_images):
             _snapshots(trainer, out, saver)
         if done or trainer.stopping or crossed(before, trainer.nimg, cfg.state_images):
