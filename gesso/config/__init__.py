@@ -25,7 +25,7 @@ from gesso.config.net import (
 from gesso.config.process import EDM, RF, VP, Process
 from gesso.config.run import Data, Ema, Eval, Latent, Run
 from gesso.config.sample import Sample
-from gesso.config.train import Loss, Optim, Train
+from gesso.config.train import Group, Loss, Optim, Train
 
 __all__ = [
     "CONTROLS", "EDM", "EDM2", "MDT", "RF", "VP", "Control", "Controls", "Data", "DiT", "DiTAtt", "EDM2Ladder", "Ema", "Eval", "Init", "Inputs", "Latent", "Loss", "MMDiT",

@@ -34,7 +34,9 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_size(x, self.patch)
-        return self.proj(x).flatten(2).transpose(1, 2)
+        # In order: the blocks would keep the layout of the convolution, in which norms are slow, and of which torch 2.13's
+        # compiler makes wrong gradients on a CPU (tests/test_compile.py).
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 def unpatchify(tokens: Tensor, h: int, w: int, patch: int) -> Tensor:

@@ -1,17 +1,21 @@
 """Adam and AdamW with the learning rate as a function of images seen."""
 
+import difflib
 import math
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gesso.config import Optim, Train
+from gesso.config import Group, Optim, Train
+from gesso.errors import UsageError
 from gesso.nets import mp
 
 
 def learning_rate(optim: Optim, train: Train, nimg: int) -> float:
     """The rate of the step that starts at nimg images. With warm-up the first step has rate 0, as EDM2's."""
-    rate = optim.lr
+    rate = optim.peak(train.batch_size)
     if optim.schedule == "inverse_sqrt":
         rate /= math.sqrt(max(nimg / optim.ref_images, 1))  # EDM2 Eq. 67
     elif optim.schedule == "cosine":
@@ -21,18 +25,20 @@ def learning_rate(optim: Optim, train: Train, nimg: int) -> float:
     return rate
 
 
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Of every group, by its own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+
+
 def build(optim: Optim, modules: nn.ModuleDict) -> torch.optim.Optimizer:
     """The optimizer with its state made at once, so that a stored state can be read into it.
 
-    Decay goes to matrices and kernels; weights on the sphere, gains, biases and norms have none.
+    Decay goes to matrices and kernels; weights on the sphere, gains, biases and norms have none. `optim.groups` say
+    otherwise of some. Raises UsageError for a group that no parameter belongs to, or whose decay none takes.
     """
-    on_sphere = {id(w) for w in mp.sphere_weights(modules)}
-    decayed, free = [], []
-    for parameter in modules.parameters():
-        (decayed if parameter.ndim > 1 and id(parameter) not in on_sphere else free).append(parameter)
-    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": free, "weight_decay": 0.0}]
     kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
-    made = kind([g for g in groups if g["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    made = kind(grouped(optim, modules), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
     for parameter in modules.parameters():
         made.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -40,6 +46,50 @@ def build(optim: Optim, modules: nn.ModuleDict) -> torch.optim.Optimizer:
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return made
+
+
+def grouped(optim: Optim, modules: nn.ModuleDict) -> list[dict[str, Any]]:
+    """Parameters that have all settings in common, those of no group first."""
+    on_sphere = {id(w) for w in mp.sphere_weights(modules)}
+    found: dict[tuple, list[nn.Parameter]] = {}
+    used: dict[Group, list[bool]] = {group: [] for group in optim.groups}
+    for name, parameter in modules.named_parameters():
+        name, sphere = name.removeprefix("net."), id(parameter) in on_sphere
+        group = next((g for g in optim.groups if fnmatchcase(name, g.match)), None)
+        decay = optim.weight_decay if parameter.ndim > 1 else 0.0
+        factor, betas = 1.0, optim.betas
+        if group:
+            used[group].append(sphere)
+            factor, betas = group.lr, group.betas or betas
+            decay = decay if group.weight_decay is None else group.weight_decay
+        key = (group is not None, factor, betas, 0.0 if sphere else decay)
+        found.setdefault(key, []).append(parameter)
+    for group, spheres in used.items():
+        _check(group, spheres, [name.removeprefix("net.") for name, _ in modules.named_parameters()])
+    return [
+        {"params": found[key], "factor": key[1], "betas": key[2], "weight_decay": key[3]}
+        for key in sorted(found, key=lambda key: key[0])
+    ]
+
+
+def _check(group: Group, spheres: list[bool], names: list[str]) -> None:
+    """Raise UsageError where a group has no effect."""
+    said = f"optim.groups: match={group.match}"
+    if not spheres:
+        if any(fnmatchcase(name, group.match) for name in names):
+            raise UsageError(f"{said} comes after groups that take all its parameters: put it before them")
+        raise UsageError(f"{said} fits no parameter of this network; {nearest(group.match, names)}")
+    if group.weight_decay and all(spheres):
+        raise UsageError(
+            f"{said}, weight_decay={group.weight_decay:g}: all its weights are on the sphere, which has no decay"
+        )
+
+
+def nearest(glob: str, names: list[str]) -> str:
+    """The names that a glob may have meant."""
+    bare = glob.strip("*.?")
+    close = difflib.get_close_matches(bare, names, n=3, cutoff=0.4) or names[:3]
+    return f"did you mean {' or '.join(close)}?"
 
 
 def named_state(optimizer: torch.optim.Optimizer, modules: nn.ModuleDict) -> dict[str, Tensor]:

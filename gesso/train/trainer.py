@@ -118,8 +118,7 @@ class Trainer:
         if self._usable(value, s, losses, gradients):
             if run.optim.clip:
                 nn.utils.clip_grads_with_norm_(parameters, run.optim.clip, norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = optim.learning_rate(run.optim, run.train, self.nimg)
+            optim.set_rate(self.optimizer, optim.learning_rate(run.optim, run.train, self.nimg))
             self.optimizer.step()
             mp.put_on_sphere([own(w) for w in self.sphere])
         self.ema.update(self.nimg, self.nimg + size)
