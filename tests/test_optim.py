@@ -1,5 +1,6 @@
 """Rates, betas and decay by group; the rate at another batch size."""
 
+import importlib.util
 import math
 from fnmatch import fnmatchcase
 
@@ -195,3 +196,94 @@ def test_groups_are_resumed(tmp_path):
     other = trainer(BIAS, FIRST, **BASE)
     other.nimg = checkpoint.load_latest(tmp_path / "state", other.tensors(), print)
     assert [other.step() for _ in range(3)] == after
+
+
+# Adam's averages in 8 bits, by bitsandbytes.
+
+EIGHT = {"optim.state": "8bit", "net.width": 64}
+
+
+def without_library() -> bool:
+    return importlib.util.find_spec("bitsandbytes") is None
+
+
+library = pytest.mark.skipif(without_library(), reason="bitsandbytes is not installed: pip install 'gesso[bits]'")
+
+
+@library
+def test_eight_bits_train_as_thirty_two_in_a_quarter_of_the_room():
+    full, eight = trainer(**EIGHT | {"optim.state": "full"}), trainer(**EIGHT)
+    a, b = ([some.step() for _ in range(40)] for some in (full, eight))
+    assert a != b and sum(b[-10:]) == pytest.approx(sum(a[-10:]), rel=0.03)
+    size = {}
+    for some in (full, eight):
+        state = optim.named_state(some.optimizer, some.modules)
+        large = [n for n, p in some.modules.named_parameters() if p.numel() >= 4096]
+        held = sum(t.nbytes for n, t in state.items() if any(n.startswith(name + ".") for name in large))
+        size[some] = held / sum(p.numel() for n, p in some.modules.named_parameters() if n in large)
+    assert size[full] == pytest.approx(8, abs=0.01) and size[eight] == pytest.approx(2 + 8 / 256, abs=0.01)
+
+
+@library
+def test_eight_bits_are_adamw_but_for_rounding():
+    """One step from zero averages: every quotient m / sqrt(v) is then 1, whatever its 8 bits make of it later; decay too."""
+    run = {"optim.name": "adamw", "optim.weight_decay": 0.1}
+    full, eight = trainer(**EIGHT | run | {"optim.state": "full"}), trainer(**EIGHT | run)
+    full.step(), eight.step()
+    for (name, a), b in zip(full.modules.named_parameters(), eight.modules.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6, msg=name)
+
+
+@library
+def test_eight_bits_resume_bit_by_bit(tmp_path):
+    from gesso.train import checkpoint
+
+    one = trainer(BIAS, **EIGHT | BASE)
+    for _ in range(3):
+        one.step()
+    checkpoint.save(tmp_path / "state", one.nimg, one.tensors())
+    assert all(t.dtype in (torch.uint8, torch.float32) for t in optim.named_state(one.optimizer, one.modules).values())
+    after = [one.step() for _ in range(3)]
+    other = trainer(BIAS, **EIGHT | BASE)
+    other.nimg = checkpoint.load_latest(tmp_path / "state", other.tensors(), print)
+    assert [other.step() for _ in range(3)] == after
+    assert all(a.equal(b) for a, b in zip(one.modules.parameters(), other.modules.parameters(), strict=True))
+
+
+@library
+def test_eight_bits_leave_the_sphere_to_the_step():
+    run = recipes.resolve("digits-edm2", ["net.channels=16", "net.channels_per_head=16", "optim.state=8bit"])[0]
+    some = loop.Trainer(*opened(run, QUIET))
+    for _ in range(3):
+        some.step()
+    for weight in mp.sphere_weights(some.modules):
+        rms = weight.detach().flatten(1).square().mean(1).sqrt()
+        torch.testing.assert_close(rms, torch.ones_like(rms), rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(not without_library(), reason="bitsandbytes is installed")
+def test_eight_bits_without_the_library():
+    with pytest.raises(UsageError, match=r"needs bitsandbytes: pip install 'gesso\[bits\]'"):
+        trainer(**EIGHT)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (["train.sharding=fsdp"], "for whole tensors of 32 bits, not train.sharding=fsdp"),
+        (["train.dtype=float64"], "train.dtype=float64"),
+        (["optim.weight_decay=0.1"], "decays as AdamW does"),
+    ],
+)
+def test_what_eight_bits_do_not_go_with(settings, said):
+    with pytest.raises(UsageError, match=said):
+        recipes.resolve("digits", ["optim.state=8bit", *settings])
+
+
+def test_what_is_wrong_is_said_before_a_folder_is_made(tmp_path):
+    from gesso.train.start import start
+
+    run = recipes.resolve("digits", ['optim.groups=[{"match":"nothing.*"}]'])[0]
+    with pytest.raises(UsageError, match="fits no parameter"):
+        start(run, tmp_path / "run", False, QUIET, print)
+    assert not (tmp_path / "run").exists()

@@ -28,7 +28,7 @@ from gesso.config.sample import Sample
 from gesso.config.train import Group, Loss, Optim, Train
 
 __all__ = [
-    "CONTROLS", "EDM", "EDM2", "MDT", "RF", "VP", "Control", "Controls", "Data", "DiT", "DiTAtt", "EDM2Ladder", "Ema", "Eval", "Init", "Inputs", "Latent", "Loss", "MMDiT",
+    "CONTROLS", "EDM", "EDM2", "MDT", "RF", "VP", "Control", "Controls", "Data", "DiT", "DiTAtt", "EDM2Ladder", "Ema", "Eval", "Group", "Init", "Inputs", "Latent", "Loss", "MMDiT",
     "MMDiTpp", "MPDiT", "MPMMDiTpp", "Net", "Optim", "PixArt", "Process", "Run", "Sample", "Semantic", "Train", "UNet",
     "as_tree", "differences", "edm2", "explained", "flat", "mmditpp", "nearest", "read", "recorded", "resolve", "to_yaml", "validate", "write",
 ]  # fmt: skip

@@ -169,6 +169,11 @@ class Run(Settings):
             raise ValueError(f"data.channels={self.data.channels}, but latent.vae sees RGB: set data.channels=3")
         self._conditions()
         self._guidance()
+        if self.optim.state == "8bit" and (self.train.sharding != "ddp" or self.train.dtype != "float32"):
+            raise ValueError(
+                f"optim.state=8bit is for whole tensors of 32 bits, not train.sharding={self.train.sharding}, "
+                f"train.dtype={self.train.dtype}: set train.sharding=ddp train.dtype=float32, or optim.state=full"
+            )
         if self.eval.features == "shapes" and self.data.source.startswith("digits"):
             raise ValueError(
                 f"eval.features=shapes reads the drawings of data.source=shapes, not {self.data.source}: set eval.features=none"

@@ -51,6 +51,9 @@ class Optim(Settings):
     """linear warm-up over the first images"""
     clip: PositiveFloat | None = None
     """largest gradient norm, after the projection onto the tangent planes"""
+    state: Literal["full", "8bit"] = "full"
+    """8bit: Adam's averages in 8 bits with a factor for every 256 (Dettmers et al. 2022), 2 bytes for a weight instead of 8;
+    needs bitsandbytes (pip install 'gesso[bits]')"""
     groups: tuple[Group, ...] = ()
     """rates, betas and decay of some parameters: [{"match": "*.bias", "lr": 2, "betas": [0.9, 0.95], "weight_decay": 0}]"""
 
@@ -65,6 +68,9 @@ class Optim(Settings):
             raise ValueError(
                 f"optim.scaling={self.scaling} needs the batch that optim.lr was found for: set optim.tuned_at_batch=2048"
             )
+        decays = self.weight_decay or any(group.weight_decay for group in self.groups)
+        if self.state == "8bit" and self.name == "adam" and decays:
+            raise ValueError("optim.state=8bit decays as AdamW does: set optim.name=adamw")
         return self
 
 

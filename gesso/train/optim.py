@@ -1,4 +1,4 @@
-"""Adam and AdamW with the learning rate as a function of images seen."""
+"""Adam and AdamW, in 32 or 8 bits, by groups of parameters, with the learning rate as a function of images seen."""
 
 import difflib
 import math
@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gesso.config import Group, Optim, Train
+from gesso import nets
+from gesso.config import Group, Optim, Run, Train
+from gesso.diffusion import denoiser as diffusion
+from gesso.diffusion import process as processes
 from gesso.errors import UsageError
 from gesso.nets import mp
 
@@ -35,10 +38,14 @@ def build(optim: Optim, modules: nn.ModuleDict) -> torch.optim.Optimizer:
     """The optimizer with its state made at once, so that a stored state can be read into it.
 
     Decay goes to matrices and kernels; weights on the sphere, gains, biases and norms have none. `optim.groups` say
-    otherwise of some. Raises UsageError for a group that no parameter belongs to, or whose decay none takes.
+    otherwise of some. Raises UsageError for a group that no parameter belongs to, or whose decay none takes, and where
+    bitsandbytes is missing.
     """
+    groups = grouped(optim, modules)
+    if optim.state == "8bit":
+        return in_eight_bits(optim, groups)
     kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
-    made = kind(grouped(optim, modules), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    made = kind(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
     for parameter in modules.parameters():
         made.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -46,6 +53,45 @@ def build(optim: Optim, modules: nn.ModuleDict) -> torch.optim.Optimizer:
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return made
+
+
+def in_eight_bits(optim: Optim, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW with 8-bit averages of every tensor of 4,096 values or more, by bitsandbytes, whose state is plain tensors."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UsageError(
+            "optim.state=8bit needs bitsandbytes: pip install 'gesso[bits]', or set optim.state=full"
+        ) from None
+
+    class Counted(AdamW8bit):
+        """Its number of steps is a tensor, which is stored and read in place, as the rest of its state."""
+
+        def update_step(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
+            state = self.state[p]
+            state["step"] = int(state["count"])
+            super().update_step(group, p, gindex, pindex)
+            state["count"] += 1
+
+    made = Counted(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    for i, group in enumerate(made.param_groups):
+        for j, parameter in enumerate(group["params"]):
+            made.init_state(group, parameter, i, j)
+            made.state[parameter]["count"] = torch.zeros(())
+    return made
+
+
+def check(run: Run) -> None:
+    """Raise UsageError for settings of the optimizer that do not fit the network of a run whose data have been opened."""
+    if run.optim.groups:
+        process = processes.build(run.process)
+        with torch.device("meta"):
+            modules = nn.ModuleDict({"net": nets.build(run.net, run.inputs)})
+            if run.loss.weighting == "uncertainty":
+                modules["uncertainty"] = diffusion.Uncertainty(process)
+        grouped(run.optim, modules)
+    if run.optim.state == "8bit":
+        in_eight_bits(run.optim, [{"params": [nn.Parameter(torch.zeros(1))]}])
 
 
 def grouped(optim: Optim, modules: nn.ModuleDict) -> list[dict[str, Any]]:
@@ -93,9 +139,10 @@ def nearest(glob: str, names: list[str]) -> str:
 
 
 def named_state(optimizer: torch.optim.Optimizer, modules: nn.ModuleDict) -> dict[str, Tensor]:
-    """The optimizer's tensors under the names of their parameters."""
+    """The optimizer's tensors under the names of their parameters, without the table of 8-bit numbers, a constant."""
     return {
         f"{name}.{key}": value
         for name, parameter in modules.named_parameters()
         for key, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor) and not key.startswith("qmap")
     }

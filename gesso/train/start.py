@@ -17,7 +17,7 @@ from gesso.data.dataset import described, is_cached, open_dataset
 from gesso.data.samples import Dataset
 from gesso.errors import UsageError
 from gesso.generate import check
-from gesso.train import checkpoint, loop, settle, transfer
+from gesso.train import checkpoint, loop, optim, settle, transfer
 from gesso.train import source as sources
 from gesso.train.log import Bar
 from gesso.train.ranks import ALONE, Ranks, joined
@@ -186,6 +186,7 @@ def start(run: Run, out: Path, resume: bool, console: Console, say: Callable[[st
         begins = run.init.source is not None and not checkpoint.stored(out / "state")
         source = sources.opened(run) if begins else None  # before any image is read
         run, dataset = opened(run, console)
+        optim.check(run)
         with files.locked(out) if ranks.main else contextlib.nullcontext():
             if ranks.main:
                 for folder in (out, out / "state", out / "snapshots"):
