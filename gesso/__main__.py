@@ -49,6 +49,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="go on from the newest state; start when there is none")
     ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="memory, time and disk from some real steps; writes nothing")
+    ] = False,
 ) -> None:
     """Train a recipe. Writes to runs/RECIPE unless --out says otherwise."""
     from gesso import recipes
@@ -56,6 +59,12 @@ def train(
     run, notes = recipes.resolve(recipe, list(settings or ()))
     for note in notes:
         _say(f"note: {note}")
+    if estimate:
+        from gesso.train.estimate import estimate as measured
+
+        for line in measured(run, console):
+            _say(line)
+        return
     from gesso.train.start import default_out, start
 
     out = out or default_out(recipe, run, resume)

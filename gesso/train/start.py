@@ -170,9 +170,7 @@ def prepare(out: Path, run: Run, device: torch.device, ranks: Ranks = ALONE) -> 
 
 def start(run: Run, out: Path, resume: bool, console: Console, say: Callable[[str], None]) -> Run:
     """Open the data and the folder and train, on every rank; the first one speaks. Returns the run as it was recorded."""
-    if run.train.threads:
-        torch.set_num_threads(run.train.threads)
-    _exactness(run)
+    exactly(run)
     with joined(run) as (ranks, device):
         if not ranks.main:
             console, say = Console(quiet=True), lambda text: None
@@ -215,8 +213,10 @@ def start(run: Run, out: Path, resume: bool, console: Console, say: Callable[[st
     return run
 
 
-def _exactness(run: Run) -> None:
+def exactly(run: Run) -> None:
     """Process-wide switches of torch."""
+    if run.train.threads:
+        torch.set_num_threads(run.train.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.train.tf32
     if run.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
