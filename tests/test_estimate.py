@@ -11,6 +11,7 @@ from conftest import tiny_run
 from rich.console import Console
 
 from gesso import recipes
+from gesso.data.imagined import imagined
 from gesso.data.samples import Samples
 from gesso.errors import UsageError
 from gesso.train import estimate, loop
@@ -105,7 +106,7 @@ def test_a_source_that_is_not_there_yet(recipe):
         "edm2-img512-xs": ["net.channels=16", "net.channels_per_head=16"],
     }[recipe]  # fmt: skip
     run = recipes.resolve(recipe, [*small, "train.batch_size=2", "train.total_images=64", "data.source=not/there"])[0]
-    _, dataset = estimate.imagined(run)
+    _, dataset = imagined(run)
     samples = dataset.take(torch.tensor([0, 1]), torch.tensor([0, 1]))
     assert isinstance(samples, Samples) and samples.x.shape[0] == 2
     assert samples.x.shape[1] == run.channels * (2 if run.latent.vae else 1)
