@@ -81,6 +81,11 @@ class Ema(Settings):
     """relative lengths of power-function averages; two allow any other to be rebuilt afterwards"""
     halflives: tuple[Positive, ...] = ()
     """images; a traditional average of fixed half-life each; CONFIG A has 50M"""
+    device: Literal["same", "cpu"] = "same"
+    """where they are kept: beside the weights, or in the host's memory, to which every step then copies the weights"""
+    snapshots: Literal["same", "float16"] = "same"
+    """of the files: as wide as the weights, or in 16 bits as EDM2's (Appendix C), which serve lengths of .03 and more. The
+    averages themselves are never narrowed: steps that small would be rounded away (benchmarks/averages16.py)"""
 
     @model_validator(mode="after")
     def _some(self) -> "Ema":

@@ -118,8 +118,9 @@ def arithmetic(run: Run) -> dict[str, int]:
 
 
 def on_device(run: Run, device: torch.device, world: int) -> dict[str, int]:
-    """Of one rank."""
-    return {name: size // (1 if run.train.sharding == "ddp" else world) for name, size in arithmetic(run).items()}
+    """Of one rank; averages in the host's memory take none of a GPU's."""
+    parts = {name: size // (1 if run.train.sharding == "ddp" else world) for name, size in arithmetic(run).items()}
+    return parts | {"averages": 0} if run.ema.device == "cpu" and device.type != "cpu" else parts
 
 
 def available(device: torch.device) -> int:
@@ -265,7 +266,7 @@ def time_lines(run: Run, measured: Measured) -> list[str]:
 
 
 def disk_line(run: Run, weights: int, state: int) -> str:
-    cfg = run.train
+    cfg, weights = run.train, weights // (2 if run.ema.snapshots == "float16" else 1)
     last = -(-cfg.total_images // cfg.batch_size) * cfg.batch_size
 
     def times(every: int) -> int:

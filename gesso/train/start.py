@@ -141,7 +141,7 @@ def _captions(run: Run, dataset: Dataset, console: Console) -> None:
 
 
 HOW = ("made_with", "init.file", "train.device", "train.threads", "train.sharding", "train.micro_batch", "train.recompute", "train.compile",
-       "train.timeout", "train.keep_states", "train.milestone_images", "train.deterministic", "train.tf32")  # fmt: skip
+       "train.timeout", "train.keep_states", "train.milestone_images", "train.deterministic", "train.tf32", "ema.device")  # fmt: skip
 """settings that may change when a run goes on: they do not change what it computes, but for rounding"""
 
 

@@ -57,7 +57,8 @@ class Trainer:
         )
         self.sphere = mp.sphere_weights(self.modules)
         self.optimizer = optim.build(run.optim, self.modules)
-        self.ema = ema.Tracker(net.state_dict(), ema.tracked(run.ema))
+        kept = "cpu" if run.ema.device == "cpu" else None
+        self.ema = ema.Tracker(net.state_dict(), ema.tracked(run.ema), kept)
         self.batches = Batches(dataset, run, self.process.sd, self.device)
         rows = torch.arange(min(4096, run.train.total_images))
         self.rows = self.batches.rows(rows) if run.control.variables else None
