@@ -30,9 +30,10 @@ WAYS: dict[str, list[str]] = {
 CARD = 24
 
 
-def activations(run: Run, samples: int, recompute: bool) -> int:
-    """Bytes that backward asks for besides the parameters."""
+def activations(run: Run, samples: int, recompute: bool) -> tuple[int, int]:
+    """Bytes that backward asks for besides the parameters: of the whole network, of its largest block."""
     kept: dict[int, int] = {}
+    largest, before = 0, 0
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, torch.nn.Parameter):
@@ -40,12 +41,23 @@ def activations(run: Run, samples: int, recompute: bool) -> int:
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
+    def enter(*_: object) -> None:
+        nonlocal before
+        before = sum(kept.values())
+
+    def leave(*_: object) -> None:
+        nonlocal largest
+        largest = max(largest, sum(kept.values()) - before)
+
     inputs, n = run.inputs, samples
     with FakeTensorMode():
         net = nets.build(run.net, inputs)
         own = {p.untyped_storage()._cdata for p in net.parameters()}
-        for block in nets.blocks(net) if recompute else ():
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        for block in nets.blocks(net):
+            block.register_forward_pre_hook(enter)
+            block.register_forward_hook(leave)
+            if recompute:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         cond = Cond(
             label=torch.zeros(n, dtype=torch.int64) if inputs.num_classes else None,
             text=torch.zeros(n, run.semantic.tokens, inputs.text_width) if inputs.text_width else None,
@@ -57,7 +69,7 @@ def activations(run: Run, samples: int, recompute: bool) -> int:
         with saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             out = net(x, torch.zeros(n), torch.zeros(n), cond)
         assert out.shape == x.shape
-    return sum(size for storage, size in kept.items() if storage not in own)
+    return sum(size for storage, size in kept.items() if storage not in own), largest
 
 
 def main() -> None:
@@ -65,10 +77,11 @@ def main() -> None:
     print("|---|---|" + "---|" * (len(WAYS) + 2))
     for name in CASES:
         run, _ = imagined(recipes.resolve(name, [])[0])
-        each = []
-        for recompute in (False, True):
-            two, four = (activations(run, n, recompute) for n in (2, 4))
-            each.append((four - two) / 2)
+        # Of a sample: what does not grow with their number is left out.
+        found = {how: [activations(run, n, how) for n in (2, 4)] for how in (False, True)}
+        slopes = {how: [(b - a) / 2 for a, b in zip(*pair, strict=True)] for how, pair in found.items()}
+        # What is computed again is there one block at a time.
+        each = slopes[False][0], slopes[True][0] + slopes[False][1]
         cells = []
         for settings in WAYS.values():
             some, _ = imagined(recipes.resolve(name, settings)[0])
