@@ -129,7 +129,7 @@ def table_2a() -> Run:
 def table_2c() -> Run:
     """Crops, and crops and flips, as control of mmDiT++ on CC12M at 256, 124k steps."""
     run = cc12m("ours", 256)
-    control = run.control.model_copy(update={"variables": ("crop", "flip")})
+    control = run.control.model_copy(update={"variables": ("flip", "crop")})
     sample = run.sample.model_copy(update={"control_guidance": 1.0})
     return renamed(run, "table-2c", 124_000, control=control, sample=sample)
 
