@@ -84,6 +84,11 @@ class Ema(Settings):
     """relative lengths of power-function averages; two allow any other to be rebuilt afterwards"""
     halflives: tuple[Positive, ...] = ()
     """images; a traditional average of fixed half-life each; CONFIG A has 50M"""
+    device: Literal["same", "cpu"] = "same"
+    """where they are kept: beside the weights, or in the host's memory, to which every step then copies the weights"""
+    snapshots: Literal["same", "float16"] = "same"
+    """of the files: as wide as the weights, or in 16 bits as EDM2's (Appendix C), which serve lengths of .03 and more. The
+    averages themselves are never narrowed: steps that small would be rounded away (benchmarks/averages16.py)"""
 
     @model_validator(mode="after")
     def _some(self) -> "Ema":
@@ -174,6 +179,11 @@ class Run(Settings):
         self._conditions()
         self._guidance()
         self._watched()
+        if self.optim.state == "8bit" and (self.train.sharding != "ddp" or self.train.dtype != "float32"):
+            raise ValueError(
+                f"optim.state=8bit is for whole tensors of 32 bits, not train.sharding={self.train.sharding}, "
+                f"train.dtype={self.train.dtype}: set train.sharding=ddp train.dtype=float32, or optim.state=full"
+            )
         if self.eval.features == "shapes" and self.data.source.startswith("digits"):
             raise ValueError(
                 f"eval.features=shapes reads the drawings of data.source=shapes, not {self.data.source}: set eval.features=none"

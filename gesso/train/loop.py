@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from gesso import snapshot
 from gesso.config import Run
@@ -115,8 +116,22 @@ def _steps(trainer: Trainer, out: Path, log: Log | None, bar: Bar, saver: checkp
 def _snapshots(trainer: Trainer, out: Path, saver: checkpoint.Saver) -> None:
     """One for each average; the first rank writes it."""
     nimg, run, rows = trainer.nimg, trainer.run, trainer.rows
+    learned = {name for name, _ in trainer.denoiser.net.named_parameters()}  # constants stay as they are
     for profile, average in trainer.ema.averages.items():
         path = snapshot.path_for(out / "snapshots", nimg, profile)
-        tensors = {name: whole(tensor).detach().to("cpu", copy=True) for name, tensor in average.items()}
+        tensors = {
+            name: _narrowed(whole(tensor).detach(), name, run.ema.snapshots if name in learned else "same")
+            for name, tensor in average.items()
+        }
         if trainer.ranks.main:
             saver.soon(functools.partial(snapshot.write, path, tensors, nimg, profile, run, rows))
+
+
+def _narrowed(tensor: Tensor, name: str, dtype: str) -> Tensor:
+    """A copy on the CPU. Raises RunError for numbers that 16 bits do not hold."""
+    if dtype == "same":
+        return tensor.to("cpu", copy=True)
+    small = tensor.to("cpu", torch.float16)
+    if not bool(small.isfinite().all()):
+        raise RunError(f"{name} has numbers above 65,504, which float16 does not hold: set ema.snapshots=same")
+    return small

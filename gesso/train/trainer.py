@@ -59,7 +59,8 @@ class Trainer:
         )
         self.sphere = mp.sphere_weights(self.modules)
         self.optimizer = optim.build(run.optim, self.modules)
-        self.ema = ema.Tracker(net.state_dict(), ema.tracked(run.ema))
+        kept = "cpu" if run.ema.device == "cpu" else None
+        self.ema = ema.Tracker(net.state_dict(), ema.tracked(run.ema), kept)
         self.batches = Batches(dataset, run, self.process.sd, self.device)
         rows = torch.arange(min(4096, run.train.total_images))
         self.rows = self.batches.rows(rows) if run.control.variables else None
@@ -125,8 +126,7 @@ class Trainer:
         if self._usable(value, u, losses, gradients):
             if run.optim.clip:
                 nn.utils.clip_grads_with_norm_(parameters, run.optim.clip, norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = optim.learning_rate(run.optim, run.train, self.nimg)
+            optim.set_rate(self.optimizer, optim.learning_rate(run.optim, run.train, self.nimg))
             self.optimizer.step()
             mp.put_on_sphere([own(w) for w in self.sphere])
         self.ema.update(self.nimg, self.nimg + size)
