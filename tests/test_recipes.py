@@ -23,6 +23,16 @@ def test_every_recipe_resolves_and_says_what_it_is(name):
         assert f"gesso train {name} data.source=caches/" in "\n".join(said) and "gesso cache " in "\n".join(said)
 
 
+@pytest.mark.parametrize("name", [name for name in AT_SCALE if "512" in name])
+def test_at_512_the_command_starts_from_256(name):
+    said = re.search(r" (init=\S+)((?: init\.\S+)*)", recipes.RECIPES[name].__doc__)
+    run = recipes.resolve(name, [said[1], *said[2].split()])[0]
+    assert run.init.source.split("@")[0].removesuffix("-local") == f"runs/{name.replace('512', '256')}"
+    # Of what transfer would do at twice the resolution only what the network's own paper does.
+    assert run.init.noise == ("scaled" if run.process.scale == 2 else "kept")
+    assert run.init.positions == ("extrapolated" if name.endswith(("dit-att", "-dit")) else "resampled")
+
+
 @pytest.mark.parametrize("name", AT_SCALE)
 def test_the_setting_of_all(name):
     """Section 3.1, Appendix C."""

@@ -25,6 +25,8 @@ from gesso.config import (
     VP,
     Controls,
     Data,
+    DiT,
+    DiTAtt,
     Latent,
     MMDiT,
     MMDiTpp,
@@ -191,6 +193,10 @@ def commands(run: Run, before: str, result: str) -> str:
         f"--crop-scale {low:g},{high:g}{' --flip' * d.flip} --blur-faces"
     )
     first = f" init=runs/{before}" if before else ""
+    if before and run.process.scale == 1:
+        first += " init.noise=kept"
+    if before and isinstance(run.net, DiT | DiTAtt) and run.net.positions == "extrapolated":
+        first += " init.positions=extrapolated"
     trained = f"torchrun --nproc-per-node 8 -m gesso train {run.recipe} data.source=caches/{cache}{first}"
     return f"    {made}\n    {trained}\n\n    On 16 A100 in the paper, days not said. {result}\n"
 

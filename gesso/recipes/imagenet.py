@@ -84,7 +84,7 @@ def in1k_described(name: str, resolution: int) -> Callable[[], Run]:
     published = row.published[large]
     result = f"Published: FID {published:.2f}." if published else "Published: the run diverged."
     # What Table 4c's mmDiT starts from had seen 350k steps; ours, crops of .4 to .6 (Table A4, Figure 8c).
-    told = {"mmdit": "@0.05@716.8M", "ours": "-local"}.get(name, "") if large else ""
+    told = {"mmdit": "@716.8M", "ours": "-local"}.get(name, "") if large else ""
     if name == "ours" and large:
         result += "\n    runs/in1k-256-ours-local is in1k-256-ours with data.crop_scale=.4,.6 and such a cache."
     return described(
