@@ -42,8 +42,8 @@ class Imagined(Dataset):
         sizes, flips = torch.full((n, 2), run.data.resolution), torch.zeros(n, dtype=torch.bool)
         return Samples(x, sizes, whole, flips, torch.full((n, 2), 99.0), self.labels[index], index, texts)
 
-    def pictures(self, index: Tensor) -> Tensor:
-        raise NotImplementedError
+    def plain(self, index: Tensor) -> Samples:
+        return self.take(index, index)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
