@@ -1,11 +1,7 @@
 """One network on several ranks: gloo processes that torchrun starts."""
 
-import json
 import math
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,15 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from launching import furthest, last_state, launch, losses, torchrun
 
-from gesso import snapshot
 from gesso.errors import UsageError
 from gesso.train import checkpoint, ranks
-from gesso.train.log import read as read_log
 from gesso.train.ranks import Ranks
 
-DRIVER = Path(__file__).with_name("ranks_driver.py")
 STEPS, BATCH = 50, 7  # which neither 2 nor 3 divides
 DOUBLE = {
     "train.dtype": "float64", "train.batch_size": BATCH, "train.total_images": STEPS * BATCH, "train.log_images": BATCH,
@@ -42,36 +35,6 @@ NETS = {
         "net.head_width": 16, "net.groups": 8,
     },
 }  # fmt: skip
-
-
-def launch(world: int, jobs: list[dict], check: bool = True) -> subprocess.CompletedProcess:
-    """Run the jobs one after the other on `world` ranks."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    start = torchrun if world > 1 else [sys.executable]
-    done = subprocess.run(
-        [*start, str(DRIVER), json.dumps(jobs)], capture_output=True, text=True, env=environment, timeout=500
-    )
-    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
-
-
-def weights(out) -> dict[str, torch.Tensor]:
-    """All averages of the last snapshots, and the last state's tensors put together."""
-    found = {}
-    for stored in snapshot.stored(Path(out)):
-        found |= {f"{stored.path.name}:{k}": v for k, v in snapshot.read(stored.path)[0].items()}
-    return found
-
-
-def furthest(one, other) -> float:
-    a, b = weights(one), weights(other)
-    assert a.keys() == b.keys() and len(a) > 20
-    return max(float((a[k] - b[k]).abs().max()) for k in a)
-
-
-def losses(out) -> list[float]:
-    return [line["loss"] for line in read_log(Path(out) / "log.jsonl") if "loss" in line]
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +93,7 @@ def test_resumed_on_other_numbers_of_ranks_and_shards(alone, tmp_path):
     assert checkpoint.stored(tmp_path / "run" / "state")[-1].name == f"nimg{10 * BATCH:012d}"
     launch(1, [{"out": out, "settings": DOUBLE | net, "resume": True, "stop_at": 33 * BATCH}])
     done = launch(2, [{"out": out, "settings": DOUBLE | net, "resume": True}])
-    assert "ranks 3 -> 2: the result will agree closely" in done.stdout
+    assert "ranks 3 -> 2: the result will agree closely" in done.said
     assert furthest(alone / "edm2", out) < 1e-10
     assert losses(out) == pytest.approx(losses(alone / "edm2"), rel=1e-10) and len(losses(out)) == STEPS
 
@@ -140,19 +103,15 @@ def test_a_state_of_two_ranks_is_bit_equal_on_two_ranks(tmp_path):
     parts = job | {"out": str(tmp_path / "parts")}
     launch(2, [job, parts | {"stop_at": 25 * BATCH}, parts | {"resume": True}])
     assert furthest(tmp_path / "whole", tmp_path / "parts") == 0
-    last = [
-        sorted(checkpoint.stored(tmp_path / name / "state")[-1].glob("*.safetensors")) for name in ("whole", "parts")
-    ]
-    assert [f.name for f in last[0]] == [f.name for f in last[1]] and len(last[0]) == 2  # each rank wrote its share
-    for one, other in zip(*last, strict=True):
-        a, b = load_file(one), load_file(other)
-        assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+    a, b = (last_state(tmp_path / name) for name in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+    assert len({name.split(":")[0] for name in a}) == 2  # each rank wrote its share
 
 
 def test_a_rank_that_dies_takes_the_others_along_by_name(alone, tmp_path):
     out = tmp_path / "run"
     start = time.monotonic()
-    done = launch(2, [{"out": str(out), "settings": DOUBLE | MMDIT, "kill": [34 * BATCH, 1]}], check=False)
+    done = torchrun(2, [{"out": str(out), "settings": DOUBLE | MMDIT, "kill": [34 * BATCH, 1]}])
     assert done.returncode != 0 and time.monotonic() - start < 60
     assert re.search(r"rank +: 1 ", done.stderr) and "SIGKILL" in done.stderr  # torchrun names it
     # The state of step 30 may still have been on its way; that of step 20 was waited for.
@@ -165,7 +124,7 @@ def test_a_rank_that_dies_takes_the_others_along_by_name(alone, tmp_path):
 def test_a_signal_to_one_rank_stops_all_with_the_state_saved(alone, tmp_path):
     out = tmp_path / "run"
     done = launch(2, [{"out": str(out), "settings": DOUBLE | MMDIT, "signal": [14 * BATCH, 1]}], check=False)
-    assert done.returncode != 0 and "SIGTERM at image" in done.stderr
+    assert done.codes == [143, 143] and "SIGTERM at image" in done.said
     stopped = int(checkpoint.stored(out / "state")[-1].name.removeprefix("nimg"))
     assert 14 * BATCH < stopped <= 16 * BATCH
     launch(1, [{"out": str(out), "settings": DOUBLE | MMDIT, "resume": True}])
