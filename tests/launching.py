@@ -4,6 +4,7 @@ import atexit
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,12 @@ def driver() -> subprocess.Popen:
     return started
 
 
+def free_port() -> int:
+    with socket.socket() as some:
+        some.bind(("localhost", 0))
+        return some.getsockname()[1]
+
+
 def launch(
     world: int,
     jobs: list[dict],
@@ -49,7 +56,7 @@ def launch(
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         log.touch()
-        request = {"world": world, "per_node": per_node, "log": str(log), "jobs": jobs}
+        request = {"world": world, "per_node": per_node, "port": free_port(), "log": str(log), "jobs": jobs}
         driver().stdin.write(json.dumps(request) + "\n")
         driver().stdin.flush()
         watch(json.loads(driver().stdout.readline()), log)

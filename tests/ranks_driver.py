@@ -1,13 +1,12 @@
 """Ranks for the tests. Imports once, then forks the ranks of each launch that it reads from stdin: seconds are saved.
 
-A launch is a line of JSON: world, per_node, log (where its ranks speak), jobs, one after the other: {out, settings, recipe,
+A launch is a line of JSON: world, per_node, port, log (where its ranks speak), jobs, one after the other: {out, settings, recipe,
 resume, stop_at, kill, signal, prelude}. Answers with a line of the process ids, and one of the exit codes when all are gone.
 """
 
 import json
 import os
 import signal
-import socket
 import sys
 import traceback
 from pathlib import Path
@@ -69,14 +68,8 @@ def ended(jobs: list[dict]) -> int:
     return 0
 
 
-def free_port() -> int:
-    with socket.socket() as some:
-        some.bind(("localhost", 0))
-        return some.getsockname()[1]
-
-
 def born(launch: dict) -> list[int]:
-    world, per_node, port = launch["world"], launch["per_node"] or launch["world"], free_port()
+    world, per_node, port = launch["world"], launch["per_node"] or launch["world"], launch["port"]
     children = []
     for rank in range(world):
         if child := os.fork():
