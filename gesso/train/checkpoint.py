@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from gesso import files
 from gesso.errors import RunError
-from gesso.train.ranks import ALONE, Ranks, lost
+from gesso.train.ranks import ALONE, Ranks
 
 FORMAT = "gesso state 1"
 
@@ -87,7 +87,7 @@ def save(
     """Write a whole state or none, then drop all but the last `keep` and the milestones. All ranks take part."""
     target = folder / f"nimg{nimg:012d}"
     temporary = files.in_progress(target)
-    with files.whole_folder(target) if ranks.main else contextlib.nullcontext():
+    with files.whole_folder(target) if ranks.main else files.disk_errors(target):
         _meet(ranks, group)
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         try:
@@ -108,8 +108,7 @@ def save(
 
 def _meet(ranks: Ranks, group: dist.ProcessGroup | None) -> None:
     if ranks.world > 1:
-        with lost(ranks):
-            dist.barrier(group=group)
+        dist.barrier(group=group)
 
 
 def _is_milestone(state: Path) -> bool:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from gesso.config import Run
 from gesso.errors import RunError, UsageError
 from gesso.generate import device_of
+from gesso.train.roll import Roll, of_others
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,9 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over all ranks. Raises RunError when one of them is gone."""
+        """Over all ranks."""
         if self.world > 1:
-            with lost(self):
-                dist.all_reduce(values)
+            dist.all_reduce(values)
         return values
 
     def gathered(self, value: float, device: torch.device) -> list[float]:
@@ -46,8 +46,7 @@ class Ranks:
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.world > 1:
-            with lost(self):
-                dist.barrier()
+            dist.barrier()
 
     def share(self, first: int, size: int) -> tuple[Tensor, Tensor]:
         """Counters of this rank's part of the batch first .. first + size - 1, and which of them count.
@@ -69,20 +68,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-@contextlib.contextmanager
-def lost(ranks: Ranks) -> Iterator[None]:
-    """Turn what torch.distributed raises when a rank is gone into a RunError."""
-    try:
-        yield
-    except (RuntimeError, dist.DistBackendError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise RunError(
-            f"rank {ranks.rank} of {ranks.world} lost the others ({str(error).splitlines()[0][:200]}); the first rank that "
-            "failed says why above. Go on from the last state with --resume"
-        ) from error
 
 
 def here() -> Ranks:
@@ -114,18 +99,34 @@ def joined(run: Run) -> Iterator[tuple[Ranks, torch.device]]:
             )
         device = torch.device("cuda", ranks.local)
         torch.cuda.set_device(device)
-    if dist.is_initialized():  # by whoever calls gesso as a library
-        yield ranks, device
-        return
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(seconds=run.train.timeout),
-        device_id=device if device.type == "cuda" else None,
-    )
+    ours = not dist.is_initialized()  # or by whoever calls gesso as a library
+    if ours:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(seconds=run.train.timeout),
+            device_id=device if device.type == "cuda" else None,
+        )
     try:
-        yield ranks, device
+        with named(ranks):
+            yield ranks, device
     finally:
-        dist.destroy_process_group()
+        if ours:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def named(ranks: Ranks) -> Iterator[None]:
+    """Turn what torch.distributed raises when a rank is gone or late into a RunError that names it."""
+    roll = Roll(ranks.rank, ranks.world)
+    ranks.wait()
+    try:
+        yield
+    except BaseException as error:
+        lost = of_others(error)
+        roll.leave("" if lost else (str(error) or type(error).__name__).splitlines()[0])
+        if not lost:
+            raise
+        raise RunError(f"{roll.missing()}\nGo on from the last state with --resume, on as many ranks as there are") from error
 
 
 def own(tensor: Tensor) -> Tensor:
