@@ -80,7 +80,8 @@ def here() -> Ranks:
 def joined(run: Run) -> Iterator[tuple[Ranks, torch.device]]:
     """The ranks of this run, connected (NCCL between GPUs, gloo between CPUs), and this one's device.
 
-    Raises UsageError where there are more ranks than images in a batch, or than GPUs.
+    Raises UsageError where there are more ranks than images in a batch, or than GPUs. What torch.distributed raises when
+    a rank is gone or late becomes a RunError that names it.
     """
     ranks = here()
     if ranks.world == 1:
@@ -89,6 +90,10 @@ def joined(run: Run) -> Iterator[tuple[Ranks, torch.device]]:
     if ranks.world > run.train.batch_size:
         raise UsageError(
             f"{ranks.world} ranks for train.batch_size={run.train.batch_size}: start fewer, or set it higher"
+        )
+    if run.train.sharding == "hsdp" and ranks.world % ranks.per_node:
+        raise UsageError(
+            f"train.sharding=hsdp: {ranks.world} ranks on nodes of {ranks.per_node}; start equally many on each"
         )
     device = device_of(run)
     if device.type == "cuda":
@@ -106,27 +111,21 @@ def joined(run: Run) -> Iterator[tuple[Ranks, torch.device]]:
             timeout=datetime.timedelta(seconds=run.train.timeout),
             device_id=device if device.type == "cuda" else None,
         )
-    try:
-        with named(ranks):
-            yield ranks, device
-    finally:
-        if ours:
-            dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def named(ranks: Ranks) -> Iterator[None]:
-    """Turn what torch.distributed raises when a rank is gone or late into a RunError that names it."""
     roll = Roll(ranks.rank, ranks.world)
     ranks.wait()
     try:
-        yield
+        yield ranks, device
     except BaseException as error:
-        lost = of_others(error)
-        roll.leave("" if lost else (str(error) or type(error).__name__).splitlines()[0])
-        if not lost:
+        if not of_others(error):
+            roll.leave((str(error) or type(error).__name__).splitlines()[0])
             raise
-        raise RunError(f"{roll.missing()}\nGo on from the last state with --resume, on as many ranks as there are") from error
+        roll.leave("")
+        raise RunError(
+            f"{roll.missing()}\nGo on from the last state with --resume, on as many ranks as there are"
+        ) from error
+    finally:
+        if ours:
+            dist.destroy_process_group()
 
 
 def own(tensor: Tensor) -> Tensor:
