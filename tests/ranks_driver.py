@@ -44,7 +44,7 @@ def stepping(job: dict):
         if self.nimg == job.get("stop_at"):
             raise KeyboardInterrupt
         for what, number in (("kill", signal.SIGKILL), ("signal", job.get("number", signal.SIGTERM))):
-            if [self.nimg, self.ranks.rank] == job.get(what):
+            if job.get(what) in ([self.nimg, self.ranks.rank], [self.nimg, None]):
                 os.kill(os.getpid(), number)
         return STEP(self)
 

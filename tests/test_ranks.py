@@ -1,7 +1,9 @@
 """One network on several ranks: gloo processes that torchrun starts."""
 
 import math
+import os
 import re
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import free_port, furthest, last_state, launch, losses, torchrun, weights
 
+from gesso import files
 from gesso.errors import UsageError
 from gesso.train import checkpoint, ranks
+from gesso.train.log import read as read_log
 from gesso.train.ranks import Ranks
 
 STEPS, BATCH = 50, 7  # which neither 2 nor 3 divides
@@ -134,6 +138,7 @@ def test_a_rank_that_dies_takes_the_others_along_by_name(alone, tmp_path):
     done = torchrun(2, [{"out": str(out), "settings": DOUBLE | MMDIT, "kill": [34 * BATCH, 1]}])
     assert done.returncode != 0 and time.monotonic() - start < 60
     assert re.search(r"rank +: 1 ", done.stderr) and "SIGKILL" in done.stderr  # torchrun names it
+    assert re.search(r"gesso: rank 1 of 2 \(\S+, process \d+\) is gone", done.stderr)  # and so does the other
     # The state of step 30 may still have been on its way; that of step 20 was waited for.
     assert checkpoint.stored(out / "state")[-1].name in (f"nimg{20 * BATCH:012d}", f"nimg{30 * BATCH:012d}")
     launch(2, [{"out": str(out), "settings": DOUBLE | MMDIT, "resume": True}])
@@ -218,3 +223,58 @@ def test_two_nodes_by_torchrun(alone, tmp_path):
         nodes = [pool.submit(torchrun, 1, [job], *meeting) for _ in range(2)]
     assert [node.result().returncode for node in nodes] == [0, 0], nodes[0].result().stderr[-3000:]
     assert furthest(alone / "mmdit++", tmp_path / "run") < 1e-10
+
+
+SLEEPS = """
+import os, time
+from gesso.{module} import {owner}
+method = {owner}.{name}
+def sleeping(self, *a):
+    time.sleep(0.1 if os.environ["RANK"] == "1" else 0)
+    return method(self, *a)
+{owner}.{name} = sleeping
+"""
+
+
+@pytest.mark.parametrize(
+    "what, sharding",
+    [(("nets.mmdit", "JointTransformer", "forward"), "ddp"), (("data.batches", "Batches", "finish"), "fsdp"),
+     pytest.param(("nets.mmdit", "JointBlock", "forward"), "fsdp", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_a_slow_rank_is_named(tmp_path, what, sharding):
+    """Held up by its data, or by its own computing."""
+    few = {"train.total_images": 10 * BATCH, "train.log_images": 5 * BATCH, "train.sharding": sharding}
+    prelude = SLEEPS.format(module=what[0], owner=what[1], name=what[2])
+    launch(2, [{"out": str(tmp_path / "run"), "settings": DOUBLE | MMDIT | few, "prelude": prelude}])
+    lines = [line for line in read_log(tmp_path / "run" / "log.jsonl") if "loss" in line]
+    for line in lines:
+        ((name, times),) = line["slow_ranks"].items()
+        assert re.fullmatch(r"rank 1 of 2 \(\S+, process \d+\)", name) and times > 1.5
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_schedulers_signals_reach_all_ranks(tmp_path, number):
+    """As Slurm sends them, to every process at once."""
+    out = tmp_path / "run"
+    job = {"out": str(out), "settings": DOUBLE | MMDIT, "signal": [10 * BATCH, None], "number": int(number)}
+    done = launch(2, [job], check=False)
+    assert done.codes == [128 + number] * 2 and f"{signal.Signals(number).name} at image 77" in done.said
+    assert checkpoint.stored(out / "state")[-1].name == f"nimg{77:012d}"
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    with files.locked(tmp_path / "run"):
+        done = launch(2, [{"out": str(tmp_path / "run"), "settings": DOUBLE | MMDIT}], check=False)
+    assert sorted(done.codes) == [1, 2] and "another process is training in" in done.said
+
+
+def test_clocks_that_jump(alone, tmp_path):
+    """Back by a year, at each look, on one rank."""
+    jumping = "import time, itertools\ntimes = itertools.count(2e9, -3e7)\ntime.time = lambda: next(times)"
+    out = tmp_path / "run"
+    settings = DOUBLE | NETS["mmdit++"] | {"train.state_images": 5 * BATCH}
+    launch(1, [{"out": str(out), "settings": settings, "prelude": jumping, "stop_at": 22 * BATCH}])
+    for file in out.rglob("*"):
+        os.utime(file, (4e9, 4e9))
+    launch(1, [{"out": str(out), "settings": settings, "prelude": jumping, "resume": True}])
+    assert furthest(alone / "mmdit++", out) == 0 and losses(out) == losses(alone / "mmdit++")

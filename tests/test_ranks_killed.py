@@ -167,3 +167,23 @@ def test_killed_a_hundred_times(uninterrupted, tmp_path, seed):
         finished(out, world, **{"train.sharding": sharding})
         assert_equal(out, uninterrupted[world, sharding], exactly=constant)
     assert runs > 2
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs(tmp_path):
+    """It is named once train.timeout is over."""
+
+    def stop(pids: list[int], log: Path) -> None:
+        started = time.monotonic()
+        while "training in" not in log.read_text():
+            time.sleep(0.01)
+        handle = os.pidfd_open(pids[1])
+        signal.pidfd_send_signal(handle, signal.SIGSTOP)
+        while "gesso: rank" not in log.read_text() and time.monotonic() - started < 60:
+            time.sleep(0.1)
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+
+    long = {"train.total_images": 10**6, "train.timeout": 5}
+    done = launch(2, [job(tmp_path / "run", **long)], check=False, watch=stop)
+    assert done.codes == [1, -signal.SIGKILL]
+    assert re.search(r"gesso: rank 1 of 2 \(\S+, process \d+\) does not answer", done.said)

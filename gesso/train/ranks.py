@@ -3,8 +3,9 @@
 import contextlib
 import datetime
 import os
+import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -20,12 +21,13 @@ from gesso.train.roll import Roll, of_others
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank of world; `local` of `per_node` on this machine."""
+    """rank of world; `local` of `per_node` on this machine. names: of all ranks, with host and process."""
 
     rank: int = 0
     world: int = 1
     local: int = 0
     per_node: int = 1
+    names: tuple[str, ...] = ("rank 0 of 1",)
 
     @property
     def main(self) -> bool:
@@ -114,12 +116,13 @@ def joined(run: Run) -> Iterator[tuple[Ranks, torch.device]]:
     roll = Roll(ranks.rank, ranks.world)
     ranks.wait()
     try:
-        yield ranks, device
+        yield replace(ranks, names=tuple(map(roll.name, range(ranks.world)))), device
     except BaseException as error:
         if not of_others(error):
             roll.leave((str(error) or type(error).__name__).splitlines()[0])
             raise
         roll.leave("")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it at once to those that still have to speak
         raise RunError(
             f"{roll.missing()}\nGo on from the last state with --resume, on as many ranks as there are"
         ) from error

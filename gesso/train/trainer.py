@@ -3,6 +3,7 @@
 import itertools
 import math
 import signal
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -23,14 +24,16 @@ from gesso.train.ranks import ALONE, Ranks, own, whole
 
 IN_A_ROW = 20
 """steps whose gradient is not finite"""
+STOPS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+"""signals that stop a run with its state saved; schedulers send the latter two"""
 
 
 class Trainer:
     """The data state is nimg and nothing else.
 
     nimg: images seen; running: (2,) float64, sum of losses and number of images since the last log line; scaling: (3,)
-    float64, loss scale, good steps since it last changed, and steps in a row whose gradient was not finite. denoiser:
-    with weights to start from; None: random ones.
+    float64, loss scale, good steps since it last changed, and steps in a row whose gradient was not finite; waited:
+    seconds that steps waited for their batch. denoiser: with weights to start from; None: random ones.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Trainer:
         self.micro = run.train.micro_batch or -(-run.train.batch_size // ranks.world)
         self._stream: Iterator[tuple[Tensor, Tensor, Cond]] | None = None
         self.running = torch.zeros(2, dtype=torch.float64)
+        self.waited = 0.0
         dynamic = run.train.loss_scale == "dynamic"
         first = 2.0**16 if dynamic else run.train.loss_scale
         self.scaling = torch.tensor([first if run.train.precision == "float16" else 1.0, 0, 0], dtype=torch.float64)
@@ -105,9 +109,9 @@ class Trainer:
         counts, counter, x0, cond = self._next()
         self.optimizer.zero_grad(set_to_none=True)
         losses, s = self._backward(counter, counts, x0, cond)
-        said = torch.stack([losses.sum(), losses.new_tensor(self.caught[0] if self.caught else 0)])
-        total, number = self.ranks.sum(said).tolist()
-        value, self.stopping = total / size, min(int(number), signal.SIGTERM)
+        said = torch.stack([losses.sum(), *losses.new_tensor([number in self.caught for number in STOPS])])
+        total, *heard = self.ranks.sum(said).tolist()
+        value, self.stopping = total / size, max((n for n, h in zip(STOPS, heard, strict=True) if h), default=0)
         parameters = [p for p in self.modules.parameters() if p.grad is not None]
         gradients = [own(p).grad for p in parameters]
         if self.scaling[0] != 1:
@@ -135,7 +139,9 @@ class Trainer:
             firsts = itertools.count(self.nimg, size)
             self._stream = self.batches.ahead(self.ranks.share(first, size)[0] for first in firsts)
         due, counts = self.ranks.share(self.nimg, size)
+        asked = time.perf_counter()
         counter, x0, cond = next(self._stream)
+        self.waited += time.perf_counter() - asked
         assert counter.equal(due), "nimg was moved after the first step"
         return counts, counter, x0, cond
 
