@@ -187,3 +187,24 @@ def test_a_rank_that_hangs(tmp_path):
     done = launch(2, [job(tmp_path / "run", **long)], check=False, watch=stop)
     assert done.codes == [1, -signal.SIGKILL]
     assert re.search(r"gesso: rank 1 of 2 \(\S+, process \d+\) does not answer", done.said)
+
+
+BEFORE_MEETING = """
+import os, signal
+from gesso.train.ranks import Ranks
+wait = Ranks.wait
+def waiting(self):
+    wait(self)
+    if self.rank == 1 and __import__("sys")._getframe(1).f_code.co_name == "beside":
+        os.kill(os.getpid(), signal.SIGKILL)
+Ranks.wait = waiting
+import datetime
+from gesso.train import ranks
+ranks.MEETING = datetime.timedelta(seconds=2)
+"""
+
+
+def test_a_rank_that_dies_before_it_meets_the_others_in_a_group(tmp_path):
+    """There is no connection that could break: the others wait for a key of the store, for MEETING at most."""
+    done = launch(2, [job(tmp_path / "run", BEFORE_MEETING)], check=False)
+    assert done.codes == [1, -signal.SIGKILL] and re.search(r"gesso: rank 1 of 2 \(\S+, process \d+\) is gone", done.said)

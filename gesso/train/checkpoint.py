@@ -34,12 +34,11 @@ class Saver:
     that the run folder never lacks what came before a thing it has; the next call raises it.
     """
 
-    def __init__(self, ranks: Ranks = ALONE):
+    def __init__(self, ranks: Ranks = ALONE, timeout: float = 600):
         self.ranks, self.pool = ranks, ThreadPoolExecutor(1, "save")
         self.pending: list[Future[None]] = []
         self.failed = False
-        # Its own group: what this thread exchanges must not mix with what the step does.
-        self.group = dist.new_group(backend="gloo") if ranks.world > 1 else None
+        self.group = ranks.beside(timeout)
         self.stager = DefaultStager(StagingOptions(False, False, False, False))
 
     def state(self, folder: Path, nimg: int, tensors: dict[str, Tensor], keep: int, milestone: bool) -> None:

@@ -71,7 +71,7 @@ def train(
         console.print(f"resumed at image {trainer.nimg:,}", highlight=False)
     elif log and dataset.unreadable:
         log.write(nimg=0, unreadable=dataset.unreadable)
-    saver = checkpoint.Saver(ranks)
+    saver = checkpoint.Saver(ranks, run.train.timeout)
     with caught_signals() as caught, Bar(console, run.train.total_images, trainer.nimg, run.recipe) as bar:
         try:
             trainer.caught = caught

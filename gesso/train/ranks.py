@@ -11,12 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 
 from gesso.config import Run
 from gesso.errors import RunError, UsageError
 from gesso.generate import device_of
 from gesso.train.roll import Roll, of_others
+
+MEETING = datetime.timedelta(seconds=60)
+"""for ranks that are there to meet in another group"""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,16 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    def beside(self, seconds: float) -> dist.ProcessGroup | None:
+        """A group of all ranks by itself (gloo): what a thread exchanges must not mix with what the step does."""
+        if self.world == 1:
+            return None
+        # Whoever dies now, before it has met the others, is waited for; later its connection breaks.
+        self.wait()
+        group = dist.new_group(backend="gloo", timeout=MEETING)
+        _set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+        return group
+
     def share(self, first: int, size: int) -> tuple[Tensor, Tensor]:
         """Counters of this rank's part of the batch first .. first + size - 1, and which of them count.
 
@@ -62,6 +76,7 @@ class Ranks:
 
     def mesh(self, sharding: str, device: torch.device) -> DeviceMesh:
         """Of fsdp one dimension; of hsdp nodes and the ranks of each."""
+        self.wait()
         if sharding == "fsdp":
             return init_device_mesh(device.type, (self.world,))
         return init_device_mesh(

@@ -16,7 +16,10 @@ GONE = "is gone (killed, or out of memory, where it said nothing)"
 
 def of_others(error: BaseException) -> bool:
     """Whether torch.distributed raised it because another rank is gone or late. gloo's errors have no class of their own."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+    gloo = ("gloo/transport", "caused pair closure")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in gloo)
+    )
 
 
 class Roll:
