@@ -31,9 +31,13 @@ from gesso.train.trainer import Trainer
 
 
 def trainer_of(args: argparse.Namespace, *settings: str, **how: object) -> Trainer:
-    """DiT-S/2 on the digits, enlarged."""
+    """DiT-S/2 on drawn shapes, a thousand of them."""
     said = [
         "eval.features=none",
+        "data.source=shapes:1000",
+        "net.name=dit",
+        "net.patch=2",
+        "semantic.kind=label",
         "net.width=384",
         "net.depth=12",
         "net.heads=6",
@@ -41,7 +45,7 @@ def trainer_of(args: argparse.Namespace, *settings: str, **how: object) -> Train
         f"train.batch_size={args.batch}",
         f"train.device={args.device}",
     ]
-    run, dataset = opened(recipes.resolve("digits-dit", [*said, *settings])[0], Console(quiet=True))
+    run, dataset = opened(recipes.resolve("shapes-class", [*said, *settings])[0], Console(quiet=True))
     return Trainer(run, dataset, **how)
 
 
@@ -130,7 +134,7 @@ def save(args: argparse.Namespace) -> dict[str, float]:
 
 def ranks(args: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(1)
-    settings = recipes.resolve("digits-dit", [f"train.batch_size={args.batch}"])[0]
+    settings = recipes.resolve("shapes-class", [f"train.batch_size={args.batch}"])[0]
     with joined(settings) as (here, device):
         together = trainer_of(args, f"train.sharding={args.sharding}", ranks=here, device=device)
         alone = trainer_of(args, device=device) if here.main else None

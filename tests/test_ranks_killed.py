@@ -207,4 +207,6 @@ ranks.MEETING = datetime.timedelta(seconds=2)
 def test_a_rank_that_dies_before_it_meets_the_others_in_a_group(tmp_path):
     """There is no connection that could break: the others wait for a key of the store, for MEETING at most."""
     done = launch(2, [job(tmp_path / "run", BEFORE_MEETING)], check=False)
-    assert done.codes == [1, -signal.SIGKILL] and re.search(r"gesso: rank 1 of 2 \(\S+, process \d+\) is gone", done.said)
+    assert done.codes == [1, -signal.SIGKILL] and re.search(
+        r"gesso: rank 1 of 2 \(\S+, process \d+\) is gone", done.said
+    )
