@@ -1,65 +1,55 @@
-"""How large activations and weights grow over training, block by block, from the snapshots of finished runs.
+"""How large activations and weights grow over training (EDM2 Eq. 3, Figures 3 and 15), from the folders of finished runs.
 
-    python benchmarks/magnitudes.py runs/dit runs/mp-dit [--out docs/images/magnitudes.png]
+    gesso train digits-dit watch.magnitude_images=2k    # and digits-mp-dit; or any run that has snapshots
+    python benchmarks/magnitudes.py runs/digits-dit runs/digits-mp-dit [--out docs/images/telemetry.png]
 
-For each stored time: the rms of every block's output (EDM2 Eq. 3, mean over blocks and their largest) on 256
-training images at the noise levels of training, and the mean rms of the matrices, of the average with
-sigma_rel .05 (weights as averaged, not put back on the sphere).
+What the log of a run has is taken from there. Without it the snapshots of its shortest average are measured, on 1,024
+training samples at the noise levels of training.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from gesso import config, keyed, snapshot
+from gesso import config, ema, keyed, snapshot
 from gesso.data.batches import Batches
 from gesso.data.dataset import open_dataset
-from gesso.ema import Power
+from gesso.train.log import read as read_log
+from gesso.train.magnitudes import Magnitudes
+
+SAMPLES, PASS = 1024, 128
+SHOWN = (
+    ("weights", 1, "weights, mean, first = 1"),
+    ("activations", 1, "activations, mean"),
+    ("main_path", 1, "main path, mean"),
+)
 
 
-def block_rms(denoiser, x: Tensor, s: Tensor, cond) -> list[float]:
-    """rms of each block's image tokens."""
-    found: list[float] = []
-
-    def note(module, inputs, out) -> None:
-        tokens = out[0] if isinstance(out, tuple) else out
-        found.append(float(tokens.square().mean().sqrt()))
-
-    handles = [block.register_forward_hook(note) for block in denoiser.net.blocks]
-    with torch.no_grad():
-        denoiser(x, s, cond)
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-def trace(folder: Path) -> list[dict[str, float]]:
-    """One row per stored time."""
+def trace(folder: Path) -> dict[int, dict[str, Any]]:
+    """[largest, mean] of activations and weights by bucket, by time."""
+    logged = {line["nimg"]: line["magnitudes"] for line in read_log(folder / "log.jsonl") if "magnitudes" in line}
+    if logged:
+        return logged
     run = config.read(folder / "run.yaml")
-    loaded = open_dataset(run.data)
-    rows = []
-    for stored in snapshot.stored(folder):
-        if stored.profile != Power(0.05):
-            continue
-        tensors, _, _ = snapshot.read(stored.path)
-        denoiser = snapshot.denoiser(tensors, run)
-        counter = torch.arange(256)
-        x0, cond = Batches(loaded, run, denoiser.process.sd, torch.device("cpu"))(counter)
-        s = denoiser.process.quantile(keyed.uniform(0, counter, "noise level")[:, 0]).float()
-        x = x0 + s[:, None, None, None] * keyed.normal(0, counter, "noise", x0.shape[1:])
-        activations = block_rms(denoiser, x, s, cond)
-        matrices = [float(t.square().mean().sqrt()) for t in tensors.values() if t.ndim > 1]
-        rows.append(
-            {
-                "nimg": stored.nimg,
-                "activations mean": sum(activations) / len(activations),
-                "activations max": max(activations),
-                "weights mean": sum(matrices) / len(matrices),
-            }
-        )
-    return rows
+    dataset = open_dataset(run.data, run.latent, run.train.seed)
+    shortest = ema.tracked(run.ema)[0]
+    return {s.nimg: measured(run, dataset, s.path) for s in snapshot.stored(folder) if s.profile == shortest}
+
+
+@torch.no_grad()
+def measured(run, dataset, path: Path) -> dict[str, Any]:
+    tensors, _, _ = snapshot.read(path)
+    denoiser = snapshot.denoiser(tensors, run)
+    batches = Batches(dataset, run, denoiser.process.sd, torch.device("cpu"))
+    with Magnitudes(denoiser.net, run.inputs.resolution) as found:
+        for counter in torch.arange(SAMPLES).split(PASS):
+            x0, cond = batches(counter)
+            s = denoiser.process.quantile(keyed.uniform(0, counter, "noise level")[:, 0]).to(x0)
+            level, eps = s[:, None, None, None], keyed.normal(0, counter, "noise", x0.shape[1:], x0.dtype)
+            denoiser(denoiser.process.alpha(level) * x0 + level * eps, s, cond)
+    return {"activations": found.activations(), "main_path": found.main_path(), "weights": found.weights(tensors)}
 
 
 def main() -> None:
@@ -69,21 +59,37 @@ def main() -> None:
     options = parser.parse_args()
     traces = {run.name: trace(run) for run in options.runs}
     for name, rows in traces.items():
-        for row in (rows[0], rows[-1]):
-            print(name, {k: round(v, 3) for k, v in row.items()})
+        for nimg in (min(rows), max(rows)):
+            means = {what: sum(pair[1] for pair in found.values()) / len(found) for what, found in rows[nimg].items()}
+            print(f"{name} at image {nimg:,}: " + ", ".join(f"{what} {mean:.4g}" for what, mean in means.items()))
     if options.out:
-        from matplotlib.figure import Figure
+        plot(traces, options.out)
 
-        figure = Figure(figsize=(10, 3.2), layout="constrained")
-        for axes, key in zip(figure.subplots(1, 3), list(rows[0])[1:], strict=True):
-            for name, rows in traces.items():
-                style = {"color": "#b4532a" if name.startswith("mp") else "#2f5d7c", "label": name}
-                axes.plot([r["nimg"] / 1000 for r in rows], [r[key] for r in rows], **style)
-            axes.set(title=key, xlabel="thousand images")
+
+def plot(traces: dict[str, dict[int, dict[str, Any]]], out: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.5), layout="constrained")
+    for axes, (what, i, title) in zip(figure.subplots(1, len(SHOWN)), SHOWN, strict=True):
+        for (name, rows), colour, dash in zip(
+            traces.items(), ("#b4532a", "#2f5d7c", "#7a9a3a"), ("-", "--", "-."), strict=False
+        ):
+            times = sorted(rows)
+            for b, bucket in enumerate(rows[times[0]][what]):
+                values = [rows[t][what][bucket][i] for t in times]
+                first = values[0] if what == "weights" else 1
+                label = name if b == 0 else None
+                axes.plot(
+                    [t / 1000 for t in times], [v / first for v in values], dash, color=colour, lw=1.4, label=label
+                )
+        axes.set(title=title, xlabel="thousand images")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e6e0d4", lw=0.8)
+        if what != "weights":
             axes.set_ylim(bottom=0)
-        handles = {h.get_label().split("-s")[0]: h for h in axes.get_lines()}
-        axes.legend(handles.values(), handles.keys(), frameon=False)
-        figure.savefig(options.out, dpi=110)
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    figure.savefig(out, dpi=110)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="go on from the newest state; start when there is none")
     ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="memory, time and disk from some real steps; writes nothing")
+    ] = False,
 ) -> None:
     """Train a recipe. Writes to runs/RECIPE unless --out says otherwise."""
     from gesso import recipes
@@ -56,6 +59,12 @@ def train(
     run, notes = recipes.resolve(recipe, list(settings or ()))
     for note in notes:
         _say(f"note: {note}")
+    if estimate:
+        from gesso.train.estimate import estimate as measured
+
+        for line in measured(run, console):
+            _say(line)
+        return
     from gesso.train.start import default_out, start
 
     out = out or default_out(recipe, run, resume)
@@ -125,22 +134,13 @@ def evaluate(
 ) -> None:
     """Measure a run (sample.* and eval.* may be set), or pictures beside others; writes metrics.json and pictures."""
     told = {f"--{name}": value for name, value in locals().items() if name not in ("folder", "settings", "protocol")}
-    from gesso.evaluate import compare, protocols, score
+    from gesso.evaluate.protocols import evaluate
     from gesso.train.log import Bar
 
-    asked = compare.asked(folder, settings or [], told)
     with Bar(console, 1, 0, "evaluating") as bar:
-        tick = lambda done, total: bar.update(done, total=total)  # noqa: E731
-        if asked:
-            lines = compare.write(asked, tick)
-        else:
-            run = protocols.measured(folder, protocol, settings or [])
-            lines = score.evaluate_folder(folder, run, tick)
+        lines = evaluate(folder, protocol, settings or [], told, lambda done, total: bar.update(done, total=total))
     for line in lines:
         _say(line)
-    if not asked:
-        wrote = "scores.json" if run.eval.scores else "metrics.json"
-        _say(f"wrote {folder / wrote}\nnext:\n  gesso report {folder}")
 
 
 @app.command()
@@ -184,11 +184,14 @@ def ema(
 
 
 @app.command()
-def report(folder: RunFolder, out: Out = None) -> None:
-    """One self-contained HTML page on a run, from the files in its folder."""
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders", show_default=False)],
+    out: Out = None,
+) -> None:
+    """One self-contained HTML page on a run, or on several beside each other, from the files in their folders."""
     from gesso.report import write
 
-    _say(f"wrote {write(folder, out)}")
+    _say(f"wrote {write(folders, out)}")
 
 
 @app.command()

@@ -146,7 +146,7 @@ def plan(available: Sequence[Snapshot], targets: Sequence[Target], nimg: int | N
 
 
 DECIDES = (
-    "data.fingerprint", "latent.", "net.", "process.", "semantic.kind", "loss.", "optim.", "train.seed", "train.batch_size"
+    "data.fingerprint", "data.held_out", "latent.", "net.", "process.", "semantic.kind", "loss.", "optim.", "train.seed", "train.batch_size"
 )  # fmt: skip
 """settings by which snapshots are told to be of one run"""
 

@@ -8,15 +8,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import free_port, furthest, last_state, launch, losses, torchrun, weights
+from PIL import Image
 
 from gesso import files
 from gesso.errors import UsageError
 from gesso.train import checkpoint, ranks
+from gesso.train.log import MEASURED
 from gesso.train.log import read as read_log
 from gesso.train.ranks import Ranks
 
@@ -278,3 +281,43 @@ def test_clocks_that_jump(alone, tmp_path):
         os.utime(file, (4e9, 4e9))
     launch(1, [{"out": str(out), "settings": settings, "prelude": jumping, "resume": True}])
     assert furthest(alone / "mmdit++", out) == 0 and losses(out) == losses(alone / "mmdit++")
+
+
+def test_what_is_seen_does_not_depend_on_the_ranks(tmp_path):
+    """Bins, validation, magnitudes and scores to 1e-5 (they are rounded to six digits), pictures to the last bit but rounding."""
+    watched = {
+        "train.total_images": 8 * BATCH, "data.held_out": 20, "watch.validate_images": 2 * BATCH, "watch.validate_samples": 70,
+        "watch.magnitude_images": 4 * BATCH, "watch.magnitude_samples": 20, "watch.sample_images": 4 * BATCH, "watch.samples": 5,
+        "watch.evaluate_images": 8 * BATCH, "sample.steps": 2,
+    }  # fmt: skip
+    settings = DOUBLE | NETS["edm2"] | watched
+    launch(1, [{"out": str(tmp_path / "one"), "settings": settings}])
+    launch(2, [{"out": str(tmp_path / how), "settings": settings | {"train.sharding": how}} for how in ("ddp", "fsdp")])
+    due = flat(tmp_path / "one")
+    assert {"validation", "magnitudes", "metrics", "loss_by_noise"} <= {key[1] for key in due}
+    for how in ("ddp", "fsdp"):
+        found = flat(tmp_path / how)
+        assert found.keys() == due.keys()
+        for key, value in due.items():
+            assert found[key] == pytest.approx(value, rel=2e-5, abs=1e-9), key
+        pictures = sorted((tmp_path / how / "samples").iterdir())
+        assert len(pictures) == 2
+        for picture in pictures:
+            a, b = (
+                np.asarray(Image.open(f), dtype=int) for f in (picture, tmp_path / "one" / "samples" / picture.name)
+            )
+            assert np.abs(a - b).max() <= 1
+
+
+def flat(out) -> dict[tuple, float]:
+    """Numbers of a log by time and path, without what the machine decides."""
+
+    def walk(value, path):
+        if isinstance(value, dict | list):
+            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from walk(inner, (*path, key))
+        elif value is not None:
+            yield path, value
+
+    lines = [{k: v for k, v in line.items() if k not in MEASURED} for line in read_log(Path(out) / "log.jsonl")]
+    return {path: value for line in lines for path, value in walk(line, (line["nimg"],))}

@@ -19,6 +19,7 @@ from gesso import config, files, recipes, snapshot
 from gesso.diffusion.denoiser import build
 from gesso.errors import RunError, Stopped, UsageError
 from gesso.train import checkpoint, loop, optim
+from gesso.train.log import MEASURED
 from gesso.train.log import read as read_log
 from gesso.train.start import opened, start
 
@@ -63,7 +64,7 @@ def everything(out: Path) -> dict:
     last = checkpoint.stored(out / "state")[-1]
     tensors = {f"{last.name}/{k}": v for f in sorted(last.glob("*.safetensors")) for k, v in load_file(f).items()}
     snapshots = {p.name: p.read_bytes() for p in sorted((out / "snapshots").glob("*.safetensors"))}
-    lines = [{k: v for k, v in line.items() if k != "images_per_second"} for line in read_log(out / "log.jsonl")]
+    lines = [{k: v for k, v in line.items() if k not in MEASURED} for line in read_log(out / "log.jsonl")]
     return {"tensors": tensors, "snapshots": snapshots, "log": lines}
 
 

@@ -893,12 +893,19 @@ def test_places_that_hold_nothing(digits, tmp_path):
 def test_from_classes_to_words_on_the_command_line(tmp_path):
     shapes = ["data.resolution=16", "net.patch=4", "eval.features=none"]
     trained("shapes-class", tmp_path / "classes", "data.source=shapes-class:64", *shapes)
-    run, said = trained("shapes", tmp_path / "words", "data.source=shapes:64", f"init={tmp_path / 'classes'}", *shapes)
+    more = ["data.source=shapes:64", "control.variables=size", f"init={tmp_path / 'classes'}"]
+    run, said = trained("shapes", tmp_path / "words", *more, *shapes)
     found = kinds([line for line in said if line.startswith(("weights", "  "))])
+    assert "control.variables [] -> ['size']" in found["otherwise"]
     assert run.init.rows is None and "semantic.mlp" in found["fresh"] and "semantic.table" in found["left"]
     assert "semantic.kind label -> text" in found["otherwise"]
     _, said = trained(
-        "shapes-class", tmp_path / "back", "data.source=shapes-class:64", f"init={tmp_path / 'words'}", *shapes
+        "shapes-class",
+        tmp_path / "back",
+        "data.source=shapes-class:64",
+        "control.variables=[]",
+        f"init={tmp_path / 'words'}",
+        *shapes,
     )
     found = kinds([line for line in said if line.startswith(("weights", "  "))])
     assert "semantic.table" in found["fresh"] and "semantic.mlp" in found["left"]

@@ -114,15 +114,27 @@ def switched(base: Tree, override: Tree, notes: list[str]) -> Tree:
 def resolve(base: Tree, arguments: list[str]) -> tuple[Run, list[str]]:
     """Lay `arguments` (a.b=c or YAML files) over `base` in order and validate once.
 
-    Returns the run and notes on what a change of net.name or process.name left behind.
+    Returns the run and notes: what a change of net.name or process.name left behind, and the rate at another batch size.
     Raises UsageError with one line per wrong setting.
     """
     notes: list[str] = []
     override: Tree = {}
     for argument in arguments:
         override = merged(override, parse_override(argument))
-    tree = merged(switched(base, override, notes), override)
-    return validate(tree), notes
+    run = validate(merged(switched(base, override, notes), override))
+    return run, notes + _rate(run)
+
+
+def _rate(run: Run) -> list[str]:
+    """What a batch of another size than lr was found for makes of lr."""
+    optim, batch = run.optim, run.train.batch_size
+    if optim.tuned_at_batch in (None, batch):
+        return []
+    found = f"optim.lr={optim.lr:g} was found at batches of {optim.tuned_at_batch:,}"
+    if optim.scaling != "none":
+        return [f"{found}: at train.batch_size={batch} it is {optim.peak(batch):.3g} (optim.scaling={optim.scaling})"]
+    offers = " or ".join(f"optim.scaling={rule} ({optim.peak(batch, rule):.3g})" for rule in ("sqrt", "linear"))
+    return [f"{found} and stays at train.batch_size={batch}; {offers} would change it"]
 
 
 def validate(tree: Tree) -> Run:

@@ -12,6 +12,7 @@ from gesso.config.net import Control, Inputs, MMDiT, Net, Transformer, UNet
 from gesso.config.process import EDM, Process
 from gesso.config.sample import Sample
 from gesso.config.train import Loss, Optim, Train
+from gesso.config.watch import Watch
 
 
 class Data(Settings):
@@ -31,6 +32,8 @@ class Data(Settings):
     random, whose area is a share of that one in this range: .9,1 global, .4,.6 local, .4,1 mix (Berrada et al. Section 3.4)"""
     window: Positive | None = None
     """files of a cache whose images are shuffled together, so that few are needed at a time (object storage); null: all"""
+    held_out: Annotated[Count, Field(ge=0)] = 0
+    """images kept from training for the validation loss (watch), the same ones whatever train.seed"""
     max_unreadable: Probability = 0.01
     """share of unreadable images that are skipped and named before the run is refused"""
     num_images: Count | None = None
@@ -81,6 +84,11 @@ class Ema(Settings):
     """relative lengths of power-function averages; two allow any other to be rebuilt afterwards"""
     halflives: tuple[Positive, ...] = ()
     """images; a traditional average of fixed half-life each; CONFIG A has 50M"""
+    device: Literal["same", "cpu"] = "same"
+    """where they are kept: beside the weights, or in the host's memory, to which every step then copies the weights"""
+    snapshots: Literal["same", "float16"] = "same"
+    """of the files: as wide as the weights, or in 16 bits as EDM2's (Appendix C), which serve lengths of .03 and more. The
+    averages themselves are never narrowed: steps that small would be rounded away (benchmarks/averages16.py)"""
 
     @model_validator(mode="after")
     def _some(self) -> "Ema":
@@ -154,6 +162,7 @@ class Run(Settings):
     ema: Ema = Ema()
     sample: Sample = Sample()
     eval: Eval = Eval()
+    watch: Watch = Watch()
     made_with: dict[str, str | int] = {}
     """a record of versions, threads and commit; it decides nothing"""
 
@@ -169,6 +178,12 @@ class Run(Settings):
             raise ValueError(f"data.channels={self.data.channels}, but latent.vae sees RGB: set data.channels=3")
         self._conditions()
         self._guidance()
+        self._watched()
+        if self.optim.state == "8bit" and (self.train.sharding != "ddp" or self.train.dtype != "float32"):
+            raise ValueError(
+                f"optim.state=8bit is for whole tensors of 32 bits, not train.sharding={self.train.sharding}, "
+                f"train.dtype={self.train.dtype}: set train.sharding=ddp train.dtype=float32, or optim.state=full"
+            )
         if self.eval.features == "shapes" and self.data.source.startswith("digits"):
             raise ValueError(
                 f"eval.features=shapes reads the drawings of data.source=shapes, not {self.data.source}: set eval.features=none"
@@ -184,6 +199,21 @@ class Run(Settings):
                 block = "latent" if self.latent.vae else "data"
                 raise ValueError(f"data.{name} has {len(given)} values for {block}.channels={self.channels}")
         return self
+
+    def _watched(self) -> None:
+        watch, total = self.watch, self.train.total_images
+        if self.data.held_out and watch.source:
+            raise ValueError("data.held_out beside watch.source: validate on the one or the other")
+        if (self.data.held_out or watch.source) and (watch.validate_images or 0) > total:
+            raise ValueError(
+                f"watch.validate_images={watch.validate_images} is above train.total_images={total}: nothing would be "
+                "validated; set it lower, or to null"
+            )
+        if watch.evaluate_images and self.eval.features == "none":
+            raise ValueError(
+                f"watch.evaluate_images={watch.evaluate_images} measures what eval.features says, which is none (eval.scores are "
+                "for gesso evaluate): set it to null"
+            )
 
     def _size(self, block: str, resolution: int | None) -> None:
         net, said, factor = self.net, f"{block}.resolution={resolution}", self.factor

@@ -1,5 +1,6 @@
 """How a run is trained: loss, optimizer, ranks, precision. Times are counted in images. No torch here."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
@@ -14,11 +15,30 @@ class Loss(Settings):
     """native: MSE of the network's own target; uniform: 1; min-snr: min(SNR, 5); uncertainty: native / e^u + u (EDM2 Eq. 21)"""
 
 
+class Group(Settings):
+    """Settings of some parameters alone."""
+
+    match: str
+    """a glob of names as snapshots have them, such as blocks.0.* or *.bias; those of the learned uncertainty begin with
+    uncertainty. The first glob that fits a name decides"""
+    lr: PositiveFloat = 1.0
+    """factor on the rate of all others"""
+    betas: tuple[Probability, Probability] | None = None
+    """null: those of all others"""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """null: that of all others. Biases and gains have it too where it is given; weights on the sphere never"""
+
+
 class Optim(Settings):
     """Adam or AdamW, and the learning rate as a function of images seen."""
 
     name: Literal["adam", "adamw"] = "adam"
     lr: PositiveFloat = 1e-3
+    tuned_at_batch: Positive | None = None
+    """the batch that lr was found for; null: whatever train.batch_size is"""
+    scaling: Literal["none", "sqrt", "linear"] = "none"
+    """what lr becomes at k times that batch: lr; sqrt(k) lr, which suits Adam (Malladi et al. 2022); k lr. All else is counted
+    in images and stays"""
     betas: tuple[Probability, Probability] = (0.9, 0.99)
     eps: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -31,6 +51,27 @@ class Optim(Settings):
     """linear warm-up over the first images"""
     clip: PositiveFloat | None = None
     """largest gradient norm, after the projection onto the tangent planes"""
+    state: Literal["full", "8bit"] = "full"
+    """8bit: Adam's averages in 8 bits with a factor for every 256 (Dettmers et al. 2022), 2 bytes for a weight instead of 8;
+    needs bitsandbytes (pip install 'gesso[bits]')"""
+    groups: tuple[Group, ...] = ()
+    """rates, betas and decay of some parameters: [{"match": "*.bias", "lr": 2, "betas": [0.9, 0.95], "weight_decay": 0}]"""
+
+    def peak(self, batch_size: int, scaling: str | None = None) -> float:
+        """lr at a batch size, by the scaling of the settings or another."""
+        ratio = batch_size / (self.tuned_at_batch or batch_size)
+        return self.lr * {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[scaling or self.scaling]
+
+    @model_validator(mode="after")
+    def _scales(self) -> "Optim":
+        if self.scaling != "none" and self.tuned_at_batch is None:
+            raise ValueError(
+                f"optim.scaling={self.scaling} needs the batch that optim.lr was found for: set optim.tuned_at_batch=2048"
+            )
+        decays = self.weight_decay or any(group.weight_decay for group in self.groups)
+        if self.state == "8bit" and self.name == "adam" and decays:
+            raise ValueError("optim.state=8bit decays as AdamW does: set optim.name=adamw")
+        return self
 
 
 class Train(Settings):

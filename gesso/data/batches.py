@@ -7,7 +7,8 @@ level and noise. The state of the data is therefore one integer, `nimg`.
 Legend: B samples, n numbers of control; x0 (B, C, H, W).
 """
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -31,11 +32,15 @@ class Batches:
         self.dataset, self.run, self.device = dataset, run, device
         self.dtype = getattr(torch, run.train.dtype)
         self.space = Space(run.data, run.latent, sd, device)
-        self.order = dataset.order(run.train.seed, run.train.batch_size)
         self.columns = run.control.columns("high") + run.control.columns("low")
         self.texts = None
         if run.semantic.kind == "text" and dataset.encoded is None:
             self.texts = _Texts(text.build(run.semantic, device), dataset)
+
+    @functools.cached_property
+    def order(self) -> Callable[[Tensor], Tensor]:
+        """Which image a sample counter stands for."""
+        return self.dataset.order(self.run.train.seed, self.run.train.batch_size)
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, Cond]:
         """x0 and the conditions of the samples `counter` (B,)."""

@@ -17,7 +17,7 @@ from gesso import keyed
 from gesso.config import Run
 from gesso.data import remote
 from gesso.data.listing import Texts
-from gesso.data.order import Grouped, Order, Windowed
+from gesso.data.order import Grouped, Order, Windowed, Without
 from gesso.data.samples import Dataset, Samples
 from gesso.data.shards import COLUMNS, SHARDS, TEXT, mapped, mapped_columns, opened_manifest
 from gesso.data.text import Encoded
@@ -54,6 +54,7 @@ class Cache(Dataset):
         self.class_names, self.unreadable = self.manifest.class_names, list(self.manifest.unreadable)
         self._dtype = getattr(torch, plan.dtype or "float32") if self.latents else torch.uint8
         self._local = self._copies() if far else None
+        self.far = far and window is not None
         self._order: Windowed | None = None
         self._open: dict[int, Rows] = {}
         self._opening = threading.Lock()
@@ -107,16 +108,23 @@ class Cache(Dataset):
         self._local.release(files[f].name for f in past)
         self._local.ahead([files[f].name for f in self._order.shards(first, stop + self._order.span)])
 
-    def order(self, seed: int, batch_size: int) -> Order | Windowed | Grouped:
+    def order(self, seed: int, batch_size: int) -> Order | Windowed | Grouped | Without:
         """Raises UsageError for a window beside buckets, and when no bucket fills a batch."""
+        order = self._kept_order(seed, batch_size)
+        self._order = order if isinstance(order, Windowed) else None
+        return Without(order, self.held) if len(self.held) else order
+
+    def _kept_order(self, seed: int, batch_size: int) -> Order | Windowed | Grouped:
+        """Of the images that are not held out, counted without gaps."""
+        held = self.held.numpy()
         if len(self.buckets) > 1:
             if self.window:
                 raise UsageError("data.window is for caches without buckets: set data.window=null")
-            return Grouped(torch.from_numpy(self.bucket_of), batch_size, seed)
+            return Grouped(torch.from_numpy(np.delete(self.bucket_of, held)), batch_size, seed)
         if self.window is None:
-            return Order(len(self), seed)
-        self._order = Windowed([shard.rows for shard in self.manifest.files], self.window, seed)
-        return self._order
+            return Order(len(self) - len(held), seed)
+        gone = np.bincount(np.searchsorted(self._ends, held, side="right"), minlength=len(self._ends))
+        return Windowed((self._ends - self._starts - gone).tolist(), self.window, seed)
 
     def alike(self, height: int, width: int) -> Tensor:
         wanted = [b for b, size in enumerate(self.buckets) if size == (height, width)]
@@ -136,12 +144,14 @@ class Cache(Dataset):
         view = (keyed.uniform(self.seed, counter, "view")[:, 0] * self.plan.views).long()
         return self.views(index, view)
 
-    def pictures(self, index: Tensor) -> Tensor:
+    def plain(self, index: Tensor) -> Samples:
         """The first view that is not mirrored. Where all are, pixels are mirrored back, and latents are the first view."""
         mirrored = self._drawn[:, 4].reshape(-1, self.plan.views)[index.numpy()]
         samples = self.views(index, torch.from_numpy(mirrored.argmin(axis=1)))
-        back = samples.flips[:, None, None, None] & (not self.latents)
-        return torch.where(back, samples.x.flip(3), samples.x)
+        if self.latents or not samples.flips.any():
+            return samples
+        x = torch.where(samples.flips[:, None, None, None], samples.x.flip(3), samples.x)
+        return samples._replace(x=x, flips=torch.zeros_like(samples.flips))
 
     def moments(self) -> tuple[Tensor, Tensor]:
         mean, std = (torch.tensor(values, dtype=torch.float64) for values in (self.manifest.mean, self.manifest.std))

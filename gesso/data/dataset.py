@@ -29,6 +29,12 @@ def open_dataset(
     Raises UsageError when the source is missing, empty or of another shape; RunError when too many images are
     unreadable.
     """
+    dataset = _opened(data, latent, seed, progress)
+    dataset.hold_out(data.held_out)
+    return dataset
+
+
+def _opened(data: Data, latent: Latent, seed: int, progress: Progress) -> Dataset:
     if is_cached(data.source):
         return Cache(data.source, seed, data.window)
     source = open_source(data.source)

@@ -51,14 +51,17 @@ class Images(Dataset):
         self.tone = crops.tone(pixels)
 
     def take(self, index: Tensor, counter: Tensor) -> Samples:
-        x, flips = self.pixels[index], torch.zeros(len(index), dtype=torch.bool)
-        if self.flip:
-            flips = keyed.uniform(self.seed, counter, "flip")[:, 0] < 0.5
-            x = torch.where(flips[:, None, None, None], x.flip(3), x)
-        return Samples(x, self.sizes[index], self.boxes[index], flips, self.tone[index], self.labels[index], index)
+        samples = self.plain(index)
+        if not self.flip:
+            return samples
+        flips = keyed.uniform(self.seed, counter, "flip")[:, 0] < 0.5
+        return samples._replace(x=torch.where(flips[:, None, None, None], samples.x.flip(3), samples.x), flips=flips)
 
-    def pictures(self, index: Tensor) -> Tensor:
-        return self.pixels[index]
+    def plain(self, index: Tensor) -> Samples:
+        no = torch.zeros(len(index), dtype=torch.bool)
+        return Samples(
+            self.pixels[index], self.sizes[index], self.boxes[index], no, self.tone[index], self.labels[index], index
+        )
 
     def moments(self) -> tuple[Tensor, Tensor]:
         return pixel_moments(self.pixels)

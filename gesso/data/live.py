@@ -35,18 +35,23 @@ class Live(Dataset):
         self.class_names, self.notes, self.latents = source.class_names, source.notes, source.latents
         self.unreadable: list[tuple[str, str]] = []
         self._bad: dict[int, tuple[str, str]] = {}
+        self._apart: frozenset[int] = frozenset()
         self._noting = threading.Lock()
         self._pool = ThreadPoolExecutor(os.cpu_count(), "decode")
+
+    def hold_out(self, count: int) -> None:
+        super().hold_out(count)
+        self._apart = frozenset(self.held.tolist())
 
     def take(self, index: Tensor, counter: Tensor) -> Samples:
         """Raises RunError when too many images turn out to be unreadable."""
         u = keyed.uniform(self.seed, counter, "view", crops.UNIFORMS)
         return self._samples(index, list(self._pool.map(self._view, index.tolist(), u.tolist())))
 
-    def pictures(self, index: Tensor) -> Tensor:
+    def plain(self, index: Tensor) -> Samples:
         plain = self.data.model_copy(update={"flip": False, "crop_scale": None})
         views = self._pool.map(lambda i: self._view(i, [0.0] * crops.UNIFORMS, plain), index.tolist())
-        return torch.stack([view[1] for view in views])
+        return self._samples(index, list(views))
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Of the first MEASURED samples."""
@@ -60,10 +65,10 @@ class Live(Dataset):
     def _view(
         self, i: int, u: list[float], data: Data | None = None
     ) -> tuple[int, Tensor, crops.View, tuple[int, int]]:
-        """Number, x, view and size of the first image from i on that can be read."""
+        """Number, x, view and size of the first image from i on that can be read; held out where i is, and only then."""
         data = data or self.data
         for j in (*range(i, len(self)), *range(i)):
-            if j in self._bad:
+            if j in self._bad or (j in self._apart) != (i in self._apart):
                 continue
             name = ""
             try:

@@ -3,6 +3,7 @@
     Order      any image after any other
     Windowed   only the images of a few shards of a cache at a time, for shards that are fetched from afar
     Grouped    batches of one group each, for pictures of several sizes
+    Without    one of these over all images but those that are held out
 
 All take counters (B,) int64, which may lie in several epochs, and return indices (B,). Any thread may call them.
 
@@ -184,3 +185,20 @@ class Grouped:
                 image[here] = members[self._permuted(len(members), f"order of epoch {e}, group {g}", position[here])]
             out[now] = image
         return out
+
+
+def held_out(n: int, count: int) -> Tensor:
+    """(count,) int64, rising: which of n images are kept from training, whatever its seed."""
+    return Permutations(0)(n, "held out", torch.arange(count)).sort().values
+
+
+class Without:
+    """An order of n - k images as one of all n without those that are held (k,), rising."""
+
+    def __init__(self, order: Order | Windowed | Grouped, held: Tensor):
+        self.order = order
+        self._kept_before = held - torch.arange(len(held))
+
+    def __call__(self, counter: Tensor) -> Tensor:
+        place = self.order(counter)
+        return place + torch.searchsorted(self._kept_before, place, right=True)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from gesso.config import Run, Semantic
 from gesso.data import crops
-from gesso.data.order import Order
+from gesso.data.order import Order, Without, held_out
 from gesso.data.text import Encoded
+from gesso.errors import UsageError
 
 
 class Samples(NamedTuple):
@@ -49,7 +50,7 @@ class Dataset(abc.ABC):
 
     labels (N,) int64; captions N, empty where there is none; class_names empty where there are no classes; notes for
     the user; unreadable (name, reason) of images that were left out; latents: x is latents; immediate: `take` costs next
-    to nothing.
+    to nothing; far: files are fetched as they are needed, few at a time.
     """
 
     where: str
@@ -60,8 +61,11 @@ class Dataset(abc.ABC):
     unreadable: list[tuple[str, str]]
     latents = False
     immediate = False
+    far = False
     encoded: Semantic | None = None
     """how the captions were encoded, where `take` gives their tokens"""
+    held = torch.zeros(0, dtype=torch.int64)
+    """(k,) rising: images that `order` never comes to"""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,8 +75,12 @@ class Dataset(abc.ABC):
         """Samples `counter` (B,) of the images `index` (B,): what is drawn of a view is keyed to the counter."""
 
     @abc.abstractmethod
+    def plain(self, index: Tensor) -> Samples:
+        """The images `index` (B,) with nothing drawn: the middle, not mirrored."""
+
     def pictures(self, index: Tensor) -> Tensor:
-        """x of the images `index` (B,) as they are compared with generated ones: the middle, not mirrored."""
+        """x of the images `index` (B,) as they are compared with generated ones."""
+        return self.plain(index).x
 
     @abc.abstractmethod
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -90,9 +98,21 @@ class Dataset(abc.ABC):
         """Fields of the run's blocks `data` and `latent` that the images themselves settle."""
         return {}
 
-    def order(self, seed: int, batch_size: int) -> Order:
+    def hold_out(self, count: int) -> None:
+        """Keep `count` images from training, the same ones whatever its seed. To be called before `order`.
+
+        Raises UsageError when none would be left.
+        """
+        if count >= len(self):
+            raise UsageError(
+                f"data.held_out={count} leaves nothing of the {len(self)} images in {self.where}: set it lower"
+            )
+        self.held = held_out(len(self), count) if count else self.held
+
+    def order(self, seed: int, batch_size: int) -> Order | Without:
         """Which image a sample counter stands for."""
-        return Order(len(self), seed)
+        order = Order(len(self) - len(self.held), seed)
+        return Without(order, self.held) if len(self.held) else order
 
 
 def pixel_moments(pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from gesso.cond import Cond
 from gesso.config import Run
 from gesso.diffusion import process as processes
 from gesso.diffusion.process import Embedding, Process
+from gesso.nets.layers import unrounded
 from gesso.nets.mp import MPFourier, MPLinear
 
 
@@ -60,7 +61,8 @@ class Uncertainty(nn.Module):
 
     def forward(self, s: Tensor) -> Tensor:
         """(B,) -> (B,)"""
-        return self.linear(self.fourier(self.process.c_noise(s, "fourier")))[:, 0]
+        with unrounded(s):
+            return self.linear(self.fourier(self.process.c_noise(s, "fourier")))[:, 0]
 
 
 def loss(

@@ -23,7 +23,8 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor
     from torch.distributed.tensor import DTensor
 
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    # Shards in the host's memory go back to where processes exchange them.
+    return tensor.to(tensor.device_mesh.device_type).full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Tracker:
@@ -31,11 +32,14 @@ class Tracker:
 
     Usable in any training loop: after each optimizer step, or every few, call `update(t, t_next)` with
     the images seen at the last call and now. Averages start at the weights given, theta(0), and are of at least 32 bits.
-    Sharded tensors have sharded averages: every process moves its own part on. Whole numbers are copied.
+    Sharded tensors have sharded averages: every process moves its own part on. Whole numbers are copied. device: where
+    averages are kept; None: beside the tensors.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], profiles: Sequence[Profile]):
-        self.averages = {profile: {k: _copied(v.detach()) for k, v in tensors.items()} for profile in profiles}
+    def __init__(
+        self, tensors: dict[str, Tensor], profiles: Sequence[Profile], device: torch.device | str | None = None
+    ):
+        self.averages = {profile: {k: _copied(v.detach(), device) for k, v in tensors.items()} for profile in profiles}
         # Looked up once: a step does nothing but move them. The averages of a tensor follow one another, so that it
         # is read from the cache for all but the first.
         self._averages, self._copies = (
@@ -66,14 +70,16 @@ class Tracker:
     def update(self, t: int, t_next: int) -> None:
         """Move every average on from t to t_next images, with the live weights as they are now (Eq. 119)."""
         weights = [1 - profile.beta(t, t_next) for profile in self.averages]
-        # A live tensor itself where device and dtype are those of its average.
-        live = [new.to(old) for new, old in zip(self._live, self._averages, strict=True)]
-        torch._foreach_lerp_(self._averages, live, weights * (len(live) // len(weights)))
+        # A live tensor itself where device and dtype are those of its average; one copy for all averages where not.
+        n = len(weights)
+        near = [new.to(old) for new, old in zip(self._live[::n], self._averages[::n], strict=True)]
+        live = [tensor for tensor in near for _ in range(n)]
+        torch._foreach_lerp_(self._averages, live, weights * len(near))
         for old, new in zip(self._copies, self._counts, strict=True):
             old.copy_(new)
 
 
-def _copied(tensor: Tensor) -> Tensor:
+def _copied(tensor: Tensor, device: torch.device | str | None) -> Tensor:
     """A copy; 16 bits would lose the small steps of an average."""
     small = tensor.is_floating_point() and tensor.dtype.itemsize < 4
-    return tensor.to(torch.float32) if small else tensor.clone()
+    return tensor.to(device or tensor.device, torch.float32 if small else tensor.dtype, copy=True)

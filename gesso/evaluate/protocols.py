@@ -10,6 +10,7 @@ from pathlib import Path
 from gesso import config
 from gesso.config import Run
 from gesso.errors import UsageError
+from gesso.evaluate import compare, score
 
 CHANGEABLE = ("sample.", "eval.")
 FREE = (
@@ -106,3 +107,15 @@ def measured(folder: Path, name: str | None, said: list[str]) -> Run:
         if not other
         else config.recorded(folder, [*own, *said, f"eval.protocol={name}, but {' '.join(other)}"], CHANGEABLE)
     )
+
+
+def evaluate(
+    folder: Path | None, protocol: str | None, settings: list[str], told: dict[str, object], tick: compare.Tick
+) -> list[str]:
+    """`gesso evaluate`: a run's folder with settings, or pictures with the flags `told`. Returns the lines to show."""
+    if asked := compare.asked(folder, settings, told):
+        return compare.write(asked, tick)
+    run = measured(folder, protocol, settings)
+    lines = score.evaluate_folder(folder, run, tick)
+    wrote = folder / ("scores.json" if run.eval.scores else "metrics.json")
+    return [*lines, f"wrote {wrote}\nnext:\n  gesso report {folder}"]

@@ -21,6 +21,8 @@ from gesso.errors import UsageError
 from gesso.evaluate import features, measure, metrics, shapes
 
 Say = Callable[[str], None]
+Score = Callable[[Tensor], dict[str, float]]
+"""of images (n, C, H, W) uint8"""
 ROWS, COLUMNS = 10, 10
 DRAWN = 1000
 """pictures of shapes that are read back"""
@@ -67,11 +69,11 @@ def evaluate(
     if cfg.features == "shapes" and run.semantic.kind == "text":
         for caption in images.captions[:DRAWN]:
             shapes.parse(caption)  # raises UsageError before any picture is made
-    count = min(len(images) // 2, {"digits": len(images), "shapes": DRAWN, "none": ROWS * COLUMNS}[cfg.features])
+    count = number(run, images)
     profiles = [ema.chosen(run.sample), *(map(ema.Power, cfg.sweep) if sweeping else ())]
     weights, _, nimg, fits = snapshot.synthesize(folder, profiles)
     default = snapshot.denoiser(weights[0], run, device)
-    cond, labels = conditions_of(folder, run, images, count)
+    cond, labels = conditions_of(run, images, count, snapshot.control_rows(folder))
     guided = run.sample.guidance != 1
     settings = {"guided": run} if guided else {}
     settings["unguided"] = _with(run, guidance=1.0, control_guidance=1.0)
@@ -105,6 +107,18 @@ def evaluate(
     return result
 
 
+def number(run: Run, images: Dataset) -> int:
+    """How many images are drawn for each score."""
+    return min(len(images) // 2, {"digits": len(images), "shapes": DRAWN, "none": ROWS * COLUMNS}[run.eval.features])
+
+
+def scorer(run: Run, images: Dataset, real: Tensor, labels: Tensor, device: torch.device) -> Score:
+    """Scores by name of samples of these labels, with nothing drawn beside them. real: as `real_pictures`."""
+    if run.eval.features == "shapes":
+        return lambda made: read_back(run, made, images, labels)
+    return Scorer(features.load_digit_features(str(device)), run, real, images.labels, labels, device)
+
+
 def real_pictures(space: Space, images: Dataset, run: Run) -> Tensor:
     """(n, C, H, W) uint8: training images, all of them where that takes no decoding, else the first NEAR.
 
@@ -135,13 +149,16 @@ def _rates(run: Run, result: dict[str, Any]) -> list[str]:
     ]
 
 
-def conditions_of(folder: Path, run: Run, images: Dataset, count: int) -> tuple[Cond, Tensor]:
-    """What samples 0 to count-1 are to show: labels in turn, or captions of training images; and their labels."""
+def conditions_of(run: Run, images: Dataset, count: int, rows: Tensor | None) -> tuple[Cond, Tensor]:
+    """What samples 0 to count-1 are to show: labels in turn, or captions of training images; and their labels.
+
+    rows: control variables of training samples, from which theirs are drawn.
+    """
     seeds, prompts = range(count), None
     labels = conditions.labels_for(run, None, count)
     if run.semantic.kind == "text":
         prompts = [images.captions[i % len(images)] for i in seeds]
-    cond, _ = conditions.build(run, seeds, snapshot.control_rows(folder), labels, prompts)
+    cond, _ = conditions.build(run, seeds, rows, labels, prompts)
     return cond, images.labels[torch.arange(count) % len(images)] if labels is None else torch.tensor(labels)
 
 

@@ -204,7 +204,7 @@ class Bench:
         half = len(self.images) // 2
         self.count = min(half, score.DRAWN) if run.eval.features == "shapes" else half
         self.guide = next((g for one in settings.values() if (g := generate.guide_of(folder, one))), None)
-        self.cond, self.labels = score.conditions_of(folder, run, self.images, self.count)
+        self.cond, self.labels = score.conditions_of(run, self.images, self.count, snapshot.control_rows(folder))
         self.space = generate.opened_space(run)
         self.scorer = _scorer(
             run, self.images, score.real_pictures(self.space, self.images, run), self.labels, self.device

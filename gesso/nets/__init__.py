@@ -23,7 +23,7 @@ from gesso.config import (
     PixArt,
     UNet,
 )
-from gesso.nets import dit, edm2, edm2_ladder, mdt, mmdit, mp_transformer, unet
+from gesso.nets import dit, edm2, edm2_ladder, mdt, mmdit, mp, mp_transformer, unet
 from gesso.nets.dit import DiTAttNet, DiTNet, PixArtNet
 from gesso.nets.edm2 import EDM2Net
 from gesso.nets.edm2_ladder import EDM2LadderNet
@@ -51,6 +51,8 @@ BLOCKS = (
     mmdit.JointBlock, mp_transformer.MPBlock, unet.Block,
 )  # fmt: skip
 
+LAYERS = (nn.Linear, nn.Conv2d, mp.MPWeight, edm2_ladder.FreeLayer)
+
 
 def build(cfg: Net, inputs: Inputs) -> nn.Module:
     """The network that `cfg` describes, with fresh weights from torch's global generator.
@@ -74,6 +76,11 @@ def build(cfg: Net, inputs: Inputs) -> nn.Module:
 def blocks(net: nn.Module) -> list[nn.Module]:
     """The repeated parts of a network, in order: what is compiled, computed again or sharded one by one."""
     return [module for module in net.modules() if isinstance(module, BLOCKS)]
+
+
+def layers(block: nn.Module) -> list[nn.Module]:
+    """The modules in a block whose `weight` is a matrix (features in the last dimension) or a kernel (features in dimension 1)."""
+    return [module for module in block.modules() if isinstance(module, LAYERS)]
 
 
 def misfit(net: nn.Module, weights: Mapping[str, Tensor]) -> str | None:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gesso import config, nets
 from gesso.cond import Cond
-from gesso.config import Inputs, Net
+from gesso.config import MDT, Inputs, Net
 from gesso.errors import UsageError
 from gesso.nets.published import PUBLISHED, Figure, Published
 
@@ -103,6 +103,20 @@ def count(cfg: Net, inputs: Inputs, tokens: int = 77) -> Count:
             net(x, torch.zeros(1), torch.zeros(1), conditions(inputs, tokens))
     parameters = sum(p.numel() for p in net.parameters())
     return Count(parameters, counter.macs, counter.convolutions, counter.elementwise)
+
+
+def training_macs(cfg: Net, inputs: Inputs, tokens: int = 77) -> int:
+    """Multiply-accumulates of the forward passes of one image in training: MDT has a second one, which keeps some tokens."""
+    with torch.device("meta"), torch.no_grad():
+        net = nets.build(cfg, inputs)
+        x = torch.zeros(1, inputs.channels, inputs.resolution, inputs.resolution)
+        given = (x, torch.zeros(1), torch.zeros(1), conditions(inputs, tokens))
+        with FlopCounter() as counter:
+            net(*given)
+            if isinstance(cfg, MDT):
+                kept = round((inputs.resolution // cfg.patch) ** 2 * (1 - sum(cfg.mask_ratio) / 2))
+                net.masked(*given, torch.zeros(1, max(1, kept), dtype=torch.int64))
+    return counter.macs
 
 
 class Row(NamedTuple):

@@ -12,7 +12,19 @@ from torch import Tensor, nn
 from gesso.cond import Cond
 from gesso.config import DiT, DiTAtt, Inputs, PixArt
 from gesso.nets.embed import ControlEmbed, SemanticTokens, TimeEmbed, grid_position, null_filled
-from gesso.nets.layers import QKV, AdaLN, Mlp, PatchEmbed, RMSNorm, attention, linear, modulate, split_heads, unpatchify
+from gesso.nets.layers import (
+    QKV,
+    AdaLN,
+    Mlp,
+    PatchEmbed,
+    RMSNorm,
+    attention,
+    linear,
+    modulate,
+    split_heads,
+    unpatchify,
+    unrounded,
+)
 
 Modulation = tuple[Tensor, ...]
 """Shift, scale and gate of one branch, each (B, 1, D)."""
@@ -254,7 +266,8 @@ class PixArtNet(nn.Module):
         c = self.trunk.condition(c_noise, progress, cond)
         text, mask = self.semantic(cond, x) if self.semantic else (None, None)
         mask = seen(mask)
-        ada = self.ada(c)
+        with unrounded(c):
+            ada = self.ada(c)
         for block in self.blocks:
             tokens = block(tokens, text, ada, mask)
         shift, scale = (self.final_table + c[:, None]).chunk(2, dim=1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gesso.cond import Cond
 from gesso.config import EDM2, Inputs
 from gesso.nets.embed import MPControl, null_filled
-from gesso.nets.layers import check_size
+from gesso.nets.layers import check_size, unrounded
 from gesso.nets.mp import SILU_GAIN, MPConv, MPFourier, MPLinear, balance, mp_cat, mp_silu, mp_sum, pixel_norm
 
 
@@ -62,7 +62,8 @@ class Block(nn.Module):
         if self.encoder:
             x = pixel_norm(self.conv_skip(x))
         y = self.conv_res0(F.silu(x))
-        scale = self.emb_linear(emb, gain=self.emb_gain) + 1
+        with unrounded(emb):
+            scale = (self.emb_linear(emb, gain=self.emb_gain) + 1).to(y.dtype)
         y = F.silu(y * scale[:, :, None, None])
         y = self.conv_res1(F.dropout(y, self.dropout, self.training))
         if not self.encoder:
@@ -129,7 +130,8 @@ class EDM2Net(nn.Module):
 
     def forward(self, x: Tensor, c_noise: Tensor, progress: Tensor, cond: Cond) -> Tensor:
         check_size(x, self.multiple)
-        emb = self.embed(c_noise, progress, cond, x.dtype)
+        with unrounded(x):
+            emb = self.embed(c_noise, progress, cond, x.dtype)
         x = self.conv_in(torch.cat([x, torch.ones_like(x[:, :1])], dim=1).contiguous(memory_format=torch.channels_last))
         skips = [x]
         for block in self.encoder:

@@ -19,7 +19,7 @@ from gesso.cond import Cond
 from gesso.config import EDM2Ladder, Inputs
 from gesso.nets import mp
 from gesso.nets.embed import null_filled, sinusoids
-from gesso.nets.layers import check_size
+from gesso.nets.layers import check_size, unrounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +179,7 @@ def cosine_attention(qkv: Tensor) -> Tensor:
 def float32_attention(qkv: Tensor) -> Tensor:
     """In 32 bits or more: logits grow with the square of the weights and overflow 16 (B.1)."""
     wide = torch.promote_types(qkv.dtype, torch.float32)
-    device = qkv.device.type if qkv.device.type != "meta" else "cpu"  # meta, for counting, has no autocast
-    with torch.autocast(device, enabled=False):
+    with unrounded(qkv):
         q, k, v = qkv.to(wide).transpose(3, 4).unbind(1)
         return F.scaled_dot_product_attention(q, k, v).to(qkv.dtype)
 
@@ -215,12 +214,13 @@ class Block(nn.Module):
 
     def modulated(self, y: Tensor, emb: Tensor) -> Tensor:
         """y (1 + scale), in A and B + offset. The 1 is CONFIG G's and ADM's (our choice for C to F)."""
-        scale = self.emb_linear(emb) if self.emb_gain is None else self.emb_linear(emb, gain=self.emb_gain)
+        with unrounded(emb):
+            scale = self.emb_linear(emb) if self.emb_gain is None else self.emb_linear(emb, gain=self.emb_gain)
         scale = scale[:, :, None, None]
         if self.offset:
             scale, offset = scale.chunk(2, dim=1)
-            return torch.addcmul(offset, y, 1 + scale)
-        return y * (1 + scale)
+            return torch.addcmul(offset.to(y.dtype), y, (1 + scale).to(y.dtype))
+        return y * (1 + scale).to(y.dtype)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         x = resampled(x, self.resample_first)
@@ -321,7 +321,8 @@ class EDM2LadderNet(nn.Module):
 
     def forward(self, x: Tensor, c_noise: Tensor, progress: Tensor, cond: Cond) -> Tensor:
         check_size(x, self.multiple)
-        emb = self.embed(c_noise, cond, x.dtype)
+        with unrounded(x):
+            emb = self.embed(c_noise, cond, x.dtype)
         if self.steps.no_biases:
             x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         x = self.conv_in(x)

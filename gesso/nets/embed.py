@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gesso.cond import Cond
 from gesso.config import Control, Inputs
+from gesso.nets.layers import unrounded
 from gesso.nets.mp import MPLinear, mp_silu
 
 
@@ -32,7 +33,8 @@ class TimeEmbed(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        return self.mlp(sinusoids(c_noise, 256))
+        with unrounded(c_noise):
+            return self.mlp(sinusoids(c_noise, 256))
 
 
 def sincos_2d(width: int, h: int, w: int, last: tuple[int, int]) -> Tensor:
@@ -110,7 +112,8 @@ class SemanticTokens(nn.Module):
     def forward(self, cond: Cond, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, S, D) and mask (B, S) of those to attend to, None: all. x is any tensor of the batch."""
         if self.num_classes:
-            return self.mlp(self.table(null_filled(cond, self.num_classes, x))[:, None]), None
+            with unrounded(x):
+                return self.mlp(self.table(null_filled(cond, self.num_classes, x))[:, None]), None
         text, mask = text_filled(cond, x)
         return self.mlp(text), mask
 
@@ -192,9 +195,10 @@ class ControlEmbed(nn.Module):
         if cond.control_high is None and cond.control_low is None:
             return c
         total = torch.zeros_like(c)
-        for name, mlp in self.mlps.items():
-            part = mlp(control_features(control_values(cond, name).to(c.dtype)))
-            total = total + (gamma_c(self.control, progress)[:, None] * part if name == "low" else part)
+        with unrounded(c):
+            for name, mlp in self.mlps.items():
+                part = mlp(control_features(control_values(cond, name).to(c.dtype)))
+                total = total + (gamma_c(self.control, progress)[:, None] * part if name == "low" else part)
         return c + present(total, cond)
 
 
@@ -214,10 +218,11 @@ class MPControl(nn.Module):
         if self.gain is None or (cond.control_high is None and cond.control_low is None):
             return c
         total = torch.zeros_like(c)
-        for name, first in self.first.items():
-            features = math.sqrt(2) * control_features(control_values(cond, name).to(c.dtype))
-            part = self.second[name](mp_silu(first(features)))
-            total = total + (gamma_c(self.control, progress)[:, None] * part if name == "low" else part)
+        with unrounded(c):
+            for name, first in self.first.items():
+                features = math.sqrt(2) * control_features(control_values(cond, name).to(c.dtype))
+                part = self.second[name](mp_silu(first(features)))
+                total = total + (gamma_c(self.control, progress)[:, None] * part if name == "low" else part)
         gain = present(self.gain.expand(len(c), 1), cond)
         return (c + gain * total) / torch.sqrt(1 + gain**2)
 

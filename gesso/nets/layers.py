@@ -8,6 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def unrounded(like: Tensor) -> torch.autocast:
+    """Products in the dtype of their factors although others are rounded to 16 bits: of embeddings (EDM2 D.2), which cost
+    little, and whose errors every block would share. like: any tensor of the device."""
+    # Networks are counted on meta, which has no autocast.
+    return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)
+
+
 def check_size(x: Tensor, multiple: int) -> None:
     """Raise ValueError when height or width of x (B, C, H, W) is no multiple of what the network needs."""
     h, w = x.shape[2:]
@@ -27,7 +34,9 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_size(x, self.patch)
-        return self.proj(x).flatten(2).transpose(1, 2)
+        # In order: the blocks would keep the layout of the convolution, in which norms are slow, and of which torch 2.13's
+        # compiler makes wrong gradients on a CPU (tests/test_compile.py).
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 def unpatchify(tokens: Tensor, h: int, w: int, patch: int) -> Tensor:
@@ -104,11 +113,10 @@ class QKV(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """(B, T, D) -> q, k, v of shape (B, h, T, d)."""
-        weight, bias = self.linear.weight, self.linear.bias
         if self.queries:
-            q, k, v = split_heads(F.linear(x, weight, bias), 3, self.heads)
+            q, k, v = split_heads(self.linear(x), 3, self.heads)
             return self.q_norm(q), self.k_norm(k), v
-        D = x.shape[2]
+        weight, bias, D = self.linear.weight, self.linear.bias, x.shape[2]
         k, v = split_heads(F.linear(x, weight[D:], None if bias is None else bias[D:]), 2, self.heads)
         return None, self.k_norm(k), v
 

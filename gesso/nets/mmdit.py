@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gesso.cond import Cond
 from gesso.config import Inputs, MMDiT, MMDiTpp
 from gesso.nets.embed import ControlEmbed, SemanticTokens, TimeEmbed, grid_position, pooled_filled, sincos_2d
-from gesso.nets.layers import QKV, AdaLN, Mlp, PatchEmbed, attention, linear, modulate, unpatchify
+from gesso.nets.layers import QKV, AdaLN, Mlp, PatchEmbed, attention, linear, modulate, unpatchify, unrounded
 
 
 class CroppedPosition(nn.Module):
@@ -175,7 +175,10 @@ class MMDiTNet(JointTransformer):
     def modulation(self, time: Tensor, text: Tensor | None, cond: Cond) -> Tensor:
         if self.class_in_c:
             time = time + text[:, 0]
-        return time if self.pooled is None else time + self.pooled(pooled_filled(cond, time))
+        if self.pooled is None:
+            return time
+        with unrounded(time):
+            return time + self.pooled(pooled_filled(cond, time))
 
 
 class MMDiTppNet(JointTransformer):

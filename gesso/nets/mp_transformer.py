@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from gesso.cond import Cond
 from gesso.config import Inputs, MPDiT, MPMMDiTpp
 from gesso.nets.embed import MPControl, grid_position, null_filled, text_filled
-from gesso.nets.layers import attention, check_size, unpatchify
+from gesso.nets.layers import attention, check_size, unpatchify, unrounded
 from gesso.nets.mp import MPFourier, MPLinear, mp_silu, mp_sum, pixel_norm
 
 GELU_RMS = 0.652
@@ -80,9 +80,10 @@ class MPClass(nn.Module):
 
     def forward(self, cond: Cond, x: Tensor) -> Tensor:
         """x is any tensor of the batch."""
-        one_hot = F.one_hot(null_filled(cond, self.num_classes, x), self.num_classes + 1)
-        # One-hot vectors scaled to unit variance (EDM2 Appendix B.3).
-        return self.linear(one_hot.to(x.dtype) * math.sqrt(self.num_classes + 1))
+        one_hot = F.one_hot(null_filled(cond, self.num_classes, x), self.num_classes + 1).to(self.linear.weight.dtype)
+        with unrounded(x):
+            # One-hot vectors scaled to unit variance (EDM2 Appendix B.3).
+            return self.linear(one_hot * math.sqrt(self.num_classes + 1))
 
 
 class MPText(nn.Module):
@@ -110,7 +111,9 @@ class Modulation(nn.Module):
         self.linear = MPLinear(width, n)
 
     def forward(self, y: Tensor, emb: Tensor) -> Tensor:
-        return y * (self.linear(emb, gain=self.gain) + 1)[:, None]
+        with unrounded(emb):
+            scale = (self.linear(emb, gain=self.gain) + 1).to(y.dtype)
+        return y * scale[:, None]
 
 
 class CosineQKV(nn.Module):
@@ -179,7 +182,8 @@ class NoiseEmbed(nn.Module):
         self.linear = MPLinear(width, width)
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        return self.linear(self.fourier(c_noise))
+        with unrounded(c_noise):
+            return self.linear(self.fourier(c_noise))
 
 
 class MPDiTNet(nn.Module):
@@ -232,7 +236,7 @@ class MPMMDiTppNet(nn.Module):
     def join(self, tokens: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None, int]:
         """Image tokens (B, T, D) -> semantic and image tokens (B, S+T, D), mask (B, S+T) or None, S."""
         if self.label is not None:
-            return torch.cat([self.label(cond, tokens)[:, None], tokens], dim=1), None, 1
+            return torch.cat([self.label(cond, tokens)[:, None].to(tokens.dtype), tokens], dim=1), None, 1
         if self.text is None:
             return tokens, None, 0
         text, mask = text_filled(cond, tokens)

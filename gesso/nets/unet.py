@@ -19,7 +19,7 @@ from gesso.nets.embed import (
     present,
     sinusoids,
 )
-from gesso.nets.layers import attention, check_size, linear, split_heads
+from gesso.nets.layers import attention, check_size, linear, split_heads, unrounded
 
 CLASS_CONTEXT = 1024
 """Channels of the class token where the settings name none (Table A1's class cell)."""
@@ -216,7 +216,8 @@ class UNetNet(nn.Module):
 
     def forward(self, x: Tensor, c_noise: Tensor, progress: Tensor, cond: Cond) -> Tensor:
         check_size(x, self.multiple)
-        emb = self.embed(c_noise, progress, cond)
+        with unrounded(x):
+            emb = self.embed(c_noise, progress, cond)
         context, mask = self.semantic(cond, x) if self.semantic else (None, None)
         skips = []
         for way_in, blocks in zip(self.ways_in, self.down, strict=True):

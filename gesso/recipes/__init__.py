@@ -6,12 +6,13 @@ from pathlib import Path
 from gesso import config
 from gesso.config import Run
 from gesso.errors import UsageError
-from gesso.recipes import berrada, digits, edm2, shapes
+from gesso.recipes import berrada, digits, edm2, imagenet, shapes
 from gesso.recipes.folder import folder
 
 RECIPES: dict[str, Callable[[], Run]] = {
     **digits.RECIPES,
     **berrada.RECIPES,
+    **imagenet.RECIPES,
     **shapes.RECIPES,
     "folder": folder,
     **edm2.RECIPES,

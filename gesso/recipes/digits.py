@@ -23,6 +23,7 @@ from gesso.config import (
     Sample,
     Train,
     UNet,
+    Watch,
 )
 
 
@@ -40,6 +41,7 @@ def digits() -> Run:
         train=Train(total_images=160_000, batch_size=128, snapshot_images=16_000, state_images=16_000),
         sample=Sample(sampler="euler", steps=20, guidance=1.5, sigma_rel=0.075),
         eval=Eval(features="digits"),
+        watch=Watch(sample_images=40_000),
     )
 
 

@@ -90,7 +90,8 @@ def latents() -> dict[str, Any]:
 
 def optim(lr: float, **changes: Any) -> Optim:
     """Adam without decay; a 10-million-image warm-up, which the published code has and the paper does not mention."""
-    return Optim(**{"lr": lr, "betas": (0.9, 0.99), "eps": 1e-8, "warmup_images": 10_000_000} | changes)
+    kept = dict(lr=lr, betas=(0.9, 0.99), eps=1e-8, warmup_images=10_000_000, tuned_at_batch=BATCH)
+    return Optim(**kept | changes)
 
 
 def train(images: int, batch: int = BATCH) -> Train:
@@ -186,7 +187,7 @@ def ladder(step: str) -> Run:
         process=EDM(P_mean=-1.2, P_std=1.2) if is_a else EDM(P_mean=-0.4, P_std=1.0),
         semantic=Semantic(dropout=0),
         loss=Loss(weighting="native" if is_a else "uncertainty"),
-        optim=optim(rung.lr, betas=(0.9, rung.beta2), **decay),
+        optim=optim(rung.lr, betas=(0.9, rung.beta2), tuned_at_batch=rung.batch, **decay),
         train=train(2048 * M, rung.batch),
         ema=Ema(sigma_rels=(0.034, 0.05), halflives=(HALFLIFE,)) if is_a else Ema(sigma_rels=(0.05, 0.10)),
         sample=Sample(

@@ -6,18 +6,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from gesso import files
+from gesso.train.trackers import Tracker, numbers
+
+MEASURED = ("images_per_second", "waiting", "utilisation", "product_teraflops", "peak_gigabytes", "slow_ranks")
+"""what a line says of the machine: all else is equal to the last bit when a run is repeated"""
 
 
 class Log:
-    """One JSON object a line, appended and flushed. Lines with `nimg` belong to that time."""
+    """One JSON object a line, appended and flushed, and passed on to trackers. Lines with `nimg` belong to that time."""
 
     def __init__(self, path: Path):
         self.path = path
+        self.trackers: list[Tracker] = []
 
     def rewind(self, nimg: int) -> None:
         """Drop what was logged after nimg images (a resumed run logs it again; all of it from 0), and a torn line."""
@@ -31,6 +37,16 @@ class Log:
             file.write(json.dumps(values) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        for tracker in self.trackers:
+            tracker.write(values["nimg"], dict(numbers({k: v for k, v in values.items() if k != "nimg"})))
+
+    def picture(self, nimg: int, image: Image.Image) -> None:
+        for tracker in self.trackers:
+            tracker.picture(nimg, image)
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

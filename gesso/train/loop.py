@@ -2,24 +2,25 @@
 
 import functools
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from gesso import snapshot
 from gesso.config import Run
 from gesso.data.samples import Dataset
 from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import RunError, Stopped
-from gesso.train import checkpoint
+from gesso.train import checkpoint, trackers
 from gesso.train.log import Bar, Log
 from gesso.train.ranks import ALONE, Ranks, whole
 from gesso.train.slow import Slow
 from gesso.train.trainer import STOPS, Trainer
+from gesso.train.watch import Watcher, crossed
 
 
 @contextmanager
@@ -38,11 +39,6 @@ def caught_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def crossed(before: int, after: int, every: int) -> bool:
-    """Whether a multiple of `every` lies in (before, after]."""
-    return after // every > before // every
 
 
 def train(
@@ -67,6 +63,7 @@ def train(
     log = Log(out / "log.jsonl") if ranks.main else None
     if log:
         log.rewind(trainer.nimg)
+        log.trackers = trackers.opened(run, out, trainer.nimg)
     if trainer.nimg:
         console.print(f"resumed at image {trainer.nimg:,}", highlight=False)
     elif log and dataset.unreadable:
@@ -75,18 +72,19 @@ def train(
     with caught_signals() as caught, Bar(console, run.train.total_images, trainer.nimg, run.recipe) as bar:
         try:
             trainer.caught = caught
-            _steps(trainer, out, log, bar, saver)
+            _steps(trainer, out, log, bar, saver, Watcher(trainer, dataset, out, log))
         except RunError as error:
             last = checkpoint.stored(out / "state")
             where = f"last good state: {last[-1]}" if last else "no state was saved yet"
             raise RunError(f"{error}\n{where}") from error
         finally:
             saver.close()
+            if log:
+                log.close()
 
 
-def _steps(trainer: Trainer, out: Path, log: Log | None, bar: Bar, saver: checkpoint.Saver) -> None:
+def _steps(trainer: Trainer, out: Path, log: Log | None, bar: Bar, saver: checkpoint.Saver, watcher: Watcher) -> None:
     cfg = trainer.run.train
-    started, started_at = time.monotonic(), trainer.nimg
     slow, named = Slow(trainer), {}
     while trainer.nimg < cfg.total_images:
         before = trainer.nimg
@@ -100,8 +98,8 @@ def _steps(trainer: Trainer, out: Path, log: Log | None, bar: Bar, saver: checkp
                 bar.console.print("\n".join(f"slow: {name}, {x:g} times the median" for name, x in held_up.items()))
             named |= held_up
             if log:
-                rate = (trainer.nimg - started_at) / (time.monotonic() - started)
-                log.write(**line, images_per_second=round(rate, 1))
+                log.write(**line, **watcher.pace(trainer.nimg, trainer.waited))
+        watcher.after(before)  # before the state, so that a resumed run lacks nothing of what it does not repeat
         if done or crossed(before, trainer.nimg, cfg.snapshot_images):
             _snapshots(trainer, out, saver)
         if done or trainer.stopping or crossed(before, trainer.nimg, cfg.state_images):
@@ -125,8 +123,22 @@ def _steps(trainer: Trainer, out: Path, log: Log | None, bar: Bar, saver: checkp
 def _snapshots(trainer: Trainer, out: Path, saver: checkpoint.Saver) -> None:
     """One for each average; the first rank writes it."""
     nimg, run, rows = trainer.nimg, trainer.run, trainer.rows
+    learned = {name for name, _ in trainer.denoiser.net.named_parameters()}  # constants stay as they are
     for profile, average in trainer.ema.averages.items():
         path = snapshot.path_for(out / "snapshots", nimg, profile)
-        tensors = {name: whole(tensor).detach().to("cpu", copy=True) for name, tensor in average.items()}
+        tensors = {
+            name: _narrowed(whole(tensor).detach(), name, run.ema.snapshots if name in learned else "same")
+            for name, tensor in average.items()
+        }
         if trainer.ranks.main:
             saver.soon(functools.partial(snapshot.write, path, tensors, nimg, profile, run, rows))
+
+
+def _narrowed(tensor: Tensor, name: str, dtype: str) -> Tensor:
+    """A copy on the CPU. Raises RunError for numbers that 16 bits do not hold."""
+    if dtype == "same":
+        return tensor.to("cpu", copy=True)
+    small = tensor.to("cpu", torch.float16)
+    if not bool(small.isfinite().all()):
+        raise RunError(f"{name} has numbers above 65,504, which float16 does not hold: set ema.snapshots=same")
+    return small

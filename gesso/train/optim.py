@@ -1,17 +1,24 @@
-"""Adam and AdamW with the learning rate as a function of images seen."""
+"""Adam and AdamW, in 32 or 8 bits, by groups of parameters, with the learning rate as a function of images seen."""
 
+import difflib
 import math
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gesso.config import Optim, Train
+from gesso import nets
+from gesso.config import Group, Optim, Run, Train
+from gesso.diffusion import denoiser as diffusion
+from gesso.diffusion import process as processes
+from gesso.errors import UsageError
 from gesso.nets import mp
 
 
 def learning_rate(optim: Optim, train: Train, nimg: int) -> float:
     """The rate of the step that starts at nimg images. With warm-up the first step has rate 0, as EDM2's."""
-    rate = optim.lr
+    rate = optim.peak(train.batch_size)
     if optim.schedule == "inverse_sqrt":
         rate /= math.sqrt(max(nimg / optim.ref_images, 1))  # EDM2 Eq. 67
     elif optim.schedule == "cosine":
@@ -21,18 +28,24 @@ def learning_rate(optim: Optim, train: Train, nimg: int) -> float:
     return rate
 
 
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Of every group, by its own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+
+
 def build(optim: Optim, modules: nn.ModuleDict) -> torch.optim.Optimizer:
     """The optimizer with its state made at once, so that a stored state can be read into it.
 
-    Decay goes to matrices and kernels; weights on the sphere, gains, biases and norms have none.
+    Decay goes to matrices and kernels; weights on the sphere, gains, biases and norms have none. `optim.groups` say
+    otherwise of some. Raises UsageError for a group that no parameter belongs to, or whose decay none takes, and where
+    bitsandbytes is missing.
     """
-    on_sphere = {id(w) for w in mp.sphere_weights(modules)}
-    decayed, free = [], []
-    for parameter in modules.parameters():
-        (decayed if parameter.ndim > 1 and id(parameter) not in on_sphere else free).append(parameter)
-    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    groups = grouped(optim, modules)
+    if optim.state == "8bit":
+        return in_eight_bits(optim, groups)
     kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
-    made = kind([g for g in groups if g["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    made = kind(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
     for parameter in modules.parameters():
         made.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -42,10 +55,94 @@ def build(optim: Optim, modules: nn.ModuleDict) -> torch.optim.Optimizer:
     return made
 
 
+def in_eight_bits(optim: Optim, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW with 8-bit averages of every tensor of 4,096 values or more, by bitsandbytes, whose state is plain tensors."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UsageError(
+            "optim.state=8bit needs bitsandbytes: pip install 'gesso[bits]', or set optim.state=full"
+        ) from None
+
+    class Counted(AdamW8bit):
+        """Its number of steps is a tensor, which is stored and read in place, as the rest of its state."""
+
+        def update_step(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
+            state = self.state[p]
+            state["step"] = int(state["count"])
+            super().update_step(group, p, gindex, pindex)
+            state["count"] += 1
+
+    made = Counted(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    for i, group in enumerate(made.param_groups):
+        for j, parameter in enumerate(group["params"]):
+            made.init_state(group, parameter, i, j)
+            made.state[parameter]["count"] = torch.zeros(())
+    return made
+
+
+def check(run: Run) -> None:
+    """Raise UsageError for settings of the optimizer that do not fit the network of a run whose data have been opened."""
+    if run.optim.groups:
+        process = processes.build(run.process)
+        with torch.device("meta"):
+            modules = nn.ModuleDict({"net": nets.build(run.net, run.inputs)})
+            if run.loss.weighting == "uncertainty":
+                modules["uncertainty"] = diffusion.Uncertainty(process)
+        grouped(run.optim, modules)
+    if run.optim.state == "8bit":
+        in_eight_bits(run.optim, [{"params": [nn.Parameter(torch.zeros(1))]}])
+
+
+def grouped(optim: Optim, modules: nn.ModuleDict) -> list[dict[str, Any]]:
+    """Parameters that have all settings in common, those of no group first."""
+    on_sphere = {id(w) for w in mp.sphere_weights(modules)}
+    found: dict[tuple, list[nn.Parameter]] = {}
+    used: dict[Group, list[bool]] = {group: [] for group in optim.groups}
+    for name, parameter in modules.named_parameters():
+        name, sphere = name.removeprefix("net."), id(parameter) in on_sphere
+        group = next((g for g in optim.groups if fnmatchcase(name, g.match)), None)
+        decay = optim.weight_decay if parameter.ndim > 1 else 0.0
+        factor, betas = 1.0, optim.betas
+        if group:
+            used[group].append(sphere)
+            factor, betas = group.lr, group.betas or betas
+            decay = decay if group.weight_decay is None else group.weight_decay
+        key = (group is not None, factor, betas, 0.0 if sphere else decay)
+        found.setdefault(key, []).append(parameter)
+    for group, spheres in used.items():
+        _check(group, spheres, [name.removeprefix("net.") for name, _ in modules.named_parameters()])
+    return [
+        {"params": found[key], "factor": key[1], "betas": key[2], "weight_decay": key[3]}
+        for key in sorted(found, key=lambda key: key[0])
+    ]
+
+
+def _check(group: Group, spheres: list[bool], names: list[str]) -> None:
+    """Raise UsageError where a group has no effect."""
+    said = f"optim.groups: match={group.match}"
+    if not spheres:
+        if any(fnmatchcase(name, group.match) for name in names):
+            raise UsageError(f"{said} comes after groups that take all its parameters: put it before them")
+        raise UsageError(f"{said} fits no parameter of this network; {nearest(group.match, names)}")
+    if group.weight_decay and all(spheres):
+        raise UsageError(
+            f"{said}, weight_decay={group.weight_decay:g}: all its weights are on the sphere, which has no decay"
+        )
+
+
+def nearest(glob: str, names: list[str]) -> str:
+    """The names that a glob may have meant."""
+    bare = glob.strip("*.?")
+    close = difflib.get_close_matches(bare, names, n=3, cutoff=0.4) or names[:3]
+    return f"did you mean {' or '.join(close)}?"
+
+
 def named_state(optimizer: torch.optim.Optimizer, modules: nn.ModuleDict) -> dict[str, Tensor]:
-    """The optimizer's tensors under the names of their parameters."""
+    """The optimizer's tensors under the names of their parameters, without the table of 8-bit numbers, a constant."""
     return {
         f"{name}.{key}": value
         for name, parameter in modules.named_parameters()
         for key, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor) and not key.startswith("qmap")
     }

@@ -3,6 +3,7 @@ order: recompute, compile, shard or replicate."""
 
 import contextlib
 import functools
+import os
 import warnings
 from collections.abc import Iterator
 
@@ -41,10 +42,7 @@ def prepare(objective: Objective, run: Run, ranks: Ranks, device: torch.device) 
     """The objective as this rank calls it. Its parameters keep their names; sharded ones become DTensors."""
     cfg, net = run.train, objective.denoiser.net
     for block in nets.blocks(net):
-        if cfg.recompute:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        if cfg.compile:
-            block.compile()
+        faster(block, cfg)
     if ranks.world == 1:
         return objective
     if cfg.sharding == "ddp":
@@ -62,6 +60,20 @@ def prepare(objective: Objective, run: Run, ranks: Ranks, device: torch.device) 
     if objective.uncertainty:
         fully_shard(objective.uncertainty, mesh=mesh)
     return objective
+
+
+def faster(block: nn.Module, cfg: Train) -> None:
+    """One block, compiled and computed again as the settings say: the compiled one is what is computed again (around that
+    torch compiles nothing, and says nothing)."""
+    if cfg.compile:
+        # Its fusion of reductions makes wrong gradients of modulations that a batch shares (torch 2.10 to 2.13,
+        # pytorch/pytorch#193061). Read when the compiler is first imported.
+        os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
+        # A graph for every width of a U-Net and every shape: after 8, torch's own bound, the rest would stay as they are.
+        torch._dynamo.config.recompile_limit = 256
+        block.forward = torch.compile(block.forward, dynamic=False)
+    if cfg.recompute:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 @contextlib.contextmanager

@@ -157,4 +157,5 @@ def own(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor put together; all ranks take part."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    # Shards in the host's memory go back to where ranks exchange them.
+    return tensor.to(tensor.device_mesh.device_type).full_tensor() if isinstance(tensor, DTensor) else tensor

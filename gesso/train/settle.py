@@ -105,12 +105,13 @@ def _otherwise(run: Run, source: Source) -> list[str]:
         if source.run.process.name != run.process.name:  # whose settings have no counterparts
             told = [d for d in told if d[0] == "process.name" or not d[0].startswith("process.")]
         found += told
-    found = [f"{path} {_rounded(old)} -> {_rounded(new)}" for path, old, new in found if old != new]
+    shown = [(path, _rounded(old), _rounded(new)) for path, old, new in found]
+    found = [f"{path} {old} -> {new}" for path, old, new in shown if old != new]
     return [f"  otherwise   {', '.join(found)}"] if found else []
 
 
 def _rounded(value: Any) -> Any:
-    return [float(f"{v:.3g}") for v in value] if isinstance(value, list) and isinstance(value[0], float) else value
+    return [float(f"{v:.3g}") if isinstance(v, float) else v for v in value] if isinstance(value, list) else value
 
 
 def recalled(run: Run, recorded: Run) -> Run:

@@ -17,7 +17,7 @@ from gesso.data.dataset import described, is_cached, open_dataset
 from gesso.data.samples import Dataset
 from gesso.errors import UsageError
 from gesso.generate import check
-from gesso.train import checkpoint, loop, settle, transfer
+from gesso.train import checkpoint, loop, optim, settle, trackers, transfer, validation
 from gesso.train import source as sources
 from gesso.train.log import Bar
 from gesso.train.ranks import ALONE, Ranks, joined
@@ -67,6 +67,7 @@ def made_with(device: torch.device, ranks: Ranks = ALONE) -> dict[str, str | int
 def opened(run: Run, console: Console) -> tuple[Run, Dataset]:
     """Open the images and complete the run with what they and the text encoder tell; check again that it all fits."""
     check(run)
+    trackers.check(run)
     widths = {} if is_cached(run.data.source) else text.widths(run.semantic)  # before any image is read
     with Bar(console, 1, 0, f"reading {run.data.source}") as bar:
         dataset = open_dataset(run.data, run.latent, run.train.seed, lambda done, total: bar.update(done, total=total))
@@ -141,7 +142,7 @@ def _captions(run: Run, dataset: Dataset, console: Console) -> None:
 
 
 HOW = ("made_with", "init.file", "train.device", "train.threads", "train.sharding", "train.micro_batch", "train.recompute", "train.compile",
-       "train.timeout", "train.keep_states", "train.milestone_images", "train.deterministic", "train.tf32")  # fmt: skip
+       "train.timeout", "train.keep_states", "train.milestone_images", "train.deterministic", "train.tf32", "watch.", "ema.device")  # fmt: skip
 """settings that may change when a run goes on: they do not change what it computes, but for rounding"""
 
 
@@ -170,9 +171,7 @@ def prepare(out: Path, run: Run, device: torch.device, ranks: Ranks = ALONE) -> 
 
 def start(run: Run, out: Path, resume: bool, console: Console, say: Callable[[str], None]) -> Run:
     """Open the data and the folder and train, on every rank; the first one speaks. Returns the run as it was recorded."""
-    if run.train.threads:
-        torch.set_num_threads(run.train.threads)
-    _exactness(run)
+    exactly(run)
     with joined(run) as (ranks, device):
         if not ranks.main:
             console, say = Console(quiet=True), lambda text: None
@@ -186,6 +185,8 @@ def start(run: Run, out: Path, resume: bool, console: Console, say: Callable[[st
         begins = run.init.source is not None and not checkpoint.stored(out / "state")
         source = sources.opened(run) if begins else None  # before any image is read
         run, dataset = opened(run, console)
+        validation.images(run, dataset)  # raises before the folder is a run
+        optim.check(run)
         with files.locked(out) if ranks.main else contextlib.nullcontext():
             if ranks.main:
                 for folder in (out, out / "state", out / "snapshots"):
@@ -214,8 +215,10 @@ def start(run: Run, out: Path, resume: bool, console: Console, say: Callable[[st
     return run
 
 
-def _exactness(run: Run) -> None:
+def exactly(run: Run) -> None:
     """Process-wide switches of torch."""
+    if run.train.threads:
+        torch.set_num_threads(run.train.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.train.tf32
     if run.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -19,7 +19,7 @@ from gesso.errors import RunError
 from gesso.generate import device_of
 from gesso.nets import mp
 from gesso.nets.mdt import keep_ids
-from gesso.train import optim, parallel
+from gesso.train import levels, optim, parallel
 from gesso.train.ranks import ALONE, Ranks, own, whole
 
 IN_A_ROW = 20
@@ -31,9 +31,10 @@ STOPS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 class Trainer:
     """The data state is nimg and nothing else.
 
-    nimg: images seen; running: (2,) float64, sum of losses and number of images since the last log line; scaling: (3,)
-    float64, loss scale, good steps since it last changed, and steps in a row whose gradient was not finite; waited:
-    seconds that steps waited for their batch. denoiser: with weights to start from; None: random ones.
+    nimg: images seen; running: (2,) float64, sum of losses and number of images since the last log line, levels the same
+    by noise level; scaling: (3,) float64, loss scale, good steps since it last changed, and steps in a row whose
+    gradient was not finite; waited: seconds that steps waited for their batch. denoiser: with weights to start from;
+    None: random ones.
     """
 
     def __init__(
@@ -60,7 +61,8 @@ class Trainer:
         )
         self.sphere = mp.sphere_weights(self.modules)
         self.optimizer = optim.build(run.optim, self.modules)
-        self.ema = ema.Tracker(net.state_dict(), ema.tracked(run.ema))
+        kept = "cpu" if run.ema.device == "cpu" else None
+        self.ema = ema.Tracker(net.state_dict(), ema.tracked(run.ema), kept)
         self.batches = Batches(dataset, run, self.process.sd, self.device)
         rows = torch.arange(min(4096, run.train.total_images))
         self.rows = self.batches.rows(rows) if run.control.variables else None
@@ -68,6 +70,7 @@ class Trainer:
         self.micro = run.train.micro_batch or -(-run.train.batch_size // ranks.world)
         self._stream: Iterator[tuple[Tensor, Tensor, Cond]] | None = None
         self.running = torch.zeros(2, dtype=torch.float64)
+        self.levels = torch.zeros(2 * levels.BINS, dtype=torch.float64)
         self.waited = 0.0
         dynamic = run.train.loss_scale == "dynamic"
         first = 2.0**16 if dynamic else run.train.loss_scale
@@ -84,14 +87,17 @@ class Trainer:
             **{f"optimizer.{name}": t for name, t in optim.named_state(self.optimizer, self.modules).items()},
             **averages,
             "running": self.running,
+            "levels": self.levels,
             "scaling": self.scaling,
         }
 
     def summary(self) -> dict[str, float | int]:
         """A line of the log: what happened since the last one."""
         total, n = self.running.tolist()
-        self.running.zero_()
         line = {"nimg": self.nimg, "loss": total / n if n else None, "lr": self.optimizer.param_groups[0]["lr"]}
+        line["loss_by_noise"] = levels.means(self.levels)
+        self.running.zero_()
+        self.levels.zero_()
         line["grad_norm"] = self.grad_norm if math.isfinite(self.grad_norm) else None
         if self.nonfinite:
             line["nonfinite_steps"] = self.nonfinite
@@ -108,10 +114,11 @@ class Trainer:
         run, size = self.run, self.run.train.batch_size
         counts, counter, x0, cond = self._next()
         self.optimizer.zero_grad(set_to_none=True)
-        losses, s = self._backward(counter, counts, x0, cond)
-        said = torch.stack([losses.sum(), *losses.new_tensor([number in self.caught for number in STOPS])])
-        total, *heard = self.ranks.sum(said).tolist()
-        value, self.stopping = total / size, max((n for n, h in zip(STOPS, heard, strict=True) if h), default=0)
+        losses, u = self._backward(counter, counts, x0, cond)
+        stops = losses.new_tensor([number in self.caught for number in STOPS])
+        said = torch.cat([losses.sum()[None], stops, levels.sums(losses, u, counts)])
+        total, heard, by_level = self.ranks.sum(said).double().cpu().split([1, len(STOPS), len(self.levels)])
+        value, self.stopping = float(total) / size, max((n for n, h in zip(STOPS, heard, strict=True) if h), default=0)
         parameters = [p for p in self.modules.parameters() if p.grad is not None]
         gradients = [own(p).grad for p in parameters]
         if self.scaling[0] != 1:
@@ -119,17 +126,17 @@ class Trainer:
         mp.project_gradients([own(w) for w in self.sphere])
         norm = whole(nn.utils.get_total_norm([p.grad for p in parameters]))
         self.grad_norm = float(norm)
-        if self._usable(value, s, losses, gradients):
+        if self._usable(value, u, losses, gradients):
             if run.optim.clip:
                 nn.utils.clip_grads_with_norm_(parameters, run.optim.clip, norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = optim.learning_rate(run.optim, run.train, self.nimg)
+            optim.set_rate(self.optimizer, optim.learning_rate(run.optim, run.train, self.nimg))
             self.optimizer.step()
             mp.put_on_sphere([own(w) for w in self.sphere])
         self.ema.update(self.nimg, self.nimg + size)
         self.nimg += size
         if math.isfinite(value):
             self.running += torch.tensor([value * size, size])
+            self.levels += by_level
         return value
 
     def _next(self) -> tuple[Tensor, Tensor, Tensor, Cond]:
@@ -146,7 +153,7 @@ class Trainer:
         return counts, counter, x0, cond
 
     def _backward(self, counter: Tensor, counts: Tensor, x0: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """Gradients of this rank's samples, in passes of `micro`; their losses and noise levels.
+        """Gradients of this rank's samples, in passes of `micro`; their losses and their places in the training draw.
 
         On a GPU whose memory they exceed, and where the settings leave it open, passes are halved.
         """
@@ -163,7 +170,8 @@ class Trainer:
 
     def _passes(self, counter: Tensor, counts: Tensor, x0: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         run, seed = self.run, self.run.train.seed
-        s = self.process.quantile(keyed.uniform(seed, counter, "noise level")[:, 0]).to(x0)
+        u = keyed.uniform(seed, counter, "noise level")[:, 0]
+        s = self.process.quantile(u).to(x0)
         # DDP and FSDP average over ranks; the loss is the sum over the batch divided by its size.
         factor = self.ranks.world / run.train.batch_size * float(self.scaling[0])
         found, starts = [], range(0, len(counter), self.micro)
@@ -183,7 +191,7 @@ class Trainer:
                     losses = losses * counts[at].to(losses)
                 (losses.sum() * factor).backward()
             found.append(losses.detach())
-        return torch.cat(found), s
+        return torch.cat(found), u
 
     def _masked(self, counter: Tensor, x0: Tensor) -> tuple[Tensor, Tensor] | None:
         """Of MDT's second term: the same images and levels, noise of its own, most tokens seen."""
@@ -194,7 +202,7 @@ class Trainer:
         tokens = x0.shape[2] * x0.shape[3] // run.net.patch**2
         return eps, keep_ids(run.train.seed, counter, self.nimg, tokens, run.net.mask_ratio)
 
-    def _usable(self, value: float, s: Tensor, losses: Tensor, gradients: list[Tensor]) -> bool:
+    def _usable(self, value: float, u: Tensor, losses: Tensor, gradients: list[Tensor]) -> bool:
         """Whether this step's gradient may move the weights; counts, and adapts the loss scale."""
         cfg = self.run.train
         scaled, dynamic = cfg.precision == "float16", cfg.loss_scale == "dynamic"
@@ -208,7 +216,7 @@ class Trainer:
         self.scaling[2] += 1
         overflow = scaled and dynamic and math.isfinite(value)
         if (cfg.nonfinite == "stop" and not overflow) or self.scaling[2] >= IN_A_ROW:
-            raise RunError(self._diverged(s, losses))
+            raise RunError(self._diverged(u, losses))
         if overflow:
             self.scaling[:2] = torch.stack([self.scaling[0] / 2, self.scaling[1] * 0])
         if cfg.nonfinite == "zero" and not overflow:
@@ -217,14 +225,14 @@ class Trainer:
             return True
         return False
 
-    def _diverged(self, s: Tensor, losses: Tensor) -> str:
-        bad = ~losses.isfinite()
-        levels = s[bad] if bool(bad.any()) else s
+    def _diverged(self, u: Tensor, losses: Tensor) -> str:
+        bad = ~losses.isfinite().cpu()
+        s = self.process.quantile(u[bad] if bool(bad.any()) else u)
         what = "loss" if bool(bad.any()) else "gradient"
         often = f" for the {int(self.scaling[2])}th time in a row" if self.scaling[2] > 1 else ""
         return (
             f"the {what} is not finite{often} at image {self.nimg:,} (step {self.nimg // self.run.train.batch_size:,}), "
-            f"noise levels {float(levels.min()):.3g} to {float(levels.max()):.3g}; weights and averages are as before that step.\n"
+            f"noise levels {float(s.min()):.3g} to {float(s.max()):.3g}; weights and averages are as before that step.\n"
             f"Try a lower optim.lr (now {self.run.optim.lr:g}), a longer optim.warmup_images, or optim.clip=1."
         )
 
