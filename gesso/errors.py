@@ -20,7 +20,7 @@ class RunError(GessoError):
 
 
 class Stopped(GessoError):
-    """A signal asked the run to stop; its state is saved. 130 for SIGINT, 143 for SIGTERM."""
+    """A signal asked the run to stop; its state is saved. 128 and its number: 130 for SIGINT, 138 SIGUSR1, 143 SIGTERM."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)

@@ -127,6 +127,14 @@ def sweep(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Of several processes that read, change and write `path` again: one after the other."""
+    with disk_errors(path), open(path.with_name(f".{path.name}.lock"), "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
 def locked(folder: Path, doing: str = "training in") -> Iterator[None]:
     """Hold `folder` for this process. The kernel drops the lock when the process ends, however it ends.
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from PIL import Image
 from test_ema import gesso  # noqa: F401
 from written import changed, written
 
-from gesso import config, generate, snapshot
+from gesso import config, generate, nets, recipes, snapshot
 from gesso.ema import PerTensor, Power
 from gesso.errors import RunError, UsageError
 from gesso.evaluate import curves, features, score, sweep
 from gesso.evaluate.curves import Point
+from gesso.interop import edm2
 
 QUICK = ["sample.steps=2", "sample.sampler=euler"]
 
@@ -163,6 +165,61 @@ def test_a_strange_record_is_left_alone(gesso, folder):  # noqa: F811
         code, said = gesso("ema", folder, "--sweep", ".05:.2:3", *QUICK)
         assert code == 1 and "was not written by gesso as a sweep" in said
         assert (folder / "ema_sweep.json").read_text() == text
+
+
+def test_two_sweeps_at_once_lose_no_row(gesso, folder, monkeypatch):  # noqa: F811
+    """While one measures its first point, another begins and ends."""
+    real, nested = generate.generate, []
+
+    def during(*a, **k):
+        if not nested:
+            nested.append(True)
+            nested.append(gesso("ema", folder, "--sweep", ".04:.1:3", *QUICK))
+        return real(*a, **k)
+
+    monkeypatch.setattr(generate, "generate", during)
+    code, said = gesso("ema", folder, "--sweep", ".05:.2:3", *QUICK)
+    assert code == 0 and nested[1][0] == 0, said
+    (one,) = record(folder)
+    assert sorted(row["sigma_rel"] for row in one["rows"]) == [0.04, 0.05, 0.0632, 0.1, 0.2]  # .1 of both, once
+    assert one["optima"] and "(2 points measured before)" in said
+
+
+def test_processes_that_write_one_record(tmp_path):
+    def add(worker: int) -> None:
+        mine = sweep.Record(tmp_path / "r.json", {"of": worker % 2})
+        for i in range(10):
+            mine.add({"sigma_rel": worker + i / 10, "tensors": None, "rest": None, "guidance": 1.0, "repeat": 0})
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(add, range(6)))
+    content = json.loads((tmp_path / "r.json").read_text())["sweeps"]
+    assert sorted(one["protocol"]["of"] for one in content) == [0, 1]
+    assert all(len(one["rows"]) == 30 for one in content)
+
+
+def test_the_layers_of_figure_5b_by_name(gesso, folder):  # noqa: F811
+    run = recipes.resolve("edm2-img512-s", ["data.num_classes=1000"])[0]
+    with torch.device("meta"):
+        net = nets.build(run.net, run.inputs)
+    shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    layers = {name: edm2.layer(name, run.net, run.inputs) for name in edm2.FIGURE_5B}
+    assert len(set(layers.values())) == 28 and set(layers.values()) <= shapes.keys()
+    c = run.net.channels
+    assert shapes[layers["enc-64x64-conv"]] == (c, 5, 3, 3) and shapes[layers["enc-8x8-block0-skip"]] == (
+        4 * c,
+        3 * c,
+        1,
+        1,
+    )
+    assert shapes[layers["dec-64x64-up-affine"]] == (2 * c, 4 * c) and shapes[layers["map-label"]] == (4 * c, 1000)
+    assert edm2.layer("dec-8x8-block0-conv", run.net, run.inputs) is None
+    wanted = sweep.points(run, sweep.Asked(".05:.2:3", tensors=["figure5b"], rest=[0.13]))
+    assert len(wanted) == 28 * 3
+    assert wanted[3].row == {"sigma_rel": 0.05, "tensors": "enc-64x64-block0-conv0", "rest": "sigma_rel 0.13"}
+    assert wanted[3].target == PerTensor(Power(0.13), (("encoder.0.conv_res0.weight", Power(0.05)),))
+    code, said = gesso("ema", folder, "--sweep", ".05:.2:3", "--tensors", "figure5b", *QUICK)
+    assert code == 2 and "layers of EDM2's U-Net" in said
 
 
 # The optimum.

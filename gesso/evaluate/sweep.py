@@ -3,9 +3,10 @@
 Writes ema_sweep.json after every point, and ema_sweep.png. A point that was measured under the same protocol is kept.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gesso import config, ema, files, generate, snapshot
-from gesso.config import Run
+from gesso.config import EDM2, Run
 from gesso.data.dataset import open_dataset
 from gesso.data.samples import Dataset
 from gesso.ema import PerTensor, Power
@@ -22,12 +23,15 @@ from gesso.errors import RunError, UsageError
 from gesso.evaluate import curves, features, score
 from gesso.evaluate.averages import count as images_of
 from gesso.evaluate.averages import length
+from gesso.interop import edm2
 from gesso.snapshot import Target
 
 MEMORY = 4e9
 """bytes of averages that are held at once"""
 FORMAT = "gesso sweep 1"
 Row = dict[str, Any]
+POINT = ("sigma_rel", "tensors", "rest", "guidance", "repeat")
+"""what tells one row of a protocol from another"""
 
 
 class Metric(NamedTuple):
@@ -125,10 +129,25 @@ def points(run: Run, asked: Asked) -> list[Point]:
         raise UsageError("--sigma-rel is the length of all other tensors: say one")
     rest = length(asked.rest[0]) if asked.rest else ema.chosen(run.sample)
     return [
-        Point(PerTensor(rest, ((glob, Power(s)),)), {"sigma_rel": s, "tensors": glob, "rest": str(rest)})
-        for glob in asked.tensors
+        Point(PerTensor(rest, ((glob, Power(s)),)), {"sigma_rel": s, "tensors": name, "rest": str(rest)})
+        for name, glob in _layers(run, asked.tensors).items()
         for s in grid
     ]
+
+
+def _layers(run: Run, said: Sequence[str]) -> dict[str, str]:
+    """Globs by what is said: globs themselves; of EDM2's U-Net a layer as Appendix D.6 calls it, or figure5b: all of those."""
+    found = {}
+    for text in said:
+        of_edm2 = isinstance(run.net, EDM2)
+        if text == "figure5b" and not of_edm2:
+            raise UsageError(
+                f"--tensors figure5b: layers of EDM2's U-Net; of {run.net.name} write GLOBs such as '*attn*'"
+            )
+        names = edm2.FIGURE_5B if text == "figure5b" else [text]
+        layers = {name: edm2.layer(name, run.net, run.inputs) if of_edm2 else None for name in names}
+        found |= {name: glob for name, glob in layers.items() if glob} or {text: text}
+    return found
 
 
 def sweep(folder: Path, run: Run, asked: Asked, tick: Callable[[int, int], None]) -> list[str]:
@@ -226,21 +245,26 @@ def _scorer(run: Run, images: Dataset, real: Tensor, labels: Tensor, device: tor
 
 
 class Record:
-    """Rows of one protocol, among those of others, in a file that is written after each."""
+    """Rows of one protocol, among those of others, in a file that several sweeps may add to at once."""
 
     def __init__(self, path: Path, protocol: dict[str, Any]):
-        self.path, self.all = path, []
-        if path.is_file():
+        self.path, self.protocol = path, protocol
+        self._read()
+
+    def _read(self) -> None:
+        self.all: list[dict[str, Any]] = []
+        if self.path.is_file():
             try:
-                content = json.loads(path.read_text())
-                self.all = content["sweeps"] if content["format"] == FORMAT else None
+                content = json.loads(self.path.read_text())
+                known = content["format"] == FORMAT
+                self.all = content["sweeps"] if known else []
             except (ValueError, KeyError, TypeError):
-                self.all = None
-            if self.all is None:
-                raise RunError(f"{path} was not written by gesso as a sweep; move it away")
-        same = [one for one in self.all if one["protocol"] == protocol]
+                known = False
+            if not known:
+                raise RunError(f"{self.path} was not written by gesso as a sweep; move it away")
+        same = [one for one in self.all if one["protocol"] == self.protocol]
         if not same:
-            same = [{"protocol": protocol, "rows": [], "optima": []}]
+            same = [{"protocol": self.protocol, "rows": [], "optima": []}]
             self.all += same
         self.mine = same[0]
 
@@ -252,11 +276,24 @@ class Record:
         return any(point.same(row) and (row["guidance"], row["repeat"]) == (guidance, repeat) for row in self.rows)
 
     def add(self, row: Row) -> None:
-        self.rows.append(row)
-        self.write()
+        """Unless another sweep was first."""
+        with self._changing():
+            if not any(all(row[key] == other[key] for key in POINT) for other in self.rows):
+                self.rows.append(row)
 
-    def write(self) -> None:
-        files.write_json(self.path, {"format": FORMAT, "sweeps": self.all})
+    def conclude(self, metric: Metric, optima: Mapping[str, curves.Optimum]) -> None:
+        with self._changing():
+            others = [one for one in self.mine["optima"] if one["metric"] != metric.name]
+            self.mine["optima"] = others + [
+                {"metric": metric.name, "curve": n} | o._asdict() for n, o in optima.items()
+            ]
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        with files.in_turn(self.path):
+            self._read()  # what others wrote in the meantime
+            yield
+            files.write_json(self.path, {"format": FORMAT, "sweeps": self.all})
 
 
 def _report(folder: Path, record: Record, metric: Metric, floor: float | None, new: int) -> list[str]:
@@ -270,9 +307,7 @@ def _report(folder: Path, record: Record, metric: Metric, floor: float | None, n
     lines += curves.table(found, metric.falls)
     optima = {name: curves.optimum(curve, metric.falls) for name, curve in found.items()}
     lines += [f"{name}: {best}" for name, best in optima.items()]
-    others = [one for one in record.mine["optima"] if one["metric"] != metric.name]
-    record.mine["optima"] = others + [{"metric": metric.name, "curve": n} | o._asdict() for n, o in optima.items()]
-    record.write()
+    record.conclude(metric, optima)
     wrote = [str(record.path)]
     try:
         wrote.append(str(curves.plot(found, optima, metric.title, floor, folder / "ema_sweep.png")))

@@ -31,6 +31,17 @@ INNER = {
     "attn_qkv.weight": "attention.qkv.weight",
     "attn_proj.weight": "attention.proj.weight",
 }
+# Appendix D.6, whose list has two lines more: enc-8x8-block2-conv0 stands twice, and dec-8x8-block0-conv names no layer.
+FIGURE_5B = (
+    "enc-64x64-block0-affine", "enc-64x64-block0-conv0", "enc-64x64-block0-conv1", "enc-64x64-conv",
+    "enc-32x32-block0-conv0", "enc-32x32-block0-skip", "enc-16x16-block0-affine", "enc-16x16-block0-conv0",
+    "enc-16x16-block2-conv0", "enc-8x8-block0-affine", "enc-8x8-block0-skip", "enc-8x8-block1-conv0",
+    "enc-8x8-block2-conv0", "dec-8x8-block0-conv0", "dec-8x8-block2-skip", "dec-8x8-in0-affine",
+    "dec-16x16-block0-affine", "dec-16x16-block0-conv1", "dec-16x16-block0-skip", "dec-32x32-block0-conv1",
+    "dec-32x32-block0-skip", "dec-32x32-up-affine", "dec-64x64-block0-conv1", "dec-64x64-block0-skip",
+    "dec-64x64-block3-skip", "dec-64x64-up-affine", "map-label", "map-layer0",
+)  # fmt: skip
+PARTS = {"affine": "emb_linear", "conv0": "conv_res0", "conv1": "conv_res1", "skip": "conv_skip"}
 UNCERTAINTY = "logvar_"  # trained alongside, discarded for sampling
 
 
@@ -68,6 +79,16 @@ def names(cfg: EDM2, inputs: Inputs) -> dict[str, str]:
         for i, block in enumerate(blocks):
             table |= {f"{block}.{theirs}": f"{side}.{i}.{ours}" for theirs, ours in INNER.items()}
     return table
+
+
+def layer(name: str, cfg: EDM2, inputs: Inputs) -> str | None:
+    """Our name of a weight that the paper calls so in Appendix D.6 (enc-64x64-block0-conv0); None where there is none."""
+    if name in ("map-label", "map-layer0"):
+        return {"map-label": "emb_label.weight", "map-layer0": "emb_noise.weight"}[name]
+    side, _, rest = name.partition("-")
+    block, _, part = rest.replace("-", "_", 1).partition("-")
+    published = f"unet.{side}.{block}.{PARTS.get(part, part)}.weight" if part else f"unet.{side}.{block}.weight"
+    return names(cfg, inputs).get(published)
 
 
 def convert(state: Mapping[str, Tensor], heads: int | None) -> Found:

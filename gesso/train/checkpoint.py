@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from gesso import files
 from gesso.errors import RunError
-from gesso.train.ranks import ALONE, Ranks, lost
+from gesso.train.ranks import ALONE, Ranks
 
 FORMAT = "gesso state 1"
 
@@ -34,12 +34,11 @@ class Saver:
     that the run folder never lacks what came before a thing it has; the next call raises it.
     """
 
-    def __init__(self, ranks: Ranks = ALONE):
+    def __init__(self, ranks: Ranks = ALONE, timeout: float = 600):
         self.ranks, self.pool = ranks, ThreadPoolExecutor(1, "save")
         self.pending: list[Future[None]] = []
         self.failed = False
-        # Its own group: what this thread exchanges must not mix with what the step does.
-        self.group = dist.new_group(backend="gloo") if ranks.world > 1 else None
+        self.group = ranks.beside(timeout)
         self.stager = DefaultStager(StagingOptions(False, False, False, False))
 
     def state(self, folder: Path, nimg: int, tensors: dict[str, Tensor], keep: int, milestone: bool) -> None:
@@ -87,7 +86,7 @@ def save(
     """Write a whole state or none, then drop all but the last `keep` and the milestones. All ranks take part."""
     target = folder / f"nimg{nimg:012d}"
     temporary = files.in_progress(target)
-    with files.whole_folder(target) if ranks.main else contextlib.nullcontext():
+    with files.whole_folder(target) if ranks.main else files.disk_errors(target):
         _meet(ranks, group)
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         try:
@@ -108,8 +107,7 @@ def save(
 
 def _meet(ranks: Ranks, group: dist.ProcessGroup | None) -> None:
     if ranks.world > 1:
-        with lost(ranks):
-            dist.barrier(group=group)
+        dist.barrier(group=group)
 
 
 def _is_milestone(state: Path) -> bool:

@@ -14,7 +14,7 @@ from rich.text import Text
 from gesso import files
 from gesso.train.trackers import Tracker, numbers
 
-MEASURED = ("images_per_second", "waiting", "utilisation", "product_teraflops", "peak_gigabytes")
+MEASURED = ("images_per_second", "waiting", "utilisation", "product_teraflops", "peak_gigabytes", "slow_ranks")
 """what a line says of the machine: all else is equal to the last bit when a run is repeated"""
 
 

@@ -18,13 +18,14 @@ from gesso.errors import RunError, Stopped
 from gesso.train import checkpoint, trackers
 from gesso.train.log import Bar, Log
 from gesso.train.ranks import ALONE, Ranks, whole
-from gesso.train.trainer import Trainer
+from gesso.train.slow import Slow
+from gesso.train.trainer import STOPS, Trainer
 from gesso.train.watch import Watcher, crossed
 
 
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM for the loop to see between steps; a second SIGINT interrupts at once."""
+    """Collect SIGINT, SIGUSR1 and SIGTERM for the loop to see between steps; a second SIGINT interrupts at once."""
     caught: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -32,7 +33,7 @@ def caught_signals() -> Iterator[list[int]]:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, note) for number in STOPS}
     try:
         yield caught
     finally:
@@ -52,8 +53,8 @@ def train(
     """Train `run` in the folder `out` from its newest state, or from the beginning (the weights of
     `denoiser`, or random ones), to train.total_images.
 
-    Writes log.jsonl, state/ and snapshots/. Raises Stopped on SIGINT and SIGTERM with the state saved,
-    RunError when the loss diverges, the disk refuses or another rank is gone.
+    Writes log.jsonl, state/ and snapshots/. Raises Stopped on SIGINT, SIGUSR1 and SIGTERM with the state
+    saved, RunError when the loss diverges, the disk refuses or another rank is gone.
     """
     trainer = Trainer(run, dataset, ranks, device, denoiser)
     trainer.nimg = checkpoint.load_latest(
@@ -67,7 +68,7 @@ def train(
         console.print(f"resumed at image {trainer.nimg:,}", highlight=False)
     elif log and dataset.unreadable:
         log.write(nimg=0, unreadable=dataset.unreadable)
-    saver = checkpoint.Saver(ranks)
+    saver = checkpoint.Saver(ranks, run.train.timeout)
     with caught_signals() as caught, Bar(console, run.train.total_images, trainer.nimg, run.recipe) as bar:
         try:
             trainer.caught = caught
@@ -84,12 +85,18 @@ def train(
 
 def _steps(trainer: Trainer, out: Path, log: Log | None, bar: Bar, saver: checkpoint.Saver, watcher: Watcher) -> None:
     cfg = trainer.run.train
+    slow, named = Slow(trainer), {}
     while trainer.nimg < cfg.total_images:
         before = trainer.nimg
         loss = trainer.step()
         done = trainer.nimg >= cfg.total_images
         if done or crossed(before, trainer.nimg, cfg.log_images):
-            line = trainer.summary()
+            line, held_up = trainer.summary(), slow()
+            if held_up:
+                line["slow_ranks"] = held_up
+            if held_up.keys() - named.keys():
+                bar.console.print("\n".join(f"slow: {name}, {x:g} times the median" for name, x in held_up.items()))
+            named |= held_up
             if log:
                 log.write(**line, **watcher.pace(trainer.nimg, trainer.waited))
         watcher.after(before)  # before the state, so that a resumed run lacks nothing of what it does not repeat

@@ -24,6 +24,8 @@ from gesso.train.ranks import ALONE, Ranks, own, whole
 
 IN_A_ROW = 20
 """steps whose gradient is not finite"""
+STOPS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+"""signals that stop a run with its state saved; schedulers send the latter two"""
 
 
 class Trainer:
@@ -113,9 +115,10 @@ class Trainer:
         counts, counter, x0, cond = self._next()
         self.optimizer.zero_grad(set_to_none=True)
         losses, u = self._backward(counter, counts, x0, cond)
-        said = torch.stack([losses.sum(), losses.new_tensor(self.caught[0] if self.caught else 0)])
-        said = self.ranks.sum(torch.cat([said, levels.sums(losses, u, counts)])).double().cpu()
-        value, self.stopping = float(said[0]) / size, min(int(said[1]), signal.SIGTERM)
+        stops = losses.new_tensor([number in self.caught for number in STOPS])
+        said = torch.cat([losses.sum()[None], stops, levels.sums(losses, u, counts)])
+        total, heard, by_level = self.ranks.sum(said).double().cpu().split([1, len(STOPS), len(self.levels)])
+        value, self.stopping = float(total) / size, max((n for n, h in zip(STOPS, heard, strict=True) if h), default=0)
         parameters = [p for p in self.modules.parameters() if p.grad is not None]
         gradients = [own(p).grad for p in parameters]
         if self.scaling[0] != 1:
@@ -133,7 +136,7 @@ class Trainer:
         self.nimg += size
         if math.isfinite(value):
             self.running += torch.tensor([value * size, size])
-            self.levels += said[2:]
+            self.levels += by_level
         return value
 
     def _next(self) -> tuple[Tensor, Tensor, Tensor, Cond]:

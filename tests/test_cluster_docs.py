@@ -1,0 +1,98 @@
+"""docs/cluster.md: every command parses; the Slurm script runs, with stand-ins for Slurm's commands."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from torch.distributed.run import get_args_parser
+
+from gesso import __main__ as cli
+from gesso import recipes
+from gesso.train import checkpoint
+
+PAGE = (Path(__file__).parents[1] / "docs" / "cluster.md").read_text()
+README = (Path(__file__).parents[1] / "README.md").read_text()
+LINES = re.findall(r"^torchrun .*-m gesso train.*$", PAGE + README, re.M)
+(SCRIPT,) = re.findall(r"^```bash\n(.*?)^```", PAGE, re.S | re.M)
+COMMANDS = typer.main.get_command(cli.app).commands
+
+
+def parsed(line: str) -> None:
+    """By torchrun, by gesso, and as settings of the recipe."""
+    words = shlex.split(line, comments=True)
+    told = get_args_parser().parse_args(words[1:])
+    assert told.module and told.training_script == "gesso"
+    verb, *rest = told.training_script_args
+    said = COMMANDS[verb].make_context(verb, rest).params
+    recipes.resolve(said["recipe"], said["settings"] or [])
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_it_parses(line):
+    parsed(line)
+
+
+def test_the_script_parses():
+    assert len(LINES) >= 5
+    command = re.search(r"^srun (torchrun .*?) &$", SCRIPT.replace("\\\n", " "), re.S | re.M)[1]
+    line = command.replace('"$SLURM_NNODES"', "4").replace('"$(scontrol show hostnames | head -n 1):29500"', "a:29500")
+    parsed(line)
+    assert subprocess.run(["bash", "-n"], input=SCRIPT, text=True, check=False).returncode == 0
+    minutes = int(re.search(r"--signal=B:USR1@(\d+)", SCRIPT)[1])
+    assert minutes > int(re.search(r"--shutdown-timeout=(\d+)", SCRIPT)[1])
+
+
+def test_what_is_said_of_errors():
+    source = "".join(p.read_text() for p in (Path(__file__).parents[1] / "gesso" / "train").glob("*.py"))
+    for words in ("does not answer", "ended: ", "is gone", "slow_ranks"):
+        assert words in PAGE and words in source
+    assert {128 + int(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)} == {143, 138, 130}
+
+
+STANDINS = {
+    "srun": 'echo $$ > "$TEST/step"; exec "$@"',
+    "scancel": 'kill "${1/--signal=/-}" "$(cat "$TEST/step")"',
+    "scontrol": 'if [ "$1" = requeue ]; then touch "$TEST/requeued"; else echo localhost; fi',
+    "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+}
+TINY = ("net.width=32 net.depth=1 net.heads=2 train.total_images=3000 train.batch_size=4 train.snapshot_images=1500 "
+        "train.state_images=400 train.log_images=400 train.threads=1")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_script_saves_requeues_and_goes_on(tmp_path):
+    (tmp_path / "bin").mkdir()
+    for name, body in STANDINS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    small = SCRIPT.replace("--nproc-per-node=8", "--nproc-per-node=2").replace(
+        "edm2-img512-s data.source=caches/imagenet-512-edm2", f"digits {TINY}"
+    )
+    (tmp_path / "job.sh").write_text(small)
+    environment = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TEST": str(tmp_path), "SLURM_NNODES": "1", "OMP_NUM_THREADS": "1",
+        "SLURM_JOB_ID": "7", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }  # fmt: skip
+    run = tmp_path / "runs" / "s"
+    with subprocess.Popen(
+        ["bash", "job.sh"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as first:
+        started = time.monotonic()
+        while not (run / "state").is_dir() and time.monotonic() - started < 120:
+            time.sleep(0.1)
+        first.send_signal(signal.SIGUSR1)
+        said = first.stderr.read().decode()
+    assert (tmp_path / "requeued").exists() and "SIGTERM at image" in said, said
+    stopped = int(checkpoint.stored(run / "state")[-1].name.removeprefix("nimg"))
+    assert 0 < stopped < 3000
+    again = subprocess.run(
+        ["bash", "job.sh"], cwd=tmp_path, env=environment | {"SLURM_RESTART_COUNT": "1"}, capture_output=True, text=True
+    )
+    assert again.returncode == 0 and f"resumed at image {stopped:,}" in again.stdout, again.stdout + again.stderr
