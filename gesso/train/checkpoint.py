@@ -71,7 +71,8 @@ class Saver:
             self.pending.pop(0).result()
 
     def close(self) -> None:
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        """After what was asked is written: it was good when it was asked, whatever went wrong since."""
+        self.pool.shutdown(wait=True)
 
 
 def save(

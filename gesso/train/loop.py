@@ -74,6 +74,7 @@ def train(
             trainer.caught = caught
             _steps(trainer, out, log, bar, saver, Watcher(trainer, dataset, out, log))
         except RunError as error:
+            saver.close()
             last = checkpoint.stored(out / "state")
             where = f"last good state: {last[-1]}" if last else "no state was saved yet"
             raise RunError(f"{error}\n{where}") from error
