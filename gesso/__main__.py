@@ -1,6 +1,5 @@
 """gesso's command line: parses, calls, prints."""
 
-import os
 import signal
 import sys
 import traceback
@@ -11,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from gesso import torchrun
 from gesso.errors import GessoError
 
 # What Pillow finds odd in a picture's metadata concerns nobody; what it cannot decode is counted and named.
@@ -23,7 +23,7 @@ app = typer.Typer(
     help="Latent diffusion image models from scratch, on even ground. Settings are written a.b=c, such as train.total_images=200k.",
 )
 # Of several ranks the first one speaks; each may complain.
-console = Console(highlight=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0")
+console = Console(highlight=False, emoji=False, quiet=torchrun.place().rank > 0)
 errors = Console(stderr=True, highlight=False, emoji=False)
 
 Overrides = Annotated[

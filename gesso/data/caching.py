@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from safetensors.torch import save_file
 
-from gesso import files
+from gesso import files, torchrun
 from gesso.config.cache import FORMAT, Columns, Manifest, Plan, Range, Shard, Started, Sums, command, flattened
 from gesso.data import pretrained, shards, views
 from gesso.data.images import Progress, refuse_many
@@ -98,7 +98,7 @@ def _summary(manifest: Manifest, out: Path) -> list[str]:
 @contextlib.contextmanager
 def _ranks() -> Iterator[tuple[int, int, Callable[[], None]]]:
     """Which of how many processes of one torchrun this is, and a call that returns when all of them have come to it."""
-    rank, world = (int(os.environ.get(name, plain)) for name, plain in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world, *_ = torchrun.place()
     if world == 1:
         yield 0, 1, lambda: None
         return
@@ -125,7 +125,7 @@ def _ranks() -> Iterator[tuple[int, int, Callable[[], None]]]:
 
 def _device(name: str) -> torch.device:
     """auto: this rank's GPU if there is one. Raises UsageError when it cannot be used here."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local = torchrun.place().local
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -213,7 +213,7 @@ def _ranges(
             for i, u in zip(range(start, stop), views.draws(work.plan, start, stop), strict=True):
                 yield work, i, u, smallest
 
-    threads = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+    threads = max((os.cpu_count() or 1) // torchrun.place().per_node, 1)
     pool, writer, writing = ThreadPoolExecutor(threads, "decode"), ThreadPoolExecutor(1, "write"), None
     try:
         stream = _ahead(pool, lambda four: views.made(*four), arguments(), AHEAD * threads)

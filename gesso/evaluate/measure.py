@@ -11,7 +11,6 @@ Legend: N samples, D features.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gesso import ema, files, generate, snapshot
+from gesso import ema, files, generate, snapshot, torchrun
 from gesso.config import Run
 from gesso.data.shards import is_cache, opened_manifest
 from gesso.data.sources import open_source
@@ -38,10 +37,10 @@ Tick = Callable[[int, int], None]
 
 def measure_folder(folder: Path, run: Run, tick: Tick) -> list[str]:
     """Measure run.eval.scores of a run folder, with the other processes of one torchrun where there are any."""
-    rank, world = (int(os.environ.get(name, plain)) for name, plain in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world, local, _ = torchrun.place()
     device = generate.device_of(run)
     if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", local)
     return scores_of(Work(folder, run, device, rank, world), tick)[1]
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 
+from gesso import torchrun
 from gesso.config import Run
 from gesso.errors import RunError, UsageError
 from gesso.generate import device_of
@@ -88,9 +88,8 @@ ALONE = Ranks()
 
 
 def here() -> Ranks:
-    """Of this process, by torchrun's environment."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    return Ranks(*(int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0, 1), strict=True)))
+    """Of this process."""
+    return Ranks(*torchrun.place())
 
 
 @contextlib.contextmanager
