@@ -193,3 +193,26 @@ def test_no_figure_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setattr(write.__globals__["importlib"].util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"reports need matplotlib: pip install 'gesso\[plots\]'"):
         report.write(out)
+
+
+def measurement(fid: float, name: str = "berrada", **protocol) -> dict:
+    told = {"name": name, "images": 50_000, "repeats": 1, "steps": 250, "nimg": 4000, "sigma_rel": 0.05, "labels": None}
+    return {"scores": {"fid": {"values": [fid], "least": fid, "mean": fid}}, "protocol": told | protocol}
+
+
+def test_each_way_of_measuring_has_a_table_of_its_own(tmp_path):
+    a, b = written(tmp_path / "a", log()), written(tmp_path / "b", log())
+    least = measurement(2.5, "edm2", repeats=3)
+    (a / "scores.json").write_text(json.dumps({"1": measurement(7.25), "2": least}))
+    (b / "scores.json").write_text(
+        json.dumps({"1": measurement(6.75, nimg=9000, sigma_rel=0.1), "2": measurement(8.5, steps=50)})
+    )
+    one = checked(report.write([a], None))
+    assert "Measured" in one.headings and {"7.25", "2.5", "least of 3", "berrada: 50,000 samples, image 4,000"} <= set(
+        one.text
+    )
+    both = checked(report.write([a, b], tmp_path / "both.html"))
+    text = " ".join(both.text)
+    # Three ways: at 250 steps both runs, in one table; the others alone.
+    assert "7.25 6.75" in text and both.text.count("berrada: 50,000 samples") == 2 and "8.5" in both.text
+    assert both.text.count("edm2: 50,000 samples") == 1

@@ -18,13 +18,15 @@ Points = tuple[list[float], list[float]]
 
 
 class Folder(NamedTuple):
-    """lines: of log.jsonl; metrics: metrics.json, empty where nothing was evaluated; label: what a page calls the run."""
+    """lines: of log.jsonl; metrics: metrics.json, empty where nothing was evaluated; measured: scores.json, each way of
+    measuring with its protocol; label: what a page calls the run."""
 
     path: Path
     label: str
     run: Run
     lines: list[dict[str, Any]]
     metrics: dict[str, Any]
+    measured: Sequence[dict[str, Any]] = ()
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -80,6 +82,9 @@ def opened(folders: Sequence[Path]) -> list[Folder]:
 
 
 def _read(folder: Path, label: str) -> Folder:
-    measured = folder / "metrics.json"
-    metrics = json.loads(measured.read_text()) if measured.is_file() else {}
-    return Folder(folder, label, config.read(folder / "run.yaml"), read_log(folder / "log.jsonl"), metrics)
+    metrics, measured = (
+        json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        for name in ("metrics.json", "scores.json")
+    )
+    run, lines = config.read(folder / "run.yaml"), read_log(folder / "log.jsonl")
+    return Folder(folder, label, run, lines, metrics, list(measured.values()))

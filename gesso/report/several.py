@@ -15,6 +15,7 @@ FEW = 30
 def sections(runs: Sequence[Folder]) -> Iterator[str]:
     yield head(runs)
     yield scores(runs)
+    yield measured(runs)
     yield samples(runs)
     yield training(runs)
     yield magnitudes(runs)
@@ -88,6 +89,31 @@ def scores(runs: Sequence[Folder]) -> str:
     if not rows:
         return ""
     return page.section("Scores", page.table(("", *(found.label for found in runs)), rows), unlike(runs))
+
+
+OWN = ("nimg", "sigma_rel", "halflife")
+"""of a protocol: how far a run has come and its EMA length, which is the run's own"""
+
+
+def measured(runs: Sequence[Folder]) -> str:
+    """One table for each way of measuring, so that numbers of two protocols never stand in one."""
+    ways: dict[str, dict[str, dict[str, Any]]] = {}
+    for found in runs:
+        for one in found.measured:
+            alike = {name: value for name, value in one["protocol"].items() if name not in OWN}
+            ways.setdefault(json.dumps(alike, sort_keys=True), {})[found.label] = one["scores"]
+    parts = []
+    for way, by_run in ways.items():
+        protocol = {name: value for name, value in json.loads(way).items() if value is not None}
+        names = dict.fromkeys(name for scores in by_run.values() for name in scores)
+        rows = [
+            (name, *(scored(by_run.get(f.label, {}).get(name, {}).get("least"), None) for f in runs)) for name in names
+        ]
+        title = f"{protocol.get('name', 'scores')}: {protocol['images']:,} samples"
+        parts.append(
+            page.table((title, *(found.label for found in runs)), rows) + page.folded("protocol", page.terms(protocol))
+        )
+    return page.section("Measured", *parts)
 
 
 def scored(value: float | None, spread: float | None) -> str:

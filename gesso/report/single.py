@@ -1,6 +1,6 @@
 """The page on one run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gesso import config
@@ -16,6 +16,7 @@ def sections(run: Folder) -> Iterator[str]:
     yield head(run)
     yield samples(run)
     yield scores(run.metrics)
+    yield measured(run.measured)
     yield lengths(run.metrics)
     yield training(run)
     yield by_noise(run)
@@ -104,6 +105,21 @@ def read_back(metrics: dict[str, Any]) -> str:
         if name in metrics
     ]
     return page.table(("", *metrics["real"]), rows)
+
+
+def measured(found: Sequence[dict[str, Any]]) -> str:
+    """A table for each way of measuring, its protocol beneath: numbers of two protocols never share a column."""
+    parts = []
+    for one in found:
+        protocol = {name: value for name, value in one["protocol"].items() if value is not None}
+        title = f"{protocol.get('name', 'scores')}: {protocol['images']:,} samples, image {protocol['nimg']:,}"
+        kinds = (
+            {"least": f"least of {protocol['repeats']}", "mean": "mean"} if protocol["repeats"] > 1 else {"mean": ""}
+        )
+        rows = [(name, *(f"{value[kind]:.4g}" for kind in kinds)) for name, value in one["scores"].items()]
+        table = page.table((title, *kinds.values()), rows)
+        parts.append(table + page.folded("protocol", page.terms(protocol)))
+    return page.section("Measured", *parts)
 
 
 def lengths(metrics: dict[str, Any]) -> str:
