@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from rich.console import Console
 
 from gesso import config, nets
 from gesso.config import EDM2, Inputs, MMDiTpp
@@ -67,8 +68,6 @@ def folder_of_images(root, counts: dict[str, int], size: int = 8) -> None:
 @pytest.fixture
 def gesso(monkeypatch, capsys):
     """Type a command; returns (exit code, stdout, stderr)."""
-
-    from rich.console import Console
 
     from gesso import __main__ as cli
 

@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
-from test_cli import gesso, refused  # noqa: F401
+from test_cli import refused
 from test_encoders import write_vae
 
 from gesso import keyed
@@ -207,7 +207,7 @@ def test_views_are_drawn_as_the_settings_say(data):
 
 
 @pytest.mark.parametrize("flags", [["--flip"], ["--crop-scale", ".4,.6"], ["--crop-scale", ".4,1", "--flip"]])
-def test_views_are_those_that_a_cache_would_hold(gesso, flags, tmp_path):  # noqa: F811
+def test_views_are_those_that_a_cache_would_hold(gesso, flags, tmp_path):
     views = 2 if flags == ["--flip"] else 3
     assert gesso("cache", "shapes:9", tmp_path / "c", "--resolution", 32, "--views", views, *flags)[0] == 0
     scale = examine.shares(flags[1]) if "--crop-scale" in flags else None
@@ -349,7 +349,7 @@ def test_latents(tmp_path):
         assert "not shown" in note and wrong in note and rows[0].views.x.dtype == torch.float32
 
 
-def test_latents_of_a_cache(gesso, tmp_path):  # noqa: F811
+def test_latents_of_a_cache(gesso, tmp_path):
     vae = write_vae(tmp_path / "vae", 4)
     assert gesso("cache", "shapes:5", tmp_path / "c", "--resolution", 32, "--vae", vae)[0] == 0
     cache = Cache(tmp_path / "c")
@@ -364,7 +364,7 @@ def test_latents_of_a_cache(gesso, tmp_path):  # noqa: F811
     assert "brightness" in " ".join(sheet.control(rows[0].views, 0)) and sheet.sheet(rows).size[0] > 400
 
 
-def test_what_is_said_of_a_cache(tmp_path, gesso):  # noqa: F811
+def test_what_is_said_of_a_cache(tmp_path, gesso):
     pictures = {f"{i}.png": (noise(40 + 10 * i, 60), f"caption {i % 3}") for i in range(6)}
     where = captioned(tmp_path / "a", pictures | {"bad.png": (b"nonsense", "")})
     words = ["--resolution", 16, "--views", 2, "--crop-scale", ".5,1", "--buckets", 3, "data.max_unreadable=.5"]
@@ -383,7 +383,7 @@ def test_what_is_said_of_a_cache(tmp_path, gesso):  # noqa: F811
     assert code == 0 and "conventions" in printed and (tmp_path / "s.png").is_file()
 
 
-def test_a_cache_has_settled_its_views(gesso, tmp_path):  # noqa: F811
+def test_a_cache_has_settled_its_views(gesso, tmp_path):
     gesso("cache", "shapes:3", tmp_path / "c", "--resolution", 8)
     for flag in (["--flip"], ["--crop-scale", ".4,.6"], ["--resolution", 8], ["--seed", 1]):
         refused(gesso("data", tmp_path / "c", "--out", tmp_path / "s.png", *flag), f"{flag[0]} has no effect")
@@ -395,7 +395,7 @@ def test_a_cache_has_settled_its_views(gesso, tmp_path):  # noqa: F811
 # The verb.
 
 
-def test_data_at_the_terminal(gesso, tmp_path):  # noqa: F811
+def test_data_at_the_terminal(gesso, tmp_path):
     out = tmp_path / "deep" / "sheet.png"
     code, said, _ = gesso("data", "digits", "--out", out, "--rows", 3)
     assert code == 0 and f"wrote {out}" in said
@@ -404,25 +404,25 @@ def test_data_at_the_terminal(gesso, tmp_path):  # noqa: F811
         assert picture.format == "PNG" and picture.width > 400
 
 
-def test_eighty_columns_whatever_the_names(gesso, tmp_path, monkeypatch):  # noqa: F811
+def test_eighty_columns_whatever_the_names(gesso, tmp_path, monkeypatch):
     for name in ("[bold]x[/bold]" * 10, "ordinary", "عربي" * 20):
         (tmp_path / "a" / name).mkdir(parents=True)
         noise(9, 16).save(tmp_path / "a" / name / "1.png")
         (tmp_path / "a" / name / "1.txt").write_text(f"{name} [red] caption " * 30)
         (tmp_path / "a" / name / "2.png").write_bytes(b"x")
         (tmp_path / "a" / name / "2.txt").write_text(f"{name} [red] caption " * 30)
-    monkeypatch.setattr("test_cli.Console", lambda **settings: Console(**settings | {"width": 80}))
+    monkeypatch.setattr("conftest.Console", lambda **settings: Console(**settings | {"width": 80}))
     code, said, _ = gesso("data", tmp_path / "a", "--out", tmp_path / "s.png", "--flip", "--crop-scale", ".4,.6")
     assert code == 0 and "unreadable: 3 of 6" in said and "[bold]x[/bold]" in said
     assert max(len(line) for line in said.splitlines() if not line.startswith("wrote")) <= 80
 
 
 @pytest.mark.parametrize("scale", [".6,.4", "0,1", "1", "a,b", ".4,1.1", "nan,1", ".4,.5,.6", ""])
-def test_crop_scales_that_are_none(gesso, scale, tmp_path):  # noqa: F811
+def test_crop_scales_that_are_none(gesso, scale, tmp_path):
     refused(gesso("data", "digits", "--out", tmp_path / "s.png", "--crop-scale", scale), "two shares of the area")
 
 
-def test_sources_that_are_none(gesso, tmp_path):  # noqa: F811
+def test_sources_that_are_none(gesso, tmp_path):
     refused(gesso("data", "digit", "--out", tmp_path / "s.png"), "did you mean digits?")
     assert not (tmp_path / "s.png").exists()
     with pytest.raises(UsageError):

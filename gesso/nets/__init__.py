@@ -51,7 +51,7 @@ BLOCKS = (
     mmdit.JointBlock, mp_transformer.MPBlock, unet.Block,
 )  # fmt: skip
 
-LAYERS = (nn.Linear, nn.Conv2d, mp.MPWeight, edm2_ladder.FreeLayer)
+WEIGHTED = (nn.Linear, nn.Conv2d, mp.MPWeight, edm2_ladder.FreeLayer)
 
 
 def build(cfg: Net, inputs: Inputs) -> nn.Module:
@@ -78,9 +78,9 @@ def blocks(net: nn.Module) -> list[nn.Module]:
     return [module for module in net.modules() if isinstance(module, BLOCKS)]
 
 
-def layers(block: nn.Module) -> list[nn.Module]:
+def weighted(block: nn.Module) -> list[nn.Module]:
     """The modules in a block whose `weight` is a matrix (features in the last dimension) or a kernel (features in dimension 1)."""
-    return [module for module in block.modules() if isinstance(module, LAYERS)]
+    return [module for module in block.modules() if isinstance(module, WEIGHTED)]
 
 
 def misfit(net: nn.Module, weights: Mapping[str, Tensor]) -> str | None:

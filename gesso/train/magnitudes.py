@@ -35,7 +35,7 @@ class Magnitudes:
         self.net, self.resolution = net, resolution
         names = {module: name for name, module in net.named_modules()}
         self.blocks = {names[block]: block for block in nets.blocks(net)}
-        self.layers = {names[layer]: layer for block in self.blocks.values() for layer in nets.layers(block)}
+        self.layers = {names[layer]: layer for block in self.blocks.values() for layer in nets.weighted(block)}
         self.counts: Tensor | None = None
         self._sums: dict[str, Tensor] = {}  # of layers, (N + 1,) float64: of the magnitudes, and how many
         self._paths: dict[str, Tensor] = {}  # of blocks, the same

@@ -78,7 +78,8 @@ class Watcher:
         self.pace = Pace(run, trainer.ranks, trainer.device, trainer.nimg)
         self.average = nearest(run)
         self.held = validation.images(run, dataset)
-        if self.cfg.sample_images or self.cfg.evaluate_images:
+        end = run.train.total_images + run.train.batch_size - 1
+        if any(crossed(0, end, every) for every in (self.cfg.sample_images, self.cfg.evaluate_images)):
             generate.check(run)
             self.space = generate.opened_space(run)
             # Another time or length of this run is not stored yet.
