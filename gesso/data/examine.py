@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gesso import files, keyed
 from gesso.config import Data
-from gesso.data import crops, pixels
+from gesso.data import crops
 from gesso.data.cache import Cache
 from gesso.data.listing import Source
 from gesso.data.samples import Samples
@@ -137,7 +137,7 @@ def source_row(source: Source, i: int, data: Data, K: int, seed: int, shown: Cal
             x, whole = shown(torch.from_numpy(item.image)[None]), None
             size, drawn = item.size or (data.resolution,) * 2, [crops.View(0.0, 0.0, 1.0, 1.0)]
         else:
-            whole, (H, W) = pixels.decode(item.image, 3)
+            whole, (H, W) = item.picture(3)
             size, R = item.size or (H, W), data.resolution
             u = [keyed.uniform(seed, torch.tensor([i]), f"view {v}", crops.UNIFORMS)[0].numpy() for v in range(K)]
             drawn = views(data, H, W, np.stack(u))

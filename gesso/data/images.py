@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gesso import keyed
 from gesso.config import Data
-from gesso.data import crops, pixels
+from gesso.data import crops
 from gesso.data.listing import Source
 from gesso.data.samples import Dataset, Samples, pixel_moments
 from gesso.errors import RunError, Unreadable
@@ -77,13 +77,11 @@ def load(source: Source, data: Data, seed: int = 0, progress: Progress = lambda 
     """Read all of a source as `data` says. Raises RunError when too many images are unreadable."""
 
     def read(i: int) -> tuple[np.ndarray, tuple[int, int]] | Unreadable:
-        name = ""
         try:
             item = source.item(i)
-            name = item.name
-            image, whole = pixels.decode(item.image, data.channels)
+            image, whole = item.picture(data.channels)
         except Unreadable as error:
-            return Unreadable(error.name or name, error.reason)
+            return Unreadable(error.name, error.reason)  # without the frames that the caught one holds
         view = crops.centred(image.height, image.width)
         return crops.taken(image, view, data.resolution, data.resolution), item.size or whole
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from gesso import files
+from gesso.data import pixels
 from gesso.errors import GessoError, Unreadable, UsageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -43,6 +45,13 @@ class Item(NamedTuple):
     label: int
     caption: str
     size: tuple[int, int] | None = None
+
+    def picture(self, channels: int, least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+        """As pixels.decode; what cannot be read has the name."""
+        try:
+            return pixels.decode(self.image, channels, least)
+        except Unreadable as error:
+            raise Unreadable(self.name, error.reason) from error
 
 
 class Source(abc.ABC):

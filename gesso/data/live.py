@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gesso import keyed
 from gesso.config import Data
-from gesso.data import crops, pixels
+from gesso.data import crops
 from gesso.data.images import refuse_many
 from gesso.data.listing import Source
 from gesso.data.samples import Dataset, Samples, latent_moments, pixel_moments
@@ -70,10 +70,8 @@ class Live(Dataset):
         for j in (*range(i, len(self)), *range(i)):
             if j in self._bad or (j in self._apart) != (i in self._apart):
                 continue
-            name = ""
             try:
                 item = self.source.item(j)
-                name = item.name
                 if self.latents:
                     return (
                         j,
@@ -81,9 +79,9 @@ class Live(Dataset):
                         crops.View(0.0, 0.0, 1.0, 1.0),
                         item.size or (data.resolution,) * 2,
                     )
-                image, whole = pixels.decode(item.image, data.channels, self._least())
+                image, whole = item.picture(data.channels, self._least())
             except Unreadable as error:
-                self._note(j, error.name or name, error.reason)
+                self._note(j, error.name, error.reason)
                 continue
             size = item.size or whole
             view = crops.drawn(data, *whole, u)

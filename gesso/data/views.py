@@ -15,8 +15,8 @@ from torch import Tensor
 from gesso import keyed
 from gesso.config import Data
 from gesso.config.cache import Identity, Plan, Sums
-from gesso.data import crops, faces, pixels, text
-from gesso.data.listing import Source, Texts
+from gesso.data import crops, faces, text
+from gesso.data.listing import Item, Source, Texts
 from gesso.data.text import TextEncoder
 from gesso.data.vae import VAE
 from gesso.errors import RunError, Unreadable, UsageError
@@ -168,19 +168,18 @@ def least(plan: Plan) -> int:
 
 def made(work: Work, i: int, u: np.ndarray, smallest: int) -> Made | Unreadable:
     """Image i of the source, u (K, UNIFORMS) its draws; smallest is `least` of the plan. Any thread may call it."""
-    plan, data, source, name = work.plan, work.plan.data, work.source, ""
+    plan, data, source = work.plan, work.plan.data, work.source
     try:
         item = source.item(i)
-        name = item.name
         if source.latents:
-            _check_shape(plan, item.image.shape)
+            _check_shape(plan, item)
             return Made(
                 i, item.label, item.caption, item.size or (data.resolution,) * 2, [(0.0, 0.0, 1.0, 1.0)], [False],
                 np.zeros((1, 2)), torch.from_numpy(item.image)[None],
             )  # fmt: skip
-        picture, whole = pixels.decode(item.image, data.channels, smallest)
+        picture, whole = item.picture(data.channels, smallest)
     except Unreadable as error:
-        return Unreadable(error.name or name, error.reason)
+        return Unreadable(error.name, error.reason)  # without the frames that the caught one holds
     count = 0
     if plan.blur_faces:
         picture, count = faces.blur(picture)
@@ -203,11 +202,11 @@ def tone(sums: np.ndarray, area: int) -> np.ndarray:
     return np.stack([mean, np.sqrt(np.maximum(square - mean**2, 0))], axis=1)
 
 
-def _check_shape(plan: Plan, shape: tuple[int, ...]) -> None:
+def _check_shape(plan: Plan, item: Item) -> None:
     edge = plan.data.resolution // plan.latent.factor
-    due = (2 * plan.latent.channels, edge, edge)
+    due, shape = (2 * plan.latent.channels, edge, edge), item.image.shape
     if shape != due:
-        raise Unreadable("", f"latents of shape {shape}, where the first have {due}")
+        raise Unreadable(item.name, f"latents of shape {shape}, where the first have {due}")
 
 
 class Rows:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gesso.data import crops, pixels
+from gesso.data import crops
 from gesso.data.listing import Source
 from gesso.data.pretrained import brief
 from gesso.data.sources import open_source
@@ -50,16 +50,14 @@ class Pictures(NamedTuple):
 
     def _picture(self, i: int) -> np.ndarray:
         """(3, H, W) uint8."""
-        name = ""
         try:
             item = self.source.item(i)
-            name = item.name
-            image, whole = pixels.decode(item.image, 3)
+            image, whole = item.picture(3)
         except Unreadable as error:
-            raise RunError(f"{self.where}: {error.name or name} cannot be read ({error.reason})") from None
+            raise RunError(f"{self.where}: {error.name} cannot be read ({error.reason})") from None
         if not self.resized and whole != self.size:
             raise UsageError(
-                f"{self.where}: {name} is {whole[0]}x{whole[1]}, where the first picture is {self.size[0]}x{self.size[1]}; "
+                f"{self.where}: {item.name} is {whole[0]}x{whole[1]}, where the first picture is {self.size[0]}x{self.size[1]}; "
                 "--resolution crops and resizes all of them"
             )
         return crops.taken(image, crops.centred(image.height, image.width, self.size[1] / self.size[0]), *self.size)
@@ -79,9 +77,9 @@ def open_pictures(where: str, resolution: int | None = None, count: int | None =
     if count is not None and count > len(source):
         raise UsageError(f"{where} holds {len(source):,} pictures, where {count:,} are asked for")
     try:
-        first = pixels.decode(source.item(0).image, 3)[1]
+        first = source.item(0).picture(3)[1]
     except Unreadable as error:
-        raise RunError(f"{where}: {error.name or source.name(0)} cannot be read ({error.reason})") from None
+        raise RunError(f"{where}: {error.name} cannot be read ({error.reason})") from None
     size = (resolution, resolution) if resolution else first
     fingerprint = f"{source.fingerprint()}-{count or len(source)}-{size[0]}x{size[1]}-{bool(resolution)}"
     return Pictures(where, count or len(source), size, bool(resolution), source, fingerprint)
