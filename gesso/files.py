@@ -15,6 +15,11 @@ from safetensors import SafetensorError
 from gesso.errors import RunError, UsageError
 
 
+def kept(what: str) -> Path:
+    """The folder of what is kept between commands: $XDG_CACHE_HOME/gesso/WHAT, or ~/.cache/gesso/WHAT."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gesso" / what
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn what a file system refuses into a RunError that names the path and the cure."""
@@ -149,3 +154,12 @@ def locked(folder: Path, doing: str = "training in") -> Iterator[None]:
         except BlockingIOError:
             raise UsageError(f"another process is {doing} {folder}; wait for it, or choose another place") from None
         yield
+
+
+def in_bytes(n: float) -> str:
+    """Three digits, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 999.5:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:,.3g} TB"

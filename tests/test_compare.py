@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from test_features import picture, public_inception, stored
 
+from gesso import files
 from gesso.errors import RunError, UsageError
 from gesso.evaluate import compare, inception, metrics, weights
 from gesso.evaluate.compare import Asked
@@ -46,7 +47,7 @@ def test_a_folder_beside_another(tmp_path):
     # In any batches, and from what was kept of the reference.
     again, _ = compare.compare(asked._replace(batch_size=7), "cpu", SILENT)
     assert again["scores"]["fd_digits"] == pytest.approx(expected, rel=1e-9)
-    (kept,) = compare.kept_folder().glob("*.safetensors")
+    (kept,) = files.kept("statistics").glob("*.safetensors")
     kept.write_bytes(b"damaged")
     with pytest.raises(RunError, match="is damaged"):
         compare.compare(asked, "cpu", SILENT)

@@ -160,9 +160,8 @@ def remembered(where: str, kind: str, make: Callable[[Stamps], Lists]) -> Lists:
     `make` puts the stamp of every file and folder that its list depends on into its argument, each before it looks
     inside. Lists lie in $XDG_CACHE_HOME/gesso, or ~/.cache/gesso; where that cannot be written they are made each time.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     key = json.dumps([VERSION, kind, os.path.abspath(where)])
-    file = base / "gesso" / "lists" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    file = files.kept("lists") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
     kept = _kept(file)
     if kept is not None:
         return kept

@@ -13,7 +13,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import re
 import threading
 import time
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gesso import files
 from gesso.config.cache import Manifest
 from gesso.data import shards
 from gesso.data.kept import Kept
@@ -243,5 +243,4 @@ def _listed(url: str, tree: dict[str, Any]) -> dict[str, tuple[int, str]]:
 
 def _folder(url: str, fingerprint: str) -> Path:
     """Where copies of a cache lie."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return base / "gesso" / "shards" / hashlib.sha256(json.dumps([url, fingerprint]).encode()).hexdigest()[:32]
+    return files.kept("shards") / hashlib.sha256(json.dumps([url, fingerprint]).encode()).hexdigest()[:32]

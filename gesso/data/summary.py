@@ -20,6 +20,7 @@ from gesso.data import pixels
 from gesso.data.cache import Cache
 from gesso.data.listing import Source, shown
 from gesso.errors import Unreadable
+from gesso.files import in_bytes
 
 LIMIT = 5_000
 EDGES = (1 / 2, 2 / 3, 4 / 5, 0.95, 1.05, 5 / 4, 3 / 2, 2)
@@ -182,15 +183,6 @@ def _said(value: object) -> str:
     if value is None or value == ():
         return ""
     return _listed(f"{part:g}" for part in value) if isinstance(value, (list, tuple)) else brief(str(value))
-
-
-def in_bytes(count: float) -> str:
-    """In the largest unit, of a thousand, that leaves 1 or more."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
 
 
 def size_tables(sizes: np.ndarray, unit: str = "pixels") -> list[Table]:

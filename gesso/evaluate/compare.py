@@ -5,7 +5,6 @@ Legend: N pictures, D features.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,10 +112,7 @@ def compare(asked: Asked, device: torch.device | str, tick: Tick) -> tuple[dict[
     for name, network in networks.items():
         mine = [score for score in asked.scores if METRICS[score] == name]
         x = gathered(made, network, asked.batch_size, any(score in ROWS for score in mine), device, seen)
-        y = None
-        if ref and not set(mine) <= set(ALONE):
-            keep = any(score in ROWS and score not in ALONE for score in mine)
-            y = reference_statistics(ref, network, asked.batch_size, keep, device, seen)
+        y = beside(ref, network, mine, device, seen, asked.batch_size)
         for score in mine:
             scores |= scored(score, x, y, network)
     protocol = {
@@ -222,9 +218,19 @@ def features_of(network: nn.Module, images: Tensor, told: Told) -> Tensor:
     return network(images).cpu()
 
 
-def kept_folder() -> Path:
-    """Where statistics of references are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gesso" / "statistics"
+def beside(
+    ref: Pictures | Statistics | None,
+    network: nn.Module,
+    scores: Sequence[str],
+    device: torch.device | str,
+    seen: Seen,
+    size: int = 64,
+) -> Statistics | None:
+    """What the scores of a network compare with; None where they stand alone."""
+    needing = [score for score in scores if score not in ALONE]
+    if ref is None or not needing:
+        return None
+    return reference_statistics(ref, network, size, any(score in ROWS for score in needing), device, seen)
 
 
 def reference_statistics(
@@ -235,7 +241,7 @@ def reference_statistics(
         return ref
     told = {"pictures": ref.fingerprint, "network": network.name, "weights": _digest(network)}
     key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
-    path = kept_folder() / f"{key}{'-rows' if keep else ''}.safetensors"
+    path = files.kept("statistics") / f"{key}{'-rows' if keep else ''}.safetensors"
     if path.is_file():
         try:
             with safe_open(path, "pt") as file:

@@ -68,7 +68,7 @@ def scores_of(work: Work, tick: Tick) -> tuple[dict[str, Any], list[str]]:
     total = mine // work.world + (reference.count * len(networks) if reference and not work.rank else 0)
     seen = compare.Seen(tick, total)
     denoiser, guide = snapshot.denoiser(weights[0], run, work.device), generate.guide_of(work.folder, run)
-    drawer = Drawer(work, denoiser, guide, generate.opened_space(run), prompts)
+    drawer = Drawer(work, denoiser, guide, generate.opened_space(run), prompts, snapshot.control_rows(work.folder))
     if networks:
         in_parts(work, list(networks), cfg.images, cfg.repeats, place, lambda s: embedded(drawer, networks, s), seen)
     if pairs:
@@ -81,10 +81,7 @@ def scores_of(work: Work, tick: Tick) -> tuple[dict[str, Any], list[str]]:
         found = {"lpips": mean[:1], "lpips_hr": mean[1:]}
     for name, network in networks.items():
         mine = [score for score in cfg.scores if compare.METRICS[score] == name]
-        y = None
-        if not set(mine) <= set(compare.ALONE):
-            keep = any(score in compare.ROWS and score not in compare.ALONE for score in mine)
-            y = compare.reference_statistics(reference, network, 64, keep, work.device, seen)
+        y = compare.beside(reference, network, mine, work.device, seen)
         for repeat in range(cfg.repeats):
             x = gathered(place, name, cfg.images, repeat)
             for score in mine:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gesso import conditions, files, generate, keyed, snapshot
+from gesso import conditions, files, generate, keyed
 from gesso.config import Run
 from gesso.data.space import Space
 from gesso.diffusion.denoiser import Denoiser
@@ -77,6 +77,8 @@ class Drawer(NamedTuple):
     guide: Denoiser | None
     space: Space
     prompts: Sequence[Prompt] | None
+    rows: Tensor | None
+    """control variables of training samples"""
 
     def images(self, seeds: Sequence[int], control: Mapping[str, str] | None = None) -> Iterator[tuple[Tensor, Told]]:
         """Batches of RGB samples (n, 3, H, W) uint8 on the device, and what they were told; control: what all are told."""
@@ -84,8 +86,7 @@ class Drawer(NamedTuple):
         if self.prompts is not None:
             prompts = [self.prompts[seed % len(self.prompts)] for seed in seeds]
             captions = [prompt.caption for prompt in prompts]
-        rows = snapshot.control_rows(self.work.folder)
-        cond, _ = conditions.build(run, seeds, rows, labels, captions, control)
+        cond, _ = conditions.build(run, seeds, self.rows, labels, captions, control)
         if captions is not None:
             labels = [prompt.label for prompt in prompts]
         at = 0

@@ -16,6 +16,7 @@ from gesso import nets
 from gesso.config import Run
 from gesso.data.batches import Batches
 from gesso.data.imagined import imagined, is_there
+from gesso.files import in_bytes
 from gesso.train import optim
 from gesso.train.loop import crossed
 from gesso.train.ranks import joined, own
@@ -291,15 +292,6 @@ def disk_line(run: Run, weights: int, state: int) -> str:
 
 def physical() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def in_bytes(n: float) -> str:
-    """Three digits, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 999.5:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:,.3g} TB"
 
 
 def in_days(seconds: float) -> str:
