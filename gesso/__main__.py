@@ -4,6 +4,7 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +39,11 @@ def _say(text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
+def _say_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        _say(line)
+
+
 @app.command()
 def train(
     recipe: Annotated[
@@ -57,14 +63,11 @@ def train(
     from gesso import recipes
 
     run, notes = recipes.resolve(recipe, list(settings or ()))
-    for note in notes:
-        _say(f"note: {note}")
+    _say_all(f"note: {note}" for note in notes)
     if estimate:
         from gesso.train.estimate import estimate as measured
 
-        for line in measured(run, console):
-            _say(line)
-        return
+        return _say_all(measured(run, console))
     from gesso.train.start import default_out, start
 
     out = out or default_out(recipe, run, resume)
@@ -109,8 +112,7 @@ def sample(
     run = config.recorded(folder, settings, ("sample.",))
     said = dict(part.partition("=")[::2] for part in control or ())
     said |= {name: text for name, text in (("size", size), ("flip", flip), ("crop", crop)) if text is not None}
-    for line in draw(folder, run, Asked(label, tuple(prompt or ()), said, seeds, nimg), out):
-        _say(line)
+    _say_all(draw(folder, run, Asked(label, tuple(prompt or ()), said, seeds, nimg), out))
 
 
 @app.command()
@@ -139,8 +141,7 @@ def evaluate(
 
     with Bar(console, 1, 0, "evaluating") as bar:
         lines = evaluate(folder, protocol, settings or [], told, lambda done, total: bar.update(done, total=total))
-    for line in lines:
-        _say(line)
+    _say_all(lines)
 
 
 @app.command()
@@ -179,8 +180,7 @@ def ema(
         wanted = sweeps.Asked(sweep, metric, guidance, tensors or (), sigma_rel or (), nimg, repeats)
         with Bar(console, 1, 0, "measuring") as bar:
             lines = sweeps.sweep(folder, run, wanted, lambda done, total: bar.update(done, total=total))
-    for line in lines:
-        _say(line)
+    _say_all(lines)
 
 
 @app.command()
@@ -192,6 +192,24 @@ def report(
     from gesso.report import write
 
     _say(f"wrote {write(folders, out)}")
+
+
+@app.command()
+def table(
+    name: Annotated[str, typer.Argument(help="berrada/2a, edm2/1, ...; list shows all", show_default=False)],
+    settings: Overrides = None,
+    scale: Annotated[str, typer.Option(help="tiny (two cores), small (one GPU) or paper")] = "tiny",
+    rows: Annotated[list[str] | None, typer.Option("--rows", help="one of them; may be repeated")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="trainings of every row")] = 1,
+    where: Annotated[Path, typer.Option("--out", help="trainings, numbers and pages")] = Path("tables"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="what it takes, checked; nothing is run")] = False,
+    slurm: Annotated[Path | None, typer.Option(help="write job arrays into this folder", show_default=False)] = None,
+) -> None:
+    """A table or figure of the papers: trained, measured, beside the published numbers. Goes on where it stopped."""
+    from gesso.tables.command import Asked, command
+
+    asked = Asked(name, tuple(settings or ()), scale, tuple(rows or ()), seeds, where, dry_run, slurm)
+    command(asked, console, _say)
 
 
 @app.command()
@@ -213,8 +231,7 @@ def data(
 
     scale = None if crop_scale is None else shares(crop_scale)
     asked = Asked(rows, views, scale, flip, resolution, seed, vae, convention)
-    for line in examine(where, limit, asked, out, console):
-        _say(line)
+    _say_all(examine(where, limit, asked, out, console))
 
 
 @app.command()
@@ -254,8 +271,7 @@ def cache(
             lines = shards.check(source, lambda done, total: bar.update(done, total=total))
         else:
             lines = caching.write(plan, out, device, lambda done, total: bar.update(done, total=total), _say, caught)
-    for line in lines or ([f"{source} is as it was written"] if plan is None else []):
-        _say(line)
+    _say_all(lines or ([f"{source} is as it was written"] if plan is None else []))
     raise typer.Exit(int(plan is None and bool(lines)))
 
 
@@ -267,22 +283,17 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
     """Parameters and FLOPs of every network beside the published figures."""
-    import json
-
     from gesso.nets.count import render, table
 
-    rows = table(names)
-    _say(json.dumps([row._asdict() for row in rows], indent=1) if as_json else render(rows))
+    _say(render(table(names), as_json))
 
 
 @app.command()
 def recipes() -> None:
     """The recipes, one line each."""
-    from gesso.recipes import RECIPES
+    from gesso.recipes import listed
 
-    for name, make in RECIPES.items():
-        _say(f"{name:21} {(make.__doc__ or '').strip().splitlines()[0]}")
-    _say("\ngesso show RECIPE prints one whole; gesso train RECIPE a.b=c changes it")
+    _say_all(listed())
 
 
 @app.command()
@@ -292,8 +303,7 @@ def show(recipe: str, settings: Overrides = None) -> None:
     from gesso import recipes as known
 
     run, notes = known.resolve(recipe, list(settings or ()))
-    for note in notes:
-        errors.print(f"note: {note}", markup=False)
+    errors.print(*(f"note: {note}\n" for note in notes), sep="", end="", markup=False)
     sys.stdout.write(config.explained(run))
 
 
@@ -305,10 +315,7 @@ def diff(a: str, b: str) -> None:
 
     left, right = (known.resolve(name, [])[0] for name in (a, b))
     rows = config.differences(left, right)
-    for path, old, new in rows:
-        _say(f"{path}: {old!r} -> {new!r}")
-    if not rows:
-        _say("no difference")
+    _say_all([f"{path}: {old!r} -> {new!r}" for path, old, new in rows] or ["no difference"])
 
 
 @app.command()

@@ -19,6 +19,10 @@ class RunError(GessoError):
     exit_code = 1
 
 
+class Diverged(RunError):
+    """The loss or its gradient was not finite."""
+
+
 class Stopped(GessoError):
     """A signal asked the run to stop; its state is saved. 128 and its number: 130 for SIGINT, 138 SIGUSR1, 143 SIGTERM."""
 

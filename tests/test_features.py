@@ -101,7 +101,7 @@ def test_a_weight_file_is_checked(tmp_path):
 
 def public_lpips(name: str) -> tuple[dict, dict]:
     """Trunk and heads as in the public files, with tensors beside them that are not needed."""
-    net = lpips.LPIPS(lpips.NETWORKS[name][0])
+    net = lpips.LPIPS(lpips.NETWORKS[name][0], name)
     trunk = {
         f"features.{k}": random(k, v.shape, (2 / v[0].numel()) ** 0.5 if v.ndim > 1 else 0.1)
         for k, v in net.features.state_dict().items()
@@ -149,7 +149,7 @@ def test_lpips_is_the_sum_of_distances_of_unit_features(name, tmp_path):
 
 
 def test_lpips_refuses_what_it_cannot_compare(tmp_path):
-    net = lpips.LPIPS(lpips.ALEX)
+    net = lpips.LPIPS(lpips.ALEX, "alex")
     with pytest.raises(UsageError, match="of one size"):
         net(picture(40, 40), picture(40, 48))
     with pytest.raises(UsageError, match="from 32x32"):

@@ -11,7 +11,7 @@ ROOT = Path(gesso.__file__).parent
 
 ORDER = [
     {"errors"}, {"files", "torchrun"}, {"config", "keyed"}, {"cond"}, {"nets", "recipes"}, {"diffusion", "data", "ema"},
-    {"snapshot", "interop", "conditions"}, {"generate"}, {"evaluate"}, {"train"}, {"tables"}, {"report"}, {"play"}, {"__main__"},
+    {"snapshot", "interop", "conditions"}, {"generate"}, {"evaluate"}, {"train"}, {"report"}, {"tables"}, {"play"}, {"__main__"},
 ]  # fmt: skip
 RANK = {name: i for i, names in enumerate(ORDER) for name in names}
 TORCHVISION_BOUND = {"torchvision", "timm", "lpips", "torch_fidelity", "cleanfid", "pytorch_fid", "open_clip"}

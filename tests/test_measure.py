@@ -169,7 +169,7 @@ def test_agreement_of_digits(folder):
 
 def test_diversity_under_other_sizes(tmp_path, monkeypatch):
     """The mean over seeds of the mean LPIPS of all pairs among five sizes; and without the two smallest."""
-    folder, sizes = tmp_path / "run", measure.SIZES
+    folder, sizes = tmp_path / "run", measure.SIZES["lpips"]
     written(folder, "shapes-class", **{"control.variables": "size", "control.schedule": "uniform"})
     trunk, heads = public_lpips("alex")
     files = stored(trunk, tmp_path, "trunk.pth"), stored(heads, tmp_path, "heads.pth")
@@ -189,6 +189,51 @@ def test_diversity_under_other_sizes(tmp_path, monkeypatch):
     assert sizes[2] == measure.LEAST and min(every) > 1e-4 and every != pytest.approx(sharp)
     assert scores["lpips"]["values"] == pytest.approx([sum(every) / 3], rel=1e-3)
     assert scores["lpips_hr"]["values"] == pytest.approx([sum(sharp) / 3], rel=1e-3)
+
+
+def test_digits_told_two_sizes(tmp_path):
+    """The mean distance between features of samples told 4x4 and 8x8; none where the size has no weight."""
+    found = {}
+    for schedule in ("uniform", "zero"):
+        folder = tmp_path / schedule
+        written(
+            folder,
+            "digits",
+            **{"data.source": "digits-coarse", "control.variables": "size", "control.schedule": schedule},
+        )
+        run = asked(folder, "eval.scores=told_digits", "eval.diversity_seeds=7", "sample.steps=2")
+        result = measure.scores_of(Work(folder, run, CPU), SILENT)[0]
+        found[schedule] = result["scores"]["told_digits"]["values"]
+        assert result["protocol"]["networks"] == {"told": "digits-cnn-v1"}
+    tensors, *_ = snapshot.synthesize(tmp_path / "uniform", [ema.chosen(run.sample)])
+    run = asked(tmp_path / "uniform", "sample.steps=2")
+    denoiser, rows, network = (
+        snapshot.denoiser(tensors[0], run),
+        snapshot.control_rows(tmp_path / "uniform"),
+        load_digit_features(),
+    )
+    seeds, made = list(range(7)), []
+    for size in ("4x4", "8x8"):
+        cond, _ = conditions.build(run, seeds, rows, seeds, None, {"size": size})
+        made.append(network(torch.cat(list(generate.generate(denoiser, run, seeds, cond)))))
+    assert found["zero"] == [0] and found["uniform"][0] > 1e-3
+    assert found["uniform"] == pytest.approx([float((made[0] - made[1]).norm(dim=1).mean())], rel=1e-4)
+
+
+def test_scores_at_an_earlier_time(tmp_path):
+    """eval.nimg: the weights as they were; recorded with the number."""
+    folder = tmp_path / "run"
+    run = written(folder)
+    for stored_one in snapshot.stored(folder):
+        weights = {name: tensor * 1.5 for name, tensor in snapshot.read(stored_one.path)[0].items()}
+        path = snapshot.path_for(folder / "snapshots", 320, stored_one.profile)
+        snapshot.write(path, weights, 320, stored_one.profile, run)
+    last, early = (
+        measure.scores_of(Work(folder, asked(folder, "eval.scores=fd_digits", *at), CPU), SILENT)[0]
+        for at in ((), ("eval.nimg=320",))
+    )
+    assert (early["protocol"]["nimg"], last["protocol"]["nimg"]) == (320, 640)
+    assert early["scores"]["fd_digits"]["values"] != last["scores"]["fd_digits"]["values"]
 
 
 def test_every_score_can_be_asked_for():

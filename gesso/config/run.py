@@ -99,8 +99,9 @@ class Ema(Settings):
 
 
 Score = Literal[
-    "fid", "kid", "is", "pr", "fd_dinov2", "kd_dinov2", "pr_dinov2", "clip", "lpips", "fd_digits", "agreement", "drawn"
-]
+    "fid", "kid", "is", "pr", "fd_dinov2", "kd_dinov2", "pr_dinov2", "clip", "lpips", "fd_digits", "told_digits",
+    "agreement", "drawn",
+]  # fmt: skip
 
 
 class Eval(Settings):
@@ -113,8 +114,10 @@ class Eval(Settings):
     """random halves of the real images; scores and the floor are taken on each, at equal counts"""
     scores: Annotated[tuple[Score, ...], BeforeValidator(parse_words)] = ()
     """of `images` samples, beside `reference` or alone. Inception: fid,kid,is,pr (precision, recall, density, coverage);
-    DINOv2: fd_dinov2,kd_dinov2,pr_dinov2; clip; lpips between samples told different sizes. Shipped: fd_digits and agreement
-    of digits, drawn of shapes read back. Empty: what `features` says"""
+    DINOv2: fd_dinov2,kd_dinov2,pr_dinov2; clip; lpips between samples told different sizes. Shipped: fd_digits, told_digits (in
+    the place of lpips) and agreement of digits, drawn of shapes read back. Empty: what `features` says"""
+    nimg: Positive | None = None
+    """images that the weights had seen which scores are taken of; null: all of the training"""
     images: Annotated[Count, Field(ge=2)] = 50_000
     """samples that scores are taken over"""
     diversity_seeds: Annotated[Count, Field(ge=2)] = 10_000

@@ -26,13 +26,14 @@ Tick = Callable[[int, int], None]
 METRICS = {
     "fid": "inception", "kid": "inception", "is": "inception", "pr": "inception", "fd_dinov2": "dinov2",
     "kd_dinov2": "dinov2", "pr_dinov2": "dinov2", "clip": "clip", "lpips": "lpips", "agreement": "agreement", "drawn": "drawn", "fd_digits": "digits",
+    "told_digits": "told",
 }  # fmt: skip
 """score -> network. pr: precision and recall at k = 3, density and coverage at k = 5"""
 ROWS = ("kid", "is", "pr", "kd_dinov2", "pr_dinov2", "clip", "agreement", "drawn")
 """scores that need the features of every picture, not their moments alone"""
-ALONE = ("is", "clip", "lpips", "agreement", "drawn")
+ALONE = ("is", "clip", "lpips", "told_digits", "agreement", "drawn")
 """scores without a reference"""
-OF_RUNS = ("lpips", "agreement", "drawn")
+OF_RUNS = ("lpips", "told_digits", "agreement", "drawn")
 MOST_NEIGHBOURS = 10_000
 """pictures of either set that precision and recall are taken over, as ADM does"""
 

@@ -35,9 +35,9 @@ SMALLEST = 32
 class LPIPS(nn.Module):
     """Distance (B,) of uint8 RGB pictures (B, 3, H, W) and others of the same size; equal ones have 0."""
 
-    def __init__(self, layers: list[tuple]):
+    def __init__(self, layers: list[tuple], name: str):
         super().__init__()
-        self.layers = layers
+        self.layers, self.name = layers, name
         self.features, self.heads = nn.ModuleDict(), nn.ModuleDict()
         n, at = 3, 0
         for layer in layers:
@@ -92,4 +92,4 @@ def load(
     tensors = {k: v for k, v in trunk.items() if k.startswith("features.")}
     for i in range(5):
         tensors[f"heads.{i}.weight"] = heads.get(f"lin{i}.model.1.weight", torch.empty(0))
-    return weights.fitted(LPIPS(layers), tensors, f"LPIPS ({name})").to(device)
+    return weights.fitted(LPIPS(layers, f"LPIPS ({name})"), tensors, f"LPIPS ({name})").to(device)

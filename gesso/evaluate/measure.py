@@ -28,10 +28,10 @@ from gesso.evaluate.features import load_digit_features
 from gesso.evaluate.parts import Drawer, Prompt, Work, embedded, gathered, in_parts
 from gesso.evaluate.pictures import Pictures, open_pictures
 
-SIZES = (64, 128, 256, 512, 1024)
+SIZES = {"lpips": (64, 128, 256, 512, 1024), "told": (4, 8)}
 LEAST = 256
 """original sizes that conditional diversity is measured over, and the least of those of "lpips_hr" (Berrada et al. Table 2a).
-The text of Section 3.1 speaks of ten generations; five sizes make ten pairs"""
+The text of Section 3.1 speaks of ten generations; five sizes make ten pairs. told: those of data.source=digits-coarse"""
 Tick = Callable[[int, int], None]
 
 
@@ -58,27 +58,29 @@ def scores_of(work: Work, tick: Tick) -> tuple[dict[str, Any], list[str]]:
     reference = None if alone else _reference(run)
     names = dict.fromkeys(compare.METRICS[score] for score in cfg.scores)
     networks = {name: _load(name, asked, run, work.device) for name in names}
-    pairs = networks.pop("lpips", None)
-    if pairs:
-        _check_pairs(run)
-    weights, _, nimg, _ = snapshot.synthesize(work.folder, [ema.chosen(run.sample)])
-    protocol = _protocol(work, nimg, networks, reference)
+    pairs = {name: networks.pop(name) for name in SIZES if name in networks}
+    for name in pairs:
+        _check_pairs(run, name)
+    weights, _, nimg, _ = snapshot.synthesize(work.folder, [ema.chosen(run.sample)], cfg.nimg)
+    protocol = _protocol(work, nimg, networks | pairs, reference)
     place = work.folder / "evaluation" / _key(work, protocol)
-    mine = (cfg.images * cfg.repeats if networks else 0) + (cfg.diversity_seeds if pairs else 0)
+    mine = (cfg.images * cfg.repeats if networks else 0) + cfg.diversity_seeds * len(pairs)
     total = mine // work.world + (reference.count * len(networks) if reference and not work.rank else 0)
     seen = compare.Seen(tick, total)
     denoiser, guide = snapshot.denoiser(weights[0], run, work.device), generate.guide_of(work.folder, run)
     drawer = Drawer(work, denoiser, guide, generate.opened_space(run), prompts, snapshot.control_rows(work.folder))
     if networks:
         in_parts(work, list(networks), cfg.images, cfg.repeats, place, lambda s: embedded(drawer, networks, s), seen)
-    if pairs:
-        in_parts(work, ["lpips"], cfg.diversity_seeds, 1, place, lambda s: _distances(drawer, pairs, s), seen)
+    for name in pairs:
+        in_parts(
+            work, [name], cfg.diversity_seeds, 1, place, lambda s, n=name: _distances(drawer, n, pairs[n], s), seen
+        )
     if work.rank:
         return {}, []
     found: dict[str, list[float]] = {}
-    if pairs:
-        mean = gathered(place, "lpips", cfg.diversity_seeds, 0).moments.mean.tolist()
-        found = {"lpips": mean[:1], "lpips_hr": mean[1:]}
+    for name in pairs:
+        mean = gathered(place, name, cfg.diversity_seeds, 0).moments.mean.tolist()
+        found |= {"lpips": mean[:1], "lpips_hr": mean[1:]} if name == "lpips" else {"told_digits": mean}
     for name, network in networks.items():
         mine = [score for score in cfg.scores if compare.METRICS[score] == name]
         y = compare.beside(reference, network, mine, work.device, seen)
@@ -104,13 +106,14 @@ def _reference(run: Run) -> Pictures:
     return open_pictures(where, height)
 
 
-def _check_pairs(run: Run) -> None:
+def _check_pairs(run: Run, name: str) -> None:
     """Raise UsageError where the run cannot be told sizes, or draws too small for LPIPS."""
     if "size" not in run.control.variables:
+        said = next(score for score, network in compare.METRICS.items() if network == name)
         raise UsageError(
-            "eval.scores=lpips compares samples told different sizes; this run has no control variable size"
+            f"eval.scores={said} compares samples told different sizes; this run has no control variable size"
         )
-    if min(run.canvas) < lpips.SMALLEST:
+    if name == "lpips" and min(run.canvas) < lpips.SMALLEST:
         raise UsageError(
             f"eval.scores=lpips needs {lpips.SMALLEST}x{lpips.SMALLEST} and more; this run draws {run.canvas[1]}x{run.canvas[0]}"
         )
@@ -137,17 +140,22 @@ def _load(name: str, asked: compare.Asked, run: Run, device: torch.device) -> nn
         if not run.inputs.num_classes and run.semantic.kind != "text":
             raise UsageError("eval.scores=agreement needs a run with classes or words; this one has neither")
         return shipped.Agreement(load_digit_features(str(device)))
+    if name == "told":
+        return shipped.Apart(load_digit_features(str(device)))
     return shipped.Drawn(run.semantic.kind == "text") if name == "drawn" else compare.load(name, asked, device)
 
 
-def _distances(drawer: Drawer, network: lpips.LPIPS, seeds: Sequence[int]) -> dict[str, Tensor]:
-    """{"lpips": (n, 2)}: of each seed, class or prompt, and noise, the mean LPIPS between its samples under two of SIZES;
-    then without those below LEAST (Berrada et al. Section 3.1)."""
-    made = [torch.cat([x for x, _ in drawer.images(seeds, {"size": f"{size}x{size}"})]) for size in SIZES]
-    pairs = [(i, j) for j in range(len(SIZES)) for i in range(j)]
+def _distances(drawer: Drawer, name: str, network: nn.Module, seeds: Sequence[int]) -> dict[str, Tensor]:
+    """{name: (n, 2)}: of each seed, class or prompt, and noise, the mean distance between its samples under two of SIZES;
+    of lpips then without those below LEAST (Berrada et al. Section 3.1)."""
+    sizes = SIZES[name]
+    made = [torch.cat([x for x, _ in drawer.images(seeds, {"size": f"{size}x{size}"})]) for size in sizes]
+    pairs = [(i, j) for j in range(len(sizes)) for i in range(j)]
     found = torch.stack([network(made[i], made[j]).cpu() for i, j in pairs], dim=1)
-    sharp = [k for k, (i, _) in enumerate(pairs) if SIZES[i] >= LEAST]
-    return {"lpips": torch.stack([found.mean(dim=1), found[:, sharp].mean(dim=1)], dim=1)}
+    if name != "lpips":
+        return {name: found.mean(dim=1, keepdim=True)}
+    sharp = [k for k, (i, _) in enumerate(pairs) if sizes[i] >= LEAST]
+    return {name: torch.stack([found.mean(dim=1), found[:, sharp].mean(dim=1)], dim=1)}
 
 
 def _protocol(work: Work, nimg: int, networks: dict[str, nn.Module], reference: Pictures | None) -> dict[str, Any]:

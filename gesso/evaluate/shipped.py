@@ -32,6 +32,18 @@ class Agreement(nn.Module):
         return (logits.argmax(dim=1).cpu() == torch.tensor(list(labels)))[:, None].float()
 
 
+class Apart(nn.Module):
+    """How far two samples are apart that were told different sizes: Euclidean, in the features of digits. Not LPIPS."""
+
+    def __init__(self, network: DigitFeatures):
+        super().__init__()
+        self.network, self.name = network, network.name
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """RGB (B, 3, 8, 8) uint8 each -> (B,)."""
+        return (self.network(a[:, :1]) - self.network(b[:, :1])).norm(dim=1)
+
+
 class Drawn(nn.Module):
     """Whether shapes are drawn as their caption or class says: (B, K) of 0 and 1, -1 where it says nothing."""
 

@@ -7,6 +7,7 @@ which its transformers give away, + 5 per element of a LayerNorm or GroupNorm wi
 a convolution adds a bias to, without which its U-Nets stay .06 % short.
 """
 
+import json
 from typing import Any, NamedTuple
 
 import torch
@@ -183,8 +184,10 @@ UNITS = {"parameters": (1e6, "M parameters"), "macs": (1e9, "G macs"), "paper": 
          "convolutions": (1e9, "G macs, conv.")}  # fmt: skip
 
 
-def render(rows: list[Row]) -> str:
-    """The table as plain text, notes below it."""
+def render(rows: list[Row], as_json: bool = False) -> str:
+    """The table as plain text, notes below it; or as JSON."""
+    if as_json:
+        return json.dumps([row._asdict() for row in rows], indent=1)
     cells = [("model", "pixels", "quantity", "ours", "published", "ratio", "met", "trust", "source", "note")]
     notes: dict[str, int] = {}
     last = ""

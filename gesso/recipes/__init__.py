@@ -19,6 +19,12 @@ RECIPES: dict[str, Callable[[], Run]] = {
 }
 
 
+def listed() -> list[str]:
+    """A line for each recipe."""
+    lines = [f"{name:21} {(make.__doc__ or '').strip().splitlines()[0]}" for name, make in RECIPES.items()]
+    return [*lines, "\ngesso show RECIPE prints one whole; gesso train RECIPE a.b=c changes it"]
+
+
 def resolve(name: str, arguments: list[str]) -> tuple[Run, list[str]]:
     """The run that `name` stands for, with `arguments` (a.b=c or YAML files) laid over it, and notes.
 

@@ -17,7 +17,6 @@ of the noise. "Low res. pretrain. crop scale" is data.crop_scale, and that of th
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from gesso.config import (
@@ -39,6 +38,7 @@ from gesso.config import (
     mmditpp,
 )
 from gesso.recipes.digits import digits
+from gesso.recipes.needed import cache
 
 DDIM = dict(sampler="euler", steps=50)
 
@@ -184,21 +184,14 @@ def cc12m(name: str, resolution: int) -> Run:
 
 def commands(run: Run, before: str, result: str) -> str:
     """How to cache and train: the end of a recipe's docstring. before: the run at 256 that one at 512 starts from."""
-    d = run.data
-    (low, high), images = d.crop_scale, "cc12m" if run.semantic.kind == "text" else "/path/to/imagenet"
-    cache = f"{Path(images).name}-{d.resolution}-{low:g}-{high:g}" + "-flip" * d.flip
-    text = f" --text {CLIP['encoder']} --tokens 77" if run.semantic.kind == "text" else ""
-    made = (
-        f"gesso cache {images} caches/{cache} --resolution {d.resolution} --vae {VAE}{text} --views 4 "
-        f"--crop-scale {low:g},{high:g}{' --flip' * d.flip} --blur-faces"
-    )
+    made = cache(run)
     first = f" init=runs/{before}" if before else ""
     if before and run.process.scale == 1:
         first += " init.noise=kept"
     if before and isinstance(run.net, DiT | DiTAtt) and run.net.positions == "extrapolated":
         first += " init.positions=extrapolated"
-    trained = f"torchrun --nproc-per-node 8 -m gesso train {run.recipe} data.source=caches/{cache}{first}"
-    return f"    {made}\n    {trained}\n\n    On 16 A100 in the paper, days not said. {result}\n"
+    trained = f"torchrun --nproc-per-node 8 -m gesso train {run.recipe} data.source={made.folder}{first}"
+    return f"    {made.command}\n    {trained}\n\n    On 16 A100 in the paper, days not said. {result}\n"
 
 
 def described(make: Callable[[], Run], what: str, result: str, before: str = "") -> Callable[[], Run]:

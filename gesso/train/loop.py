@@ -77,7 +77,7 @@ def train(
             saver.close()
             last = checkpoint.stored(out / "state")
             where = f"last good state: {last[-1]}" if last else "no state was saved yet"
-            raise RunError(f"{error}\n{where}") from error
+            raise type(error)(f"{error}\n{where}") from error
         finally:
             saver.close()
             if log:

@@ -15,7 +15,7 @@ from gesso.config import MDT, Run
 from gesso.data.batches import Batches
 from gesso.data.samples import Dataset
 from gesso.diffusion import denoiser as diffusion
-from gesso.errors import RunError
+from gesso.errors import Diverged, RunError
 from gesso.generate import device_of
 from gesso.nets import mp
 from gesso.nets.mdt import keep_ids
@@ -216,7 +216,7 @@ class Trainer:
         self.scaling[2] += 1
         overflow = scaled and dynamic and math.isfinite(value)
         if (cfg.nonfinite == "stop" and not overflow) or self.scaling[2] >= IN_A_ROW:
-            raise RunError(self._diverged(u, losses))
+            raise Diverged(self._diverged(u, losses))
         if overflow:
             self.scaling[:2] = torch.stack([self.scaling[0] / 2, self.scaling[1] * 0])
         if cfg.nonfinite == "zero" and not overflow:

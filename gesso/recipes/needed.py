@@ -1,0 +1,32 @@
+"""The images that a recipe at the papers' scale needs, and the command that makes them ready."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from gesso.config import Run
+
+IMAGENET, CC12M = "/path/to/imagenet", "cc12m"
+
+
+class Cache(NamedTuple):
+    """folder: what data.source names; command: what writes it, empty where the images are used as they are."""
+
+    folder: str
+    command: str
+
+
+def cache(run: Run) -> Cache:
+    """Of a run whose data.source is not said: latents of what its settings say, of CC12M where it has words."""
+    d, text = run.data, run.semantic.kind == "text"
+    images = CC12M if text else IMAGENET
+    if not run.latent.vae:
+        return Cache(images, "")
+    settings = f"--resolution {d.resolution} --vae {run.latent.vae}"
+    if run.latent.convention == "edm2":
+        folder = f"caches/{Path(images).name}-{d.resolution}"
+        return Cache(folder, f"gesso cache {images} {folder} {settings} --convention edm2 --dtype float32")
+    low, high = d.crop_scale or (1, 1)
+    folder = f"caches/{Path(images).name}-{d.resolution}-{low:g}-{high:g}" + "-flip" * d.flip
+    tokens = f" --text {run.semantic.encoder} --tokens {run.semantic.tokens}" if text else ""
+    crops = f" --views 4 --crop-scale {low:g},{high:g}{' --flip' * d.flip} --blur-faces"
+    return Cache(folder, f"gesso cache {images} {folder} {settings}{tokens}{crops}")

@@ -1,0 +1,17 @@
+"""Tables and figures of the papers as data, and the commands that make them. `TABLES` is the list of them."""
+
+from collections.abc import Callable
+
+from gesso import config
+from gesso.errors import UsageError
+from gesso.tables import berrada, edm2
+from gesso.tables.table import Table
+
+TABLES: dict[str, Callable[[], Table]] = {make().name: make for module in (berrada, edm2) for make in module.TABLES}
+
+
+def table_of(name: str) -> Table:
+    """Raises UsageError for a name that there is not."""
+    if name not in TABLES:
+        raise UsageError(f"no table {name!r}; {config.nearest(name, list(TABLES))}; gesso table list has them all")
+    return TABLES[name]()
