@@ -1,7 +1,7 @@
-"""Features of 8x8 grey digits for a Frechet distance: the penultimate layer of a small classifier.
+"""Features of 8x8 grey digits and of drawn shapes for a Frechet distance: the penultimate layers of small classifiers.
 
-Not FID: another network, other images, another scale. `name` goes beside every number made with it.
-tools/train_digit_features.py makes the weights. B images, D = 64 features, K = 10 classes.
+Not FID: other networks, other images, another scale. `name` goes beside every number made with them.
+tools/train_digit_features.py and tools/train_shape_features.py make the weights. B images, D = 64 features, K classes.
 """
 
 import hashlib
@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gesso.data.shapes import COLOURS, KINDS
 from gesso.errors import RunError, UsageError
 
 FILE = "digits.safetensors"
 SHA256 = "27d7c9f06727feae0ebbea09cc4434690583994706ce5e1bbfe7bc8e0175f7a1"
+SHAPES_FILE = "shapes.safetensors"
+SHAPES_SHA256 = "69d0bbf4749f84b63abb77607ffe393d5c0892279e6c320dcce9ae86448cec8d"
 
 
 class DigitFeatures(nn.Module):
@@ -64,22 +67,63 @@ class Grey(nn.Module):
         return self.network(images[:, :1])
 
 
+class ShapeFeatures(nn.Module):
+    """uint8 RGB (B, 3, R, R), R a multiple of 32 -> float32 (B, D). Larger pictures are averaged over squares of R/32 pixels."""
+
+    name = "shapes-cnn-v1"
+    resolution, features = 32, 64
+    classes = len(KINDS) * len(COLOURS)
+    """whether there is a shape of this kind and colour"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 24, 3, padding=1)
+        self.conv2 = nn.Conv2d(24, 32, 3, stride=2, padding=1)
+        self.conv3 = nn.Conv2d(32, 48, 3, stride=2, padding=1)
+        self.conv4 = nn.Conv2d(48, 64, 3, stride=2, padding=1)
+        self.hidden = nn.Linear(64 * 4 * 4, self.features)
+        self.head = nn.Linear(self.features, self.classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features, float32 (B, D). Raises UsageError for pictures of another shape."""
+        c, height, width = images.shape[1:]
+        if c != 3 or height != width or height % self.resolution or images.dtype != torch.uint8:
+            raise UsageError(
+                f"{self.name} reads uint8 RGB squares whose edge is a multiple of {self.resolution}; got {c}x{height}x{width}, {images.dtype}"
+            )
+        x = F.avg_pool2d(images.float() / 127.5 - 1, height // self.resolution)
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            x = F.silu(conv(x))
+        return F.silu(self.hidden(x.flatten(1)))
+
+
 def load_digit_features(device: str | torch.device = "cpu") -> DigitFeatures:
     """The shipped network, frozen. Raises RunError when its file is missing or not the one recorded here."""
-    try:
-        content = resources.files("gesso.evaluate").joinpath(FILE).read_bytes()
-    except FileNotFoundError as error:
-        raise RunError(f"gesso/evaluate/{FILE} is missing from this installation; install gesso again") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256:
-        raise RunError(
-            f"gesso/evaluate/{FILE} is not the file that {DigitFeatures.name} names: sha256 {found},\n"
-            f"expected {SHA256}. Its numbers would compare with no others; install gesso again."
-        )
     network = DigitFeatures()
-    weights = safetensors.torch.load(content)
-    network.load_state_dict({key: value.float() for key, value in weights.items()})
+    network.load_state_dict(_shipped(network.name, FILE, SHA256))
     return network.requires_grad_(False).eval().to(device)
+
+
+def load_shape_features(device: str | torch.device = "cpu") -> ShapeFeatures:
+    """As load_digit_features."""
+    network = ShapeFeatures()
+    network.load_state_dict(_shipped(network.name, SHAPES_FILE, SHAPES_SHA256))
+    return network.requires_grad_(False).eval().to(device)
+
+
+def _shipped(name: str, file: str, sha256: str) -> dict[str, Tensor]:
+    """The weights in a file of this package."""
+    try:
+        content = resources.files("gesso.evaluate").joinpath(file).read_bytes()
+    except FileNotFoundError as error:
+        raise RunError(f"gesso/evaluate/{file} is missing from this installation; install gesso again") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise RunError(
+            f"gesso/evaluate/{file} is not the file that {name} names: sha256 {found},\n"
+            f"expected {sha256}. Its numbers would compare with no others; install gesso again."
+        )
+    return {key: value.float() for key, value in safetensors.torch.load(content).items()}
 
 
 def _checked(images: Tensor, resolution: int) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 from gesso.evaluate import measure, protocols
 from gesso.generate import device_of
+from gesso.tables import inside
 from gesso.tables.plan import Job
 from gesso.tables.table import By
 
@@ -17,4 +18,6 @@ def scores(job: Job) -> dict[str, Any]:
     return {"found": {name: each["least"] for name, each in result["scores"].items()}, "protocol": result["protocol"]}
 
 
-FOUND: dict[By, Callable[[Job], dict[str, Any]]] = {"scores": scores}
+FOUND: dict[By, Callable[[Job], dict[str, Any]]] = {
+    "scores": scores, "gradients": inside.gradients, "attention": inside.attention,
+}  # fmt: skip
