@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from sklearn.datasets import load_digits
 
+from gesso.data import crops, pixels, shapes
 from gesso.errors import RunError, UsageError
 from gesso.evaluate import features
-from gesso.evaluate.features import DigitFeatures, load_digit_features
+from gesso.evaluate.features import DigitFeatures, ShapeFeatures, load_digit_features, load_shape_features
 from gesso.evaluate.metrics import Moments, class_agreement, frechet_distance, nearest
 
 F64 = torch.float64
@@ -301,3 +302,27 @@ def test_distance_grows_with_noise(network, digits):
         distances.append(frechet_distance(real.mean, real.cov, found.mean, found.cov))
     assert distances == sorted(distances)
     assert distances[2] > 2 * distances[0]
+
+
+def test_shape_features_name_the_shapes():
+    """Of nine in ten pictures that they were not trained on, all of them and none besides; of larger ones as well."""
+    network, pairs = load_shape_features(), [(kind, colour) for kind in shapes.KINDS for colour in shapes.COLOURS]
+    scenes = shapes.scenes(range(21_000, 21_200))
+    there = torch.tensor([[pair in shapes.facts(scene).shapes for pair in pairs] for scene in scenes])
+    for side in (32, 64):
+        images = [pixels.decode(shapes.render(scene), 3)[0] for scene in scenes]
+        made = [crops.taken(image, crops.centred(image.height, image.width), side, side) for image in images]
+        found = network.head(network(torch.from_numpy(numpy.stack(made)))) > 0
+        assert (found == there).all(dim=1).float().mean() > 0.87
+
+
+def test_shape_features_refuse_other_pictures():
+    network = ShapeFeatures()
+    assert network(torch.zeros(2, 3, 96, 96, dtype=torch.uint8)).shape == (2, network.features)
+    for wrong in (
+        torch.zeros(1, 1, 32, 32, dtype=torch.uint8),
+        torch.zeros(1, 3, 48, 48, dtype=torch.uint8),
+        torch.zeros(1, 3, 32, 32),
+    ):
+        with pytest.raises(UsageError, match="multiple of 32"):
+            network(wrong)
