@@ -200,7 +200,7 @@ def table(
     settings: Overrides = None,
     scale: Annotated[str, typer.Option(help="tiny (two cores), small (one GPU) or paper")] = "tiny",
     rows: Annotated[list[str] | None, typer.Option("--rows", help="one of them; may be repeated")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="trainings of every row")] = 1,
+    seeds: Annotated[int, typer.Option(help="trainings of every row")] = 1,
     where: Annotated[Path, typer.Option("--out", help="trainings, numbers and pages")] = Path("tables"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="what it takes, checked; nothing is run")] = False,
     slurm: Annotated[Path | None, typer.Option(help="write job arrays into this folder", show_default=False)] = None,

@@ -140,6 +140,21 @@ def in_turn(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Of several processes that could make `path`: whether this one may, as none of the others is at it."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(path.with_name(f".{path.name}.lock"), "w")
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+@contextlib.contextmanager
 def locked(folder: Path, doing: str = "training in") -> Iterator[None]:
     """Hold `folder` for this process. The kernel drops the lock when the process ends, however it ends.
 

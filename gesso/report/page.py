@@ -29,11 +29,17 @@ td:first-child, th:first-child { text-align: left; } th { color: #6d685d; border
 pre { background: #fff; border: 1px solid #e6e0d4; border-radius: 6px; padding: 16px; overflow-x: auto; font-size: 13px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 20px; font-size: 15px; margin: 0; }
 dt { color: #6d685d; } dd { margin: 0; overflow-wrap: anywhere; } code { font-size: 14px; overflow-wrap: anywhere; }
-summary { cursor: pointer; color: #6d685d; }
+summary { cursor: pointer; color: #6d685d; } .soft { color: #8a8578; } .paired td { white-space: nowrap; }
+dl + .wide, dl + details { margin-top: 22px; } sup { line-height: 0; }
+.tag { color: #fff; border-radius: 9px; padding: 1px 9px; font-size: 13px; white-space: nowrap; }
 @media (max-width: 600px) { main { padding: 28px 16px 60px; } h1 { font-size: 30px; } dl { grid-template-columns: 1fr; } dd { margin-bottom: 8px; } }
 """
 
 escape = html.escape
+
+
+class Raw(str):
+    """Text that is HTML already."""
 
 
 def document(title: str, sections: Iterable[str]) -> str:
@@ -73,10 +79,11 @@ def beside(figures: Iterable[str], kind: str = "pair") -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """Rows of text; kind "words" for what is no number."""
+    """Rows of text, or Raw; kind "words" for what is no number."""
 
     def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        shown = (cell if isinstance(cell, Raw) else escape(cell) for cell in cells)
+        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in shown) + "</tr>"
 
     body = "".join(row(cells, "td") for cells in rows)
     return f'<div class="wide"><table class="{kind}">{row(head, "th")}{body}</table></div>'

@@ -1,0 +1,63 @@
+"""The picture of a figure: its columns as curves over the rows' x, with their spread over seeds."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from gesso.report import figures
+from gesso.tables.plan import Job
+from gesso.tables.results import Result
+
+WIDE = 30
+"""ratio of the largest to the smallest, above which an axis is logarithmic"""
+
+
+def pictures(result: Result, todo: Sequence[Job]) -> list[Any]:
+    """One matplotlib figure for each measure among the columns; none for a table, or where no curve has two points."""
+    if not result.table.x:
+        return []
+    groups: dict[str, dict[str, None]] = {}
+    for job in todo:
+        for column, name in job.part.columns.items():
+            groups.setdefault(name if job.part.by == "scores" else job.part.by, {})[column] = None
+    drawn = [_drawn(result, list(columns), label.replace("_", " ")) for label, columns in groups.items()]
+    return [figure for figure in drawn if figure is not None]
+
+
+def _drawn(result: Result, columns: Sequence[str], label: str) -> Any | None:
+    """Numbers as they are; a cross at the upper edge where all seeds diverged."""
+    rows = [row for row in result.table.rows if row.x is not None]
+    curves = {
+        c: [(row.x, result.cells[row.name, c]) for row in rows if result.cells[row.name, c].seeds] for c in columns
+    }
+    curves = {c: sorted(points, key=lambda point: point[0]) for c, points in curves.items() if points}
+    if all(sum(math.isfinite(cell.mean) for _, cell in points) < 2 for points in curves.values()):
+        return None
+    figure, axes = figures.started()
+    for i, (column, points) in enumerate(curves.items()):
+        colour, dash = figures.stroke(i)
+        x, mean = [x for x, _ in points], [cell.mean if math.isfinite(cell.mean) else math.nan for _, cell in points]
+        reach = [cell.spread if cell.spread is not None else math.nan for _, cell in points]
+        axes.plot(x, mean, dash, color=colour, lw=1.6, marker="o" if len(x) < 16 else None, ms=3.5, label=column)
+        low, high = ([m + sign * r for m, r in zip(mean, reach, strict=True)] for sign in (-1, 1))
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+        gone = [x for x, cell in points if math.isinf(cell.mean)]
+        axes.plot(gone, [1.0] * len(gone), "x", color=colour, ms=6, transform=axes.get_xaxis_transform(), clip_on=False)
+    if wide([x for points in curves.values() for x, _ in points]):
+        axes.set_xscale("log")
+    if wide([cell.mean for points in curves.values() for _, cell in points if math.isfinite(cell.mean)]):
+        axes.set_yscale("log")
+        figures.plain_ticks(axes)
+    axes.set_xlabel(result.table.x, color=figures.INK)
+    axes.set_ylabel(columns[0] if len(curves) == 1 else label, color=figures.INK)
+    if len(curves) > 1:
+        figures.legend(figure, axes)
+    return figure
+
+
+def wide(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) / min(values) >= WIDE
+
+
+def png(figure: Any, path: Any) -> None:
+    figure.savefig(path, format="png", dpi=160, facecolor="white", metadata={"Software": None})

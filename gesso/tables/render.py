@@ -1,0 +1,128 @@
+"""A page as blocks, and as Markdown and HTML."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from gesso.report import figures, page
+from gesso.tables.markdown import escaped, grid
+
+
+class Cell(NamedTuple):
+    """marks: numbers of footnotes; kind: "best" of ours in its column, "soft" for the paper's, or the colour of a tag."""
+
+    text: str
+    marks: tuple[int, ...] = ()
+    kind: str = ""
+
+
+class Title(NamedTuple):
+    text: str
+    below: str
+
+
+class Heading(NamedTuple):
+    text: str
+
+
+class Text(NamedTuple):
+    """mark: of a footnote."""
+
+    text: str
+    mark: int | None = None
+
+
+class Terms(NamedTuple):
+    pairs: dict[str, str]
+
+
+class Grid(NamedTuple):
+    """numbers: all but the first column are."""
+
+    names: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    numbers: bool = False
+
+
+class Code(NamedTuple):
+    lines: Sequence[str]
+
+
+class Picture(NamedTuple):
+    """A matplotlib figure; file: where Markdown finds it."""
+
+    figure: Any
+    file: str
+    caption: str
+
+
+class Folded(NamedTuple):
+    title: str
+    blocks: Sequence["Block"]
+
+
+Block = Title | Heading | Text | Terms | Grid | Code | Picture | Folded
+
+
+def markdown(blocks: Sequence[Block]) -> str:
+    return "\n\n".join(_markdown(block) for block in blocks) + "\n"
+
+
+def _markdown(block: Block) -> str:
+    match block:
+        case Title(text, below):
+            return f"# {escaped(text)}\n\n{escaped(below)}"
+        case Heading(text):
+            return f"## {escaped(text)}"
+        case Text(text, mark):
+            return (f"<sup>{mark}</sup> " if mark else "") + escaped(text)
+        case Terms(pairs):
+            return "\n".join(f"- {escaped(name)}: {escaped(text)}" for name, text in pairs.items())
+        case Grid(names, rows, numbers):
+            return grid(names, [[_cell(cell) for cell in row] for row in rows], numbers)
+        case Code(lines):
+            return "\n".join(["```", *lines, "```"])
+        case Picture(_, file, caption):
+            return f"![{escaped(caption)}]({file})"
+        case Folded(title, inner):
+            return f"<details><summary>{escaped(title)}</summary>\n\n{markdown(inner)}\n</details>"
+
+
+def _cell(cell: Cell) -> str:
+    text = escaped(cell.text)
+    text = f"**{text}**" if cell.kind and cell.kind != "soft" else text
+    return text + "".join(f"<sup>{mark}</sup>" for mark in cell.marks)
+
+
+def html(blocks: Sequence[Block]) -> Iterator[str]:
+    """Sections of a page."""
+    for block in blocks:
+        match block:
+            case Title(text, below):
+                yield f'<h1>{page.escape(text)}</h1><p class="sub">{page.escape(below)}</p>'
+            case Heading(text):
+                yield f"<h2>{page.escape(text)}</h2>"
+            case Text(text, mark):
+                yield f"<p>{f'<sup>{mark}</sup> ' if mark else ''}{page.escape(text)}</p>"
+            case Terms(pairs):
+                yield page.terms(pairs)
+            case Grid(names, rows, numbers):
+                yield page.table(
+                    names, [[_html(cell) for cell in row] for row in rows], "paired" if numbers else "words"
+                )
+            case Code(lines):
+                yield f"<pre>{page.escape(chr(10).join(lines))}</pre>"
+            case Picture(figure, _, caption):
+                yield page.beside([page.figure(figures.svg(figure), caption)])
+            case Folded(title, inner):
+                yield page.folded(title, "".join(html(inner)))
+
+
+def _html(cell: Cell) -> page.Raw:
+    text = page.escape(cell.text)
+    if cell.kind == "best":
+        text = f"<b>{text}</b>"
+    elif cell.kind == "soft":
+        text = f'<span class="soft">{text}</span>'
+    elif cell.kind:
+        text = f'<span class="tag" style="background:{cell.kind}">{text}</span>'
+    return page.Raw(text + "".join(f"<sup>{mark}</sup>" for mark in cell.marks))

@@ -1,0 +1,287 @@
+"""What a table gave: numbers by row, column and seed beside the published ones, marks, verdicts, and how all was made.
+
+NAME-SCALE.json holds it, and the page shows it (page.py).
+"""
+
+import json
+import math
+import re
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gesso.tables import claims, make, measures, plan
+from gesso.tables.claims import Verdict
+from gesso.tables.index import file_name
+from gesso.tables.marks import marked
+from gesso.tables.plan import Job
+from gesso.tables.table import Cell, Check, Table, Values
+
+SCORES = {
+    "fid": "FID",
+    "kid": "kernel distance of Inception's features",
+    "is": "inception score",
+    "fd_dinov2": "Frechet distance of DINOv2's features",
+    "kd_dinov2": "kernel distance of DINOv2's features",
+    "clip": "CLIP score",
+    "lpips": "LPIPS between samples told different sizes",
+    "lpips_hr": "LPIPS between samples told different sizes, those below 256 left out",
+    "fd_digits": "Frechet distance in the features of a small classifier of digits; it is not FID",
+    "told_digits": "distance in the features of a small classifier of digits between samples told 4x4 and 8x8; it is not LPIPS",
+    "class_agreement": "share of samples that a small classifier of digits reads as their class",
+    "all": "share of drawn shapes that are all that their caption or class says, read back exactly",
+    "border": "share of drawn shapes that are cut by the border",
+    "flipped": "share of drawn shapes on the mirrored side of what their caption says, read back exactly",
+}
+"""what numbers stand for, by the name among those found"""
+READ_BACK = ("colour", "kind", "pair", "place", "side", "relation", "sided")
+
+
+class Numbers(NamedTuple):
+    """A cell. seeds: its number by seed (inf: diverged, NaN: not finite); once: found without a training, so the same for all."""
+
+    seeds: Mapping[int, float]
+    published: float | None = None
+    notes: tuple[int, ...] = ()
+    once: bool = False
+
+    @property
+    def finite(self) -> list[float]:
+        return [value for value in self.seeds.values() if math.isfinite(value)]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds that did not diverge; inf where all did, NaN where there is none."""
+        if self.finite:
+            return statistics.mean(self.finite)
+        return max(self.seeds.values(), default=math.nan)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over seeds."""
+        return statistics.stdev(self.finite) if len(self.finite) > 1 and not self.once else None
+
+
+class Minutes(NamedTuple):
+    """Of a row, the mean over seeds; trainings that rows share count for each of them."""
+
+    training: float
+    measuring: float
+
+
+class Result(NamedTuple):
+    """notes: footnotes, counted from 1; verdicts: of each claim, with the gain that the paper's own numbers have."""
+
+    table: Table
+    scale: str
+    seeds: tuple[int, ...]
+    settings: tuple[str, ...]
+    cells: Mapping[Cell, Numbers]
+    notes: Sequence[str]
+    verdicts: Sequence[tuple[Verdict, float | None]]
+    checks: Sequence[tuple[Check, str, str]]
+    minutes: Mapping[str, Minutes]
+    each_training: Sequence[float]
+    protocols: Mapping[str, Mapping[str, Any]]
+    machines: Sequence[str]
+    trainings: Sequence[str]
+    evaluations: Mapping[str, Sequence[str]]
+
+
+def gathered(table: Table, scale: str, where: Path, todo: Sequence[Job], settings: Sequence[str] = ()) -> Result:
+    """Of all jobs that are done. settings: what the user laid over every training."""
+    records = {job.path: make.read(job.path) for job in todo if job.path.is_file()}
+    values, published = make.found(todo), table.published()
+    marks, notes = marked(table, todo, records)
+    cells: dict[Cell, Numbers] = {}
+    once = {(job.row, column) for job in todo if job.trained is None for column in job.part.columns}
+    for row in table.rows:
+        for column in table.columns:
+            cell = (row.name, column.name)
+            seeds = {seed: found[cell] for seed, found in values.items() if cell in found}
+            cells[cell] = Numbers(seeds, published.get(cell), marks.get(cell, ()), cell in once)
+    machines = Counter(machine(record) for record in records.values() if "made_with" in record)
+    return Result(
+        table, scale, tuple(values) or (0,), tuple(settings), cells, notes,
+        [(verdict(table, claim, values, once), _paper(table, claim)) for claim in table.claims],
+        [(check, *checked(check, scale, where)) for check in table.checks],
+        minutes(todo, records), each_training(todo, records), protocols(todo, records, where), [name for name, _ in machines.most_common()],
+        [plain(one.command, where) for one in plan.trainings(todo)], evaluations(todo, where),
+    )  # fmt: skip
+
+
+def stands(result: Result, todo: Sequence[Job]) -> dict[str, str]:
+    """What is measured in the place of each column, in words; columns of the same together."""
+    found: dict[str, dict[str, None]] = {column.name: {} for column in result.table.columns}
+    for job in todo:
+        for column, name in job.part.columns.items():
+            found[column][_words(job.part.by, name)] = None
+    told: dict[str, list[str]] = {}
+    for column, words in found.items():
+        told.setdefault(", or ".join(words) or "not made at this scale", []).append(column)
+    return {", ".join(columns): words for words, columns in told.items()}
+
+
+def _words(by: str, name: str) -> str:
+    if by == "scores":
+        return SCORES.get(name) or (
+            f"share of drawn shapes whose {name} is as asked, read back exactly" if name in READ_BACK else name
+        )
+    told = (measures.FOUND[by].__doc__ or by).strip().splitlines()[0].rstrip(".")
+    return f"{name} ({told[0].lower()}{told[1:]})"
+
+
+def verdict(table: Table, claim: claims.Claim, values: Mapping[int, Values], once: set[Cell]) -> Verdict:
+    """As claims.judged, over numbers that are numbers. What no seed decides needs no second seed."""
+    usable = [{c: v for c, v in found.items() if not math.isnan(v)} for found in values.values() if found]
+    exact = [claim.gain(table, {c: v for c, v in found.items() if c in once}) for found in usable]
+    if exact and exact[0] is not None and all(claim.gain(table, found) == exact[0] for found in usable):
+        said = claims.REPRODUCED if exact[0] > 0 else claims.NOT
+        return Verdict(claim.says, said, exact[0], 0.0, len(usable))
+    return claims.judged(table, claim, usable)
+
+
+def bounds(verdict: Verdict) -> tuple[float, float] | None:
+    """Between which the mean gain lies, each end at 95 % (Student's t): those that the verdict goes by."""
+    if not (math.isfinite(verdict.mean) and math.isfinite(verdict.error)) or verdict.seeds < 1:
+        return None
+    t = claims.T95[min(verdict.seeds - 1, len(claims.T95) - 1)]
+    reach = t * verdict.error if verdict.error else 0.0
+    return verdict.mean - reach, verdict.mean + reach
+
+
+def _paper(table: Table, claim: claims.Claim) -> float | None:
+    return claim.gain(table, table.published())
+
+
+def checked(check: Check, scale: str, where: Path) -> tuple[str, str]:
+    """What the claim says and its verdict, from the page of its table at the same scale."""
+    path = where / f"{file_name(check.table, scale)}.json"
+    if not path.is_file():
+        return "", claims.OPEN
+    found = make.read(path)["claims"]
+    return (
+        (found[check.claim]["says"], found[check.claim]["verdict"]) if check.claim < len(found) else ("", claims.OPEN)
+    )
+
+
+def minutes(todo: Sequence[Job], records: Mapping[Path, dict[str, Any]]) -> dict[str, Minutes]:
+    """By row, where it is measured."""
+    trained: dict[str, dict[tuple[int, str], float]] = {}
+    measured: dict[str, dict[int, float]] = {}
+    for job in todo:
+        if record := records.get(job.path):
+            each = measured.setdefault(job.row, {})
+            each[job.seed] = each.get(job.seed, 0) + record.get("minutes", 0)
+            key = (job.seed, json.dumps(record.get("training")))
+            trained.setdefault(job.row, {})[key] = record.get("training_minutes", 0)
+    return {
+        row: Minutes(sum(trained[row].values()) / len(each), sum(each.values()) / len(each))
+        for row, each in measured.items()
+    }
+
+
+def each_training(todo: Sequence[Job], records: Mapping[Path, dict[str, Any]]) -> list[float]:
+    """Minutes of every one that was measured, once."""
+    found = [records[job.path] for job in todo if job.path in records]
+    return list(
+        {json.dumps(one["training"]): one.get("training_minutes", 0.0) for one in found if one["training"]}.values()
+    )
+
+
+def protocols(todo: Sequence[Job], records: Mapping[Path, dict[str, Any]], where: Path) -> dict[str, dict[str, Any]]:
+    """How each column was measured: the protocol of its first cell."""
+    found: dict[str, dict[str, Any]] = {}
+    for job in todo:
+        protocol = records.get(job.path, {}).get("protocol")
+        for column in job.part.columns:
+            if protocol and column not in found:
+                found[column] = json.loads(plain(json.dumps(protocol), where))
+    return found
+
+
+def evaluations(todo: Sequence[Job], where: Path) -> dict[str, list[str]]:
+    """By row, each command once."""
+    found: dict[str, dict[str, None]] = {}
+    for job in todo:
+        if job.evaluation:
+            found.setdefault(job.row, {})[plain(job.evaluation, where)] = None
+    return {row: list(commands) for row, commands in found.items()}
+
+
+def plain(text: str, where: Path) -> str:
+    """As under the folder that --out is by default, wherever this one is."""
+    for room in ("trained", "measured"):
+        text = re.sub(rf"(?<![\w/.-]){re.escape(str(where / room))}/", f"tables/{room}/", text)
+    return text
+
+
+def machine(record: Mapping[str, Any]) -> str:
+    made = record["made_with"]
+    threads = f", {made['threads']} thread{'s' * (made['threads'] != 1)}" if made["device"] == "cpu" else ""
+    return f"{made['device']}{threads}, torch {made['torch']}"
+
+
+def command(result: Result) -> str:
+    """What makes the table."""
+    seeds = f" --seeds {len(result.seeds)}" if len(result.seeds) > 1 else ""
+    return " ".join(["gesso table", result.table.name, *result.settings, f"--scale {result.scale}{seeds}"])
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """What NAME-SCALE.json holds: "diverged" and "NaN" in the place of what is no number."""
+    table = result.table
+    return {
+        "table": table.name,
+        "title": table.title,
+        "source": table.source,
+        "scale": result.scale,
+        "seeds": list(result.seeds),
+        "settings": list(result.settings),
+        "rows": {
+            row.name: {
+                column.name: {
+                    "ours": {str(seed): number(value) for seed, value in cell.seeds.items()},
+                    "mean": number(cell.mean) if cell.seeds else None,
+                    "spread": cell.spread,
+                    "published": None if cell.published is None else number(cell.published),
+                    "notes": [result.notes[i - 1] for i in cell.notes],
+                }
+                for column in table.columns
+                if (cell := result.cells[row.name, column.name]).seeds or cell.published is not None
+            }
+            for row in table.rows
+        },
+        "claims": [
+            {
+                "says": each.says,
+                "verdict": each.verdict,
+                "gain": gain(each.mean) if each.seeds else None,
+                "bounds": bounds(each),
+                "seeds": each.seeds,
+                "published_gain": None if paper is None else gain(paper),
+            }
+            for each, paper in result.verdicts
+        ],
+        "checks": [
+            {"question": check.question, "recommendation": check.recommendation, "table": check.table, "says": says, "verdict": said}
+            for check, says, said in result.checks
+        ],
+        "minutes": {row: {"training": each.training, "measuring": each.measuring} for row, each in result.minutes.items()},
+        "made_with": list(result.machines),
+        "protocols": result.protocols,
+        "command": command(result),
+        "trainings": list(result.trainings),
+        "evaluations": {row: list(commands) for row, commands in result.evaluations.items()},
+    }  # fmt: skip
+
+
+def gain(value: float) -> float | str:
+    """inf where the one diverged and the other did not."""
+    return value if math.isfinite(value) else str(value)
+
+
+def number(value: float) -> float | str:
+    return value if math.isfinite(value) else "NaN" if math.isnan(value) else "diverged"
