@@ -87,6 +87,13 @@ def _reference(run: Run, what: str) -> list[str]:
     return []
 
 
+def settings_of(name: str, run: Run) -> list[str]:
+    """What the protocol `name` lays over a run. Raises UsageError for one that there is not, or that needs to be told more."""
+    if name not in PROTOCOLS:
+        raise UsageError(f"no protocol {name!r}; {config.nearest(name, list(PROTOCOLS))}")
+    return [f"eval.protocol={name}", "eval.images=50000", *PROTOCOLS[name](run)]
+
+
 def measured(folder: Path, name: str | None, said: list[str]) -> Run:
     """The run of a folder as it is to be measured: by the protocol `name`, and as the user said otherwise.
 
@@ -96,9 +103,7 @@ def measured(folder: Path, name: str | None, said: list[str]) -> Run:
     run = config.recorded(folder, said, CHANGEABLE)
     if name is None:
         return run
-    if name not in PROTOCOLS:
-        raise UsageError(f"no protocol {name!r}; {config.nearest(name, list(PROTOCOLS))}")
-    own = [f"eval.protocol={name}", "eval.images=50000", *PROTOCOLS[name](run)]
+    own = settings_of(name, run)
     exact = config.recorded(folder, [*own, f"eval.reference={run.eval.reference or 'null'}"], CHANGEABLE)
     run = config.recorded(folder, [*own, *said], CHANGEABLE)
     other = sorted({path for path, _, _ in config.differences(exact, run) if path not in FREE})

@@ -36,13 +36,18 @@ LPIPS_VGG = File(
 )
 
 
+def place(file: File, folder: Path | None = None) -> Path:
+    """Where a file is, or would be: in `folder`; where none is said, in torch's own cache."""
+    return (folder or Path(torch.hub.get_dir()) / "checkpoints") / file.name
+
+
 def load(file: File, folder: Path | None = None) -> dict[str, Tensor]:
     """Named tensors of a public file in `folder`; where none is said, in torch's own cache, fetched once.
 
     Raises UsageError that says which file, from where and where to put it when it is missing, RunError when it is not the
     public one or is damaged.
     """
-    path = (folder or Path(torch.hub.get_dir()) / "checkpoints") / file.name
+    path = place(file, folder)
     if not path.is_file():
         _fetch(file, path, fetch=folder is None)
     if not (found := hashlib.sha256(path.read_bytes()).hexdigest()).startswith(file.sha256):

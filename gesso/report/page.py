@@ -30,7 +30,7 @@ pre { background: #fff; border: 1px solid #e6e0d4; border-radius: 6px; padding: 
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 20px; font-size: 15px; margin: 0; }
 dt { color: #6d685d; } dd { margin: 0; overflow-wrap: anywhere; } code { font-size: 14px; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: #6d685d; } .soft { color: #8a8578; } .paired td { white-space: nowrap; }
-dl + .wide, dl + details { margin-top: 22px; } sup { line-height: 0; }
+sup { line-height: 0; }
 .tag { color: #fff; border-radius: 9px; padding: 1px 9px; font-size: 13px; white-space: nowrap; }
 @media (max-width: 600px) { main { padding: 28px 16px 60px; } h1 { font-size: 30px; } dl { grid-template-columns: 1fr; } dd { margin-bottom: 8px; } }
 """

@@ -110,7 +110,7 @@ def shown(cell: Numbers, digits: int | None, seeds: int) -> str:
         return NONE
     text = number(cell.mean, digits)
     if cell.spread is not None:
-        text += f" \u00b1 {number(cell.spread, digits)}"
+        text += f"\u00a0\u00b1\u00a0{number(cell.spread, digits)}"  # on one line
     gone = len(cell.seeds) - len(cell.finite)
     if cell.finite and gone:
         kind = "diverged" if any(math.isinf(value) for value in cell.seeds.values()) else "NaN"

@@ -55,7 +55,9 @@ class Job(NamedTuple):
         if self.trained is None or self.part.by != "scores":
             return ""
         protocol = f"--protocol {self.part.protocol}" if self.part.protocol else ""
-        return " ".join(filter(None, ["gesso evaluate", str(self.trained.folder), protocol, shlex.join(self.settings)]))
+        return " ".join(
+            filter(None, ["gesso evaluate", shlex.quote(str(self.trained.folder)), protocol, shlex.join(self.settings)])
+        )
 
 
 def scale_of(table: Table, name: str) -> Scale:
@@ -105,7 +107,9 @@ def planned(training: Training, seed: int, where: Path, more: tuple[str, ...] = 
     decides = {name: value for name, value in config.flat(run).items() if not name.startswith(MEASURED)}
     key = _key([decides, after and after.key])
     folder = where / "trained" / f"{training.recipe.rpartition(':')[2].replace('/', '-')}-{key}"
-    return Trained(run, folder, key, f"gesso train {training.recipe} {shlex.join(said)} --out {folder}", after)
+    return Trained(
+        run, folder, key, f"gesso train {training.recipe} {shlex.join(said)} --out {shlex.quote(str(folder))}", after
+    )
 
 
 def trainings(todo: Sequence[Job]) -> list[Trained]:

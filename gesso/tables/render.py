@@ -104,7 +104,8 @@ def html(blocks: Sequence[Block]) -> Iterator[str]:
             case Text(text, mark):
                 yield f"<p>{f'<sup>{mark}</sup> ' if mark else ''}{page.escape(text)}</p>"
             case Terms(pairs):
-                yield page.terms(pairs)
+                lines = (f"<li>{page.escape(name)}: {page.escape(text)}</li>" for name, text in pairs.items())
+                yield f"<ul>{''.join(lines)}</ul>"
             case Grid(names, rows, numbers):
                 yield page.table(
                     names, [[_html(cell) for cell in row] for row in rows], "paired" if numbers else "words"

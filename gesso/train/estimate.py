@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -266,27 +267,43 @@ def time_lines(run: Run, measured: Measured) -> list[str]:
     ]
 
 
-def disk_line(run: Run, weights: int, state: int) -> str:
-    cfg, weights = run.train, weights // (2 if run.ema.snapshots == "float16" else 1)
+class Disk(NamedTuple):
+    """What a run leaves: how many files of how many bytes."""
+
+    snapshots: int
+    weights: int
+    states: int
+    state: int
+    log: int
+
+    @property
+    def total(self) -> int:
+        return self.snapshots * self.weights + self.states * self.state + self.log
+
+
+def disk(run: Run, weights: int, state: int) -> Disk:
+    """weights: bytes of one average in memory; state: of all that a state holds."""
+    cfg = run.train
     last = -(-cfg.total_images // cfg.batch_size) * cfg.batch_size
 
     def times(every: int) -> int:
         return last // every + (not crossed(last - cfg.batch_size, last, every))
 
     averages = len(run.ema.sigma_rels) + len(run.ema.halflives)
-    states = min(cfg.keep_states, times(cfg.state_images)) + (
-        last // cfg.milestone_images if cfg.milestone_images else 0
-    )
-    files = times(cfg.snapshot_images) * averages
-    log = times(cfg.log_images) * LINE
-    total = files * weights + states * state + log
+    milestones = last // cfg.milestone_images if cfg.milestone_images else 0
+    states = min(cfg.keep_states, times(cfg.state_images)) + milestones
+    weights //= 2 if run.ema.snapshots == "float16" else 1
+    return Disk(times(cfg.snapshot_images) * averages, weights, states, state, times(cfg.log_images) * LINE)
+
+
+def disk_line(run: Run, weights: int, state: int) -> str:
+    found = disk(run, weights, state)
     free = shutil.disk_usage(".").free
-    short = (
-        f", more than the {in_bytes(free)} that are free here" if total > free else f" ({in_bytes(free)} are free here)"
-    )
+    more = found.total > free
+    room = f", more than the {in_bytes(free)} that are free here" if more else f" ({in_bytes(free)} are free here)"
     return (
-        f"  disk     {in_bytes(total)}{short}: {files:,} snapshots of {in_bytes(weights)}, {states} states of {in_bytes(state)}, "
-        f"log {in_bytes(log)}; one state more while one is written"
+        f"  disk     {in_bytes(found.total)}{room}: {found.snapshots:,} snapshots of {in_bytes(found.weights)}, "
+        f"{found.states} states of {in_bytes(found.state)}, log {in_bytes(found.log)}; one state more while one is written"
     )
 
 
