@@ -13,5 +13,5 @@ TABLES: dict[str, Callable[[], Table]] = {make().name: make for module in (berra
 def table_of(name: str) -> Table:
     """Raises UsageError for a name that there is not."""
     if name not in TABLES:
-        raise UsageError(f"no table {name!r}; {config.nearest(name, list(TABLES))}; gesso table list has them all")
+        raise UsageError(f"no table {name!r} (gesso table list has them all); {config.nearest(name, list(TABLES))}")
     return TABLES[name]()

@@ -44,8 +44,8 @@ def listed(where: Path) -> list[str]:
     """A line for every table, by paper, with what is made of it in `where`."""
     made: dict[str, list[str]] = {}
     for one in index.made(where):
-        n = len(one["seeds"])
-        made.setdefault(one["table"], []).append(f"{index.counted(one)} ({one['scale']}, {n} seed{'s' * (n != 1)})")
+        seeds = "" if one["checks"] else f", {many(len(one['seeds']), 'seed')}"
+        made.setdefault(one["table"], []).append(f"{index.counted(one)} ({one['scale']}{seeds})")
     tables = [make() for make in TABLES.values()]
     width = max(len(table.name) for table in tables) + 2
     lines = []
@@ -62,8 +62,12 @@ def about(table: Table) -> str:
     """Scales, and how many claims."""
     if table.checks:
         return f"{len(table.checks)} checks of other tables"
-    n = len(table.claims)
-    return f"{', '.join(table.scales)}; {n or 'no'} claim{'s' * (n != 1)}"
+    return f"{', '.join(table.scales)}; {many(len(table.claims), 'claim')}"
+
+
+def many(n: int, what: str) -> str:
+    """1 seed, 3 seeds."""
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def command(asked: Asked, console: Console, say: Callable[[str], None]) -> None:
@@ -105,6 +109,10 @@ def checked(asked: Asked) -> Table:
         raise UsageError(f"--seeds {asked.seeds}: one or more, such as --seeds 3")
     if asked.scale not in SCALES:
         raise UsageError(f"--scale {asked.scale}: {nearest(asked.scale, list(SCALES))}")
+    if asked.slurm and asked.slurm.exists() and not asked.slurm.is_dir():
+        raise UsageError(
+            f"--slurm {asked.slurm} is a file: name a folder to write train.sh, measure.sh and submit.sh into"
+        )
     if table.checks and (asked.rows or asked.settings or asked.dry_run or asked.slurm):
         raise UsageError(
             f"{table.name} makes nothing: it collects the verdicts of other tables, gesso table {table.name}"

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from gesso.errors import UsageError
 from gesso.files import in_bytes
 from gesso.tables import costs, make, needs, plan, slurm
-from gesso.tables.command import Asked
+from gesso.tables.command import Asked, many
 from gesso.tables.costs import Cost
 from gesso.tables.needs import Need
 from gesso.tables.plan import Job, Trained
@@ -16,7 +16,7 @@ HOW = f"an estimate: 3 forward passes an image, an A100 at {100 * costs.SHARE:g}
 
 def lines(table: Table, asked: Asked, todo: Sequence[Job]) -> list[str]:
     """Commands, needs, hours and disk; with --slurm also the scripts, written. Raises UsageError for a recipe that makes no
-    network, or where --slurm names a file."""
+    network."""
     trainings = plan.trainings(todo)
     needed: dict[str, Need] = {}
     all_costs: list[Cost] = []
@@ -45,8 +45,8 @@ def lines(table: Table, asked: Asked, todo: Sequence[Job]) -> list[str]:
 def head(table: Table, asked: Asked, todo: Sequence[Job], trainings: Sequence[Trained]) -> str:
     done, measured = sum(map(make.finished, trainings)), sum(job.path.is_file() for job in todo)
     return (
-        f"{table.name} at --scale {asked.scale}: {len(todo)} measurements ({measured} there) of {len(trainings)} trainings "
-        f"({done} there), {asked.seeds} seed{'s' * (asked.seeds != 1)}"
+        f"{table.name} at --scale {asked.scale}: {many(len(todo), 'measurement')} ({measured} there) of "
+        f"{many(len(trainings), 'training')} ({done} there), {many(asked.seeds, 'seed')}"
     )
 
 
@@ -82,7 +82,7 @@ def missing(found: Sequence[Need]) -> Iterator[str]:
 
 def total(asked: Asked, found: Sequence[Cost], drawing: float, table: Table) -> Iterator[str]:
     disk = in_bytes(sum(cost.disk.total for cost in found))
-    yield f"in all: {len(found)} trainings, {disk}; of a row and seed {table.scales[asked.scale].cost}"
+    yield f"in all: {many(len(found), 'training')}, {disk}; of a row and seed {table.scales[asked.scale].cost}"
     if asked.scale != "tiny":
         hours = sum(cost.hours for cost in found)
         yield f"  about {in_hours(hours)} GPU-hours of training and {in_hours(drawing)} of drawing samples ({HOW})"

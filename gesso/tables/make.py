@@ -76,10 +76,10 @@ def made(job: Job, place: str, console: Console, say: Say) -> bool:
                 train(step, console, say)
             started = time.monotonic()
             record |= measures.FOUND[job.part.by](job)
-            record["minutes"] = round((time.monotonic() - started) / 60, 2)
+            record["minutes"] = round((time.monotonic() - started) / 60, 4)
         except Diverged as error:
             record["diverged"] = str(error).splitlines()[0]
-        record["training_minutes"] = round(sum(minutes(step) for step in steps), 2)
+        record["training_minutes"] = round(sum(minutes(step) for step in steps), 4)
         if job.trained and (job.trained.folder / "run.yaml").is_file():
             record["made_with"] = config.read(job.trained.folder / "run.yaml").made_with
         files.write_json(job.path, record)

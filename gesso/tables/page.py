@@ -81,7 +81,7 @@ def cells_of(result: Result, column: Column) -> list[Cell]:
     cells = [result.cells[row.name, column.name] for row in result.table.rows]
     means = [cell.mean for cell in cells if cell.finite]
     best = None
-    if column.lower is not None and len(means) > 1:
+    if column.lower is not None and len(set(means)) > 1:
         best = min(means) if column.lower else max(means)
     digits = digits_of(cells)
     return [
@@ -154,7 +154,8 @@ def lasted(result: Result) -> str:
     found = sorted(result.each_training if result.table.x else rows.values())
     if not found:
         return ""
-    many = f"{found[0]:.2g} to {found[-1]:.2g} minutes, {statistics.median(found):.2g} in the middle"
+    low, middle, high = (f"{value:.2g}" for value in (found[0], statistics.median(found), found[-1]))
+    many = f"{low} to {high} minutes, {middle} in the middle" if low != high else f"{low} minutes"
     on = f" ({'; '.join(result.machines)})" if result.machines else ""
     what = "A training" if result.table.x else "A row and seed"
     shared = "" if result.table.x else " Trainings that rows share are counted for each."

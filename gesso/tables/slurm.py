@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gesso import files
-from gesso.errors import UsageError
 from gesso.tables import make, plan
-from gesso.tables.command import Asked
+from gesso.tables.command import Asked, many
 from gesso.tables.plan import Job, Trained
 from gesso.tables.table import Table
 
@@ -41,14 +40,9 @@ wait $!
 
 
 def write(table: Table, asked: Asked, todo: Sequence[Job]) -> list[str]:
-    """Write the three scripts into the folder --slurm, of what is not there; returns how to submit them.
-
-    Raises UsageError where --slurm is a file.
-    """
+    """Write the three scripts into the folder --slurm, of what is not there; returns how to submit them."""
     folder = asked.slurm
     assert folder is not None
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--slurm {folder} is a file: name a folder to write train.sh, measure.sh and submit.sh into")
     left = [one for one in plan.trainings(todo) if not make.finished(one)]
     rows = list(dict.fromkeys(job.row for job in todo if not job.path.is_file()))
     if not rows:
@@ -61,7 +55,7 @@ def write(table: Table, asked: Asked, todo: Sequence[Job]) -> list[str]:
     files.write_text(folder / "measure.sh", measuring)
     files.write_text(folder / "submit.sh", submitting(folder, left, len(rows)))
     return [
-        f"wrote train.sh ({len(left)} trainings), measure.sh ({len(rows)} rows) and submit.sh to {folder}",
+        f"wrote train.sh ({many(len(left), 'training')}), measure.sh ({many(len(rows), 'row')}) and submit.sh to {folder}",
         f"submit them from this folder, which their paths are relative to:  bash {shlex.quote(str(folder / 'submit.sh'))}",
         f"when all is measured, the page is written by:  {asked.typed()}",
     ]

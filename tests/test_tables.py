@@ -1,0 +1,761 @@
+"""gesso table: jobs, trainings shared by fingerprint, verdicts, pages, what it would take, and a real run through the command."""
+
+import io
+import itertools
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from gesso import files, tables
+from gesso.config import nearest
+from gesso.errors import Diverged, Stopped, UsageError
+from gesso.tables import claims, command, costs, dry, index, make, marks, needs, page, plan, results, slurm
+from gesso.tables.claims import judged
+from gesso.tables.command import Asked
+from gesso.tables.table import DIVERGED, Check, Claim, Column, How, Part, Row, Scale, Table, Training
+from gesso.train import loop
+
+QUIET = Console(quiet=True)
+SMALL = ("net.width=32", "net.depth=1", "net.heads=2", "train.total_images=256", "train.batch_size=32", "train.snapshot_images=64",
+         "train.state_images=64", "train.log_images=64", "train.threads=1", "optim.warmup_images=64")  # fmt: skip
+DRAWN = ("eval.scores=fd_digits,agreement", "eval.images=40", "sample.steps=3")
+SLOW, FAST = Training("digits", (*SMALL, "optim.lr=1e-4")), Training("digits", (*SMALL, "optim.lr=4e-3"))
+
+
+def fake(**changes) -> Table:
+    """Two rows that train, one that shares the training of another, one column that needs none."""
+    scored = {
+        "slow": How(SLOW),
+        "fast": How(FAST),
+        "fast, guided": How(FAST, ("sample.guidance=2",)),
+    }
+    table = Table(
+        "test/1",
+        "Rates | of <two> kinds",
+        "Nobody 2024, Table 1",
+        (Column("FID"), Column("right", False), Column("size", None)),
+        (
+            Row("slow", {"FID": 9.5}),
+            Row("fast", {"FID": 3.25}),
+            Row("fast, guided", {"FID": DIVERGED}),
+            Row("never made"),
+        ),
+        {
+            "tiny": Scale(
+                (
+                    Part({"FID": "fd_digits", "right": "class_agreement"}, scored, measure=DRAWN),
+                    Part({"size": "parameters"}, {"slow": How(measure=("net.width=32",))}, by="counts"),
+                ),
+                cost="a second",
+                notes="As small as can be",
+            ),
+            "small": Scale((), cost="nothing"),
+        },
+        (
+            Claim("A higher rate is better", claims.better(("fast", "FID"), ("slow", "FID"))),
+            Claim("It is right more often", claims.better(("fast", "right"), ("slow", "right"))),
+        ),
+        notes="The paper says nothing of it.",
+    )
+    return table._replace(**changes)
+
+
+def numbers(table: Table, where: Path, values: dict[tuple[str, str, int], float | None], **protocol) -> list[plan.Job]:
+    """Jobs of three seeds with made-up numbers by (row, name, seed), each with a protocol."""
+    todo = plan.jobs(table, "tiny", range(3), where)
+    for job in todo:
+        found = {name: values.get((job.row, name, job.seed), 0.5) for name in job.part.columns.values()}
+        told = {"name": None, "images": 40, "diversity_seeds": 9, "reference": "digits", "reference_images": 1797,
+                "reference_pictures": "abc", "networks": {"digits": "a"}, "nimg": 256, "guidance": 1.5, "sigma_rel": 0.1}  # fmt: skip
+        files.write_json(job.path, {
+            "by": job.part.by, "row": job.row, "seed": job.seed, "evaluation": job.evaluation, "found": found,
+            "training": [one.command for one in plan.trainings([job])], "protocol": told | protocol.get(job.row, {}),
+            "minutes": 0.25, "training_minutes": 1.5 * bool(job.trained), "made_with": {"device": "cpu", "threads": 1, "torch": "2.13"},
+        })  # fmt: skip
+    return todo
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """The fake as a table that there is, and a way of counting that needs no torch."""
+    monkeypatch.setitem(tables.TABLES, "test/1", fake)
+    monkeypatch.setitem(make.measures.FOUND, "counts", lambda job: {"found": {"parameters": 17.0}})
+
+
+# Jobs and trainings
+
+
+def test_jobs_of_rows_parts_and_seeds(tmp_path):
+    todo = plan.jobs(fake(), "tiny", range(2), tmp_path)
+    assert [(job.row, job.part.by, job.seed) for job in todo] == [
+        ("slow", "scores", 0), ("fast", "scores", 0), ("fast, guided", "scores", 0), ("slow", "counts", 0),
+        ("slow", "scores", 1), ("fast", "scores", 1), ("fast, guided", "scores", 1),
+    ]  # fmt: skip
+    assert [job.row for job in plan.jobs(fake(), "tiny", [0], tmp_path, ["fast"])] == ["fast"]
+    assert len({job.path for job in todo}) == 7
+
+
+def test_trainings_are_shared_within_and_between_tables(tmp_path):
+    todo = plan.jobs(fake(), "tiny", range(3), tmp_path)
+    assert len(plan.trainings(todo)) == 6  # two rates, three seeds
+    other = fake(name="test/2", rows=(Row("its own name"),))
+    part = Part({"FID": "fd_digits"}, {"its own name": How(FAST)}, measure=DRAWN)
+    (job,) = plan.jobs(other._replace(scales={"tiny": Scale((part,), "")}), "tiny", [0], tmp_path)
+    assert job.trained.folder == todo[1].trained.folder and job.path == todo[1].path
+
+
+FIRST = plan.planned(FAST, 0, Path("w"))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "sample.guidance=3",
+        "sample.steps=99",
+        "eval.images=7",
+        "watch.sample_images=64",
+        "train.device=cpu",
+        "train.threads=2",
+    ],
+)
+def test_what_is_not_trained_does_not_count(setting):
+    assert plan.planned(Training("digits", (*FAST.settings, setting)), 0, Path("w")).key == FIRST.key
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "optim.lr=5e-3",
+        "train.total_images=288",
+        "net.width=64",
+        "data.source=digits-coarse",
+        "process.name=vp",
+        "ema.sigma_rels=[0.05]",
+    ],
+)
+def test_what_is_trained_counts(setting):
+    assert plan.planned(Training("digits", (*FAST.settings, setting)), 0, Path("w")).key != FIRST.key
+
+
+def test_seeds_and_beginnings_count():
+    later = Training("digits", FAST.settings, after=SLOW)
+    keys = {
+        plan.planned(t, seed, Path("w")).key
+        for t in (FAST, later, Training("digits", FAST.settings, FAST))
+        for seed in (0, 1)
+    }
+    assert len(keys) == 6
+    one = plan.planned(later, 0, Path("w"))
+    assert one.after.key == plan.planned(SLOW, 0, Path("w")).key and f"init={one.after.folder}" in one.command
+    assert [step.key for step in plan.trainings([plan.Job("r", fake().scales["tiny"].parts[0], 0, one, None, (), Path("x"))])] == [
+        one.after.key, one.key,
+    ]  # fmt: skip
+
+
+@given(st.permutations(list(FAST.settings)))
+def test_the_order_of_settings_does_not_matter(settings):
+    assert plan.planned(Training("digits", tuple(settings)), 0, Path("w")).folder == FIRST.folder
+
+
+# Verdicts
+
+
+def test_students_t():
+    for n, t in enumerate(claims.T95[1:], 1):
+        assert t == pytest.approx(scipy.stats.t.ppf(0.95, n), abs=1e-3)
+
+
+GAIN = Claim("x", lambda table, values: values.get(("a", "b")))
+REAL = st.floats(-5, 5, allow_subnormal=False)
+
+
+@given(st.lists(REAL, min_size=2, max_size=11))
+def test_verdicts_are_the_test_of_scipy(gains):
+    verdict = judged(fake(), GAIN, [{("a", "b"): g} for g in gains])
+    if statistics.stdev(gains) < 1e-9:
+        return
+    above, below = (scipy.stats.ttest_1samp(gains, 0, alternative=side).pvalue for side in ("greater", "less"))
+    if min(abs(above - 0.05), abs(below - 0.05)) > 1e-3:
+        due = claims.REPRODUCED if above < 0.05 else claims.NOT if below < 0.05 else claims.NOISY
+        assert verdict.verdict == due
+    low, high = results.bounds(verdict)
+    assert (low > 0, high < 0) == (verdict.verdict == claims.REPRODUCED, verdict.verdict == claims.NOT)
+    assert verdict.seeds == len(gains) and (low + high) / 2 == pytest.approx(statistics.mean(gains))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 6])
+def test_without_an_effect_one_in_twenty_is_called_reproduced(seeds):
+    draws = np.random.default_rng(seeds).normal(size=(4000, seeds))
+    said = [judged(fake(), GAIN, [{("a", "b"): g} for g in row]).verdict for row in draws.tolist()]
+    for kind in (claims.REPRODUCED, claims.NOT):
+        assert said.count(kind) / 4000 == pytest.approx(0.05, abs=4 * math.sqrt(0.05 * 0.95 / 4000))
+
+
+def test_verdicts_at_the_edges():
+    def of(*gains):
+        return judged(fake(), GAIN, [{("a", "b"): g} if g is not None else {} for g in gains]).verdict
+
+    assert (of(), of(None), of(1.0), of(1.0, None)) == (claims.OPEN, claims.OPEN, claims.FEW, claims.FEW)
+    assert of(math.inf, math.inf) == claims.REPRODUCED and of(-math.inf, -math.inf) == claims.NOT
+    assert of(math.inf, 1.0, 2.0) == claims.NOISY
+
+
+def test_kinds_of_claim():
+    figure = fake(
+        columns=(Column("a"), Column("b"), Column("up", False)), rows=tuple(Row(str(x), x=x) for x in (1.0, 2.0, 3.0))
+    )
+    values = {
+        (str(float(x)), c): v
+        for c, vs in {"a": (3, 1, 2), "b": (5, 4, 2), "up": (0, 9, 7)}.items()
+        for x, v in enumerate(vs, 1)
+    }
+    values = {(row.removesuffix(".0") + ".0", c): float(v) for (row, c), v in values.items()}
+    assert claims.better(("1.0", "up"), ("2.0", "up"))(figure, values) == -9
+    assert claims.better(("2.0", "a"), ("1.0", "a"))(figure, values) == 2
+    assert claims.best("a", "b")(figure, values) == 1 and claims.optimum_below("a", "b")(figure, values) == 1
+    assert claims.optimum_inside("a")(figure, values) == 1 and claims.optimum_inside("b")(figure, values) == -2
+    assert claims.best_at("2.0", "a")(figure, values) == 1 and claims.best_at("1.0", "up")(figure, values) == -9
+    assert claims.alike(("1.0", "a"), ("2.0", "b"), 0.5)(figure, values) == pytest.approx(0.5 - 1 / 3.5)
+    assert claims.better(("2.0", "a"), ("9", "a"))(figure, values) is None
+    both = {("1.0", "a"): DIVERGED, ("2.0", "a"): DIVERGED}
+    assert claims.better(("1.0", "a"), ("2.0", "a"))(figure, both) == 0
+
+
+# Pages
+
+
+def test_a_page(tmp_path, known):
+    values = {("slow", "fd_digits", s): 9 + s for s in range(3)} | {
+        ("fast", "fd_digits", s): 3 + 0.1 * s for s in range(3)
+    }
+    values |= {("fast", "class_agreement", 1): None, ("slow", "parameters", 0): 17.0}
+    todo = numbers(fake(), tmp_path, values)
+    paths = page.write(fake(), "tiny", tmp_path, todo, ("train.device=cpu",))
+    assert [path.name for path in paths] == ["test-1-tiny.md", "test-1-tiny.html", "README.md"]
+    text, html = (path.read_text() for path in paths[:2])
+    assert "| slow | 10.00\u00a0\u00b1\u00a01.00 | 9.50 |" in text and "| 3.10\u00a0\u00b1\u00a00.10 | 3.25 |" in text
+    assert (
+        "| fast, guided | **0.50\u00a0\u00b1\u00a00.00** | diverged |" in text and text.count("**0.5") == 1
+    )  # all alike: none is best
+    assert "| never made | - | - | - | - |" in text and "(1 of 3 NaN)" in text
+    assert "it is not FID" in text and "As small as can be." in text and "Every training with train.device=cpu." in text
+    assert "| A higher rate is better | **reproduced** | +6.9 (+5.38 to +8.42) | +6.25 |" in text
+    assert "| It is right more often | **too noisy to say**" in text  # a NaN is no number
+    assert "# Rates \\| of \\<two\\> kinds" in text and "<h1>Rates | of &lt;two&gt; kinds</h1>" in html
+    assert (
+        "gesso table test/1 train.device=cpu --scale tiny --seeds 3" in text and text.count("gesso train digits") == 6
+    )
+    assert str(tmp_path) not in text + html and "tables/trained/digits-" in text
+    assert 'class="tag"' in html and "src=" not in html and "The paper says nothing of it." in html
+    assert "A row and seed took 1.8 minutes (cpu, 1 thread, torch 2.13); expected of a row: a second." in text
+    told = json.loads((tmp_path / "test-1-tiny.json").read_text())
+    assert (
+        told["rows"]["slow"]["FID"]["ours"] == {"0": 9, "1": 10, "2": 11}
+        and told["rows"]["slow"]["FID"]["published"] == 9.5
+    )
+    assert (
+        told["rows"]["fast"]["right"]["ours"]["1"] == "NaN"
+        and told["rows"]["fast, guided"]["FID"]["published"] == "diverged"
+    )
+    assert told["claims"][0]["verdict"] == "reproduced" and told["claims"][0]["published_gain"] == 6.25
+    assert str(tmp_path) not in json.dumps(told)
+
+
+def test_a_diverged_seed_and_a_lone_one(tmp_path, known):
+    todo = numbers(fake(), tmp_path, {})
+    for job in todo:
+        if job.row == "fast" or (job.row == "slow" and job.seed == 2 and job.part.by == "scores"):
+            files.write_json(job.path, {"training": [], "diverged": "at image 3"})
+        if job.row == "fast, guided" and job.seed:
+            job.path.unlink()
+    text = page.write(fake(), "tiny", tmp_path, todo)[0].read_text()
+    assert "(1 of 3 diverged)" in text and "| fast | diverged | 3.25 | diverged |" in text
+    assert "(1 of 3 seeds)" in text and "| it diverged | +6.25 |" in text and "**not reproduced**" not in text
+
+
+def test_what_needs_no_seed_needs_no_second(tmp_path, known):
+    claim = Claim(
+        "It is small", lambda table, values: 20 - values["slow", "size"] if ("slow", "size") in values else None
+    )
+    table = fake(claims=(claim,))
+    todo = plan.jobs(table, "tiny", [0], tmp_path)
+    (counted,) = [job for job in todo if job.part.by == "counts"]
+    files.write_json(counted.path, {"training": [], "found": {"parameters": 17.0}})
+    result = results.gathered(table, "tiny", tmp_path, todo)
+    assert result.verdicts[0][0].verdict == claims.REPRODUCED and result.cells["slow", "size"].spread is None
+
+
+def test_cells_measured_otherwise_are_marked(tmp_path, known):
+    """But not for what their row varies on purpose, nor for the EMA length and time of their own training."""
+    unlike = {
+        "fast": {"images": 20, "diversity_seeds": 1, "sigma_rel": 0.2, "nimg": 9},
+        "fast, guided": {"guidance": 2.0, "networks": {"digits": "b", "agreement": "c"}},
+    }
+    todo = numbers(fake(), tmp_path, {}, **unlike)
+    result = results.gathered(fake(), "tiny", tmp_path, todo)
+    assert result.notes == ["images 20, where other rows have 40", "network digits b, where other rows have a"]
+    assert {cell: n.notes for cell, n in result.cells.items() if n.notes} == {
+        ("fast", "FID"): (1,), ("fast", "right"): (1,), ("fast, guided", "FID"): (2,), ("fast, guided", "right"): (2,),
+    }  # fmt: skip
+    text = page.write(fake(), "tiny", tmp_path, todo)[0].read_text()
+    assert "<sup>1</sup> images 20" in text and text.count("<sup>2</sup>") == 3
+
+
+def test_another_reference_or_another_measure_is_marked(tmp_path):
+    table = fake()
+    first = table.scales["tiny"].parts[0]
+    parts = (
+        first._replace(rows={"slow": first.rows["slow"], "fast": first.rows["fast"]}),
+        Part({"FID": "told_digits"}, {"never made": How(FAST)}, measure=("eval.scores=told_digits",)),
+    )
+    table = table._replace(scales={"tiny": Scale(parts, "")})
+    todo = numbers(table, tmp_path, {}, **{"never made": {"reference": "shapes"}})
+    notes = marks.marked(table, todo, {job.path: make.read(job.path) for job in todo})[1]
+    assert any(note.startswith("reference 1,797 of shapes (abc), where") for note in notes)
+    assert "measure told_digits, where other rows have fd_digits" in notes
+
+
+def curves(where: Path, names: str) -> tuple[Table, list[plan.Job]]:
+    rows = tuple(Row(f"{x:g}", x=x) for x in (0.01, 0.1, 1.0, 10.0))
+    parts = tuple(
+        Part({name: "fd_digits"}, {row.name: How(FAST, (f"sample.S_noise={row.x}{i}",)) for row in rows})
+        for i, name in enumerate(names)
+    )
+    table = fake(name="test/fig2", columns=tuple(Column(name) for name in names), rows=rows, x="length", claims=(),
+                 scales={"tiny": Scale(parts, "")})  # fmt: skip
+    todo = numbers(table, where, {(r.name, "fd_digits", s): (r.x - 1) ** 2 + 1 + s for r in rows for s in range(3)})
+    return table, todo
+
+
+def test_a_figure_has_a_picture(tmp_path):
+    table, todo = curves(tmp_path, "abcdefg")
+    for job in todo:
+        if job.part.columns == {"c": "fd_digits"} and job.row == "10":
+            files.write_json(job.path, {"training": [], "diverged": "x"})
+    paths = page.write(table, "tiny", tmp_path, todo)
+    assert (tmp_path / "test-fig2-tiny.png").read_bytes().startswith(b"\x89PNG")
+    assert "](test-fig2-tiny.png)" in paths[0].read_text() and paths[1].read_text().count("<svg") == 1
+    (figure,) = page.picture.pictures(results.gathered(table, "tiny", tmp_path, todo), todo)
+    (axes,) = figure.axes
+    named = {line.get_label(): line for line in axes.lines}
+    assert [name for name in named if len(name) == 1] == list("abcdefg") and axes.get_xscale() == "log"
+    assert named["a"].get_ydata().tolist() == pytest.approx([(x - 1) ** 2 + 2 for x in (0.01, 0.1, 1, 10)])
+    assert math.isnan(named["c"].get_ydata()[3]) and axes.get_xlabel() == "length"
+    assert sum(len(line.get_xdata()) for line in axes.lines if line.get_label().startswith("_")) == 1  # one cross
+
+
+def test_no_picture_without_matplotlib(tmp_path, monkeypatch):
+    table, todo = curves(tmp_path, "a")
+    monkeypatch.setattr(page.importlib.util, "find_spec", lambda name: None)
+    paths = page.write(table, "tiny", tmp_path, todo)
+    assert all("it needs matplotlib" in path.read_text() for path in paths[:2]) and not list(tmp_path.glob("*.png"))
+
+
+def test_a_checklist_reads_the_verdicts_of_its_tables(tmp_path, known):
+    checks = (Check("Which rate?", "a high one", "test/1", 0), Check("Which size?", "large", "test/9", 1))
+    table = Table("test/a5", "Advice", "Nobody 2024", (), (), {}, checks=checks)
+    values = {("slow", "fd_digits", s): 9 + s for s in range(3)}
+    page.write(fake(), "tiny", tmp_path, numbers(fake(), tmp_path, values))
+    text = page.write(table, "tiny", tmp_path, [])[0].read_text()
+    assert "| Which rate? | a high one | **reproduced** | A higher rate is better | test/1 |" in text
+    assert "| Which size? | large | **not measured** | - | test/9 |" in text
+    listed = (tmp_path / "README.md").read_text()
+    assert (
+        "| [test/1](test-1-tiny.md) | Rates \\| of \\<two\\> kinds | tiny | 3 | 1 of 2 claims reproduced, 1 too noisy to say |"
+        in listed
+    )
+    assert "| tiny | - | 1 of 2 checks reproduced, 1 not measured |" in listed
+
+
+def test_names_are_in_the_order_of_their_numbers():
+    names = ["a/fig11", "a/2b", "a/fig2", "a/10", "a/2a"]
+    assert sorted(names, key=index.natural) == ["a/2a", "a/2b", "a/10", "a/fig2", "a/fig11"]
+
+
+def test_another_readme_is_not_overwritten(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(UsageError, match="choose another --out"):
+        index.index(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("values", "digits", "due"),
+    [
+        ([1.7931, 2.0], None, "1.793"), ([280.21, 1523.2], None, "280"), ([0.98765], None, "0.9877"), ([1e-9, 5.0], None, "1e-09"),
+        ([0.0], None, "0.000"), ([-3.14159], None, "-3.142"),
+    ],
+)  # fmt: skip
+def test_digits(values, digits, due):
+    cells = [results.Numbers({0: value}) for value in values]
+    assert page.number(values[0], page.digits_of(cells)) == due
+
+
+# Making
+
+
+def test_what_is_measured_is_not_measured_again(tmp_path, known, monkeypatch):
+    calls = []
+
+    def measured(job):
+        calls.append((job.row, job.seed))
+        return {"found": {"fd_digits": 1.0, "class_agreement": 1.0}}
+
+    monkeypatch.setitem(make.measures.FOUND, "scores", measured)
+    monkeypatch.setattr(make, "start", lambda *arguments: None)
+    todo = plan.jobs(fake(), "tiny", range(2), tmp_path)
+    assert [job.row for job in make.make(todo, QUIET, lambda text: None)] == [job.row for job in todo]
+    assert len(calls) == 6
+    said = []
+    assert len(list(make.make(todo, QUIET, said.append))) == 7 and len(calls) == 6 and said == []
+    todo[1].path.unlink()
+    list(make.make(todo, QUIET, said.append))
+    assert calls[6:] == [("fast", 0)] and said[0] == "2 of 7: fast, FID, right, seed 0"
+
+
+def test_a_row_that_diverges_is_a_result(tmp_path, known, monkeypatch):
+    tried = []
+
+    def start(run, folder, *arguments):
+        tried.append(run.optim.lr)
+        if run.optim.lr == 4e-3:
+            raise Diverged("the loss is not finite at image 64\nTry a lower optim.lr")
+
+    monkeypatch.setattr(make, "start", start)
+    monkeypatch.setitem(
+        make.measures.FOUND, "scores", lambda job: {"found": {"fd_digits": 1.0, "class_agreement": 1.0}}
+    )
+    todo = plan.jobs(fake(), "tiny", [0], tmp_path)
+    list(make.make(todo, QUIET, lambda text: None))
+    assert tried == [1e-4, 4e-3]  # two rows have the second: it is not tried again
+    found = make.found(todo)[0]
+    assert found["slow", "FID"] == 1 and found["fast", "FID"] == found["fast, guided", "right"] == DIVERGED
+    assert make.read(todo[1].path)["diverged"] == "the loss is not finite at image 64"
+
+
+def test_what_is_stopped_names_the_command_that_goes_on(tmp_path, known, monkeypatch):
+    """A signal in the middle of a training: its state is saved, and the same command goes on from there."""
+    after, sent = loop.Watcher.after, []
+
+    def interrupted(watcher, before):
+        after(watcher, before)
+        if not sent and before >= 96:
+            sent.append(before)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop.Watcher, "after", interrupted)
+    monkeypatch.setitem(
+        make.measures.FOUND, "scores", lambda job: {"found": {"fd_digits": 1.0, "class_agreement": 1.0}}
+    )
+    todo = plan.jobs(fake(), "tiny", [0], tmp_path, ["slow"])
+    with pytest.raises(Stopped) as stopped:
+        list(make.make(todo, QUIET, lambda text: None, "gesso table test/1"))
+    told = str(stopped.value).splitlines()
+    assert told == ["SIGINT at image 160: the state is saved. Go on with", "  gesso table test/1"]
+    assert stopped.value.exit_code == 130 and not todo[0].path.exists()
+    console = Console(record=True, quiet=False, file=io.StringIO())
+    list(make.make(todo, console, lambda text: None))
+    assert "resumed at image 160" in console.export_text() and make.finished(todo[0].trained)
+    monkeypatch.setitem(make.measures.FOUND, "counts", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+    todo[1].path.unlink()
+    with pytest.raises(Stopped, match=r"what is made is kept\. Go on with\n  gesso table test/1"):
+        list(make.make(todo, QUIET, lambda text: None, "gesso table test/1"))
+
+
+def test_two_processes_share_the_work(tmp_path, known, monkeypatch):
+    """What another one is making is left to it, done last, and not done again."""
+    monkeypatch.setattr(make, "POLL", 0.001)
+    monkeypatch.setattr(make, "start", lambda *arguments: None)
+    monkeypatch.setitem(
+        make.measures.FOUND, "scores", lambda job: {"found": {"fd_digits": 1.0, "class_agreement": 1.0}}
+    )
+    todo, said = plan.jobs(fake(), "tiny", [0], tmp_path), []
+    with files.claimed(todo[0].trained.folder) as mine:
+        assert mine
+        order = []
+        for job in make.make(todo, QUIET, said.append):
+            order.append((job.row, job.part.by))
+            if len(order) == 3:
+                break
+    assert order == [("fast", "scores"), ("fast, guided", "scores"), ("slow", "counts")]
+    held = files.claimed(todo[0].path)
+    assert held.__enter__()
+
+    def other(text):
+        said.append(text)
+        if text.startswith("waiting"):
+            files.write_json(todo[0].path, {"found": {"fd_digits": 2.0, "class_agreement": 1.0}})
+            held.__exit__(None, None, None)
+
+    assert len(list(make.make(todo, QUIET, other))) == 4
+    assert (
+        said[-1] == "waiting for another process, which makes slow, seed 0" and make.found(todo)[0]["slow", "FID"] == 2
+    )
+
+
+def test_minutes_are_those_of_the_steps(tmp_path):
+    step = plan.planned(FAST, 0, tmp_path)
+    step.folder.mkdir(parents=True)
+    lines = [
+        {"nimg": 0, "unreadable": []},
+        {"nimg": 600, "images_per_second": 10.0},
+        {"nimg": 1200, "images_per_second": 5.0},
+    ]
+    (step.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert make.minutes(step) == 3
+
+
+# What it would take
+
+
+def asked(where: Path, **changes) -> Asked:
+    return Asked("test/1", (), "tiny", (), 2, where, True)._replace(**changes)
+
+
+def test_a_dry_run(tmp_path, known):
+    todo = plan.jobs(fake(), "tiny", range(2), tmp_path)
+    text = "\n".join(dry.lines(fake(), asked(tmp_path), todo))
+    assert text.startswith("test/1 at --scale tiny: 7 measurements (0 there) of 4 trainings (0 there), 2 seeds")
+    assert text.count("gesso train digits") == 4 and "torchrun" not in text and "GPU-hours" not in text
+    assert (
+        "counts of slow" in text
+        and "needed, and here: digits, scikit-learn" in text
+        and text.endswith("nothing was run")
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.chdir(tmp_path)
+    table = tables.table_of("berrada/2a")
+    todo = plan.jobs(table, "paper", [0], Path("tables"), ["uniform"])
+    text = "\n".join(dry.lines(table, asked(Path("tables"), scale="paper", seeds=1), todo))
+    assert "torchrun --nproc-per-node 8 -m gesso train table-2a control.schedule=uniform" in text
+    assert (
+        "the cache caches/imagenet-256-0.9-1-flip\n      gesso cache /path/to/imagenet caches/imagenet-256-0.9-1-flip"
+        in text
+    )
+    assert (
+        "checkpoints/pt_inception-2015-12-05-6726825d.pth" in text
+        and "lpips-alex.pth" in text
+        and "github.com/mseitzer" in text
+    )
+    assert "GPU-hours of training" in text and "not the hub" not in text
+    (tmp_path / "caches" / "imagenet-256-0.9-1-flip").mkdir(parents=True)
+    (tmp_path / "caches" / "imagenet-256-0.9-1-flip" / "manifest.json").write_text("{}")
+    (tmp_path / "vae").mkdir()
+    run = todo[0].trained.run
+    run = run.model_copy(update={"latent": run.latent.model_copy(update={"vae": str(tmp_path / "vae")})})
+    assert {need.what: need.there for need in needs.of_training(run) if "vae" in need.what} == {
+        f"the VAE {tmp_path}/vae": True
+    }
+    assert next(needs.of_training(todo[0].trained.run)).there
+
+
+def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path):
+    code = "from gesso.tables import needs; print(needs.fetched('some/vae', 'a.safetensors'), needs.fetched('bad id//', 'x'))"
+    folder = tmp_path / "hub" / "models--some--vae"
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    env = {**os.environ, "HF_HOME": str(tmp_path)}
+    for due in ("False False", "True False"):
+        done = subprocess.run([os.sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == due
+        (folder / "snapshots" / "abc" / "a.safetensors").write_text("x")
+
+
+def test_hours_by_hand(tmp_path):
+    """EDM2-S is 102 G multiply-accumulates (Table 2); its training of 2^31 images took 5.3 days on 32 A100 (Table 6)."""
+    run = plan.planned(Training("edm2-img512-s"), 0, tmp_path).run
+    cost = costs.of_training(run)
+    assert cost.hours == pytest.approx(2 * 3 * 102e9 * 2**31 / (0.4 * 312e12) / 3600, rel=0.02)
+    assert (
+        cost.published == 5.3 * 32 * 24
+        and cost.disk.snapshots == 2 * 256
+        and cost.parameters == pytest.approx(280.2e6, rel=1e-3)
+    )
+    shorter = plan.planned(Training("edm2-img512-s", ("train.total_images=1M",)), 0, tmp_path).run
+    assert costs.of_training(shorter).published is None
+
+
+@pytest.mark.parametrize(
+    ("said", "passes"),
+    [
+        ((), 20 * 2), (("sample.guidance=1",), 20), (("sample.sampler=heun",), 39 * 2), (("eval.repeats=3",), 3 * 20 * 2),
+        (("control.variables=size", "sample.control_guidance=1.4"), 20 * 3),
+        (("control.variables=size", "eval.scores=told_digits", "eval.diversity_seeds=50"), 20 * 2),
+    ],
+)  # fmt: skip
+def test_passes_of_drawing(tmp_path, said, passes):
+    """Hours of 100 samples, in passes of the network."""
+    part = Part({}, {"r": How(Training("digits", tuple(s for s in said if s.startswith("control"))), tuple(s for s in said if not s.startswith("control")))},
+                measure=("eval.scores=fd_digits", "eval.images=100"))  # fmt: skip
+    table = fake(rows=(Row("r"),), scales={"tiny": Scale((part,), "")})
+    (job,) = plan.jobs(table, "tiny", [0], tmp_path)
+    run = costs.completed(costs.asked(job))
+    one = costs.counted(run.net, run.inputs, run.semantic.tokens).macs
+    assert costs.of_measuring(job) == pytest.approx(costs.hours(100 * passes * one))
+
+
+def test_slurm_scripts(tmp_path, known):
+    """They parse; submit.sh, with a stand-in for sbatch, lets a training wait for the one it starts from alone."""
+    part = Part(
+        {"FID": "fd_digits"},
+        {
+            "slow": How(SLOW),
+            "fast": How(Training("digits", FAST.settings, after=SLOW)),
+            "never made": How(FAST, guide=SLOW),
+        },
+        measure=DRAWN,
+    )
+    table = fake(scales={"tiny": Scale((part,), "")})
+    where, out = tmp_path / "some where", tmp_path / "jobs"
+    todo = plan.jobs(table, "tiny", range(2), where)
+    lines = slurm.write(table, asked(where, slurm=out), todo)
+    assert lines[0].startswith("wrote train.sh (6 trainings), measure.sh (3 rows)")
+    for script in out.iterdir():
+        assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text(
+        f'#!/bin/bash\necho "$@" >> {tmp_path}/calls\necho "$(wc -l < {tmp_path}/calls);cluster"\n'
+    )
+    (tmp_path / "bin" / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    for tool in ("sbatch", "srun"):
+        (tmp_path / "bin" / tool).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    subprocess.run(["bash", out / "submit.sh"], env=env, check=True, capture_output=True)
+    calls = [call.split() for call in (tmp_path / "calls").read_text().splitlines()]
+    train, measure = str(out / "train.sh"), str(out / "measure.sh")
+    assert calls == [
+        ["--parsable", "--array=0,2,3,5", train],
+        ["--parsable", "--array=1", "--dependency=afterok:1_0", "--kill-on-invalid-dep=yes", train],
+        ["--parsable", "--array=4", "--dependency=afterok:1_3", "--kill-on-invalid-dep=yes", train],
+        ["--parsable", "--array=0-2", "--dependency=afterany:1:2:3", measure],
+    ]
+    env |= {"SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "7"}
+    told = subprocess.run(["bash", measure], env=env, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert told == [
+        "gesso",
+        "table",
+        "test/1",
+        "--scale",
+        "tiny",
+        "--rows",
+        "fast",
+        "--seeds",
+        "2",
+        "--out",
+        str(where),
+    ]
+    told = subprocess.run(["bash", train], env=env, check=True, capture_output=True, text=True).stdout.splitlines()
+    child = plan.trainings(todo)[1]
+    assert told[:3] == ["gesso", "train", "digits"] and f"init={child.after.folder}" in told
+    assert told[-3:] == ["--out", str(child.folder), "--resume"]
+
+
+def test_slurm_on_many_gpus_is_torchrun(tmp_path):
+    text = slurm.script("a", "b", ["  0) command=(gesso train x) ;;"], 8)
+    assert "--gpus-per-node=8" in text and '-m "${command[@]}" &' in text and '--nnodes="$SLURM_NNODES"' in text
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(tables.TABLES))
+def test_every_table_at_every_scale(name, tmp_path):
+    table = tables.table_of(name)
+    for scale in table.scales:
+        todo = plan.jobs(table, scale, [0], tmp_path)
+        assert dry.lines(table, Asked(name, scale=scale, where=tmp_path, dry_run=True), todo)
+
+
+# The command
+
+
+def test_two_rows_and_two_seeds(tmp_path, known, gesso):
+    """Really trained and measured, then found again."""
+    where = tmp_path / "made here"
+    code, said, _ = gesso("table", "test/1", "--rows", "slow", "--rows", "fast", "--seeds", 2, "--out", where)
+    assert code == 0 and "5 of 5" in said and said.count("gesso train digits") == 4
+    assert said.splitlines()[-1].startswith(f"wrote {where}/test-1-tiny.md")
+    assert len(list((where / "trained").glob("digits-*/snapshots/*"))) == 4 * 4 * 2
+    told = json.loads((where / "test-1-tiny.json").read_text())
+    for row in ("slow", "fast"):
+        values = list(told["rows"][row]["FID"]["ours"].values())
+        assert len(values) == 2 and all(value > 0 for value in values) and values[0] != values[1]
+        assert all(0 <= value <= 1 for value in told["rows"][row]["right"]["ours"].values())
+        assert told["minutes"][row]["training"] > 0
+    assert told["rows"]["fast, guided"]["FID"]["ours"] == {} and told["rows"]["slow"]["size"]["ours"] == {
+        "0": 17,
+        "1": 17,
+    }
+    assert told["protocols"]["FID"]["images"] == 40 and told["made_with"][0].startswith("cpu, 1 thread")
+    code, again, _ = gesso("table", "test/1", "--rows", "slow", "--seeds", 2, "--out", where)
+    assert code == 0 and again.count("\n") <= 2  # nothing but what is written
+    assert json.loads((where / "test-1-tiny.json").read_text())["rows"] == told["rows"]  # all rows that are there
+    code, listed, _ = gesso("table", "list", "--out", where)
+    assert "test/1" in listed and f"{index.counted(told)} (tiny, 2 seeds)" in listed
+
+
+def test_bad_input(tmp_path, known, gesso, monkeypatch):
+    monkeypatch.setitem(
+        tables.TABLES, "test/a5", lambda: Table("test/a5", "A", "B", (), (), {}, checks=(Check("q", "r", "test/1"),))
+    )
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "README.md").write_text("x")
+    cases = {
+        "did you mean test/1?": ("tst/1",),
+        "did you mean slow?": ("test/1", "--rows", "slwo"),
+        nearest("tyni", ["tiny", "small", "paper"]): ("test/1", "--scale", "tyni"),
+        "--scale tiny or small, not 'paper'": ("test/1", "--scale", "paper"),
+        "nothing of it is made at --scale small": ("test/1", "--scale", "small"),
+        "nothing of never made is made": ("test/1", "--rows", "never made"),
+        "--seeds 0: one or more": ("test/1", "--seeds", 0),
+        "is a file: name a folder": ("test/1", "--slurm", tmp_path / "file"),
+        "choose another place": ("test/1", "--out", tmp_path / "file"),
+        "choose another --out": ("test/1", "--out", tmp_path / "other"),
+        "did you mean net.width?": ("test/1", "net.widht=3"),
+        "it collects the verdicts": ("test/a5", "--dry-run"),
+    }
+    for message, words in cases.items():
+        code, _, error = gesso("table", *words)
+        assert code in (1, 2) and message in error and "Traceback" not in error and error.count("\n") <= 3, (
+            words,
+            error,
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "other"]
+
+
+def test_what_fails_leaves_a_page_of_what_is_there(tmp_path, known, gesso, monkeypatch):
+    def fails(job):
+        if job.row == "fast":
+            raise UsageError("weights are missing")
+        return {"found": {"fd_digits": 1.0, "class_agreement": 1.0}}
+
+    monkeypatch.setattr(make, "start", lambda *arguments: None)
+    monkeypatch.setitem(make.measures.FOUND, "scores", fails)
+    code, _, error = gesso("table", "test/1", "--out", tmp_path)
+    assert (
+        code == 2 and "weights are missing" in error and "| slow | **1" not in (tmp_path / "test-1-tiny.md").read_text()
+    )
+    assert json.loads((tmp_path / "test-1-tiny.json").read_text())["rows"]["slow"]["FID"]["ours"] == {"0": 1.0}
+
+
+def test_the_list_is_by_paper(gesso, tmp_path):
+    code, listed, _ = gesso("table", "list", "--out", tmp_path)
+    heads = [line for line in listed.splitlines() if line and not line.startswith(" ")]
+    assert code == 0 and heads[0] == command.PAPERS["berrada"] and "berrada/2a" in listed
+    assert list(itertools.chain(heads))[-1].startswith("gesso table NAME")
