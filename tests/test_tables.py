@@ -704,7 +704,10 @@ def test_two_rows_and_two_seeds(tmp_path, known, gesso):
     assert told["protocols"]["FID"]["images"] == 40 and told["made_with"][0].startswith("cpu, 1 thread")
     code, again, _ = gesso("table", "test/1", "--rows", "slow", "--seeds", 2, "--out", where)
     assert code == 0 and again.count("\n") <= 2  # nothing but what is written
-    assert json.loads((where / "test-1-tiny.json").read_text())["rows"] == told["rows"]  # all rows that are there
+    assert gesso("table", "test/1", "--rows", "slow", "--out", where)[0] == 0
+    assert (
+        json.loads((where / "test-1-tiny.json").read_text())["rows"] == told["rows"]
+    )  # all rows and seeds that are there
     code, listed, _ = gesso("table", "list", "--out", where)
     assert "test/1" in listed and f"{index.counted(told)} (tiny, 2 seeds)" in listed
 

@@ -79,11 +79,10 @@ def command(asked: Asked, console: Console, say: Callable[[str], None]) -> None:
     table = checked(asked)
     from gesso.tables import dry, make, page, plan
 
-    def planned(rows: Sequence[str]) -> list[plan.Job]:
-        seeds = range(asked.seeds)
-        return [] if table.checks else plan.jobs(table, asked.scale, seeds, asked.where, rows, asked.settings)
+    def planned(rows: Sequence[str], seeds: int) -> list[plan.Job]:
+        return [] if table.checks else plan.jobs(table, asked.scale, range(seeds), asked.where, rows, asked.settings)
 
-    todo, whole = planned(asked.rows), planned(())
+    todo, whole = planned(asked.rows, asked.seeds), planned((), max(asked.seeds, seeds_there(asked)))
     if not todo and not table.checks:
         raise UsageError(f"{table.name}: nothing of {', '.join(asked.rows) or 'it'} is made at --scale {asked.scale}")
     if asked.dry_run or asked.slurm:
@@ -100,6 +99,12 @@ def command(asked: Asked, console: Console, say: Callable[[str], None]) -> None:
         raise
     pages = page.write(table, asked.scale, asked.where, whole, asked.settings)
     say(f"wrote {', '.join(str(path) for path in pages)}")
+
+
+def seeds_there(asked: Asked) -> int:
+    """Of the page that is there: one more row or fewer seeds take none away from it."""
+    same = [one for one in index.made(asked.where) if (one["table"], one["scale"]) == (asked.name, asked.scale)]
+    return max((len(one["seeds"]) for one in same if one["settings"] == list(asked.settings)), default=0)
 
 
 def checked(asked: Asked) -> Table:

@@ -23,7 +23,7 @@ def made(where: Path) -> list[dict[str, Any]]:
     found = []
     for path in where.glob("*.json"):
         told = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(told, dict) and {"table", "scale", "claims", "checks"} <= told.keys():
+        if isinstance(told, dict) and {"table", "scale", "claims", "checks", "settings"} <= told.keys():
             found.append(told)
     return sorted(found, key=lambda one: natural(f"{one['table']} {one['scale']}"))
 
@@ -41,7 +41,8 @@ def counted(found: dict[str, Any]) -> str:
     what = "claims" if found["claims"] else "checks"
     others = (claims.NOT, claims.NOISY, claims.FEW, claims.OPEN)
     said = [f"{verdicts.count(claims.REPRODUCED)} of {len(verdicts)} {what} reproduced"]
-    return ", ".join(said + [f"{verdicts.count(kind)} {kind}" for kind in others if kind in verdicts])
+    said += [f"{verdicts.count(kind)} {kind}" for kind in others if kind in verdicts]
+    return ", ".join(said) + ("; under other settings" if found["settings"] else "")
 
 
 def place(where: Path) -> Path:
