@@ -20,7 +20,7 @@ from rich.console import Console
 from gesso import files, tables
 from gesso.config import nearest
 from gesso.errors import Diverged, Stopped, UsageError
-from gesso.tables import claims, command, costs, dry, index, make, marks, needs, page, plan, results, slurm
+from gesso.tables import claims, command, dry, estimates, index, make, marks, needs, page, plan, results, slurm
 from gesso.tables.claims import judged
 from gesso.tables.command import Asked
 from gesso.tables.table import DIVERGED, Check, Claim, Column, How, Part, Row, Scale, Table, Training
@@ -580,7 +580,7 @@ def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path):
 def test_hours_by_hand(tmp_path):
     """EDM2-S is 102 G multiply-accumulates (Table 2); its training of 2^31 images took 5.3 days on 32 A100 (Table 6)."""
     run = plan.planned(Training("edm2-img512-s"), 0, tmp_path).run
-    cost = costs.of_training(run)
+    cost = estimates.of_training(run)
     assert cost.hours == pytest.approx(2 * 3 * 102e9 * 2**31 / (0.4 * 312e12) / 3600, rel=0.02)
     assert (
         cost.published == 5.3 * 32 * 24
@@ -588,7 +588,7 @@ def test_hours_by_hand(tmp_path):
         and cost.parameters == pytest.approx(280.2e6, rel=1e-3)
     )
     shorter = plan.planned(Training("edm2-img512-s", ("train.total_images=1M",)), 0, tmp_path).run
-    assert costs.of_training(shorter).published is None
+    assert estimates.of_training(shorter).published is None
 
 
 @pytest.mark.parametrize(
@@ -605,9 +605,9 @@ def test_passes_of_drawing(tmp_path, said, passes):
                 measure=("eval.scores=fd_digits", "eval.images=100"))  # fmt: skip
     table = fake(rows=(Row("r"),), scales={"tiny": Scale((part,), "")})
     (job,) = plan.jobs(table, "tiny", [0], tmp_path)
-    run = costs.completed(costs.asked(job))
-    one = costs.counted(run.net, run.inputs, run.semantic.tokens).macs
-    assert costs.of_measuring(job) == pytest.approx(costs.hours(100 * passes * one))
+    run = estimates.completed(estimates.asked(job))
+    one = estimates.counted(run.net, run.inputs, run.semantic.tokens).macs
+    assert estimates.of_measuring(job) == pytest.approx(estimates.hours(100 * passes * one))
 
 
 def test_slurm_scripts(tmp_path, known):

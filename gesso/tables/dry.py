@@ -4,14 +4,14 @@ from collections.abc import Iterator, Sequence
 
 from gesso.errors import UsageError
 from gesso.files import in_bytes
-from gesso.tables import costs, make, needs, plan, slurm
+from gesso.tables import estimates, make, needs, plan, slurm
 from gesso.tables.command import Asked, many
-from gesso.tables.costs import Cost
+from gesso.tables.estimates import Cost
 from gesso.tables.needs import Need
 from gesso.tables.plan import Job, Trained
 from gesso.tables.table import Table
 
-HOW = f"an estimate: 3 forward passes an image, an A100 at {100 * costs.SHARE:g} % of {costs.A100 / 1e12:g} TFLOP/s"
+HOW = f"an estimate: 3 forward passes an image, an A100 at {100 * estimates.SHARE:g} % of {estimates.A100 / 1e12:g} TFLOP/s"
 
 
 def lines(table: Table, asked: Asked, todo: Sequence[Job]) -> list[str]:
@@ -23,15 +23,15 @@ def lines(table: Table, asked: Asked, todo: Sequence[Job]) -> list[str]:
     shown = [head(table, asked, todo, trainings), ""]
     for i, one in enumerate(trainings, 1):
         needed |= {need.what: need for need in needs.of_training(one.run)}
-        cost = costs.of_training(one.run)
+        cost = estimates.of_training(one.run)
         all_costs.append(cost)
         shown += trained(one, cost, f"{i} of {len(trainings)}", asked.scale)
     drawing, measurements = 0.0, []
     for job in todo:
         try:
             if job.evaluation:
-                needed |= {need.what: need for need in needs.of_measuring(costs.asked(job))}
-                drawing += costs.of_measuring(job)
+                needed |= {need.what: need for need in needs.of_measuring(estimates.asked(job))}
+                drawing += estimates.of_measuring(job)
         except UsageError as error:
             lacking = f"{job.row}, {', '.join(job.part.columns)}"
             needed[lacking] = Need(lacking, False, str(error))
