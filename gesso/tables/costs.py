@@ -1,5 +1,6 @@
 """What a network and its use cost, counted without training it (EDM2 Appendix D.5, Berrada et al. Table A1)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -20,12 +21,11 @@ def counts(job: Job) -> dict[str, Any]:
     al. count, 10^9), nfe, training (zettaflops, 10^21, up to eval.nimg), sampling (teraflops of an image, guided as
     sample.guidance says), params_both (10^9, with the guide's)."""
     assert job.trained is not None
-    said = [text for text in job.settings if not text.startswith("sample.guide=")]
-    run = _completed(job.trained, said)
-    net, own = count.count(run.net, run.inputs, run.semantic.tokens), count.training_macs
+    run = _completed(job.trained, job.settings)
+    net = count.count(run.net, run.inputs, run.semantic.tokens)
     guide, guided = None, run.sample.guidance != 1
     if job.guide:
-        other = _completed(job.guide, [])
+        other = _completed(job.guide)
         guide = count.count(other.net, other.inputs, other.semantic.tokens)
     nfe = evaluations(run)
     macs = net.macs + (guide or net).macs * guided
@@ -36,7 +36,7 @@ def counts(job: Job) -> dict[str, Any]:
         "gmacs": net.macs / 1e9,
         "gflops": net.paper / 1e9,
         "nfe": nfe,
-        "training": 3 * own(run.net, run.inputs, run.semantic.tokens) * images / 1e21,
+        "training": 3 * count.training_macs(run.net, run.inputs, run.semantic.tokens) * images / 1e21,
         "sampling": (nfe * macs + decoder) / 1e12,
         "params_both": (net.parameters + (guide.parameters if guide else 0)) / 1e9,
     }
@@ -48,7 +48,7 @@ def evaluations(run: Run) -> int:
     return 2 * run.sample.steps - 1 if run.sample.sampler == "heun" else run.sample.steps
 
 
-def _completed(trained: Trained, settings: list[str]) -> Run:
+def _completed(trained: Trained, settings: Sequence[str] = ()) -> Run:
     """The run with what its images tell, or usual ones would, where they are not there."""
-    run, _ = config.resolve(config.as_tree(trained.run), settings)
+    run, _ = config.resolve(config.as_tree(trained.run), list(settings))
     return start.opened(run, Console(quiet=True))[0] if is_there(run.data.source) else imagined(run)[0]

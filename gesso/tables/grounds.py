@@ -3,11 +3,11 @@
 Tables share a training where it is the same: CONFIG G is EDM2-S, at each scale.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from gesso.recipes.edm2 import DINO_512, FID_512, GUIDES, IMG512, RUNGS, M
-from gesso.tables.table import How, Part, Settings, Training
+from gesso.recipes.edm2 import DINO_512, FID_512, GUIDES, IMG512, RUNGS
+from gesso.tables.table import How, Part, Scale, Settings, Training
 
 # Tiny: the digits, a minute or two of one thread each.
 LADDER = (
@@ -62,11 +62,13 @@ class Ground(NamedTuple):
         return list(self.sizes)[-1]
 
     def tuned(self, size: str, guided: bool, second: bool) -> tuple[tuple[float, float], ...]:
-        """(length, guidance) to choose the best from: Table 6's own at the paper's scale."""
+        """(length, guidance) to choose the best from: Table 6's own at the paper's scale; guided every second length."""
         if self is PAPER:
             best = (DINO_512 if second else FID_512)[size][guided]
             return ((best.sigma_rel, best.guidance),)
-        return tuple((length, w) for w in (self.guidances[1:] if guided else (1.0,)) for length in self.lengths)
+        if guided:
+            return tuple((length, w) for w in self.guidances[1:] for length in self.lengths[::2])
+        return tuple((length, 1.0) for length in self.lengths)
 
     def lengths_of(self, step: str) -> tuple[float, ...]:
         """A's traditional average has one (B.1)."""
@@ -86,6 +88,14 @@ class Ground(NamedTuple):
     def scored(self, columns: Mapping[str, str], rows: Mapping[str, How], best: bool = False) -> Part:
         """A part; `best` where others fill the same cells, of which the best counts."""
         return Part(columns, rows, measure=self.measure, protocol=self.protocol, best="least" if best else None)
+
+    def alternatives(self, columns: Mapping[str, str], rows: Mapping[str, Sequence[How]]) -> tuple[Part, ...]:
+        """Each row in several ways, of which the best counts."""
+        most = max(len(ways) for ways in rows.values())
+        return tuple(
+            self.scored(columns, {row: ways[k] for row, ways in rows.items() if k < len(ways)}, best=most > 1)
+            for k in range(most)
+        )
 
 
 def averaged(length: float) -> Settings:
@@ -164,4 +174,17 @@ PAPER = Ground(
     times=tuple(IMG512["S"].images * k // 4 for k in (1, 2, 3, 4)),
 )
 GROUNDS = {"tiny": TINY, "small": SMALL, "paper": PAPER}
-assert PAPER.times[-1] == 2048 * M
+
+
+def scales(
+    parts: Callable[[Ground], tuple[Part, ...]], cost: Mapping[str, str], notes: Mapping[str, str] | None = None
+) -> dict[str, Scale]:
+    """A table at those scales of which the cost of a row is said."""
+    said = NOTES | (notes or {})
+    return {name: Scale(parts(GROUNDS[name]), words, said.get(name, "")) for name, words in cost.items()}
+
+
+NOTES = {
+    "tiny": "The digits, 8x8 pixels; networks of two levels, 60k images. FID is the Frechet distance in digit features.",
+    "small": "Drawn shapes at 64x64, 3M images. FID is the share of samples that are not the one shape of their class.",
+}
