@@ -97,6 +97,8 @@ class Cost(NamedTuple):
     guided: float | None = None
 
 
+DECODER = 1260.9
+"""gigaflops of decoding one image of 512x512 from its latents (Figure 9)"""
 COST_512 = {
     "XS": Cost(124.7, 45.5, 0.29, 4.13, 6.99),
     "S": Cost(280.2, 102.2, 0.66, 7.70, 10.57),

@@ -159,6 +159,23 @@ def _spread(table: Table, values: Values, columns: Sequence[str], row: str | Non
     return max(found) / min(found) - 1
 
 
+def cheaper(cost: str, column: str, than: str, times: float) -> Gain:
+    """What is best of one column is beaten by another at so many times less cost: the factor over `times`, less 1."""
+
+    def gain(table: Table, values: Values) -> float | None:
+        ours, theirs = (
+            [(v, values.get((r, cost))) for (r, c), v in values.items() if c == name] for name in (column, than)
+        )
+        if not ours or not theirs or any(price is None for _, price in (*ours, *theirs)):
+            return None
+        sign = 1 if table.lower(column) else -1
+        record, price = min(theirs, key=lambda point: sign * point[0])
+        better = [p for value, p in ours if sign * value < sign * record]
+        return price / min(better) / times - 1 if better else -1.0
+
+    return gain
+
+
 def follows(given: Mapping[str, float], power: float, within: float) -> Gain:
     """The best x of columns goes as a power of what is given of each: `within` less the error of the fitted exponent."""
 

@@ -9,11 +9,9 @@ from gesso import config
 from gesso.config import Run
 from gesso.data.imagined import imagined, is_there
 from gesso.nets import count
+from gesso.recipes.edm2 import DECODER
 from gesso.tables.plan import Job, Trained
 from gesso.train import start
-
-DECODER = 1260.9
-"""gigaflops of decoding one image of 512x512 from latents (EDM2 Figure 9); of another size in proportion (our choice)"""
 
 
 def counts(job: Job) -> dict[str, Any]:
@@ -30,6 +28,7 @@ def counts(job: Job) -> dict[str, Any]:
     nfe = evaluations(run)
     macs = net.macs + (guide or net).macs * guided
     images = run.eval.nimg or run.train.total_images
+    # Decoding images of another size than 512x512 in proportion: our choice.
     decoder = DECODER * 1e9 * (run.data.resolution / 512) ** 2 if run.latent.vae else 0
     found = {
         "params": net.parameters / 1e6,

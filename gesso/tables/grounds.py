@@ -4,10 +4,13 @@ Tables share a training where it is the same: CONFIG G is EDM2-S, at each scale.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
-from gesso.recipes.edm2 import DINO_512, FID_512, GUIDES, IMG512, RUNGS
-from gesso.tables.table import How, Part, Scale, Settings, Training
+from gesso import recipes
+from gesso.config import Run
+from gesso.recipes.edm2 import DINO_512, FID_512, GUIDES, RUNGS
+from gesso.tables.table import How, Part, Row, Scale, Settings, Training
 
 # Tiny: the digits, a minute or two of one thread each.
 LADDER = (
@@ -25,7 +28,8 @@ LADDER_STEPS: dict[str, Settings] = {
     "G": ("net.step=G", "optim.lr=1e-2", "net.dropout=0"),
 }  # fmt: skip
 CHANNELS = {"XS": 16, "S": 32, "M": 48}
-LENGTHS = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2)
+OPTIMA = {"B": 0.1, "G": 0.1}
+TINY_LENGTHS = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2)
 DIGITS = ("eval.scores=fd_digits,agreement", "eval.images=1000")
 
 # Small: drawn shapes at 64x64, whose kind is the class; an hour of one GPU each. Where they stand is decided at high noise.
@@ -43,7 +47,7 @@ DRAWN = ("eval.scores=drawn", "eval.images=2000")
 class Ground(NamedTuple):
     """configs: A to G; sizes: EDM2-XS and larger; guides: the same without labels; plain: EDM2-S as net.name=edm2, which has
     settings of its own. score, second: what stands for FID and the distance of DINOv2. lengths: those swept; tuned: of each
-    size the best (length, guidance), unguided and guided, for score and second; or all to choose from. times: images seen."""
+    size the best (length, guidance), unguided and guided, for score and second; or all to choose from; optima: of CONFIGS B and G."""
 
     configs: Mapping[str, Training]
     sizes: Mapping[str, Training]
@@ -55,7 +59,7 @@ class Ground(NamedTuple):
     protocol: str | None
     lengths: tuple[float, ...]
     guidances: tuple[float, ...]
-    times: tuple[int, ...]
+    optima: Mapping[str, float]
 
     @property
     def largest(self) -> str:
@@ -67,7 +71,7 @@ class Ground(NamedTuple):
             best = (DINO_512 if second else FID_512)[size][guided]
             return ((best.sigma_rel, best.guidance),)
         if guided:
-            return tuple((length, w) for w in self.guidances[1:] for length in self.lengths[::2])
+            return tuple((length, w) for w in self.guidances[1:3] for length in self.lengths[::2])
         return tuple((length, 1.0) for length in self.lengths)
 
     def lengths_of(self, step: str) -> tuple[float, ...]:
@@ -102,6 +106,18 @@ def averaged(length: float) -> Settings:
     return (f"sample.sigma_rel={length:g}",)
 
 
+def after(training: Training, share: Fraction) -> Settings:
+    """The weights at a share of the training, where a snapshot is written: time goes in batches."""
+    if share == 1:
+        return ()
+    train = resolved(training).train
+    return (f"eval.nimg={-(-train.total_images * share // train.batch_size) * train.batch_size}",)
+
+
+def resolved(training: Training) -> Run:
+    return recipes.resolve(training.recipe, list(training.settings))[0]
+
+
 def more(training: Training, *settings: str) -> Training:
     """With settings laid over it."""
     return training._replace(settings=(*training.settings, *settings))
@@ -126,11 +142,6 @@ def as_edm2(g: Training) -> Training:
     return g._replace(settings=(*kept, "net.name=edm2"))
 
 
-def whole(images: tuple[int, ...], batch: int) -> tuple[int, ...]:
-    """Times at which a snapshot is written: training counts in batches."""
-    return tuple(-(-n // batch) * batch for n in images)
-
-
 _tiny = ladder("digits-edm2", LADDER, LADDER_STEPS)
 _small = ladder("shapes-class", SMALL_LADDER, SMALL_STEPS)
 TINY = Ground(
@@ -142,9 +153,9 @@ TINY = Ground(
     second="1-class_agreement",
     measure=DIGITS,
     protocol=None,
-    lengths=LENGTHS,
-    guidances=(1.0, 1.25, 1.5),
-    times=whole((15_000, 30_000, 45_000, 60_000), 128),
+    lengths=TINY_LENGTHS,
+    guidances=(1.0, 1.2, 1.4, 1.9),
+    optima=OPTIMA,
 )
 SMALL = Ground(
     configs=_small,
@@ -155,9 +166,9 @@ SMALL = Ground(
     second="1-kind",
     measure=DRAWN,
     protocol=None,
-    lengths=LENGTHS,
-    guidances=(1.0, 1.25, 1.5),
-    times=whole((750_000, 1_500_000, 2_250_000, 3_000_000), 256),
+    lengths=TINY_LENGTHS,
+    guidances=(1.0, 1.2, 1.4, 1.9),
+    optima=OPTIMA,
 )
 PAPER = Ground(
     configs={**{step: Training(f"edm2-ladder-{step.lower()}") for step in "ABCDEF"}, "G": Training("edm2-img512-s")},
@@ -168,10 +179,10 @@ PAPER = Ground(
     second="fd_dinov2",
     measure=(),
     protocol="edm2",
-    # Those of Table 6 among them, for which the paper has numbers; how densely it swept it does not say.
-    lengths=(0.015, 0.025, 0.045, 0.07, 0.085, 0.09, 0.1, 0.13, 0.155, 0.19, 0.25),
+    # How densely the paper swept it does not say: the tiny scale's, and those for which it has numbers.
+    lengths=(0.015, 0.025, 0.05, 0.075, 0.085, 0.09, 0.1, 0.13, 0.15, 0.19, 0.2, 0.25),
     guidances=(1.0, 1.2, 1.4, 1.6, 1.9),
-    times=tuple(IMG512["S"].images * k // 4 for k in (1, 2, 3, 4)),
+    optima={step: RUNGS[step].sigma_rel for step in "BG"},
 )
 GROUNDS = {"tiny": TINY, "small": SMALL, "paper": PAPER}
 
@@ -188,3 +199,32 @@ NOTES = {
     "tiny": "The digits, 8x8 pixels; networks of two levels, 60k images. FID is the Frechet distance in digit features.",
     "small": "Drawn shapes at 64x64, 3M images. FID is the share of samples that are not the one shape of their class.",
 }
+
+
+def percent(x: float | Fraction) -> str:
+    return f"{100 * float(x):.3g} %"
+
+
+def rows_of(
+    xs: Sequence[float | Fraction], published: Mapping[tuple[str, float], float] | None = None
+) -> tuple[Row, ...]:
+    """Rows of a figure over shares; published: by column and x."""
+    return tuple(
+        Row(percent(x), {column: value for (column, at), value in (published or {}).items() if at == x}, float(x))
+        for x in xs
+    )
+
+
+def swept(g: Ground, columns: Mapping[str, Callable[[float], How]]) -> tuple[Part, ...]:
+    """Every column of a figure at every length."""
+    return tuple(
+        g.scored({column: g.score}, {percent(length): how(length) for length in g.lengths})
+        for column, how in columns.items()
+    )
+
+
+LENGTHS = tuple(sorted({*TINY.lengths, *PAPER.lengths, *PAPER.lengths_of("A")}))
+SHARES = tuple(Fraction(k, 4) for k in (1, 2, 3, 4))
+"""of a training"""
+LADDER_COST = {"tiny": "2 minutes", "small": "an hour", "paper": "5 days on 32 A100 and more"}
+ONE_COST = {"tiny": "a minute, and 2 of training for all", "paper": "hours of 8 A100, after 5 days on 32"}
