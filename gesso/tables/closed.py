@@ -58,7 +58,7 @@ ROWS, INPUTS, STEPS, RATE, BETA2 = 32, 128, 1500, 1e-3, 0.99
 
 
 def step_sizes(job: Job) -> dict[str, Any]:
-    """Size of Adam's updates along the sphere over that intended, rate times the length of the weights (EDM2 Figure 23).
+    """Size of Adam's updates along the sphere (rms) over that intended, the rate (EDM2 Figure 23).
 
     Gradients are normal noise: 1 along each direction of the tangent plane, and along the weight `normal` times as long
     as all of that. projected=yes: without that part, as Eq. 46 has it; both are put back on the sphere (Eq. 66). Momentum is
@@ -80,6 +80,6 @@ def step_sizes(job: Job) -> dict[str, Any]:
             mp.project_gradients([weight])
         adam.step()
         mp.put_on_sphere([weight])
-        found.append(float((weight.detach() - before).norm(dim=1).mean()))
+        found.append(float((weight.detach() - before).square().mean()))
     late = found[STEPS // 3 :]
-    return {"found": {"update": sum(late) / len(late) / (RATE * math.sqrt(INPUTS))}}
+    return {"found": {"update": math.sqrt(sum(late) / len(late)) / RATE}}

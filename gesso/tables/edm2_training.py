@@ -70,7 +70,6 @@ def figure_11a() -> Table:
         scales=scales(parts, LADDER_COST),
         claims=(
             Claim("B converges better than A", claims.better((percent(SHARES[0]), "CONFIG B"), (percent(SHARES[0]), "CONFIG A"))),
-            Claim("G after a quarter is better than A at the end", claims.better((percent(SHARES[0]), "CONFIG G"), (percent(1), "CONFIG A"))),
         ),
         notes="Over images seen, of which all see as many; the paper's axis is hours. At the paper's scale at each recipe's length, else at 10 %.",
     )  # fmt: skip
