@@ -17,6 +17,7 @@ from gesso.errors import RunError, UsageError
 from gesso.evaluate import curves, features, score, sweep
 from gesso.evaluate.curves import Point
 from gesso.interop import edm2
+from gesso.recipes.edm2 import FIGURE_5B
 
 QUICK = ["sample.steps=2", "sample.sampler=euler"]
 
@@ -203,7 +204,7 @@ def test_the_layers_of_figure_5b_by_name(gesso, folder):  # noqa: F811
     with torch.device("meta"):
         net = nets.build(run.net, run.inputs)
     shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
-    layers = {name: edm2.layer(name, run.net, run.inputs) for name in edm2.FIGURE_5B}
+    layers = {name: edm2.layer(name, run.net, run.inputs) for name in FIGURE_5B}
     assert len(set(layers.values())) == 28 and set(layers.values()) <= shapes.keys()
     c = run.net.channels
     assert shapes[layers["enc-64x64-conv"]] == (c, 5, 3, 3) and shapes[layers["enc-8x8-block0-skip"]] == (

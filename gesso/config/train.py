@@ -11,8 +11,14 @@ from gesso.config.base import Count, Positive, Probability, Settings
 class Loss(Settings):
     """Factors on |D - x0|^2."""
 
-    weighting: Literal["native", "uniform", "min-snr", "uncertainty"] = "native"
-    """native: MSE of the network's own target; uniform: 1; min-snr: min(SNR, 5); uncertainty: native / e^u + u (EDM2 Eq. 21)"""
+    weighting: Literal["native", "uniform", "min-snr", "uncertainty", "uncertainty-uniform"] = "native"
+    """native: MSE of the network's own target; uniform: 1; min-snr: min(SNR, 5); uncertainty: native / e^u + u (EDM2 Eq. 21);
+    uncertainty-uniform: 1 / e^u + u, the same with lambda = 1 (Appendix B.2)"""
+
+    @property
+    def uncertain(self) -> bool:
+        """Whether u(s) is learned beside the network."""
+        return self.weighting.startswith("uncertainty")
 
 
 class Group(Settings):

@@ -80,7 +80,8 @@ def loss(
 
     x0 and eps (B, C, H, W), x0 of standard deviation sd; s (B,). weighting: "native" w |D-x0|^2, the MSE
     of the network's own target; "uniform" |D-x0|^2; "min-snr" min(SNR, 5) |D-x0|^2, SNR = (alpha sd/s)^2
-    (Hang et al. 2023); "uncertainty" w |D-x0|^2 / e^u + u (EDM2 Eq. 21). keep: as in Denoiser.
+    (Hang et al. 2023); "uncertainty" w |D-x0|^2 / e^u + u (EDM2 Eq. 21), "uncertainty-uniform" the same without w.
+    keep: as in Denoiser.
     """
     column = s[:, None, None, None]
     D = denoiser(process.alpha(column) * x0 + column * eps, s, cond, keep)
@@ -89,7 +90,8 @@ def loss(
         return error
     if weighting == "min-snr":
         return (process.alpha(s) * process.sd / s).square().clamp(max=5) * error
-    error = process.weight(s) * error
+    if weighting != "uncertainty-uniform":
+        error = process.weight(s) * error
     if weighting == "native":
         return error
     u = uncertainty(s)

@@ -61,7 +61,7 @@ def scores_of(work: Work, tick: Tick) -> tuple[dict[str, Any], list[str]]:
     pairs = {name: networks.pop(name) for name in SIZES if name in networks}
     for name in pairs:
         _check_pairs(run, name)
-    weights, _, nimg, _ = snapshot.synthesize(work.folder, [ema.chosen(run.sample)], cfg.nimg)
+    weights, _, nimg, _ = snapshot.synthesize(work.folder, [work.average or ema.chosen(run.sample)], cfg.nimg)
     protocol = _protocol(work, nimg, networks | pairs, reference)
     place = work.folder / "evaluation" / _key(work, protocol)
     mine = (cfg.images * cfg.repeats if networks else 0) + cfg.diversity_seeds * len(pairs)
@@ -90,7 +90,8 @@ def scores_of(work: Work, tick: Tick) -> tuple[dict[str, Any], list[str]]:
                 for what, value in compare.scored(score, x, y, network).items():
                     found.setdefault(what, []).append(value)
     result = {"scores": {what: _summed(values) for what, values in found.items()}, "protocol": protocol}
-    _record(work.folder / "scores.json", place.name, result)
+    if work.average is None:
+        _record(work.folder / "scores.json", place.name, result)
     files.remove_folder(place)
     return result, [*_lines(result), *compare.too_few(cfg.images, cfg.scores, networks)]
 
@@ -170,6 +171,7 @@ def _protocol(work: Work, nimg: int, networks: dict[str, nn.Module], reference: 
         "reference_resized": "middle square, Lanczos" if reference else None,
         "networks": {name: network.name for name, network in networks.items()},
         "nimg": nimg, **run.sample.model_dump(mode="json", exclude={"batch_size"}),
+        **({"average": str(work.average)} if work.average else {}),
     }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from gesso.errors import RunError
 from gesso.evaluate import compare
 from gesso.evaluate.compare import Statistics, Told
 from gesso.evaluate.metrics import Moments
+from gesso.snapshot import Target
 
 PART = 500
 """samples of a file"""
@@ -31,13 +32,14 @@ POLL = 2.0
 
 
 class Work(NamedTuple):
-    """What is measured, on this rank of `world`."""
+    """What is measured, on this rank of `world`. average: of the weights, where not that of run.sample; it is not recorded."""
 
     folder: Path
     run: Run
     device: torch.device
     rank: int = 0
     world: int = 1
+    average: Target | None = None
 
 
 class Prompt(NamedTuple):

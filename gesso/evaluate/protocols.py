@@ -15,7 +15,7 @@ from gesso.evaluate import compare, score
 CHANGEABLE = ("sample.", "eval.")
 FREE = (
     "eval.weights", "eval.dinov2", "eval.clip", "eval.patience", "eval.reference", "eval.prompts", "eval.seed",
-    "sample.batch_size", "sample.sigma_rel", "sample.halflife", "sample.guide", "sample.guide_sigma_rel",
+    "eval.scores", "eval.nimg", "sample.batch_size", "sample.sigma_rel", "sample.halflife", "sample.guide", "sample.guide_sigma_rel",
 )  # fmt: skip
 """settings that a protocol leaves to the run or the machine"""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gesso import config, ema, files, generate, snapshot
-from gesso.config import EDM2, Run
+from gesso.config import EDM2, EDM2Ladder, Run
 from gesso.data.dataset import open_dataset
 from gesso.data.samples import Dataset
 from gesso.ema import PerTensor, Power
@@ -24,6 +24,7 @@ from gesso.evaluate import curves, features, score
 from gesso.evaluate.averages import count as images_of
 from gesso.evaluate.averages import length
 from gesso.interop import edm2
+from gesso.recipes.edm2 import FIGURE_5B
 from gesso.snapshot import Target
 
 MEMORY = 4e9
@@ -139,12 +140,12 @@ def _layers(run: Run, said: Sequence[str]) -> dict[str, str]:
     """Globs by what is said: globs themselves; of EDM2's U-Net a layer as Appendix D.6 calls it, or figure5b: all of those."""
     found = {}
     for text in said:
-        of_edm2 = isinstance(run.net, EDM2)
+        of_edm2 = isinstance(run.net, EDM2 | EDM2Ladder)
         if text == "figure5b" and not of_edm2:
             raise UsageError(
                 f"--tensors figure5b: layers of EDM2's U-Net; of {run.net.name} write GLOBs such as '*attn*'"
             )
-        names = edm2.FIGURE_5B if text == "figure5b" else [text]
+        names = FIGURE_5B if text == "figure5b" else [text]
         layers = {name: edm2.layer(name, run.net, run.inputs) if of_edm2 else None for name in names}
         found |= {name: glob for name, glob in layers.items() if glob} or {text: text}
     return found

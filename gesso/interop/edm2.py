@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gesso.config import EDM2, Inputs
+from gesso.config import EDM2, EDM2Ladder, Inputs
 from gesso.errors import UsageError
 from gesso.interop.found import Found
 
@@ -31,16 +31,6 @@ INNER = {
     "attn_qkv.weight": "attention.qkv.weight",
     "attn_proj.weight": "attention.proj.weight",
 }
-# Appendix D.6, whose list has two lines more: enc-8x8-block2-conv0 stands twice, and dec-8x8-block0-conv names no layer.
-FIGURE_5B = (
-    "enc-64x64-block0-affine", "enc-64x64-block0-conv0", "enc-64x64-block0-conv1", "enc-64x64-conv",
-    "enc-32x32-block0-conv0", "enc-32x32-block0-skip", "enc-16x16-block0-affine", "enc-16x16-block0-conv0",
-    "enc-16x16-block2-conv0", "enc-8x8-block0-affine", "enc-8x8-block0-skip", "enc-8x8-block1-conv0",
-    "enc-8x8-block2-conv0", "dec-8x8-block0-conv0", "dec-8x8-block2-skip", "dec-8x8-in0-affine",
-    "dec-16x16-block0-affine", "dec-16x16-block0-conv1", "dec-16x16-block0-skip", "dec-32x32-block0-conv1",
-    "dec-32x32-block0-skip", "dec-32x32-up-affine", "dec-64x64-block0-conv1", "dec-64x64-block0-skip",
-    "dec-64x64-block3-skip", "dec-64x64-up-affine", "map-label", "map-layer0",
-)  # fmt: skip
 PARTS = {"affine": "emb_linear", "conv0": "conv_res0", "conv1": "conv_res1", "skip": "conv_skip"}
 UNCERTAINTY = "logvar_"  # trained alongside, discarded for sampling
 
@@ -62,8 +52,8 @@ def settings(state: Mapping[str, Tensor]) -> tuple[EDM2, Inputs]:
     return cfg, Inputs(state["unet.out_conv.weight"].shape[0], resolutions[0], classes)
 
 
-def names(cfg: EDM2, inputs: Inputs) -> dict[str, str]:
-    """Published name -> our name of every tensor that such a network may have."""
+def names(cfg: EDM2 | EDM2Ladder, inputs: Inputs) -> dict[str, str]:
+    """Published name -> our name of every tensor that such a network may have; CONFIGS A to F have CONFIG G's names."""
     levels = len(cfg.multipliers)
     resolutions = [inputs.resolution >> level for level in range(levels)]
     encoder, decoder = [], []
@@ -81,7 +71,7 @@ def names(cfg: EDM2, inputs: Inputs) -> dict[str, str]:
     return table
 
 
-def layer(name: str, cfg: EDM2, inputs: Inputs) -> str | None:
+def layer(name: str, cfg: EDM2 | EDM2Ladder, inputs: Inputs) -> str | None:
     """Our name of a weight that the paper calls so in Appendix D.6 (enc-64x64-block0-conv0); None where there is none."""
     if name in ("map-label", "map-layer0"):
         return {"map-label": "emb_label.weight", "map-layer0": "emb_noise.weight"}[name]

@@ -75,6 +75,55 @@ DINO_512 = {
     "XXL": (Best(42.84, 0.150), Best(33.09, 0.015, 1.7)),
 }
 FID_64 = {"S": Best(1.58, 0.075), "M": Best(1.43, 0.060), "L": Best(1.33, 0.040), "XL": Best(1.33, 0.040)}
+# Table 4, by the size of the network without labels that guides XXL; Gparams and teraflops of both together.
+GUIDES = {
+    "XS": (Best(1.81, 0.015, 1.2), 1.65, 38.9),
+    "S": (Best(1.80, 0.015, 1.2), 1.80, 42.5),
+    "M": (Best(1.80, 0.015, 1.2), 2.02, 47.4),
+    "L": (Best(1.86, 0.020, 1.2), 2.30, 53.8),
+    "XL": (Best(1.82, 0.020, 1.2), 2.64, 61.6),
+    "XXL": (Best(1.85, 0.020, 1.2), 3.05, 70.8),
+}
+
+
+class Cost(NamedTuple):
+    """Table 6, and Tables 1 to 3 to fewer digits. M parameters; gigaflops (multiply-accumulates) of an evaluation; zettaflops
+    of training, three evaluations an image; teraflops of a sample, 63 evaluations and the VAE's decoder, and guided."""
+
+    params: float
+    gflops: float
+    training: float | None = None
+    sampling: float | None = None
+    guided: float | None = None
+
+
+DECODER = 1260.9
+"""gigaflops of decoding one image of 512x512 from its latents (Figure 9)"""
+COST_512 = {
+    "XS": Cost(124.7, 45.5, 0.29, 4.13, 6.99),
+    "S": Cost(280.2, 102.2, 0.66, 7.70, 10.57),
+    "M": Cost(497.8, 180.8, 1.16, 12.65, 15.52),
+    "L": Cost(777.5, 282.2, 1.59, 19.04, 21.91),
+    "XL": Cost(1119.3, 405.9, 1.63, 26.83, 29.70),
+    "XXL": Cost(1523.2, 552.1, 1.56, 36.04, 38.91),
+}
+COST_64 = {
+    "S": Cost(280.2, 101.9, 0.33, 6.42),
+    "M": Cost(497.8, 180.8, 1.16, 11.39),
+    "L": Cost(777.5, 282.1, 0.91, 17.77),
+    "XL": Cost(1119.3, 405.9, 0.82, 25.57),
+}
+
+# Layers of Figure 5b by D.6, whose list has two lines more: enc-8x8-block2-conv0 stands twice, dec-8x8-block0-conv names none.
+FIGURE_5B = (
+    "enc-64x64-block0-affine", "enc-64x64-block0-conv0", "enc-64x64-block0-conv1", "enc-64x64-conv",
+    "enc-32x32-block0-conv0", "enc-32x32-block0-skip", "enc-16x16-block0-affine", "enc-16x16-block0-conv0",
+    "enc-16x16-block2-conv0", "enc-8x8-block0-affine", "enc-8x8-block0-skip", "enc-8x8-block1-conv0",
+    "enc-8x8-block2-conv0", "dec-8x8-block0-conv0", "dec-8x8-block2-skip", "dec-8x8-in0-affine",
+    "dec-16x16-block0-affine", "dec-16x16-block0-conv1", "dec-16x16-block0-skip", "dec-32x32-block0-conv1",
+    "dec-32x32-block0-skip", "dec-32x32-up-affine", "dec-64x64-block0-conv1", "dec-64x64-block0-skip",
+    "dec-64x64-block3-skip", "dec-64x64-up-affine", "map-label", "map-layer0",
+)  # fmt: skip
 
 
 def pixels() -> dict[str, Any]:
@@ -132,19 +181,18 @@ def img512(size: str) -> Run:
     return preset(f"edm2-img512-{size.lower()}", IMG512[size], latents(), EDM(P_mean=-0.4, P_std=1.0))
 
 
-def img512_unconditional() -> Run:
-    """The XS network without labels that guides all sizes in Table 2. How it was trained is our choice: as XS.
-
-    gesso train edm2-img512-xs-uncond data.source=caches/imagenet-512     about 3 days on 32 A100
-    """
-    run = preset("edm2-img512-xs-uncond", IMG512["XS"], latents(), EDM(P_mean=-0.4, P_std=1.0))
+def img512_unconditional(size: str) -> Run:
+    """A network without labels that guides XXL in Table 4, and as XS all sizes in Table 2. How it was trained is our choice:
+    as the one of its size with labels."""
+    run = preset(f"edm2-img512-{size.lower()}-uncond", IMG512[size], latents(), EDM(P_mean=-0.4, P_std=1.0))
     return run.model_copy(update={"semantic": Semantic(kind="none")})
 
 
 class Rung(NamedTuple):
-    """What one CONFIG trains with. fid: Table 1. sigma_rel: the EMA length to sample at."""
+    """What one CONFIG trains with. fid, cost: Table 1. sigma_rel: the EMA length to sample at."""
 
     fid: float
+    cost: Cost
     sigma_rel: float
     batch: int = BATCH
     lr: float = 0.0002
@@ -153,17 +201,17 @@ class Rung(NamedTuple):
     dropout: float = 0.10
 
 
-# Lengths of B to F are read from Figure 5a in the paper, which its text lacks: .10 is our choice, to be
-# replaced by the best of a sweep. A samples HALFLIFE instead; .034 is its relative length at the end (B.1).
+# Lengths of C to F are read from Figure 5a in the paper, which its text lacks: .10 is our choice, to be replaced by the
+# best of a sweep; the caption has B's. A samples HALFLIFE instead; .034 is its relative length at the end (B.1).
 HALFLIFE = 50_000_000  # images, of A's traditional EMA (B.1)
 RUNGS = {
-    "A": Rung(8.00, 0.034, batch=4096, lr=0.0001, beta2=0.999),
-    "B": Rung(7.24, 0.10),
-    "C": Rung(6.96, 0.10),
-    "D": Rung(3.75, 0.10, lr=0.0100),
-    "E": Rung(3.02, 0.10, lr=0.0100, t_ref=70_000),
-    "F": Rung(2.71, 0.10, lr=0.0100, t_ref=70_000),
-    "G": Rung(2.56, 0.130, lr=0.0100, t_ref=70_000, dropout=0.0),
+    "A": Rung(8.00, Cost(295.9, 110.4), 0.034, batch=4096, lr=0.0001, beta2=0.999),
+    "B": Rung(7.24, Cost(291.8, 100.4), 0.09),
+    "C": Rung(6.96, Cost(277.8, 100.3), 0.10),
+    "D": Rung(3.75, Cost(277.8, 101.2), 0.10, lr=0.0100),
+    "E": Rung(3.02, Cost(277.8, 101.2), 0.10, lr=0.0100, t_ref=70_000),
+    "F": Rung(2.71, Cost(280.2, 102.1), 0.10, lr=0.0100, t_ref=70_000),
+    "G": Rung(2.56, COST_512["S"], 0.130, lr=0.0100, t_ref=70_000, dropout=0.0),
 }
 
 
@@ -215,7 +263,7 @@ def guided(name: str, best: Best, metric: str) -> str:
 PIXELS, LATENTS = "ImageNet at 64x64 pixels", "ImageNet-512's latents"
 UNPUBLISHED = "cost and FID not in the paper"
 
-RECIPES: dict[str, Callable[[], Run]] = {"edm2-img512-xs-uncond": img512_unconditional}
+RECIPES: dict[str, Callable[[], Run]] = {}
 for size, p in IMG64.items():
     cost = f"{p.days} days on 32 A100; FID {FID_64[size].distance} (Table 6)" if size in FID_64 else UNPUBLISHED
     RECIPES |= described(img64, size, f"edm2-img64-{size.lower()}", f"EDM2-{size} on {PIXELS}", cost)
@@ -225,6 +273,10 @@ for size, p in IMG512.items():
         cost = f"{p.days} days on 32 A100; FID {FID_512[size][0].distance} (Table 6)\n"
         cost += guided(name, FID_512[size][1], "FID") + guided(name, DINO_512[size][1], "FD of DINOv2").rstrip()
     RECIPES |= described(img512, size, name, f"EDM2-{size} on {LATENTS}", cost)
+for size in GUIDES:
+    name, what = f"edm2-img512-{size.lower()}-uncond", f"EDM2-{size} without labels on {LATENTS}"
+    days = f"about {IMG512[size].days} days on 32 A100; guides EDM2-XXL to FID {GUIDES[size][0].distance:.2f} (Table 4)"
+    RECIPES |= described(img512_unconditional, size, name, what, days)
 for size, rung in RUNGS.items():
     name, what = f"edm2-ladder-{size.lower()}", f"CONFIG {size} of EDM2 on {LATENTS}"
     RECIPES |= described(ladder, size, name, what, f"FID {rung.fid:.2f} (Table 1)")

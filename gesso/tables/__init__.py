@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 from gesso import config
 from gesso.errors import UsageError
-from gesso.tables import berrada, edm2
+from gesso.tables import berrada, edm2, edm2_averages, edm2_costs, edm2_training, own
 from gesso.tables.table import Table
 
-TABLES: dict[str, Callable[[], Table]] = {make().name: make for module in (berrada, edm2) for make in module.TABLES}
+MODULES = (berrada, edm2, edm2_costs, edm2_averages, edm2_training, own)
+TABLES: dict[str, Callable[[], Table]] = {make().name: make for module in MODULES for make in module.TABLES}
 
 
 def table_of(name: str) -> Table:

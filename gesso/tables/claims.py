@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from gesso.tables.table import Cell, Claim, Table, Values
@@ -82,6 +82,131 @@ def best_at(row: str, column: str) -> Gain:
         return _difference(min(others), ours) if table.lower(column) else _difference(ours, max(others))
 
     return gain
+
+
+def improves(column: str, rows: Sequence[str]) -> Gain:
+    """Of the rows that there are, the last is better than the first: the difference."""
+
+    def gain(table: Table, values: Values) -> float | None:
+        there = [row for row in rows if (row, column) in values]
+        return better((there[-1], column), (there[0], column))(table, values) if len(there) > 1 else None
+
+    return gain
+
+
+def helps_more(column: str, than: str, base: str) -> Gain:
+    """The best row of a column is better than its row `base` by a larger share than that of another column."""
+
+    def gain(table: Table, values: Values) -> float | None:
+        shares = [_share(table, values, name, base) for name in (column, than)]
+        return None if None in shares else shares[0] - shares[1]
+
+    return gain
+
+
+def _share(table: Table, values: Values, column: str, base: str) -> float | None:
+    others = [v for (r, c), v in values.items() if c == column and r != base]
+    if (base, column) not in values or not others:
+        return None
+    start = values[base, column]
+    return (start - min(others) if table.lower(column) else max(others) - start) / start
+
+
+def sharper(column: str, than: str) -> Gain:
+    """A curve rises more around its optimum than another: the difference of their mean shares above it."""
+
+    def gain(table: Table, values: Values) -> float | None:
+        curves = [[value for _, value in table.curve(values, name)] for name in (column, than)]
+        if min(map(len, curves)) < 3:
+            return None
+        tops = [_best(table, column, curve) for curve in curves]
+        ours, theirs = (
+            statistics.mean(abs(v - top) for v in curve) / top for curve, top in zip(curves, tops, strict=True)
+        )
+        return None if math.isinf(ours) or math.isinf(theirs) else ours - theirs
+
+    return gain
+
+
+def bests_within(columns: Sequence[str], share: float) -> Gain:
+    """The best numbers of columns lie within a share of one another: what is left of it."""
+
+    def gain(table: Table, values: Values) -> float | None:
+        spread = _spread(table, values, columns, None)
+        return None if spread is None else share - spread
+
+    return gain
+
+
+def steadier(columns: Sequence[str], row: str) -> Gain:
+    """The best numbers of columns, each at a row of its own, differ by a smaller share than those of one row."""
+
+    def gain(table: Table, values: Values) -> float | None:
+        own, fixed = (_spread(table, values, columns, at) for at in (None, row))
+        return None if own is None or fixed is None else _difference(fixed, own)
+
+    return gain
+
+
+def _spread(table: Table, values: Values, columns: Sequence[str], row: str | None) -> float | None:
+    """By what share the worst column exceeds the best; of their best numbers, or those of a row."""
+    found = []
+    for column in columns:
+        some = [v for (r, c), v in values.items() if c == column and row in (None, r)]
+        if not some:
+            return None
+        found.append(_best(table, column, some))
+    return max(found) / min(found) - 1
+
+
+def cheaper(cost: str, column: str, than: str, times: float) -> Gain:
+    """What is best of one column is beaten by another at so many times less cost: the factor over `times`, less 1."""
+
+    def gain(table: Table, values: Values) -> float | None:
+        ours, theirs = (
+            [(v, values.get((r, cost))) for (r, c), v in values.items() if c == name] for name in (column, than)
+        )
+        if not ours or not theirs or any(price is None for _, price in (*ours, *theirs)):
+            return None
+        sign = 1 if table.lower(column) else -1
+        record, price = min(theirs, key=lambda point: sign * point[0])
+        better = [p for value, p in ours if sign * value < sign * record]
+        return price / min(better) / times - 1 if better else -1.0
+
+    return gain
+
+
+def follows(given: Mapping[str, float], power: float, within: float) -> Gain:
+    """The best x of columns goes as a power of what is given of each: `within` less the error of the fitted exponent."""
+
+    def gain(table: Table, values: Values) -> float | None:
+        optima = {column: _optimum(table, values, column) for column in given}
+        if None in optima.values():
+            return None
+        return within - abs(_slope([(given[c], x) for c, x in optima.items()]) - power)
+
+    return gain
+
+
+def falls_as(column: str, power: float, within: float) -> Gain:
+    """A curve goes as a power of x: `within` less the error of the fitted exponent."""
+
+    def gain(table: Table, values: Values) -> float | None:
+        curve = list(table.curve(values, column))
+        return within - abs(_slope(curve) - power) if len(curve) > 2 else None
+
+    return gain
+
+
+def _slope(points: Sequence[tuple[float, float]]) -> float:
+    """Least squares of ln y over ln x."""
+    x, y = ([math.log(point[i]) for point in points] for i in (0, 1))
+    mean_x, mean_y = statistics.mean(x), statistics.mean(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+
+
+def _best(table: Table, column: str, values: Sequence[float]) -> float:
+    return min(values) if table.lower(column) else max(values)
 
 
 def _optimum(table: Table, values: Values, column: str) -> float | None:

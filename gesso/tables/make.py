@@ -130,17 +130,32 @@ def found(todo: Sequence[Job]) -> dict[int, dict[tuple[str, str], float]]:
             continue
         record = read(job.path)
         for column, name in job.part.columns.items():
-            if "diverged" in record:
-                value = DIVERGED
-            elif name in record["found"]:
-                value = record["found"][name]
-            else:
-                raise UsageError(
-                    f"{job.path} has no {name!r}, which {column} of {job.row} is; it has {', '.join(record['found'])}"
-                )
-            for seed in seeds if job.trained is None else (job.seed,):
-                values[seed][job.row, column] = math.nan if value is None else value
+            value = _number(job, record, column, name)
+            for seed in (job.seed,) if job.trains else seeds:
+                known = values[seed].get((job.row, column))
+                values[seed][job.row, column] = value if known is None else _better(job, known, value)
     return values
+
+
+def _number(job: Job, record: dict[str, Any], column: str, name: str) -> float:
+    plain = name.removeprefix("1-")
+    if "diverged" in record:
+        return DIVERGED
+    if plain not in record["found"]:
+        raise UsageError(
+            f"{job.path} has no {plain!r}, which {column} of {job.row} is; it has {', '.join(record['found'])}"
+        )
+    value = record["found"][plain]
+    if value is None:
+        return math.nan
+    return value if plain == name else 1 - value
+
+
+def _better(job: Job, a: float, b: float) -> float:
+    """Of two numbers of one cell."""
+    assert job.part.best, f"two parts fill {job.row}, {', '.join(job.part.columns)}"
+    real = [x for x in (a, b) if not math.isnan(x)]
+    return math.nan if not real else min(real) if job.part.best == "least" else max(real)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from gesso import config, recipes
 from gesso.config import Run
 from gesso.errors import UsageError
 from gesso.recipes import needed
-from gesso.tables.table import How, Part, Scale, Table, Training
+from gesso.tables.table import UNTRAINED, How, Part, Scale, Table, Training
 
 MEASURED = ("sample.", "eval.", "watch.", "recipe", "made_with", "init.source", "train.device", "train.threads", "train.sharding",
             "train.micro_batch", "train.recompute", "train.compile", "train.timeout", "train.keep_states", "ema.device")  # fmt: skip
@@ -48,6 +48,11 @@ class Job(NamedTuple):
     guide: Trained | None
     settings: tuple[str, ...]
     path: Path
+
+    @property
+    def trains(self) -> tuple[Trained, ...]:
+        """What is to be trained for it."""
+        return () if self.part.by in UNTRAINED else tuple(one for one in (self.trained, self.guide) if one)
 
     @property
     def evaluation(self) -> str:
@@ -84,7 +89,7 @@ def jobs(
         for seed in seeds
         for part in parts
         for name in chosen
-        if name in part.rows and (seed == seeds[0] or part.rows[name].training)
+        if name in part.rows and (seed == seeds[0] or (part.rows[name].training and part.by not in UNTRAINED))
     ]
 
 
@@ -116,8 +121,8 @@ def trainings(todo: Sequence[Job]) -> list[Trained]:
     """All that the jobs need, each once, those that others start from first."""
     found: dict[str, Trained] = {}
     for job in todo:
-        for one in (job.trained, job.guide):
-            for step in one.chain() if one else ():
+        for one in job.trains:
+            for step in one.chain():
                 found.setdefault(step.key, step)
     return list(found.values())
 

@@ -20,6 +20,8 @@ SCALES = ("tiny", "small", "paper")
 By = Literal["scores", "counts", "growth", "tensors", "gradients", "attention", "noise_levels", "responses", "reconstruction",
              "step_sizes"]  # fmt: skip
 """how numbers are found (measures.py): scores of samples, counts of a network, magnitudes that training logged, ..."""
+UNTRAINED: tuple[By, ...] = ("counts", "noise_levels", "responses", "reconstruction", "step_sizes")
+"""those of which a training's settings are enough, or nothing is needed at all"""
 
 
 class Column(NamedTuple):
@@ -55,13 +57,15 @@ class How(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Columns of a table that are measured in one way. columns: by column what stands for it among the numbers found."""
+    """Columns of a table that are measured in one way. columns: by column what stands for it among the numbers found, 1-NAME:
+    what is left to 1, of a share that holds. best: where several parts fill a cell, which of their numbers counts."""
 
     columns: Mapping[str, str]
     rows: Mapping[str, How]
     by: By = "scores"
     measure: Settings = ()
     protocol: str | None = None
+    best: Literal["least", "most"] | None = None
 
 
 class Scale(NamedTuple):
@@ -91,7 +95,8 @@ class Check(NamedTuple):
 
 class Table(NamedTuple):
     """name as typed: berrada/2a; source: where in the paper; x: the title of the axis of a figure, whose columns are curves
-    over the rows' x; checks: of a checklist, which has neither columns nor parts."""
+    over the rows' x; of rows without one over the column of that name; checks: of a checklist, which has neither columns nor
+    parts."""
 
     name: str
     title: str
@@ -116,6 +121,7 @@ class Table(NamedTuple):
 
     def curve(self, values: Values, column: str) -> Iterator[tuple[float, float]]:
         """(x, number) of a column, in the order of the rows."""
-        for row in self.rows:
-            if row.x is not None and (row.name, column) in values:
-                yield row.x, values[row.name, column]
+        for row in self.rows if column != self.x else ():
+            x = values.get((row.name, self.x)) if row.x is None else row.x
+            if x is not None and (row.name, column) in values:
+                yield x, values[row.name, column]

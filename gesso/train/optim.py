@@ -87,7 +87,7 @@ def check(run: Run) -> None:
         process = processes.build(run.process)
         with torch.device("meta"):
             modules = nn.ModuleDict({"net": nets.build(run.net, run.inputs)})
-            if run.loss.weighting == "uncertainty":
+            if run.loss.uncertain:
                 modules["uncertainty"] = diffusion.Uncertainty(process)
         grouped(run.optim, modules)
     if run.optim.state == "8bit":

@@ -51,7 +51,7 @@ class Trainer:
         self.denoiser = denoiser or diffusion.build(run)
         self.process, net = self.denoiser.process, self.denoiser.net
         self.modules = nn.ModuleDict({"net": net})
-        self.uncertainty = diffusion.Uncertainty(self.process) if run.loss.weighting == "uncertainty" else None
+        self.uncertainty = diffusion.Uncertainty(self.process) if run.loss.uncertain else None
         if self.uncertainty:
             self.modules["uncertainty"] = self.uncertainty
         self.modules.to(self.device, dtype).train()

@@ -86,7 +86,7 @@ def begun(run: Run, source: Source) -> tuple[Run, Denoiser, list[str]]:
     account = moved(denoiser.net, source, run)
     assert account.taken, "a network of the same settings shares its blocks"
     notes = [f"  note        {note}" for note in source.notes]
-    if run.loss.weighting == "uncertainty":
+    if run.loss.uncertain:
         notes.append("  note        the uncertainty u(s) of the loss is learned anew")
     return run, denoiser, [f"weights from {source.called}", *account.lines(), *said, *notes]
 

@@ -1,0 +1,230 @@
+"""On what the tables of Karras et al. 2024 are made at each scale: trainings, lengths, times and scores, each said once here.
+
+Tables share a training where it is the same: CONFIG G is EDM2-S, at each scale.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+from gesso import recipes
+from gesso.config import Run
+from gesso.recipes.edm2 import DINO_512, FID_512, GUIDES, RUNGS
+from gesso.tables.table import How, Part, Row, Scale, Settings, Training
+
+# Tiny: the digits, a minute or two of one thread each.
+LADDER = (
+    "net.name=edm2-ladder", "net.channels=32", "net.multipliers=1,2", "net.blocks=1", "net.attention_levels=[1]",
+    "net.channels_per_head=32", "net.dropout=.1", "sample.guidance=1", "train.total_images=60k", "train.snapshot_images=3k",
+    "train.state_images=30k", "watch.magnitude_images=6k", "watch.magnitude_samples=512",
+)  # fmt: skip
+LADDER_STEPS: dict[str, Settings] = {
+    "A": ("net.step=A", "loss.weighting=native", "process.P_mean=-1.2", "process.P_std=1.2", "optim.schedule=constant", "optim.lr=1e-3", "optim.betas=.9,.999"),
+    "B": ("net.step=B", "optim.schedule=constant", "optim.lr=2e-3"),
+    "C": ("net.step=C", "optim.schedule=constant", "optim.lr=2e-3"),
+    "D": ("net.step=D", "optim.schedule=constant", "optim.lr=1e-2"),
+    "E": ("net.step=E", "optim.lr=1e-2"),
+    "F": ("net.step=F", "optim.lr=1e-2"),
+    "G": ("net.step=G", "optim.lr=1e-2", "net.dropout=0"),
+}  # fmt: skip
+CHANNELS = {"XS": 16, "S": 32, "M": 48}
+OPTIMA = {"B": 0.1, "G": 0.1}
+TINY_LENGTHS = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2)
+DIGITS = ("eval.scores=fd_digits,agreement", "eval.images=1000")
+
+# Small: drawn shapes at 64x64, whose kind is the class; an hour of one GPU each. Where they stand is decided at high noise.
+SMALL_LADDER = (
+    "data.resolution=64", "process.scale=2", "net.name=edm2-ladder", "net.channels=64", "net.blocks=1",
+    "net.channels_per_head=32", "net.dropout=.1", "loss.weighting=uncertainty", "sample.guidance=1", "optim.ref_images=500k",
+    "optim.warmup_images=50k", "train.total_images=3M", "train.batch_size=256", "train.snapshot_images=150k", "train.state_images=750k",
+    "train.precision=bfloat16", "watch.magnitude_images=300k",
+)  # fmt: skip
+SMALL_STEPS = {**LADDER_STEPS, "A": (*LADDER_STEPS["A"], "process.P_mean=0")}
+SMALL_CHANNELS = {"XS": 32, "S": 64, "M": 96}
+DRAWN = ("eval.scores=drawn", "eval.images=2000")
+
+
+class Ground(NamedTuple):
+    """configs: A to G; sizes: EDM2-XS and larger; guides: the same without labels; plain: EDM2-S as net.name=edm2, which has
+    settings of its own. score, second: what stands for FID and the distance of DINOv2. lengths: those swept; tuned: of each
+    size the best (length, guidance), unguided and guided, for score and second; or all to choose from; optima: of CONFIGS B and G."""
+
+    configs: Mapping[str, Training]
+    sizes: Mapping[str, Training]
+    guides: Mapping[str, Training]
+    plain: Training
+    score: str
+    second: str
+    measure: Settings
+    protocol: str | None
+    lengths: tuple[float, ...]
+    guidances: tuple[float, ...]
+    optima: Mapping[str, float]
+
+    @property
+    def largest(self) -> str:
+        return list(self.sizes)[-1]
+
+    def tuned(self, size: str, guided: bool, second: bool) -> tuple[tuple[float, float], ...]:
+        """(length, guidance) to choose the best from: Table 6's own at the paper's scale; guided every second length."""
+        if self is PAPER:
+            best = (DINO_512 if second else FID_512)[size][guided]
+            return ((best.sigma_rel, best.guidance),)
+        if guided:
+            return tuple((length, w) for w in self.guidances[1:3] for length in self.lengths[::2])
+        return tuple((length, 1.0) for length in self.lengths)
+
+    def lengths_of(self, step: str) -> tuple[float, ...]:
+        """A's traditional average has one (B.1)."""
+        return (RUNGS["A"].sigma_rel,) if self is PAPER and step == "A" else self.lengths
+
+    def at(self, step: str, length: float) -> How:
+        """A CONFIG under an average of some length."""
+        return How(self.configs[step], () if self is PAPER and step == "A" else averaged(length))
+
+    def guided(self, training: Training, length: float, guidance: float, by: str = "XS") -> How:
+        """Another network that guides has the same length (A.3)."""
+        if guidance == 1:
+            return How(training, averaged(length))
+        said = (*averaged(length), f"sample.guidance={guidance:g}", f"sample.guide_sigma_rel={length:g}")
+        return How(training, said, guide=self.guides[by])
+
+    def scored(self, columns: Mapping[str, str], rows: Mapping[str, How], best: bool = False) -> Part:
+        """A part; `best` where others fill the same cells, of which the best counts."""
+        return Part(columns, rows, measure=self.measure, protocol=self.protocol, best="least" if best else None)
+
+    def alternatives(self, columns: Mapping[str, str], rows: Mapping[str, Sequence[How]]) -> tuple[Part, ...]:
+        """Each row in several ways, of which the best counts."""
+        most = max(len(ways) for ways in rows.values())
+        return tuple(
+            self.scored(columns, {row: ways[k] for row, ways in rows.items() if k < len(ways)}, best=most > 1)
+            for k in range(most)
+        )
+
+
+def averaged(length: float) -> Settings:
+    return (f"sample.sigma_rel={length:g}",)
+
+
+def after(training: Training, share: Fraction) -> Settings:
+    """The weights at a share of the training, where a snapshot is written: time goes in batches."""
+    if share == 1:
+        return ()
+    train = resolved(training).train
+    return (f"eval.nimg={-(-train.total_images * share // train.batch_size) * train.batch_size}",)
+
+
+def resolved(training: Training) -> Run:
+    return recipes.resolve(training.recipe, list(training.settings))[0]
+
+
+def more(training: Training, *settings: str) -> Training:
+    """With settings laid over it."""
+    return training._replace(settings=(*training.settings, *settings))
+
+
+def ladder(recipe: str, base: Settings, steps: Mapping[str, Settings]) -> dict[str, Training]:
+    return {step: Training(recipe, (*base, *said)) for step, said in steps.items()}
+
+
+def sized(g: Training, channels: Mapping[str, int], s: int) -> dict[str, Training]:
+    """CONFIG G at other widths than its own, s."""
+    return {name: g if c == s else more(g, f"net.channels={c}") for name, c in channels.items()}
+
+
+def without_labels(sizes: Mapping[str, Training]) -> dict[str, Training]:
+    return {name: more(training, "semantic.kind=none") for name, training in sizes.items()}
+
+
+def as_edm2(g: Training) -> Training:
+    """CONFIG G of the ladder as the network of its own."""
+    kept = (said for said in g.settings if not said.startswith(("net.name", "net.step")))
+    return g._replace(settings=(*kept, "net.name=edm2"))
+
+
+_tiny = ladder("digits-edm2", LADDER, LADDER_STEPS)
+_small = ladder("shapes-class", SMALL_LADDER, SMALL_STEPS)
+TINY = Ground(
+    configs=_tiny,
+    sizes=sized(_tiny["G"], CHANNELS, CHANNELS["S"]),
+    guides=without_labels(sized(_tiny["G"], CHANNELS, CHANNELS["S"])),
+    plain=as_edm2(_tiny["G"]),
+    score="fd_digits",
+    second="1-class_agreement",
+    measure=DIGITS,
+    protocol=None,
+    lengths=TINY_LENGTHS,
+    guidances=(1.0, 1.2, 1.4, 1.9),
+    optima=OPTIMA,
+)
+SMALL = Ground(
+    configs=_small,
+    sizes=sized(_small["G"], SMALL_CHANNELS, SMALL_CHANNELS["S"]),
+    guides=without_labels(sized(_small["G"], SMALL_CHANNELS, SMALL_CHANNELS["S"])),
+    plain=as_edm2(_small["G"]),
+    score="1-all",
+    second="1-kind",
+    measure=DRAWN,
+    protocol=None,
+    lengths=TINY_LENGTHS,
+    guidances=(1.0, 1.2, 1.4, 1.9),
+    optima=OPTIMA,
+)
+PAPER = Ground(
+    configs={**{step: Training(f"edm2-ladder-{step.lower()}") for step in "ABCDEF"}, "G": Training("edm2-img512-s")},
+    sizes={size: Training(f"edm2-img512-{size.lower()}") for size in FID_512},
+    guides={size: Training(f"edm2-img512-{size.lower()}-uncond") for size in GUIDES},
+    plain=Training("edm2-img512-s"),
+    score="fid",
+    second="fd_dinov2",
+    measure=(),
+    protocol="edm2",
+    # How densely the paper swept it does not say: the tiny scale's, and those for which it has numbers.
+    lengths=(0.015, 0.025, 0.05, 0.075, 0.085, 0.09, 0.1, 0.13, 0.15, 0.19, 0.2, 0.25),
+    guidances=(1.0, 1.2, 1.4, 1.6, 1.9),
+    optima={step: RUNGS[step].sigma_rel for step in "BG"},
+)
+GROUNDS = {"tiny": TINY, "small": SMALL, "paper": PAPER}
+
+
+def scales(
+    parts: Callable[[Ground], tuple[Part, ...]], cost: Mapping[str, str], notes: Mapping[str, str] | None = None
+) -> dict[str, Scale]:
+    """A table at those scales of which the cost of a row is said."""
+    said = NOTES | (notes or {})
+    return {name: Scale(parts(GROUNDS[name]), words, said.get(name, "")) for name, words in cost.items()}
+
+
+NOTES = {
+    "tiny": "The digits, 8x8 pixels; networks of two levels, 60k images. FID is the Frechet distance in digit features.",
+    "small": "Drawn shapes at 64x64, 3M images. FID is the share of samples that are not the one shape of their class.",
+}
+
+
+def percent(x: float | Fraction) -> str:
+    return f"{100 * float(x):.3g} %"
+
+
+def rows_of(
+    xs: Sequence[float | Fraction], published: Mapping[tuple[str, float], float] | None = None
+) -> tuple[Row, ...]:
+    """Rows of a figure over shares; published: by column and x."""
+    return tuple(
+        Row(percent(x), {column: value for (column, at), value in (published or {}).items() if at == x}, float(x))
+        for x in xs
+    )
+
+
+def swept(g: Ground, columns: Mapping[str, Callable[[float], How]]) -> tuple[Part, ...]:
+    """Every column of a figure at every length."""
+    return tuple(
+        g.scored({column: g.score}, {percent(length): how(length) for length in g.lengths})
+        for column, how in columns.items()
+    )
+
+
+LENGTHS = tuple(sorted({*TINY.lengths, *PAPER.lengths, *PAPER.lengths_of("A")}))
+SHARES = tuple(Fraction(k, 4) for k in (1, 2, 3, 4))
+"""of a training"""
+LADDER_COST = {"tiny": "2 minutes", "small": "an hour", "paper": "5 days on 32 A100 and more"}
+ONE_COST = {"tiny": "a minute, and 2 of training for all", "paper": "hours of 8 A100, after 5 days on 32"}

@@ -1,0 +1,534 @@
+"""EDM2's tables as data: published numbers, claims, trainings that are shared, costs, closed forms."""
+
+import functools
+import json
+import math
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import integrate, special
+from written import written
+
+from gesso import config, ema, nets, recipes
+from gesso.data.imagined import imagined
+from gesso.diffusion import denoiser, process
+from gesso.errors import UsageError
+from gesso.evaluate import measure
+from gesso.interop import edm2 as interop
+from gesso.nets import count
+from gesso.nets.published import PUBLISHED
+from gesso.recipes.edm2 import COST_512, FIGURE_5B, IMG512, RUNGS
+from gesso.tables import TABLES, claims, closed, costs, grounds, make, measures, own, plan
+from gesso.tables.edm2_averages import TINY_LAYERS
+from gesso.tables.grounds import PAPER, SMALL, TINY
+from gesso.tables.table import DIVERGED, SCALES, UNTRAINED, Claim, Column, How, Part, Row, Scale, Table, Training
+
+OURS = [name for name in TABLES if name.startswith(("edm2/", "own/"))]
+EVERY = [(name, scale) for name in OURS for scale in TABLES[name]().scales]
+WHERE = Path("nowhere")
+
+
+@functools.cache
+def jobs(name, scale):
+    return plan.jobs(TABLES[name](), scale, (0,), WHERE)
+
+
+@functools.cache
+def keys(name, scale):
+    return {one.key for one in plan.trainings(jobs(name, scale))}
+
+
+def job(*settings, trained=None, guide=None):
+    return SimpleNamespace(settings=settings, trained=trained, guide=guide, part=Part({}, {}))
+
+
+def test_all_that_was_asked_for_is_there():
+    figures = ("1", "3", "4", "5a", "5b", "5c", "6", "8", "9", "10", "11a", "11b", "12", "13", "14", "23", "24")
+    names = (*"123456", *(f"fig{n}" for n in figures), "rates", "lambda", "fp16", "mpcat")
+    assert {f"edm2/{name}" for name in names} | {"own/equal", "own/both"} == set(OURS)
+
+
+@pytest.mark.parametrize(
+    "table, row, column, value",
+    [
+        ("1", "CONFIG A", "FID", 8.00), ("1", "CONFIG D", "FID", 3.75), ("1", "CONFIG F", "Gflops", 102.1),
+        ("1", "CONFIG C", "Mparams", 277.8), ("2", "ADM-U", "FID, guided", 3.85), ("2", "RIN", "NFE", 1000),
+        ("2", "EDM2-XXL", "FID, guided", 1.81), ("2", "EDM2-M", "FID", 2.25), ("2", "U-ViT, L", "Gflops", 555),
+        ("3", "EDM2-L", "FID", 1.33), ("3", "ADM + EDM sampling", "FID, stochastic", 1.57), ("3", "ADM + EDM training", "NFE", 79),
+        ("4", "L", "FID", 1.86), ("4", "XXL", "Tflops", 70.8), ("4", "S", "Gparams", 1.80),
+        ("5", "EDM2-S", "FD", 68.64), ("5", "EDM2-XL", "FD, guided", 35.67),
+        ("6", "512 L", "Training, Zflops", 1.59), ("6", "512 M", "Guided, Tflops", 15.52), ("6", "64 XL", "Sampling, Tflops", 25.57),
+        ("6", "512 XS", "FD of DINOv2, guided", 79.94), ("6", "64 M", "FID", 1.43),
+        ("fig9", "DiT-XL/2", "teraflops of a sample", 250 * 0.525 + 1.2609), ("fig5a", "3.4 %", "CONFIG A", 8.00),
+        ("fig5a", "9 %", "CONFIG B", 7.24), ("fig6", "2.5 %", "guidance 1.4", 2.23), ("fig14", "19 %", "FD, CONFIG G", 68.64),
+        ("fig8", "EDM2-XXL, guided", "billions of parameters", 1.5232 + 0.1247), ("fig10", "EDM2-S, 100 %", "EDM2-S", 2.56),
+    ],
+)  # fmt: skip
+def test_published_numbers(table, row, column, value):
+    assert TABLES[f"edm2/{table}"]().published()[row, column] == pytest.approx(value, rel=1e-12)
+
+
+def test_numbers_said_twice_agree():
+    """Table 1's and 2's counts stand in nets/published.py too."""
+    known = {p.name: {f.quantity: f.value for f in p.figures} for p in PUBLISHED}
+    for step, rung in RUNGS.items():
+        there = known[f"edm2-config-{step.lower()}"]
+        assert there["macs"] == pytest.approx(rung.cost.gflops * 1e9) and there["parameters"] / 1e6 == pytest.approx(
+            rung.cost.params, abs=0.06
+        )
+    for size, cost in COST_512.items():
+        there = known[f"edm2-{size.lower()}"]
+        assert round(cost.gflops) == pytest.approx(there["macs"] / 1e9, abs=1) and there[
+            "parameters"
+        ] / 1e6 == pytest.approx(cost.params, abs=0.06)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_claims_hold_on_the_papers_own_numbers(name):
+    table = TABLES[name]()
+    columns = {column.name for column in table.columns}
+    assert all(set(row.published) <= columns for row in table.rows) and table.claims
+    gains = [claim.gain(table, table.published()) for claim in table.claims]
+    assert all(gain is None or gain > 0 for gain in gains), list(
+        zip([c.says for c in table.claims], gains, strict=True)
+    )
+    if name in ("edm2/1", "edm2/2", "edm2/3", "edm2/4", "edm2/5", "edm2/6", "edm2/fig1", "edm2/fig8", "edm2/fig9"):
+        assert None not in gains
+
+
+@pytest.mark.parametrize("name, scale", EVERY)
+def test_every_job_can_be_asked_for(name, scale):
+    """All settings are right, and every row and column of every part is one of the table."""
+    table = TABLES[name]()
+    todo, seen = jobs(name, scale), set()
+    assert todo and scale in SCALES
+    rows, columns = {row.name for row in table.rows}, {column.name for column in table.columns}
+    filled = [(one.row, column) for one in todo for column in one.part.columns]
+    assert {row for row, _ in filled} <= rows and {column for _, column in filled} <= columns
+    twice = {cell for cell in filled if filled.count(cell) > 1} if len(filled) < 200 else set()
+    assert all(one.part.best for one in todo for column in one.part.columns if (one.row, column) in twice)
+    for one in todo:
+        assert one.part.by in measures.FOUND
+        said = tuple(s for s in one.settings if s.split("=")[0] not in ("tensor", "at", "sigma_rel", "normal", "projected",
+                     "snapshots", "averages", "target"))  # fmt: skip
+        if one.trained and (one.trained.run.recipe, said) not in seen:
+            seen.add((one.trained.run.recipe, said))
+            run = config.resolve(config.as_tree(one.trained.run), list(said))[0]
+            assert not run.eval.scores or one.part.by in UNTRAINED or one.part.by in ("scores", "tensors")
+            measured = set(one.part.columns.values())
+            if one.part.by in ("scores", "tensors") and one.part.protocol is None:
+                scores = {"fd_digits": {"fd_digits"}, "agreement": {"1-class_agreement"}, "drawn": {"1-all", "1-kind"}}
+                assert measured <= set().union(*(scores[s] for s in run.eval.scores))
+
+
+@pytest.mark.parametrize(
+    "scale", ["tiny", pytest.param("small", marks=pytest.mark.slow), pytest.param("paper", marks=pytest.mark.slow)]
+)
+def test_every_network_can_be_built(scale):
+    built = set()
+    for name in OURS:
+        for one in plan.trainings(jobs(name, scale)) if scale in TABLES[name]().scales else ():
+            run = imagined(one.run)[0]
+            if (run.net, run.inputs) not in built:
+                built.add((run.net, run.inputs))
+                with torch.device("meta"):
+                    nets.build(run.net, run.inputs)
+            assert run.train.total_images >= run.train.snapshot_images * 10
+    assert len(built) >= 10
+
+
+def test_trainings_are_shared():
+    for scale in ("tiny", "small"):
+        assert (
+            keys("edm2/1", scale) == keys("edm2/fig5a", scale) == keys("edm2/fig11a", scale) > keys("edm2/fig3", scale)
+        )
+    for scale in ("tiny", "paper"):
+        # What edm2/1 measures is what the figure shows, but for what costs nothing.
+        table, figure = (
+            {one.path for one in jobs(n, scale) if one.part.by == "scores"} for n in ("edm2/1", "edm2/fig5a")
+        )
+        assert table == figure
+        assert keys("edm2/fig5b", scale) < keys("edm2/1", scale) and keys("edm2/fig5c", scale) < keys("edm2/1", scale)
+        assert (
+            keys("edm2/2", scale)
+            == keys("edm2/5", scale)
+            == keys("edm2/fig1", scale)
+            == keys("edm2/fig9", scale)
+            <= keys("edm2/6", scale)
+        )
+        assert keys("edm2/fig6", scale) < keys("edm2/2", scale) and keys("edm2/fig10", scale) < keys("edm2/2", scale)
+        assert len(keys("edm2/fig13", scale) & keys("edm2/rates", scale)) == 3  # the recipe's own, 30k and 160k
+        assert keys("edm2/fig13", scale) & keys("edm2/1", scale) and keys("edm2/lambda", scale) & keys("edm2/1", scale)
+        assert keys("edm2/fig12", scale) & keys("edm2/2", scale) and keys("edm2/fig14", scale) <= keys(
+            "edm2/1", scale
+        ) | keys("edm2/2", scale)
+    # CONFIG G is EDM2-S.
+    assert TINY.sizes["S"] == TINY.configs["G"] and PAPER.sizes["S"] == PAPER.configs["G"] == PAPER.plain
+    every = {
+        key
+        for name in OURS
+        if name.startswith("edm2/") and "tiny" in TABLES[name]().scales
+        for key in keys(name, "tiny")
+    }
+    # The ladder 7, sizes 2, guides 3, decays 4, rates 2, dropout, lambda, balances 5.
+    assert len(every) == 25
+
+
+@pytest.mark.parametrize("ground", [TINY, SMALL, PAPER], ids=["tiny", "small", "paper"])
+def test_grounds(ground):
+    """The ladder is the paper's, one change after another; times are those of snapshots."""
+    runs = {step: recipes.resolve(t.recipe, list(t.settings))[0] for step, t in ground.configs.items()}
+    for step, run in runs.items():
+        assert step in (getattr(run.net, "step", "G"),)
+        assert (run.optim.schedule == "inverse_sqrt") == (step in "EFG") and (run.net.dropout > 0) == (step != "G")
+        assert (run.loss.weighting == "native") == (step == "A") and run.sample.guidance == 1
+        assert run.watch.magnitude_images <= run.train.total_images / 10
+    assert runs["A"].process.P_mean < runs["B"].process.P_mean == runs["G"].process.P_mean
+    guide = ground.guides["XS"]
+    run = recipes.resolve(guide.recipe, list(guide.settings))[0]
+    assert run.semantic.kind == "none" and run.net.channels < runs["G"].net.channels
+    plain = recipes.resolve(ground.plain.recipe, list(ground.plain.settings))[0]
+    assert plain.net.name == "edm2" and plain.net.channels == runs["G"].net.channels and plain.optim == runs["G"].optim
+    for t in (*ground.configs.values(), *ground.sizes.values()):
+        train = recipes.resolve(t.recipe, list(t.settings))[0].train
+        for share in (Fraction(1, 4), Fraction(1, 2), Fraction(3, 4)):
+            nimg = int(grounds.after(t, share)[0].partition("=")[2])
+            assert nimg % train.batch_size == 0
+            # Training stores where a multiple of snapshot_images lies in the step that ends here.
+            assert nimg // train.snapshot_images > (nimg - train.batch_size) // train.snapshot_images
+    assert grounds.after(ground.configs["G"], Fraction(1)) == ()
+
+
+def test_the_papers_overfitting_lies_at_537m_images():
+    trained = PAPER.sizes["XXL"]
+    assert (
+        grounds.after(trained, Fraction(4, 7)) == (f"eval.nimg={512 * 2**20}",) and IMG512["XXL"].images == 896 * 2**20
+    )
+
+
+# Costs.
+
+
+LARGER = [pytest.param(size, marks=pytest.mark.slow) for size in COST_512 if size != "XS"]
+
+
+@pytest.mark.parametrize("size", ["XS", *LARGER])
+def test_counts_are_table_6s(size):
+    """The paper's own count holds 1 % more (weight normalization, elementwise operations)."""
+    table = TABLES["edm2/6"]()
+    found = {}
+    for one in jobs("edm2/6", "paper"):
+        if one.part.by == "counts" and one.row == f"512 {size}":
+            numbers = costs.counts(one)["found"]
+            found |= {column: numbers[name] for column, name in one.part.columns.items()}
+    published = table.row(f"512 {size}").published
+    assert found["Mparams"] == pytest.approx(published["Mparams"], abs=0.06)
+    for column in ("Gflops", "Training, Zflops", "Sampling, Tflops", "Guided, Tflops"):
+        assert 0.984 < found[column] / published[column] < 1.0, column
+
+
+def test_costs_by_their_rules():
+    """63 evaluations, three forward passes an image, the VAE's decoder; a guide counts too; time counts what was seen."""
+    network = plan.planned(PAPER.sizes["XS"], 0, WHERE)
+    guide = plan.planned(PAPER.guides["XS"], 0, WHERE)
+    guided = ("sample.guidance=1.4", "sample.guide=somewhere")
+    plain, both, half, alone = (
+        costs.counts(job(*said, trained=network, guide=by))["found"]
+        for said, by in (((), None), (guided, guide), (("eval.nimg=512M",), None), (("sample.guidance=2", "semantic.dropout=.1"), None))
+    )  # fmt: skip
+    assert plain["nfe"] == 63 and plain["sampling"] == pytest.approx((63 * plain["gmacs"] + 1260.9) / 1000)
+    assert plain["training"] == pytest.approx(3 * plain["gmacs"] * 1e9 * 2**31 / 1e21)
+    assert half["training"] / plain["training"] == pytest.approx(512e6 / 2**31)
+    xs = costs.counts(job(trained=guide))["found"]
+    assert both["sampling"] == pytest.approx(plain["sampling"] + 63 * xs["gmacs"] / 1000)
+    assert both["params_both"] == pytest.approx((plain["params"] + xs["params"]) / 1000)
+    assert alone["sampling"] == pytest.approx(plain["sampling"] + 63 * plain["gmacs"] / 1000)  # guides itself: twice
+    run = imagined(network.run)[0]
+    assert plain["gflops"] == count.count(run.net, run.inputs).paper / 1e9
+    digits = costs.counts(job(trained=plan.planned(TINY.sizes["S"], 0, WHERE)))["found"]
+    assert digits["sampling"] == pytest.approx(20 * digits["gmacs"] / 1000)  # Euler, pixels
+    with_ten = nets.build(
+        *(lambda r: (r.net, r.inputs._replace(num_classes=10)))(plan.planned(TINY.sizes["S"], 0, WHERE).run)
+    )
+    assert digits["params"] * 1e6 == sum(p.numel() for p in with_ten.parameters())
+
+
+def test_own_networks_have_equal_compute():
+    for scale in ("tiny", "small"):
+        compute = {}
+        for one in plan.trainings(jobs("own/equal", scale)):
+            run = imagined(one.run)[0]
+            run = run.model_copy(
+                update={"data": run.data.model_copy(update={"num_classes": 10 if scale == "tiny" else 6})}
+            )
+            compute[run.net.name] = count.training_macs(run.net, run.inputs) * run.train.total_images
+            assert run.loss.weighting == "uncertainty" and run.optim.ref_images == run.train.total_images // 5
+        assert len(compute) == 4 and max(compute.values()) / min(compute.values()) < 1.05
+    assert set(own.IMAGES) == set(own.SMALL_IMAGES) == set(own.WIDE) == set(own.RECIPES)
+
+
+def test_both_papers_differ_by_what_a_row_says():
+    runs = {row: recipes.resolve("digits", [*own.COARSE, *said])[0] for row, said in own.BOTH.items()}
+    assert runs["neither"] == runs["post-hoc EMA"]
+    changed = {row: {path for path, _, _ in config.differences(runs["neither"], run)} for row, run in runs.items()}
+    assert changed["control"] == {"control.variables"} and changed["uncertainty"] == {"loss.weighting"}
+    assert changed["all"] == {"control.variables", "loss.weighting"}
+    lengths = {one.row: sorted(s for s in one.settings if "sigma_rel" in s) for one in jobs("own/both", "tiny")}
+    assert lengths["neither"] == lengths["control"] == ["sample.sigma_rel=0.1"]
+    assert sum(one.row == "all" for one in jobs("own/both", "tiny")) == 6
+
+
+# Weights of Figure 5b.
+
+
+@pytest.mark.parametrize("step", ["B", "G"])
+def test_the_layers_of_figure_5b(step):
+    """{published name: ours} on the networks themselves, and what the tiny ones have of them."""
+    for ground, wanted in ((PAPER, FIGURE_5B), (TINY, TINY_LAYERS)):
+        training = ground.configs[step]
+        run = imagined(recipes.resolve(training.recipe, [*training.settings, "data.source=x"])[0])[0]
+        with torch.device("meta"):
+            shapes = {name: tuple(p.shape) for name, p in nets.build(run.net, run.inputs).named_parameters()}
+        inputs = run.inputs._replace(resolution=measures.SIDE)
+        table = {name: interop.layer(name, run.net, inputs) for name in FIGURE_5B}
+        there = {name: ours for name, ours in table.items() if ours in shapes}
+        assert tuple(there) == wanted and len(set(there.values())) == len(there)
+        c, kernel = run.net.channels, {"conv0": 3, "conv1": 3, "skip": 1}
+        for name, ours in there.items():
+            shape, part = shapes[ours], name.split("-")[-1]
+            if part in kernel:
+                assert shape[2:] == (kernel[part],) * 2
+            assert part != "affine" or (len(shape) == 2 and shape[1] == 4 * c)
+        assert shapes[there["enc-64x64-conv"]][0] == c and shapes[there["map-label"]] == (4 * c, 1000)
+        if ground is PAPER:
+            assert shapes[there["enc-8x8-block0-skip"]] == (4 * c, 3 * c, 1, 1)
+            assert shapes[there["dec-8x8-in0-affine"]][0] == 4 * c * (2 if step == "B" else 1)  # B has offsets too
+
+
+def test_one_weight_alone_has_its_length(tmp_path, monkeypatch):
+    run = written(tmp_path, "digits-edm2")
+    asked = {}
+
+    def scores_of(work, tick):
+        asked["average"], asked["run"] = work.average, work.run
+        return {"scores": {"fd_digits": {"least": 1.0, "values": [2.0, 1.0]}}, "protocol": {"nimg": 1}}, []
+
+    monkeypatch.setattr(measure, "scores_of", scores_of)
+    trained = SimpleNamespace(folder=tmp_path)
+    one = job("eval.scores=fd_digits", "sample.sigma_rel=0.1", "tensor=enc-32x32-block0-skip=0.05", trained=trained)
+    assert measures.tensors(one)["found"] == {"fd_digits": 1.0}
+    assert asked["average"] == ema.PerTensor(ema.Power(0.1), (("encoder.2.conv_skip.weight", ema.Power(0.05)),))
+    assert asked["run"].eval.scores == ("fd_digits",) and asked["run"].net == run.net
+    with pytest.raises(UsageError, match="no layer enc-8x8-block0-skip"):
+        measures.tensors(job("tensor=enc-8x8-block0-skip=0.05", trained=trained))
+
+
+def test_another_average_is_another_score_and_is_not_recorded(tmp_path):
+    """With all weights at one length the score is that length's; scores.json has the run's own alone."""
+    written(tmp_path, "digits-edm2")
+    said = ("eval.scores=fd_digits", "eval.images=24", "sample.guidance=1")
+    trained = SimpleNamespace(folder=tmp_path)
+    plain = measures.scores(job(*said, "sample.sigma_rel=0.05", trained=trained))
+    before = (tmp_path / "scores.json").read_text()
+    same = measures.tensors(job(*said, "sample.sigma_rel=0.05", "tensor=enc-64x64-conv=0.05", trained=trained))
+    other = measures.tensors(job(*said, "sample.sigma_rel=0.05", "tensor=enc-64x64-conv=0.1", trained=trained))
+    assert same["found"] == plain["found"] != other["found"]
+    assert same["protocol"]["average"] == "sigma_rel 0.05, conv_in.weight sigma_rel 0.05"
+    assert (tmp_path / "scores.json").read_text() == before and len(json.loads(before)) == 1
+
+
+# What training logged.
+
+
+def test_growth(tmp_path):
+    def line(nimg, *factors):
+        kinds = zip(("activations", "main_path", "weights"), factors, strict=True)
+        buckets = {kind: {"enc 8x8": [4.0 * f, 1.0 * f], "dec 8x8": [2.0, 0.5 * f]} for kind, f in kinds}
+        return {"nimg": nimg, "magnitudes": buckets}
+
+    lines = [line(10, 1, 1, 1), {"nimg": 20, "loss": 1.0}, line(50, 2, 1, 1), line(100, 4, 1, 9)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    one = job(trained=SimpleNamespace(folder=tmp_path))
+    found = measures.growth(one)["found"]
+    assert found["activations_max"] == pytest.approx(2.0)  # one level 4 times, one level not: their geometric mean
+    assert found["activations_mean"] == pytest.approx(4.0) and found["activations_mean_late"] == pytest.approx(2.0)
+    assert found["weights_max"] == pytest.approx(3.0) and found["main_path_mean"] == 1.0
+    (tmp_path / "log.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    with pytest.raises(UsageError, match="train with watch"):
+        measures.growth(one)
+
+
+# Closed forms.
+
+
+@given(sigma_rel=st.floats(0.02, 0.28))
+@settings(max_examples=25)
+def test_responses_are_densities_of_their_length(sigma_rel):
+    def response(at):
+        return closed.responses(job(f"sigma_rel={sigma_rel!r}", f"at={at!r}"))["found"]["response"]
+
+    gamma = ema.sigma_rel_to_gamma(sigma_rel)
+    assert response(0.9) == pytest.approx((gamma + 1) * 0.9**gamma, rel=1e-9) and response(1.0) == pytest.approx(
+        gamma + 1
+    )
+    moments = [integrate.quad(lambda x, k=k: x**k * response(x), 0, 1, limit=200)[0] for k in (0, 1, 2)]
+    assert moments[0] == pytest.approx(1, abs=1e-6)
+    assert math.sqrt(moments[2] - moments[1] ** 2) == pytest.approx(sigma_rel, rel=1e-4)
+
+
+@pytest.mark.parametrize("n, target", [(4, 0.15), (8, 0.07)])
+def test_the_error_of_an_average_by_brute_force(n, target):
+    """Least squares of densities on a fine grid of times."""
+    found = closed.reconstruction(job("averages=.05,.1", f"snapshots={n}", f"target={target}"))["found"]["error"]
+    grid = (np.arange(200_000) + 0.5) / 200_000
+
+    def density(length, t):
+        gamma = ema.sigma_rel_to_gamma(length)
+        return np.where(grid <= t, (gamma + 1) / t * (grid / t) ** gamma, 0.0)
+
+    stored = np.stack([density(s, (i + 1) / n) for i in range(n) for s in (0.05, 0.1)], axis=1)
+    wanted = density(target, 1.0)
+    x = np.linalg.lstsq(stored, wanted, rcond=None)[0]
+    x /= x.sum()
+    assert found == pytest.approx(((stored @ x - wanted) ** 2).sum() / (wanted**2).sum(), rel=0.01)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_noise_levels_of_ddpm(k):
+    """sigma of each index times k (Berrada et al. Prop. 1)."""
+    trained = plan.planned(Training("cc12m-256-ours", (f"process.scale={k}",)), 0, WHERE)
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    bar = np.cumprod(1 - betas)
+    for t in (0.0, 0.25, 0.5, 0.9995):
+        sigma2 = k**2 * (1 - bar[int(t * 1000)]) / bar[int(t * 1000)]
+        found = closed.noise_levels(job(f"t={t}", trained=trained))["found"]["alpha_bar"]
+        assert found == pytest.approx(1 / (1 + sigma2), rel=1e-9)
+    flow = plan.planned(Training("digits", ("process.name=rf",)), 0, WHERE)
+    s = special.expit(special.ndtri(0.3))
+    found = closed.noise_levels(job("t=0.3", trained=flow))["found"]["alpha_bar"]
+    assert found == pytest.approx((1 - s) ** 2 / ((1 - s) ** 2 + s**2))
+
+
+@pytest.mark.parametrize("normal", [0, 1, 8])
+def test_step_sizes(normal):
+    """Adam's update has rms 1 in every weight; of it the part along the weights w ~ N(0, 1) is lost on the sphere, which is
+    E[n w^2 / sqrt(1 + n^2 w^2)] for a normal part n times as long as the tangent part."""
+    lost = integrate.quad(lambda w: normal * w**2 / math.sqrt(1 + (normal * w) ** 2) * math.exp(-w * w / 2), -12, 12)[
+        0
+    ] / math.sqrt(2 * math.pi)
+    found = {p: closed.step_sizes(job(f"normal={normal}", f"projected={p}"))["found"]["update"] for p in ("no", "yes")}
+    assert found["no"] == pytest.approx(math.sqrt(1 - lost**2), rel=0.05) and found["yes"] == pytest.approx(1, rel=0.01)
+
+
+def test_lambda_1_under_the_learned_uncertainty():
+    """Equation 21 with lambda = 1."""
+    proc = process.build(config.EDM())
+    uncertainty = denoiser.Uncertainty(proc)
+    g = torch.Generator().manual_seed(0)
+    x0, eps, s = (
+        torch.randn(4, 1, 3, 3, generator=g),
+        torch.randn(4, 1, 3, 3, generator=g),
+        torch.tensor([0.1, 0.5, 1, 9]),
+    )
+    net = lambda x, s, cond, keep: 0.3 * x  # noqa: E731
+    u = uncertainty(s)
+    error = (0.3 * (x0 + s[:, None, None, None] * eps) - x0).square().mean(dim=(1, 2, 3))
+    for weighting, factor in (("uncertainty-uniform", 1.0), ("uncertainty", proc.weight(s))):
+        found = denoiser.loss(net, proc, x0, s, eps, None, weighting, uncertainty)
+        assert torch.allclose(found, factor * error / u.exp() + u)
+        assert config.Loss(weighting=weighting).uncertain and not config.Loss(weighting="uniform").uncertain
+
+
+# What the tables need of the machinery.
+
+
+COLUMNS, ROWS = (Column("a"), Column("b", False)), (Row("r", x=1), Row("s", x=2), Row("t", x=3))
+
+
+def small(*parts, x="", columns=COLUMNS, rows=ROWS):
+    return Table("test/1", "", "", columns, rows, {"tiny": Scale(parts, "")}, x=x)
+
+
+def test_a_cell_is_the_best_of_its_parts(tmp_path):
+    lengths = (0.05, 0.1)
+    how = How(Training("digits"))
+    parts = [Part({"a": "fd", "b": "1-share"}, {"r": how}, measure=grounds.averaged(s), best="least") for s in lengths]
+    counted = Part({"b": "n"}, {"s": how}, by="counts")
+    todo = plan.jobs(small(*parts, counted), "tiny", (0, 1), tmp_path)
+    assert [one.row for one in todo] == ["r", "r", "s", "r", "r"] and len(plan.trainings(todo)) == 2
+    assert [len(one.trains) for one in todo] == [1, 1, 0, 1, 1]
+    numbers = [(3.0, 0.25), (2.0, 0.5), None, (math.nan, 0.75), (4.0, 0.125)]
+    for one, values in zip(todo, numbers, strict=True):
+        one.path.parent.mkdir(exist_ok=True)
+        found = {"n": 7} if values is None else {"fd": None if math.isnan(values[0]) else values[0], "share": values[1]}
+        one.path.write_text(json.dumps({"found": found}))
+    assert make.found(todo) == {
+        0: {("r", "a"): 2.0, ("r", "b"): 0.5, ("s", "b"): 7},
+        1: {("r", "a"): 4.0, ("r", "b"): 0.25, ("s", "b"): 7},
+    }
+    todo[1].path.write_text(json.dumps({"diverged": "at once"}))
+    assert make.found(todo)[0]["r", "a"] == 3.0
+    todo[0].path.write_text(json.dumps({"diverged": "at once"}))
+    assert make.found(todo)[0]["r", "a"] == DIVERGED == make.found(todo)[0]["r", "b"]
+    unsaid = plan.jobs(small(*(part._replace(best=None) for part in parts)), "tiny", (0,), tmp_path)
+    with pytest.raises(AssertionError, match="two parts fill r"):
+        make.found(unsaid)
+
+
+def test_what_needs_no_training_is_not_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "start", lambda *a: pytest.fail("trained"))
+    todo = plan.jobs(
+        small(Part({"a": "gmacs"}, {"r": How(Training("digits-edm2"))}, by="counts")), "tiny", (0, 1, 2), tmp_path
+    )
+    assert len(todo) == 1 and plan.trainings(todo) == []
+    assert list(make.make(todo, None, lambda text: None)) == todo
+    record = json.loads(todo[0].path.read_text())
+    assert record["training"] == [] and record["found"]["gmacs"] == pytest.approx(0.0190, abs=1e-4)
+    assert make.found(todo)[0] == {("r", "a"): record["found"]["gmacs"]}
+
+
+def test_a_figure_over_one_of_its_columns():
+    table = small(x="a", rows=(Row("r"), Row("s"), Row("t")))
+    values = {("r", "a"): 10.0, ("s", "a"): 20.0, ("r", "b"): 1.0, ("s", "b"): 2.0, ("t", "b"): 3.0}
+    assert list(table.curve(values, "b")) == [(10.0, 1.0), (20.0, 2.0)] and list(table.curve(values, "a")) == []
+    figure = TABLES["edm2/fig8"]()
+    assert next(figure.curve(figure.published(), "EDM2")) == (pytest.approx(0.1247), 3.53)
+
+
+def values_of(**columns):
+    return {(row, column): value for column, some in columns.items() for row, value in zip("rst", some, strict=False)}
+
+
+@pytest.mark.parametrize(
+    "gain, values, wanted",
+    [
+        (claims.improves("a", ["r", "x", "s", "t"]), values_of(a=(5, 9, 3)), 2),
+        (claims.improves("b", ["r", "t"]), values_of(b=(5, 9, 3)), -2),
+        (claims.improves("a", ["r", "x"]), values_of(a=(5,)), None),
+        (claims.helps_more("a", "c", "r"), values_of(a=(10, 8, 9), c=(4, 4, 3)), 0.2 - 0.25),
+        (claims.helps_more("a", "c", "r"), values_of(a=(10, 8), c=(4,)), None),
+        (claims.sharper("a", "c"), values_of(a=(2, 1, 3), c=(4, 4, 5)), 1 - 1 / 12),
+        (claims.sharper("a", "c"), values_of(a=(2, 1, 3), c=(4, 4, math.inf)), None),
+        (claims.bests_within(["a", "c"], 0.5), values_of(a=(2, 9, 9), c=(5, 2.5, 9)), 0.25),
+        (claims.bests_within(["a", "c"], 0.5), values_of(a=(2,)), None),
+        (claims.steadier(["a", "c"], "r"), values_of(a=(2, 9, 9), c=(5, 2.5, 9)), 1.5 - 0.25),
+        (claims.steadier(["a", "c"], "t"), values_of(a=(2, 9), c=(5, 2.5)), None),
+        (claims.follows({"a": 1, "c": 2, "d": 3}, 1, 0.1), values_of(a=(1, 2, 3), c=(2, 1, 3), d=(2, 2, 1)), 0.1),
+        (claims.follows({"a": 1, "c": 2}, -1, 0.5), values_of(a=(9, 1, 9), c=(1, 9, 9)), 0.5),
+        (claims.falls_as("a", -2, 0.1), values_of(a=(1, 1 / 4, 1 / 9)), 0.1),
+        (claims.falls_as("a", -2, 0.1), values_of(a=(1, 1 / 4)), None),
+        (claims.cheaper("p", "a", "c", 2), values_of(p=(1, 3, 12), a=(5, 3), c=(9, 9, 4)), 12 / 3 / 2 - 1),
+        (claims.cheaper("p", "a", "c", 2), values_of(p=(1, 3, 12), a=(5, 4), c=(9, 9, 4)), -1),
+        (claims.cheaper("p", "a", "c", 2), values_of(a=(5, 3), c=(9, 9, 4)), None),
+    ],
+)  # fmt: skip
+def test_kinds_of_claim(gain, values, wanted):
+    table = small(columns=(Column("a"), Column("b", False), Column("c"), Column("d"), Column("p", None)))
+    found = Claim("", gain).gain(table, values)
+    assert found is None if wanted is None else found == pytest.approx(wanted)
