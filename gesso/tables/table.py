@@ -80,9 +80,18 @@ class Claim(NamedTuple):
     gain: Callable[["Table", Values], float | None]
 
 
+class Check(NamedTuple):
+    """A question of a checklist: what the paper recommends, and by which claim (its place) of which table we judge that."""
+
+    question: str
+    recommendation: str
+    table: str
+    claim: int = 0
+
+
 class Table(NamedTuple):
     """name as typed: berrada/2a; source: where in the paper; x: the title of the axis of a figure, whose columns are curves
-    over the rows' x."""
+    over the rows' x; checks: of a checklist, which has neither columns nor parts."""
 
     name: str
     title: str
@@ -93,6 +102,7 @@ class Table(NamedTuple):
     claims: tuple[Claim, ...] = ()
     notes: str = ""
     x: str = ""
+    checks: tuple[Check, ...] = ()
 
     def lower(self, column: str) -> bool:
         """Whether smaller is better."""
