@@ -4,10 +4,22 @@ from collections.abc import Callable
 
 from gesso import config
 from gesso.errors import UsageError
-from gesso.tables import berrada, edm2
+from gesso.tables import (
+    berrada,
+    berrada_networks,
+    berrada_rates,
+    berrada_resolution,
+    berrada_summary,
+    berrada_text,
+    berrada_transfer,
+    edm2,
+)
 from gesso.tables.table import Table
 
-TABLES: dict[str, Callable[[], Table]] = {make().name: make for module in (berrada, edm2) for make in module.TABLES}
+MODULES = (
+    berrada, berrada_text, berrada_transfer, berrada_resolution, berrada_networks, berrada_rates, berrada_summary, edm2,
+)  # fmt: skip
+TABLES: dict[str, Callable[[], Table]] = {make().name: make for module in MODULES for make in module.TABLES}
 
 
 def table_of(name: str) -> Table:
