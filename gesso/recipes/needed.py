@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from gesso.config import Run
 
-IMAGENET, CC12M = "/path/to/imagenet", "cc12m"
+IMAGENET, IMAGENET_22K, CC12M = "/path/to/imagenet", "imagenet-22k", "cc12m"
 
 
 class Cache(NamedTuple):
@@ -16,9 +16,10 @@ class Cache(NamedTuple):
 
 
 def cache(run: Run) -> Cache:
-    """Of a run whose data.source is not said: latents of what its settings say, of CC12M where it has words."""
+    """Of a run whose data.source is not said: latents of what its settings say, of CC12M where it has words, of ImageNet-22k
+    where its recipe is named so."""
     d, text = run.data, run.semantic.kind == "text"
-    images = CC12M if text else IMAGENET
+    images = CC12M if text else IMAGENET_22K if run.recipe.startswith("in22k") else IMAGENET
     if not run.latent.vae:
         return Cache(images, "")
     settings = f"--resolution {d.resolution} --vae {run.latent.vae}"

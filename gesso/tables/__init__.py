@@ -4,10 +4,26 @@ from collections.abc import Callable
 
 from gesso import config
 from gesso.errors import UsageError
-from gesso.tables import berrada, edm2, edm2_averages, edm2_costs, edm2_training, own
+from gesso.tables import (
+    berrada,
+    berrada_networks,
+    berrada_rates,
+    berrada_resolution,
+    berrada_summary,
+    berrada_text,
+    berrada_transfer,
+    edm2,
+    edm2_averages,
+    edm2_costs,
+    edm2_training,
+    own,
+)
 from gesso.tables.table import Table
 
-MODULES = (berrada, edm2, edm2_costs, edm2_averages, edm2_training, own)
+MODULES = (
+    berrada, berrada_text, berrada_transfer, berrada_resolution, berrada_networks, berrada_rates, berrada_summary,
+    edm2, edm2_costs, edm2_averages, edm2_training, own,
+)  # fmt: skip
 TABLES: dict[str, Callable[[], Table]] = {make().name: make for module in MODULES for make in module.TABLES}
 
 

@@ -47,6 +47,37 @@ def best(column: str, than: str) -> Gain:
     return gain
 
 
+def every(*gains: Gain) -> Gain:
+    """All of them hold: the least of their gains."""
+
+    def gain(table: Table, values: Values) -> float | None:
+        found = [one(table, values) for one in gains]
+        return None if None in found else min(found)
+
+    return gain
+
+
+def above(cell: Cell, level: float) -> Gain:
+    """A number is larger than `level`: by how much."""
+
+    def gain(table: Table, values: Values) -> float | None:
+        return values[cell] - level if cell in values else None
+
+    return gain
+
+
+def as_published(cells: Sequence[Cell], within: float) -> Gain:
+    """Numbers differ from the published ones by less than a share `within` of those: what is left of it at the farthest."""
+
+    def gain(table: Table, values: Values) -> float | None:
+        published = table.published()
+        if any(cell not in values for cell in cells):
+            return None
+        return within - max(abs(values[cell] / published[cell] - 1) for cell in cells)
+
+    return gain
+
+
 def optimum_below(column: str, than: str) -> Gain:
     """The best point of a curve lies at a smaller x than that of another: the difference of their x."""
 
