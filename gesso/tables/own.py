@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from gesso.tables import claims
-from gesso.tables.berrada import COARSE
 from gesso.tables.grounds import DIGITS, DRAWN, TINY_LENGTHS, averaged
+from gesso.tables.settings import COARSE
 from gesso.tables.table import Claim, Column, How, Part, Row, Scale, Settings, Table, Training
 
 MP, PLAIN, CONV, ADALN = "mp-mmDiT++", "mmDiT++", "EDM2", "DiT"

@@ -18,6 +18,7 @@ HUNDRED = ("train.total_images=100k", "train.snapshot_images=10k", "train.state_
 SHORT = ("data.source=shapes:5000", "train.total_images=20k")
 """of shapes; drawing 20,000 of them would take as long as a third of the training"""
 WORDS = ("semantic.kind=text",)
+WORDED = (*WORDS, "train.total_images=60k", "train.snapshot_images=6k", "train.state_images=30k")
 MIRRORED = ("data.flip=true",)
 TOLD_FLIPS = (*MIRRORED, "control.variables=flip")
 
@@ -52,6 +53,11 @@ def part(
 def coarse(*said: str) -> Training:
     """mmDiT++ on the coarse digits."""
     return Training("digits", (*COARSE, *said))
+
+
+def words(*said: str) -> Training:
+    """mmDiT++ on the digits by word: captions of 1, 3 and 6 words in 16 tokens."""
+    return Training("digits", (*WORDED, *said))
 
 
 def shapes(*said: str) -> Training:
