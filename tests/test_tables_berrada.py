@@ -261,6 +261,14 @@ def test_the_checklist_asks_claims_that_there_are():
     assert all(word in says for word, says in zip(words, judged, strict=True))
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_rows_of_table_3_are_padded_as_they_say(scale):
+    for job in JOBS["berrada/3", scale]:
+        semantic, (padding, _, noise) = job.trained.run.semantic, job.row.partition(", ")
+        assert semantic.kind == "text" and semantic.padding == padding
+        assert not noise or semantic.noise == float(noise)
+
+
 def test_rates_and_batches_of_table_a2():
     """Equal steps, the weights themselves, at both scales."""
     for scale, steps in (("tiny", 400), ("paper", 70_000)):
