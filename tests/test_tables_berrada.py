@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from gesso import config, nets, recipes
 from gesso.data.imagined import imagined
 from gesso.evaluate import protocols
-from gesso.tables import TABLES, claims, plan
+from gesso.tables import TABLES, claims, make, plan, results
 from gesso.tables.table import DIVERGED, SCALES, Column, Row, Table
 
 BERRADA = [name for name in TABLES if name.startswith("berrada/")]
@@ -250,6 +251,16 @@ def test_equation_3_is_judged_by_the_closed_form():
     assert all(claim.gain(table, values) > 0 for claim in table.claims)
     off = {cell: value * (1.001 if cell[1] == "s = 2" else 1) for cell, value in values.items()}
     assert table.claims[1].gain(table, off) < 0 < table.claims[0].gain(table, off)
+
+
+def test_what_is_computed_is_judged_by_one_number(tmp_path):
+    table = MADE["berrada/figA1"]
+    todo = plan.jobs(table, "paper", [0], tmp_path)
+    for _ in make.make(todo, Console(quiet=True), lambda line: None):
+        pass
+    assert not list(tmp_path.glob("trained/*"))
+    verdicts = [verdict for verdict, _ in results.gathered(table, "paper", tmp_path, todo).verdicts]
+    assert [verdict.verdict for verdict in verdicts] == [claims.REPRODUCED] * 2
 
 
 def test_the_checklist_asks_claims_that_there_are():

@@ -18,7 +18,8 @@ HUNDRED = ("train.total_images=100k", "train.snapshot_images=10k", "train.state_
 SHORT = ("data.source=shapes:5000", "train.total_images=20k")
 """of shapes; drawing 20,000 of them would take as long as a third of the training"""
 WORDS = ("semantic.kind=text",)
-WORDED = (*WORDS, "semantic.padding=noisy", "train.total_images=60k", "train.snapshot_images=6k", "train.state_images=30k")
+WORDED = (*WORDS, "semantic.padding=noisy", "train.total_images=60k", "train.snapshot_images=6k",
+          "train.state_images=30k")  # fmt: skip
 MIRRORED = ("data.flip=true",)
 TOLD_FLIPS = (*MIRRORED, "control.variables=flip")
 
