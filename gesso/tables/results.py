@@ -96,7 +96,7 @@ def gathered(table: Table, scale: str, where: Path, todo: Sequence[Job], setting
     values, published = make.found(todo), table.published()
     marks, notes = marked(table, todo, records)
     cells: dict[Cell, Numbers] = {}
-    once = {(job.row, column) for job in todo if job.trained is None for column in job.part.columns}
+    once = {(job.row, column) for job in todo if not job.trains for column in job.part.columns}
     for row in table.rows:
         for column in table.columns:
             cell = (row.name, column.name)
@@ -125,6 +125,8 @@ def stands(result: Result, todo: Sequence[Job]) -> dict[str, str]:
 
 
 def _words(by: str, name: str) -> str:
+    if name.startswith("1-"):
+        return f"what is left to 1 of the {_words(by, name.removeprefix('1-'))}"
     if by == "scores":
         return SCORES.get(name) or (
             f"share of drawn shapes whose {name} is as asked, read back exactly" if name in READ_BACK else name
