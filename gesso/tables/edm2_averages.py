@@ -279,7 +279,7 @@ def figure_4() -> Table:
 
 
 def figure_24() -> Table:
-    lengths, places = (0.05, 0.10, 0.15, 0.20, 0.25), tuple(k / 10 for k in range(11))
+    lengths, places = (0.05, 0.10, 0.15, 0.20, 0.25), tuple(k / 20 for k in range(21))
     names = {length: f"sigma_rel {percent(length)}" for length in lengths}
     parts = tuple(
         Part(
@@ -295,13 +295,13 @@ def figure_24() -> Table:
         name="edm2/fig24",
         title="What an average takes from each time",
         source="Karras et al. 2024, Figure 24",
-        columns=tuple(Column(name, False) for name in names.values()),
+        columns=tuple(Column(name, None) for name in names.values()),
         rows=rows_of(places),
         x="share of the training",
         scales={"tiny": Scale(parts, "a second", "No training: Equation 121.")},
         claims=(
-            Claim("A longer average takes more from half-way", claims.better(("50 %", long), ("50 %", short))),
-            Claim("A longer average takes less from the end", claims.better(("100 %", short), ("100 %", long))),
+            Claim("A longer average takes more from half-way", claims.better(("50 %", short), ("50 %", long))),
+            Claim("A longer average takes less from the end", claims.better(("100 %", long), ("100 %", short))),
         ),
         notes="Density in units of the time trained. Which lengths the figure shows its text does not say.",
     )  # fmt: skip

@@ -36,8 +36,10 @@ SIDE = 64
 
 
 def tensors(job: Job) -> dict[str, Any]:
-    """Scores with one weight at another EMA length than all others: `tensor=LAYER=LENGTH`, a layer as Appendix D.6 calls it
-    (the highest level 64x64, whatever its size)."""
+    """Scores with one weight at another EMA length than all others.
+
+    tensor=LAYER=LENGTH says which, a layer as Appendix D.6 calls it (the highest level 64x64, whatever its size).
+    """
     name, _, length = job.told["tensor"].rpartition("=")
 
     def average(run: Run) -> Target:
@@ -50,8 +52,11 @@ def tensors(job: Job) -> dict[str, Any]:
 
 
 def growth(job: Job) -> dict[str, Any]:
-    """Magnitudes at the end over those when first measured, and over those half-way (_late): the geometric mean over a
-    network's levels, of their largest (_max) and mean feature (EDM2 Figures 3 and 15)."""
+    """Growth of magnitudes in training, as its log has them.
+
+    At the end over when first measured, and over half-way (_late): the geometric mean over a network's levels, of their
+    largest (_max) and mean feature (EDM2 Figures 3 and 15).
+    """
     assert job.trained is not None
     path = job.trained.folder / "log.jsonl"
     lines = [line for line in log.read(path) if "magnitudes" in line]

@@ -1,7 +1,7 @@
 """The picture of a figure: its columns as curves over the rows' x, with their spread over seeds."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gesso.report import figures
@@ -17,12 +17,18 @@ def pictures(result: Result, todo: Sequence[Job]) -> list[Any]:
     """One matplotlib figure for each measure among the columns; none for a table, or where no curve has two points."""
     if not result.table.x:
         return []
-    groups: dict[str, dict[str, None]] = {}
+    groups: dict[str, dict[str, str]] = {}
     for job in todo:
         for column, name in job.part.columns.items():
-            groups.setdefault(name if job.part.by == "scores" else job.part.by, {})[column] = None
-    drawn = [_drawn(result, list(columns), label.replace("_", " ")) for label, columns in groups.items()]
+            groups.setdefault(name if job.part.by == "scores" else job.part.by, {})[column] = name
+    drawn = [_drawn(result, list(columns), _label(by, columns.values())) for by, columns in groups.items()]
     return [figure for figure in drawn if figure is not None]
+
+
+def _label(by: str, names: Iterable[str]) -> str:
+    """What the columns of a measure are, where they are one number."""
+    one = set(names)
+    return (one.pop() if len(one) == 1 else by).replace("_", " ")
 
 
 def _drawn(result: Result, columns: Sequence[str], label: str) -> Any | None:
