@@ -27,6 +27,7 @@ from gesso.recipes.edm2 import COST_512, FIGURE_5B, IMG512, RUNGS
 from gesso.tables import TABLES, claims, closed, costs, grounds, make, measures, own, plan
 from gesso.tables.edm2_averages import TINY_LAYERS
 from gesso.tables.grounds import PAPER, SMALL, TINY
+from gesso.tables.settings import COARSE
 from gesso.tables.table import DIVERGED, SCALES, UNTRAINED, Claim, Column, How, Part, Row, Scale, Table, Training
 
 OURS = [name for name in TABLES if name.startswith(("edm2/", "own/"))]
@@ -45,7 +46,7 @@ def keys(name, scale):
 
 
 def job(*settings, trained=None, guide=None):
-    return SimpleNamespace(settings=settings, trained=trained, guide=guide, part=Part({}, {}))
+    return plan.Job("r", Part({}, {}), 0, trained, guide, settings, WHERE)
 
 
 def test_all_that_was_asked_for_is_there():
@@ -115,15 +116,19 @@ def test_every_job_can_be_asked_for(name, scale):
     assert all(one.part.best for one in todo for column in one.part.columns if (one.row, column) in twice)
     for one in todo:
         assert one.part.by in measures.FOUND
-        said = tuple(s for s in one.settings if s.split("=")[0] not in ("tensor", "at", "sigma_rel", "normal", "projected",
-                     "snapshots", "averages", "target"))  # fmt: skip
+        said = tuple(one.asked)
         if one.trained and (one.trained.run.recipe, said) not in seen:
             seen.add((one.trained.run.recipe, said))
             run = config.resolve(config.as_tree(one.trained.run), list(said))[0]
             assert not run.eval.scores or one.part.by in UNTRAINED or one.part.by in ("scores", "tensors")
             measured = set(one.part.columns.values())
             if one.part.by in ("scores", "tensors") and one.part.protocol is None:
-                scores = {"fd_digits": {"fd_digits"}, "agreement": {"1-class_agreement"}, "drawn": {"1-all", "1-kind"}}
+                scores = {
+                    "fd_digits": {"fd_digits"},
+                    "agreement": {"1-class_agreement"},
+                    "fd_shapes": {"fd_shapes"},
+                    "drawn": {"1-all"},
+                }
                 assert measured <= set().union(*(scores[s] for s in run.eval.scores))
 
 
@@ -274,7 +279,7 @@ def test_own_networks_have_equal_compute():
 
 
 def test_both_papers_differ_by_what_a_row_says():
-    runs = {row: recipes.resolve("digits", [*own.COARSE, *said])[0] for row, said in own.BOTH.items()}
+    runs = {row: recipes.resolve("digits", [*COARSE, *said])[0] for row, said in own.BOTH.items()}
     assert runs["neither"] == runs["post-hoc EMA"]
     changed = {row: {path for path, _, _ in config.differences(runs["neither"], run)} for row, run in runs.items()}
     assert changed["control"] == {"control.variables"} and changed["uncertainty"] == {"loss.weighting"}
@@ -320,7 +325,7 @@ def test_one_weight_alone_has_its_length(tmp_path, monkeypatch):
         return {"scores": {"fd_digits": {"least": 1.0, "values": [2.0, 1.0]}}, "protocol": {"nimg": 1}}, []
 
     monkeypatch.setattr(measure, "scores_of", scores_of)
-    trained = SimpleNamespace(folder=tmp_path)
+    trained = SimpleNamespace(folder=tmp_path, key="")
     one = job("eval.scores=fd_digits", "sample.sigma_rel=0.1", "tensor=enc-32x32-block0-skip=0.05", trained=trained)
     assert measures.tensors(one)["found"] == {"fd_digits": 1.0}
     assert asked["average"] == ema.PerTensor(ema.Power(0.1), (("encoder.2.conv_skip.weight", ema.Power(0.05)),))

@@ -29,7 +29,7 @@ def lines(table: Table, asked: Asked, todo: Sequence[Job]) -> list[str]:
     drawing, measurements = 0.0, []
     for job in todo:
         try:
-            if job.evaluation:
+            if job.part.by in ("scores", "tensors"):
                 needed |= {need.what: need for need in needs.of_measuring(estimates.asked(job))}
                 drawing += estimates.of_measuring(job)
         except UsageError as error:

@@ -130,13 +130,13 @@ def figure_23() -> Table:
         name="edm2/fig23",
         title="Why weights are normalized twice: size of Adam's updates over that intended",
         source="Karras et al. 2024, Figure 23",
-        columns=tuple(Column(name, False) for name in names.values()),
+        columns=tuple(Column(name, None) for name in names.values()),
         rows=tuple(Row(f"{share:g}", x=share) for share in shares),
         x="normal part of the gradient over its tangent part",
         scales={"tiny": Scale(parts, "seconds", "No training: 32 weight vectors of 128 under random gradients.")},
         claims=(
-            Claim("Without the projection updates are smaller than intended", claims.better(("2", both), ("2", alone))),
-            Claim("How much smaller depends on the gradient", claims.better(("0.5", alone), ("8", alone))),
+            Claim("Without the projection updates are smaller than intended", claims.better(("2", alone), ("2", both))),
+            Claim("How much smaller depends on the gradient", claims.better(("8", alone), ("0.5", alone))),
             Claim("With it they do not depend on the normal part", claims.alike(("8", both), ("0", both), 0.01)),
         ),
         notes="The figure is a drawing of one step; this is a simulation with our own layers. Adam divides each weight by a size of its "

@@ -20,8 +20,6 @@ from gesso.train.estimate import Disk
 
 A100, SHARE = 312e12, 0.4
 """FLOPs a second of its tensor cores in 16 bits (2 per multiply-accumulate); what a training reaches of them"""
-DECODING = 1260.9e9
-"""multiply-accumulates of a VAE's decoder at 512x512"""
 PUBLISHED = {
     f"edm2-{name}-{size.lower()}": preset
     for name, sizes in (("img512", edm2.IMG512), ("img64", edm2.IMG64))
@@ -62,19 +60,27 @@ def of_measuring(job: Job) -> float:
     networks = {compare.METRICS[score] for score in cfg.scores}
     pairs = [len(measure.SIZES[name]) for name in networks if name in measure.SIZES]
     images = cfg.images * cfg.repeats * bool(networks - measure.SIZES.keys()) + cfg.diversity_seeds * sum(pairs)
-    guide = job.guide and completed(job.guide.run)
+    return hours(images * of_sample(run, job.guide and completed(job.guide.run)))
+
+
+def of_sample(run: Run, guide: Run | None) -> float:
+    """Multiply-accumulates of drawing one image; decoding one of another size than 512x512 in proportion."""
     ours, theirs = (each and counted(each.net, each.inputs, each.semantic.tokens).macs for each in (run, guide))
     lam, beta = generate.strength(run), run.sample.control_guidance
     a_pass = ours * ((lam * beta != 0) + (lam * (1 - beta) != 0)) + (theirs or ours) * (lam != 1)
-    evaluations = 2 * run.sample.steps - 1 if run.sample.sampler == "heun" else run.sample.steps
-    decoding = DECODING * run.canvas[0] * run.canvas[1] / 512**2 if run.latent.vae else 0
-    return hours(images * (evaluations * a_pass + decoding))
+    decoding = 1e9 * edm2.DECODER * run.canvas[0] * run.canvas[1] / 512**2 if run.latent.vae else 0
+    return evaluations(run) * a_pass + decoding
+
+
+def evaluations(run: Run) -> int:
+    """Of the denoiser for one sample; a guided one counts once (EDM2 D.1)."""
+    return 2 * run.sample.steps - 1 if run.sample.sampler == "heun" else run.sample.steps
 
 
 def asked(job: Job) -> Run:
     """The run of a job as it is to be measured. Raises UsageError for a protocol that lacks something."""
     assert job.trained is not None
-    said, run = list(job.settings), job.trained.run
+    said, run = job.asked, job.trained.run
     if job.part.protocol:
         told = config.resolve(config.as_tree(run), said)[0]
         said = [*protocols.settings_of(job.part.protocol, told), *said]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from gesso import recipes
 from gesso.config import Run
 from gesso.recipes.edm2 import DINO_512, FID_512, GUIDES, RUNGS
+from gesso.tables.settings import AT_64, DIGITS, SHAPES_SMALL
 from gesso.tables.table import How, Part, Row, Scale, Settings, Training
 
 # Tiny: the digits, a minute or two of one thread each.
@@ -31,18 +32,16 @@ LADDER_STEPS: dict[str, Settings] = {
 CHANNELS = {"XS": 16, "S": 32, "M": 48}
 OPTIMA = {"B": 0.1, "G": 0.1}
 TINY_LENGTHS = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2)
-DIGITS = ("eval.scores=fd_digits,agreement", "eval.images=1000")
 
 # Small: drawn shapes at 64x64, whose kind is the class; an hour of one GPU each. Where they stand is decided at high noise.
 SMALL_LADDER = (
-    "data.resolution=64", "process.scale=2", "net.name=edm2-ladder", "net.channels=64", "net.blocks=1",
+    *AT_64, "net.name=edm2-ladder", "net.channels=64", "net.blocks=1",
     "net.channels_per_head=32", "net.dropout=.1", "loss.weighting=uncertainty", "sample.guidance=1", "optim.ref_images=500k",
     "optim.warmup_images=50k", "train.total_images=3M", "train.batch_size=256", "train.snapshot_images=150k", "train.state_images=750k",
     "train.precision=bfloat16", "watch.magnitude_images=300k",
 )  # fmt: skip
 SMALL_STEPS = {**LADDER_STEPS, "A": (*LADDER_STEPS["A"], "process.P_mean=0")}
 SMALL_CHANNELS = {"XS": 32, "S": 64, "M": 96}
-DRAWN = ("eval.scores=drawn", "eval.images=2000")
 
 
 class Ground(NamedTuple):
@@ -163,9 +162,9 @@ SMALL = Ground(
     sizes=sized(_small["G"], SMALL_CHANNELS, SMALL_CHANNELS["S"]),
     guides=without_labels(sized(_small["G"], SMALL_CHANNELS, SMALL_CHANNELS["S"])),
     plain=as_edm2(_small["G"]),
-    score="1-all",
-    second="1-kind",
-    measure=DRAWN,
+    score="fd_shapes",
+    second="1-all",
+    measure=SHAPES_SMALL,
     protocol=None,
     lengths=TINY_LENGTHS,
     guidances=(1.0, 1.2, 1.4, 1.9),
@@ -198,7 +197,7 @@ def scales(
 
 NOTES = {
     "tiny": "The digits, 8x8 pixels; networks of two levels, 60k images. FID is the Frechet distance in digit features.",
-    "small": "Drawn shapes at 64x64, 3M images. FID is the share of samples that are not the one shape of their class.",
+    "small": "Drawn shapes at 64x64, 3M images. FID is the Frechet distance in features of shapes.",
 }
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from gesso.tables.plan import Job
 from gesso.tables.table import Cell, Table
 
-OWN = ("nimg", "sigma_rel", "halflife", "first_seed", "guide_sigma_rel")
-"""of a protocol, what belongs to a training: how far it has come, its EMA length"""
+OWN = ("nimg", "sigma_rel", "halflife", "first_seed", "guide_sigma_rel", "average")
+"""of a protocol, what belongs to a training: how far it has come, its EMA lengths"""
 OF_PAIRS, OF_SAMPLES = ("lpips", "lpips_hr", "told_digits"), ("images", "repeats")
 """scores over eval.diversity_seeds; what they do not depend on"""
 
@@ -56,7 +56,7 @@ def facts(record: Mapping[str, Any], job: Job, column: str) -> dict[str, str]:
         told["reference"] = f"{beside[1]:,} of {beside[0]} ({str(beside[2])[:6]})"
     told |= {f"network {key}": network for key, network in networks.items()} | {"protocol": said}
     # Columns of an architecture or a growth are named one by one; scores of two names are two measures.
-    told |= {"measure": name} if job.part.by == "scores" else {"measure": job.part.by}
+    told |= {"measure": name} if job.part.by in ("scores", "tensors") else {"measure": job.part.by}
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in told.items()}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gesso import ema
+from gesso.config import Run
 from gesso.errors import UsageError
 from gesso.evaluate import measure, protocols
 from gesso.generate import device_of
@@ -19,12 +20,12 @@ from gesso.train import log
 
 def scores(job: Job) -> dict[str, Any]:
     """eval.scores of samples, the least over eval.repeats as EDM2 reports them; the protocol with them."""
-    return _scored(job, list(job.settings))
+    return _scored(job)
 
 
-def _scored(job: Job, settings: list[str], average: Callable[[Any], Target] | None = None) -> dict[str, Any]:
+def _scored(job: Job, average: Callable[[Run], Target] | None = None) -> dict[str, Any]:
     assert job.trained is not None
-    run = protocols.measured(job.trained.folder, job.part.protocol, settings)
+    run = protocols.measured(job.trained.folder, job.part.protocol, job.asked)
     work = measure.Work(job.trained.folder, run, device_of(run), average=average(run) if average else None)
     result, _ = measure.scores_of(work, lambda done, total: None)
     return {"found": {name: each["least"] for name, each in result["scores"].items()}, "protocol": result["protocol"]}
@@ -35,23 +36,27 @@ SIDE = 64
 
 
 def tensors(job: Job) -> dict[str, Any]:
-    """Scores with one weight at another EMA length than all others: `tensor=LAYER=LENGTH`, a layer as Appendix D.6 calls it
-    (the highest level 64x64, whatever its size)."""
-    said, rest = closed.told(job, "tensor")
-    name, _, length = said["tensor"].rpartition("=")
+    """Scores with one weight at another EMA length than all others.
 
-    def average(run: Any) -> Target:
+    tensor=LAYER=LENGTH says which, a layer as Appendix D.6 calls it (the highest level 64x64, whatever its size).
+    """
+    name, _, length = job.told["tensor"].rpartition("=")
+
+    def average(run: Run) -> Target:
         ours = edm2.layer(name, run.net, run.inputs._replace(resolution=SIDE))
         if ours is None:
             raise UsageError(f"{job.trained.folder} has no layer {name}")
         return ema.PerTensor(ema.chosen(run.sample), ((ours, ema.Power(float(length))),))
 
-    return _scored(job, rest, average)
+    return _scored(job, average)
 
 
 def growth(job: Job) -> dict[str, Any]:
-    """Magnitudes at the end over those when first measured, and over those half-way (_late): the geometric mean over a
-    network's levels, of their largest (_max) and mean feature (EDM2 Figures 3 and 15)."""
+    """Growth of magnitudes in training, as its log has them.
+
+    At the end over when first measured, and over half-way (_late): the geometric mean over a network's levels, of their
+    largest (_max) and mean feature (EDM2 Figures 3 and 15).
+    """
     assert job.trained is not None
     path = job.trained.folder / "log.jsonl"
     lines = [line for line in log.read(path) if "magnitudes" in line]

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from gesso.tables import claims
-from gesso.tables.grounds import DIGITS, DRAWN, TINY_LENGTHS, averaged
-from gesso.tables.settings import COARSE
+from gesso.tables.grounds import TINY_LENGTHS, averaged
+from gesso.tables.settings import AT_64, COARSE, DIGITS, LARGE, SHAPES_SMALL
 from gesso.tables.table import Claim, Column, How, Part, Row, Scale, Settings, Table, Training
 
 MP, PLAIN, CONV, ADALN = "mp-mmDiT++", "mmDiT++", "EDM2", "DiT"
@@ -12,10 +12,13 @@ MP, PLAIN, CONV, ADALN = "mp-mmDiT++", "mmDiT++", "EDM2", "DiT"
 IMAGES = {MP: 100_000, PLAIN: 100_000, CONV: 41_500, ADALN: 105_000}
 SMALL_IMAGES = {MP: 3_000_000, PLAIN: 3_000_000, CONV: 2_775_000, ADALN: 3_000_000}
 SHAPES = (
-    "data.resolution=64", "process.scale=2", "train.batch_size=256", "train.precision=bfloat16", "train.state_images=500k",
+    *AT_64,
+    "train.batch_size=256",
+    "train.precision=bfloat16",
+    "train.state_images=500k",
     "optim.warmup_images=50k",
-)  # fmt: skip
-TOKENS = ("net.width=384", "net.depth=12", "net.heads=6", "net.patch=4")
+)
+TOKENS = (*LARGE, "net.patch=4")
 WIDE = {
     MP: ("net.name=mp-mmdit++", *TOKENS, "optim.lr=1e-2"),
     PLAIN: (*TOKENS, "optim.lr=5e-4"),
@@ -59,8 +62,8 @@ def equal() -> Table:
         scales={
             "tiny": Scale(parts(tiny, DIGITS, {"FID": "fd_digits", "errors": "1-class_agreement"}), "2 minutes",
                           "The digits; FID is the Frechet distance in digit features, errors what is read as another digit."),
-            "small": Scale(parts(small, DRAWN, {"FID": "1-all", "errors": "1-kind"}), "an hour",
-                           "Drawn shapes at 64x64; FID is the share that is not one shape of the class, errors that without it."),
+            "small": Scale(parts(small, SHAPES_SMALL, {"FID": "fd_shapes", "errors": "1-all"}), "an hour",
+                           "Drawn shapes at 64x64; FID is the Frechet distance in features of shapes, errors what is not one shape of its class."),
         },
         claims=(
             Claim("Magnitude-preserving layers help mmDiT++", claims.better((MP, "FID"), (PLAIN, "FID"))),

@@ -183,7 +183,8 @@ def blocks(result: Result, told: dict[str, str], pictures: Sequence[Picture], mi
 
 def numbers_of(result: Result) -> list[Block]:
     """Ours beside the paper's; folded where a figure has many points."""
-    names, rows = [result.table.x], [[Cell(row.name)] for row in result.table.rows]
+    axis = "" if result.table.x in {column.name for column in result.table.columns} else result.table.x
+    names, rows = [axis], [[Cell(row.name)] for row in result.table.rows]
     for column in result.table.columns:
         has = any(column.name in row.published for row in result.table.rows)
         names += [

@@ -1,12 +1,13 @@
 """The picture of a figure: its columns as curves over the rows' x, with their spread over seeds."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gesso.report import figures
 from gesso.tables.plan import Job
 from gesso.tables.results import Result
+from gesso.tables.table import Row
 
 WIDE = 30
 """ratio of the largest to the smallest, above which an axis is logarithmic"""
@@ -16,19 +17,27 @@ def pictures(result: Result, todo: Sequence[Job]) -> list[Any]:
     """One matplotlib figure for each measure among the columns; none for a table, or where no curve has two points."""
     if not result.table.x:
         return []
-    groups: dict[str, dict[str, None]] = {}
+    groups: dict[str, dict[str, str]] = {}
     for job in todo:
         for column, name in job.part.columns.items():
-            groups.setdefault(name if job.part.by == "scores" else job.part.by, {})[column] = None
-    drawn = [_drawn(result, list(columns), label.replace("_", " ")) for label, columns in groups.items()]
+            groups.setdefault(name if job.part.by == "scores" else job.part.by, {})[column] = name
+    drawn = [_drawn(result, list(columns), _label(by, columns.values())) for by, columns in groups.items()]
     return [figure for figure in drawn if figure is not None]
+
+
+def _label(by: str, names: Iterable[str]) -> str:
+    """What the columns of a measure are, where they are one number."""
+    one = set(names)
+    return (one.pop() if len(one) == 1 else by).replace("_", " ")
 
 
 def _drawn(result: Result, columns: Sequence[str], label: str) -> Any | None:
     """Numbers as they are; a cross at the upper edge where all seeds diverged."""
-    rows = [row for row in result.table.rows if row.x is not None]
+    rows = [(x, row.name) for row in result.table.rows if (x := _place(result, row)) is not None]
     curves = {
-        c: [(row.x, result.cells[row.name, c]) for row in rows if result.cells[row.name, c].seeds] for c in columns
+        c: [(x, result.cells[row, c]) for x, row in rows if result.cells[row, c].seeds]
+        for c in columns
+        if c != result.table.x
     }
     curves = {c: sorted(points, key=lambda point: point[0]) for c, points in curves.items() if points}
     if all(sum(math.isfinite(cell.mean) for _, cell in points) < 2 for points in curves.values()):
@@ -53,6 +62,14 @@ def _drawn(result: Result, columns: Sequence[str], label: str) -> Any | None:
     if len(curves) > 1:
         figures.legend(figure, axes)
     return figure
+
+
+def _place(result: Result, row: Row) -> float | None:
+    """Its x, or its number in the column that is the axis."""
+    if row.x is not None:
+        return row.x
+    cell = result.cells.get((row.name, result.table.x))
+    return cell.mean if cell and cell.finite else None
 
 
 def wide(values: Sequence[float]) -> bool:

@@ -55,6 +55,16 @@ class Job(NamedTuple):
         return () if self.part.by in UNTRAINED else tuple(one for one in (self.trained, self.guide) if one)
 
     @property
+    def told(self) -> dict[str, str]:
+        """Of its settings what a way of measuring is told besides a run's, which have a block: t=0.5."""
+        return {name: value for name, _, value in (said.partition("=") for said in self.settings) if "." not in name}
+
+    @property
+    def asked(self) -> list[str]:
+        """Of its settings those of a run."""
+        return [said for said in self.settings if "." in said.partition("=")[0]]
+
+    @property
     def evaluation(self) -> str:
         """As a user would type it."""
         if self.trained is None or self.part.by != "scores":

@@ -125,6 +125,8 @@ def stands(result: Result, todo: Sequence[Job]) -> dict[str, str]:
 
 
 def _words(by: str, name: str) -> str:
+    if name.startswith("1-"):
+        return f"what is left to 1 of the {_words(by, name.removeprefix('1-'))}"
     if by == "scores":
         return SCORES.get(name) or (
             f"share of drawn shapes whose {name} is as asked, read back exactly" if name in READ_BACK else name
