@@ -201,6 +201,17 @@ def test_clip_score_is_the_librarys(tmp_path):
     torch.testing.assert_close(net(images[:1], captions[:1]), found[:1], rtol=1e-5, atol=1e-5)
 
 
+def test_clip_images_are_the_librarys(tmp_path):
+    folder = write_full_clip(tmp_path)
+    net, images = embed.CLIPImages(str(folder)), picture(20, 20, 3)
+    with pretrained.quiet("transformers"):
+        library = CLIPModel.from_pretrained(folder).eval().requires_grad_(False)
+    seen = library.vision_model(pixel_values=pil(images, 8, embed.CLIP_PIXELS)).pooler_output
+    expected = library.visual_projection(seen)
+    assert net.features == 10 and float((expected.norm(dim=1) - 1).abs().min()) > 0.01
+    torch.testing.assert_close(net(images), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_another_model_is_refused(dinov2, tmp_path):
     with pytest.raises(UsageError, match="a model of type dinov2, where one of clip is needed"):
         embed.CLIPScore(str(dinov2))

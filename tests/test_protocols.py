@@ -32,6 +32,8 @@ def test_what_the_papers_say(folder):
     run = protocols.measured(folder, "berrada-coco", ["eval.reference=coco"])
     assert (run.sample.steps, generate.strength(at(512)(run))) == (25, 5.0)
     assert run.eval.scores == ("fid", "clip") and run.eval.prompts == "coco"
+    run = protocols.measured(folder, "sd3", ["eval.reference=coco", "eval.prompts=mine"])
+    assert run.eval.scores == ("fd_clip", "clip") and run.eval.prompts == "mine"
 
 
 @pytest.mark.parametrize("name", protocols.PROTOCOLS)
@@ -50,6 +52,7 @@ def test_what_departs_is_marked(folder):
 
 def test_what_is_wrong_is_said(folder):
     for name, said in (
+        ("sd3", "COCO's validation pictures with captions: name them by eval.reference"),
         ("berada", "did you mean berrada"),
         ("berrada-val", "the validation set: name them by eval.reference"),
     ):

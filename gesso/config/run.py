@@ -100,7 +100,7 @@ class Ema(Settings):
 
 Score = Literal[
     "fid", "kid", "is", "pr", "fd_dinov2", "kd_dinov2", "pr_dinov2", "clip", "lpips", "fd_digits", "told_digits",
-    "fd_shapes",     "agreement", "drawn",
+    "fd_shapes", "fd_clip",     "agreement", "drawn",
 ]  # fmt: skip
 
 
@@ -114,7 +114,7 @@ class Eval(Settings):
     """random halves of the real images; scores and the floor are taken on each, at equal counts"""
     scores: Annotated[tuple[Score, ...], BeforeValidator(parse_words)] = ()
     """of `images` samples, beside `reference` or alone. Inception: fid,kid,is,pr (precision, recall, density, coverage);
-    DINOv2: fd_dinov2,kd_dinov2,pr_dinov2; clip; lpips between samples told different sizes. Shipped: fd_digits, told_digits (in
+    DINOv2: fd_dinov2,kd_dinov2,pr_dinov2; CLIP: clip,fd_clip; lpips between samples told different sizes. Shipped: fd_digits, told_digits (in
     the place of lpips) and agreement of digits, fd_shapes and drawn (read back) of shapes. Empty: what `features` says"""
     nimg: Positive | None = None
     """images that the weights had seen which scores are taken of; null: all of the training"""

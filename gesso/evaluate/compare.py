@@ -26,7 +26,7 @@ Tick = Callable[[int, int], None]
 METRICS = {
     "fid": "inception", "kid": "inception", "is": "inception", "pr": "inception", "fd_dinov2": "dinov2",
     "kd_dinov2": "dinov2", "pr_dinov2": "dinov2", "clip": "clip", "lpips": "lpips", "agreement": "agreement", "drawn": "drawn", "fd_digits": "digits",
-    "told_digits": "told", "fd_shapes": "shapes",
+    "told_digits": "told", "fd_shapes": "shapes", "fd_clip": "clip_images",
 }  # fmt: skip
 """score -> network. pr: precision and recall at k = 3, density and coverage at k = 5"""
 ROWS = ("kid", "is", "pr", "kd_dinov2", "pr_dinov2", "clip", "agreement", "drawn")
@@ -174,6 +174,8 @@ def load(name: str, asked: Asked, device: torch.device | str) -> nn.Module:
         return lpips.load("alex", asked.weights, device)
     if name == "clip":
         return embed.CLIPScore(asked.clip, device)
+    if name == "clip_images":
+        return embed.CLIPImages(asked.clip, device)
     if name == "shapes":
         return features.load_shape_features(device)
     return features.Grey(features.load_digit_features(device))

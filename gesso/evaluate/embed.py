@@ -60,6 +60,21 @@ class DINOv2(nn.Module):
         return self.model(scaled(images, self.size, IMAGENET)).last_hidden_state[:, 0].float()
 
 
+class CLIPImages(nn.Module):
+    """uint8 RGB (B, 3, H, W) -> CLIP's embedding of the image, (B, D) float32, of any length (D = 768 of ViT-L/14)."""
+
+    def __init__(self, where: str = CLIP, device: torch.device | str = "cpu"):
+        super().__init__()
+        self.name = f"clip image ({where})"
+        self.model, _ = _opened(where, {"clip": "CLIPModel"}, f"CLIP {where}")
+        self.size, self.features = self.model.config.vision_config.image_size, self.model.config.projection_dim
+        self.to(device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        seen = self.model.vision_model(pixel_values=scaled(images, self.size, CLIP_PIXELS)).pooler_output
+        return self.model.visual_projection(seen).float()
+
+
 class CLIPScore(nn.Module):
     """100 max(cos, 0) of pictures and captions, (B,) (Hessel et al. 2021, without their factor of 2.5)."""
 

@@ -1,7 +1,7 @@
 """Ways of measuring, named after the papers that used them: settings that `gesso evaluate RUN --protocol NAME` lays over a run.
 
 What a paper does not say is our choice and is marked so. Everywhere: rounding to uint8, Inception's own resize, the run's
-EMA length. SD3's is not here: its Frechet distance is over features of CLIP, and its details are not published.
+EMA length.
 """
 
 from collections.abc import Callable
@@ -58,16 +58,27 @@ def berrada_in22k(run: Run) -> list[str]:
 def berrada_coco(run: Run) -> list[str]:
     """Section 3.1: Frechet distance and CLIPScore beside COCO's validation set, about 40k pictures with captions, which
     eval.reference names; 25 steps, guidance 5. Each caption once."""
-    where = _reference(run, "COCO's validation pictures with captions")
-    if run.eval.prompts is None:
-        where.append(f"eval.prompts={run.eval.reference}")
-    return ["eval.scores=fid,clip", *ddim(25), "sample.guidance=5", "sample.tuned_at=null", *where]
+    return ["eval.scores=fid,clip", *_coco(run)]
 
 
 def berrada_lpips(run: Run) -> list[str]:
     """Section 3.1: conditional diversity, 10k prompts, samples of one seed and noise told five sizes (Table 2a). Sampler and
     guidance as for the Frechet distance: our choice."""
     return ["eval.scores=lpips", *ddim(250), *GUIDED]
+
+
+def sd3(run: Run) -> list[str]:
+    """Esser et al. 2024, Section 5.1: CLIPScore, and the Frechet distance in CLIP ViT-L/14's features of images, beside COCO's
+    validation set of 2014, which eval.reference names; 25 steps, guidance 5. Embeddings as they are, not of length 1, each
+    caption once, and as many samples as everywhere: our choice."""
+    return ["eval.scores=fd_clip,clip", *_coco(run)]
+
+
+def _coco(run: Run) -> list[str]:
+    where = _reference(run, "COCO's validation pictures with captions")
+    if run.eval.prompts is None:
+        where.append(f"eval.prompts={run.eval.reference}")
+    return [*ddim(25), "sample.guidance=5", "sample.tuned_at=null", *where]
 
 
 def ddim(steps: int) -> list[str]:
@@ -77,7 +88,7 @@ def ddim(steps: int) -> list[str]:
 GUIDED = ["sample.guidance=1.5", "sample.tuned_at=256"]
 PROTOCOLS: dict[str, Callable[[Run], list[str]]] = {
     "adm": adm, "dit": dit, "edm2": edm2, "berrada": berrada, "berrada-val": berrada_val,
-    "berrada-in22k": berrada_in22k, "berrada-coco": berrada_coco, "berrada-lpips": berrada_lpips,
+    "sd3": sd3, "berrada-in22k": berrada_in22k, "berrada-coco": berrada_coco, "berrada-lpips": berrada_lpips,
 }  # fmt: skip
 
 
