@@ -65,7 +65,15 @@ def test_a_run_is_measured(folder):
     assert f"least of 2: {min(expected):.4f}" in lines[0] and "75 samples beside 1,797 of digits" in lines[1]
     (recorded,) = json.loads((folder / "scores.json").read_text()).values()
     assert recorded == result and recorded["protocol"]["reference_images"] == 1797
+    assert result["speed"].keys() == {"images_per_second"} and 0 < result["speed"]["images_per_second"] < 1e6
     assert list((folder / "evaluation").iterdir()) == []
+
+
+def test_what_was_spent():
+    """100 images in 4 s at a mean of 300 W: 25 a second, 1200 J, which are 333 mWh or 3.33 an image."""
+    spent = parts.Spent(60, 1.0, (250.0,)) + parts.Spent(40, 3.0, (350.0,))
+    assert spent.speed() == {"images_per_second": 25, "milliwatt_hours": pytest.approx(10 / 3)}
+    assert parts.Spent().speed() == {} and parts.watts(CPU) == ()
 
 
 def test_labels_are_drawn_by_seed(folder):

@@ -25,7 +25,7 @@ from gesso.data.sources import open_source
 from gesso.errors import UsageError
 from gesso.evaluate import compare, lpips, shipped
 from gesso.evaluate.features import load_digit_features
-from gesso.evaluate.parts import Drawer, Prompt, Work, embedded, gathered, in_parts
+from gesso.evaluate.parts import Drawer, Prompt, Spent, Work, embedded, gathered, in_parts
 from gesso.evaluate.pictures import Pictures, open_pictures
 
 SIZES = {"lpips": (64, 128, 256, 512, 1024), "told": (4, 8)}
@@ -69,10 +69,13 @@ def scores_of(work: Work, tick: Tick) -> tuple[dict[str, Any], list[str]]:
     seen = compare.Seen(tick, total)
     denoiser, guide = snapshot.denoiser(weights[0], run, work.device), generate.guide_of(work.folder, run)
     drawer = Drawer(work, denoiser, guide, generate.opened_space(run), prompts, snapshot.control_rows(work.folder))
+    spent = Spent()
     if networks:
-        in_parts(work, list(networks), cfg.images, cfg.repeats, place, lambda s: embedded(drawer, networks, s), seen)
+        spent += in_parts(
+            work, list(networks), cfg.images, cfg.repeats, place, lambda s: embedded(drawer, networks, s), seen
+        )
     for name in pairs:
-        in_parts(
+        spent += in_parts(
             work, [name], cfg.diversity_seeds, 1, place, lambda s, n=name: _distances(drawer, n, pairs[n], s), seen
         )
     if work.rank:
@@ -89,7 +92,11 @@ def scores_of(work: Work, tick: Tick) -> tuple[dict[str, Any], list[str]]:
             for score in mine:
                 for what, value in compare.scored(score, x, y, network).items():
                     found.setdefault(what, []).append(value)
-    result = {"scores": {what: _summed(values) for what, values in found.items()}, "protocol": protocol}
+    result = {
+        "scores": {what: _summed(values) for what, values in found.items()},
+        "protocol": protocol,
+        "speed": spent.speed(),
+    }
     if work.average is None:
         _record(work.folder / "scores.json", place.name, result)
     files.remove_folder(place)
@@ -202,4 +209,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
     reference = f" beside {protocol['reference_images']:,} of {protocol['reference']}" if protocol["reference"] else ""
     said = f" by the protocol {protocol['name']}" if protocol["name"] else ""
     lines.append(f"{protocol['images']:,} samples{reference}{said}; {', '.join(protocol['networks'].values())}")
+    if speed := result["speed"]:
+        energy = f", {speed['milliwatt_hours']:.3g} mWh each" if "milliwatt_hours" in speed else ""
+        lines.append(f"{speed['images_per_second']:.3g} samples a second, drawn and read{energy}")
     return lines

@@ -110,6 +110,36 @@ def embedded(drawer: Drawer, networks: dict[str, nn.Module], seeds: Sequence[int
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
+class Spent(NamedTuple):
+    """On new samples by this rank, with what networks made of them. watts: where the device reports its power, at the end of
+    each part."""
+
+    images: int = 0
+    seconds: float = 0.0
+    watts: tuple[float, ...] = ()
+
+    def __add__(self, other: "Spent") -> "Spent":
+        return Spent(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+    def speed(self) -> dict[str, float]:
+        """Images a second of this rank, and milliwatt-hours an image; nothing where nothing was new."""
+        if not self.images:
+            return {}
+        found = {"images_per_second": self.images / self.seconds}
+        if self.watts:
+            mean = sum(self.watts) / len(self.watts)
+            found["milliwatt_hours"] = 1000 * mean * self.seconds / 3600 / self.images
+        return found
+
+
+def watts(device: torch.device) -> tuple[float, ...]:
+    """Of the device, where it says so: a GPU with nvidia-ml-py beside torch."""
+    try:
+        return (torch.cuda.power_draw(device) / 1000,) if device.type == "cuda" else ()
+    except (ImportError, RuntimeError):
+        return ()
+
+
 @torch.no_grad()
 def in_parts(
     work: Work,
@@ -119,16 +149,18 @@ def in_parts(
     place: Path,
     made: Callable[[Sequence[int]], dict[str, Tensor]],
     seen: compare.Seen,
-) -> None:
+) -> Spent:
     """Write what is `made` of the seeds of each part that is not there; the first rank waits for those of the others."""
     place.mkdir(parents=True, exist_ok=True)
-    parts = cut(images, repeats)
+    parts, spent = cut(images, repeats), Spent()
     for repeat, part, seeds in parts[work.rank :: work.world]:
         paths = {name: file_of(place, name, repeat, part) for name in names}
         if not all(path.is_file() for path in paths.values()):
+            since = time.perf_counter()
             for name, rows in made(seeds).items():
                 with files.whole(paths[name]) as temporary:
                     save_file({"rows": rows}, temporary)
+            spent += Spent(len(seeds), time.perf_counter() - since, watts(work.device))
         seen(len(seeds))
     started = time.monotonic()
     for repeat, part, _ in parts if work.rank == 0 else ():
@@ -137,6 +169,7 @@ def in_parts(
                 if time.monotonic() - started > work.run.eval.patience:
                     raise RunError(f"{path} of another rank is not there after {work.run.eval.patience} seconds")
                 time.sleep(POLL)
+    return spent
 
 
 def gathered(place: Path, network: str, images: int, repeat: int) -> Statistics:
