@@ -355,6 +355,22 @@ def test_a_figure_has_a_picture(tmp_path):
     assert sum(len(line.get_xdata()) for line in axes.lines if line.get_label().startswith("_")) == 1  # one cross
 
 
+def test_a_figure_over_a_column(tmp_path, known):
+    """Rows without an x stand at what was measured of the column that the axis is named after."""
+    part = Part(
+        {"cost": "fd_digits", "right": "class_agreement"}, {"slow": How(SLOW), "fast": How(FAST)}, measure=DRAWN
+    )
+    table = fake(
+        columns=(Column("cost", None), Column("right", False)), x="cost", scales={"tiny": Scale((part,), "")}, claims=()
+    )
+    values = {(row, "fd_digits", s): x for s in range(3) for row, x in (("slow", 4.0), ("fast", 2.0))}
+    todo = numbers(table, tmp_path, values | {("fast", "class_agreement", s): 0.75 for s in range(3)})
+    (figure,) = page.picture.pictures(results.gathered(table, "tiny", tmp_path, todo), todo)
+    line = figure.axes[0].lines[0]
+    assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([2, 4], [0.75, 0.5])
+    assert "|  | cost | right \u2191 |" in page.write(table, "tiny", tmp_path, todo)[0].read_text()
+
+
 def test_no_picture_without_matplotlib(tmp_path, monkeypatch):
     table, todo = curves(tmp_path, "a")
     monkeypatch.setattr(page.importlib.util, "find_spec", lambda name: None)
@@ -376,6 +392,31 @@ def test_a_checklist_reads_the_verdicts_of_its_tables(tmp_path, known):
         in listed
     )
     assert "| tiny | - | 1 of 2 checks reproduced, 1 not measured |" in listed
+
+
+def test_what_stands_for_columns():
+    table = fake()
+    first = table.scales["tiny"].parts[0]
+    lengths = tuple(
+        first._replace(
+            columns={"FID": "1-all"},
+            best="least",
+            rows={"slow": How(SLOW, (f"sample.sigma_rel={s}", "sample.steps=3"))},
+        )
+        for s in (0.05, 0.1)
+    )
+    todo = plan.jobs(
+        table._replace(scales={"tiny": Scale((*lengths, *table.scales["tiny"].parts[1:]), "")}), "tiny", [0], Path("w")
+    )
+    told = page.words.stands(table, todo)
+    assert told["FID"].startswith("what is left to 1 of the share of drawn shapes") and told["FID"].endswith(
+        ", the least over sample.sigma_rel"
+    )
+    assert told == {
+        **told,
+        "right": "not made at this scale",
+        "size": "parameters (counts of the network as a run builds it, without training it)",
+    }
 
 
 def test_names_are_in_the_order_of_their_numbers():
@@ -564,17 +605,20 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     assert next(needs.of_training(todo[0].trained.run)).there
 
 
-def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path):
-    code = "from gesso.tables import needs; print(needs.fetched('some/vae', 'a.safetensors'), needs.fetched('bad id//', 'x'))"
-    folder = tmp_path / "hub" / "models--some--vae"
+def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--some--vae"
     (folder / "snapshots" / "abc").mkdir(parents=True)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("abc")
-    env = {**os.environ, "HF_HOME": str(tmp_path)}
-    for due in ("False False", "True False"):
-        done = subprocess.run([os.sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == due
-        (folder / "snapshots" / "abc" / "a.safetensors").write_text("x")
+    assert not needs.fetched("some/vae", "a.safetensors") and not needs.fetched("bad id//", "x")
+    (folder / "snapshots" / "abc" / "a.safetensors").write_text("x")
+    assert needs.fetched("some/vae", "a.safetensors")
+    assert needs.hub("some/vae", "a", "the VAE", "latent.vae=DIR") == (
+        "the VAE some/vae",
+        True,
+        "fetched from the hub when first used, or latent.vae=DIR",
+    )
 
 
 def test_hours_by_hand(tmp_path):

@@ -17,7 +17,7 @@ from gesso.tables.table import SCALES, Table
 PAPERS = {
     "berrada": "Berrada et al. 2024, On Improved Conditioning Mechanisms and Pre-training Strategies for Diffusion Models",
     "edm2": "Karras et al. 2024, Analyzing and Improving the Training Dynamics of Diffusion Models",
-    "gesso": "In neither paper",
+    "own": "In neither paper",
 }
 
 

@@ -82,8 +82,8 @@ def missing(found: Sequence[Need]) -> Iterator[str]:
 
 def total(asked: Asked, found: Sequence[Cost], drawing: float, table: Table) -> Iterator[str]:
     disk = in_bytes(sum(cost.disk.total for cost in found))
-    yield f"in all: {many(len(found), 'training')}, {disk}; of a row and seed {table.scales[asked.scale].cost}"
-    if asked.scale != "tiny":
+    yield f"in all: {many(len(found), 'training')}, {disk}; a row and seed: {table.scales[asked.scale].cost}"
+    if asked.scale != "tiny" and found:
         hours = sum(cost.hours for cost in found)
         yield f"  about {in_hours(hours)} GPU-hours of training and {in_hours(drawing)} of drawing samples ({HOW})"
     if any(cost.published for cost in found):

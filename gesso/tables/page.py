@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gesso import files
 from gesso.report.page import document
-from gesso.tables import claims, picture, render, results
+from gesso.tables import claims, picture, render, results, words
 from gesso.tables.index import file_name, index
 from gesso.tables.plan import Job
 from gesso.tables.render import Block, Cell, Code, Folded, Grid, Heading, Picture, Terms, Text, Title
@@ -44,14 +44,18 @@ def write(table: Table, scale: str, where: Path, todo: Sequence[Job], settings: 
     name = file_name(table.name, scale)
     markdown, page, numbers = (where / f"{name}.{end}" for end in ("md", "html", "json"))
     drawn = picture.pictures(result, todo) if importlib.util.find_spec("matplotlib") else None
-    pictures = [Picture(figure, f"{name}{f'-{i}' if i else ''}.png", CAPTION) for i, figure in enumerate(drawn or ())]
+    caption = CAPTION if len(result.seeds) > 1 else ""
+    pictures = [
+        Picture(figure, f"{name}{f'-{i}' if i else ''}.png", table.title, caption)
+        for i, figure in enumerate(drawn or ())
+    ]
     for each in pictures:
         with files.whole(where / each.file) as temporary:
             picture.png(each.figure, temporary)
     missing = (
         "" if drawn is not None or not table.x else "No picture: it needs matplotlib (pip install 'gesso[plots]')."
     )
-    shown = blocks(result, results.stands(result, todo), pictures, missing)
+    shown = blocks(result, words.stands(table, todo), pictures, missing)
     files.write_json(numbers, results.as_json(result))
     files.write_text(markdown, render.markdown(shown))
     files.write_text(page, document(f"{table.title} - gesso", render.html(shown)))
@@ -70,9 +74,10 @@ def head(result: Result) -> str:
     if result.settings:
         parts.append(f"Every training with {' '.join(result.settings)}.")
     said = f"{n} seeds: mean \u00b1 standard deviation over them" if n > 1 else "One seed"
+    said = said if result.trainings else "Nothing is trained, so no seed decides"
     parts.append(f"{said}; {NONE}: not made at this scale, or not yet.")
-    if result.scale != "paper":
-        parts.append("Only directions compare with the paper, not numbers.")
+    if result.scale != "paper" and result.trainings:
+        parts.append("With the paper only directions compare, not numbers.")
     return " ".join(parts)
 
 
@@ -152,7 +157,7 @@ def lasted(result: Result) -> str:
     """Minutes of a row; of a figure, where rows are points of one training, of that."""
     rows = {row: each.training + each.measuring for row, each in result.minutes.items()}
     found = sorted(result.each_training if result.table.x else rows.values())
-    if not found:
+    if not found or not result.trainings:
         return ""
     low, middle, high = (f"{value:.2g}" for value in (found[0], statistics.median(found), found[-1]))
     many = f"{low} to {high} minutes, {middle} in the middle" if low != high else f"{low} minutes"
@@ -174,7 +179,9 @@ def blocks(result: Result, told: dict[str, str], pictures: Sequence[Picture], mi
         rows = [
             (Cell(says), tag(verdict), Cell(ours), Cell(paper)) for says, verdict, ours, paper in claim_rows(result)
         ]
-        shown += [Heading("Claims"), Grid(("claim", "verdict", "gain, ours (bounds)", "gain, paper"), rows), Text(RULE)]
+        names = ("claim", "verdict", "gain, ours (bounds)", "gain, paper")
+        width = 4 if any(paper is not None for _, paper in result.verdicts) else 3
+        shown += [Heading("Claims"), Grid(names[:width], [row[:width] for row in rows]), Text(RULE)]
     if pictures or missing:
         shown += [Heading("Picture"), *pictures, *([Text(missing)] if missing else [])]
     shown += [Heading("Commands"), Code([results.command(result)]), *command_blocks(result), *protocol_blocks(result)]
@@ -228,4 +235,4 @@ def protocol_blocks(result: Result) -> list[Block]:
     for column, protocol in result.protocols.items():
         said = {name: value for name, value in protocol.items() if value is not None}
         shared.setdefault(json.dumps(said, indent=1), []).append(column)
-    return [Folded(f"Protocol of {', '.join(columns)}", [Code([said])]) for said, columns in shared.items()]
+    return [Folded(f"Protocol of {'; '.join(columns)}", [Code([said])]) for said, columns in shared.items()]

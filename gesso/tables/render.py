@@ -52,6 +52,7 @@ class Picture(NamedTuple):
 
     figure: Any
     file: str
+    title: str
     caption: str
 
 
@@ -81,8 +82,8 @@ def _markdown(block: Block) -> str:
             return grid(names, [[_cell(cell) for cell in row] for row in rows], numbers)
         case Code(lines):
             return "\n".join(["```", *lines, "```"])
-        case Picture(_, file, caption):
-            return f"![{escaped(caption)}]({file})"
+        case Picture(_, file, title, caption):
+            return f"![{escaped(title)}]({file})" + (f"\n\n{escaped(caption)}" if caption else "")
         case Folded(title, inner):
             return f"<details><summary>{escaped(title)}</summary>\n\n{markdown(inner)}\n</details>"
 
@@ -112,7 +113,7 @@ def html(blocks: Sequence[Block]) -> Iterator[str]:
                 )
             case Code(lines):
                 yield f"<pre>{page.escape(chr(10).join(lines))}</pre>"
-            case Picture(figure, _, caption):
+            case Picture(figure, _, _, caption):
                 yield page.beside([page.figure(figures.svg(figure), caption)])
             case Folded(title, inner):
                 yield page.folded(title, "".join(html(inner)))

@@ -12,31 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gesso.tables import claims, make, measures, plan
+from gesso.tables import claims, make, plan
 from gesso.tables.claims import Verdict
 from gesso.tables.index import file_name
 from gesso.tables.marks import marked
 from gesso.tables.plan import Job
 from gesso.tables.table import Cell, Check, Table, Values
-
-SCORES = {
-    "fid": "FID",
-    "kid": "kernel distance of Inception's features",
-    "is": "inception score",
-    "fd_dinov2": "Frechet distance of DINOv2's features",
-    "kd_dinov2": "kernel distance of DINOv2's features",
-    "clip": "CLIP score",
-    "lpips": "LPIPS between samples told different sizes",
-    "lpips_hr": "LPIPS between samples told different sizes, those below 256 left out",
-    "fd_digits": "Frechet distance in the features of a small classifier of digits; it is not FID",
-    "told_digits": "distance in the features of a small classifier of digits between samples told 4x4 and 8x8; it is not LPIPS",
-    "class_agreement": "share of samples that a small classifier of digits reads as their class",
-    "all": "share of drawn shapes that are all that their caption or class says, read back exactly",
-    "border": "share of drawn shapes that are cut by the border",
-    "flipped": "share of drawn shapes on the mirrored side of what their caption says, read back exactly",
-}
-"""what numbers stand for, by the name among those found"""
-READ_BACK = ("colour", "kind", "pair", "place", "side", "relation", "sided")
 
 
 class Numbers(NamedTuple):
@@ -110,29 +91,6 @@ def gathered(table: Table, scale: str, where: Path, todo: Sequence[Job], setting
         minutes(todo, records), each_training(todo, records), protocols(todo, records, where), [name for name, _ in machines.most_common()],
         [plain(one.command, where) for one in plan.trainings(todo)], evaluations(todo, where),
     )  # fmt: skip
-
-
-def stands(result: Result, todo: Sequence[Job]) -> dict[str, str]:
-    """What is measured in the place of each column, in words; columns of the same together."""
-    found: dict[str, dict[str, None]] = {column.name: {} for column in result.table.columns}
-    for job in todo:
-        for column, name in job.part.columns.items():
-            found[column][_words(job.part.by, name)] = None
-    told: dict[str, list[str]] = {}
-    for column, words in found.items():
-        told.setdefault(", or ".join(words) or "not made at this scale", []).append(column)
-    return {", ".join(columns): words for words, columns in told.items()}
-
-
-def _words(by: str, name: str) -> str:
-    if name.startswith("1-"):
-        return f"what is left to 1 of the {_words(by, name.removeprefix('1-'))}"
-    if by == "scores":
-        return SCORES.get(name) or (
-            f"share of drawn shapes whose {name} is as asked, read back exactly" if name in READ_BACK else name
-        )
-    told = (measures.FOUND[by].__doc__ or by).strip().splitlines()[0].rstrip(".")
-    return f"{name} ({told[0].lower()}{told[1:]})"
 
 
 def verdict(table: Table, claim: claims.Claim, values: Mapping[int, Values], once: set[Cell]) -> Verdict:
