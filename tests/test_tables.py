@@ -432,13 +432,13 @@ def test_another_readme_is_not_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "digits", "due"),
+    ("values", "due"),
     [
-        ([1.7931, 2.0], None, "1.793"), ([280.21, 1523.2], None, "280"), ([0.98765], None, "0.9877"), ([1e-9, 5.0], None, "1e-09"),
-        ([0.0], None, "0.000"), ([-3.14159], None, "-3.142"),
+        ([1.7931, 2.0], "1.793"), ([280.21, 1523.2], "280"), ([0.98765], "0.9877"), ([1e-9, 5.0], "1e-09"), ([0.0], "0.000"),
+        ([-3.14159], "-3.142"), ([0.0000234, 0.02], "2.34e-05"), ([math.nan], "NaN"), ([math.inf, 2.0], "diverged"),
     ],
 )  # fmt: skip
-def test_digits(values, digits, due):
+def test_digits(values, due):
     cells = [results.Numbers({0: value}) for value in values]
     assert page.number(values[0], page.digits_of(cells)) == due
 

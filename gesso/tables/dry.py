@@ -36,7 +36,8 @@ def lines(table: Table, asked: Asked, todo: Sequence[Job]) -> list[str]:
             lacking = f"{job.row}, {', '.join(job.part.columns)}"
             needed[lacking] = Need(lacking, False, str(error))
         there = "  (there)" if job.path.is_file() else ""
-        measurements.append(f"  {job.evaluation or f'{job.part.by} of {job.row}'}{there}")
+        said = job.evaluation or f"{job.part.by} of {job.row}, {', '.join(job.part.columns)}"
+        measurements.append(f"  {said}{there}")
     shown += ["measurements, made by gesso table itself:", *dict.fromkeys(measurements), ""]
     shown += [*missing(list(needed.values())), *total(asked, all_costs, drawing, table)]
     return [*shown, *(slurm.write(table, asked, todo) if asked.slurm else ["nothing was run"])]

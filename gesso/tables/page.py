@@ -98,15 +98,11 @@ def cells_of(result: Result, column: Column) -> list[Cell]:
 def digits_of(cells: Sequence[Numbers]) -> int | None:
     """Decimals of a column: two digits of the spread, else four of the largest number; None where numbers lie too far apart."""
     spreads = [cell.spread for cell in cells if cell.spread]
-    means = [abs(cell.mean) for cell in cells if cell.finite and cell.mean]
-    if means and max(means) / min(means) > 1e4:
-        return None
-    digits = (
-        1 - math.floor(math.log10(statistics.median(spreads)))
-        if spreads
-        else 3 - math.floor(math.log10(max(means, default=1)))
-    )
-    return min(max(digits, 0), 5)
+    means = [abs(cell.mean) for cell in cells if cell.finite and cell.mean] or [1.0]
+    digits = -math.floor(math.log10(statistics.median(spreads) if spreads else max(means))) + (1 if spreads else 3)
+    digits = min(max(digits, 0), 5)
+    lost = not spreads and min(means) < 10 ** (1 - digits)  # of the smallest not two digits would be left
+    return None if lost or max(means) / min(means) > 1e4 else digits
 
 
 def shown(cell: Numbers, digits: int | None, seeds: int) -> str:
