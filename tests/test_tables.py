@@ -621,6 +621,12 @@ def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path, monkeypatch):
     )
 
 
+def test_networks_of_the_hub_are_needed(tmp_path):
+    run = plan.planned(Training("digits", ("eval.scores=fd_dinov2,clip,fd_clip,fid", "eval.clip=a/b")), 0, tmp_path).run
+    found = [need.what for need in needs.of_measuring(run)]
+    assert "dinov2 facebook/dinov2-large" in found and found.count("clip a/b") == 2 and "pt_inception" in found[-1]
+
+
 def test_hours_by_hand(tmp_path):
     """EDM2-S is 102 G multiply-accumulates (Table 2); its training of 2^31 images took 5.3 days on 32 A100 (Table 6)."""
     run = plan.planned(Training("edm2-img512-s"), 0, tmp_path).run

@@ -22,7 +22,8 @@ class Need(NamedTuple):
 
 
 FILES = {"inception": (weights.INCEPTION,), "lpips": (weights.ALEXNET, weights.LPIPS_ALEX)}
-"""of feature networks, by the names of compare.METRICS"""
+HUB = {"dinov2": "dinov2", "clip": "clip", "clip_images": "clip"}
+"""of feature networks, by the names of compare.METRICS: public files, and the settings that name a folder or hub id"""
 
 
 def of_training(run: Run) -> Iterator[Need]:
@@ -50,10 +51,9 @@ def of_measuring(run: Run) -> Iterator[Need]:
         for file in FILES.get(name, ()):
             path = weights.place(file, Path(run.eval.weights) if run.eval.weights else None)
             yield Need(str(path), path.is_file(), f"fetched when first used, or download {file.url}")
-        if name in ("dinov2", "clip"):
+        if name in HUB:
             yield package("transformers", "transformers", "text")
-            where = run.eval.dinov2 if name == "dinov2" else run.eval.clip
-            yield hub(where, embed.STEM, name, f"eval.{name}=DIR")
+            yield hub(getattr(run.eval, HUB[name]), embed.STEM, HUB[name], f"eval.{HUB[name]}=DIR")
     for setting, where in (("reference", run.eval.reference), ("prompts", run.eval.prompts)):
         if where:
             yield Need(f"eval.{setting}={where}", is_there(where), "name yours by that setting")

@@ -13,6 +13,7 @@ WORDS = {
     "fd_dinov2": "Frechet distance of DINOv2's features",
     "kd_dinov2": "kernel distance of DINOv2's features",
     "clip": "CLIP score",
+    "fd_clip": "Frechet distance of CLIP's features",
     "lpips": "LPIPS between samples told different sizes",
     "lpips_hr": "LPIPS between samples told different sizes, those below 256 left out",
     "fd_digits": "Frechet distance in the features of a small classifier of digits; it is not FID",
