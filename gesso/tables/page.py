@@ -199,6 +199,8 @@ def numbers_of(result: Result) -> list[Block]:
         if has:
             for row, text in zip(rows, published_of(result, column), strict=True):
                 row.append(Cell(text, kind="soft"))
+    if result.table.x:  # points of other scales
+        rows = [row for row in rows if any(cell.text != NONE for cell in row[1:])]
     whole: list[Block] = [Grid(names, rows, numbers=True), *(Text(note, i) for i, note in enumerate(result.notes, 1))]
     return [Folded(f"Numbers of {len(rows)} points", whole)] if result.table.x and len(rows) > LONG else whole
 
