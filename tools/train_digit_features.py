@@ -8,13 +8,10 @@ another file of the same accuracy, which needs another `name`: numbers from two 
 """
 
 import argparse
-import hashlib
-import json
-import math
 from pathlib import Path
 
+import classifier
 import numpy
-import safetensors.torch
 import sklearn
 import torch
 from sklearn.datasets import load_digits
@@ -22,12 +19,11 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
 
-from gesso import files
 from gesso.evaluate import features
 from gesso.evaluate.features import DigitFeatures
 
 OUT = Path(features.__file__).with_name(features.FILE)
-SEED, EPOCHS, BATCH, LR, WEIGHT_DECAY = 0, 80, 64, 2e-3, 0.05
+SEED, EPOCHS = classifier.SEED, 80
 HELD_OUT = 0.2
 
 
@@ -55,26 +51,14 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def train(images: Tensor, labels: Tensor) -> DigitFeatures:
     """Train from the seed; returns the network in evaluation mode."""
-    torch.manual_seed(SEED)
-    generator = torch.Generator().manual_seed(SEED)
-    network = DigitFeatures()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
-    steps = EPOCHS * (len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * i / steps))
-    )
-    for _ in range(EPOCHS):
-        order = torch.randperm(len(images), generator=generator)
-        for batch in order.split(BATCH)[: len(images) // BATCH]:
-            hidden = network(augment(images[batch], generator))
-            logits = network.head(F.dropout(hidden, 0.2))
-            # Smoothed labels bound the logits, and with them the features.
-            loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return network.eval()
+
+    def loss(network: DigitFeatures, some: Tensor, generator: torch.Generator) -> Tensor:
+        hidden = network(augment(images[some], generator))
+        logits = network.head(F.dropout(hidden, 0.2))
+        # Smoothed labels bound the logits, and with them the features.
+        return F.cross_entropy(logits, labels[some], label_smoothing=0.05)
+
+    return classifier.fitted(DigitFeatures, loss, len(images), EPOCHS)
 
 
 @torch.no_grad()
@@ -104,12 +88,7 @@ def main() -> None:
         "epochs": EPOCHS,
         "versions": {"torch": torch.__version__, "scikit-learn": sklearn.__version__, "numpy": numpy.__version__},
     }
-    # One key only: safetensors writes several in an order that changes from run to run, and so the checksum.
-    weights = {key: value.detach().contiguous() for key, value in network.state_dict().items()}
-    with files.whole(out) as temporary:
-        safetensors.torch.save_file(weights, temporary, metadata={"gesso": json.dumps(about, sort_keys=True)})
-    content = out.read_bytes()
-    print(f"{out}: {len(content) / 1000:.1f} kB\nSHA256 = {hashlib.sha256(content).hexdigest()!r}")
+    print(classifier.written(network, about, out, torch.float32))
 
 
 if __name__ == "__main__":

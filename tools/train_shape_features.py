@@ -8,18 +8,14 @@ gives another file of the same accuracy, which needs another `name`: numbers fro
 """
 
 import argparse
-import hashlib
-import json
-import math
 from pathlib import Path
 
+import classifier
 import numpy
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gesso import files
 from gesso.config import Data
 from gesso.data import shapes
 from gesso.data.dataset import open_dataset
@@ -27,7 +23,7 @@ from gesso.evaluate import features
 from gesso.evaluate.features import ShapeFeatures
 
 OUT = Path(features.__file__).with_name(features.SHAPES_FILE)
-SEED, EPOCHS, BATCH, LR, WEIGHT_DECAY = 0, 24, 64, 2e-3, 0.05
+SEED, EPOCHS = classifier.SEED, 24
 TRAINED, HELD_OUT = 20_000, 2_000
 
 
@@ -53,27 +49,14 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def train(images: Tensor, there: Tensor) -> ShapeFeatures:
     """Train from the seed; returns the network in evaluation mode."""
-    torch.manual_seed(SEED)
-    generator = torch.Generator().manual_seed(SEED)
-    network = ShapeFeatures()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
-    steps = EPOCHS * (len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * i / steps))
-    )
-    for epoch in range(EPOCHS):
-        order = torch.randperm(len(images), generator=generator)
-        for batch in order.split(BATCH)[: len(images) // BATCH]:
-            hidden = network(augment(images[batch], generator))
-            logits = network.head(F.dropout(hidden, 0.1))
-            # Smoothed targets bound the logits, and with them the features.
-            loss = F.binary_cross_entropy_with_logits(logits, there[batch] * 0.98 + 0.01, reduction="sum") / len(batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        print(f"epoch {epoch + 1} of {EPOCHS}: loss {loss.item():.3f}", flush=True)
-    return network.eval()
+
+    def loss(network: ShapeFeatures, some: Tensor, generator: torch.Generator) -> Tensor:
+        hidden = network(augment(images[some], generator))
+        logits = network.head(F.dropout(hidden, 0.1))
+        # Smoothed targets bound the logits, and with them the features.
+        return F.binary_cross_entropy_with_logits(logits, there[some] * 0.98 + 0.01, reduction="sum") / len(some)
+
+    return classifier.fitted(ShapeFeatures, loss, len(images), EPOCHS)
 
 
 @torch.no_grad()
@@ -99,12 +82,7 @@ def main() -> None:
         "name": ShapeFeatures.name, "held_out_accuracy": held_out, "trained_on": f"shapes 0 to {TRAINED - 1} at 32x32", "seed": SEED,
         "epochs": EPOCHS, "versions": {"torch": torch.__version__, "numpy": numpy.__version__},
     }  # fmt: skip
-    # One key only: safetensors writes several in an order that changes from run to run, and so the checksum.
-    weights = {key: value.detach().half().contiguous() for key, value in network.state_dict().items()}
-    with files.whole(out) as temporary:
-        safetensors.torch.save_file(weights, temporary, metadata={"gesso": json.dumps(about, sort_keys=True)})
-    content = out.read_bytes()
-    print(f"{out}: {len(content) / 1000:.1f} kB\nSHAPES_SHA256 = {hashlib.sha256(content).hexdigest()!r}")
+    print(classifier.written(network, about, out, torch.float16))
 
 
 if __name__ == "__main__":
