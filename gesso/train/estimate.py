@@ -17,10 +17,11 @@ from gesso import nets
 from gesso.config import Run
 from gesso.data.batches import Batches
 from gesso.data.imagined import imagined, is_there
+from gesso.data.samples import Dataset
 from gesso.files import in_bytes
 from gesso.train import optim
 from gesso.train.loop import crossed
-from gesso.train.ranks import joined, own
+from gesso.train.ranks import Ranks, joined, own
 from gesso.train.start import exactly, opened
 from gesso.train.trainer import Trainer
 
@@ -73,32 +74,49 @@ def estimate(run: Run, console: Console, seconds: float = SECONDS) -> list[str]:
                 f"  memory   {said(on_device(run, device, ranks.world))}, and activations",
                 disk_line(run, state["weights"], sum(state.values()) - state["gradients"]),
             ]
-        before = peak_memory(device)
-        trainer = Trainer(run, dataset, ranks, device)
-        measured = measure(trainer, seconds)
-        parts = held(trainer)
-        share = -(-run.train.batch_size // ranks.world)
-        at_once = min(run.train.micro_batch or share, share)
-        if device.type == "cuda" and run.train.micro_batch is None:
-            at_once = max(measured.peaks)  # what training itself would find
-        # A process that had held more before, as a library's caller may have, shows no peak.
-        peak = max(sum(parts.values()), measured.peak(sum(parts.values()) + before, at_once) - before)
-        peak = round(max(ranks.gathered(peak, device)))
-        tensors = sum(t.numel() * t.itemsize for t in trainer.tensors().values())
-        weights = sum(t.numel() * t.itemsize for t in next(iter(trainer.ema.averages.values())).values())
+        found = stepped(run, dataset, ranks, device, seconds)
     where = (
         f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, {ranks.world} rank"
         + "s" * (ranks.world > 1)
     )
-    head = f"{run.recipe} on {where}: {len(measured.steps)} steps of {measured.batch:,} images"
+    head = f"{run.recipe} on {where}: {len(found.measured.steps)} steps of {found.measured.batch:,} images"
     if not real:
         head += f", random ones (data.source={run.data.source or '(none)'} is not there)"
     return [
         head,
-        *memory_lines(run, parts, peak, at_once, measured, device),
-        *time_lines(run, measured),
-        disk_line(run, weights, tensors),
+        *memory_lines(run, found.parts, found.peak, found.at_once, found.measured, device),
+        *time_lines(run, found.measured),
+        disk_line(run, found.weights, found.tensors),
     ]
+
+
+class Stepped(NamedTuple):
+    """What some real steps showed: memory by part and its peak in bytes, samples at once; bytes of weights and of a state."""
+
+    measured: Measured
+    parts: dict[str, int]
+    peak: int
+    at_once: int
+    weights: int
+    tensors: int
+
+
+def stepped(run: Run, dataset: Dataset, ranks: Ranks, device: torch.device, seconds: float) -> Stepped:
+    """Take the steps. The trainer ends with this function, before the ranks part."""
+    before = peak_memory(device)
+    trainer = Trainer(run, dataset, ranks, device)
+    measured = measure(trainer, seconds)
+    parts = held(trainer)
+    share = -(-run.train.batch_size // ranks.world)
+    at_once = min(run.train.micro_batch or share, share)
+    if device.type == "cuda" and run.train.micro_batch is None:
+        at_once = max(measured.peaks)  # what training itself would find
+    # A process that had held more before, as a library's caller may have, shows no peak.
+    peak = max(sum(parts.values()), measured.peak(sum(parts.values()) + before, at_once) - before)
+    peak = round(max(ranks.gathered(peak, device)))
+    tensors = sum(t.numel() * t.itemsize for t in trainer.tensors().values())
+    weights = sum(t.numel() * t.itemsize for t in next(iter(trainer.ema.averages.values())).values())
+    return Stepped(measured, parts, peak, at_once, weights, tensors)
 
 
 def arithmetic(run: Run) -> dict[str, int]:
