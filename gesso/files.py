@@ -142,9 +142,16 @@ def in_turn(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[bool]:
     """Of several processes that could make `path`: whether this one may, as none of the others is at it."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(path.with_name(f".{path.name}.lock"), "w")
+    with _held(path.with_name(f".{path.name}.lock"), path) as mine:
+        yield mine
+
+
+@contextlib.contextmanager
+def _held(lock: Path, of: Path) -> Iterator[bool]:
+    """Whether this process has the lock. The kernel drops it when the process ends, however it ends."""
+    with disk_errors(of):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(lock, "w")
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,18 +163,13 @@ def claimed(path: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def locked(folder: Path, doing: str = "training in") -> Iterator[None]:
-    """Hold `folder` for this process. The kernel drops the lock when the process ends, however it ends.
+    """Hold `folder` for this process.
 
     Raises UsageError when another process holds it; `doing` says what that one does with the folder.
     """
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "w")
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another process is {doing} {folder}; wait for it, or choose another place") from None
+    with _held(folder / ".lock", folder) as mine:
+        if not mine:
+            raise UsageError(f"another process is {doing} {folder}; wait for it, or choose another place")
         yield
 
 

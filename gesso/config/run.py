@@ -100,7 +100,7 @@ class Ema(Settings):
 
 Score = Literal[
     "fid", "kid", "is", "pr", "fd_dinov2", "kd_dinov2", "pr_dinov2", "clip", "lpips", "fd_digits", "told_digits",
-    "fd_shapes", "fd_clip",     "agreement", "drawn",
+    "fd_shapes", "fd_clip", "agreement", "drawn",
 ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from gesso.recipes.imagenet import ROWS
 from gesso.tables import claims
-from gesso.tables.paper import in1k
+from gesso.tables.paper import in1k, rows_of
 from gesso.tables.settings import (
     CC12M_VAL,
     COCO,
@@ -187,10 +187,7 @@ def table_2c() -> Table:
         title="Crops and flips as control",
         source="Berrada et al. 2024, Table 2c",
         columns=(Column("FID"), Column("CLIP", lower=False)),
-        rows=tuple(
-            Row(row, {"FID": cell.published["fid"], "CLIP": cell.published["clip"]})
-            for row, cell in zip(rows, ROWS["table-2c"], strict=True)
-        ),
+        rows=rows_of("table-2c", rows),
         scales={
             "tiny": Scale((part(columns, flips(shapes, rows), SHAPES),), "5 minutes", note),
             "small": Scale((part(columns, flips(shapes_small, rows), SHAPES_SMALL),), "an hour", note),

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Iterable
 
-from gesso.recipes.imagenet import ROWS
 from gesso.tables import claims
-from gesso.tables.paper import cc12m
+from gesso.tables.paper import cc12m, rows_of
 from gesso.tables.settings import CC12M_VAL, COCO, DIGITS, SHAPES_SMALL, UNGUIDED, part, shapes_small, words
 from gesso.tables.table import By, Claim, Column, Row, Scale, Settings, Table, Training
 
@@ -36,10 +35,7 @@ def table_3() -> Table:
         title="Padding of text",
         source="Berrada et al. 2024, Table 3",
         columns=(Column("FID"), Column("CLIP", lower=False)),
-        rows=tuple(
-            Row(row, {"FID": cell.published["fid"], "CLIP": cell.published["clip"]})
-            for row, cell in zip(PADDINGS, ROWS["table-3"], strict=True)
-        ),
+        rows=rows_of("table-3", PADDINGS),
         scales={
             "tiny": Scale((part(digits, trained(words), (*DIGITS, *UNGUIDED)),), "2 minutes", read),
             "small": Scale((part(drawn, trained(shapes_small), SHAPES_SMALL),), "an hour", stand),

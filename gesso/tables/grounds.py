@@ -142,34 +142,28 @@ def as_edm2(g: Training) -> Training:
     return g._replace(settings=(*kept, "net.name=edm2"))
 
 
-_tiny = ladder("digits-edm2", LADDER, LADDER_STEPS)
-_small = ladder("shapes-class", SMALL_LADDER, SMALL_STEPS)
-TINY = Ground(
-    configs=_tiny,
-    sizes=sized(_tiny["G"], CHANNELS, CHANNELS["S"]),
-    guides=without_labels(sized(_tiny["G"], CHANNELS, CHANNELS["S"])),
-    plain=as_edm2(_tiny["G"]),
-    score="fd_digits",
-    second="1-class_agreement",
-    measure=DIGITS,
-    protocol=None,
-    lengths=TINY_LENGTHS,
-    guidances=(1.0, 1.2, 1.4, 1.9),
-    optima=OPTIMA,
-)
-SMALL = Ground(
-    configs=_small,
-    sizes=sized(_small["G"], SMALL_CHANNELS, SMALL_CHANNELS["S"]),
-    guides=without_labels(sized(_small["G"], SMALL_CHANNELS, SMALL_CHANNELS["S"])),
-    plain=as_edm2(_small["G"]),
-    score="fd_shapes",
-    second="1-all",
-    measure=SHAPES_SMALL,
-    protocol=None,
-    lengths=TINY_LENGTHS,
-    guidances=(1.0, 1.2, 1.4, 1.9),
-    optima=OPTIMA,
-)
+def of_ladder(
+    configs: Mapping[str, Training], channels: Mapping[str, int], score: str, second: str, measure: Settings
+) -> Ground:
+    """Below the paper's scale: sizes are CONFIG G's at other widths."""
+    sizes = sized(configs["G"], channels, channels["S"])
+    return Ground(
+        configs=configs,
+        sizes=sizes,
+        guides=without_labels(sizes),
+        plain=as_edm2(configs["G"]),
+        score=score,
+        second=second,
+        measure=measure,
+        protocol=None,
+        lengths=TINY_LENGTHS,
+        guidances=(1.0, 1.2, 1.4, 1.9),
+        optima=OPTIMA,
+    )
+
+
+TINY = of_ladder(ladder("digits-edm2", LADDER, LADDER_STEPS), CHANNELS, "fd_digits", "1-class_agreement", DIGITS)
+SMALL = of_ladder(ladder("shapes-class", SMALL_LADDER, SMALL_STEPS), SMALL_CHANNELS, "fd_shapes", "1-all", SHAPES_SMALL)
 PAPER = Ground(
     configs={**{step: Training(f"edm2-ladder-{step.lower()}") for step in "ABCDEF"}, "G": Training("edm2-img512-s")},
     sizes={size: Training(f"edm2-img512-{size.lower()}") for size in FID_512},

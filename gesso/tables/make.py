@@ -16,7 +16,7 @@ from gesso import config, files
 from gesso.errors import Diverged, Stopped, UsageError
 from gesso.tables import measures, plan
 from gesso.tables.plan import Job, Trained
-from gesso.tables.table import DIVERGED, Values
+from gesso.tables.table import DIVERGED
 from gesso.train import log
 from gesso.train.start import start
 
@@ -160,8 +160,3 @@ def _better(job: Job, a: float, b: float) -> float:
 
 def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
-
-
-def complete(values: dict[int, dict[tuple[str, str], float]]) -> list[Values]:
-    """Those seeds of which there is anything."""
-    return [found for found in values.values() if found]

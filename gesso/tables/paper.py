@@ -1,12 +1,23 @@
 """Trainings of Berrada et al. 2024 at full scale that several tables share: Table 1's, and what those at 512 start from."""
 
+from collections.abc import Iterable
+
 from gesso import recipes
 from gesso.recipes.berrada import moved
+from gesso.recipes.imagenet import ROWS
 from gesso.tables.settings import LOCAL
-from gesso.tables.table import Settings, Training
+from gesso.tables.table import Row, Settings, Training
 
 EVERY_10K = ("train.snapshot_images=3.84M",)
 """steps at 512, so that Figure 8 has averages at the times that it shows"""
+
+
+def rows_of(recipe: str, names: Iterable[str]) -> tuple[Row, ...]:
+    """FID and CLIP score of the cells of a recipe that is a table, in their order."""
+    return tuple(
+        Row(name, {"FID": cell.published["fid"], "CLIP": cell.published["clip"]})
+        for name, cell in zip(names, ROWS[recipe], strict=True)
+    )
 
 
 def at_512(recipe: str, before: Training, settings: Settings = ()) -> Training:
