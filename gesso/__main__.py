@@ -119,18 +119,16 @@ def sample(
 def evaluate(
     folder: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="a run folder", show_default=False)] = None,
     settings: Overrides = None,
-    protocol: Annotated[
-        str | None, typer.Option(help="adm, dit, edm2, berrada, ...: a paper's way", show_default=False)
-    ] = None,
-    images: Annotated[
-        str | None, typer.Option(help="instead of a run: pictures, as data.source, or a .npz", show_default=False)
-    ] = None,
+    protocol: Annotated[str | None, typer.Option(help="a paper's way: edm2, berrada, ...", show_default=False)] = None,
+    images: Annotated[str | None, typer.Option(help="no run: a source or .npz of pictures", show_default=False)] = None,
     ref: Annotated[str | None, typer.Option(help="pictures to compare with", show_default=False)] = None,
     metrics: Annotated[str | None, typer.Option(help="fid,kid,is,pr,fd_dinov2, ...", show_default=False)] = None,
     resolution: Annotated[int | None, typer.Option(min=1, help="crop and resize both", show_default=False)] = None,
     count: Annotated[int | None, typer.Option(min=2, help="the first so many pictures", show_default=False)] = None,
     weights: Annotated[Path | None, typer.Option(help="folder of weight files", show_default=False)] = None,
+    inception: Annotated[str | None, typer.Option(help="pytorch-fid or nvidia", show_default=False)] = None,
     dinov2: Annotated[str | None, typer.Option(help="folder or hub id", show_default=False)] = None,
+    clip: Annotated[str | None, typer.Option(help="folder or hub id", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda", show_default=False)] = None,
     out: Out = None,
 ) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_features import picture, public_inception, stored
+from test_features import picture, public_inception, scripted, stored
 
 from gesso import files
 from gesso.errors import RunError, UsageError
@@ -61,13 +61,13 @@ def test_few_pictures_are_marked(tmp_path):
 
 def test_every_score_of_inception(tmp_path, monkeypatch):
     file = stored(public_inception(), tmp_path, "inception.pth")
-    monkeypatch.setattr(weights, "INCEPTION", file)
+    monkeypatch.setitem(weights.INCEPTION, "pytorch-fid", file)
     a, b = picture(12, 12, 14), picture(12, 12, 16).flip(3)
     asked = Asked(
         write(tmp_path / "a", a), write(tmp_path / "b", b), ("fid", "kid", "is", "pr"), weights=tmp_path, batch_size=8
     )
     scores = compare.compare(asked, "cpu", SILENT)[0]["scores"]
-    network = inception.load(tmp_path, file=file)
+    network = inception.load(tmp_path)
     x, y = network(a).double(), network(b).double()
     assert scores["fid"] == pytest.approx(
         metrics.frechet_distance(x.mean(0), x.T.cov(), y.mean(0), y.T.cov()), rel=1e-5
@@ -78,6 +78,17 @@ def test_every_score_of_inception(tmp_path, monkeypatch):
     assert again == scores
     with pytest.raises(UsageError, match=r"needs inception\.pth, and it is not there.*download"):
         compare.compare(asked._replace(weights=tmp_path / "a"), "cpu", SILENT)
+
+
+def test_inception_of_another_publisher(tmp_path, monkeypatch):
+    monkeypatch.setitem(weights.INCEPTION, "nvidia", scripted(tmp_path))
+    a, b = write(tmp_path / "a", picture(12, 12, 14)), write(tmp_path / "b", picture(12, 12, 16))
+    asked = Asked(a, b, ("fid", "is"), weights=tmp_path, inception="nvidia")
+    result, lines = compare.compare(asked, "cpu", SILENT)
+    assert result["protocol"]["networks"] == {"inception": "inception-v3-2015-12-05 (nvidia)"} and "nvidia" in lines[2]
+    assert result["scores"]["is"] >= 1 and result["scores"]["fid"] > 0
+    with pytest.raises(UsageError, match="--inception nvida: there are pytorch-fid, nvidia"):
+        compare.compare(asked._replace(inception="nvida"), "cpu", SILENT)
 
 
 @pytest.mark.parametrize("packed", [False, True])

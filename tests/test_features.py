@@ -1,6 +1,7 @@
 """Feature networks: their public files' names and shapes, on small random weights; against other implementations."""
 
 import hashlib
+import warnings
 import zlib
 
 import numpy as np
@@ -49,7 +50,9 @@ def stored(tensors: dict[str, torch.Tensor], folder, name: str) -> File:
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
-    return inception.load(folder, file=stored(public_inception(), folder, "inception.pth"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(weights.INCEPTION, "pytorch-fid", stored(public_inception(), folder, "inception.pth"))
+        return inception.load(folder)
 
 
 # Of pictures (2, 3, 40, 56), by torch-fidelity 0.3.0 with the same state: features[:, :4], then logits_unbiased[:, :4].
@@ -83,7 +86,50 @@ def test_inception_reads_uint8_rgb_alone(network):
             network(wrong)
 
 
-def test_a_weight_file_is_checked(tmp_path):
+class Detector(torch.nn.Module):
+    """What NVIDIA's TorchScript answers to, small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 2048, 4, stride=4)
+        self.output = torch.nn.Linear(2048, 1008)
+
+    def forward(
+        self, img: torch.Tensor, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False
+    ) -> torch.Tensor:
+        features = self.stem((img.float() - 127.5) / 127.5).relu().mean(dim=(2, 3))
+        if return_features:
+            return features
+        logits = torch.nn.functional.linear(features, self.output.weight) if no_output_bias else self.output(features)
+        return logits.softmax(dim=1)
+
+
+def scripted(folder) -> File:
+    """A public file with random weights, stored by torch.jit."""
+    path = folder / "detector.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # writing scripts is deprecated
+        torch.jit.save(torch.jit.script(Detector()), str(path))
+    return File("detector.pt", "https://example.org/detector.pt", hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_nvidias_script_is_called_as_it_wants_to_be(tmp_path, monkeypatch):
+    monkeypatch.setitem(weights.INCEPTION, "nvidia", scripted(tmp_path))
+    network = inception.load(tmp_path, whose="nvidia")
+    plain, x = Detector(), picture(16, 24, 5)
+    plain.load_state_dict(network.script.state_dict())
+    torch.testing.assert_close(network(x), plain(x, return_features=True))
+    torch.testing.assert_close(network.probabilities(network(x)), plain(x, no_output_bias=True))
+    assert (plain(x, no_output_bias=True) - plain(x)).abs().max() > 1e-6
+    assert network(x).shape == (5, 2048) and "nvidia" in network.name
+    with pytest.raises(UsageError, match="uint8 RGB"):
+        network(x.float())
+    (tmp_path / "detector.pt").write_bytes(b"no script")
+    with pytest.raises(RunError, match="not the file that numbers are named after"):
+        inception.load(tmp_path, whose="nvidia")
+
+
+def test_a_weight_file_is_checked(tmp_path, monkeypatch):
     state = public_inception()
     file = stored(state, tmp_path, "a.pth")
     with pytest.raises(UsageError, match=r"needs b\.pth.*it is not there.*download https://example\.org/b\.pth\nto "):
@@ -91,8 +137,9 @@ def test_a_weight_file_is_checked(tmp_path):
     with pytest.raises(RunError, match="not the file that numbers are named after"):
         weights.load(file._replace(sha256="00000000"), tmp_path)
     state.pop("Mixed_6a.branch3x3.bn.bias")
+    monkeypatch.setitem(weights.INCEPTION, "pytorch-fid", stored(state, tmp_path, "c.pth"))
     with pytest.raises(RunError, match=r"lacks \['Mixed_6a\.branch3x3\.bias'"):
-        inception.load(tmp_path, file=stored(state, tmp_path, "c.pth"))
+        inception.load(tmp_path)
     (tmp_path / "d.pth").write_bytes(b"no weights")
     digest = hashlib.sha256(b"no weights").hexdigest()
     with pytest.raises(RunError, match="cannot be read"):
@@ -159,7 +206,7 @@ def test_lpips_refuses_what_it_cannot_compare(tmp_path):
 def test_lpips_public_files_are_those_of_version_0_1():
     """Known by the whole digest; the others by what their publishers put into the names."""
     assert len(weights.LPIPS_ALEX.sha256) == len(weights.LPIPS_VGG.sha256) == 64
-    assert all(f.sha256 in f.name for f in (weights.INCEPTION, weights.ALEXNET, weights.VGG16))
+    assert all(f.sha256 in f.name for f in (weights.INCEPTION["pytorch-fid"], weights.ALEXNET, weights.VGG16))
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,13 @@ from written import written
 from gesso import conditions, config, ema, generate, snapshot
 from gesso.config.run import Score
 from gesso.data import crops, pixels
+from gesso.data.dataset import open_dataset
 from gesso.data.sources import open_source
 from gesso.errors import UsageError
-from gesso.evaluate import compare, embed, lpips, measure, metrics, parts, shapes, shipped, weights
+from gesso.evaluate import compare, drawer, embed, lpips, measure, metrics, parts, shapes, shipped, validation, weights
 from gesso.evaluate.features import load_digit_features
 from gesso.evaluate.parts import Work
-from gesso.evaluate.pictures import open_pictures
+from gesso.evaluate.pictures import Pictures, open_pictures
 
 CPU = torch.device("cpu")
 SILENT = lambda done, total: None  # noqa: E731
@@ -44,7 +45,7 @@ def asked(folder, *settings: str) -> config.Run:
 def drawn(folder, run: config.Run, seeds: range) -> torch.Tensor:
     """The samples themselves, in one go, in RGB."""
     tensors, *_ = snapshot.synthesize(folder, [ema.chosen(run.sample)])
-    cond, _ = conditions.build(run, seeds, snapshot.control_rows(folder), parts.labels_of(run, seeds))
+    cond, _ = conditions.build(run, seeds, snapshot.control_rows(folder), drawer.labels_of(run, seeds))
     made = torch.cat(list(generate.generate(snapshot.denoiser(tensors[0], run), run, seeds, cond)))
     return made.expand(-1, 3, -1, -1)
 
@@ -78,11 +79,11 @@ def test_what_was_spent():
 
 def test_labels_are_drawn_by_seed(folder):
     run = asked(folder, "eval.labels=random")
-    labels = torch.tensor(parts.labels_of(run, range(5000)))
+    labels = torch.tensor(drawer.labels_of(run, range(5000)))
     counts = labels.bincount(minlength=10)
     assert len(counts) == 10 and counts.min() > 400 and counts.max() < 600 and not labels.equal(torch.arange(5000) % 10)
-    assert parts.labels_of(run, range(100, 200)) == labels[100:200].tolist()
-    assert parts.labels_of(asked(folder), range(30)) == [i % 10 for i in range(30)]
+    assert drawer.labels_of(run, range(100, 200)) == labels[100:200].tolist()
+    assert drawer.labels_of(asked(folder), range(30)) == [i % 10 for i in range(30)]
 
 
 def test_parts_are_shared_and_survive(folder, monkeypatch):
@@ -91,7 +92,7 @@ def test_parts_are_shared_and_survive(folder, monkeypatch):
     # Two ranks, one after the other: the last one to begin is the first rank, which waits for the other's parts.
     assert measure.scores_of(Work(folder, run, CPU, 1, 2), SILENT) == ({}, [])
     (place,) = (folder / "evaluation").iterdir()
-    assert [path.name for path in place.iterdir()] == ["digits-0-000001.safetensors"]
+    assert [path.name for path in place.glob("*.safetensors")] == ["digits-0-000001.safetensors"]
     assert measure.scores_of(Work(folder, run, CPU, 0, 2), SILENT)[0]["scores"] == whole
     # Stopped after the first part; then only what lacks is drawn.
     made, drawn = generate.generate, []
@@ -109,6 +110,54 @@ def test_parts_are_shared_and_survive(folder, monkeypatch):
     assert drawn == [0, 30, 30, 60]
 
 
+def test_a_reference_is_read_by_all_ranks_and_once(folder, monkeypatch):
+    """In parts: whoever comes first leaves some to the other; a third time nothing is read, whatever machine has it kept."""
+    run = asked(folder, "eval.scores=fd_digits")
+    whole = measure.scores_of(Work(folder, run, CPU), SILENT)[0]["scores"]
+    read = []
+    batches = Pictures.batches
+
+    def reading(self, size, first=0, stop=None):
+        read.append((first, stop))
+        return batches(self, size, first, stop)
+
+    monkeypatch.setattr(Pictures, "batches", reading)
+    assert measure.scores_of(Work(folder, run, CPU), SILENT)[0]["scores"] == whole and not read
+    monkeypatch.setattr(measure, "READ", 500)  # 1,797 pictures: four parts
+    for cache in ("other", "third"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / cache))
+        read.clear()
+        measure.scores_of(Work(folder, run, CPU, 1, 2), SILENT)
+        assert read == [(500, 1000), (1500, 1797)]
+        if cache == "third":  # the other rank's machine has no cache, and it was killed before
+            files = sorted((folder / "evaluation").glob("*/reference-digits-0-*.safetensors"))
+            files[-1].unlink()
+        found = measure.scores_of(Work(folder, run, CPU, 0, 2), SILENT)[0]["scores"]
+        assert read[2:] == [(0, 500), (1000, 1500)] + [(1500, 1797)] * (cache == "third")
+        assert found["fd_digits"]["mean"] == pytest.approx(whole["fd_digits"]["mean"], rel=1e-9)
+    assert list((folder / "evaluation").iterdir()) == []
+
+
+def test_loss_on_other_images_and_on_none(folder, tmp_path):
+    with pytest.raises(
+        UsageError, match=r"eval.scores=loss needs images that were not trained on: .*eval.validation=DIR"
+    ):
+        measure.scores_of(Work(folder, asked(folder, "eval.scores=loss"), CPU), SILENT)
+    said = ("eval.scores=loss", "eval.validation=digits", "eval.loss_pairs=75")
+    found = [measure.scores_of(Work(folder, asked(folder, *said), CPU), SILENT)[0] for _ in range(2)]
+    assert found[0]["scores"] == found[1]["scores"] and found[0]["speed"] == {}
+    tensors, *_ = snapshot.synthesize(folder, [ema.chosen(asked(folder).sample)])
+    run = asked(folder, *said)
+    dataset = open_dataset(run.data, run.latent, 0)
+    validated = validation.Validation(run, dataset, torch.arange(len(dataset)), CPU, 75)
+    losses = validated.losses(snapshot.denoiser(tensors[0], run), [validated.read(torch.arange(75))])
+    assert found[0]["scores"]["loss"]["mean"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert measure.scores_of(Work(folder, run, CPU, 1, 2), SILENT) == ({}, [])
+    assert measure.scores_of(Work(folder, run, CPU, 0, 2), SILENT)[0]["scores"] == found[0]["scores"]
+    with pytest.raises(UsageError, match=r"eval.validation=/none: there is no such folder"):
+        measure.scores_of(Work(folder, asked(folder, "eval.scores=loss", "eval.validation=/none"), CPU), SILENT)
+
+
 def test_another_number_of_steps_is_another_measurement(folder):
     known = len(json.loads((folder / "scores.json").read_text())) if (folder / "scores.json").exists() else 0
     for steps in (2, 3):
@@ -122,7 +171,7 @@ def test_clip_score_of_a_run_with_words(tmp_path):
     written(folder, **{"semantic.kind": "text", "data.source": "digits-coarse"})
     run = asked(folder, "eval.scores=[clip]", f"eval.clip={clip}", "eval.images=40")
     result, lines = measure.scores_of(Work(folder, run, CPU), SILENT)
-    prompts = measure._prompts(run)
+    prompts = drawer.prompts_of(run)
     tensors, *_ = snapshot.synthesize(folder, [ema.chosen(run.sample)])
     texts = [prompts[i].caption for i in range(40)]
     cond, _ = conditions.build(run, range(40), snapshot.control_rows(folder), None, texts)
@@ -138,9 +187,9 @@ def test_shapes_are_read_back(recipe, tmp_path):
     written(folder, recipe)
     run = asked(folder, "eval.scores=drawn", f"eval.images={n}", "eval.features=none")
     scores = measure.scores_of(Work(folder, run, CPU), SILENT)[0]["scores"]
-    prompts, rows = measure._prompts(run), snapshot.control_rows(folder)
+    prompts, rows = drawer.prompts_of(run), snapshot.control_rows(folder)
     captions = [prompts[i].caption for i in range(n)] if prompts else None
-    labels = parts.labels_of(run, range(n))
+    labels = drawer.labels_of(run, range(n))
     cond, _ = conditions.build(run, range(n), rows, labels, captions)
     tensors, *_ = snapshot.synthesize(folder, [ema.chosen(run.sample)])
     made = torch.cat(list(generate.generate(snapshot.denoiser(tensors[0], run), run, range(n), cond)))
@@ -177,7 +226,7 @@ def test_agreement_of_digits(folder):
 
 def test_diversity_under_other_sizes(tmp_path, monkeypatch):
     """The mean over seeds of the mean LPIPS of all pairs among five sizes; and without the two smallest."""
-    folder, sizes = tmp_path / "run", measure.SIZES["lpips"]
+    folder, sizes = tmp_path / "run", drawer.SIZES["lpips"]
     written(folder, "shapes-class", **{"control.variables": "size", "control.schedule": "uniform"})
     trunk, heads = public_lpips("alex")
     files = stored(trunk, tmp_path, "trunk.pth"), stored(heads, tmp_path, "heads.pth")
@@ -194,7 +243,7 @@ def test_diversity_under_other_sizes(tmp_path, monkeypatch):
         distance = {(i, j): float(network(made[i], made[j])) for j in range(5) for i in range(j)}
         every.append(sum(distance.values()) / 10)
         sharp.append(sum(v for (i, _), v in distance.items() if i >= 2) / 3)
-    assert sizes[2] == measure.LEAST and min(every) > 1e-4 and every != pytest.approx(sharp)
+    assert sizes[2] == drawer.LEAST and min(every) > 1e-4 and every != pytest.approx(sharp)
     assert scores["lpips"]["values"] == pytest.approx([sum(every) / 3], rel=1e-3)
     assert scores["lpips_hr"]["values"] == pytest.approx([sum(sharp) / 3], rel=1e-3)
 
@@ -249,7 +298,7 @@ def test_every_score_can_be_asked_for():
 
 
 def test_several_scores_of_one_drawing(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "INCEPTION", stored(public_inception(), tmp_path, "inception.pth"))
+    monkeypatch.setitem(weights.INCEPTION, "pytorch-fid", stored(public_inception(), tmp_path, "inception.pth"))
     settings = ("eval.scores=[fid,is,fd_digits]", f"eval.weights={tmp_path}", "eval.images=12")
     reference = tmp_path / "real"
     reference.mkdir()

@@ -1,7 +1,6 @@
 """What is seen of a run: levels, held-out images, validation, magnitudes, pace, trackers; and that none of it is felt."""
 
 import json
-import math
 import time
 from pathlib import Path
 
@@ -21,15 +20,18 @@ from gesso import config, ema, keyed, nets, recipes, snapshot
 from gesso.config import MDT
 from gesso.data.cache import Cache
 from gesso.data.order import Grouped, Order, Windowed, Without, held_out
+from gesso.diffusion import levels
 from gesso.diffusion import process as processes
 from gesso.errors import UsageError
+from gesso.evaluate import measure, protocols, validation
+from gesso.evaluate.parts import Work
 from gesso.nets import count, mp
-from gesso.train import checkpoint, levels, loop, pace, trackers, validation
+from gesso.train import checkpoint, loop, pace, trackers
 from gesso.train import watch as watching
 from gesso.train.log import MEASURED
 from gesso.train.log import read as read_log
 from gesso.train.magnitudes import Magnitudes
-from gesso.train.ranks import ALONE, Ranks
+from gesso.train.ranks import Ranks
 from gesso.train.start import opened, start
 
 QUIET = Console(quiet=True)
@@ -171,32 +173,39 @@ class Known(torch.nn.Module):
         return x / 2
 
 
-def validated(ranks: Ranks = ALONE, **settings) -> validation.Validation:
+def of_held(run, dataset) -> validation.Validation:
+    return validation.Validation(run, *validation.images(run, dataset), CPU, run.watch.validate_samples)
+
+
+def losses(found: validation.Validation, denoiser, rank: int = 0, world: int = 1) -> torch.Tensor:
+    passes = found.passes(torch.arange(len(found.u)))[rank::world]
+    return found.losses(denoiser, map(found.read, passes))
+
+
+def validated(**settings) -> validation.Validation:
     said = {"data.held_out": 70, "watch.validate_images": 160, "watch.validate_samples": 150, "semantic.dropout": 0.5}
     run, dataset = opened(tiny_run(**said | settings), QUIET)
-    return validation.Validation(run, *validation.images(run, dataset), CPU, 0.5, ranks)
+    return of_held(run, dataset)
 
 
 def test_validation_of_a_known_network_against_a_slow_loop():
     found = validated()
     run, dataset = found.run, found.batches.dataset
     process = processes.build(run.process)
-    mean, by_level = found(Known(process))
+    mean, by_level = found.means(losses(found, Known(process)))
     assert sorted((found.u * 150).long().tolist()) == list(range(150))  # one pair in each stratum
-    losses, places = [], []
+    due, places = [], []
     for j in range(150):
         i = int(dataset.held[j % 70])
         x0 = (dataset.pixels[i].double() / 127.5 - 1 - run.data.mean[0]) * 0.5 / run.data.std[0]
         s = float(process.quantile(found.u[j]))
         eps = keyed.normal(0, torch.tensor([j]), "validation noise", (1, 8, 8))[0].double()
         error = float(((x0 + s * eps) / 2 - x0).square().mean())
-        losses.append(error * (s**2 + 0.25) / (0.5 * s) ** 2)
+        due.append(error * (s**2 + 0.25) / (0.5 * s) ** 2)
         places.append(int(float(found.u[j]) * 10))
-    assert mean == pytest.approx(np.mean(losses), rel=1e-5)
+    assert mean == pytest.approx(np.mean(due), rel=1e-5)
     for b in range(10):
-        assert by_level[b] == pytest.approx(
-            np.mean([x for x, p in zip(losses, places, strict=True) if p == b]), rel=1e-5
-        )
+        assert by_level[b] == pytest.approx(np.mean([x for x, p in zip(due, places, strict=True) if p == b]), rel=1e-5)
 
 
 def test_validation_is_the_same_over_seeds_batches_and_ranks():
@@ -205,24 +214,13 @@ def test_validation_is_the_same_over_seeds_batches_and_ranks():
     from gesso.diffusion.denoiser import Denoiser
 
     denoiser = Denoiser(net.eval(), processes.build(run.process), run.net.embedding)
-    due = validated()(denoiser)
+    due = losses(validated(), denoiser)
     for settings_ in ({"train.seed": 7}, {"train.batch_size": 9}, {"train.micro_batch": 5, "semantic.dropout": 0.1}):
-        assert validated(**settings_)(denoiser) == due
-    parts = []
-
-    class Third(Ranks):
-        def sum(self, values):
-            parts.append(values.clone())
-            return values
-
-    ranks = [validated(Third(rank, 3)) for rank in range(3)]
-    for part in ranks:
-        part(denoiser)
-    assert sum(len(p.number) for part in ranks for p in part.passes) == 150
-    together = torch.stack(parts).sum(dim=0)
-    whole = validated(Third(0, 1))
-    whole(denoiser)
-    assert parts[-1].equal(together)  # to the last bit: passes are of the same pairs
+        assert losses(validated(**settings_), denoiser).equal(due)
+    found = validated()
+    parts = [losses(found, denoiser, rank, 3) for rank in range(3)]
+    assert all((part == 0).any() for part in parts) and (due > 0).all()
+    assert sum(parts).equal(due)  # to the last bit: passes are of the same pairs
 
 
 def test_another_source_to_validate_on(photos, tmp_path):  # noqa: F811
@@ -253,9 +251,9 @@ def test_validation_over_buckets_takes_pictures_of_one_size_together(photos, tmp
         "watch.validate_samples": 30,
     }
     run, dataset = opened(tiny(tmp_path / "c", **settings_), QUIET)
-    found = validation.Validation(run, *validation.images(run, dataset), CPU, 0.5)
-    assert sorted(j for part in found.passes for j in part.number.tolist()) == list(range(30))
-    assert math.isfinite(found(Known(processes.build(run.process)))[0])
+    found = of_held(run, dataset)
+    assert sorted(j for part in found.passes(torch.arange(30)) for j in part.tolist()) == list(range(30))
+    assert losses(found, Known(processes.build(run.process))).isfinite().all()
 
 
 def test_validation_that_would_never_be(tmp_path):
@@ -491,12 +489,31 @@ def test_validation_in_the_log_is_that_of_the_stored_average(seen):
     run = config.read(seen / "run.yaml")
     line = next(line for line in read_log(seen / "log.jsonl") if line["nimg"] == 480 and "validation" in line)
     run, dataset = opened(run, QUIET)
-    found = validation.Validation(run, *validation.images(run, dataset), CPU, 0.5)
+    found = of_held(run, dataset)
     for sigma_rel in (0.05, 0.1):
         weights, _, _, _ = snapshot.synthesize(seen, [ema.Power(sigma_rel)], 480)
-        mean, by_level = found(snapshot.denoiser(weights[0], run))
+        mean, by_level = found.means(losses(found, snapshot.denoiser(weights[0], run)))
         assert line["validation"][f"ema{sigma_rel}"] == pytest.approx(mean, rel=1e-4)
         assert line["validation_by_noise"][f"ema{sigma_rel}"] == pytest.approx(by_level, rel=1e-3)
+
+
+def test_loss_in_the_log_is_that_of_evaluate(seen):
+    """At the length tracked and the time of the log's line, with as many pairs; by tenths too."""
+    line = next(line for line in read_log(seen / "log.jsonl") if line["nimg"] == 480 and "validation" in line)
+    n = config.read(seen / "run.yaml").watch.validate_samples
+    run = protocols.measured(
+        seen, None, ["eval.scores=loss", f"eval.loss_pairs={n}", "eval.nimg=480", "sample.sigma_rel=.1"]
+    )
+    result, lines = measure.scores_of(Work(seen, run, CPU), lambda done, total: None)
+    found = {name: each["mean"] for name, each in result["scores"].items()}
+    assert found.pop("loss") == pytest.approx(line["validation"]["ema0.1"], rel=1e-4)
+    by_noise = line["validation_by_noise"]["ema0.1"]
+    assert list(found) == [f"loss_{10 * i}_{10 * (i + 1)}" for i in range(10)]
+    assert list(found.values()) == pytest.approx(by_noise, rel=1e-3) and min(by_noise) < 0.9 * max(by_noise)
+    assert result["protocol"]["validation"] == "digits, held out" and result["protocol"]["reference"] is None
+    assert (
+        len(lines) == 3 and lines[0].startswith("loss") and f"{n:,} pairs of an image of digits, held out" in lines[2]
+    )
 
 
 def test_scores_in_the_log_are_those_of_evaluate(seen, tmp_path):

@@ -100,7 +100,7 @@ class Ema(Settings):
 
 Score = Literal[
     "fid", "kid", "is", "pr", "fd_dinov2", "kd_dinov2", "pr_dinov2", "clip", "lpips", "fd_digits", "told_digits",
-    "fd_shapes", "fd_clip", "agreement", "drawn",
+    "fd_shapes", "fd_clip", "agreement", "drawn", "loss",
 ]  # fmt: skip
 
 
@@ -115,13 +115,17 @@ class Eval(Settings):
     scores: Annotated[tuple[Score, ...], BeforeValidator(parse_words)] = ()
     """of `images` samples, beside `reference` or alone. Inception: fid,kid,is,pr (precision, recall, density, coverage);
     DINOv2: fd_dinov2,kd_dinov2,pr_dinov2; CLIP: clip,fd_clip; lpips between samples told different sizes. Shipped: fd_digits, told_digits (in
-    the place of lpips) and agreement of digits, fd_shapes and drawn (read back) of shapes. Empty: what `features` says"""
+    the place of lpips) and agreement of digits, fd_shapes and drawn (read back) of shapes. loss: on images not trained on, no samples. Empty: what `features` says"""
     nimg: Positive | None = None
     """images that the weights had seen which scores are taken of; null: all of the training"""
     images: Annotated[Count, Field(ge=2)] = 50_000
     """samples that scores are taken over"""
     diversity_seeds: Annotated[Count, Field(ge=2)] = 10_000
     """prompts, or classes with noise, that lpips is averaged over, five samples each"""
+    validation: str | None = None
+    """images that loss is taken on, as data.source; null: watch.source, or those of data.held_out"""
+    loss_pairs: Positive = 10_000
+    """of an image and a noise level, images in turn, that loss is taken over; watch.validate_samples for the log's own"""
     repeats: Positive = 1
     """times, with other seeds; EDM2 reports the least of three"""
     reference: str | None = None
@@ -132,6 +136,10 @@ class Eval(Settings):
     """of samples: all classes in turn, or drawn by seed"""
     weights: str | None = None
     """folder of the feature networks' public files; null: torch's cache, where they are fetched to"""
+    inception: Literal["pytorch-fid", "nvidia"] = "pytorch-fid"
+    """whose file of the network: that of torch-fidelity too, or the TorchScript, as EDM2 measured"""
+    lpips: Literal["alex", "vgg"] = "alex"
+    """the network of lpips: AlexNet or VGG16"""
     dinov2: str = "facebook/dinov2-large"
     """folder or hub id"""
     clip: str = "openai/clip-vit-large-patch14"

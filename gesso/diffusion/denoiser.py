@@ -3,12 +3,14 @@
 Legend: B batch, C H W image, x = alpha(s) x0 + s eps.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
 from gesso import nets
 from gesso.cond import Cond
-from gesso.config import Run
+from gesso.config import Run, Train
 from gesso.diffusion import process as processes
 from gesso.diffusion.process import Embedding, Process
 from gesso.nets.layers import unrounded
@@ -96,3 +98,10 @@ def loss(
         return error
     u = uncertainty(s)
     return error / u.exp() + u
+
+
+def products(cfg: Train, device: torch.device) -> contextlib.AbstractContextManager:
+    """Products in the precision of the settings."""
+    if cfg.precision == "full":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, getattr(torch, cfg.precision), cache_enabled=False)

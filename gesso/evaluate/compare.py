@@ -3,37 +3,32 @@
 Legend: N pictures, D features.
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gesso import files
-from gesso.errors import RunError, UsageError
-from gesso.evaluate import embed, features, inception, lpips, manifold, metrics, shipped
+from gesso.errors import UsageError
+from gesso.evaluate import embed, features, inception, lpips, manifold, metrics, shipped, weights
 from gesso.evaluate.metrics import Moments
 from gesso.evaluate.pictures import Pictures, open_pictures
-
-Tick = Callable[[int, int], None]
+from gesso.evaluate.statistics import Seen, Statistics, Tick, gathered, of_reference
 
 METRICS = {
     "fid": "inception", "kid": "inception", "is": "inception", "pr": "inception", "fd_dinov2": "dinov2",
     "kd_dinov2": "dinov2", "pr_dinov2": "dinov2", "clip": "clip", "lpips": "lpips", "agreement": "agreement", "drawn": "drawn", "fd_digits": "digits",
-    "told_digits": "told", "fd_shapes": "shapes", "fd_clip": "clip_images",
+    "told_digits": "told", "fd_shapes": "shapes", "fd_clip": "clip_images", "loss": "validation",
 }  # fmt: skip
 """score -> network. pr: precision and recall at k = 3, density and coverage at k = 5"""
 ROWS = ("kid", "is", "pr", "kd_dinov2", "pr_dinov2", "clip", "agreement", "drawn")
 """scores that need the features of every picture, not their moments alone"""
-ALONE = ("is", "clip", "lpips", "told_digits", "agreement", "drawn")
+ALONE = ("is", "clip", "lpips", "told_digits", "agreement", "drawn", "loss")
 """scores without a reference"""
-OF_RUNS = ("lpips", "told_digits", "agreement", "drawn")
+OF_RUNS = ("lpips", "told_digits", "agreement", "drawn", "loss")
 MOST_NEIGHBOURS = 10_000
 """pictures of either set that precision and recall are taken over, as ADM does"""
 
@@ -47,6 +42,8 @@ class Asked(NamedTuple):
     resolution: int | None = None
     count: int | None = None
     weights: Path | None = None
+    inception: str = "pytorch-fid"
+    lpips: str = "alex"
     dinov2: str = embed.DINOV2
     clip: str = embed.CLIP
     device: str = "auto"
@@ -82,26 +79,14 @@ def write(asked: Asked, tick: Tick) -> list[str]:
     return [*lines, f"wrote {asked.out}"]
 
 
-class Told(NamedTuple):
-    """What pictures of a batch were to show."""
-
-    labels: Sequence[int] | None = None
-    captions: Sequence[str] | None = None
-
-
-class Statistics(NamedTuple):
-    """Of the features of a set. rows (N, D) float32 where they were kept."""
-
-    moments: Moments
-    rows: Tensor | None = None
-
-
 def compare(asked: Asked, device: torch.device | str, tick: Tick) -> tuple[dict[str, Any], list[str]]:
     """Scores with their protocol, and the lines to show. tick(done, total) counts pictures seen.
 
     Raises UsageError for unknown scores, missing weights, sets that do not compare; RunError for unreadable pictures.
     """
     check(asked.scores)
+    if asked.inception not in weights.INCEPTION:
+        raise UsageError(f"--inception {asked.inception}: there are {', '.join(weights.INCEPTION)}")
     if asked.ref is None and not set(asked.scores) <= set(ALONE):
         raise UsageError("compared with what? --ref DIR names the reference; only is and clip need none")
     made = open_pictures(asked.images, asked.resolution, asked.count)
@@ -113,7 +98,9 @@ def compare(asked: Asked, device: torch.device | str, tick: Tick) -> tuple[dict[
     for name, network in networks.items():
         mine = [score for score in asked.scores if METRICS[score] == name]
         x = gathered(made, network, asked.batch_size, any(score in ROWS for score in mine), device, seen)
-        y = beside(ref, network, mine, device, seen, asked.batch_size)
+        y = ref if isinstance(ref, Statistics) else None
+        if isinstance(ref, Pictures) and not set(mine) <= set(ALONE):
+            y = of_reference(ref, network, rows_needed(mine), asked.batch_size, device, seen)
         for score in mine:
             scores |= scored(score, x, y, network)
     protocol = {
@@ -167,11 +154,11 @@ def _given(asked: Asked, mean: np.ndarray, cov: np.ndarray) -> Statistics:
 def load(name: str, asked: Asked, device: torch.device | str) -> nn.Module:
     """A feature network: uint8 (B, C, H, W) -> (B, D). Raises UsageError that says which file is missing."""
     if name == "inception":
-        return inception.load(asked.weights, device)
+        return inception.load(asked.weights, device, whose=asked.inception)
     if name == "dinov2":
         return embed.DINOv2(asked.dinov2, device)
     if name == "lpips":
-        return lpips.load("alex", asked.weights, device)
+        return lpips.load(asked.lpips, asked.weights, device)
     if name == "clip":
         return embed.CLIPScore(asked.clip, device)
     if name == "clip_images":
@@ -181,103 +168,20 @@ def load(name: str, asked: Asked, device: torch.device | str) -> nn.Module:
     return features.Grey(features.load_digit_features(device))
 
 
-class Seen:
-    """Counts pictures over several sets."""
-
-    def __init__(self, tick: Tick, total: int):
-        self.tick, self.total, self.done = tick, total, 0
-
-    def __call__(self, n: int) -> None:
-        self.done += n
-        self.tick(self.done, self.total)
-
-
-@torch.no_grad()
-def gathered(
-    pictures: Pictures,
-    network: nn.Module,
-    size: int,
-    keep: bool,
-    device: torch.device | str,
-    seen: Callable[[int], None],
-) -> Statistics:
-    """Raises RunError where features are not finite."""
-    moments, rows, at = Moments(), [], 0
-    captions = pictures.captions() if isinstance(network, embed.CLIPScore) else None
-    for batch in pictures.batches(size):
-        found = features_of(network, batch.to(device), Told(None, captions and captions[at : at + len(batch)]))
-        moments.update(found)
-        at += len(batch)
-        if keep:
-            rows.append(found)
-        seen(len(batch))
-    return Statistics(moments, torch.cat(rows) if keep else None)
-
-
-def features_of(network: nn.Module, images: Tensor, told: Told) -> Tensor:
-    """(B, D) on the CPU; of CLIP the scores (B, 1), of the judges that are shipped their answers (B, K)."""
-    if isinstance(network, embed.CLIPScore):
-        return network(images, told.captions)[:, None].cpu()
-    if isinstance(network, shipped.Agreement | shipped.Drawn):
-        return network(images, told.labels, told.captions)
-    return network(images).cpu()
-
-
-def beside(
-    ref: Pictures | Statistics | None,
-    network: nn.Module,
-    scores: Sequence[str],
-    device: torch.device | str,
-    seen: Seen,
-    size: int = 64,
-) -> Statistics | None:
-    """What the scores of a network compare with; None where they stand alone."""
-    needing = [score for score in scores if score not in ALONE]
-    if ref is None or not needing:
-        return None
-    return reference_statistics(ref, network, size, any(score in ROWS for score in needing), device, seen)
-
-
-def reference_statistics(
-    ref: Pictures | Statistics, network: nn.Module, size: int, keep: bool, device: torch.device | str, seen: Seen
-) -> Statistics:
-    """Those kept from an earlier time, where pictures and network are the same."""
-    if isinstance(ref, Statistics):
-        return ref
-    told = {"pictures": ref.fingerprint, "network": network.name, "weights": _digest(network)}
-    key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
-    path = files.kept("statistics") / f"{key}{'-rows' if keep else ''}.safetensors"
-    if path.is_file():
-        try:
-            with safe_open(path, "pt") as file:
-                moments = Moments.of(file.get_tensor("mean"), file.get_tensor("cov"), int(file.get_tensor("n")))
-                found = Statistics(moments, file.get_tensor("rows") if keep else None)
-        except (SafetensorError, OSError) as error:
-            raise RunError(f"{path} is damaged ({error}); remove it") from None
-        seen(ref.count)
-        return found
-    found = gathered(ref, network, size, keep, device, seen)
-    tensors = {"mean": found.moments.mean, "cov": found.moments.cov, "n": torch.tensor(found.moments.n)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.whole(path) as temporary:
-        save_file(tensors | ({"rows": found.rows} if keep else {}), temporary, {"gesso": json.dumps(told)})
-    return found
-
-
-def _digest(network: nn.Module) -> str:
-    """Of all weights."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return total.hexdigest()
+def rows_needed(scores: Sequence[str]) -> bool:
+    """Of the reference, by any of these scores."""
+    return any(score in ROWS and score not in ALONE for score in scores)
 
 
 def scored(score: str, x: Statistics, y: Statistics | None, network: nn.Module) -> dict[str, float]:
     """Numbers by name, of made pictures x beside a reference y."""
     if score == "is":
-        mean, std = metrics.inception_score(_shuffled(network.probabilities(x.rows.to(network.fc.weight.device)).cpu()))
+        mean, std = metrics.inception_score(
+            _shuffled(network.probabilities(x.rows.to(next(network.parameters()).device)).cpu())
+        )
         return {"is": mean, "is_std": std}
+    if score in ("lpips", "told_digits"):
+        return dict(zip((score, f"{score}_hr"), x.moments.mean.tolist(), strict=False))
     if score in ("agreement", "drawn"):
         return shipped.rates(network, x.rows)
     if score == "clip":

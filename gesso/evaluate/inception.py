@@ -7,15 +7,15 @@ normalization is folded into the convolutions.
 Legend: B images, C channels, H W height and width.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gesso.errors import UsageError
+from gesso.errors import RunError, UsageError
 from gesso.evaluate import weights
-from gesso.evaluate.weights import File
 
 EPS = 1e-3  # of the batch normalization
 
@@ -160,10 +160,7 @@ class Inception(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Raises UsageError unless the images are uint8 and RGB."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise UsageError(
-                f"{self.name} reads uint8 RGB images (B, 3, H, W); got {images.dtype} {tuple(images.shape)}"
-            )
+        _check(images, self.name)
         x = (resized(images.float(), 299) - 128) / 128
         for layer in STEM:
             x = pooled(x, layer) if isinstance(layer, str) else F.relu(self.get_submodule(layer[0])(x))
@@ -188,11 +185,54 @@ def resized(x: Tensor, size: int) -> Tensor:
     return x
 
 
-def load(folder: Path | None = None, device: torch.device | str = "cpu", file: File | None = None) -> Inception:
-    """The network with its public weights, frozen. Raises as weights.load."""
-    file = file or weights.INCEPTION
-    tensors = folded(weights.load(file, folder))
-    return weights.fitted(Inception(), tensors, file.name).to(device)
+class Scripted(nn.Module):
+    """As NVIDIA publishes the same network, a TorchScript that EDM2's numbers are of: uint8 (B, 3, H, W) -> (B, 2048) float32.
+
+    It resizes between the centres of pixels and takes 127.5 for 128: features differ in the third digit.
+    """
+
+    name = "inception-v3-2015-12-05 (nvidia)"
+    features, classes = Inception.features, Inception.classes
+
+    def __init__(self, script: torch.jit.ScriptModule):
+        super().__init__()
+        self.script = script
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Raises UsageError unless the images are uint8 and RGB."""
+        _check(images, self.name)
+        with torch.jit.optimized_execution(False):  # which would compile for each size of a batch
+            return self.script(images, return_features=True).float()
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """As Inception's."""
+        shape = (self.classes, self.features)
+        head = next(tensor for tensor in self.script.state_dict().values() if tensor.shape == shape)
+        return (features @ head.T).softmax(dim=1)
+
+
+def _check(images: Tensor, name: str) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise UsageError(f"{name} reads uint8 RGB images (B, 3, H, W); got {images.dtype} {tuple(images.shape)}")
+
+
+def load(
+    folder: Path | None = None, device: torch.device | str = "cpu", whose: str = "pytorch-fid"
+) -> Inception | Scripted:
+    """The network with its public weights, frozen; whose: of weights.INCEPTION. Raises as weights.load."""
+    file = weights.INCEPTION[whose]
+    if whose == "pytorch-fid":
+        return weights.fitted(Inception(), folded(weights.load(file, folder)), file.name).to(device)
+    path = weights.checked(file, folder)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # nothing else reads a TorchScript
+            script = torch.jit.load(
+                path, map_location="cpu"
+            )  # no pickle of Python: it computes, and can do nothing else
+    except RuntimeError as error:
+        raise RunError(f"{path} cannot be read: {type(error).__name__}") from None
+    return Scripted(script).eval().requires_grad_(False).to(device)
 
 
 def folded(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,30 +9,34 @@ same command goes on with those that are not there. KEY stands for the weights a
 Legend: N samples, D features.
 """
 
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gesso import ema, files, generate, snapshot, torchrun
 from gesso.config import Run
+from gesso.data.dataset import open_dataset
 from gesso.data.shards import is_cache, opened_manifest
-from gesso.data.sources import open_source
+from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import UsageError
-from gesso.evaluate import compare, lpips, shipped
+from gesso.evaluate import compare, lpips, shipped, statistics, validation
+from gesso.evaluate.drawer import SIZES, Drawer, distances, embedded, prompts_of
 from gesso.evaluate.features import load_digit_features
-from gesso.evaluate.parts import Drawer, Prompt, Spent, Work, embedded, gathered, in_parts
+from gesso.evaluate.parts import Spent, Step, Work, gathered, in_parts
 from gesso.evaluate.pictures import Pictures, open_pictures
+from gesso.evaluate.statistics import Kept, Seen, Statistics, Tick
+from gesso.evaluate.validation import Validation
 
-SIZES = {"lpips": (64, 128, 256, 512, 1024), "told": (4, 8)}
-LEAST = 256
-"""original sizes that conditional diversity is measured over, and the least of those of "lpips_hr" (Berrada et al. Table 2a).
-The text of Section 3.1 speaks of ten generations; five sizes make ten pairs. told: those of data.source=digits-coarse"""
-Tick = Callable[[int, int], None]
+READ = 20_000
+"""pictures of a reference whose moments make a file"""
+BATCH = 64
+"""of them that a network reads at once"""
 
 
 def measure_folder(folder: Path, run: Run, tick: Tick) -> list[str]:
@@ -50,48 +54,33 @@ def scores_of(work: Work, tick: Tick) -> tuple[dict[str, Any], list[str]]:
     Raises UsageError for what the run or this machine lacks, before any sample is drawn.
     """
     run, cfg = work.run, work.run.eval
-    asked = compare.Asked(
-        str(work.folder), weights=Path(cfg.weights) if cfg.weights else None, dinov2=cfg.dinov2, clip=cfg.clip
-    )
-    prompts = _prompts(run)
-    alone = set(cfg.scores) <= set(compare.ALONE)
-    reference = None if alone else _reference(run)
-    names = dict.fromkeys(compare.METRICS[score] for score in cfg.scores)
-    networks = {name: _load(name, asked, run, work.device) for name in names}
-    pairs = {name: networks.pop(name) for name in SIZES if name in networks}
-    for name in pairs:
-        _check_pairs(run, name)
+    prompts, judges = prompts_of(run), _judges(work)
+    reference = _reference(run) if any(judge.compares for judge in judges) else None
+    validated = _validation(work) if "loss" in cfg.scores else None
     weights, _, nimg, _ = snapshot.synthesize(work.folder, [work.average or ema.chosen(run.sample)], cfg.nimg)
-    protocol = _protocol(work, nimg, networks | pairs, reference)
+    protocol = _protocol(work, nimg, judges, reference, validated)
     place = work.folder / "evaluation" / _key(work, protocol)
-    mine = (cfg.images * cfg.repeats if networks else 0) + cfg.diversity_seeds * len(pairs)
-    total = mine // work.world + (reference.count * len(networks) if reference and not work.rank else 0)
-    seen = compare.Seen(tick, total)
-    denoiser, guide = snapshot.denoiser(weights[0], run, work.device), generate.guide_of(work.folder, run)
-    drawer = Drawer(work, denoiser, guide, generate.opened_space(run), prompts, snapshot.control_rows(work.folder))
-    spent = Spent()
-    if networks:
-        spent += in_parts(
-            work, list(networks), cfg.images, cfg.repeats, place, lambda s: embedded(drawer, networks, s), seen
-        )
-    for name in pairs:
-        spent += in_parts(
-            work, [name], cfg.diversity_seeds, 1, place, lambda s, n=name: _distances(drawer, n, pairs[n], s), seen
-        )
+    denoiser = snapshot.denoiser(weights[0], run, work.device)
+    drawn, steps = {}, {}
+    if judges:
+        guide, rows = generate.guide_of(work.folder, run), snapshot.control_rows(work.folder)
+        drawn = _drawn(Drawer(run, work.device, denoiser, guide, generate.opened_space(run), prompts, rows), judges)
+    if validated:
+        steps["loss"] = Step(("loss",), cfg.loss_pairs, functools.partial(_losses, validated, denoiser))
+    beside = {j.name: _beside(reference, j, work.device) for j in judges if j.compares} if reference else {}
+    steps |= {f"reference of {name}": each.step for name, each in beside.items() if each.step}
+    seen = Seen(tick, sum(step.count * step.repeats for step in (drawn | steps).values()) // work.world)
+    spent = sum((in_parts(work, step, place, seen) for step in drawn.values()), Spent())
+    for step in steps.values():
+        in_parts(work, step, place, seen)
     if work.rank:
         return {}, []
     found: dict[str, list[float]] = {}
-    for name in pairs:
-        mean = gathered(place, name, cfg.diversity_seeds, 0).moments.mean.tolist()
-        found |= {"lpips": mean[:1], "lpips_hr": mean[1:]} if name == "lpips" else {"told_digits": mean}
-    for name, network in networks.items():
-        mine = [score for score in cfg.scores if compare.METRICS[score] == name]
-        y = compare.beside(reference, network, mine, work.device, seen)
-        for repeat in range(cfg.repeats):
-            x = gathered(place, name, cfg.images, repeat)
-            for score in mine:
-                for what, value in compare.scored(score, x, y, network).items():
-                    found.setdefault(what, []).append(value)
+    for judge in judges:
+        y = beside[judge.name].statistics(place) if judge.name in beside else None
+        found |= _found(judge, drawn[judge.step], y, place)
+    if validated:
+        found |= _found_losses(validated, steps["loss"], place)
     result = {
         "scores": {what: _summed(values) for what, values in found.items()},
         "protocol": protocol,
@@ -100,7 +89,124 @@ def scores_of(work: Work, tick: Tick) -> tuple[dict[str, Any], list[str]]:
     if work.average is None:
         _record(work.folder / "scores.json", place.name, result)
     files.remove_folder(place)
-    return result, [*_lines(result), *compare.too_few(cfg.images, cfg.scores, networks)]
+    return result, [*_lines(result), *compare.too_few(cfg.images, cfg.scores, {j.name: j.network for j in judges})]
+
+
+class Judge(NamedTuple):
+    """A network, and those of eval.scores that are made of what it makes of samples."""
+
+    name: str
+    network: nn.Module
+    scores: tuple[str, ...]
+
+    @property
+    def step(self) -> str:
+        """Which samples: of those told different sizes its own."""
+        return self.name if self.name in SIZES else "samples"
+
+    @property
+    def compares(self) -> bool:
+        """With a reference."""
+        return not set(self.scores) <= set(compare.ALONE)
+
+
+def _judges(work: Work) -> list[Judge]:
+    run, cfg = work.run, work.run.eval
+    asked = compare.Asked(
+        str(work.folder),
+        weights=Path(cfg.weights) if cfg.weights else None,
+        inception=cfg.inception,
+        lpips=cfg.lpips,
+        dinov2=cfg.dinov2,
+        clip=cfg.clip,
+    )
+    by: dict[str, list[str]] = {}
+    for score in cfg.scores:
+        if score != "loss":
+            by.setdefault(compare.METRICS[score], []).append(score)
+    judges = [Judge(name, _load(name, asked, run, work.device), tuple(scores)) for name, scores in by.items()]
+    for name in SIZES.keys() & by.keys():
+        _check_pairs(run, name)
+    return judges
+
+
+def _drawn(drawer: Drawer, judges: Sequence[Judge]) -> dict[str, Step]:
+    """What is made of samples, by Judge.step."""
+    cfg = drawer.run.eval
+    networks = {judge.name: judge.network for judge in judges if judge.name not in SIZES}
+    found = {
+        judge.step: Step((judge.name,), cfg.diversity_seeds, functools.partial(distances, drawer, judge.name, judge.network))
+        for judge in judges
+        if judge.name in SIZES
+    }  # fmt: skip
+    if networks:
+        made = functools.partial(embedded, drawer, networks)
+        found["samples"] = Step(tuple(networks), cfg.images, made, cfg.repeats)
+    return found
+
+
+class Beside(NamedTuple):
+    """What the scores of a judge compare with: kept from another time, or read first."""
+
+    kept: Kept
+    step: Step | None
+
+    def statistics(self, place: Path) -> Statistics:
+        if self.step is None:
+            return statistics.stored(self.kept.path)
+        found = statistics.joined(map(statistics.stored, self.step.files(place, *self.step.names)))
+        self.kept.write(found)
+        return found
+
+
+def _beside(reference: Pictures, judge: Judge, device: torch.device) -> Beside:
+    rows = compare.rows_needed(judge.scores)
+    kept, name = statistics.kept(reference, judge.network, rows), f"reference-{judge.name}"
+
+    def made(some: range) -> dict[str, dict[str, Tensor]]:
+        part = statistics.gathered(reference, judge.network, BATCH, rows, device, lambda n: None, some)
+        return {name: part.tensors()}
+
+    # Caches of several machines may differ: the first rank makes what the others see no need to.
+    step = Step((name,), reference.count, made, part=READ, spare=True)
+    return Beside(kept, None if kept.path.is_file() else step)
+
+
+def _found(judge: Judge, step: Step, y: Statistics | None, place: Path) -> dict[str, list[float]]:
+    """Numbers of one judge by name, each over all repeats."""
+    found: dict[str, list[float]] = {}
+    for repeat in range(step.repeats):
+        x = gathered(step.files(place, judge.name, repeat))
+        for score in judge.scores:
+            for what, value in compare.scored(score, x, y, judge.network).items():
+                found.setdefault(what, []).append(value)
+    return found
+
+
+def _validation(work: Work) -> Validation:
+    """Of eval.validation, else of what the run was validated on. Raises UsageError where it has nothing."""
+    run, setting = work.run, "eval.validation" if work.run.eval.validation else "watch.source"
+    dataset = open_dataset(run.data, run.latent, run.train.seed)
+    held = validation.images(run, dataset, setting)
+    if held is None:
+        raise UsageError(
+            "eval.scores=loss needs images that were not trained on: name them by eval.validation=DIR (or train with "
+            "data.held_out=N)"
+        )
+    return Validation(run, *held, work.device, run.eval.loss_pairs)
+
+
+def _losses(validated: Validation, denoiser: Denoiser, pairs: range) -> dict[str, dict[str, Tensor]]:
+    passes = map(validated.read, validated.passes(torch.tensor(pairs)))
+    return {"loss": {"rows": validated.losses(denoiser, passes)[pairs.start : pairs.stop, None]}}
+
+
+def _found_losses(validated: Validation, step: Step, place: Path) -> dict[str, list[float]]:
+    """The mean, and by tenths of the training draw from clean to noise: loss_0_10, ..., loss_90_100."""
+    mean, by_level = validated.means(gathered(step.files(place, "loss")).rows[:, 0])
+    width = 100 // len(by_level)
+    named = {f"loss_{width * i}_{width * (i + 1)}": value for i, value in enumerate(by_level)}
+    return {name: [value] for name, value in ({"loss": mean} | named).items() if value is not None}
 
 
 def _reference(run: Run) -> Pictures:
@@ -127,21 +233,6 @@ def _check_pairs(run: Run, name: str) -> None:
         )
 
 
-def _prompts(run: Run) -> list[Prompt] | None:
-    """Captions that samples are drawn for, where the run has words: those of eval.prompts, else of the training images."""
-    if run.semantic.kind != "text":
-        if "clip" in run.eval.scores:
-            raise UsageError("eval.scores=clip needs a run with words; this one has none")
-        return None
-    where = run.eval.prompts or run.data.source
-    source = open_source(where)
-    pairs = zip(source.captions(), source.labels.tolist(), strict=True)
-    prompts = [Prompt(caption, label) for caption, label in pairs if caption]
-    if not prompts:
-        raise UsageError(f"eval.prompts={where} has no captions")
-    return prompts
-
-
 def _load(name: str, asked: compare.Asked, run: Run, device: torch.device) -> nn.Module:
     """A network, or a judge that knows what the samples of this run were told."""
     if name == "agreement":
@@ -153,33 +244,32 @@ def _load(name: str, asked: compare.Asked, run: Run, device: torch.device) -> nn
     return shipped.Drawn(run.semantic.kind == "text") if name == "drawn" else compare.load(name, asked, device)
 
 
-def _distances(drawer: Drawer, name: str, network: nn.Module, seeds: Sequence[int]) -> dict[str, Tensor]:
-    """{name: (n, 2)}: of each seed, class or prompt, and noise, the mean distance between its samples under two of SIZES;
-    of lpips then without those below LEAST (Berrada et al. Section 3.1)."""
-    sizes = SIZES[name]
-    made = [torch.cat([x for x, _ in drawer.images(seeds, {"size": f"{size}x{size}"})]) for size in sizes]
-    pairs = [(i, j) for j in range(len(sizes)) for i in range(j)]
-    found = torch.stack([network(made[i], made[j]).cpu() for i, j in pairs], dim=1)
-    if name != "lpips":
-        return {name: found.mean(dim=1, keepdim=True)}
-    sharp = [k for k, (i, _) in enumerate(pairs) if sizes[i] >= LEAST]
-    return {name: torch.stack([found.mean(dim=1), found[:, sharp].mean(dim=1)], dim=1)}
-
-
-def _protocol(work: Work, nimg: int, networks: dict[str, nn.Module], reference: Pictures | None) -> dict[str, Any]:
+def _protocol(
+    work: Work, nimg: int, judges: Sequence[Judge], reference: Pictures | None, validated: Validation | None
+) -> dict[str, Any]:
     """All that decides a number."""
     run, cfg = work.run, work.run.eval
-    return {
-        "name": cfg.protocol, "images": cfg.images, "diversity_seeds": cfg.diversity_seeds, "repeats": cfg.repeats, "first_seed": 0,
+    told: dict[str, Any] = {
+        "name": cfg.protocol,
+        "networks": {judge.name: judge.network.name for judge in judges},
+        "nimg": nimg,
+    }
+    told |= run.sample.model_dump(mode="json", exclude={"batch_size"})
+    told |= {
+        "images": cfg.images, "diversity_seeds": cfg.diversity_seeds, "repeats": cfg.repeats, "first_seed": 0,
         "labels": cfg.labels if run.inputs.num_classes else None,
         "prompts": (cfg.prompts or run.data.source) if run.semantic.kind == "text" else None,
         "reference": reference.where if reference else None, "reference_images": reference.count if reference else None,
         "reference_pictures": reference.fingerprint if reference else None,
         "reference_resized": "middle square, Lanczos" if reference else None,
-        "networks": {name: network.name for name, network in networks.items()},
-        "nimg": nimg, **run.sample.model_dump(mode="json", exclude={"batch_size"}),
-        **({"average": str(work.average)} if work.average else {}),
     }  # fmt: skip
+    if validated:
+        told |= {
+            "validation": cfg.validation or run.watch.source or f"{run.data.source}, held out",
+            "validation_pictures": validated.dataset.fingerprint(),
+            "loss_pairs": cfg.loss_pairs,
+        }
+    return told | ({"average": str(work.average)} if work.average else {})
 
 
 def _key(work: Work, protocol: dict[str, Any]) -> str:
@@ -200,15 +290,22 @@ def _record(path: Path, key: str, result: dict[str, Any]) -> None:
 
 def _lines(result: dict[str, Any]) -> list[str]:
     protocol, lines = result["protocol"], []
+    by_noise = [found["mean"] for name, found in result["scores"].items() if name.startswith("loss_")]
     for name, found in result["scores"].items():
-        if name.endswith("_std"):
+        if name.endswith("_std") or name.startswith("loss_"):
             continue
         each = ", ".join(f"{value:.4f}" for value in found["values"])
         least = f"   least of {len(found['values'])}: {found['least']:.4f}" if len(found["values"]) > 1 else ""
         lines.append(f"{name:20}{each}{least}")
+    if by_noise:
+        lines.append(
+            f"{'  by noise':20}{' '.join(f'{value:.3g}' for value in by_noise)}   (tenths of the training draw, clean to noise)"
+        )
+        lines.append(f"{protocol['loss_pairs']:,} pairs of an image of {protocol['validation']} and a noise level")
     reference = f" beside {protocol['reference_images']:,} of {protocol['reference']}" if protocol["reference"] else ""
     said = f" by the protocol {protocol['name']}" if protocol["name"] else ""
-    lines.append(f"{protocol['images']:,} samples{reference}{said}; {', '.join(protocol['networks'].values())}")
+    if protocol["networks"]:
+        lines.append(f"{protocol['images']:,} samples{reference}{said}; {', '.join(protocol['networks'].values())}")
     if speed := result["speed"]:
         energy = f", {speed['milliwatt_hours']:.3g} mWh each" if "milliwatt_hours" in speed else ""
         lines.append(f"{speed['images_per_second']:.3g} samples a second, drawn and read{energy}")

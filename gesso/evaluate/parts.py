@@ -6,23 +6,20 @@ Legend: n pictures, D features.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from gesso import conditions, files, generate, keyed
+from gesso import files
 from gesso.config import Run
-from gesso.data.space import Space
-from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import RunError
-from gesso.evaluate import compare
-from gesso.evaluate.compare import Statistics, Told
 from gesso.evaluate.metrics import Moments
+from gesso.evaluate.statistics import Seen, Statistics
 from gesso.snapshot import Target
 
 PART = 500
@@ -42,72 +39,34 @@ class Work(NamedTuple):
     average: Target | None = None
 
 
-class Prompt(NamedTuple):
-    """A caption, and the class of the picture that it was written for."""
+class Step(NamedTuple):
+    """What is made of each of `count` numbers, seeds of samples among them, `repeats` times over: by name a file for each
+    part of them. spare: the first rank also makes parts of others that none of them is at."""
 
-    caption: str
-    label: int
+    names: tuple[str, ...]
+    count: int
+    made: Callable[[range], dict[str, dict[str, Tensor]]]
+    repeats: int = 1
+    part: int | None = None
+    """of a file, where not PART"""
+    spare: bool = False
 
+    def cut(self) -> list[tuple[int, int, range]]:
+        """(repeat, part, numbers): no number is in two repeats."""
+        n, size = self.count, self.part or PART
+        return [
+            (repeat, part, range(repeat * n + first, repeat * n + min(first + size, n)))
+            for repeat in range(self.repeats)
+            for part, first in enumerate(range(0, n, size))
+        ]
 
-def labels_of(run: Run, seeds: Sequence[int]) -> list[int] | None:
-    """Classes of the samples of these seeds, where the run has any."""
-    classes = run.inputs.num_classes
-    if not classes or run.eval.labels == "turn":
-        return [seed % classes for seed in seeds] if classes else None
-    u = keyed.uniform(run.eval.seed, torch.tensor(list(seeds)), "label of a sample")[:, 0]
-    return (u * classes).long().tolist()
-
-
-def cut(images: int, repeats: int) -> list[tuple[int, int, range]]:
-    """(repeat, part, seeds): no seed is in two repeats."""
-    return [
-        (repeat, part, range(repeat * images + first, repeat * images + min(first + PART, images)))
-        for repeat in range(repeats)
-        for part, first in enumerate(range(0, images, PART))
-    ]
-
-
-def file_of(place: Path, network: str, repeat: int, part: int) -> Path:
-    return place / f"{network}-{repeat}-{part:06d}.safetensors"
+    def files(self, place: Path, name: str, repeat: int = 0) -> list[Path]:
+        """Of one repeat, in order."""
+        return [file_of(place, name, each, part) for each, part, _ in self.cut() if each == repeat]
 
 
-class Drawer(NamedTuple):
-    """What samples are drawn with."""
-
-    work: Work
-    denoiser: Denoiser
-    guide: Denoiser | None
-    space: Space
-    prompts: Sequence[Prompt] | None
-    rows: Tensor | None
-    """control variables of training samples"""
-
-    def images(self, seeds: Sequence[int], control: Mapping[str, str] | None = None) -> Iterator[tuple[Tensor, Told]]:
-        """Batches of RGB samples (n, 3, H, W) uint8 on the device, and what they were told; control: what all are told."""
-        run, labels, captions = self.work.run, labels_of(self.work.run, seeds), None
-        if self.prompts is not None:
-            prompts = [self.prompts[seed % len(self.prompts)] for seed in seeds]
-            captions = [prompt.caption for prompt in prompts]
-        cond, _ = conditions.build(run, seeds, self.rows, labels, captions, control)
-        if captions is not None:
-            labels = [prompt.label for prompt in prompts]
-        at = 0
-        for images in generate.generate(self.denoiser, run, seeds, cond, self.guide, self.space):
-            some = slice(at, at + len(images))
-            yield (
-                images.expand(-1, 3, -1, -1).to(self.work.device),
-                Told(labels and labels[some], captions and captions[some]),
-            )
-            at += len(images)
-
-
-def embedded(drawer: Drawer, networks: dict[str, nn.Module], seeds: Sequence[int]) -> dict[str, Tensor]:
-    """Features of the samples of these seeds by every network."""
-    rows: dict[str, list[Tensor]] = {name: [] for name in networks}
-    for images, told in drawer.images(seeds):
-        for name, network in networks.items():
-            rows[name].append(compare.features_of(network, images, told))
-    return {name: torch.cat(parts) for name, parts in rows.items()}
+def file_of(place: Path, name: str, repeat: int, part: int) -> Path:
+    return place / f"{name}-{repeat}-{part:06d}.safetensors"
 
 
 class Spent(NamedTuple):
@@ -141,42 +100,45 @@ def watts(device: torch.device) -> tuple[float, ...]:
 
 
 @torch.no_grad()
-def in_parts(
-    work: Work,
-    names: Sequence[str],
-    images: int,
-    repeats: int,
-    place: Path,
-    made: Callable[[Sequence[int]], dict[str, Tensor]],
-    seen: compare.Seen,
-) -> Spent:
-    """Write what is `made` of the seeds of each part that is not there; the first rank waits for those of the others."""
-    place.mkdir(parents=True, exist_ok=True)
-    parts, spent = cut(images, repeats), Spent()
-    for repeat, part, seeds in parts[work.rank :: work.world]:
-        paths = {name: file_of(place, name, repeat, part) for name in names}
-        if not all(path.is_file() for path in paths.values()):
-            since = time.perf_counter()
-            for name, rows in made(seeds).items():
-                with files.whole(paths[name]) as temporary:
-                    save_file({"rows": rows}, temporary)
-            spent += Spent(len(seeds), time.perf_counter() - since, watts(work.device))
-        seen(len(seeds))
+def in_parts(work: Work, step: Step, place: Path, seen: Seen) -> Spent:
+    """Write the parts of this rank that are not there; the first rank waits for those of the others."""
+    spent, parts = Spent(), [(some, _paths(place, step, *at)) for *at, some in step.cut()]
+    for some, paths in parts[work.rank :: work.world]:
+        spent += _make(work, step, some, paths)
+        seen(len(some))
     started = time.monotonic()
-    for repeat, part, _ in parts if work.rank == 0 else ():
-        for name in names:
-            while not (path := file_of(place, name, repeat, part)).is_file():
-                if time.monotonic() - started > work.run.eval.patience:
-                    raise RunError(f"{path} of another rank is not there after {work.run.eval.patience} seconds")
-                time.sleep(POLL)
+    for some, paths in parts[::-1] if work.rank == 0 else ():
+        while not all(path.is_file() for path in paths.values()):
+            if step.spare:
+                spent += _make(work, step, some, paths)
+            elif time.monotonic() - started > work.run.eval.patience:
+                lacking = next(path for path in paths.values() if not path.is_file())
+                raise RunError(f"{lacking} of another rank is not there after {work.run.eval.patience} seconds")
+            time.sleep(POLL)
     return spent
 
 
-def gathered(place: Path, network: str, images: int, repeat: int) -> Statistics:
-    """Of all parts of one repeat, in order."""
+def _paths(place: Path, step: Step, repeat: int, part: int) -> dict[str, Path]:
+    return {name: file_of(place, name, repeat, part) for name in step.names}
+
+
+def _make(work: Work, step: Step, some: range, paths: dict[str, Path]) -> Spent:
+    """Write the files of a part, unless they are there or another rank is at it."""
+    with files.claimed(next(iter(paths.values()))) as mine:
+        if not mine or all(path.is_file() for path in paths.values()):
+            return Spent()
+        since = time.perf_counter()
+        for name, tensors in step.made(some).items():
+            with files.whole(paths[name]) as temporary:
+                save_file(tensors, temporary)
+        return Spent(len(some), time.perf_counter() - since, watts(work.device))
+
+
+def gathered(paths: Sequence[Path]) -> Statistics:
+    """Of the rows of all these parts, in order."""
     moments, rows = Moments(), []
-    for _, part, _ in cut(images, 1):
-        with safe_open(file_of(place, network, repeat, part), "pt") as file:
+    for path in paths:
+        with safe_open(path, "pt") as file:
             rows.append(file.get_tensor("rows"))
         moments.update(rows[-1])
     return Statistics(moments, torch.cat(rows))

@@ -32,9 +32,9 @@ def dit(run: Run) -> list[str]:
 
 def edm2(run: Run) -> list[str]:
     """Karras et al. 2024, Appendix C: 50k samples of random classes beside the whole training set, the least of three;
-    32 steps of Heun, 63 evaluations (guided ones count once)."""
+    32 steps of Heun, 63 evaluations (guided ones count once). Its detector is NVIDIA's."""
     return [
-        "eval.scores=fid,fd_dinov2", "eval.labels=random", "eval.repeats=3",
+        "eval.scores=fid,fd_dinov2", "eval.inception=nvidia", "eval.labels=random", "eval.repeats=3",
         "sample.sampler=heun", "sample.steps=32", "sample.S_churn=0",
     ]  # fmt: skip
 

@@ -18,11 +18,19 @@ class File(NamedTuple):
     sha256: str
 
 
-INCEPTION = File(
-    "pt_inception-2015-12-05-6726825d.pth",
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-    "6726825d",
-)
+INCEPTION = {
+    "pytorch-fid": File(
+        "pt_inception-2015-12-05-6726825d.pth",
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+        "6726825d",
+    ),
+    "nvidia": File(
+        "inception-2015-12-05.pt",
+        "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
+        "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+    ),
+}
+"""by whose it is: torch-fidelity has the first too; the second is a TorchScript"""
 ALEXNET = File(
     "alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "7be5be79"
 )  # fmt: skip
@@ -41,11 +49,11 @@ def place(file: File, folder: Path | None = None) -> Path:
     return (folder or Path(torch.hub.get_dir()) / "checkpoints") / file.name
 
 
-def load(file: File, folder: Path | None = None) -> dict[str, Tensor]:
-    """Named tensors of a public file in `folder`; where none is said, in torch's own cache, fetched once.
+def checked(file: File, folder: Path | None = None) -> Path:
+    """A public file in `folder`; where none is said, in torch's own cache, fetched once.
 
     Raises UsageError that says which file, from where and where to put it when it is missing, RunError when it is not the
-    public one or is damaged.
+    public one.
     """
     path = place(file, folder)
     if not path.is_file():
@@ -55,6 +63,12 @@ def load(file: File, folder: Path | None = None) -> dict[str, Tensor]:
             f"{path} is not the file that numbers are named after: its sha256 is {found[:16]}..., that of {file.url} "
             f"begins with {file.sha256[:16]}; remove it"
         )
+    return path
+
+
+def load(file: File, folder: Path | None = None) -> dict[str, Tensor]:
+    """Its named tensors. Raises as `checked`, and RunError when it is damaged."""
+    path = checked(file, folder)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler finds

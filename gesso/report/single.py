@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gesso import config
+from gesso.diffusion.levels import BINS
 from gesso.report import figures, page
 from gesso.report.folder import Folder
-from gesso.train.levels import BINS
 
 GRIDS = 4
 """pictures of samples on the way that are shown"""

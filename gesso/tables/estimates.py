@@ -11,7 +11,7 @@ from gesso import config, generate
 from gesso.config import Inputs, Net, Run
 from gesso.data import imagined
 from gesso.data.sources import NAMED, open_source
-from gesso.evaluate import compare, measure, protocols
+from gesso.evaluate import compare, drawer, protocols
 from gesso.nets import count
 from gesso.recipes import edm2
 from gesso.tables.plan import Job
@@ -57,9 +57,9 @@ def of_measuring(job: Job) -> float:
     """Hours of an A100 for drawing the samples of eval.scores."""
     run = completed(asked(job))
     cfg = run.eval
-    networks = {compare.METRICS[score] for score in cfg.scores}
-    pairs = [len(measure.SIZES[name]) for name in networks if name in measure.SIZES]
-    images = cfg.images * cfg.repeats * bool(networks - measure.SIZES.keys()) + cfg.diversity_seeds * sum(pairs)
+    networks = {compare.METRICS[score] for score in cfg.scores if score != "loss"}
+    pairs = [len(drawer.SIZES[name]) for name in networks if name in drawer.SIZES]
+    images = cfg.images * cfg.repeats * bool(networks - drawer.SIZES.keys()) + cfg.diversity_seeds * sum(pairs)
     return hours(images * of_sample(run, job.guide and completed(job.guide.run)))
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from gesso.config import Run
 from gesso.data import vae
 from gesso.data.imagined import is_there
-from gesso.evaluate import compare, embed, weights
+from gesso.evaluate import compare, embed, lpips, weights
 from gesso.recipes import needed
 
 
@@ -21,9 +21,8 @@ class Need(NamedTuple):
     how: str = ""
 
 
-FILES = {"inception": (weights.INCEPTION,), "lpips": (weights.ALEXNET, weights.LPIPS_ALEX)}
 HUB = {"dinov2": "dinov2", "clip": "clip", "clip_images": "clip"}
-"""of feature networks, by the names of compare.METRICS: public files, and the settings that name a folder or hub id"""
+"""of feature networks, by the names of compare.METRICS: the settings that name a folder or hub id"""
 
 
 def of_training(run: Run) -> Iterator[Need]:
@@ -48,7 +47,7 @@ def of_training(run: Run) -> Iterator[Need]:
 def of_measuring(run: Run) -> Iterator[Need]:
     """Feature networks of eval.scores, and the pictures that they compare with."""
     for name in dict.fromkeys(compare.METRICS[score] for score in run.eval.scores):
-        for file in FILES.get(name, ()):
+        for file in files_of(name, run):
             path = weights.place(file, Path(run.eval.weights) if run.eval.weights else None)
             yield Need(str(path), path.is_file(), f"fetched when first used, or download {file.url}")
         if name in HUB:
@@ -57,6 +56,13 @@ def of_measuring(run: Run) -> Iterator[Need]:
     for setting, where in (("reference", run.eval.reference), ("prompts", run.eval.prompts)):
         if where:
             yield Need(f"eval.{setting}={where}", is_there(where), "name yours by that setting")
+
+
+def files_of(name: str, run: Run) -> tuple[weights.File, ...]:
+    """Public files of a feature network."""
+    if name == "inception":
+        return (weights.INCEPTION[run.eval.inception],)
+    return lpips.NETWORKS[run.eval.lpips][1:] if name == "lpips" else ()
 
 
 def hub(where: str, stem: str, what: str, setting: str) -> Need:

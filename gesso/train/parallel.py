@@ -87,10 +87,3 @@ def summing(module: nn.Module, last: bool) -> Iterator[None]:
         if isinstance(inner, FSDPModule):
             inner.set_requires_gradient_sync(last, recurse=False)
     yield
-
-
-def products(cfg: Train, device: torch.device) -> contextlib.AbstractContextManager:
-    """Products in the precision of the settings."""
-    if cfg.precision == "full":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, getattr(torch, cfg.precision), cache_enabled=False)

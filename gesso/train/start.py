@@ -16,8 +16,9 @@ from gesso.data import text
 from gesso.data.dataset import described, is_cached, open_dataset
 from gesso.data.samples import Dataset
 from gesso.errors import UsageError
+from gesso.evaluate import validation
 from gesso.generate import check
-from gesso.train import checkpoint, loop, optim, settle, trackers, transfer, validation
+from gesso.train import checkpoint, loop, optim, settle, trackers, transfer
 from gesso.train import source as sources
 from gesso.train.log import Bar
 from gesso.train.ranks import ALONE, Ranks, joined
@@ -185,7 +186,8 @@ def start(run: Run, out: Path, resume: bool, console: Console, say: Callable[[st
         begins = run.init.source is not None and not checkpoint.stored(out / "state")
         source = sources.opened(run) if begins else None  # before any image is read
         run, dataset = opened(run, console)
-        validation.images(run, dataset)  # raises before the folder is a run
+        if run.watch.validate_images:
+            validation.images(run, dataset)  # raises before the folder is a run
         optim.check(run)
         with files.locked(out) if ranks.main else contextlib.nullcontext():
             if ranks.main:

@@ -15,11 +15,12 @@ from gesso.config import MDT, Run
 from gesso.data.batches import Batches
 from gesso.data.samples import Dataset
 from gesso.diffusion import denoiser as diffusion
+from gesso.diffusion import levels
 from gesso.errors import Diverged, RunError
 from gesso.generate import device_of
 from gesso.nets import mp
 from gesso.nets.mdt import keep_ids
-from gesso.train import levels, optim, parallel
+from gesso.train import optim, parallel
 from gesso.train.ranks import ALONE, Ranks, own, whole
 
 IN_A_ROW = 20
@@ -185,7 +186,7 @@ class Trainer:
                 torch.manual_seed(keyed.number(seed, self.nimg, part))
             # DDP asks at the forward pass already whether to sum.
             with parallel.summing(self.parallel, last=j == len(starts) - 1):
-                with parallel.products(run.train, self.device):
+                with diffusion.products(run.train, self.device):
                     losses = self.parallel(x0[at], s[at], eps, cond[at], self._masked(k, x0))
                 if not bool(counts[at].all()):
                     losses = losses * counts[at].to(losses)

@@ -17,9 +17,8 @@ from gesso.data.samples import Dataset
 from gesso.diffusion import denoiser as diffusion
 from gesso.diffusion.denoiser import Denoiser
 from gesso.ema import Profile
-from gesso.evaluate import score
+from gesso.evaluate import score, validation
 from gesso.nets import mp
-from gesso.train import parallel, validation
 from gesso.train.log import Log
 from gesso.train.magnitudes import Magnitudes
 from gesso.train.pace import Pace
@@ -77,7 +76,7 @@ class Watcher:
         self.run, self.cfg, self.ranks, self.device = run, run.watch, trainer.ranks, trainer.device
         self.pace = Pace(run, trainer.ranks, trainer.device, trainer.nimg)
         self.average = nearest(run)
-        self.held = validation.images(run, dataset)
+        self.held = validation.images(run, dataset) if self.cfg.validate_images else None
         end = run.train.total_images + run.train.batch_size - 1
         if any(crossed(0, end, every) for every in (self.cfg.sample_images, self.cfg.evaluate_images)):
             generate.check(run)
@@ -93,9 +92,12 @@ class Watcher:
         return Twin(self.run, self.device)
 
     @functools.cached_property
-    def validation(self) -> validation.Validation:
-        dataset, index = self.held
-        return validation.Validation(self.run, dataset, index, self.device, self.trainer.process.sd, self.ranks)
+    def validation(self) -> tuple[validation.Validation, list[validation.Pairs]]:
+        """And the pairs of this rank, read once."""
+        n = self.cfg.validate_samples
+        found = validation.Validation(self.run, *self.held, self.device, n)
+        mine = found.passes(torch.arange(n))[self.ranks.rank :: self.ranks.world]
+        return found, [found.read(part) for part in mine]
 
     def after(self, before: int) -> None:
         """What is due since image `before`. All ranks take part."""
@@ -124,10 +126,11 @@ class Watcher:
             "weights": net.state_dict(),
             **{f"ema{p.key}": average for p, average in self.trainer.ema.averages.items()},
         }
-        found = {}
+        found, (validated, pairs) = {}, self.validation
         for name, weights in kinds.items():
             with self.twin.holding(weights) as denoiser:
-                found[name] = self.validation(denoiser)
+                losses = self.ranks.sum(validated.losses(denoiser, pairs).to(self.device))
+            found[name] = validated.means(losses.cpu())
         self._write(
             validation={name: mean for name, (mean, _) in found.items()},
             validation_by_noise={name: by_level for name, (_, by_level) in found.items()},
@@ -147,7 +150,7 @@ class Watcher:
                     eps = keyed.normal(seed, counter[at].to(self.device), "noise", x0.shape[1:], x0.dtype)
                     level = s[at][:, None, None, None]
                     magnitudes.counts = (counts[at] & (counter[at] < stop)).to(self.device)
-                    with parallel.products(run.train, self.device):
+                    with diffusion.products(run.train, self.device):
                         denoiser(denoiser.process.alpha(level) * x0[at] + level * eps, s[at], cond[at])
             activations, main_path = magnitudes.activations(self.ranks), magnitudes.main_path(self.ranks)
             weights = magnitudes.weights({name: whole(tensor) for name, tensor in average.items()})
