@@ -15,6 +15,7 @@ import pytest
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from rich.console import Console
 
 from gesso import files, tables
@@ -346,13 +347,31 @@ def test_a_figure_has_a_picture(tmp_path):
     paths = page.write(table, "tiny", tmp_path, todo)
     assert (tmp_path / "test-fig2-tiny.png").read_bytes().startswith(b"\x89PNG")
     assert "](test-fig2-tiny.png)" in paths[0].read_text() and paths[1].read_text().count("<svg") == 1
-    (figure,) = page.picture.pictures(results.gathered(table, "tiny", tmp_path, todo), todo)
+    ((figure, _),) = page.picture.pictures(results.gathered(table, "tiny", tmp_path, todo), todo)
     (axes,) = figure.axes
     named = {line.get_label(): line for line in axes.lines}
     assert [name for name in named if len(name) == 1] == list("abcdefg") and axes.get_xscale() == "log"
     assert named["a"].get_ydata().tolist() == pytest.approx([(x - 1) ** 2 + 2 for x in (0.01, 0.1, 1, 10)])
     assert math.isnan(named["c"].get_ydata()[3]) and axes.get_xlabel() == "length"
     assert sum(len(line.get_xdata()) for line in axes.lines if line.get_label().startswith("_")) == 1  # one cross
+
+
+def test_a_figure_of_samples_shows_them_once(tmp_path):
+    """Of the first seed, whatever the number of seeds; how many counts for all."""
+    part = Part({"samples": "pictures"}, {"fast": How(FAST)}, by="pictures")
+    table = fake(name="test/fig9", columns=(Column("samples", None),), rows=(Row("fast"),), claims=(),
+                 scales={"tiny": Scale((part,), "")})  # fmt: skip
+    todo = plan.jobs(table, "tiny", range(3), tmp_path)
+    assert [job.seed for job in todo] == [0] and len(plan.trainings(todo)) == 1
+    files.write_json(todo[0].path, {"training": [todo[0].trained.command], "found": {"pictures": 12}})
+    paths = page.write(table, "tiny", tmp_path, todo)
+    assert not (tmp_path / "test-fig9-tiny.png").exists() and "| fast | 12 |" in paths[0].read_text()
+    Image.new("RGB", (40, 10), "red").save(page.picture.grids.grid_of(todo[0]))
+    paths = page.write(table, "tiny", tmp_path, todo)
+    with Image.open(tmp_path / "test-fig9-tiny.png") as picture:
+        width, height = picture.size
+    assert width == pytest.approx(4 * height, rel=0.02) and paths[1].read_text().count("<svg") == 1
+    assert "![" in paths[0].read_text() and "\n\nfast\n" in paths[0].read_text()
 
 
 def test_a_figure_over_a_column(tmp_path, known):
@@ -365,7 +384,7 @@ def test_a_figure_over_a_column(tmp_path, known):
     )
     values = {(row, "fd_digits", s): x for s in range(3) for row, x in (("slow", 4.0), ("fast", 2.0))}
     todo = numbers(table, tmp_path, values | {("fast", "class_agreement", s): 0.75 for s in range(3)})
-    (figure,) = page.picture.pictures(results.gathered(table, "tiny", tmp_path, todo), todo)
+    ((figure, _),) = page.picture.pictures(results.gathered(table, "tiny", tmp_path, todo), todo)
     line = figure.axes[0].lines[0]
     assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([2, 4], [0.75, 0.5])
     assert "|  | cost | right \u2191 |" in page.write(table, "tiny", tmp_path, todo)[0].read_text()

@@ -282,8 +282,8 @@ def test_both_papers_differ_by_what_a_row_says():
     runs = {row: recipes.resolve("digits", [*COARSE, *said])[0] for row, said in own.BOTH.items()}
     assert runs["neither"] == runs["post-hoc EMA"]
     changed = {row: {path for path, _, _ in config.differences(runs["neither"], run)} for row, run in runs.items()}
-    assert changed["control"] == {"control.variables"} and changed["uncertainty"] == {"loss.weighting"}
-    assert changed["all"] == {"control.variables", "loss.weighting"}
+    assert changed["control"] == {"control.variables", "control.alpha"} and changed["uncertainty"] == {"loss.weighting"}
+    assert changed["all"] == changed["control"] | changed["uncertainty"]
     lengths = {one.row: sorted(s for s in one.settings if "sigma_rel" in s) for one in jobs("own/both", "tiny")}
     assert lengths["neither"] == lengths["control"] == ["sample.sigma_rel=0.1"]
     assert sum(one.row == "all" for one in jobs("own/both", "tiny")) == 6

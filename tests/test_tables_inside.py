@@ -1,9 +1,12 @@
-"""What a network does with padding tokens (Berrada et al. Figures A3, A4): cases whose answer is known."""
+"""What a network does with padding tokens (Berrada et al. Figures A3, A4), in cases whose answer is known; and pictures of
+samples."""
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from written import written
 
 from gesso import snapshot
@@ -63,3 +66,33 @@ def test_copies_are_alike(tmp_path):
 def test_share_by_hand():
     values = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 0.0, 0.0, 5.0]])
     assert inside._share(values, torch.tensor([3, 1])) == pytest.approx((0.4 + 0.5) / 2)
+
+
+def test_samples_are_shown_told_each_size(tmp_path):
+    """The grid is what generate draws of the same seeds, a row for each size; without sizes about a square."""
+    from gesso import conditions, config, ema, generate
+    from gesso.tables import grids
+    from gesso.tables.table import Part
+
+    folder = tmp_path / "run"
+    written(folder, "digits", **{"data.source": "digits-coarse", "control.variables": "size", "control.alpha": 1})
+    part, asked = Part({}, {}, by="pictures"), ["eval.images=3", "sample.steps=2"]
+    trained = SimpleNamespace(folder=folder)
+    job = SimpleNamespace(trained=trained, part=part, asked=asked, told={"sizes": "4,8"}, path=tmp_path / "a.json")
+    found = grids.pictures(job)
+    assert found["found"] == {"pictures": 6} and found["protocol"]["sizes"] == ["4", "8"]
+    run = config.recorded(folder, asked, ("sample.", "eval."))
+    weights, *_ = snapshot.synthesize(folder, [ema.chosen(run.sample)])
+    made = []
+    for size in ("4x4", "8x8"):
+        cond, _ = conditions.build(run, range(3), snapshot.control_rows(folder), [0, 1, 2], None, {"size": size})
+        made += generate.generate(snapshot.denoiser(weights[0], run), run, range(3), cond)
+    assert not made[0].equal(made[1])
+    due = np.asarray(generate.grid(torch.cat(made).expand(-1, 3, -1, -1), 3))
+    with Image.open(grids.grid_of(job)) as picture:
+        assert (np.asarray(picture) == due).all()
+    job.told, job.path = {}, tmp_path / "b.json"
+    assert grids.pictures(job)["found"] == {"pictures": 3}
+    with Image.open(grids.grid_of(job)) as picture:
+        width, height = picture.size
+    assert width == height and grids.grid_of(job) == tmp_path / "b.png"

@@ -4,12 +4,13 @@ Legend: n seeds, H W height and width.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gesso import conditions, generate, keyed
+from gesso import conditions, generate, keyed, snapshot
 from gesso.config import Run
 from gesso.data.sources import open_source
 from gesso.data.space import Space
@@ -33,8 +34,6 @@ class Prompt(NamedTuple):
 def prompts_of(run: Run) -> list[Prompt] | None:
     """Captions that samples are drawn for, where the run has words: those of eval.prompts, else of the training images."""
     if run.semantic.kind != "text":
-        if "clip" in run.eval.scores:
-            raise UsageError("eval.scores=clip needs a run with words; this one has none")
         return None
     where = run.eval.prompts or run.data.source
     source = open_source(where)
@@ -83,6 +82,12 @@ class Drawer(NamedTuple):
                 Told(labels and labels[some], captions and captions[some]),
             )
             at += len(images)
+
+
+def opened(folder: Path, run: Run, denoiser: Denoiser, device: torch.device) -> Drawer:
+    """Of a run folder, with these weights. Raises UsageError for what the folder or this machine lacks."""
+    guide, space, rows = generate.guide_of(folder, run), generate.opened_space(run), snapshot.control_rows(folder)
+    return Drawer(run, device, denoiser, guide, space, prompts_of(run), rows)
 
 
 def embedded(drawer: Drawer, networks: dict[str, nn.Module], seeds: Sequence[int]) -> dict[str, dict[str, Tensor]]:

@@ -25,8 +25,8 @@ from gesso.data.dataset import open_dataset
 from gesso.data.shards import is_cache, opened_manifest
 from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import UsageError
-from gesso.evaluate import compare, lpips, shipped, statistics, validation
-from gesso.evaluate.drawer import SIZES, Drawer, distances, embedded, prompts_of
+from gesso.evaluate import compare, drawer, lpips, shipped, statistics, validation
+from gesso.evaluate.drawer import SIZES, Drawer
 from gesso.evaluate.features import load_digit_features
 from gesso.evaluate.parts import Spent, Step, Work, gathered, in_parts
 from gesso.evaluate.pictures import Pictures, open_pictures
@@ -54,7 +54,7 @@ def scores_of(work: Work, tick: Tick) -> tuple[dict[str, Any], list[str]]:
     Raises UsageError for what the run or this machine lacks, before any sample is drawn.
     """
     run, cfg = work.run, work.run.eval
-    prompts, judges = prompts_of(run), _judges(work)
+    judges = _judges(work)
     reference = _reference(run) if any(judge.compares for judge in judges) else None
     validated = _validation(work) if "loss" in cfg.scores else None
     weights, _, nimg, _ = snapshot.synthesize(work.folder, [work.average or ema.chosen(run.sample)], cfg.nimg)
@@ -63,8 +63,7 @@ def scores_of(work: Work, tick: Tick) -> tuple[dict[str, Any], list[str]]:
     denoiser = snapshot.denoiser(weights[0], run, work.device)
     drawn, steps = {}, {}
     if judges:
-        guide, rows = generate.guide_of(work.folder, run), snapshot.control_rows(work.folder)
-        drawn = _drawn(Drawer(run, work.device, denoiser, guide, generate.opened_space(run), prompts, rows), judges)
+        drawn = _drawn(drawer.opened(work.folder, run, denoiser, work.device), judges)
     if validated:
         steps["loss"] = Step(("loss",), cfg.loss_pairs, functools.partial(_losses, validated, denoiser))
     beside = {j.name: _beside(reference, j, work.device) for j in judges if j.compares} if reference else {}
@@ -120,6 +119,8 @@ def _judges(work: Work) -> list[Judge]:
         dinov2=cfg.dinov2,
         clip=cfg.clip,
     )
+    if "clip" in cfg.scores and run.semantic.kind != "text":
+        raise UsageError("eval.scores=clip needs a run with words; this one has none")
     by: dict[str, list[str]] = {}
     for score in cfg.scores:
         if score != "loss":
@@ -130,17 +131,17 @@ def _judges(work: Work) -> list[Judge]:
     return judges
 
 
-def _drawn(drawer: Drawer, judges: Sequence[Judge]) -> dict[str, Step]:
+def _drawn(draws: Drawer, judges: Sequence[Judge]) -> dict[str, Step]:
     """What is made of samples, by Judge.step."""
-    cfg = drawer.run.eval
+    cfg = draws.run.eval
     networks = {judge.name: judge.network for judge in judges if judge.name not in SIZES}
     found = {
-        judge.step: Step((judge.name,), cfg.diversity_seeds, functools.partial(distances, drawer, judge.name, judge.network))
+        judge.step: Step((judge.name,), cfg.diversity_seeds, functools.partial(drawer.distances, draws, judge.name, judge.network))
         for judge in judges
         if judge.name in SIZES
     }  # fmt: skip
     if networks:
-        made = functools.partial(embedded, drawer, networks)
+        made = functools.partial(drawer.embedded, draws, networks)
         found["samples"] = Step(tuple(networks), cfg.images, made, cfg.repeats)
     return found
 

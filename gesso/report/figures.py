@@ -110,10 +110,10 @@ def lengths(rows: Sequence[Mapping[str, float]], floor: float) -> str:
     return svg(figure)
 
 
-def started():
+def started(size: tuple[float, float] = SIZE):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=SIZE, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(SOFT)

@@ -21,6 +21,7 @@ from gesso.tables.settings import (
     part,
     shapes,
     shapes_small,
+    shown,
 )
 from gesso.tables.table import Claim, Column, How, Part, Row, Scale, Settings, Table, Training
 
@@ -207,6 +208,9 @@ def table_2c() -> Table:
     )  # fmt: skip
 
 
+EIGHT = ("eval.images=8",)
+
+
 def figure_2() -> Table:
     rows = ("uniform", "cosine, alpha = 8")
     tiny, paper = (
@@ -217,14 +221,19 @@ def figure_2() -> Table:
         name="berrada/fig2",
         title="What is shown when the size changes",
         source="Berrada et al. 2024, Figure 2",
-        columns=(Column("LPIPS"),),
+        columns=(Column("LPIPS"), Column("samples", lower=None)),
         rows=tuple(Row(row) for row in rows),
         scales={
-            "tiny": Scale((part({"LPIPS": "told_digits"}, tiny, TOLD),), "2 minutes", COARSE_NOTE),
-            "paper": Scale((part({"LPIPS": "lpips"}, paper, protocol="berrada-lpips"),), "a day on 16 A100"),
+            "tiny": Scale(
+                (part({"LPIPS": "told_digits"}, tiny, TOLD), shown(tiny, (*EIGHT, "sizes=4,8"))), "2 minutes", COARSE_NOTE
+            ),
+            "paper": Scale(
+                (part({"LPIPS": "lpips"}, paper, protocol="berrada-lpips"), shown(paper, (*EIGHT, "sizes=64,128,256,512,1024"), "berrada-lpips")),
+                "a day on 16 A100",
+            ),
         },
         claims=(Claim("The weight disentangles size from content", claims.better((rows[1], "LPIPS"), (rows[0], "LPIPS"))),),
-        notes="Pictures in the paper; in numbers two rows of Table 2a.",
+        notes="In numbers two rows of Table 2a. Of each row samples of the same seeds, told the sizes from small to large.",
     )  # fmt: skip
 
 

@@ -122,7 +122,7 @@ def finished(one: Trained) -> bool:
 
 
 def found(todo: Sequence[Job]) -> dict[int, dict[tuple[str, str], float]]:
-    """By seed, the numbers that are there, by (row, column). What needs no training counts for every seed."""
+    """By seed, the numbers that are there, by (row, column). What is found once counts for every seed."""
     seeds = sorted({job.seed for job in todo})
     values: dict[int, dict[tuple[str, str], float]] = {seed: {} for seed in seeds}
     for job in todo:
@@ -131,7 +131,7 @@ def found(todo: Sequence[Job]) -> dict[int, dict[tuple[str, str], float]]:
         record = read(job.path)
         for column, name in job.part.columns.items():
             value = _number(job, record, column, name)
-            for seed in (job.seed,) if job.trains else seeds:
+            for seed in seeds if job.once else (job.seed,):
                 known = values[seed].get((job.row, column))
                 values[seed][job.row, column] = value if known is None else _better(job, known, value)
     return values

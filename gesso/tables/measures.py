@@ -12,7 +12,7 @@ from gesso.evaluate import measure, protocols
 from gesso.generate import device_of
 from gesso.interop import edm2
 from gesso.snapshot import Target
-from gesso.tables import closed, costs, inside
+from gesso.tables import closed, costs, grids, inside
 from gesso.tables.plan import Job
 from gesso.tables.table import By
 from gesso.train import log
@@ -86,4 +86,5 @@ FOUND: dict[By, Callable[[Job], dict[str, Any]]] = {
     "responses": closed.responses,
     "reconstruction": closed.reconstruction,
     "step_sizes": closed.step_sizes,
+    "pictures": grids.pictures,
 }

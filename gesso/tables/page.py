@@ -28,7 +28,6 @@ NONE = "-"
 """of a cell that is not made at this scale, or not yet"""
 LONG = 14
 """rows of a figure that are shown unfolded"""
-CAPTION = "Mean over seeds; the band is their standard deviation, a cross at the upper edge where all diverged."
 RULE = (
     "Gain: by how much the claim holds, in the unit of what it is about. A claim is reproduced where the mean gain over seeds lies above 0, not reproduced where it lies below, at 95 % (Student's t, "
     "one side): where both bounds have one sign. Else it is too noisy to say; one seed is too few."
@@ -44,10 +43,9 @@ def write(table: Table, scale: str, where: Path, todo: Sequence[Job], settings: 
     name = file_name(table.name, scale)
     markdown, page, numbers = (where / f"{name}.{end}" for end in ("md", "html", "json"))
     drawn = picture.pictures(result, todo) if importlib.util.find_spec("matplotlib") else None
-    caption = CAPTION if len(result.seeds) > 1 else ""
     pictures = [
         Picture(figure, f"{name}{f'-{i}' if i else ''}.png", table.title, caption)
-        for i, figure in enumerate(drawn or ())
+        for i, (figure, caption) in enumerate(drawn or ())
     ]
     for each in pictures:
         with files.whole(where / each.file) as temporary:
@@ -96,9 +94,12 @@ def cells_of(result: Result, column: Column) -> list[Cell]:
 
 
 def digits_of(cells: Sequence[Numbers]) -> int | None:
-    """Decimals of a column: two digits of the spread, else four of the largest number; None where numbers lie too far apart."""
+    """Decimals of a column: two digits of the spread, else four of the largest number, none of whole numbers; None where they lie
+    too far apart."""
     spreads = [cell.spread for cell in cells if cell.spread]
     means = [abs(cell.mean) for cell in cells if cell.finite and cell.mean] or [1.0]
+    if not spreads and all(float(cell.mean).is_integer() and cell.mean for cell in cells if cell.finite):
+        return 0
     digits = -math.floor(math.log10(statistics.median(spreads) if spreads else max(means))) + (1 if spreads else 3)
     digits = min(max(digits, 0), 5)
     lost = not spreads and min(means) < 10 ** (1 - digits)  # of the smallest not two digits would be left

@@ -1,10 +1,15 @@
-"""The picture of a figure: its columns as curves over the rows' x, with their spread over seeds."""
+"""Pictures of a figure: its columns as curves over the rows' x, with their spread over seeds; samples where it shows some."""
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
 
 from gesso.report import figures
+from gesso.tables import grids
 from gesso.tables.plan import Job
 from gesso.tables.results import Result
 from gesso.tables.table import Row
@@ -13,7 +18,37 @@ WIDE = 30
 """ratio of the largest to the smallest, above which an axis is logarithmic"""
 
 
-def pictures(result: Result, todo: Sequence[Job]) -> list[Any]:
+class Drawn(NamedTuple):
+    """A matplotlib figure, and what it shows."""
+
+    figure: Any
+    caption: str
+
+
+CAPTION = "Mean over seeds; the band is their standard deviation, a cross at the upper edge where all diverged."
+
+
+def pictures(result: Result, todo: Sequence[Job]) -> list[Drawn]:
+    """Curves, then samples."""
+    caption = CAPTION if len(result.seeds) > 1 else ""
+    return [*(Drawn(figure, caption) for figure in curves(result, todo)), *samples(result, todo)]
+
+
+def samples(result: Result, todo: Sequence[Job]) -> list[Drawn]:
+    """Of the first seed, where a figure shows some."""
+    shown = [job for job in todo if job.part.by == "pictures" and job.seed == result.seeds[0]]
+    return [Drawn(_image(grids.grid_of(job)), job.row) for job in shown if grids.grid_of(job).is_file()]
+
+
+def _image(path: Path) -> Any:
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    figure, axes = figures.started((figures.SIZE[0], figures.SIZE[0] * pixels.shape[0] / pixels.shape[1]))
+    axes.imshow(pixels, interpolation="none")
+    axes.set_axis_off()
+    return figure
+
+
+def curves(result: Result, todo: Sequence[Job]) -> list[Any]:
     """One matplotlib figure for each measure among the columns; none for a table, or where no curve has two points."""
     if not result.table.x:
         return []

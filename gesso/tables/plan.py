@@ -15,7 +15,7 @@ from gesso import config, recipes
 from gesso.config import Run
 from gesso.errors import UsageError
 from gesso.recipes import needed
-from gesso.tables.table import UNTRAINED, How, Part, Scale, Table, Training
+from gesso.tables.table import ONCE, UNTRAINED, How, Part, Scale, Table, Training
 
 MEASURED = ("sample.", "eval.", "watch.", "recipe", "made_with", "init.source", "train.device", "train.threads", "train.sharding",
             "train.micro_batch", "train.recompute", "train.compile", "train.timeout", "train.keep_states", "ema.device")  # fmt: skip
@@ -53,6 +53,11 @@ class Job(NamedTuple):
     def trains(self) -> tuple[Trained, ...]:
         """What is to be trained for it."""
         return () if self.part.by in UNTRAINED else tuple(one for one in (self.trained, self.guide) if one)
+
+    @property
+    def once(self) -> bool:
+        """Whether it counts for every seed."""
+        return self.trained is None or self.part.by in ONCE
 
     @property
     def told(self) -> dict[str, str]:
@@ -99,7 +104,7 @@ def jobs(
         for seed in seeds
         for part in parts
         for name in chosen
-        if name in part.rows and (seed == seeds[0] or (part.rows[name].training and part.by not in UNTRAINED))
+        if name in part.rows and (seed == seeds[0] or (part.rows[name].training and part.by not in ONCE))
     ]
 
 

@@ -77,7 +77,7 @@ def gathered(table: Table, scale: str, where: Path, todo: Sequence[Job], setting
     values, published = make.found(todo), table.published()
     marks, notes = marked(table, todo, records)
     cells: dict[Cell, Numbers] = {}
-    once = {(job.row, column) for job in todo if not job.trains for column in job.part.columns}
+    once = {(job.row, column) for job in todo if job.once for column in job.part.columns}
     for row in table.rows:
         for column in table.columns:
             cell = (row.name, column.name)

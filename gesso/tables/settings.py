@@ -51,6 +51,11 @@ def part(
     return Part(columns, {row: How(training) for row, training in trained.items()}, by, measure, protocol)
 
 
+def shown(trained: Mapping[str, Training], measure: Settings, protocol: str | None = None) -> Part:
+    """Samples, eval.images of each row, as a picture."""
+    return part({"samples": "pictures"}, trained, measure, protocol, by="pictures")
+
+
 def coarse(*said: str) -> Training:
     """mmDiT++ on the coarse digits."""
     return Training("digits", (*COARSE, *said))

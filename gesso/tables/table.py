@@ -18,10 +18,12 @@ SCALES = ("tiny", "small", "paper")
 """two CPU cores and minutes a row; one GPU and an hour a row; as published"""
 
 By = Literal["scores", "counts", "growth", "tensors", "gradients", "attention", "noise_levels", "responses", "reconstruction",
-             "step_sizes"]  # fmt: skip
+             "step_sizes", "pictures"]  # fmt: skip
 """how numbers are found (measures.py): scores of samples, counts of a network, magnitudes that training logged, ..."""
 UNTRAINED: tuple[By, ...] = ("counts", "noise_levels", "responses", "reconstruction", "step_sizes")
 """those of which a training's settings are enough, or nothing is needed at all"""
+ONCE: tuple[By, ...] = (*UNTRAINED, "pictures")
+"""those that one seed is enough for"""
 
 
 class Column(NamedTuple):

@@ -30,6 +30,7 @@ WORDS = {
     "nfe": "evaluations of a sample",
     "training": "10^21 multiply-accumulates of a training",
     "sampling": "10^12 multiply-accumulates of a sample",
+    "pictures": "how many are shown below",
     "padding_share": "share that falls on padding tokens",
     "entropy": "entropy of the attention to text tokens, over that of even attention",
     "alike": "mean cosine of tokens and their copies",
