@@ -305,20 +305,23 @@ def test_distance_grows_with_noise(network, digits):
 
 
 def test_shape_features_name_the_shapes():
-    """Of nine in ten pictures that they were not trained on, all of them and none besides; of larger ones as well."""
+    """Of nine in ten pictures that they were not trained on, all of them and none besides; of larger ones as well; of half the
+    edge in three of four."""
     network, pairs = load_shape_features(), [(kind, colour) for kind in shapes.KINDS for colour in shapes.COLOURS]
     scenes = shapes.scenes(range(21_000, 21_200))
     there = torch.tensor([[pair in shapes.facts(scene).shapes for pair in pairs] for scene in scenes])
-    for side in (32, 64):
+    for side, least in ((16, 0.75), (32, 0.87), (64, 0.87)):
         images = [pixels.decode(shapes.render(scene), 3)[0] for scene in scenes]
         made = [crops.taken(image, crops.centred(image.height, image.width), side, side) for image in images]
         found = network.head(network(torch.from_numpy(numpy.stack(made)))) > 0
-        assert (found == there).all(dim=1).float().mean() > 0.87
+        assert (found == there).all(dim=1).float().mean() > least
 
 
 def test_shape_features_refuse_other_pictures():
     network = ShapeFeatures()
     assert network(torch.zeros(2, 3, 96, 96, dtype=torch.uint8)).shape == (2, network.features)
+    small = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    assert network(small).equal(network(small.repeat_interleave(2, 2).repeat_interleave(2, 3)))
     for wrong in (
         torch.zeros(1, 1, 32, 32, dtype=torch.uint8),
         torch.zeros(1, 3, 48, 48, dtype=torch.uint8),

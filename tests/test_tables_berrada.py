@@ -191,7 +191,8 @@ def test_tables_share_trainings(scale):
     assert len(keys("figA2", scale) & keys("A2", scale)) == 1
     if scale == "tiny":
         assert keys("2c", scale) == keys("fig6", scale) and paths("2c", scale) == paths("fig6", scale)
-        assert keys("fig7", scale) < keys("2a", scale)
+        moved = {t.key for t in plan.trainings(JOBS["berrada/4c", scale])}
+        assert keys("fig7", scale) < keys("2a", scale) | moved
         assert {t.key for t in plan.trainings(JOBS["berrada/4a", scale])} & keys("1", scale)
     else:
         assert len(keys("1", scale)) == 24

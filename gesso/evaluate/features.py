@@ -68,7 +68,8 @@ class Grey(nn.Module):
 
 
 class ShapeFeatures(nn.Module):
-    """uint8 RGB (B, 3, R, R), R a multiple of 32 -> float32 (B, D). Larger pictures are averaged over squares of R/32 pixels."""
+    """uint8 RGB (B, 3, R, R) -> float32 (B, D). R a multiple of 32: averaged over squares of R/32 pixels; or 16: each pixel
+    is four."""
 
     name = "shapes-cnn-v1"
     resolution, features = 32, 64
@@ -87,11 +88,13 @@ class ShapeFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features, float32 (B, D). Raises UsageError for pictures of another shape."""
         c, height, width = images.shape[1:]
-        if c != 3 or height != width or height % self.resolution or images.dtype != torch.uint8:
+        half = self.resolution // 2
+        if c != 3 or height != width or (height != half and height % self.resolution) or images.dtype != torch.uint8:
             raise UsageError(
-                f"{self.name} reads uint8 RGB squares whose edge is a multiple of {self.resolution}; got {c}x{height}x{width}, {images.dtype}"
+                f"{self.name} reads uint8 RGB squares whose edge is {half} or a multiple of {self.resolution}; got {c}x{height}x{width}, {images.dtype}"
             )
-        x = F.avg_pool2d(images.float() / 127.5 - 1, height // self.resolution)
+        x = images.float() / 127.5 - 1
+        x = F.interpolate(x, scale_factor=2) if height == half else F.avg_pool2d(x, height // self.resolution)
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
             x = F.silu(conv(x))
         return F.silu(self.hidden(x.flatten(1)))

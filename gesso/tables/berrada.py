@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from gesso.recipes.imagenet import ROWS
 from gesso.tables import claims
+from gesso.tables.berrada_resolution import KEPT, TINY_MMDIT, tiny_after
 from gesso.tables.paper import in1k, rows_of
 from gesso.tables.settings import (
     CC12M_VAL,
@@ -13,6 +14,7 @@ from gesso.tables.settings import (
     LONG,
     MIRRORED,
     SHAPES,
+    SHAPES_FD,
     SHAPES_SMALL,
     SMALL,
     TOLD,
@@ -276,6 +278,8 @@ def figure_7() -> Table:
         at = {f"{x:g}": How(training, (f"sample.control_guidance={x:g}",)) for x in BETAS}
         return Part({beta: score}, at, measure=measure, protocol=protocol)
 
+    at_twice = tiny_after(TINY_MMDIT, "5k", how=KEPT)
+    at_16 = at_twice.after
     at_32, sized = Training("shapes", (*LARGE, *LONG)), ("control.variables=size", "control.alpha=1")
     return Table(
         name="berrada/fig7",
@@ -286,8 +290,11 @@ def figure_7() -> Table:
         x="lambda, of the last curve beta",
         scales={
             "tiny": Scale(
-                (betas("fd_digits", coarse("control.alpha=1"), DIGITS),), "1 minute",
-                "beta alone, at guidance 1.5: the digits' features are of one resolution.",
+                (
+                    lambdas(low, "fd_shapes", at_16, SHAPES_FD), lambdas(high, "fd_shapes", at_twice, SHAPES_FD),
+                    betas("fd_digits", coarse("control.alpha=1"), DIGITS),
+                ),
+                "1 minute", "Shapes by class at 16x16, and gone on with at 32x32 (Table 4c); beta: digits, told their size, at guidance 1.5.",
             ),
             "small": Scale(
                 (

@@ -11,6 +11,7 @@ from gesso.tables.settings import (
     LONG,
     MIX,
     SHAPES,
+    SHAPES_FD,
     SHAPES_SMALL,
     SMALL,
     SMALL_UNET,
@@ -31,6 +32,7 @@ SMALLER = ("data.source=shapes-class:5000", "net.width=96", "net.depth=3", "net.
 TINY_UNET = ("data.source=shapes-class:5000", "net.name=unet", "net.channels=16", "net.multipliers=1,2,2", "net.blocks=1",
              "net.transformer_depth=0,1,1", "net.head_width=16", "net.groups=8", "train.batch_size=32", "train.snapshot_images=1k",
              "train.state_images=20k")  # fmt: skip
+TINY_MMDIT = (*SMALLER, "net.name=mmdit")
 AT_16 = ("data.resolution=16", "process.scale=.5")
 AT_32, UNET_AT_32 = (*LARGE, *LONG), (*UNET, *LONG)
 """half of small scale's resolution"""
@@ -56,10 +58,10 @@ def table_4c() -> Table:
         "UNet, 1000k": unet.published["fid"], "mmDiT, 500k": mmdit.published["fid"],
         "UNet, 750k, then 250k": IN1K["unet"].published[1], "mmDiT, 350k, then 150k": IN1K["mmdit"].published[1],
     }  # fmt: skip
-    tiny_mmdit, large_mmdit = (*SMALLER, "net.name=mmdit"), (*AT_32, "net.name=mmdit")
+    large_mmdit = (*AT_32, "net.name=mmdit")
     tiny = (
-        Training("shapes-class", (*TINY_UNET, *total("15k"))), Training("shapes-class", (*tiny_mmdit, *total("15k"))),
-        tiny_after(TINY_UNET, "5k", how=KEPT), tiny_after(tiny_mmdit, "5k", how=KEPT),
+        Training("shapes-class", (*TINY_UNET, *total("15k"))), Training("shapes-class", (*TINY_MMDIT, *total("15k"))),
+        tiny_after(TINY_UNET, "5k", how=KEPT), tiny_after(TINY_MMDIT, "5k", how=KEPT),
     )  # fmt: skip
     small = (
         Training("shapes-class", (*SMALL_UNET, *total("500k"))), Training("shapes-class", (*SMALL, "net.name=mmdit", *total("500k"))),
@@ -126,8 +128,16 @@ def figure_8() -> Table:
     tiny = {curve: tiny_after(SMALLER, "5200", crops, how) for curve, (crops, how) in VARIANTS.items()}
     small = {curve: small_after(AT_32, "130k", crops, how) for curve, (crops, how) in VARIANTS.items()}
     paper = {curve: full(crops, how) for curve, (crops, how) in VARIANTS.items()}
-    low = {curve: paper[curve].after for curve in (OURS, WHOLE, MIXED)}
     before = "before, at 256"
+
+    def starts(
+        trained: dict[str, Training], score: str, measure: Settings, protocol: str | None = None
+    ) -> tuple[Part, ...]:
+        """Those that curves begin with, each once."""
+        return tuple(
+            part({curve: score}, {before: trained[curve].after}, measure, protocol) for curve in (OURS, WHOLE, MIXED)
+        )
+
     return Table(
         name="berrada/fig8",
         title="Positions, noise levels and crops on the way to 512",
@@ -137,16 +147,16 @@ def figure_8() -> Table:
         x="thousands of steps at 512",
         scales={
             "tiny": Scale(
-                over_time(tiny, 40, "fd_shapes", (*SHAPES, *UNGUIDED)), "2 minutes",
+                (*starts(tiny, "fd_shapes", (*SHAPES_FD, *UNGUIDED)), *over_time(tiny, 40, "fd_shapes", (*SHAPES, *UNGUIDED))), "2 minutes",
                 "Shapes by class: 40k at 16x16, then 32x32, where 40 images stand for a thousand steps.",
             ),
             "small": Scale(
-                over_time(small, 1000, "fd_shapes", (*SHAPES_SMALL, *UNGUIDED)), "an hour",
+                (*starts(small, "fd_shapes", (*SHAPES_SMALL, *UNGUIDED)), *over_time(small, 1000, "fd_shapes", (*SHAPES_SMALL, *UNGUIDED))), "an hour",
                 "Shapes by class: 2M at 32x32, then 64x64, where a thousand images stand for a thousand steps.",
             ),
             "paper": Scale(
                 (
-                    *(part({curve: "fid"}, {before: training}, IMAGENET_VAL, "berrada-val") for curve, training in low.items()),
+                    *starts(paper, "fid", IMAGENET_VAL, "berrada-val"),
                     *over_time(paper, 384_000, "fid", IMAGENET_VAL, "berrada-val"),
                 ),
                 "a week on 16 A100",

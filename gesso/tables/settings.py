@@ -7,6 +7,7 @@ from gesso.tables.table import By, How, Part, Settings, Training
 DIGITS = ("eval.scores=fd_digits,agreement", "eval.images=1000")
 TOLD = ("eval.scores=told_digits", "eval.diversity_seeds=300")
 SHAPES = ("eval.scores=fd_shapes,drawn", "eval.images=500", "sample.tuned_at=null")
+SHAPES_FD = ("eval.scores=fd_shapes", "eval.images=500")
 SHAPES_SMALL = ("eval.scores=fd_shapes,drawn", "eval.images=5000", "sample.tuned_at=null")
 UNGUIDED = ("sample.guidance=1", "sample.control_guidance=1")
 
