@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gesso import conditions, config, ema, files, keyed, snapshot
+from gesso import conditions, config, devices, ema, files, keyed, snapshot
 from gesso.cond import Cond
 from gesso.config import Run
 from gesso.config.base import parse_count
@@ -231,12 +231,4 @@ def _time(nimg: str | None) -> int | None:
 
 def device_of(run: Run) -> torch.device:
     """The device that run.train.device names. Raises UsageError when it cannot be used here."""
-    name = run.train.device
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"train.device={name} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
+    return devices.named(run.train.device, "train.device=")

@@ -68,7 +68,11 @@ def test_unknown_recipe(gesso, words):
     [
         (("train", "digits", "net.widht=3"), "did you mean net.width?"),
         (("train", "digits", "train.batch_size=none"), "whole number"),
-        (("train", "digits", "train.device=cuda:7"), "cannot be used here"),
+        (("train", "digits", "train.device=cuda:7"), "train.device=cuda:7 cannot be used here"),
+        (
+            ("evaluate", "--images", "digits", "--ref", "digits", "--metrics", "fd_digits", "--device", "gpu"),
+            "--device gpu: there are auto, cpu",
+        ),
         (("train", "folder:/nowhere"), "no such folder"),
         (("train", "folder"), "which images?"),
         (("train", "runs/none/run.yaml"), "there is no file"),

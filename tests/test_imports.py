@@ -10,7 +10,7 @@ import gesso
 ROOT = Path(gesso.__file__).parent
 
 ORDER = [
-    {"errors"}, {"files", "torchrun"}, {"config", "keyed"}, {"cond"}, {"nets", "recipes"}, {"diffusion", "data", "ema"},
+    {"errors"}, {"files", "torchrun"}, {"config", "keyed", "devices"}, {"cond"}, {"nets", "recipes"}, {"diffusion", "data", "ema"},
     {"snapshot", "interop", "conditions"}, {"generate"}, {"evaluate"}, {"train"}, {"report"}, {"tables"}, {"play"}, {"__main__"},
 ]  # fmt: skip
 RANK = {name: i for i, names in enumerate(ORDER) for name in names}

@@ -18,10 +18,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from safetensors.torch import save_file
 
-from gesso import files, torchrun
+from gesso import devices, files, torchrun
 from gesso.config.cache import FORMAT, Columns, Manifest, Plan, Range, Shard, Started, Sums, command, flattened
 from gesso.data import pretrained, shards, views
 from gesso.data.images import Progress, refuse_many
@@ -59,7 +58,7 @@ def write(
         raise UsageError(f"{inside} is a cache already: train on it with data.source={inside}")
     source = open_source(plan.data.source)
     with _ranks() as (rank, world, together):
-        work = views.opened(plan, source, _device(device))
+        work = views.opened(plan, source, devices.named(device, "--device ", torchrun.place().local))
         vae, text = work.identities()
         started = Started(plan=work.plan, source=source.fingerprint(), images=len(source), vae=vae, text=text)
         for note in source.notes if rank == 0 else ():
@@ -121,19 +120,6 @@ def _ranks() -> Iterator[tuple[int, int, Callable[[], None]]]:
         yield rank, world, together
     finally:
         distributed.destroy_process_group()
-
-
-def _device(name: str) -> torch.device:
-    """auto: this rank's GPU if there is one. Raises UsageError when it cannot be used here."""
-    local = torchrun.place().local
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{local}" if name == "cuda" else name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def _begin(out: Path, started: Started) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gesso import files
+from gesso import devices, files
 from gesso.errors import UsageError
 from gesso.evaluate import embed, features, inception, lpips, manifold, metrics, shipped, weights
 from gesso.evaluate.metrics import Moments
@@ -71,8 +71,7 @@ def asked(folder: Path | None, settings: list[str], told: dict[str, Any]) -> Ask
 
 def write(asked: Asked, tick: Tick) -> list[str]:
     """Score, and write what was found as JSON where the user says where. Returns the lines to show. Raises as `compare`."""
-    device = "cuda" if asked.device == "auto" and torch.cuda.is_available() else asked.device.replace("auto", "cpu")
-    result, lines = compare(asked, device, tick)
+    result, lines = compare(asked, devices.named(asked.device, "--device "), tick)
     if asked.out is None:
         return lines
     files.write_json(asked.out, result)

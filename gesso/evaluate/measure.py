@@ -45,6 +45,7 @@ def measure_folder(folder: Path, run: Run, tick: Tick) -> list[str]:
     device = generate.device_of(run)
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", local)
+        torch.cuda.set_device(device)  # of all that is put on "cuda": guides, VAEs
     return scores_of(Work(folder, run, device, rank, world), tick)[1]
 
 
