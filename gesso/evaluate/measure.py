@@ -286,8 +286,9 @@ def _summed(values: list[float]) -> dict[str, float | list[float]]:
 
 
 def _record(path: Path, key: str, result: dict[str, Any]) -> None:
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    files.write_json(path, known | {key: result})
+    with files.in_turn(path):
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        files.write_json(path, known | {key: result})
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
