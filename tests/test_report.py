@@ -196,7 +196,16 @@ def test_no_figure_without_matplotlib(tmp_path, monkeypatch):
 
 
 def measurement(fid: float, name: str = "berrada", **protocol) -> dict:
-    told = {"name": name, "images": 50_000, "repeats": 1, "steps": 250, "nimg": 4000, "sigma_rel": 0.05, "labels": None}
+    told = {
+        "name": name,
+        "images": 50_000,
+        "repeats": 1,
+        "steps": 250,
+        "nimg": 4000,
+        "sigma_rel": 0.05,
+        "labels": None,
+        "networks": {"inception": "x"},
+    }
     return {"scores": {"fid": {"values": [fid], "least": fid, "mean": fid}}, "protocol": told | protocol}
 
 
@@ -211,8 +220,25 @@ def test_each_way_of_measuring_has_a_table_of_its_own(tmp_path):
     assert "Measured" in one.headings and {"7.25", "2.5", "least of 3", "berrada: 50,000 samples, image 4,000"} <= set(
         one.text
     )
+    lossy = {"loss": 0.5, **{f"loss_{10 * i}_{10 * i + 10}": i + 0.125 for i in range(10)}}
+    told = {"networks": {}, "loss_pairs": 700, "sigma_rel": 0.1, "name": None}
+    pairs = measurement(0, **told) | {
+        "scores": {name: {"values": [v], "least": v, "mean": v} for name, v in lossy.items()}
+    }
+    (a / "scores.json").write_text(json.dumps({"1": measurement(7.25), "2": least, "3": pairs}))
+    text = " ".join(checked(report.write([a], None)).text)
+    assert (
+        "berrada: 50,000 samples, image 4,000, sigma_rel 0.05" in text
+        and "scores: 700 pairs, image 4,000, sigma_rel 0.1" in text
+    )
+    assert "by noise, clean to noise 0.125 1.12 2.12" in text and "loss_0_10" not in text
     both = checked(report.write([a, b], tmp_path / "both.html"))
     text = " ".join(both.text)
     # Three ways: at 250 steps both runs, in one table; the others alone.
     assert "7.25 6.75" in text and both.text.count("berrada: 50,000 samples") == 2 and "8.5" in both.text
     assert both.text.count("edm2: 50,000 samples") == 1
+    # Several lengths of one run are told apart.
+    lengths = {str(s): measurement(10 * s, sigma_rel=s) for s in (0.05, 0.2)}
+    (a / "scores.json").write_text(json.dumps(lengths))
+    text = " ".join(checked(report.write([a, b], tmp_path / "both.html")).text)
+    assert "sigma_rel 0.05" in text and "sigma_rel 0.2" in text and " 0.5 " in text and " 2 " in text

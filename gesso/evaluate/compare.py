@@ -117,7 +117,7 @@ def check(scores: tuple[str, ...]) -> None:
         raise UsageError(f"no score {unknown[0]!r}; there are: {', '.join(METRICS)}")
     for name in OF_RUNS:
         if name in scores:
-            raise UsageError(f"{name} needs to know what samples were told: gesso evaluate RUN eval.scores={name}")
+            raise UsageError(f"{name} is measured on a run, not on pictures: gesso evaluate RUN eval.scores={name}")
 
 
 def _reference(asked: Asked, made: Pictures) -> "Pictures | Statistics | None":

@@ -1,7 +1,7 @@
 """What a page is made of: the files of a run folder, read once."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,3 +88,8 @@ def _read(folder: Path, label: str) -> Folder:
     )
     run, lines = config.read(folder / "run.yaml"), read_log(folder / "log.jsonl")
     return Folder(folder, label, run, lines, metrics, list(measured.values()))
+
+
+def amount(protocol: Mapping[str, Any]) -> str:
+    """Of what scores are: samples, or pairs that a loss is taken over."""
+    return f"{protocol['images']:,} samples" if protocol["networks"] else f"{protocol['loss_pairs']:,} pairs"

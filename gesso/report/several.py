@@ -1,12 +1,13 @@
 """The page that sets several runs beside each other."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gesso import config
 from gesso.report import figures, page, single
-from gesso.report.folder import Folder, Points
+from gesso.report.folder import Folder, Points, amount
 
 FEW = 30
 """settings that are listed unfolded"""
@@ -92,16 +93,21 @@ def scores(runs: Sequence[Folder]) -> str:
 
 
 OWN = ("nimg", "sigma_rel", "halflife")
-"""of a protocol: how far a run has come and its EMA length, which is the run's own"""
+"""of a protocol: how far a run has come and its EMA length, which is the run's own, where it was measured at one alone"""
+
+
+def _way(one: Mapping[str, Any], without: Sequence[str] = ()) -> str:
+    return json.dumps({k: value for k, value in one["protocol"].items() if k not in without}, sort_keys=True)
 
 
 def measured(runs: Sequence[Folder]) -> str:
     """One table for each way of measuring, so that numbers of two protocols never stand in one."""
     ways: dict[str, dict[str, dict[str, Any]]] = {}
+    several = {way for found in runs for way, n in Counter(_way(one, OWN) for one in found.measured).items() if n > 1}
     for found in runs:
         for one in found.measured:
-            alike = {name: value for name, value in one["protocol"].items() if name not in OWN}
-            ways.setdefault(json.dumps(alike, sort_keys=True), {})[found.label] = one["scores"]
+            way = _way(one, OWN)
+            ways.setdefault(_way(one) if way in several else way, {})[found.label] = one["scores"]
     parts = []
     for way, by_run in ways.items():
         protocol = {name: value for name, value in json.loads(way).items() if value is not None}
@@ -109,7 +115,8 @@ def measured(runs: Sequence[Folder]) -> str:
         rows = [
             (name, *(scored(by_run.get(f.label, {}).get(name, {}).get("least"), None) for f in runs)) for name in names
         ]
-        title = f"{protocol.get('name', 'scores')}: {protocol['images']:,} samples"
+        own = "".join(f", {name} {protocol[name]}" for name in OWN if name in protocol)
+        title = f"{protocol.get('name', 'scores')}: {amount(protocol)}{own}"
         parts.append(
             page.table((title, *(found.label for found in runs)), rows) + page.folded("protocol", page.terms(protocol))
         )

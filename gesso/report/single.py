@@ -6,7 +6,7 @@ from typing import Any
 from gesso import config
 from gesso.diffusion.levels import BINS
 from gesso.report import figures, page
-from gesso.report.folder import Folder
+from gesso.report.folder import Folder, amount
 
 GRIDS = 4
 """pictures of samples on the way that are shown"""
@@ -107,16 +107,38 @@ def read_back(metrics: dict[str, Any]) -> str:
     return page.table(("", *metrics["real"]), rows)
 
 
+APART = (
+    "sigma_rel",
+    "halflife",
+    "sampler",
+    "steps",
+    "guidance",
+    "control_guidance",
+    "guide",
+    "reference",
+    "validation",
+)
+"""what a protocol is told by in its heading, where several differ in it"""
+
+
 def measured(found: Sequence[dict[str, Any]]) -> str:
     """A table for each way of measuring, its protocol beneath: numbers of two protocols never share a column."""
-    parts = []
+    parts, told = [], [one["protocol"] for one in found]
+    varied = [name for name in APART if len({protocol.get(name) for protocol in told} - {None}) > 1]
     for one in found:
         protocol = {name: value for name, value in one["protocol"].items() if value is not None}
-        title = f"{protocol.get('name', 'scores')}: {protocol['images']:,} samples, image {protocol['nimg']:,}"
+        apart = "".join(f", {name} {protocol[name]}" for name in varied if name in protocol)
+        title = f"{protocol.get('name', 'scores')}: {amount(protocol)}, image {protocol['nimg']:,}{apart}"
         kinds = (
             {"least": f"least of {protocol['repeats']}", "mean": "mean"} if protocol["repeats"] > 1 else {"mean": ""}
         )
-        rows = [(name, *(f"{value[kind]:.4g}" for kind in kinds)) for name, value in one["scores"].items()]
+        rows = [
+            (name, *(f"{value[kind]:.4g}" for kind in kinds))
+            for name, value in one["scores"].items()
+            if not name.startswith("loss_")
+        ]
+        if by_noise := [f"{value['mean']:.3g}" for name, value in one["scores"].items() if name.startswith("loss_")]:
+            rows.append(("by noise, clean to noise", " ".join(by_noise), *("" for _ in list(kinds)[1:])))
         table = page.table((title, *kinds.values()), rows)
         parts.append(table + page.folded("protocol", page.terms(protocol)))
     return page.section("Measured", *parts)
