@@ -135,6 +135,10 @@ def test_a_reference_is_read_by_all_ranks_and_once(folder, monkeypatch):
         found = measure.scores_of(Work(folder, run, CPU, 0, 2), SILENT)[0]["scores"]
         assert read[2:] == [(0, 500), (1000, 1500)] + [(1500, 1797)] * (cache == "third")
         assert found["fd_digits"]["mean"] == pytest.approx(whole["fd_digits"]["mean"], rel=1e-9)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "fourth"))
+    monkeypatch.setattr(measure, "READ", 898)  # the last part is one picture
+    found = measure.scores_of(Work(folder, run, CPU), SILENT)[0]["scores"]
+    assert found["fd_digits"]["mean"] == pytest.approx(whole["fd_digits"]["mean"], rel=1e-9)
     assert list((folder / "evaluation").iterdir()) == []
 
 

@@ -39,8 +39,13 @@ class Statistics(NamedTuple):
     rows: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """As they are stored."""
-        found = {"mean": self.moments.mean, "cov": self.moments.cov, "n": torch.tensor(self.moments.n)}
+        """As they are stored; the covariance of a single picture as 0, for `joined`."""
+        mean, n = self.moments.mean, self.moments.n
+        found = {
+            "mean": mean,
+            "cov": self.moments.cov if n > 1 else mean.new_zeros(len(mean), len(mean)),
+            "n": torch.tensor(n),
+        }
         return found if self.rows is None else found | {"rows": self.rows}
 
 
