@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from gesso.report import figures
-from gesso.tables import grids
+from gesso.tables import grids, words
 from gesso.tables.plan import Job
 from gesso.tables.results import Result
 from gesso.tables.table import Row
@@ -63,7 +63,8 @@ def curves(result: Result, todo: Sequence[Job]) -> list[Any]:
 def _label(by: str, names: Iterable[str]) -> str:
     """What the columns of a measure are, where they are one number."""
     one = set(names)
-    return (one.pop() if len(one) == 1 else by).replace("_", " ")
+    said = one.pop() if len(one) == 1 else by
+    return words.SHORT.get(said, said.replace("_", " "))
 
 
 def _drawn(result: Result, columns: Sequence[str], label: str) -> Any | None:

@@ -36,6 +36,14 @@ WORDS = {
     "alike": "mean cosine of tokens and their copies",
 }
 """what numbers stand for, by the name among those found"""
+SHORT = {
+    "fid": "FID",
+    "fd_digits": "Frechet distance, features of digits",
+    "fd_shapes": "Frechet distance, features of shapes",
+    "fd_dinov2": "Frechet distance, DINOv2",
+    "alpha_bar": "share of the signal",
+}
+"""on the axis of a picture, where the name among those found would not do"""
 READ_BACK = ("colour", "kind", "pair", "place", "side", "relation", "sided")
 
 
