@@ -184,7 +184,7 @@ def table_2c() -> Table:
     rows = ("crop", "crop, flip")
     paper = {row: Training("table-2c", cell.settings) for row, cell in zip(rows, ROWS["table-2c"], strict=True)}
     columns = {"FID": "fd_shapes", "CLIP": "side"}
-    note = "Flips alone are told, by alpha = 1: crops hardly vary. CLIP: the share of single shapes that stand at the side asked for."
+    note = "Flips alone are told: crops hardly vary. CLIP: the share of single shapes that stand at the side asked for."
     return Table(
         name="berrada/2c",
         title="Crops and flips as control",

@@ -22,8 +22,7 @@ WORDS = ("semantic.kind=text",)
 WORDED = (*WORDS, "semantic.padding=noisy", "train.total_images=60k", "train.snapshot_images=6k",
           "train.state_images=30k")  # fmt: skip
 MIRRORED = ("data.flip=true",)
-# The side is decided at high noise, where the paper's alpha = 8 does not let a flip in yet (docs/log.md).
-TOLD_FLIPS = (*MIRRORED, "control.variables=flip", "control.alpha=1")
+TOLD_FLIPS = (*MIRRORED, "control.variables=flip")
 
 # Small scale: shapes at 64x64, a transformer of the size of DiT-S.
 LARGE = ("net.width=384", "net.depth=12", "net.heads=6")
