@@ -127,7 +127,7 @@ def write_json(path: Path, value: object) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what a killed process left half-written. Only for a folder that this process has locked."""
-    for leftover in folder.glob(".*.tmp"):
+    for leftover in (*folder.glob(".*.tmp"), *folder.glob(".tmp??????")):  # the latter are safetensors' own
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 

@@ -353,6 +353,15 @@ def driven(tree: dict, out: Path, how: str) -> int:
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
+def test_what_was_left_half_written_is_swept(tmp_path):
+    """By us, and by safetensors, which writes under names of its own; nothing else."""
+    for name in (".a.safetensors.7.tmp", ".tmpLS5Nmd", "a.safetensors", ".lock", ".tmp", "b.tmp"):
+        (tmp_path / name).write_text("")
+    (tmp_path / ".b.tmp").mkdir()
+    files.sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", ".lock", ".tmp", "b.tmp"}
+
+
 @pytest.mark.parametrize("how", ["steps", "times"])
 def test_killed_at_any_instant_and_gone_on_with(how, photos, tmp_path):  # noqa: F811
     """By SIGKILL, before each change of the disk, and at random times."""
