@@ -1,5 +1,6 @@
 """Scores of a run over many samples: in parts, by any number of ranks, after any stop."""
 
+import contextlib
 import json
 from typing import get_args
 
@@ -9,7 +10,7 @@ from test_encoders import write_full_clip
 from test_features import public_inception, public_lpips, stored
 from written import written
 
-from gesso import conditions, config, ema, generate, snapshot
+from gesso import conditions, config, ema, files, generate, snapshot
 from gesso.config.run import Score
 from gesso.data import crops, pixels
 from gesso.data.dataset import open_dataset
@@ -110,6 +111,23 @@ def test_parts_are_shared_and_survive(folder, monkeypatch):
     assert drawn == [0, 30, 30, 60]
 
 
+def test_what_another_command_was_at_is_made_where_it_ended(folder, monkeypatch):
+    """A part that is taken is left, and made after all where whoever took it has gone without it."""
+    run = asked(folder, "eval.scores=[fd_digits]", "sample.batch_size=13")
+    whole = measure.scores_of(Work(folder, run, CPU), SILENT)[0]["scores"]
+    claimed, taken = files.claimed, []
+
+    @contextlib.contextmanager
+    def once(path):
+        with claimed(path) as mine:
+            taken.append(path.name)
+            yield mine and (path.name != "digits-0-000001.safetensors" or taken.count(path.name) > 1)
+
+    monkeypatch.setattr(files, "claimed", once)
+    assert measure.scores_of(Work(folder, run, CPU), SILENT)[0]["scores"] == whole
+    assert taken.count("digits-0-000001.safetensors") == 2 and taken.count("digits-0-000000.safetensors") == 1
+
+
 def test_a_reference_is_read_by_all_ranks_and_once(folder, monkeypatch):
     """In parts: whoever comes first leaves some to the other; a third time nothing is read, whatever machine has it kept."""
     run = asked(folder, "eval.scores=fd_digits")
@@ -130,8 +148,7 @@ def test_a_reference_is_read_by_all_ranks_and_once(folder, monkeypatch):
         measure.scores_of(Work(folder, run, CPU, 1, 2), SILENT)
         assert read == [(500, 1000), (1500, 1797)]
         if cache == "third":  # the other rank's machine has no cache, and it was killed before
-            files = sorted((folder / "evaluation").glob("*/reference-digits-0-*.safetensors"))
-            files[-1].unlink()
+            sorted((folder / "evaluation").glob("*/reference-digits-0-*.safetensors"))[-1].unlink()
         found = measure.scores_of(Work(folder, run, CPU, 0, 2), SILENT)[0]["scores"]
         assert read[2:] == [(0, 500), (1000, 1500)] + [(1500, 1797)] * (cache == "third")
         assert found["fd_digits"]["mean"] == pytest.approx(whole["fd_digits"]["mean"], rel=1e-9)

@@ -108,13 +108,14 @@ def in_parts(work: Work, step: Step, place: Path, seen: Seen) -> Spent:
         seen(len(some))
     started = time.monotonic()
     for some, paths in parts[::-1] if work.rank == 0 else ():
-        while not all(path.is_file() for path in paths.values()):
-            if step.spare:
-                spent += _make(work, step, some, paths)
-            elif time.monotonic() - started > work.run.eval.patience:
-                lacking = next(path for path in paths.values() if not path.is_file())
-                raise RunError(f"{lacking} of another rank is not there after {work.run.eval.patience} seconds")
-            time.sleep(POLL)
+        while lacking := [path for path in paths.values() if not path.is_file()]:
+            # Alone, what is lacking another command was at, which has ended since.
+            mine = _make(work, step, some, paths) if step.spare or work.world == 1 else Spent()
+            spent += mine
+            if not mine.images:
+                if not step.spare and time.monotonic() - started > work.run.eval.patience:
+                    raise RunError(f"{lacking[0]} of another rank is not there after {work.run.eval.patience} seconds")
+                time.sleep(POLL)
     return spent
 
 
