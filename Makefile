@@ -1,8 +1,9 @@
 # Everything sets itself up from a bare clone: a .venv here, the pinned versions of constraints.txt.
 PYTHON ?= python3
-PIP = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
+CONSTRAINTS ?= constraints.txt
+PIP = .venv/bin/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow lint coverage clean
 
 demo: .venv/demo
 	.venv/bin/gesso train digits --resume
@@ -22,13 +23,16 @@ lint: .venv/dev
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
 
-.venv/demo: .venv/bin/pip pyproject.toml constraints.txt
+.venv/demo: .venv/bin/pip pyproject.toml $(CONSTRAINTS)
 	$(PIP) -e '.[demo,plots]'
 	@touch $@
 
-.venv/dev: .venv/bin/pip pyproject.toml constraints.txt
+.venv/dev: .venv/bin/pip pyproject.toml $(CONSTRAINTS)
 	$(PIP) -e '.[dev]'
 	@touch $@
+
+coverage: .venv/dev
+	.venv/bin/pytest -n 2 -q --cov --cov-report=term --cov-report=html
 
 clean:
 	rm -rf .venv build *.egg-info
