@@ -14,6 +14,9 @@ from gesso.config.sample import Sample
 from gesso.config.train import Loss, Optim, Train
 from gesso.config.watch import Watch
 
+Resize = Literal["lanczos", "adm", "bicubic"]
+"""how a picture becomes smaller or larger (data/crops.py)"""
+
 
 class Data(Settings):
     """Which images, and how they become x0."""
@@ -28,8 +31,12 @@ class Data(Settings):
     flip: bool = False
     """mirror half of the samples, keyed to the sample"""
     crop_scale: tuple[Share, Share] | None = None
-    """null: the largest box of the output's aspect, in the middle (ADM's crop); else a box of its own for each sample, at
+    """null: the largest box of the output's aspect, in the middle; else a box of its own for each sample, at
     random, whose area is a share of that one in this range: .9,1 global, .4,.6 local, .4,1 mix (Berrada et al. Section 3.4)"""
+    resize: Resize = "lanczos"
+    """lanczos: Pillow's Lanczos filter, once; adm: the pixels of ADM's code, which EDM2 and DiT prepare ImageNet with: halved by a
+    box filter while twice too large, then bicubic, EXIF orientation and transparency ignored; bicubic: antialiased, in floating
+    point, as clean-fid's. What a cache holds is settled when it is written"""
     window: Positive | None = None
     """files of a cache whose images are shuffled together, so that few are needed at a time (object storage); null: all"""
     held_out: Annotated[Count, Field(ge=0)] = 0
@@ -130,6 +137,8 @@ class Eval(Settings):
     """times, with other seeds; EDM2 reports the least of three"""
     reference: str | None = None
     """pictures to compare with, as data.source; null: those that the run was trained on"""
+    resize: Resize | None = None
+    """filter that resizes the reference, as data.resize; null: that of the training images"""
     prompts: str | None = None
     """whose captions samples are drawn for; null: those of data.source"""
     labels: Literal["turn", "random"] = "turn"

@@ -5,13 +5,14 @@ Legend: N pictures, D features.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gesso import devices, files
+from gesso.config import Resize
 from gesso.errors import UsageError
 from gesso.evaluate import embed, features, inception, lpips, manifold, metrics, shipped, weights
 from gesso.evaluate.metrics import Moments
@@ -40,6 +41,7 @@ class Asked(NamedTuple):
     ref: str | None = None
     scores: tuple[str, ...] = ("fid",)
     resolution: int | None = None
+    resize: Resize = "lanczos"
     count: int | None = None
     weights: Path | None = None
     inception: str = "pytorch-fid"
@@ -88,7 +90,9 @@ def compare(asked: Asked, device: torch.device | str, tick: Tick) -> tuple[dict[
         raise UsageError(f"--inception {asked.inception}: there are {', '.join(weights.INCEPTION)}")
     if asked.ref is None and not set(asked.scores) <= set(ALONE):
         raise UsageError("compared with what? --ref DIR names the reference; only is and clip need none")
-    made = open_pictures(asked.images, asked.resolution, asked.count)
+    if asked.resize not in get_args(Resize):
+        raise UsageError(f"--resize {asked.resize}: there are {', '.join(get_args(Resize))}")
+    made = open_pictures(asked.images, asked.resolution, asked.count, asked.resize)
     ref = _reference(asked, made)
     networks = {name: load(name, asked, device) for name in dict.fromkeys(METRICS[score] for score in asked.scores)}
     total = (made.count + (ref.count if isinstance(ref, Pictures) else 0)) * len(networks)
@@ -105,7 +109,7 @@ def compare(asked: Asked, device: torch.device | str, tick: Tick) -> tuple[dict[
     protocol = {
         "images": made.where, "reference": asked.ref, "count": made.count,
         "reference_count": ref.count if isinstance(ref, Pictures) else None,
-        "size": list(made.size), "resized": "middle square, Lanczos" if made.resized else "no",
+        "size": list(made.size), "resized": made.preparation,
         "networks": {name: network.name for name, network in networks.items()},
     }  # fmt: skip
     return {"scores": scores, "protocol": protocol}, _lines(scores, protocol, made, networks)
@@ -133,7 +137,7 @@ def _reference(asked: Asked, made: Pictures) -> "Pictures | Statistics | None":
             raise UsageError(f"there is no file {asked.ref}") from None
         except (OSError, ValueError) as error:
             raise UsageError(f"{asked.ref}: no .npz that can be read ({error})") from None
-    ref = open_pictures(asked.ref, asked.resolution)
+    ref = open_pictures(asked.ref, asked.resolution, resize=asked.resize)
     if ref.size != made.size:
         raise UsageError(
             f"{asked.images} is {made.size[0]}x{made.size[1]}, {asked.ref} {ref.size[0]}x{ref.size[1]}: --resolution "

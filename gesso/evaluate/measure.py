@@ -212,14 +212,18 @@ def _found_losses(validated: Validation, step: Step, place: Path) -> dict[str, l
 
 
 def _reference(run: Run) -> Pictures:
-    """The pictures that samples are compared with: eval.reference, else those that the run was trained on."""
+    """Open the pictures that samples are compared with: eval.reference, else those that the run was trained on.
+
+    Those of a cache are read from its source and prepared as it was: the same filter, faces blurred where it has them blurred.
+    """
     height, width = run.canvas
     if height != width:
         raise UsageError(f"eval.scores are of squares, and {width}x{height} is sampled: set sample.aspect=null")
-    where = run.eval.reference or run.data.source
+    where, resize, blur = run.eval.reference or run.data.source, run.data.resize, False
     if is_cache(where):
-        where = opened_manifest(where).plan.data.source
-    return open_pictures(where, height)
+        plan = opened_manifest(where).plan
+        where, resize, blur = plan.data.source, plan.data.resize, plan.blur_faces
+    return open_pictures(where, height, resize=run.eval.resize or resize, blur=blur)
 
 
 def _check_pairs(run: Run, name: str) -> None:
@@ -263,8 +267,10 @@ def _protocol(
         "prompts": (cfg.prompts or run.data.source) if run.semantic.kind == "text" else None,
         "reference": reference.where if reference else None, "reference_images": reference.count if reference else None,
         "reference_pictures": reference.fingerprint if reference else None,
-        "reference_resized": "middle square, Lanczos" if reference else None,
+        "reference_resized": reference.preparation if reference else None,
     }  # fmt: skip
+    if reference and reference.blur:
+        told["reference_faces"] = "blurred"
     if validated:
         told |= {
             "validation": cfg.validation or run.watch.source or f"{run.data.source}, held out",

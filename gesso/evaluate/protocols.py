@@ -22,7 +22,7 @@ FREE = (
 
 def adm(run: Run) -> list[str]:
     """Dhariwal and Nichol 2021: 50k samples of random classes, 250 ancestral steps, beside the training set."""
-    return ["eval.scores=fid,is,pr", "eval.labels=random", *ddim(250), "sample.eta=1"]
+    return ["eval.scores=fid,is,pr", "eval.labels=random", "eval.resize=adm", *ddim(250), "sample.eta=1"]
 
 
 def dit(run: Run) -> list[str]:
