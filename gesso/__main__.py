@@ -129,7 +129,10 @@ def evaluate(
     ] = None,
     count: Annotated[int | None, typer.Option(min=2, help="the first so many pictures", show_default=False)] = None,
     weights: Annotated[Path | None, typer.Option(help="folder of weight files", show_default=False)] = None,
-    inception: Annotated[str | None, typer.Option(help="pytorch-fid or nvidia", show_default=False)] = None,
+    kid_subset: Annotated[int | None, typer.Option(min=2, help="of kid (default 1000)", show_default=False)] = None,
+    inception: Annotated[
+        str | None, typer.Option(help="torch-fidelity (default), pytorch-fid or nvidia", show_default=False)
+    ] = None,
     dinov2: Annotated[str | None, typer.Option(help="folder or hub id", show_default=False)] = None,
     clip: Annotated[str | None, typer.Option(help="folder or hub id", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda", show_default=False)] = None,

@@ -134,7 +134,9 @@ class Eval(Settings):
     loss_pairs: Positive = 10_000
     """of an image and a noise level, images in turn, that loss is taken over; watch.validate_samples for the log's own"""
     repeats: Positive = 1
-    """times, with other seeds; EDM2 reports the least of three"""
+    """times, with other seeds; EDM2 reports the best of three"""
+    repeated: Annotated[tuple[Score, ...], BeforeValidator(parse_words)] = ()
+    """scores that are repeated, of those in `scores`; the others are measured once. Empty: all"""
     reference: str | None = None
     """pictures to compare with, as data.source; null: those that the run was trained on"""
     resize: Resize | None = None
@@ -145,8 +147,10 @@ class Eval(Settings):
     """of samples: all classes in turn, or drawn by seed"""
     weights: str | None = None
     """folder of the feature networks' public files; null: torch's cache, where they are fetched to"""
-    inception: Literal["pytorch-fid", "nvidia"] = "pytorch-fid"
-    """whose file of the network: that of torch-fidelity too, or the TorchScript, as EDM2 measured"""
+    inception: Literal["torch-fidelity", "pytorch-fid", "nvidia"] = "torch-fidelity"
+    """whose implementation: resized as TensorFlow 1, as ADM measured; between pixel centres; or the TorchScript, as EDM2 measured"""
+    kid_subset: Annotated[int, Field(ge=2)] = 1000
+    """samples of each of the 100 subsets that kid and kd_dinov2 average over"""
     lpips: Literal["alex", "vgg"] = "alex"
     """the network of lpips: AlexNet or VGG16"""
     dinov2: str = "facebook/dinov2-large"
