@@ -363,6 +363,15 @@ def test_kernel_distance_of_few_samples_is_refused_before_any_is_drawn(folder, m
         measure.scores_of(Work(folder, asked(folder, "eval.scores=kid"), CPU), SILENT)
 
 
+def test_captions_that_a_protocol_draws_for_again_are_noted(folder):
+    prompts = [drawer.Prompt("a cat", 0)] * 60
+    run = asked(folder, "eval.protocol=berrada-coco")
+    (note,) = measure._repeated_captions(run, prompts)
+    assert "75 samples of 60 captions" in note and "eval.images=60" in note
+    for some, captions in ((run, prompts * 2), (asked(folder), prompts), (run, None)):
+        assert measure._repeated_captions(some, captions) == []
+
+
 def test_digits_told_two_sizes(tmp_path):
     """The mean distance between features of samples told 4x4 and 8x8; none where the size has no weight."""
     found = {}

@@ -64,9 +64,10 @@ def scores_of(work: Work, tick: Tick) -> tuple[dict[str, Any], list[str]]:
     protocol = _protocol(work, nimg, judges, reference, validated)
     place = work.folder / "evaluation" / _key(work, protocol)
     denoiser = snapshot.denoiser(weights[0], run, work.device)
-    drawn, steps = {}, {}
+    drawn, steps, notes = {}, {}, compare.unusual_subsets(protocol)
     if judges:
-        drawn = _drawn(drawer.opened(work.folder, run, denoiser, work.device), judges)
+        draws = drawer.opened(work.folder, run, denoiser, work.device)
+        drawn, notes = _drawn(draws, judges), [*notes, *_repeated_captions(run, draws.prompts)]
     if validated:
         steps["loss"] = Step(("loss",), cfg.loss_pairs, functools.partial(_losses, validated, denoiser))
     beside = {j.name: _beside(reference, j, work.device) for j in judges if j.compares} if reference else {}
@@ -92,11 +93,20 @@ def scores_of(work: Work, tick: Tick) -> tuple[dict[str, Any], list[str]]:
     if work.average is None:
         _record(work.folder / "scores.json", place.name, result)
     files.remove_folder(place)
-    notes = compare.unusual_subsets(protocol)
     return result, [
         *_lines(result),
         *notes,
         *compare.too_few(cfg.images, cfg.scores, {j.name: j.network for j in judges}),
+    ]
+
+
+def _repeated_captions(run: Run, prompts: Sequence[drawer.Prompt] | None) -> list[str]:
+    """A note where a protocol draws more samples than there are captions: those on COCO have one sample for each."""
+    if run.eval.protocol is None or prompts is None or run.eval.images <= len(prompts):
+        return []
+    return [
+        f"note: {run.eval.images:,} samples of {len(prompts):,} captions, so some are drawn for more than once; "
+        f"eval.images={len(prompts)} draws for each once"
     ]
 
 
