@@ -124,9 +124,15 @@ def evaluate(
     ref: Annotated[str | None, typer.Option(help="pictures to compare with", show_default=False)] = None,
     metrics: Annotated[str | None, typer.Option(help="fid,kid,is,pr,fd_dinov2, ...", show_default=False)] = None,
     resolution: Annotated[int | None, typer.Option(min=1, help="crop and resize both", show_default=False)] = None,
+    resize: Annotated[
+        str | None, typer.Option(help="by which filter: lanczos, adm, bicubic", show_default=False)
+    ] = None,
     count: Annotated[int | None, typer.Option(min=2, help="the first so many pictures", show_default=False)] = None,
     weights: Annotated[Path | None, typer.Option(help="folder of weight files", show_default=False)] = None,
-    inception: Annotated[str | None, typer.Option(help="pytorch-fid or nvidia", show_default=False)] = None,
+    kid_subset: Annotated[int | None, typer.Option(min=2, help="of kid (default 1000)", show_default=False)] = None,
+    inception: Annotated[
+        str | None, typer.Option(help="torch-fidelity (default), pytorch-fid or nvidia", show_default=False)
+    ] = None,
     dinov2: Annotated[str | None, typer.Option(help="folder or hub id", show_default=False)] = None,
     clip: Annotated[str | None, typer.Option(help="folder or hub id", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda", show_default=False)] = None,
@@ -221,6 +227,7 @@ def data(
     resolution: Annotated[int | None, typer.Option(min=1, help="of the views", show_default=False)] = None,
     limit: Annotated[int, typer.Option(min=1, help="headers and captions to read")] = 5_000,
     seed: Annotated[int, typer.Option(min=0, help="of the views, as in a cache")] = 0,
+    resize: Annotated[str, typer.Option(help="filter: lanczos, adm, bicubic")] = "lanczos",
     vae: Annotated[str | None, typer.Option(help="to show latents with", show_default=False)] = None,
     convention: Annotated[str, typer.Option(help="of those latents: dit or edm2")] = "dit",
 ) -> None:
@@ -228,7 +235,7 @@ def data(
     from gesso.data.examine import Asked, examine, shares
 
     scale = None if crop_scale is None else shares(crop_scale)
-    asked = Asked(rows, views, scale, flip, resolution, seed, vae, convention)
+    asked = Asked(rows, views, scale, flip, resolution, seed, vae, convention, resize)
     _say_all(examine(where, limit, asked, out, console))
 
 
@@ -243,6 +250,7 @@ def cache(
     channels: Annotated[int | None, typer.Option(help="1 grey, 3 RGB (default)", show_default=False)] = None,
     crop_scale: Annotated[str | None, typer.Option(help="shares of the area: .4,.6", show_default=False)] = None,
     flip: Annotated[bool, typer.Option("--flip", help="mirror every other view")] = False,
+    resize: Annotated[str | None, typer.Option(help="lanczos (default), adm or bicubic", show_default=False)] = None,
     views: Annotated[int | None, typer.Option(help="of each image (default 1)", show_default=False)] = None,
     vae: Annotated[str | None, typer.Option(help="store latents: folder or hub id", show_default=False)] = None,
     convention: Annotated[str | None, typer.Option(help="dit (default) or edm2", show_default=False)] = None,

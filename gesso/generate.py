@@ -47,7 +47,7 @@ def generate(
     device = next(denoiser.parameters()).device
     dtype = getattr(torch, cfg.state_dtype)
     shape = (run.channels, *(side // run.factor for side in run.canvas))
-    space = space or Space(run.data, run.latent, denoiser.process.sd, device)
+    space = space or Space(run.data, run.latent, denoiser.process.sd, device, cfg.to_uint8)
     for start in range(0, len(seeds), cfg.batch_size):
         chunk = slice(start, start + cfg.batch_size)
         seed = torch.tensor(seeds[chunk], dtype=torch.int64, device=device)
@@ -63,7 +63,7 @@ def generate(
 
 def opened_space(run: Run) -> Space:
     """The way from x0 to pixels, its VAE opened. Raises UsageError before any work."""
-    space = Space(run.data, run.latent, process.build(run.process).sd, device_of(run))
+    space = Space(run.data, run.latent, process.build(run.process).sd, device_of(run), run.sample.to_uint8)
     if run.latent.vae:
         _ = space.vae
     return space

@@ -861,7 +861,7 @@ def test_what_a_cache_tells(vae, photos, tmp_path):  # noqa: F811
     cache = Cache(o)
     told = cache.settled(None)
     assert told["data"] == {
-        "resolution": 16, "channels": 3, "flip": True, "crop_scale": (0.5, 1.0), "buckets": None,
+        "resolution": 16, "channels": 3, "flip": True, "crop_scale": (0.5, 1.0), "resize": "lanczos", "buckets": None,
     }  # fmt: skip
     assert told["latent"] == {"vae": str(vae), "convention": "dit", "channels": 4, "factor": 8}
     assert cache.encoded is None and Data(**told["data"]) and Latent(**told["latent"])

@@ -61,18 +61,27 @@ def test_few_pictures_are_marked(tmp_path):
 
 def test_every_score_of_inception(tmp_path, monkeypatch):
     file = stored(public_inception(), tmp_path, "inception.pth")
-    monkeypatch.setitem(weights.INCEPTION, "pytorch-fid", file)
+    monkeypatch.setitem(weights.INCEPTION, "torch-fidelity", file)
     a, b = picture(12, 12, 14), picture(12, 12, 16).flip(3)
     asked = Asked(
         write(tmp_path / "a", a), write(tmp_path / "b", b), ("fid", "kid", "is", "pr"), weights=tmp_path, batch_size=8
     )
-    scores = compare.compare(asked, "cpu", SILENT)[0]["scores"]
+    with pytest.raises(
+        UsageError, match=r"kid is a mean over subsets of 1,000 pictures, and one set has 14.*--kid-subset to 14"
+    ):
+        compare.compare(asked, "cpu", SILENT)
+    asked = asked._replace(kid_subset=9)
+    result, lines = compare.compare(asked, "cpu", SILENT)
+    scores = result["scores"]
+    assert result["protocol"]["kid_subset"] == 9 and any(
+        "over subsets of 9; published ones have 1,000" in s for s in lines
+    )
     network = inception.load(tmp_path)
     x, y = network(a).double(), network(b).double()
     assert scores["fid"] == pytest.approx(
         metrics.frechet_distance(x.mean(0), x.T.cov(), y.mean(0), y.T.cov()), rel=1e-5
     )
-    assert scores["kid"] == pytest.approx(metrics.kernel_distance(y, x)[0], rel=1e-4)
+    assert scores["kid"] == pytest.approx(metrics.kernel_distance(y, x, size=9)[0], rel=1e-4)
     assert 1 <= scores["is"] < 14 and {"precision", "recall", "density", "coverage", "is_std", "kid_std"} <= set(scores)
     again = compare.compare(asked, "cpu", SILENT)[0]["scores"]
     assert again == scores
@@ -87,7 +96,7 @@ def test_inception_of_another_publisher(tmp_path, monkeypatch):
     result, lines = compare.compare(asked, "cpu", SILENT)
     assert result["protocol"]["networks"] == {"inception": "inception-v3-2015-12-05 (nvidia)"} and "nvidia" in lines[2]
     assert result["scores"]["is"] >= 1 and result["scores"]["fid"] > 0
-    with pytest.raises(UsageError, match="--inception nvida: there are pytorch-fid, nvidia"):
+    with pytest.raises(UsageError, match="--inception nvida: there are torch-fidelity, pytorch-fid, nvidia"):
         compare.compare(asked._replace(inception="nvida"), "cpu", SILENT)
 
 

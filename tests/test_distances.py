@@ -32,21 +32,25 @@ def slow_kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
 def test_kernel_distance_is_the_unbiased_estimate():
     x, y = samples(12, 5, 0), samples(12, 5, 1, 0.7)
     # Subsets as large as the sets: every one is the whole.
-    mean, std = kernel_distance(x, y, subsets=3, size=100)
+    mean, std = kernel_distance(x, y, subsets=3, size=12)
     assert mean == pytest.approx(slow_kernel_distance(x.numpy(), y.numpy()), rel=1e-10) and std < 1e-10
-    # Unequal sets are cut to one size; which samples is keyed to the seed.
-    assert kernel_distance(x, y[:9], 3)[1] > 0 and kernel_distance(x, y, 3, 6, 1) != kernel_distance(x, y, 3, 6, 2)
+    # Sets may be unequal; which samples of them is keyed to the seed. Subsets are never filled up or cut short.
+    with pytest.raises(UsageError, match="got subsets of 10, 12 and 9 samples"):
+        kernel_distance(x, y[:9], 3, 10)
+    assert kernel_distance(x, y[:9], 3, 9)[1] > 0 and kernel_distance(x, y, 3, 6, 1) != kernel_distance(x, y, 3, 6, 2)
     assert kernel_distance(x, y, 3, 6, 1) == kernel_distance(x, y, 3, 6, 1)
 
 
 def test_kernel_distance_of_equal_laws_is_zero_on_average():
     """Unbiased: around 0, below it too; and at a distance the closed form (1 + s^2)^3 - ... of one dimension."""
-    values = torch.tensor([kernel_distance(samples(40, 3, i), samples(40, 3, 1000 + i), 1)[0] for i in range(200)])
+    values = torch.tensor([kernel_distance(samples(40, 3, i), samples(40, 3, 1000 + i), 1, 40)[0] for i in range(200)])
     assert abs(float(values.mean())) < 4 * float(values.std()) / math.sqrt(200) and float(values.min()) < 0
     # E (xy + 1)^3 with x, y of mean m: 1 + 3 m^2 + 3 (1 + m^2)^2 + (m^3 + 3 m)^2; across means 0 and m: 1 + 3 (1 + m^2).
     m = 0.8
     exact = (1 + 3 + 0) + (1 + 3 * m**2 + 3 * (1 + m**2) ** 2 + (m**3 + 3 * m) ** 2) - 2 * (1 + 3 * (1 + m**2))
-    values = torch.tensor([kernel_distance(samples(60, 1, i), samples(60, 1, 900 + i, m), 1)[0] for i in range(300)])
+    values = torch.tensor(
+        [kernel_distance(samples(60, 1, i), samples(60, 1, 900 + i, m), 1, 60)[0] for i in range(300)]
+    )
     assert float(values.mean()) == pytest.approx(exact, abs=4 * float(values.std()) / math.sqrt(300))
 
 

@@ -1,6 +1,7 @@
 """Feature networks: their public files' names and shapes, on small random weights; against other implementations."""
 
 import hashlib
+import math
 import warnings
 import zlib
 
@@ -51,7 +52,7 @@ def stored(tensors: dict[str, torch.Tensor], folder, name: str) -> File:
 def network(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(weights.INCEPTION, "pytorch-fid", stored(public_inception(), folder, "inception.pth"))
+        patch.setitem(weights.INCEPTION, "torch-fidelity", stored(public_inception(), folder, "inception.pth"))
         return inception.load(folder)
 
 
@@ -78,6 +79,33 @@ def test_resizing_takes_output_i_at_i_times_the_ratio(n):
     at = np.arange(299) * n / 299
     # Linear between the pixels, which stand at whole numbers; the last one reaches to the edge.
     assert np.allclose(ours.numpy(), np.interp(at, np.arange(n), row), atol=1e-12)
+
+
+# Of a formula-made picture, what pytorch-fid's forward hands to its first layer: by channel at (0, 0), (150, 7), (298, 298),
+# (33, 201); then mean and mean square.
+PYTORCH_FID = [
+    [-1.0, -0.08061, 0.98431, 0.5883],
+    [-0.58431, 0.21378, -0.60784, -0.50445],
+    [-0.16863, 0.62947, -0.19216, -0.08876],
+]
+MOMENTS = [-0.005627529958515675, 0.1473143115099102]
+
+
+def test_pytorch_fid_prepares_images_in_its_own_way(network, tmp_path, monkeypatch):
+    y, x, c = np.mgrid[:40, :56, :3]
+    image = torch.from_numpy(np.uint8((37 * x + 101 * y + 53 * c + 7 * x * y) % 256)).permute(2, 0, 1)[None]
+    monkeypatch.setitem(weights.INCEPTION, "pytorch-fid", stored(public_inception(), tmp_path, "inception.pth"))
+    other = inception.load(tmp_path, whose="pytorch-fid")
+    prepared = other.prepare(image)
+    at = prepared[0, :, [0, 150, 298, 33], [0, 7, 298, 201]]
+    torch.testing.assert_close(at, torch.tensor(PYTORCH_FID), rtol=0, atol=2e-5)
+    assert [float(prepared.mean()), float(prepared.square().mean())] == pytest.approx(MOMENTS, rel=1e-5)
+    # The same network behind it, under another name; torch-fidelity's is TensorFlow 1's.
+    assert all(
+        torch.equal(a, b) for a, b in zip(other.state_dict().values(), network.state_dict().values(), strict=True)
+    )
+    assert (network.name, other.name) == ("inception-v3-2015-12-05", "inception-v3-2015-12-05 (pytorch-fid)")
+    assert network.prepare is inception.torch_fidelity and (network(image) - other(image)).abs().max() > 0.05
 
 
 def test_inception_reads_uint8_rgb_alone(network):
@@ -137,7 +165,7 @@ def test_a_weight_file_is_checked(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="not the file that numbers are named after"):
         weights.load(file._replace(sha256="00000000"), tmp_path)
     state.pop("Mixed_6a.branch3x3.bn.bias")
-    monkeypatch.setitem(weights.INCEPTION, "pytorch-fid", stored(state, tmp_path, "c.pth"))
+    monkeypatch.setitem(weights.INCEPTION, "torch-fidelity", stored(state, tmp_path, "c.pth"))
     with pytest.raises(RunError, match=r"lacks \['Mixed_6a\.branch3x3\.bias'"):
         inception.load(tmp_path)
     (tmp_path / "d.pth").write_bytes(b"no weights")
@@ -224,10 +252,39 @@ def pil(images: torch.Tensor, size: int, pixels) -> torch.Tensor:
     return (x - torch.tensor(pixels[0])[:, None, None]) / torch.tensor(pixels[1])[:, None, None]
 
 
+def slow_hub_positions(table: torch.Tensor, m: int, n: int) -> torch.Tensor:
+    """(m^2, D) -> (n^2, D) as the hub's model: pixel i of the new grid is taken at (i + 1/2) m / (n + .1) - 1/2, by Keys' kernel
+    with a = -3/4, edges repeated."""
+
+    def weights_at(i: int) -> torch.Tensor:
+        at, row = (i + 0.5) * m / (n + 0.1) - 0.5, torch.zeros(m)
+        for j in range(math.floor(at) - 1, math.floor(at) + 3):
+            d, a = abs(at - j), -0.75
+            w = (a + 2) * d**3 - (a + 3) * d**2 + 1 if d <= 1 else a * (d**3 - 5 * d**2 + 8 * d - 4)
+            row[min(max(j, 0), m - 1)] += w
+        return row
+
+    matrix = torch.stack([weights_at(i) for i in range(n)])
+    return torch.einsum("ia,jb,abd->ijd", matrix, matrix, table.reshape(m, m, -1)).reshape(n * n, -1)
+
+
+def test_positions_of_dinov2_are_the_hubs():
+    table = torch.randn(1, 1 + 37**2, 3, generator=torch.Generator().manual_seed(0))
+    found = embed.hub_positions(table, 16)
+    torch.testing.assert_close(found[0, 1:], slow_hub_positions(table[0, 1:], 37, 16), rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[:, 0], table[:, 0]) and embed.hub_positions(table, 37) is table
+    plain = F.interpolate(table[:, 1:].reshape(1, 37, 37, 3).permute(0, 3, 1, 2), (16, 16), mode="bicubic")
+    assert (found[0, 1:] - plain.permute(0, 2, 3, 1).reshape(256, 3)).abs().max() > 0.1
+
+
 def test_dinov2_gives_the_class_token(dinov2):
     net, images = embed.DINOv2(str(dinov2)), picture(300, 260)
     with pretrained.quiet("transformers"):
         library = Dinov2Model.from_pretrained(dinov2).eval().requires_grad_(False)
+    # Positions as slow_hub_positions has them, in the place of the library's own.
+    table = library.embeddings.position_embeddings
+    table = torch.cat([table[:, :1], slow_hub_positions(table[0, 1:], 4, 16)[None]], dim=1)
+    library.embeddings.position_embeddings = torch.nn.Parameter(table, False)
     expected = library(pixel_values=pil(images, 224, embed.IMAGENET)).pooler_output
     assert net.features == 16 and net(images).shape == (2, 16) and float(expected.std()) > 0.1
     torch.testing.assert_close(net(images), expected, rtol=1e-3, atol=1e-3)

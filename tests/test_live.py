@@ -396,6 +396,21 @@ def test_space_is_the_identity_on_pixels():
     assert space.pixels(space.x0(pixels, 0, torch.arange(1))).equal(pixels)
 
 
+def test_pixels_become_8_bits_as_the_papers_scripts_have_it():
+    """EDM2: (127.5 x + 128) cut down, which is rounding; ADM: 127.5 (x + 1) cut down. Its img64: x0 = pixel / 127.5 - 1."""
+    run = recipes.RECIPES["edm2-img64-s"]()
+    pixels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 256)[..., None].contiguous()
+    space = Space(run.data, run.latent, 0.5, "cpu")
+    assert torch.equal(space.x0(pixels, 0, torch.arange(1)), pixels.float() / 127.5 - 1)
+    x0 = torch.rand(1, 3, 50, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2.4 - 1.2
+    assert torch.equal(space.pixels(x0), (x0 * 127.5 + 128).clip(0, 255).to(torch.uint8))
+    adm = Space(run.data, run.latent, 0.5, "cpu", "truncate")
+    assert torch.equal(adm.pixels(x0), ((x0 + 1) * 127.5).clip(0, 255).to(torch.uint8))
+    assert 0.3 < (space.pixels(x0) != adm.pixels(x0)).float().mean() < 0.6
+    run = config.resolve(config.as_tree(run), ["sample.to_uint8=truncate", "data.source=x"])[0]
+    assert generate.opened_space(run).to_uint8 == "truncate"
+
+
 def test_a_larger_folder_than_memory_trains(tmp_path, monkeypatch):
     folder_of_images(tmp_path / "images", {"a": 10, "b": 10}, size=20)
     monkeypatch.setattr(dataset, "IN_MEMORY", 0)

@@ -18,8 +18,10 @@ from gesso.data.sources import open_source
 from gesso.errors import UsageError
 from gesso.evaluate import compare, drawer, embed, lpips, measure, metrics, parts, shapes, shipped, validation, weights
 from gesso.evaluate.features import load_digit_features
+from gesso.evaluate.manifold import manifold
 from gesso.evaluate.parts import Work
 from gesso.evaluate.pictures import Pictures, open_pictures
+from gesso.evaluate.statistics import Statistics
 
 CPU = torch.device("cpu")
 SILENT = lambda done, total: None  # noqa: E731
@@ -63,8 +65,8 @@ def test_a_run_is_measured(folder):
     real = torch.cat(list(open_pictures("digits", 8).batches(500)))
     expected = [frechet(network(drawn(folder, run, seeds)), network(real)) for seeds in (range(75), range(75, 150))]
     assert result["scores"]["fd_digits"]["values"] == pytest.approx(expected, rel=1e-6)
-    assert result["scores"]["fd_digits"]["least"] == pytest.approx(min(expected), rel=1e-6)
-    assert f"least of 2: {min(expected):.4f}" in lines[0] and "75 samples beside 1,797 of digits" in lines[1]
+    assert result["scores"]["fd_digits"]["best"] == pytest.approx(min(expected), rel=1e-6)
+    assert f"best of 2: {min(expected):.4f}" in lines[0] and "75 samples beside 1,797 of digits" in lines[1]
     (recorded,) = json.loads((folder / "scores.json").read_text()).values()
     assert recorded == result and recorded["protocol"]["reference_images"] == 1797
     assert result["speed"].keys() == {"images_per_second"} and 0 < result["speed"]["images_per_second"] < 1e6
@@ -246,7 +248,9 @@ def test_agreement_of_digits(folder):
 
 
 def test_diversity_under_other_sizes(tmp_path, monkeypatch):
-    """The mean over seeds of the mean LPIPS of all pairs among five sizes; and without the two smallest."""
+    """The mean over seeds of the mean LPIPS of all pairs among five sizes; and without those below the run's resolution."""
+    assert drawer.SIZES["lpips"] == (64, 128, 256, 512, 1024)
+    monkeypatch.setitem(drawer.SIZES, "lpips", (8, 16, 32, 64, 1024))
     folder, sizes = tmp_path / "run", drawer.SIZES["lpips"]
     written(folder, "shapes-class", **{"control.variables": "size", "control.schedule": "uniform"})
     trunk, heads = public_lpips("alex")
@@ -264,9 +268,108 @@ def test_diversity_under_other_sizes(tmp_path, monkeypatch):
         distance = {(i, j): float(network(made[i], made[j])) for j in range(5) for i in range(j)}
         every.append(sum(distance.values()) / 10)
         sharp.append(sum(v for (i, _), v in distance.items() if i >= 2) / 3)
-    assert sizes[2] == drawer.LEAST and min(every) > 1e-4 and every != pytest.approx(sharp)
+    assert sizes[2] == run.data.resolution and min(every) > 1e-4 and every != pytest.approx(sharp)
     assert scores["lpips"]["values"] == pytest.approx([sum(every) / 3], rel=1e-3)
     assert scores["lpips_hr"]["values"] == pytest.approx([sum(sharp) / 3], rel=1e-3)
+
+
+@pytest.mark.parametrize("sizes", [(8, 16, 32), (8, 64), (64, 128)])
+def test_sizes_below_the_resolution_are_left_out(sizes, monkeypatch):
+    """lpips_hr: of 64 pixels none below 64; where no pair is left there is no such number."""
+    monkeypatch.setitem(drawer.SIZES, "lpips", sizes)
+
+    class Drawn:
+        run = config.Run(net=config.DiT(), data=config.Data(resolution=64))
+
+        def images(self, seeds, control):
+            yield torch.full((2, 3, 1, 1), int(control["size"].split("x")[0])), None
+
+    distance = lambda a, b: (a - b).abs().float().mean((1, 2, 3))  # noqa: E731
+    rows = drawer.distances(Drawn(), "lpips", distance, [0, 1])["lpips"]["rows"]
+    every = {(8, 16, 32): 16.0, (8, 64): 56.0, (64, 128): 64.0}[sizes]
+    assert rows.tolist() == [[every, 64.0] if sizes == (64, 128) else [every]] * 2
+
+
+def test_scores_are_repeated_one_by_one(folder):
+    """eval.repeated: only those on other seeds; the best of each in its own direction."""
+    cfg = "eval.scores=fd_digits,agreement"
+    every = measure.scores_of(Work(folder, asked(folder, cfg, "eval.repeats=3"), CPU), SILENT)[0]
+    run = asked(folder, cfg, "eval.repeats=3", "eval.repeated=fd_digits")
+    result = measure.scores_of(Work(folder, run, CPU), SILENT)[0]
+    assert [len(every["scores"][name]["values"]) for name in ("fd_digits", "class_agreement")] == [3, 3]
+    assert result["scores"]["fd_digits"] == every["scores"]["fd_digits"]
+    once = result["scores"]["class_agreement"]
+    assert once["values"] == every["scores"]["class_agreement"]["values"][:1] and once["best"] == once["values"][0]
+    assert result["protocol"]["repeated"] == ["fd_digits"] and "repeated" not in every["protocol"]
+    for name, choose in (("fd_digits", min), ("class_agreement", max)):
+        assert every["scores"][name]["best"] == choose(every["scores"][name]["values"])
+
+
+def test_the_best_is_in_a_scores_own_direction():
+    """Distances, losses and conditional diversity: the least; inception score, precision, recall, agreement: the greatest."""
+    values = [2.0, 3.0, 1.0]
+    for name in (
+        "fid",
+        "kid",
+        "fd_dinov2",
+        "kd_dinov2",
+        "fd_clip",
+        "lpips",
+        "lpips_hr",
+        "told_digits",
+        "loss",
+        "loss_0_10",
+    ):
+        assert measure._summed(name, {name: values})["best"] == 1.0, name
+    for name in (
+        "is",
+        "precision",
+        "recall_dinov2",
+        "density",
+        "coverage",
+        "clip",
+        "class_agreement",
+        "all",
+        "relation",
+    ):
+        assert measure._summed(name, {name: values})["best"] == 3.0, name
+    # A spread is that of the repetition that was best.
+    spread = measure._summed("is_std", {"is": values, "is_std": [0.1, 0.3, 0.2]})
+    assert spread["best"] == 0.3 and spread["values"] == [0.1, 0.3, 0.2]
+
+
+def test_precision_and_recall_are_over_all_samples(monkeypatch):
+    """As ADM's evaluator: 10k of the reference beside all samples; density and coverage over 10k of each."""
+    monkeypatch.setattr(compare, "NEIGHBOURS", 40)
+    g = torch.Generator().manual_seed(0)
+    real, made = torch.randn(60, 2, generator=g), 1.2 * torch.randn(150, 2, generator=g)
+    sets = [Statistics(metrics.Moments(), rows) for rows in (made, real)]
+    found = compare.scored("pr", *sets, torch.nn.Linear(1, 1))
+    some, every = compare._shuffled(real)[:40].double(), made.double()
+    radius = {
+        name: torch.cdist(x, x).kthvalue(4, dim=1).values for name, x in (("real", some), ("made", every))
+    }  # 4: the sample itself is nearest
+    distance = torch.cdist(every, some)
+    assert found["precision"] == pytest.approx(float((distance <= radius["real"]).any(1).double().mean()))
+    assert found["recall"] == pytest.approx(float((radius["made"] >= distance.T).any(1).double().mean()))
+    few = manifold(some, compare._shuffled(made)[:40], 5)
+    assert (found["density"], found["coverage"]) == (few.density, few.coverage)
+
+
+def test_kernel_distance_of_few_samples_is_refused_before_any_is_drawn(folder, monkeypatch):
+    monkeypatch.setattr(generate, "generate", None)
+    monkeypatch.setattr(measure, "_load", lambda *given: compare.load("digits", None, "cpu"))
+    with pytest.raises(UsageError, match=r"subsets of 1,000 pictures, and one set has 75.*eval\.kid_subset to 75"):
+        measure.scores_of(Work(folder, asked(folder, "eval.scores=kid"), CPU), SILENT)
+
+
+def test_captions_that_a_protocol_draws_for_again_are_noted(folder):
+    prompts = [drawer.Prompt("a cat", 0)] * 60
+    run = asked(folder, "eval.protocol=berrada-coco")
+    (note,) = measure._repeated_captions(run, prompts)
+    assert "75 samples of 60 captions" in note and "eval.images=60" in note
+    for some, captions in ((run, prompts * 2), (asked(folder), prompts), (run, None)):
+        assert measure._repeated_captions(some, captions) == []
 
 
 def test_digits_told_two_sizes(tmp_path):
@@ -319,7 +422,7 @@ def test_every_score_can_be_asked_for():
 
 
 def test_several_scores_of_one_drawing(folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(weights.INCEPTION, "pytorch-fid", stored(public_inception(), tmp_path, "inception.pth"))
+    monkeypatch.setitem(weights.INCEPTION, "torch-fidelity", stored(public_inception(), tmp_path, "inception.pth"))
     settings = ("eval.scores=[fid,is,fd_digits]", f"eval.weights={tmp_path}", "eval.images=12")
     reference = tmp_path / "real"
     reference.mkdir()

@@ -25,13 +25,20 @@ def test_what_the_papers_say(folder):
     assert (run.sample.sampler, run.sample.steps, run.sample.eta) == ("euler", 250, 0)
     assert generate.strength(at(256)(run)) == 1.5 and generate.strength(at(512)(run)) == 2.0
     run = protocols.measured(folder, "edm2", [])
-    assert run.eval.repeats == 3 and run.eval.scores == ("fid", "fd_dinov2") and run.eval.labels == "random"
+    assert (
+        (run.eval.repeats, run.eval.repeated, run.eval.resize) == (3, ("fid",), "adm")
+        and run.eval.scores == ("fid", "fd_dinov2")
+        and run.eval.labels == "random"
+    )
     assert run.sample.sampler == "heun" and 2 * run.sample.steps - 1 == 63
     run = protocols.measured(folder, "dit", [])
+    assert (run.sample.to_uint8, run.eval.resize, run.eval.inception) == ("round", "adm", "torch-fidelity")
+    adm = protocols.measured(folder, "adm", [])
+    assert (adm.sample.to_uint8, adm.eval.resize, adm.eval.inception) == ("truncate", "adm", "torch-fidelity")
     assert run.sample.guidance == 1.5 and run.sample.eta == 1 and generate.strength(at(512)(run)) == 1.5
     run = protocols.measured(folder, "berrada-coco", ["eval.reference=coco"])
     assert (run.sample.steps, generate.strength(at(512)(run))) == (25, 5.0)
-    assert run.eval.scores == ("fid", "clip") and run.eval.prompts == "coco"
+    assert run.eval.images == 40_504 and run.eval.scores == ("fid", "clip") and run.eval.prompts == "coco"
     run = protocols.measured(folder, "sd3", ["eval.reference=coco", "eval.prompts=mine"])
     assert run.eval.scores == ("fd_clip", "clip") and run.eval.prompts == "mine"
 
@@ -39,7 +46,8 @@ def test_what_the_papers_say(folder):
 @pytest.mark.parametrize("name", protocols.PROTOCOLS)
 def test_every_protocol_is_a_run_that_could_be_measured(name, folder):
     run = protocols.measured(folder, name, ["eval.reference=somewhere", "sample.batch_size=7", "sample.sigma_rel=0.05"])
-    assert run.eval.protocol == name and run.eval.images == 50_000 and run.eval.scores
+    images = 40_504 if name in ("berrada-coco", "sd3") else 50_000
+    assert run.eval.protocol == name and run.eval.images == images and run.eval.scores
     assert (run.sample.batch_size, run.sample.sigma_rel, run.eval.reference) == (7, 0.05, "somewhere")
 
 

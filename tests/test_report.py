@@ -206,7 +206,7 @@ def measurement(fid: float, name: str = "berrada", **protocol) -> dict:
         "labels": None,
         "networks": {"inception": "x"},
     }
-    return {"scores": {"fid": {"values": [fid], "least": fid, "mean": fid}}, "protocol": told | protocol}
+    return {"scores": {"fid": {"values": [fid], "best": fid, "mean": fid}}, "protocol": told | protocol}
 
 
 def test_each_way_of_measuring_has_a_table_of_its_own(tmp_path):
@@ -217,7 +217,7 @@ def test_each_way_of_measuring_has_a_table_of_its_own(tmp_path):
         json.dumps({"1": measurement(6.75, nimg=9000, sigma_rel=0.1), "2": measurement(8.5, steps=50)})
     )
     one = checked(report.write([a], None))
-    assert "Measured" in one.headings and {"7.25", "2.5", "least of 3", "berrada: 50,000 samples, image 4,000"} <= set(
+    assert "Measured" in one.headings and {"7.25", "2.5", "best of 3", "berrada: 50,000 samples, image 4,000"} <= set(
         one.text
     )
     lossy = {"loss": 0.5, **{f"loss_{10 * i}_{10 * i + 10}": i + 0.125 for i in range(10)}}

@@ -23,13 +23,13 @@ from gesso.config.net import (
     mmditpp,
 )
 from gesso.config.process import EDM, RF, VP, Process
-from gesso.config.run import Data, Ema, Eval, Latent, Run
+from gesso.config.run import Data, Ema, Eval, Latent, Resize, Run
 from gesso.config.sample import Sample
 from gesso.config.train import Group, Loss, Optim, Train
 from gesso.config.watch import Watch
 
 __all__ = [
     "CONTROLS", "EDM", "EDM2", "MDT", "RF", "VP", "Control", "Controls", "Data", "DiT", "DiTAtt", "EDM2Ladder", "Ema", "Eval", "Group", "Init", "Inputs", "Latent", "Loss", "MMDiT",
-    "MMDiTpp", "MPDiT", "MPMMDiTpp", "Net", "Optim", "PixArt", "Process", "Run", "Sample", "Semantic", "Train", "UNet", "Watch",
+    "MMDiTpp", "MPDiT", "MPMMDiTpp", "Net", "Optim", "PixArt", "Process", "Resize", "Run", "Sample", "Semantic", "Train", "UNet", "Watch",
     "as_tree", "differences", "edm2", "explained", "flat", "mmditpp", "nearest", "read", "recorded", "resolve", "to_yaml", "validate", "write",
 ]  # fmt: skip

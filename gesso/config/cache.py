@@ -26,7 +26,7 @@ WIDEST = 2.0
 """aspect of the widest bucket; the tallest has its inverse"""
 FLAGS = {
     "--resolution": "data.resolution", "--channels": "data.channels", "--crop-scale": "data.crop_scale",
-    "--flip": "data.flip", "--vae": "latent.vae", "--convention": "latent.convention", "--text": "semantic.encoder",
+    "--flip": "data.flip", "--resize": "data.resize", "--vae": "latent.vae", "--convention": "latent.convention", "--text": "semantic.encoder",
     "--tokens": "semantic.tokens", "--views": "views", "--dtype": "dtype", "--blur-faces": "blur_faces",
     "--buckets": "buckets", "--shard-images": "shard_images", "--batch-size": "batch_size",
 }  # fmt: skip

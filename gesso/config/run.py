@@ -14,6 +14,9 @@ from gesso.config.sample import Sample
 from gesso.config.train import Loss, Optim, Train
 from gesso.config.watch import Watch
 
+Resize = Literal["lanczos", "adm", "bicubic"]
+"""how a picture becomes smaller or larger (data/crops.py)"""
+
 
 class Data(Settings):
     """Which images, and how they become x0."""
@@ -28,8 +31,12 @@ class Data(Settings):
     flip: bool = False
     """mirror half of the samples, keyed to the sample"""
     crop_scale: tuple[Share, Share] | None = None
-    """null: the largest box of the output's aspect, in the middle (ADM's crop); else a box of its own for each sample, at
+    """null: the largest box of the output's aspect, in the middle; else a box of its own for each sample, at
     random, whose area is a share of that one in this range: .9,1 global, .4,.6 local, .4,1 mix (Berrada et al. Section 3.4)"""
+    resize: Resize = "lanczos"
+    """lanczos: Pillow's Lanczos filter, once; adm: the pixels of ADM's code, which EDM2 and DiT prepare ImageNet with: halved by a
+    box filter while twice too large, then bicubic, EXIF orientation and transparency ignored; bicubic: antialiased, in floating
+    point, as clean-fid's. What a cache holds is settled when it is written"""
     window: Positive | None = None
     """files of a cache whose images are shuffled together, so that few are needed at a time (object storage); null: all"""
     held_out: Annotated[Count, Field(ge=0)] = 0
@@ -127,17 +134,23 @@ class Eval(Settings):
     loss_pairs: Positive = 10_000
     """of an image and a noise level, images in turn, that loss is taken over; watch.validate_samples for the log's own"""
     repeats: Positive = 1
-    """times, with other seeds; EDM2 reports the least of three"""
+    """times, with other seeds; EDM2 reports the best of three"""
+    repeated: Annotated[tuple[Score, ...], BeforeValidator(parse_words)] = ()
+    """scores that are repeated, of those in `scores`; the others are measured once. Empty: all"""
     reference: str | None = None
     """pictures to compare with, as data.source; null: those that the run was trained on"""
+    resize: Resize | None = None
+    """filter that resizes the reference, as data.resize; null: that of the training images"""
     prompts: str | None = None
     """whose captions samples are drawn for; null: those of data.source"""
     labels: Literal["turn", "random"] = "turn"
     """of samples: all classes in turn, or drawn by seed"""
     weights: str | None = None
     """folder of the feature networks' public files; null: torch's cache, where they are fetched to"""
-    inception: Literal["pytorch-fid", "nvidia"] = "pytorch-fid"
-    """whose file of the network: that of torch-fidelity too, or the TorchScript, as EDM2 measured"""
+    inception: Literal["torch-fidelity", "pytorch-fid", "nvidia"] = "torch-fidelity"
+    """whose implementation: resized as TensorFlow 1, as ADM measured; between pixel centres; or the TorchScript, as EDM2 measured"""
+    kid_subset: Annotated[int, Field(ge=2)] = 1000
+    """samples of each of the 100 subsets that kid and kd_dinov2 average over"""
     lpips: Literal["alex", "vgg"] = "alex"
     """the network of lpips: AlexNet or VGG16"""
     dinov2: str = "facebook/dinov2-large"

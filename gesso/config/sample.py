@@ -19,6 +19,8 @@ class Sample(Settings):
     """which levels: EDM has karras; VP linspace, trailing, leading, karras; RF linear, karras; the first is what null means"""
     shift: PositiveFloat = 1.0
     """factor on sigma = s/alpha of every level; SD3's shift in RF"""
+    to_uint8: Literal["round", "truncate"] = "round"
+    """how samples of a network in pixels become 8-bit; ADM's scripts truncate. Latents: as their convention says"""
     last: Literal["zero", "first"] = "zero"
     """where the last step goes; first is VP's lowest level (diffusers' set_alpha_to_one=False)"""
     eta: Probability = 0.0

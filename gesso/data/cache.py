@@ -131,7 +131,9 @@ class Cache(Dataset):
         return torch.from_numpy(np.flatnonzero(np.isin(self.bucket_of, wanted)))
 
     def settled(self, run: Run) -> dict[str, dict[str, object]]:
-        data = {name: getattr(self.plan.data, name) for name in ("resolution", "channels", "flip", "crop_scale")}
+        data = {
+            name: getattr(self.plan.data, name) for name in ("resolution", "channels", "flip", "crop_scale", "resize")
+        }
         data["buckets"] = tuple(self.buckets) if len(self.buckets) > 1 else None
         names = ("vae", "convention", "channels", "factor")
         latent = {name: getattr(self.plan.latent, name) for name in names} if self.latents else {"vae": None}

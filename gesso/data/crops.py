@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gesso.config import Data
+from gesso.config import Data, Resize
 
 UNIFORMS = 4
 """draws of a view: scale, top, left, flip"""
@@ -35,7 +35,7 @@ class View(NamedTuple):
 
 
 def centred(height: int, width: int, aspect: float = 1.0) -> View:
-    """The largest box of aspect width / height in the middle: ADM's crop, where the aspect is 1."""
+    """The largest box of aspect width / height in the middle."""
     h, w = min(1.0, width / (height * aspect)), min(1.0, height * aspect / width)
     return View((1 - h) / 2, (1 - w) / 2, (1 + h) / 2, (1 + w) / 2)
 
@@ -53,18 +53,68 @@ def drawn(data: Data, height: int, width: int, u: Sequence[float], aspect: float
     return View(top, left, top + h, left + w, flip)
 
 
-def taken(image: Image.Image, view: View, height: int, width: int) -> np.ndarray:
-    """The view of a picture, resized with Lanczos's filter in one step: (C, height, width) uint8.
+def taken(image: Image.Image, view: View, height: int, width: int, resize: Resize = "lanczos") -> np.ndarray:
+    """Return the view of a picture at the size of the output: (C, height, width) uint8.
 
-    The filter looks beyond the box where there is picture, so that the edge of a crop is as sharp as its middle.
+    Every filter looks beyond the box where there is picture, so that the edge of a crop is as sharp as its middle.
     """
-    W, H = image.size
-    box = (view.left * W, view.top * H, view.right * W, view.bottom * H)
-    box = tuple(min(max(edge, 0.0), float(most)) for edge, most in zip(box, (W, H, W, H), strict=True))
-    if (width, height) != (W, H) or box != (0, 0, W, H):
-        image = image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    image = FILTERS[resize](image, view, height, width)
     pixels = np.asarray(image).reshape(height, width, -1).transpose(2, 0, 1)
     return (pixels[:, :, ::-1] if view.flip else pixels).copy()
+
+
+def lanczos(image: Image.Image, view: View, height: int, width: int) -> Image.Image:
+    """Resize the box with Pillow's Lanczos filter in one step."""
+    box = _pixels(image, view)
+    if (width, height) == image.size and box == (0, 0, *image.size):
+        return image
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+
+
+def adm(image: Image.Image, view: View, height: int, width: int) -> Image.Image:
+    """Resize and crop as ADM's code (guided-diffusion, image_datasets.py), which EDM2 and DiT use on ImageNet.
+
+    The picture is halved with a box filter while its shorter edge is at least twice too large, then resized to its final size
+    with a bicubic filter, then cropped at whole pixels. Too large is measured on the largest box of the output's aspect; a view
+    whose box is s times as wide and high needs a picture 1/s times as large, as ADM's own random crops do. In the middle the
+    crop begins at (size - output) // 2; elsewhere at the nearest pixel, so that a box is met within half an output pixel.
+    """
+    side = max(view.bottom - view.top, view.right - view.left)
+    while min(image.width / width, image.height / height) >= 2 / side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height) / side
+    w, h = round(image.width * scale), round(image.height * scale)
+    image = image.resize((w, h), Image.Resampling.BICUBIC)
+    left, top = _start(w - width, view.left, view.right), _start(h - height, view.top, view.bottom)
+    return image.crop((left, top, left + width, top + height))
+
+
+def bicubic(image: Image.Image, view: View, height: int, width: int) -> Image.Image:
+    """Resize the box with Pillow's antialiased bicubic filter in float32, clipped to 0..255, rounded once (clean-fid)."""
+    size, box = (width, height), _pixels(image, view)
+    planes = [
+        np.asarray(plane.convert("F").resize(size, Image.Resampling.BICUBIC, box=box)).clip(0, 255)
+        for plane in image.split()
+    ]
+    values = np.rint(np.stack(planes, axis=2)).astype(np.uint8)
+    return Image.fromarray(values[:, :, 0] if len(planes) == 1 else values)
+
+
+FILTERS = {"lanczos": lanczos, "adm": adm, "bicubic": bicubic}
+"""by data.resize: (picture, view, height, width) -> picture of that size, not mirrored"""
+
+
+def _pixels(image: Image.Image, view: View) -> tuple[float, float, float, float]:
+    """Return the box of a view in pixels: left, upper, right, lower, within the picture."""
+    W, H = image.size
+    box = (view.left * W, view.top * H, view.right * W, view.bottom * H)
+    return tuple(min(max(edge, 0.0), float(most)) for edge, most in zip(box, (W, H, W, H), strict=True))
+
+
+def _start(room: int, low: float, high: float) -> int:
+    """Return the first pixel of a crop that leaves `room` pixels free, of a box from `low` to `high`; halves round down."""
+    free = 1 - (high - low)
+    return 0 if room <= 0 or free <= 0 else min(max(math.ceil(room * low / free - 0.5 - 1e-6), 0), room)
 
 
 def columns(sizes: Tensor, boxes: Tensor, flips: Tensor, tone: Tensor) -> Mapping[str, Tensor]:

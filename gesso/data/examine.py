@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from gesso import files, keyed
-from gesso.config import Data
+from gesso.config import Data, Resize
 from gesso.data import crops
 from gesso.data.cache import Cache
 from gesso.data.listing import Source
@@ -41,6 +41,7 @@ class Asked(NamedTuple):
     seed: int = 0
     vae: str | None = None
     convention: str = "dit"
+    resize: Resize = "lanczos"
 
 
 def shares(text: str) -> tuple[float, float]:
@@ -77,8 +78,8 @@ def examine(where: str, limit: int, asked: Asked, out: Path, console: Console) -
 
 def refuse_for_caches(asked: Asked) -> None:
     """Raise UsageError for what a cache has settled."""
-    for name in ("crop_scale", "flip", "resolution", "seed"):
-        if getattr(asked, name):
+    for name in ("crop_scale", "flip", "resolution", "seed", "resize"):
+        if getattr(asked, name) != Asked._field_defaults[name]:
             raise UsageError(f"--{name.replace('_', '-')} has no effect: the views of a cache are those that it holds")
 
 
@@ -105,6 +106,7 @@ def source_rows(source: Source, sizes: np.ndarray, asked: Asked) -> tuple[list[R
         resolution=asked.resolution or min(MOST, shorter),
         flip=asked.flip,
         crop_scale=asked.crop_scale,
+        resize=asked.resize,
     )
     places = spread(len(source), asked.rows).tolist()
     shown, notes = lambda x: x, []
@@ -137,11 +139,11 @@ def source_row(source: Source, i: int, data: Data, K: int, seed: int, shown: Cal
             x, whole = shown(torch.from_numpy(item.image)[None]), None
             size, drawn = item.size or (data.resolution,) * 2, [crops.View(0.0, 0.0, 1.0, 1.0)]
         else:
-            whole, (H, W) = item.picture(3)
+            whole, (H, W) = item.picture(3, resize=data.resize)
             size, R = item.size or (H, W), data.resolution
             u = [keyed.uniform(seed, torch.tensor([i]), f"view {v}", crops.UNIFORMS)[0].numpy() for v in range(K)]
             drawn = views(data, H, W, np.stack(u))
-            x = torch.from_numpy(np.stack([crops.taken(whole, view, R, R) for view in drawn]))
+            x = torch.from_numpy(np.stack([crops.taken(whole, view, R, R, data.resize) for view in drawn]))
     except Unreadable as error:
         return Row(_title(i, source.name(i)), f"unreadable: {error.reason}", None, None)
     return Row(_title(i, item.name), text, whole, samples(x, size, drawn, label, i))

@@ -79,11 +79,11 @@ def load(source: Source, data: Data, seed: int = 0, progress: Progress = lambda 
     def read(i: int) -> tuple[np.ndarray, tuple[int, int]] | Unreadable:
         try:
             item = source.item(i)
-            image, whole = item.picture(data.channels)
+            image, whole = item.picture(data.channels, resize=data.resize)
         except Unreadable as error:
             return Unreadable(error.name, error.reason)  # without the frames that the caught one holds
         view = crops.centred(image.height, image.width)
-        return crops.taken(image, view, data.resolution, data.resolution), item.size or whole
+        return crops.taken(image, view, data.resolution, data.resolution, data.resize), item.size or whole
 
     n, kept, sizes, unreadable = len(source), [], [], []
     # Filled from the front: an image that cannot be read takes no place.

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from gesso import files
+from gesso.config import Resize
 from gesso.data import pixels
 from gesso.errors import GessoError, Unreadable, UsageError
 
@@ -46,10 +47,15 @@ class Item(NamedTuple):
     caption: str
     size: tuple[int, int] | None = None
 
-    def picture(self, channels: int, least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
-        """As pixels.decode; what cannot be read has the name."""
+    def picture(
+        self, channels: int, least: int | None = None, resize: Resize = "lanczos"
+    ) -> tuple[Image.Image, tuple[int, int]]:
+        """As pixels.decode, for the filter `resize`; what cannot be read has the name.
+
+        Only lanczos takes JPEGs that the decoder reduced: adm and bicubic are defined on the full picture.
+        """
         try:
-            return pixels.decode(self.image, channels, least)
+            return pixels.decode(self.image, channels, least if resize == "lanczos" else None, upright=resize != "adm")
         except Unreadable as error:
             raise Unreadable(self.name, error.reason) from error
 

@@ -79,13 +79,14 @@ class Live(Dataset):
                         crops.View(0.0, 0.0, 1.0, 1.0),
                         item.size or (data.resolution,) * 2,
                     )
-                image, whole = item.picture(data.channels, self._least())
+                image, whole = item.picture(data.channels, self._least(), data.resize)
             except Unreadable as error:
                 self._note(j, error.name, error.reason)
                 continue
             size = item.size or whole
             view = crops.drawn(data, *whole, u)
-            return j, torch.from_numpy(crops.taken(image, view, data.resolution, data.resolution)), view, size
+            x = crops.taken(image, view, data.resolution, data.resolution, data.resize)
+            return j, torch.from_numpy(x), view, size
         raise RunError(f"no image of {self.where} can be read")
 
     def _least(self) -> int:

@@ -28,12 +28,17 @@ UPRIGHT = {
 }
 
 
-def decode(image: bytes | np.ndarray, channels: int, least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+def decode(
+    image: bytes | np.ndarray, channels: int, least: int | None = None, upright: bool = True
+) -> tuple[Image.Image, tuple[int, int]]:
     """The picture in mode L (1 channel) or RGB (3), upright, transparent parts on white; height and width of the whole.
 
     `image` is an encoded file, or (H, W, 1 or 3) uint8. `least` is the shorter edge that will be needed: a JPEG may
     then be decoded at a half, a quarter or an eighth, never below twice that edge. The height and width are those of
     the original as it is seen, whatever was decoded. Of an animation the first frame counts.
+
+    upright=False returns the pixels that PIL's `convert` gives, as the published loaders of ImageNet do: EXIF orientation is not
+    applied, and transparent parts keep the colour that the file stores for them.
 
     Raises Unreadable (without a name) for what is empty, damaged, cut short, of an unknown format or meaning, or above
     LARGEST pixels. Nothing is used of an image that is not whole.
@@ -49,8 +54,8 @@ def decode(image: bytes | np.ndarray, channels: int, least: int | None = None) -
         if least:
             opened.draft(None, (2 * least, 2 * least))
         opened.load()
-        orientation = _orientation(opened)
-        picture = _plain(opened, channels)
+        orientation = _orientation(opened) if upright else 1
+        picture = _plain(opened, channels, white=upright)
     except Unreadable:
         raise
     except Exception as error:  # whatever a decoder raises on a damaged file
@@ -82,11 +87,11 @@ def _orientation(image: Image.Image) -> int:
     return value if value in UPRIGHT else 1
 
 
-def _plain(image: Image.Image, channels: int) -> Image.Image:
-    """In mode L or RGB."""
+def _plain(image: Image.Image, channels: int, white: bool = True) -> Image.Image:
+    """In mode L or RGB; white: behind transparent parts."""
     if image.mode == "F" or image.mode.startswith("I"):
         image = _eight_bits(image)
-    if image.has_transparency_data:
+    if white and image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     mode = "L" if channels == 1 else "RGB"

@@ -15,11 +15,12 @@ from gesso.errors import UsageError
 class Space:
     """x0 = (raw - data.mean) * sd / data.std per channel, raw being pixels in [-1, 1] or raw latents.
 
-    The VAE is opened when it is first needed: to encode pixels, or to show an image.
+    The VAE is opened when it is first needed: to encode pixels, or to show an image. to_uint8: of samples in pixels, round or
+    truncate.
     """
 
-    def __init__(self, data: Data, latent: Latent, sd: float, device: torch.device | str):
-        self.latent, self.device = latent, torch.device(device)
+    def __init__(self, data: Data, latent: Latent, sd: float, device: torch.device | str, to_uint8: str = "round"):
+        self.latent, self.device, self.to_uint8 = latent, torch.device(device), to_uint8
         self.mean, self.std = (
             torch.tensor(v, dtype=torch.float64, device=self.device)[:, None, None] for v in (data.mean, data.std)
         )
@@ -48,11 +49,12 @@ class Space:
         return x if x.dtype == torch.uint8 else self.vae.decode(x.float().chunk(2, dim=1)[0]).cpu()
 
     def pixels(self, x0: Tensor) -> Tensor:
-        """x0 -> (B, C, H, W) uint8, rounded and clipped."""
+        """Convert x0 to (B, C, H, W) uint8, clipped."""
         raw = x0 * (self.std.to(x0.dtype) / self.sd) + self.mean.to(x0.dtype)
         if self.latent.vae:
             return self.vae.decode(raw)
-        return ((raw + 1) * 127.5).round().clip(0, 255).to(torch.uint8)
+        values = (raw + 1) * 127.5
+        return (values if self.to_uint8 == "truncate" else values.round()).clip(0, 255).to(torch.uint8)
 
 
 def open_vae(latent: Latent, device: torch.device | str) -> VAE:

@@ -2,8 +2,10 @@
 
 Latents are raw here: as the VAE gives them, unscaled. What goes in, and how raw latents become x0, are a convention:
 
-dit   pixels in [-1, 1]; x0 = (z - shift) * scaling, both from the VAE's own settings (LDM, SDXL, SD3, DiT).
-edm2  pixels in [0, 1]; x0 = (z - mean) * sd / std with a fixed mean and std per channel, sd = 0.5.
+dit   pixels in [-1, 1]; x0 = (z - shift) * scaling, both from the VAE's own settings (LDM, SDXL, SD3, DiT). Decoded pixels are
+      rounded to 8 bits.
+edm2  pixels in [0, 1]; x0 = (z - mean) * sd / std with a fixed mean and std per channel, sd = 0.5. Decoded pixels are cut down
+      to 8 bits, as EDM2's code does: half a grey level darker on average.
 
 One cannot read latents of the other.
 
@@ -78,12 +80,16 @@ class VAE:
         return self._finite(latents.mean), self._finite(latents.std)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Raw latents (B, C, h, w) -> uint8 (B, 3, H, W), rounded and clipped. Raises RunError as `encode`."""
+        """Decode raw latents (B, C, h, w) to uint8 (B, 3, H, W), clipped; to whole numbers as the convention says.
+
+        Raises RunError as `encode`.
+        """
         assert z.shape[1] == self.channels, z.shape
         divisor, offset = INPUT[self.convention]
         with torch.no_grad():
             x = self._finite(self.model.decode(z.to(self.device, self.dtype)).sample)
-        return ((x + offset) * divisor).round().clip(0, 255).to(torch.uint8)
+        values = ((x + offset) * divisor).clip(0, 255)
+        return (values if self.convention == "edm2" else values.round()).to(torch.uint8)  # to uint8 cuts down
 
     def _finite(self, x: Tensor) -> Tensor:
         if not bool(x.isfinite().all()):

@@ -177,7 +177,7 @@ def made(work: Work, i: int, u: np.ndarray, smallest: int) -> Made | Unreadable:
                 i, item.label, item.caption, item.size or (data.resolution,) * 2, [(0.0, 0.0, 1.0, 1.0)], [False],
                 np.zeros((1, 2)), torch.from_numpy(item.image)[None],
             )  # fmt: skip
-        picture, whole = item.picture(data.channels, smallest)
+        picture, whole = item.picture(data.channels, smallest, data.resize)
     except Unreadable as error:
         return Unreadable(error.name, error.reason)  # without the frames that the caught one holds
     count = 0
@@ -187,7 +187,7 @@ def made(work: Work, i: int, u: np.ndarray, smallest: int) -> Made | Unreadable:
     bucket = bucket_for(sizes, *whole)
     H, W = sizes[bucket]
     chosen = views(data, *whole, u, W / H)
-    x = np.stack([crops.taken(picture, view, H, W) for view in chosen])
+    x = np.stack([crops.taken(picture, view, H, W, data.resize) for view in chosen])
     sums = np.stack([x.sum((2, 3), dtype=np.int64), np.square(x, dtype=np.uint16).sum((2, 3), dtype=np.int64)])
     return Made(
         i, item.label, item.caption, item.size or whole, [view[:4] for view in chosen], [view.flip for view in chosen],

@@ -5,13 +5,14 @@ Legend: N pictures, D features.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gesso import devices, files
+from gesso.config import Resize
 from gesso.errors import UsageError
 from gesso.evaluate import embed, features, inception, lpips, manifold, metrics, shipped, weights
 from gesso.evaluate.metrics import Moments
@@ -29,8 +30,9 @@ ROWS = ("kid", "is", "pr", "kd_dinov2", "pr_dinov2", "clip", "agreement", "drawn
 ALONE = ("is", "clip", "lpips", "told_digits", "agreement", "drawn", "loss")
 """scores without a reference"""
 OF_RUNS = ("lpips", "told_digits", "agreement", "drawn", "loss")
-MOST_NEIGHBOURS = 10_000
-"""pictures of either set that precision and recall are taken over, as ADM does"""
+NEIGHBOURS = 10_000
+"""pictures of the reference that precision and recall are taken over, beside all samples, as ADM's evaluator has them; density and
+coverage are over so many of each set (Naeem et al. 2020)"""
 
 
 class Asked(NamedTuple):
@@ -40,9 +42,11 @@ class Asked(NamedTuple):
     ref: str | None = None
     scores: tuple[str, ...] = ("fid",)
     resolution: int | None = None
+    resize: Resize = "lanczos"
     count: int | None = None
     weights: Path | None = None
-    inception: str = "pytorch-fid"
+    inception: str = "torch-fidelity"
+    kid_subset: int = metrics.KID_SUBSET
     lpips: str = "alex"
     dinov2: str = embed.DINOV2
     clip: str = embed.CLIP
@@ -57,7 +61,7 @@ def asked(folder: Path | None, settings: list[str], told: dict[str, Any]) -> Ask
     if folder is not None:
         if given:
             raise UsageError(
-                f"--{next(iter(given))} is for pictures (--images DIR); a run takes settings, such as sample.steps=50"
+                f"--{next(iter(given)).replace('_', '-')} is for pictures (--images DIR); a run takes settings, such as sample.steps=50"
             )
         return None
     if "images" not in given:
@@ -88,9 +92,14 @@ def compare(asked: Asked, device: torch.device | str, tick: Tick) -> tuple[dict[
         raise UsageError(f"--inception {asked.inception}: there are {', '.join(weights.INCEPTION)}")
     if asked.ref is None and not set(asked.scores) <= set(ALONE):
         raise UsageError("compared with what? --ref DIR names the reference; only is and clip need none")
-    made = open_pictures(asked.images, asked.resolution, asked.count)
+    if asked.resize not in get_args(Resize):
+        raise UsageError(f"--resize {asked.resize}: there are {', '.join(get_args(Resize))}")
+    made = open_pictures(asked.images, asked.resolution, asked.count, asked.resize)
     ref = _reference(asked, made)
     networks = {name: load(name, asked, device) for name in dict.fromkeys(METRICS[score] for score in asked.scores)}
+    check_subsets(
+        asked.scores, asked.kid_subset, [s.count for s in (made, ref) if isinstance(s, Pictures)], "--kid-subset"
+    )
     total = (made.count + (ref.count if isinstance(ref, Pictures) else 0)) * len(networks)
     seen = Seen(tick, total)
     scores: dict[str, float] = {}
@@ -101,13 +110,15 @@ def compare(asked: Asked, device: torch.device | str, tick: Tick) -> tuple[dict[
         if isinstance(ref, Pictures) and not set(mine) <= set(ALONE):
             y = of_reference(ref, network, rows_needed(mine), asked.batch_size, device, seen)
         for score in mine:
-            scores |= scored(score, x, y, network)
+            scores |= scored(score, x, y, network, asked.kid_subset)
     protocol = {
         "images": made.where, "reference": asked.ref, "count": made.count,
         "reference_count": ref.count if isinstance(ref, Pictures) else None,
-        "size": list(made.size), "resized": "middle square, Lanczos" if made.resized else "no",
+        "size": list(made.size), "resized": made.preparation,
         "networks": {name: network.name for name, network in networks.items()},
     }  # fmt: skip
+    if asked.kid_subset != metrics.KID_SUBSET and {"kid", "kd_dinov2"} & set(asked.scores):
+        protocol["kid_subset"] = asked.kid_subset
     return {"scores": scores, "protocol": protocol}, _lines(scores, protocol, made, networks)
 
 
@@ -133,7 +144,7 @@ def _reference(asked: Asked, made: Pictures) -> "Pictures | Statistics | None":
             raise UsageError(f"there is no file {asked.ref}") from None
         except (OSError, ValueError) as error:
             raise UsageError(f"{asked.ref}: no .npz that can be read ({error})") from None
-    ref = open_pictures(asked.ref, asked.resolution)
+    ref = open_pictures(asked.ref, asked.resolution, resize=asked.resize)
     if ref.size != made.size:
         raise UsageError(
             f"{asked.images} is {made.size[0]}x{made.size[1]}, {asked.ref} {ref.size[0]}x{ref.size[1]}: --resolution "
@@ -172,7 +183,19 @@ def rows_needed(scores: Sequence[str]) -> bool:
     return any(score in ROWS and score not in ALONE for score in scores)
 
 
-def scored(score: str, x: Statistics, y: Statistics | None, network: nn.Module) -> dict[str, float]:
+def check_subsets(scores: Sequence[str], subset: int, counts: Sequence[int], setting: str) -> None:
+    """Raise UsageError for a kernel distance of fewer pictures than one of its subsets has."""
+    names = [score for score in scores if score in ("kid", "kd_dinov2")]
+    if names and min(counts) < subset:
+        raise UsageError(
+            f"{names[0]} is a mean over subsets of {subset:,} pictures, and one set has {min(counts):,}: measure more, or set "
+            f"{setting} to {min(counts)} or fewer, which compares with no published number"
+        )
+
+
+def scored(
+    score: str, x: Statistics, y: Statistics | None, network: nn.Module, kid_subset: int = metrics.KID_SUBSET
+) -> dict[str, float]:
     """Numbers by name, of made pictures x beside a reference y."""
     if score == "is":
         mean, std = metrics.inception_score(
@@ -186,11 +209,13 @@ def scored(score: str, x: Statistics, y: Statistics | None, network: nn.Module) 
     if score == "clip":
         return {"clip": float(x.moments.mean)}
     if score in ("kid", "kd_dinov2"):
-        mean, std = metrics.kernel_distance(y.rows, x.rows)
+        mean, std = metrics.kernel_distance(y.rows, x.rows, size=kid_subset)
         return {score: mean, f"{score}_std": std}
     if score in ("pr", "pr_dinov2"):
-        real, made = (_shuffled(rows)[:MOST_NEIGHBOURS] for rows in (y.rows, x.rows))
-        near, far = manifold.manifold(real, made, 3), manifold.manifold(real, made, 5)
+        device = _double_device(network)
+        real, made = (_shuffled(rows).to(device) for rows in (y.rows, x.rows))
+        real = real[:NEIGHBOURS]
+        near, far = manifold.manifold(real, made, 3), manifold.manifold(real, made[:NEIGHBOURS], 5)
         end = score.removeprefix("pr")
         return {
             f"precision{end}": near.precision, f"recall{end}": near.recall,
@@ -198,6 +223,12 @@ def scored(score: str, x: Statistics, y: Statistics | None, network: nn.Module) 
         }  # fmt: skip
     a, b = x.moments, y.moments
     return {score: metrics.frechet_distance(a.mean, a.cov, b.mean, b.cov)}
+
+
+def _double_device(network: nn.Module) -> torch.device:
+    """Return the device of a network where it has float64, else the CPU."""
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _shuffled(rows: Tensor) -> Tensor:
@@ -219,7 +250,21 @@ def _lines(
         f"{made.count:,} pictures of {made.size[0]}x{made.size[1]} in {made.where}{reference}{count}; "
         f"{', '.join(protocol['networks'].values())}"
     )
-    return [*lines, *too_few(made.count, scores, networks)]
+    return [*lines, *unusual_subsets(protocol), *too_few(made.count, scores, networks)]
+
+
+def unusual_subsets(protocol: dict[str, Any]) -> list[str]:
+    """A note where a kernel distance is over subsets of another size than published ones."""
+    if "kid_subset" not in protocol:
+        return []
+    return [
+        f"note: kernel distances over subsets of {protocol['kid_subset']:,}; published ones have {metrics.KID_SUBSET:,}"
+    ]
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether the best value of a number by that name, as `scored` has it, is the least."""
+    return name.startswith(("fid", "fd_", "kid", "kd_", "lpips", "told_", "loss"))
 
 
 def too_few(count: int, scores: Iterable[str], networks: dict[str, nn.Module]) -> list[str]:

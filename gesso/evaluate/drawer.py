@@ -19,9 +19,8 @@ from gesso.errors import UsageError
 from gesso.evaluate.statistics import Told, features_of
 
 SIZES = {"lpips": (64, 128, 256, 512, 1024), "told": (4, 8)}
-LEAST = 256
-"""original sizes that conditional diversity is measured over, and the least of those of "lpips_hr" (Berrada et al. Table 2a).
-The text of Section 3.1 speaks of ten generations; five sizes make ten pairs. told: those of data.source=digits-coarse"""
+"""original sizes that conditional diversity is measured over (Berrada et al. Table 2a). The text of Section 3.1 speaks of ten
+generations; five sizes make ten pairs. told: those of data.source=digits-coarse"""
 
 
 class Prompt(NamedTuple):
@@ -101,12 +100,14 @@ def embedded(drawer: Drawer, networks: dict[str, nn.Module], seeds: Sequence[int
 
 def distances(drawer: Drawer, name: str, network: nn.Module, seeds: Sequence[int]) -> dict[str, dict[str, Tensor]]:
     """Rows (n, 2): of each seed, class or prompt, and noise, the mean distance between its samples under two of SIZES;
-    of lpips then without those below LEAST (Berrada et al. Section 3.1)."""
+    of lpips then without sizes below the resolution of the run (Berrada et al. Section 3.1), where two are left."""
     sizes = SIZES[name]
     made = [torch.cat([x for x, _ in drawer.images(seeds, {"size": f"{size}x{size}"})]) for size in sizes]
     pairs = [(i, j) for j in range(len(sizes)) for i in range(j)]
     found = torch.stack([network(made[i], made[j]).cpu() for i, j in pairs], dim=1)
     if name != "lpips":
         return {name: {"rows": found.mean(dim=1, keepdim=True)}}
-    sharp = [k for k, (i, _) in enumerate(pairs) if sizes[i] >= LEAST]
+    sharp = [k for k, (i, _) in enumerate(pairs) if sizes[i] >= drawer.run.data.resolution]
+    if not sharp:
+        return {name: {"rows": found.mean(dim=1, keepdim=True)}}
     return {name: {"rows": torch.stack([found.mean(dim=1), found[:, sharp].mean(dim=1)], dim=1)}}

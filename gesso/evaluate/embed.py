@@ -43,10 +43,26 @@ def _opened(where: str, kinds: dict[str, str], what: str) -> tuple[nn.Module, Pa
     return pretrained.opened(model, "transformers", folder, what), folder
 
 
+OFFSET = 0.1
+"""interpolate_offset of dinov2's hub models, added to the edge of the new grid where the scale is computed"""
+
+
+def hub_positions(table: Tensor, edge: int) -> Tensor:
+    """Resize DINOv2's position table (1, 1 + M^2, D) to a grid of edge^2, bicubic, as the hub's model does: (1, 1 + edge^2, D)."""
+    M, D = round((table.shape[1] - 1) ** 0.5), table.shape[2]
+    if edge == M:
+        return table
+    grid = table[:, 1:].float().reshape(1, M, M, D).permute(0, 3, 1, 2)
+    scale = (edge + OFFSET) / M
+    grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).reshape(1, edge**2, D).to(table.dtype)], dim=1)
+
+
 class DINOv2(nn.Module):
     """uint8 RGB (B, 3, H, W) -> the class token after the last norm, (B, D) float32, as FD-DINOv2 is computed (D = 1024).
 
-    The hub's model interpolates its positions with an offset of .1 that transformers' leaves out; numbers agree closely.
+    Positions are interpolated as by the hub's model (facebookresearch/dinov2), on which published distances are measured; that of
+    transformers leaves its offset of .1 out.
     """
 
     def __init__(self, where: str = DINOV2, device: torch.device | str = "cpu"):
@@ -54,6 +70,10 @@ class DINOv2(nn.Module):
         self.name, self.size = f"dinov2 ({where})", 224
         self.model, _ = _opened(where, {"dinov2": "Dinov2Model"}, f"DINOv2 {where}")
         self.features = self.model.config.hidden_size
+        embeddings = self.model.embeddings
+        embeddings.position_embeddings = nn.Parameter(
+            hub_positions(embeddings.position_embeddings.detach(), self.size // self.model.config.patch_size), False
+        )
         self.to(device)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -4,6 +4,9 @@ It differs from the one of image classification in three places: average pools d
 block has a maximum pool, and images are resized as TensorFlow 1 did, without the shift of half a pixel. Batch
 normalization is folded into the convolutions.
 
+Implementations differ in how they prepare images, so their numbers differ: torch-fidelity resizes as TensorFlow 1, as ADM's
+evaluator does; pytorch-fid resizes between pixel centres and scales to [-1, 1]; NVIDIA publishes a TorchScript.
+
 Legend: B images, C channels, H W height and width.
 """
 
@@ -141,13 +144,14 @@ def pooled(x: Tensor, how: str) -> Tensor:
 
 
 class Inception(nn.Module):
-    """uint8 (B, 3, H, W) -> features (B, 2048) float32."""
+    """Map uint8 images (B, 3, H, W) to features (B, 2048) float32, prepared as `whose` does: torch-fidelity or pytorch-fid."""
 
-    name = "inception-v3-2015-12-05"
     features, classes = 2048, 1008
 
-    def __init__(self) -> None:
+    def __init__(self, whose: str = "torch-fidelity") -> None:
         super().__init__()
+        self.prepare = PREPARATIONS[whose]
+        self.name = "inception-v3-2015-12-05" + (" (pytorch-fid)" if whose == "pytorch-fid" else "")
         n = 3
         for layer in STEM:
             if not isinstance(layer, str):
@@ -161,7 +165,7 @@ class Inception(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Raises UsageError unless the images are uint8 and RGB."""
         _check(images, self.name)
-        x = (resized(images.float(), 299) - 128) / 128
+        x = self.prepare(images)
         for layer in STEM:
             x = pooled(x, layer) if isinstance(layer, str) else F.relu(self.get_submodule(layer[0])(x))
         for name in BLOCKS:
@@ -185,10 +189,23 @@ def resized(x: Tensor, size: int) -> Tensor:
     return x
 
 
+def torch_fidelity(images: Tensor) -> Tensor:
+    """Prepare uint8 images as torch-fidelity and ADM's TensorFlow graph: TensorFlow 1's bilinear resizing, then (x - 128) / 128."""
+    return (resized(images.float(), 299) - 128) / 128
+
+
+def pytorch_fid(images: Tensor) -> Tensor:
+    """Prepare uint8 images as pytorch-fid: bilinear between pixel centres, without antialiasing, then from [0, 1] to [-1, 1]."""
+    return 2 * F.interpolate(images.float() / 255, (299, 299), mode="bilinear", align_corners=False) - 1
+
+
+PREPARATIONS = {"torch-fidelity": torch_fidelity, "pytorch-fid": pytorch_fid}
+
+
 class Scripted(nn.Module):
     """As NVIDIA publishes the same network, a TorchScript that EDM2's numbers are of: uint8 (B, 3, H, W) -> (B, 2048) float32.
 
-    It resizes between the centres of pixels and takes 127.5 for 128: features differ in the third digit.
+    It resizes and scales inside the script: its features are not exactly those of the other two.
     """
 
     name = "inception-v3-2015-12-05 (nvidia)"
@@ -217,12 +234,12 @@ def _check(images: Tensor, name: str) -> None:
 
 
 def load(
-    folder: Path | None = None, device: torch.device | str = "cpu", whose: str = "pytorch-fid"
+    folder: Path | None = None, device: torch.device | str = "cpu", whose: str = "torch-fidelity"
 ) -> Inception | Scripted:
     """The network with its public weights, frozen; whose: of weights.INCEPTION. Raises as weights.load."""
     file = weights.INCEPTION[whose]
-    if whose == "pytorch-fid":
-        return weights.fitted(Inception(), folded(weights.load(file, folder)), file.name).to(device)
+    if whose in PREPARATIONS:
+        return weights.fitted(Inception(whose), folded(weights.load(file, folder)), file.name).to(device)
     path = weights.checked(file, folder)
     try:
         with warnings.catch_warnings():

@@ -23,7 +23,7 @@ class Manifold(NamedTuple):
     coverage: float
 
 
-def manifold(real: Tensor, made: Tensor, k: int = 3, chunk: int = 2048) -> Manifold:
+def manifold(real: Tensor, made: Tensor, k: int = 3, chunk: int = 1024) -> Manifold:
     """real (N, D), made (M, D), both with more than k samples. Memory grows with chunk * (N + M).
 
     The papers have k = 3 for precision and recall, k = 5 for density and coverage. Raises UsageError for k or fewer.

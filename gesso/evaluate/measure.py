@@ -25,7 +25,7 @@ from gesso.data.dataset import open_dataset
 from gesso.data.shards import is_cache, opened_manifest
 from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import UsageError
-from gesso.evaluate import compare, drawer, lpips, shipped, statistics, validation
+from gesso.evaluate import compare, drawer, lpips, metrics, shipped, statistics, validation
 from gesso.evaluate.drawer import SIZES, Drawer
 from gesso.evaluate.features import load_digit_features
 from gesso.evaluate.parts import Spent, Step, Work, gathered, in_parts
@@ -57,19 +57,23 @@ def scores_of(work: Work, tick: Tick) -> tuple[dict[str, Any], list[str]]:
     run, cfg = work.run, work.run.eval
     judges = _judges(work)
     reference = _reference(run) if any(judge.compares for judge in judges) else None
+    if reference:
+        compare.check_subsets(cfg.scores, cfg.kid_subset, [cfg.images, reference.count], "eval.kid_subset")
     validated = _validation(work) if "loss" in cfg.scores else None
     weights, _, nimg, _ = snapshot.synthesize(work.folder, [work.average or ema.chosen(run.sample)], cfg.nimg)
     protocol = _protocol(work, nimg, judges, reference, validated)
     place = work.folder / "evaluation" / _key(work, protocol)
     denoiser = snapshot.denoiser(weights[0], run, work.device)
-    drawn, steps = {}, {}
+    drawn, steps, notes = {}, {}, compare.unusual_subsets(protocol)
     if judges:
-        drawn = _drawn(drawer.opened(work.folder, run, denoiser, work.device), judges)
+        draws = drawer.opened(work.folder, run, denoiser, work.device)
+        drawn, notes = _drawn(draws, judges), [*notes, *_repeated_captions(run, draws.prompts)]
     if validated:
         steps["loss"] = Step(("loss",), cfg.loss_pairs, functools.partial(_losses, validated, denoiser))
     beside = {j.name: _beside(reference, j, work.device) for j in judges if j.compares} if reference else {}
     steps |= {f"reference of {name}": each.step for name, each in beside.items() if each.step}
-    seen = Seen(tick, sum(step.count * step.repeats for step in (drawn | steps).values()) // work.world)
+    total = sum(step.count * (step.repeats - step.first) for step in (drawn | steps).values())
+    seen = Seen(tick, total // work.world)
     spent = sum((in_parts(work, step, place, seen) for step in drawn.values()), Spent())
     for step in steps.values():
         in_parts(work, step, place, seen)
@@ -78,18 +82,32 @@ def scores_of(work: Work, tick: Tick) -> tuple[dict[str, Any], list[str]]:
     found: dict[str, list[float]] = {}
     for judge in judges:
         y = beside[judge.name].statistics(place) if judge.name in beside else None
-        found |= _found(judge, drawn[judge.step], y, place)
+        found |= _found(judge, run, drawn, y, place)
     if validated:
         found |= _found_losses(validated, steps["loss"], place)
     result = {
-        "scores": {what: _summed(values) for what, values in found.items()},
+        "scores": {what: _summed(what, found) for what in found},
         "protocol": protocol,
         "speed": spent.speed(),
     }
     if work.average is None:
         _record(work.folder / "scores.json", place.name, result)
     files.remove_folder(place)
-    return result, [*_lines(result), *compare.too_few(cfg.images, cfg.scores, {j.name: j.network for j in judges})]
+    return result, [
+        *_lines(result),
+        *notes,
+        *compare.too_few(cfg.images, cfg.scores, {j.name: j.network for j in judges}),
+    ]
+
+
+def _repeated_captions(run: Run, prompts: Sequence[drawer.Prompt] | None) -> list[str]:
+    """A note where a protocol draws more samples than there are captions: those on COCO have one sample for each."""
+    if run.eval.protocol is None or prompts is None or run.eval.images <= len(prompts):
+        return []
+    return [
+        f"note: {run.eval.images:,} samples of {len(prompts):,} captions, so some are drawn for more than once; "
+        f"eval.images={len(prompts)} draws for each once"
+    ]
 
 
 class Judge(NamedTuple):
@@ -104,10 +122,20 @@ class Judge(NamedTuple):
         """Which samples: of those told different sizes its own."""
         return self.name if self.name in SIZES else "samples"
 
+    def repeats(self, run: Run) -> int:
+        """How often samples are drawn for it."""
+        return max(repeats_of(score, run) for score in self.scores)
+
     @property
     def compares(self) -> bool:
         """With a reference."""
         return not set(self.scores) <= set(compare.ALONE)
+
+
+def repeats_of(score: str, run: Run) -> int:
+    """How often a score is measured, each time on other seeds."""
+    cfg = run.eval
+    return cfg.repeats if not cfg.repeated or score in cfg.repeated else 1
 
 
 def _judges(work: Work) -> list[Judge]:
@@ -135,7 +163,9 @@ def _judges(work: Work) -> list[Judge]:
 def _drawn(draws: Drawer, judges: Sequence[Judge]) -> dict[str, Step]:
     """What is made of samples, by Judge.step."""
     cfg = draws.run.eval
-    networks = {judge.name: judge.network for judge in judges if judge.name not in SIZES}
+    of_samples = [judge for judge in judges if judge.name not in SIZES]
+    networks = {judge.name: judge.network for judge in of_samples}
+    again = {judge.name: judge.network for judge in of_samples if judge.repeats(draws.run) > 1}
     found = {
         judge.step: Step((judge.name,), cfg.diversity_seeds, functools.partial(drawer.distances, draws, judge.name, judge.network))
         for judge in judges
@@ -143,7 +173,10 @@ def _drawn(draws: Drawer, judges: Sequence[Judge]) -> dict[str, Step]:
     }  # fmt: skip
     if networks:
         made = functools.partial(drawer.embedded, draws, networks)
-        found["samples"] = Step(tuple(networks), cfg.images, made, cfg.repeats)
+        found["samples"] = Step(tuple(networks), cfg.images, made, cfg.repeats if again == networks else 1)
+    if again and again != networks:
+        made = functools.partial(drawer.embedded, draws, again)
+        found["repeats"] = Step(tuple(again), cfg.images, made, cfg.repeats, first=1)
     return found
 
 
@@ -174,14 +207,17 @@ def _beside(reference: Pictures, judge: Judge, device: torch.device) -> Beside:
     return Beside(kept, None if kept.path.is_file() else step)
 
 
-def _found(judge: Judge, step: Step, y: Statistics | None, place: Path) -> dict[str, list[float]]:
-    """Numbers of one judge by name, each over all repeats."""
+def _found(judge: Judge, run: Run, drawn: dict[str, Step], y: Statistics | None, place: Path) -> dict[str, list[float]]:
+    """Numbers of one judge by name, each over its repeats."""
     found: dict[str, list[float]] = {}
-    for repeat in range(step.repeats):
+    first = drawn[judge.step]
+    for repeat in range(1 if judge.name in SIZES else judge.repeats(run)):
+        step = first if repeat < first.repeats else drawn["repeats"]
         x = gathered(step.files(place, judge.name, repeat))
         for score in judge.scores:
-            for what, value in compare.scored(score, x, y, judge.network).items():
-                found.setdefault(what, []).append(value)
+            if repeat < repeats_of(score, run):
+                for what, value in compare.scored(score, x, y, judge.network, run.eval.kid_subset).items():
+                    found.setdefault(what, []).append(value)
     return found
 
 
@@ -212,14 +248,18 @@ def _found_losses(validated: Validation, step: Step, place: Path) -> dict[str, l
 
 
 def _reference(run: Run) -> Pictures:
-    """The pictures that samples are compared with: eval.reference, else those that the run was trained on."""
+    """Open the pictures that samples are compared with: eval.reference, else those that the run was trained on.
+
+    Those of a cache are read from its source and prepared as it was: the same filter, faces blurred where it has them blurred.
+    """
     height, width = run.canvas
     if height != width:
         raise UsageError(f"eval.scores are of squares, and {width}x{height} is sampled: set sample.aspect=null")
-    where = run.eval.reference or run.data.source
+    where, resize, blur = run.eval.reference or run.data.source, run.data.resize, False
     if is_cache(where):
-        where = opened_manifest(where).plan.data.source
-    return open_pictures(where, height)
+        plan = opened_manifest(where).plan
+        where, resize, blur = plan.data.source, plan.data.resize, plan.blur_faces
+    return open_pictures(where, height, resize=run.eval.resize or resize, blur=blur)
 
 
 def _check_pairs(run: Run, name: str) -> None:
@@ -263,8 +303,14 @@ def _protocol(
         "prompts": (cfg.prompts or run.data.source) if run.semantic.kind == "text" else None,
         "reference": reference.where if reference else None, "reference_images": reference.count if reference else None,
         "reference_pictures": reference.fingerprint if reference else None,
-        "reference_resized": "middle square, Lanczos" if reference else None,
+        "reference_resized": reference.preparation if reference else None,
     }  # fmt: skip
+    if cfg.repeats > 1 and cfg.repeated:
+        told["repeated"] = list(cfg.repeated)
+    if cfg.kid_subset != metrics.KID_SUBSET and {"kid", "kd_dinov2"} & set(cfg.scores):
+        told["kid_subset"] = cfg.kid_subset
+    if reference and reference.blur:
+        told["reference_faces"] = "blurred"
     if validated:
         told |= {
             "validation": cfg.validation or run.watch.source or f"{run.data.source}, held out",
@@ -280,9 +326,13 @@ def _key(work: Work, protocol: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([protocol, used], sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _summed(values: list[float]) -> dict[str, float | list[float]]:
-    """Over repeats: all, the least, the mean."""
-    return {"values": values, "least": min(values), "mean": sum(values) / len(values)}
+def _summed(name: str, found: dict[str, list[float]]) -> dict[str, float | list[float]]:
+    """Return all values of a score, the best in its own direction, and their mean; of a spread that of the best value."""
+    values = found[name]
+    ranked = found.get(name.removesuffix("_std"), values)
+    choose = min if compare.lower_is_better(name) else max
+    best = choose(range(len(values)), key=lambda repeat: ranked[repeat])
+    return {"values": values, "best": values[best], "mean": sum(values) / len(values)}
 
 
 def _record(path: Path, key: str, result: dict[str, Any]) -> None:
@@ -298,8 +348,8 @@ def _lines(result: dict[str, Any]) -> list[str]:
         if name.endswith("_std") or name.startswith("loss_"):
             continue
         each = ", ".join(f"{value:.4f}" for value in found["values"])
-        least = f"   least of {len(found['values'])}: {found['least']:.4f}" if len(found["values"]) > 1 else ""
-        lines.append(f"{name:20}{each}{least}")
+        best = f"   best of {len(found['values'])}: {found['best']:.4f}" if len(found["values"]) > 1 else ""
+        lines.append(f"{name:20}{each}{best}")
     if by_noise:
         lines.append(
             f"{'  by noise':20}{' '.join(f'{value:.3g}' for value in by_noise)}   (tenths of the training draw, clean to noise)"

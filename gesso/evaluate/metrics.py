@@ -106,17 +106,24 @@ def _root(cov: Tensor) -> Tensor:
     return (vectors * roots) @ vectors.T
 
 
+KID_SUBSET = 1000
+"""samples of a subset of KID (Binkowski et al. 2018)"""
+
+
 def kernel_distance(
-    real: Tensor, made: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0
+    real: Tensor, made: Tensor, subsets: int = 100, size: int = KID_SUBSET, seed: int = 0
 ) -> tuple[float, float]:
     """KID (Binkowski et al. 2018): the squared maximum mean discrepancy under the kernel (x.y/D + 1)^3, unbiased.
 
-    real (N, D), made (M, D) -> mean and standard deviation over `subsets` random ones of `size` samples, or of all where
-    there are fewer. May be below zero. Raises UsageError below two samples.
+    real (N, D), made (M, D) -> mean and standard deviation over `subsets` random ones of `size` samples. May be below zero.
+    Raises UsageError for fewer samples than a subset has, and for subsets of one.
     """
-    n = min(size, len(real), len(made))
-    if n < 2:
-        raise UsageError(f"kernel_distance takes at least 2 samples of each; got {len(real)} and {len(made)}")
+    n = size
+    if n < 2 or min(len(real), len(made)) < n:
+        raise UsageError(
+            f"kernel_distance takes subsets of 2 samples or more, and as many of each set; got subsets of {n}, {len(real)} and "
+            f"{len(made)} samples"
+        )
     x, y = (torch.as_tensor(t).to("cpu", torch.float64) for t in (real, made))
     found = []
     for i in range(subsets):

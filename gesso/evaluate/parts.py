@@ -50,13 +50,15 @@ class Step(NamedTuple):
     part: int | None = None
     """of a file, where not PART"""
     spare: bool = False
+    first: int = 0
+    """repeat that this step begins with, where another step has those before"""
 
     def cut(self) -> list[tuple[int, int, range]]:
         """(repeat, part, numbers): no number is in two repeats."""
         n, size = self.count, self.part or PART
         return [
             (repeat, part, range(repeat * n + first, repeat * n + min(first + size, n)))
-            for repeat in range(self.repeats)
+            for repeat in range(self.first, self.repeats)
             for part, first in enumerate(range(0, n, size))
         ]
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gesso.data import crops
+from gesso.config import Resize
+from gesso.data import crops, faces
 from gesso.data.listing import Source
 from gesso.data.pretrained import brief
 from gesso.data.sources import open_source
@@ -25,7 +26,11 @@ WORKERS = 4
 
 
 class Pictures(NamedTuple):
-    """N pictures of height and width `size`; where they are not all so, `resized` says what was done."""
+    """N pictures of height and width `size`.
+
+    resized: whether the middle of each is taken and resized, by the filter `resize`, or all are of that size; blur: whether faces
+    are blurred first, as `gesso cache --blur-faces` does.
+    """
 
     where: str
     count: int
@@ -33,6 +38,18 @@ class Pictures(NamedTuple):
     resized: bool
     source: Source
     fingerprint: str
+    resize: Resize = "lanczos"
+    blur: bool = False
+
+    @property
+    def preparation(self) -> str:
+        """How each picture was resized, for the record."""
+        names = {
+            "lanczos": "middle square, Lanczos",
+            "adm": "middle square, ADM's",
+            "bicubic": "middle square, bicubic",
+        }
+        return names[self.resize] if self.resized else "no"
 
     def batches(self, size: int, first: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """(n, 3, H, W) uint8 of the pictures first to stop, in order. Raises RunError that names one that cannot be read."""
@@ -52,7 +69,7 @@ class Pictures(NamedTuple):
         """(3, H, W) uint8."""
         try:
             item = self.source.item(i)
-            image, whole = item.picture(3)
+            image, whole = item.picture(3, resize=self.resize)
         except Unreadable as error:
             raise RunError(f"{self.where}: {error.name} cannot be read ({error.reason})") from None
         if not self.resized and whole != self.size:
@@ -60,15 +77,27 @@ class Pictures(NamedTuple):
                 f"{self.where}: {item.name} is {whole[0]}x{whole[1]}, where the first picture is {self.size[0]}x{self.size[1]}; "
                 "--resolution crops and resizes all of them"
             )
-        return crops.taken(image, crops.centred(image.height, image.width, self.size[1] / self.size[0]), *self.size)
+        if self.blur:
+            image, _ = faces.blur(image)
+        middle = crops.centred(image.height, image.width, self.size[1] / self.size[0])
+        return crops.taken(image, middle, *self.size, self.resize)
 
 
-def open_pictures(where: str, resolution: int | None = None, count: int | None = None) -> Pictures:
-    """The first `count` pictures of `where`, all of them where that is not said.
+def open_pictures(
+    where: str,
+    resolution: int | None = None,
+    count: int | None = None,
+    resize: Resize = "lanczos",
+    blur: bool = False,
+) -> Pictures:
+    """Open the first `count` pictures of `where`, or all of them.
 
-    resolution: the middle square of each, resized as for training (ADM's crop); else all must have one size. Raises
-    UsageError when there are none, or fewer than asked for.
+    resolution: the middle square of each, resized by the filter `resize` as for training; else all must have one size. blur: with
+    faces blurred as `gesso cache --blur-faces` does. Raises UsageError when there are none, or fewer than asked for, and for blur
+    without OpenCV.
     """
+    if blur:
+        faces.opencv()
     source = Archive(where) if where.endswith(".npz") else open_source(where)
     if source.latents:
         raise UsageError(f"{where} holds latents, where pictures are scored")
@@ -77,12 +106,13 @@ def open_pictures(where: str, resolution: int | None = None, count: int | None =
     if count is not None and count > len(source):
         raise UsageError(f"{where} holds {len(source):,} pictures, where {count:,} are asked for")
     try:
-        first = source.item(0).picture(3)[1]
+        first = source.item(0).picture(3, resize=resize)[1]
     except Unreadable as error:
         raise RunError(f"{where}: {error.name} cannot be read ({error.reason})") from None
     size = (resolution, resolution) if resolution else first
     fingerprint = f"{source.fingerprint()}-{count or len(source)}-{size[0]}x{size[1]}-{bool(resolution)}"
-    return Pictures(where, count or len(source), size, bool(resolution), source, fingerprint)
+    fingerprint += f"-{resize}" * (resize != "lanczos") + "-blurred" * blur
+    return Pictures(where, count or len(source), size, bool(resolution), source, fingerprint, resize, blur)
 
 
 class Archive(Source):

@@ -1,7 +1,7 @@
 """Ways of measuring, named after the papers that used them: settings that `gesso evaluate RUN --protocol NAME` lays over a run.
 
-What a paper does not say is our choice and is marked so. Everywhere: rounding to uint8, Inception's own resize, the run's
-EMA length.
+What a paper does not say is our choice and is marked so. Everywhere: the run's EMA length. Decoded latents become 8-bit pixels as
+their convention says (data/vae.py).
 """
 
 from collections.abc import Callable
@@ -21,20 +21,29 @@ FREE = (
 
 
 def adm(run: Run) -> list[str]:
-    """Dhariwal and Nichol 2021: 50k samples of random classes, 250 ancestral steps, beside the training set."""
-    return ["eval.scores=fid,is,pr", "eval.labels=random", *ddim(250), "sample.eta=1"]
+    """Dhariwal and Nichol 2021: 50k samples of random classes, 250 ancestral steps, beside the training set; precision and
+    recall of all samples beside 10k of the reference. Samples in pixels are truncated to 8 bits, as its script does."""
+    return [
+        "eval.scores=fid,is,pr",
+        "eval.labels=random",
+        "eval.resize=adm",
+        *ddim(250),
+        "sample.eta=1",
+        "sample.to_uint8=truncate",
+    ]
 
 
 def dit(run: Run) -> list[str]:
-    """Peebles and Xie 2023: as adm, by its evaluator, with guidance 1.5."""
-    return [*adm(run), "sample.guidance=1.5", "sample.tuned_at=null"]
+    """Peebles and Xie 2023: as adm, by its evaluator, with guidance 1.5; pixels are rounded."""
+    return [*adm(run), "sample.to_uint8=round", "sample.guidance=1.5", "sample.tuned_at=null"]
 
 
 def edm2(run: Run) -> list[str]:
-    """Karras et al. 2024, Appendix C: 50k samples of random classes beside the whole training set, the least of three;
-    32 steps of Heun, 63 evaluations (guided ones count once). Its detector is NVIDIA's."""
+    """Karras et al. 2024, D.4 and A.5: 50k samples of random classes beside the whole training set; FID the least of three, the
+    distance in DINOv2's features once; 32 steps of Heun, 63 evaluations (guided ones count once). Its detector is NVIDIA's."""
     return [
-        "eval.scores=fid,fd_dinov2", "eval.inception=nvidia", "eval.labels=random", "eval.repeats=3",
+        "eval.scores=fid,fd_dinov2", "eval.inception=nvidia", "eval.labels=random", "eval.repeats=3", "eval.repeated=fid",
+        "eval.resize=adm",
         "sample.sampler=heun", "sample.steps=32", "sample.S_churn=0",
     ]  # fmt: skip
 
@@ -56,8 +65,8 @@ def berrada_in22k(run: Run) -> list[str]:
 
 
 def berrada_coco(run: Run) -> list[str]:
-    """Section 3.1: Frechet distance and CLIPScore beside COCO's validation set, about 40k pictures with captions, which
-    eval.reference names; 25 steps, guidance 5. Each caption once."""
+    """Section 3.1: Frechet distance and CLIPScore beside COCO's validation set of 2014, 40,504 pictures with a caption
+    each, which eval.reference names; a sample for each; 25 steps, guidance 5."""
     return ["eval.scores=fid,clip", *_coco(run)]
 
 
@@ -69,8 +78,8 @@ def berrada_lpips(run: Run) -> list[str]:
 
 def sd3(run: Run) -> list[str]:
     """Esser et al. 2024, Section 5.1: CLIPScore, and the Frechet distance in CLIP ViT-L/14's features of images, beside COCO's
-    validation set of 2014, which eval.reference names; 25 steps, guidance 5. Embeddings as they are, not of length 1, each
-    caption once, and as many samples as everywhere: our choice."""
+    validation set of 2014, which eval.reference names; 25 steps, guidance 5. Embeddings as they are, not of length 1, and
+    a sample for each of its 40,504 pictures, by one caption: our choice."""
     return ["eval.scores=fd_clip,clip", *_coco(run)]
 
 
@@ -78,13 +87,15 @@ def _coco(run: Run) -> list[str]:
     where = _reference(run, "COCO's validation pictures with captions")
     if run.eval.prompts is None:
         where.append(f"eval.prompts={run.eval.reference}")
-    return [*ddim(25), "sample.guidance=5", "sample.tuned_at=null", *where]
+    return [f"eval.images={COCO}", *ddim(25), "sample.guidance=5", "sample.tuned_at=null", *where]
 
 
 def ddim(steps: int) -> list[str]:
     return ["sample.sampler=euler", f"sample.steps={steps}", "sample.eta=0"]
 
 
+COCO = 40_504
+"""pictures of COCO's validation set of 2014"""
 GUIDED = ["sample.guidance=1.5", "sample.tuned_at=256"]
 PROTOCOLS: dict[str, Callable[[Run], list[str]]] = {
     "adm": adm, "dit": dit, "edm2": edm2, "berrada": berrada, "berrada-val": berrada_val,

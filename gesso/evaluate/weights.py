@@ -18,19 +18,21 @@ class File(NamedTuple):
     sha256: str
 
 
+_INCEPTION = File(
+    "pt_inception-2015-12-05-6726825d.pth",
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+    "6726825d",
+)
 INCEPTION = {
-    "pytorch-fid": File(
-        "pt_inception-2015-12-05-6726825d.pth",
-        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-        "6726825d",
-    ),
+    "torch-fidelity": _INCEPTION,
+    "pytorch-fid": _INCEPTION,
     "nvidia": File(
         "inception-2015-12-05.pt",
         "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
         "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
     ),
 }
-"""by whose it is: torch-fidelity has the first too; the second is a TorchScript"""
+"""by whose implementation it is; the first two read one file and resize differently, the third is a TorchScript"""
 ALEXNET = File(
     "alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "7be5be79"
 )  # fmt: skip

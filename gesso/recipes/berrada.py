@@ -138,7 +138,8 @@ def at_scale(name: str, resolution: int, steps: int, crop: tuple[float, float], 
     """A run on cached latents by Section 3.1 and Appendix C: bfloat16, batches of 2048 at 256, 384 at 512, 250 DDIM steps.
 
     The rate is 1e-4 (settings["optim"]): the paper also says 10 x 1e-4, at which its Table A2 has every run diverge.
-    Averages (the paper has an EMA and does not say which), views per image and how often what is stored are our choice.
+    Averages (the paper has an EMA and does not say which), views per image, the filter that resizes them (data.resize=lanczos) and
+    how often what is stored are our choice.
     """
     batch = BATCH[resolution]
     sampling = dict(steps=250, guidance=GUIDANCE[resolution], tuned_at=resolution)

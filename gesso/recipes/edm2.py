@@ -5,7 +5,7 @@ Everything here runs in float32; the paper's runs are FP16 with loss scaling (D.
 
 Those named img512 and ladder train on 64x64x4 latents of ImageNet at 512x512, made once by
 
-    gesso cache /path/to/imagenet caches/imagenet-512 --resolution 512 --vae stabilityai/sd-vae-ft-mse --convention edm2 --dtype float32
+    gesso cache /path/to/imagenet caches/imagenet-512 --resolution 512 --vae stabilityai/sd-vae-ft-mse --convention edm2 --dtype float32 --resize adm
 """
 
 from collections.abc import Callable
@@ -127,14 +127,15 @@ FIGURE_5B = (
 
 
 def pixels() -> dict[str, Any]:
-    """ImageNet at 64x64, class folders or a cache. No flips: D.3."""
-    return dict(data=Data(source="", resolution=64, channels=3, flip=False))
+    """ImageNet at 64x64, class folders or a cache. No flips, ADM's resizing: D.3. Pixels become [-1, 1] and are not standardized."""
+    pixels = dict(mean=(0.0, 0.0, 0.0), std=(0.5, 0.5, 0.5))  # x0 = pixel / 127.5 - 1, with sigma_data = .5
+    return dict(data=Data(source="", resolution=64, channels=3, flip=False, resize="adm", **pixels))
 
 
 def latents() -> dict[str, Any]:
     """64x64x4 latents of ImageNet at 512x512, cached. Which VAE: the published code (Stability's, fine-tuned on MSE)."""
     vae = Latent(vae="stabilityai/sd-vae-ft-mse", convention="edm2", channels=4, factor=8)
-    return dict(data=Data(source="", resolution=512, channels=3, flip=False), latent=vae)
+    return dict(data=Data(source="", resolution=512, channels=3, flip=False, resize="adm"), latent=vae)
 
 
 def optim(lr: float, **changes: Any) -> Optim:

@@ -22,7 +22,7 @@ def cache(run: Run) -> Cache:
     images = CC12M if text else IMAGENET_22K if run.recipe.startswith("in22k") else IMAGENET
     if not run.latent.vae:
         return Cache(images, "")
-    settings = f"--resolution {d.resolution} --vae {run.latent.vae}"
+    settings = f"--resolution {d.resolution} --vae {run.latent.vae}" + f" --resize {d.resize}" * (d.resize != "lanczos")
     if run.latent.convention == "edm2":
         folder = f"caches/{Path(images).name}-{d.resolution}"
         return Cache(folder, f"gesso cache {images} {folder} {settings} --convention edm2 --dtype float32")

@@ -86,6 +86,8 @@ def _read(folder: Path, label: str) -> Folder:
         json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
         for name in ("metrics.json", "scores.json")
     )
+    for value in (value for one in measured.values() for value in one["scores"].values()):
+        value.setdefault("best", value.get("least"))  # as files were written when the least was best of every score
     run, lines = config.read(folder / "run.yaml"), read_log(folder / "log.jsonl")
     return Folder(folder, label, run, lines, metrics, list(measured.values()))
 

@@ -113,7 +113,7 @@ def measured(runs: Sequence[Folder]) -> str:
         protocol = {name: value for name, value in json.loads(way).items() if value is not None}
         names = dict.fromkeys(name for scores in by_run.values() for name in scores)
         rows = [
-            (name, *(scored(by_run.get(f.label, {}).get(name, {}).get("least"), None) for f in runs)) for name in names
+            (name, *(scored(by_run.get(f.label, {}).get(name, {}).get("best"), None) for f in runs)) for name in names
         ]
         own = "".join(f", {name} {protocol[name]}" for name in OWN if name in protocol)
         title = f"{protocol.get('name', 'scores')}: {amount(protocol)}{own}"

@@ -129,9 +129,7 @@ def measured(found: Sequence[dict[str, Any]]) -> str:
         protocol = {name: value for name, value in one["protocol"].items() if value is not None}
         apart = "".join(f", {name} {protocol[name]}" for name in varied if name in protocol)
         title = f"{protocol.get('name', 'scores')}: {amount(protocol)}, image {protocol['nimg']:,}{apart}"
-        kinds = (
-            {"least": f"least of {protocol['repeats']}", "mean": "mean"} if protocol["repeats"] > 1 else {"mean": ""}
-        )
+        kinds = {"best": f"best of {protocol['repeats']}", "mean": "mean"} if protocol["repeats"] > 1 else {"mean": ""}
         rows = [
             (name, *(f"{value[kind]:.4g}" for kind in kinds))
             for name, value in one["scores"].items()

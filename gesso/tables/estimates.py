@@ -12,6 +12,7 @@ from gesso.config import Inputs, Net, Run
 from gesso.data import imagined
 from gesso.data.sources import NAMED, open_source
 from gesso.evaluate import compare, drawer, protocols
+from gesso.evaluate.measure import repeats_of
 from gesso.nets import count
 from gesso.recipes import edm2
 from gesso.tables.plan import Job
@@ -59,7 +60,10 @@ def of_measuring(job: Job) -> float:
     cfg = run.eval
     networks = {compare.METRICS[score] for score in cfg.scores if score != "loss"}
     pairs = [len(drawer.SIZES[name]) for name in networks if name in drawer.SIZES]
-    images = cfg.images * cfg.repeats * bool(networks - drawer.SIZES.keys()) + cfg.diversity_seeds * sum(pairs)
+    repeats = [
+        repeats_of(score, run) for score in cfg.scores if compare.METRICS[score] not in (*drawer.SIZES, "validation")
+    ]
+    images = cfg.images * max(repeats, default=0) + cfg.diversity_seeds * sum(pairs)
     return hours(images * of_sample(run, job.guide and completed(job.guide.run)))
 
 

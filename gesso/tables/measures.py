@@ -19,7 +19,7 @@ from gesso.train import log
 
 
 def scores(job: Job) -> dict[str, Any]:
-    """eval.scores of samples, the least over eval.repeats as EDM2 reports them; the protocol with them."""
+    """eval.scores of samples, the best over eval.repeats as EDM2 reports them; the protocol with them."""
     return _scored(job)
 
 
@@ -28,7 +28,7 @@ def _scored(job: Job, average: Callable[[Run], Target] | None = None) -> dict[st
     run = protocols.measured(job.trained.folder, job.part.protocol, job.asked)
     work = measure.Work(job.trained.folder, run, device_of(run), average=average(run) if average else None)
     result, _ = measure.scores_of(work, lambda done, total: None)
-    return {"found": {name: each["least"] for name, each in result["scores"].items()}, "protocol": result["protocol"]}
+    return {"found": {name: each["best"] for name, each in result["scores"].items()}, "protocol": result["protocol"]}
 
 
 SIDE = 64

@@ -15,7 +15,7 @@ WORDS = {
     "clip": "CLIP score",
     "fd_clip": "Frechet distance of CLIP's features",
     "lpips": "LPIPS between samples told different sizes",
-    "lpips_hr": "LPIPS between samples told different sizes, those below 256 left out",
+    "lpips_hr": "LPIPS between samples told different sizes, those below the resolution left out",
     "fd_digits": "Frechet distance in the features of a small classifier of digits; it is not FID",
     "told_digits": "distance in the features of a small classifier of digits between samples told 4x4 and 8x8; it is not LPIPS",
     "fd_shapes": "Frechet distance in the features of a small classifier of drawn shapes; it is not FID",

@@ -11,7 +11,7 @@ from rich.console import Console
 
 import gesso
 from gesso import config, files
-from gesso.config import Run
+from gesso.config import Data, Run
 from gesso.data import text
 from gesso.data.dataset import described, is_cached, open_dataset
 from gesso.data.samples import Dataset
@@ -92,10 +92,15 @@ def opened(run: Run, console: Console) -> tuple[Run, Dataset]:
 
 
 def _settled(run: Run, dataset: Dataset, console: Console) -> Run:
-    """The run with what its images settle, and a note for what it said otherwise."""
+    """The run with what its images settle, and a note for what it said otherwise. Raises UsageError for another data.resize."""
     tree = config.as_tree(run)
     for block, fields in dataset.settled(run).items():
         for name, value in fields.items():
+            if name == "resize" and tree[block][name] not in (Data().resize, value):
+                raise UsageError(
+                    f"data.resize={tree[block][name]}, but {run.data.source} was written with {value}: write it anew with "
+                    f"gesso cache --resize {tree[block][name]}, or set data.resize={value}"
+                )
             if tree[block][name] not in (None, value):
                 console.print(
                     f"note: {block}.{name}={value} (not {tree[block][name]}), as {run.data.source} holds",
