@@ -5,15 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import folder_of_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from rich.console import Console
 from written import changed, small, written
 
 from gesso import __main__ as cli
 from gesso import conditions, config, generate, nets, recipes, snapshot
-from gesso.config import CONTROLS, Inputs, MMDiT, UNet
-from gesso.data import dataset
+from gesso.config import CONTROLS, Data, Inputs, MMDiT, UNet
+from gesso.data import crops, dataset
+from gesso.data.batches import Batches
 from gesso.data.text import Words
 from gesso.errors import UsageError
 from gesso.train.start import opened
@@ -55,10 +58,85 @@ def test_what_is_drawn_comes_from_one_row():
     assert torch.bincount((number - 100).long(), minlength=50).max() < 20
 
 
-def test_flip_no_and_crop_full_are_the_defaults():
-    at = drawn(run_with())
-    assert not at["flip"].any() and not at["crop_top"].any() and not at["crop_left"].any()
-    assert (at["crop_bottom"] == 1000).all() and (at["crop_right"] == 1000).all()
+def test_the_default_flip_is_no():
+    assert not drawn(run_with())["flip"].any()
+
+
+def box_of(at: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack([at[column] for column in crops.BOX], dim=1)
+
+
+def oblong_rows(n: int = 60) -> torch.Tensor:
+    """Rows of ALL for pictures of many aspects, with the random boxes of training."""
+    u = torch.rand(n, crops.UNIFORMS + 2, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = []
+    for *view, tall, wide in u:
+        height, width = 40 + int(400 * tall), 40 + int(400 * wide)
+        box = crops.drawn(Data(crop_scale=(0.4, 1.0)), height, width, view)[:4]
+        rows.append([0, *(1000 * edge for edge in box), 1000 * width / height, height, width, 100, 50])
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("how", ["train", "fixed", "square", "free"])
+@pytest.mark.parametrize("aspect", [None, "3:2"])
+def test_the_default_crop_is_the_centred_box_of_the_size_that_is_drawn(how, aspect):
+    """Training shows square boxes: of a picture twice as wide as high the whole is never one of them."""
+    run = run_with(size=how, size_range="[30,300]", **({"aspect": aspect} if aspect else {}))
+    at = drawn(run, range(300), oblong_rows())
+    height, width = run.canvas
+    for box, h, w in zip(box_of(at), at["height"].tolist(), at["width"].tolist(), strict=True):
+        torch.testing.assert_close(box, 1000 * torch.tensor(crops.centred(h, w, width / height)[:4]), rtol=0, atol=1e-4)
+        shape = float((box[3] - box[1]) * w / ((box[2] - box[0]) * h))
+        assert shape == pytest.approx(width / height, rel=1e-5)
+    whole = (box_of(at) == torch.tensor([0.0, 0.0, 1000.0, 1000.0])).all(1)
+    assert whole.all() if how in ("fixed", "square") and aspect is None else whole.float().mean() < 0.2
+
+
+@pytest.mark.parametrize("variables", ["crop", "crop,aspect", "flip,crop,size"])
+def test_the_default_crop_with_some_of_the_variables(variables):
+    """The same box from the size, from the aspect, or from the row's own box."""
+    rows, run = oblong_rows(), run_with(variables)
+    columns = run.control.columns("high") + run.control.columns("low")
+    at = drawn(run, range(300), rows[:, [COLUMNS.index(column) for column in columns]])
+    due = torch.tensor([crops.centred(*size)[:4] for size in rows[:, 6:8].tolist()]) * 1000
+    distance = (box_of(at)[:, None] - due).abs().amax(2).min(1).values
+    assert distance.max() < 0.01 and len(box_of(at).unique(dim=0)) > 40
+
+
+def test_the_default_crop_is_among_those_of_training(tmp_path):
+    """Of a folder of oblong pictures, through the rows that training itself stores."""
+    for i, size in enumerate([(20, 40), (40, 20), (20, 30), (30, 30)]):
+        folder_of_images(tmp_path / "all" / str(i), {"a": 2}, size=40)
+        for path in (tmp_path / "all" / str(i)).rglob("*.png"):
+            Image.open(path).crop((0, 0, *size)).save(path)
+    run = small("digits-dit", **{"data.source": tmp_path / "all", "data.resolution": 16, "data.channels": 3,
+                                 "control.variables": "crop,size", "eval.features": "none"})  # fmt: skip
+    run, loaded = opened(run, Console(quiet=True))
+    batches = Batches(loaded, run, 0.5, torch.device("cpu"))
+    shown = batches.rows(torch.arange(len(loaded)))
+    cond, _ = conditions.build(run, range(100), shown, labels=[0] * 100)
+    made = torch.cat([cond.control_high, cond.control_low], dim=1)
+    assert all((row == shown).all(1).any() for row in made) and len(made.unique(dim=0)) == 4
+
+
+def test_crop_full_is_the_whole_picture():
+    at = drawn(run_with(), rows=oblong_rows(), crop="full")
+    assert box_of(at).unique(dim=0).tolist() == [[0.0, 0.0, 1000.0, 1000.0]]
+
+
+def test_a_run_on_buckets_draws_rows_of_the_bucket_that_is_sampled():
+    """A square canvas is never that of a picture twice as wide as high, which training puts into another bucket."""
+    buckets = {"data.buckets": "[[12,6],[8,8],[6,12]]"}
+    for aspect, (height, width) in [(None, (8, 8)), ("2:1", (6, 12)), ("1:2", (12, 6))]:
+        run = changed(run_with(**({"aspect": aspect} if aspect else {})), **buckets)
+        assert run.canvas == (height, width)
+        at = drawn(run, range(200), oblong_rows())
+        wide = (at["width"] / at["height"]).log()
+        nearest = (wide[:, None] - torch.tensor([0.5, 1.0, 2.0]).log()).abs().argmin(1)
+        assert nearest.unique().tolist() == [[0.5, 1.0, 2.0].index(width / height)]
+        for box, h, w in zip(box_of(at), at["height"].tolist(), at["width"].tolist(), strict=True):
+            due = 1000 * torch.tensor(crops.centred(h, w, width / height)[:4])
+            torch.testing.assert_close(box, due, rtol=0, atol=1e-4)
 
 
 SAID = {
@@ -76,8 +154,12 @@ SAID = {
 def test_what_the_user_says_replaces_the_row_and_nothing_else_does(names):
     silent, at = drawn(run_with()), drawn(run_with(), **{name: SAID[name][0] for name in names})
     said = {column for name in names for column in CONTROLS[name].columns}
-    if "size" in names:
-        said.add("aspect")
+    if "size" in names:  # the aspect and the centred box are those of the size
+        said |= {"aspect", *crops.BOX}
+    elif "aspect" in names:  # as many pixels in this aspect
+        said |= {"height", "width", *crops.BOX}
+        torch.testing.assert_close(at["width"] / at["height"], torch.full((40,), 1.5), rtol=0.02, atol=0)
+        torch.testing.assert_close(at["width"] * at["height"], silent["width"] * silent["height"], rtol=0.02, atol=0)
     for name in names:
         for column, value in zip(CONTROLS[name].columns, SAID[name][1], strict=True):
             torch.testing.assert_close(at[column], torch.full((40,), float(value)))

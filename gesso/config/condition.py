@@ -13,7 +13,7 @@ class Variable(NamedTuple):
 
     columns: its numbers in a row of control; level "high" shapes the composition, "low" the details (Berrada et
     al. Section 2.1); parse: what a user types -> the numbers; plain: what sampling takes when the user is silent,
-    None: a row drawn from the training set.
+    None: a row drawn from the training set (of crop the centred box that training gives such a picture).
     """
 
     columns: tuple[str, ...]
@@ -64,10 +64,9 @@ CONTROLS: dict[str, Variable] = {
     "crop": Variable(
         ("crop_top", "crop_left", "crop_bottom", "crop_right"),
         "high",
-        "thousandths of height and width of the whole image",
+        "thousandths of height and width of the whole image, mirrored if the view is",
         "full, or top,left,bottom,right from 0 to 1",
         _crop,
-        (0.0, 0.0, 1000.0, 1000.0),
     ),
     "aspect": Variable(("aspect",), "high", "1000 * width / height", "width:height such as 4:3", _aspect),
     "size": Variable(("height", "width"), "low", "pixels of the whole image", "HEIGHTxWIDTH such as 512x512", _size),

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from gesso.config import Data
 
+BOX = ("crop_top", "crop_left", "crop_bottom", "crop_right")
+"""columns of control that state the box"""
 UNIFORMS = 4
 """draws of a view: scale, top, left, flip"""
 
@@ -67,15 +69,22 @@ def taken(image: Image.Image, view: View, height: int, width: int) -> np.ndarray
     return (pixels[:, :, ::-1] if view.flip else pixels).copy()
 
 
-def columns(sizes: Tensor, boxes: Tensor, flips: Tensor, tone: Tensor) -> Mapping[str, Tensor]:
-    """Columns of control by name, (B,) float32 each, in the units of config.CONTROLS.
+def mirrored(boxes: Tensor) -> Tensor:
+    """Return boxes (B, 4) as they lie in the picture mirrored left to right."""
+    top, left, bottom, right = boxes.unbind(1)
+    return torch.stack([top, 1 - right, bottom, 1 - left], dim=1)
 
-    sizes (B, 2) height and width of the whole picture; boxes (B, 4); flips (B,) bool; tone (B, 2) mean and standard
-    deviation of the pixels of the view. A flipped view has its box in the picture as it was.
+
+def columns(sizes: Tensor, boxes: Tensor, flips: Tensor, tone: Tensor) -> Mapping[str, Tensor]:
+    """Return the columns of control by name, (B,) float32 each, in the units of config.CONTROLS.
+
+    sizes (B, 2) height and width of the whole picture; boxes (B, 4) in the picture as it is stored; flips (B,) bool;
+    tone (B, 2) mean and standard deviation of the pixels of the view. The crop columns state the box in the frame that
+    is shown: of a mirrored view in the mirrored picture, left -> 1 - right and right -> 1 - left.
     """
     height, width = sizes.float().unbind(1)
-    names = ("crop_top", "crop_left", "crop_bottom", "crop_right")
-    return dict(zip(names, (1000 * boxes.float()).unbind(1), strict=True)) | {
+    shown = torch.where(flips[:, None], mirrored(boxes), boxes)
+    return dict(zip(BOX, (1000 * shown.float()).unbind(1), strict=True)) | {
         "flip": 1000 * flips.float(), "aspect": 1000 * width / height, "height": height, "width": width,
         "brightness": tone[:, 0].float(), "contrast": tone[:, 1].float(),
     }  # fmt: skip
