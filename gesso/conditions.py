@@ -32,7 +32,7 @@ def numbers(text: str, what: str) -> list[int]:
 def check_labels(run: Run, labels: Sequence[int]) -> None:
     """Raise UsageError for a label that the run does not have."""
     classes = run.inputs.num_classes
-    none = run.semantic.dropout > 0  # otherwise the null class was never trained
+    none = run.dropout.both + run.dropout.semantic > 0  # otherwise the null class was never trained
     if not classes:
         words = "words: say --prompt" if run.semantic.kind == "text" else "no classes: it takes no label"
         raise UsageError(f"this run was trained with {words}")
@@ -94,16 +94,22 @@ def build(
     seed = torch.tensor(list(seeds), dtype=torch.int64)
     fields: dict[str, Tensor | None] = {}
     cut: list[str] = []
+    nothing = torch.zeros(len(seed), dtype=torch.bool)
     if labels is not None:
         check_labels(run, labels)
         fields["label"] = torch.tensor(list(labels))
+        nothing = fields["label"] == run.inputs.num_classes
     if prompts is not None:
         encoder = encoders.build(run.semantic)
         cut = encoder.cut(prompts)
-        fields |= text_fields(run.semantic, encoder(prompts), 0, seed)
+        encoded = encoder(prompts)
+        fields |= text_fields(run.semantic, encoded, 0, seed)
+        nothing = encoded.lengths == 0
     said = _said(run, control or {})
     if run.control.variables:
         fields |= control_fields(run, _rows(run, seed, rows, said))
+        if not said and not run.learned_without(semantic=True):
+            fields["has_control"] = ~nothing  # training never shows control variables without label or text
     return Cond(**fields), [f"warning: {line}" for line in dict.fromkeys(cut)]
 
 

@@ -313,9 +313,25 @@ def test_labels_that_are_refused(text, said):
 
 
 def test_no_label_where_none_was_never_trained():
-    run = classes(**{"semantic.dropout": 0, "sample.guidance": 1})
+    run = classes(**{"dropout.both": 0, "sample.guidance": 1})
     with pytest.raises(UsageError, match=r"label 3 is out of range: the run has labels 0 to 2$"):
         conditions.labels_for(run, "3", 1)
+
+
+@pytest.mark.parametrize("semantic", [0.0, 0.05])
+def test_samples_without_label_are_without_control_unless_training_shows_that(semantic):
+    """(control, none) is a condition of its own, which dropout.semantic trains."""
+    run = run_with("size", **{"guidance": 1})
+    run = changed(run, **{"dropout.semantic": semantic})
+    rows, labels = torch.tensor([[8.0, 8.0]]), [3, 10, 10, 0]
+    cond, _ = conditions.build(run, range(4), rows, labels)
+    shown = [True] * 4 if cond.has_control is None else cond.has_control.tolist()
+    assert shown == ([True] * 4 if semantic else [True, False, False, True])
+    cond, _ = conditions.build(run, range(4), rows, labels, None, {"size": "8x8"})
+    assert cond.has_control is None  # the user names them
+    words = changed(run, **{"semantic.kind": "text"})
+    cond, _ = conditions.build(words, range(2), rows, None, ["seven", ""])
+    assert (cond.has_control is None) if semantic else cond.has_control.tolist() == [True, False]
 
 
 def test_labels_and_prompts_to_the_wrong_run():
@@ -377,14 +393,20 @@ def complaint(*settings: str, recipe: str = "digits") -> str:
 @pytest.mark.parametrize(
     "settings, said",
     [
-        (["semantic.dropout=0"], "sample.guidance=1.5 needs a network that also learned without label or text"),
-        (["semantic.dropout=0", "sample.guide=self", "sample.guide_nimg=5"], "also learned without label or text"),
+        (["dropout.both=0"], "sample.guidance=1.5 needs a network that also learned without label or text"),
+        (["dropout.both=0", "sample.guide=self", "sample.guide_nimg=5"], "also learned without label or text"),
         (["semantic.kind=none", "data.num_classes=10"], "has nothing to guide towards"),
         (["data.num_classes=0"], "has nothing to guide towards"),
         (["sample.control_guidance=1.4"], "sample.control_guidance=1.4 needs"),
-        (["sample.control_guidance=1.4", "control.variables=size", "control.dropout=0", "sample.keep_control=true"],
-         "sample.control_guidance=1.4 needs"),
-        (["control.variables=size", "control.dropout=0"], "also learned without control variables"),
+        (["sample.control_guidance=1.4", "control.variables=size", "dropout.control=0", "dropout.semantic=.1",
+          "sample.keep_control=true"], "sample.control_guidance=1.4 needs"),
+        (["control.variables=size", "dropout.both=0"], "also learned without label or text and control variables: set dropout.both"),
+        (["control.variables=size", "dropout.both=0", "dropout.semantic=.2"], "set dropout.both above 0"),
+        (["control.variables=size", "sample.keep_control=true"], "(sample.keep_control=true): set dropout.semantic above 0"),
+        (["dropout.both=.5", "dropout.control=.3", "dropout.semantic=.3"], "is 1.1, above 1: set them lower"),
+        (["dropout.both=-.1"], "dropout.both"),
+        (["semantic.dropout=0.2"], "semantic.dropout=0.2: no such setting; set dropout.both"),
+        (["control.dropout=0"], "control.dropout=0: no such setting; set dropout.both"),
         (["control.variables=[size,colour]"], "control.variables"),
         (['control.variables=[["size"]]'], "control.variables"),
         (["control.variables=size", "control.mlp=joint"], "control.schedule=cosine weighs the low level"),
@@ -431,9 +453,12 @@ def test_shared_pooled_mlp_and_split_control():
 
 
 def test_guidance_that_needs_no_withheld_condition():
-    recipes.resolve("digits", ["semantic.dropout=0", "sample.guidance=1"])
-    recipes.resolve("digits", ["semantic.dropout=0", "sample.guide=runs/other"])
-    recipes.resolve("digits", ["control.variables=size", "control.dropout=0", "sample.keep_control=true"])
+    recipes.resolve("digits", ["dropout.both=0", "sample.guidance=1"])
+    recipes.resolve("digits", ["dropout.both=0", "sample.guide=runs/other"])
+    recipes.resolve("digits", ["dropout.both=0", "dropout.semantic=.1"])  # without control that is no condition at all
+    kept = ["control.variables=size", "dropout.both=0", "dropout.control=0", "dropout.semantic=.05"]
+    recipes.resolve("digits", [*kept, "sample.keep_control=true"])
+    recipes.resolve("digits", ["control.variables=size", "dropout.control=0"])
 
 
 def test_training_with_levels_that_the_process_lacks_is_refused_at_once(monkeypatch):
@@ -502,7 +527,7 @@ def sample(folders, monkeypatch, capsys, tmp_path):
         ("edm2", ["sample.resolution=9"], "not a multiple of 2, which net.name=edm2 needs"),
         ("classes", ["sample.guide=self"], "is the same network"),
         ("classes", ["sample.guide=nowhere"], "holds no snapshots"),
-        ("classes", ["control.dropout=0"], "settled by training"),
+        ("classes", ["dropout.control=0"], "settled by training"),
         ("classes", ["sample.interval=[3,1]"], "does not rise"),
         ("classes", ["sample.sigma_rel=0.2887"], "less than"),
         ("classes", ["sample.steps=0"], "greater than 0"),

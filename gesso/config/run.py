@@ -1,12 +1,12 @@
 """The complete description of a run. Times are counted in images. No torch here."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, model_validator
 
 from gesso.config.base import Count, Positive, Probability, Settings, Share, SigmaRel, parse_words
-from gesso.config.condition import Controls, Semantic
+from gesso.config.condition import Controls, Dropout, Semantic, joint_dropout
 from gesso.config.init import Init
 from gesso.config.net import Control, Inputs, MMDiT, Net, Transformer, UNet
 from gesso.config.process import EDM, Process
@@ -166,6 +166,7 @@ class Run(Settings):
     process: Process = EDM()
     semantic: Semantic = Semantic()
     control: Controls = Controls()
+    dropout: Dropout = Dropout()
     init: Init = Init()
     loss: Loss = Loss()
     optim: Optim = Optim()
@@ -176,6 +177,11 @@ class Run(Settings):
     watch: Watch = Watch()
     made_with: dict[str, str | int] = {}
     """a record of versions, threads and commit; it decides nothing"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older(cls, tree: Any) -> Any:
+        return joint_dropout(tree) if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
     def _fits(self) -> "Run":
@@ -261,21 +267,32 @@ class Run(Settings):
                 "set sample.guidance=1, or name another network by sample.guide"
             )
         withheld = sample.guidance != 1 and sample.guide in (None, "self") and sample.guide_sees == "nothing"
-        if withheld and self.semantic.dropout == 0:
+        if withheld and not self.learned_without(semantic=True, control=not sample.keep_control):
+            keeps = bool(self.control.variables) and sample.keep_control
+            also = " and control variables" if self.control.variables and not keeps else ""
             raise ValueError(
-                f"sample.guidance={sample.guidance} needs a network that also learned without label or text: "
-                "set semantic.dropout above 0, name another network by sample.guide, or set sample.guidance=1"
+                f"sample.guidance={sample.guidance} needs a network that also learned without label or text{also}"
+                + (", with control variables (sample.keep_control=true): " if keeps else ": ")
+                + f"set dropout.{'semantic' if keeps else 'both'} above 0 in training, name another network by "
+                + f"sample.guide, {'set sample.keep_control=false, ' if keeps else ''}or set sample.guidance=1"
             )
-        if withheld and not sample.keep_control and self.control.variables and self.control.dropout == 0:
-            raise ValueError(
-                f"sample.guidance={sample.guidance} needs a network that also learned without control variables: set "
-                "control.dropout above 0, or let guidance keep them by sample.keep_control=true"
-            )
-        if sample.control_guidance != 1 and not (self.control.variables and self.control.dropout > 0):
+        controls = self.control.variables and self.learned_without(control=True)
+        if sample.control_guidance != 1 and not controls:
             raise ValueError(
                 f"sample.control_guidance={sample.control_guidance} needs a network that learned with and without control "
-                "variables: set control.variables and control.dropout in training, or sample.control_guidance=1"
+                "variables: set control.variables and dropout.control in training, or sample.control_guidance=1"
             )
+
+    def learned_without(self, *, semantic: bool = False, control: bool = False) -> bool:
+        """Return whether training withholds these conditions, and shows the other where the run has it, in some samples."""
+        has_semantic = self.semantic.kind == "text" or (self.semantic.kind == "label" and self.data.num_classes != 0)
+        has_control, d = bool(self.control.variables), self.dropout
+        semantic, control = semantic and has_semantic, control and has_control
+        if semantic and control:
+            return d.both > 0
+        if semantic:
+            return d.semantic > 0 or (d.both > 0 and not has_control)
+        return not control or d.control > 0 or (d.both > 0 and not has_semantic)
 
     @property
     def channels(self) -> int:
