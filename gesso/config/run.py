@@ -187,10 +187,10 @@ class Run(Settings):
     def _fits(self) -> "Run":
         for block in ("data", "sample"):
             self._size(block, getattr(self, block).resolution)
-        if self.positions_at and self.positions_at % (self.net.multiple * self.factor):
-            raise ValueError(
-                f"net.positions_at={self.positions_at} is not a multiple of {self.net.multiple * self.factor}, pixels of a token"
-            )
+        for name in ("positions_at", "positions_span"):
+            pixels, unit = getattr(self.net, name, None), self.net.multiple * self.factor
+            if pixels and pixels % unit:
+                raise ValueError(f"net.{name}={pixels} is not a multiple of {unit}, pixels of a token")
         if self.latent.vae and self.data.channels != 3:
             raise ValueError(f"data.channels={self.data.channels}, but latent.vae sees RGB: set data.channels=3")
         self._conditions()
@@ -328,7 +328,7 @@ class Run(Settings):
 
         `control.edge` is still a sigma; `diffusion.denoiser.build` makes it a progress, which needs the process.
         """
-        c, semantic = self.control, self.semantic
+        c, semantic, span = self.control, self.semantic, getattr(self.net, "positions_span", None)
         text = semantic.kind == "text"
         control = Control(len(c.columns("high")), len(c.columns("low")), c.mlp, c.schedule, c.alpha, c.edge)
         return Inputs(
@@ -339,4 +339,5 @@ class Run(Settings):
             pooled_width=(semantic.pooled_width or 0) if text and "pooled" in self.net.accepts else 0,
             control=control,
             positions_at=self.positions_at // self.factor if self.positions_at else None,
+            positions_span=span // self.factor if span else None,
         )

@@ -53,7 +53,7 @@ IN1K = {
     "dit": Row(DiT(**XL, positions="extrapolated"), "DiT-XL/2 w/ LN", (1.95, 2.85)),
     "dit-att": Row(DiTAtt(**XL, positions="extrapolated"), "DiT-XL/2 w/ Att", (1.71, None)),
     "mdt": Row(MDT(**XL), "mDT-v2-XL/2 w/ LN", (2.51, 3.75)),
-    "pixart": Row(PixArt(**XL, positions="interpolated"), "PixArt-alpha-XL/2", (2.06, 3.05)),
+    "pixart": Row(PixArt(**XL, positions="proportional"), "PixArt-alpha-XL/2", (2.06, 3.05)),
     "mmdit": Row(MMDiT(**XL, positions="interpolated"), "mmDiT-XL/2 (SD3)", (1.71, 3.02)),
     "ours": Row(mmditpp("XL/2"), "mmDiT-XL/2 (ours)", (1.59, 2.76)),
 }
