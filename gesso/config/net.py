@@ -224,6 +224,8 @@ class MMDiT(Transformer):
     """RMSNorm of queries and keys (SD3.5 has it, SD3 medium not)"""
     text_weights: Literal["qkv", "all"] = "qkv"
     """which weights the semantic tokens have of their own: qkv (the size of Table A1), all (SD3's block)"""
+    pooled_mlp: Literal["own", "none"] = "own"
+    """the pooled text's MLP, which adds it to adaLN (SD3), or none: the network does not see it (the size of Table A1)"""
     max_grid: PositiveInt | None = None
     """SD3's positions: rows and columns of their table, cropped at its centre (SD3 medium has 192); None: as
     `positions` says"""
@@ -300,8 +302,9 @@ class UNet(Settings):
     """channels of the tokens that cross-attention sees; None: 1024 for a class, text_width for text"""
     text_embed: Literal["mlp", "none"] = "mlp"
     """what text tokens pass before cross-attention: Linear-SiLU-Linear, or nothing (SD1.5, SDXL)"""
-    pooled_mlp: Literal["own", "shared"] = "own"
-    """the pooled text's MLP: its own, or one over pooled text and control variables concatenated (SDXL)"""
+    pooled_mlp: Literal["own", "shared", "none"] = "own"
+    """the pooled text's MLP: its own; one over pooled text and control variables concatenated (SDXL); or none: the
+    network does not see it (the size of Table A1)"""
     groups: PositiveInt = 32
     """groups of GroupNorm"""
 

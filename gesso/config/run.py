@@ -330,13 +330,14 @@ class Run(Settings):
         """
         c, semantic, span = self.control, self.semantic, getattr(self.net, "positions_span", None)
         text = semantic.kind == "text"
+        pooled = "pooled" in self.net.accepts and self.net.pooled_mlp != "none"
         control = Control(len(c.columns("high")), len(c.columns("low")), c.mlp, c.schedule, c.alpha, c.edge)
         return Inputs(
             channels=self.channels,
             resolution=self.data.resolution // self.factor,
             num_classes=(self.data.num_classes or 0) if semantic.kind == "label" else 0,
             text_width=(semantic.width or 0) if text else 0,
-            pooled_width=(semantic.pooled_width or 0) if text and "pooled" in self.net.accepts else 0,
+            pooled_width=(semantic.pooled_width or 0) if text and pooled else 0,
             control=control,
             positions_at=self.positions_at // self.factor if self.positions_at else None,
             positions_span=span // self.factor if span else None,

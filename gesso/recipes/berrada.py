@@ -129,7 +129,7 @@ def digits_ours() -> Run:
 VAE = "stabilityai/sd-vae-ft-mse"
 """which one the paper does not say; that of DiT"""
 CLIP = dict(encoder="openai/clip-vit-large-patch14", tokens=77)
-TEXT_UNET = UNet(channels=320, multipliers=(1, 2, 4, 4), transformer_depth=(1, 1, 1, 0), heads=8)
+TEXT_UNET = UNet(channels=320, multipliers=(1, 2, 4, 4), transformer_depth=(1, 1, 1, 0), heads=8, pooled_mlp="none")
 """of the size of Table A1's text cell, 864 M"""
 XL = dict(width=1152, depth=28, heads=16, patch=2)
 LOW_RESOLUTION = {"sdxl": (0.9, 1.0), "sd3": (0.9, 1.0), "ours": (0.4, 0.6)}
@@ -176,7 +176,7 @@ def cc12m(name: str, resolution: int) -> Run:
     """
     columns: dict[str, tuple[dict[str, Any], UNet | MMDiT | MMDiTpp]] = {
         "sdxl": (sdxl(), TEXT_UNET),
-        "sd3": (sd3(), MMDiT(**XL, positions="interpolated")),
+        "sd3": (sd3(), MMDiT(**XL, positions="interpolated", pooled_mlp="none")),
         "ours": (ours(), mmditpp("XL/2")),
     }
     column, net = columns[name]
