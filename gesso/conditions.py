@@ -155,7 +155,7 @@ def _rows(run: Run, seed: Tensor, rows: Tensor | None, said: Mapping[str, tuple[
 
 
 def _centred(run: Run, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the crop columns (N,) of the centred box that training gives a picture of the chosen size.
+    """Return the crop columns (N,) of the largest centred box that training shows of a picture of the chosen size.
 
     The box has the aspect of the canvas. Where neither size nor aspect is a control variable, the picture's aspect
     follows from its row's own box, whose aspect in pixels is that of the training canvas.
@@ -169,7 +169,7 @@ def _centred(run: Run, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         top, left, bottom, right = (chosen[column] for column in crops.BOX)
         trained = width / height if run.data.buckets else 1.0
         sizes = torch.stack([right - left, trained * (bottom - top)], dim=1)
-    boxes = [crops.centred(h, w, width / height)[:4] for h, w in sizes.tolist()]
+    boxes = [crops.largest(run.data, h, w, width / height)[:4] for h, w in sizes.tolist()]
     return dict(zip(crops.BOX, (1000 * torch.tensor(boxes)).unbind(1), strict=True))
 
 

@@ -119,6 +119,20 @@ def test_the_default_crop_is_among_those_of_training(tmp_path):
     assert all((row == shown).all(1).any() for row in made) and len(made.unique(dim=0)) == 4
 
 
+def test_the_default_crop_of_a_run_on_local_crops_is_the_largest_that_it_was_shown():
+    """Crops of .4 to .6 of the area never show a whole picture."""
+    run = changed(run_with(), **{"data.crop_scale": "[.4,.6]"})
+    at = drawn(run, range(200), oblong_rows())
+    box = box_of(at) / 1000
+    sides = (box[:, 2:] - box[:, :2]) * torch.stack([at["height"], at["width"]], 1)
+    least = torch.minimum(at["height"], at["width"])
+    torch.testing.assert_close(sides, (0.6**0.5 * least)[:, None].expand(-1, 2), rtol=1e-5, atol=0)
+    torch.testing.assert_close(box[:, :2] + box[:, 2:], torch.ones(200, 2))
+    for scale in ("null", "[.4,1]", "[.9,1]"):
+        other = changed(run_with(), **{"data.crop_scale": scale})
+        assert box_of(drawn(other, rows=oblong_rows())).equal(box_of(drawn(run_with(), rows=oblong_rows())))
+
+
 def test_crop_full_is_the_whole_picture():
     at = drawn(run_with(), rows=oblong_rows(), crop="full")
     assert box_of(at).unique(dim=0).tolist() == [[0.0, 0.0, 1000.0, 1000.0]]

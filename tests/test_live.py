@@ -440,6 +440,25 @@ def test_space_is_the_identity_on_pixels():
     assert space.pixels(space.x0(pixels, 0, torch.arange(1))).equal(pixels)
 
 
+@pytest.mark.parametrize("name", ["in1k-256-ours", "cc12m-256-ours"])
+def test_a_recipe_at_scale_on_images_has_fresh_crops_at_each_visit(photos, vae, tmp_path, name):
+    """Its docstring names the command without a cache: the same recipe on the images, which go through the VAE as they come."""
+    says = recipes.RECIPES[name].__doc__
+    images = "cc12m" if name.startswith("cc12m") else "/path/to/imagenet"
+    assert f"gesso train {name} data.source={images}\n" in says and f"gesso train {name} data.source=caches/" in says
+    settings = ["data.resolution=16", f"latent.vae={vae}", "semantic.kind=label", "semantic.encoder=words"]
+    run = recipes.resolve(name, [f"data.source={photos}", *settings, "sample.tuned_at=null"])[0]
+    run, some = opened(run, QUIET)
+    assert isinstance(some, Live)
+    visits = torch.arange(64)
+    samples = some.take(torch.full((64,), 3), visits)
+    assert len(samples.boxes.unique(dim=0)) == 64 and samples.flips.any()
+    low, high = run.data.crop_scale
+    height, width = samples.sizes[0].tolist()
+    area = (samples.boxes[:, 2:] - samples.boxes[:, :2]).prod(1) * height * width / min(height, width) ** 2
+    assert low - 1e-5 <= area.min() and area.max() <= high + 1e-5
+
+
 def test_a_larger_folder_than_memory_trains(tmp_path, monkeypatch):
     folder_of_images(tmp_path / "images", {"a": 10, "b": 10}, size=20)
     monkeypatch.setattr(dataset, "IN_MEMORY", 0)

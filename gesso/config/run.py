@@ -110,6 +110,8 @@ class Eval(Settings):
     features: Literal["digits", "shapes", "none"] = "none"
     """digits: the small classifier shipped with gesso; shapes: what is drawn is read back and compared with the caption
     or class; none: pictures and nearest training images only"""
+    halflives: tuple[Positive, ...] = ()
+    """images; scores are taken once more of the average of each half-life, beside that which sample.* names"""
     splits: Annotated[Count, Field(ge=1)] = 5
     """random halves of the real images; scores and the floor are taken on each, at equal counts"""
     scores: Annotated[tuple[Score, ...], BeforeValidator(parse_words)] = ()
