@@ -94,7 +94,7 @@ def sample(
     size: Annotated[str | None, typer.Option(help="original size to imitate: 512x512", show_default=False)] = None,
     flip: Annotated[str | None, typer.Option(help="mirrored: yes or no (default no)", show_default=False)] = None,
     crop: Annotated[
-        str | None, typer.Option(help="full (default), or top,left,bottom,right from 0 to 1", show_default=False)
+        str | None, typer.Option(help="top,left,bottom,right, or full (default training's box)", show_default=False)
     ] = None,
     control: Annotated[
         list[str] | None, typer.Option(help="any control variable: aspect=4:3, brightness=128", show_default=False)

@@ -208,10 +208,9 @@ def _check_told(run: Run, guide: Run) -> None:
     shape = ["semantic.kind", "semantic.tokens", "semantic.width", "semantic.pooled_width"]
     same = [*shape, "semantic.encoder", "data.class_names", "control.variables"]
     if cfg.guide_sees == "nothing":
-        blind = {"semantic": guide.inputs.semantic, "control": guide.control.variables and not cfg.keep_control}
-        for block, has in blind.items():
-            if has and getattr(guide, block).dropout == 0:
-                raise UsageError(f"sample.guide={cfg.guide} never learned to see nothing: {block}.dropout is 0 there")
+        if not guide.learned_without(semantic=True, control=not cfg.keep_control):
+            share = "semantic" if guide.control.variables and cfg.keep_control else "both"
+            raise UsageError(f"sample.guide={cfg.guide} never learned to see nothing: dropout.{share} is 0 there")
         # What is withheld still has a shape: that of tokens where it has text, that of rows where both have control.
         same = shape if guide.semantic.kind == "text" else []
         same += ["control.variables"] if guide.control.variables and run.control.variables else []

@@ -5,15 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import folder_of_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from rich.console import Console
 from written import changed, small, written
 
 from gesso import __main__ as cli
 from gesso import conditions, config, generate, nets, recipes, snapshot
-from gesso.config import CONTROLS, Inputs, MMDiT, UNet
-from gesso.data import dataset
+from gesso.config import CONTROLS, Data, Inputs, MMDiT, UNet
+from gesso.data import crops, dataset
+from gesso.data.batches import Batches
 from gesso.data.text import Words
 from gesso.errors import UsageError
 from gesso.train.start import opened
@@ -55,10 +58,99 @@ def test_what_is_drawn_comes_from_one_row():
     assert torch.bincount((number - 100).long(), minlength=50).max() < 20
 
 
-def test_flip_no_and_crop_full_are_the_defaults():
-    at = drawn(run_with())
-    assert not at["flip"].any() and not at["crop_top"].any() and not at["crop_left"].any()
-    assert (at["crop_bottom"] == 1000).all() and (at["crop_right"] == 1000).all()
+def test_the_default_flip_is_no():
+    assert not drawn(run_with())["flip"].any()
+
+
+def box_of(at: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack([at[column] for column in crops.BOX], dim=1)
+
+
+def oblong_rows(n: int = 60) -> torch.Tensor:
+    """Rows of ALL for pictures of many aspects, with the random boxes of training."""
+    u = torch.rand(n, crops.UNIFORMS + 2, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = []
+    for *view, tall, wide in u:
+        height, width = 40 + int(400 * tall), 40 + int(400 * wide)
+        box = crops.drawn(Data(crop_scale=(0.4, 1.0)), height, width, view)[:4]
+        rows.append([0, *(1000 * edge for edge in box), 1000 * width / height, height, width, 100, 50])
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("how", ["train", "fixed", "square", "free"])
+@pytest.mark.parametrize("aspect", [None, "3:2"])
+def test_the_default_crop_is_the_centred_box_of_the_size_that_is_drawn(how, aspect):
+    """Training shows square boxes: of a picture twice as wide as high the whole is never one of them."""
+    run = run_with(size=how, size_range="[30,300]", **({"aspect": aspect} if aspect else {}))
+    at = drawn(run, range(300), oblong_rows())
+    height, width = run.canvas
+    for box, h, w in zip(box_of(at), at["height"].tolist(), at["width"].tolist(), strict=True):
+        torch.testing.assert_close(box, 1000 * torch.tensor(crops.centred(h, w, width / height)[:4]), rtol=0, atol=1e-4)
+        shape = float((box[3] - box[1]) * w / ((box[2] - box[0]) * h))
+        assert shape == pytest.approx(width / height, rel=1e-5)
+    whole = (box_of(at) == torch.tensor([0.0, 0.0, 1000.0, 1000.0])).all(1)
+    assert whole.all() if how in ("fixed", "square") and aspect is None else whole.float().mean() < 0.2
+
+
+@pytest.mark.parametrize("variables", ["crop", "crop,aspect", "flip,crop,size"])
+def test_the_default_crop_with_some_of_the_variables(variables):
+    """The same box from the size, from the aspect, or from the row's own box."""
+    rows, run = oblong_rows(), run_with(variables)
+    columns = run.control.columns("high") + run.control.columns("low")
+    at = drawn(run, range(300), rows[:, [COLUMNS.index(column) for column in columns]])
+    due = torch.tensor([crops.centred(*size)[:4] for size in rows[:, 6:8].tolist()]) * 1000
+    distance = (box_of(at)[:, None] - due).abs().amax(2).min(1).values
+    assert distance.max() < 0.01 and len(box_of(at).unique(dim=0)) > 40
+
+
+def test_the_default_crop_is_among_those_of_training(tmp_path):
+    """Of a folder of oblong pictures, through the rows that training itself stores."""
+    for i, size in enumerate([(20, 40), (40, 20), (20, 30), (30, 30)]):
+        folder_of_images(tmp_path / "all" / str(i), {"a": 2}, size=40)
+        for path in (tmp_path / "all" / str(i)).rglob("*.png"):
+            Image.open(path).crop((0, 0, *size)).save(path)
+    run = small("digits-dit", **{"data.source": tmp_path / "all", "data.resolution": 16, "data.channels": 3,
+                                 "control.variables": "crop,size", "eval.features": "none"})  # fmt: skip
+    run, loaded = opened(run, Console(quiet=True))
+    batches = Batches(loaded, run, 0.5, torch.device("cpu"))
+    shown = batches.rows(torch.arange(len(loaded)))
+    cond, _ = conditions.build(run, range(100), shown, labels=[0] * 100)
+    made = torch.cat([cond.control_high, cond.control_low], dim=1)
+    assert all((row == shown).all(1).any() for row in made) and len(made.unique(dim=0)) == 4
+
+
+def test_the_default_crop_of_a_run_on_local_crops_is_the_largest_that_it_was_shown():
+    """Crops of .4 to .6 of the area never show a whole picture."""
+    run = changed(run_with(), **{"data.crop_scale": "[.4,.6]"})
+    at = drawn(run, range(200), oblong_rows())
+    box = box_of(at) / 1000
+    sides = (box[:, 2:] - box[:, :2]) * torch.stack([at["height"], at["width"]], 1)
+    least = torch.minimum(at["height"], at["width"])
+    torch.testing.assert_close(sides, (0.6**0.5 * least)[:, None].expand(-1, 2), rtol=1e-5, atol=0)
+    torch.testing.assert_close(box[:, :2] + box[:, 2:], torch.ones(200, 2))
+    for scale in ("null", "[.4,1]", "[.9,1]"):
+        other = changed(run_with(), **{"data.crop_scale": scale})
+        assert box_of(drawn(other, rows=oblong_rows())).equal(box_of(drawn(run_with(), rows=oblong_rows())))
+
+
+def test_crop_full_is_the_whole_picture():
+    at = drawn(run_with(), rows=oblong_rows(), crop="full")
+    assert box_of(at).unique(dim=0).tolist() == [[0.0, 0.0, 1000.0, 1000.0]]
+
+
+def test_a_run_on_buckets_draws_rows_of_the_bucket_that_is_sampled():
+    """A square canvas is never that of a picture twice as wide as high, which training puts into another bucket."""
+    buckets = {"data.buckets": "[[12,6],[8,8],[6,12]]"}
+    for aspect, (height, width) in [(None, (8, 8)), ("2:1", (6, 12)), ("1:2", (12, 6))]:
+        run = changed(run_with(**({"aspect": aspect} if aspect else {})), **buckets)
+        assert run.canvas == (height, width)
+        at = drawn(run, range(200), oblong_rows())
+        wide = (at["width"] / at["height"]).log()
+        nearest = (wide[:, None] - torch.tensor([0.5, 1.0, 2.0]).log()).abs().argmin(1)
+        assert nearest.unique().tolist() == [[0.5, 1.0, 2.0].index(width / height)]
+        for box, h, w in zip(box_of(at), at["height"].tolist(), at["width"].tolist(), strict=True):
+            due = 1000 * torch.tensor(crops.centred(h, w, width / height)[:4])
+            torch.testing.assert_close(box, due, rtol=0, atol=1e-4)
 
 
 SAID = {
@@ -76,8 +168,12 @@ SAID = {
 def test_what_the_user_says_replaces_the_row_and_nothing_else_does(names):
     silent, at = drawn(run_with()), drawn(run_with(), **{name: SAID[name][0] for name in names})
     said = {column for name in names for column in CONTROLS[name].columns}
-    if "size" in names:
-        said.add("aspect")
+    if "size" in names:  # the aspect and the centred box are those of the size
+        said |= {"aspect", *crops.BOX}
+    elif "aspect" in names:  # as many pixels in this aspect
+        said |= {"height", "width", *crops.BOX}
+        torch.testing.assert_close(at["width"] / at["height"], torch.full((40,), 1.5), rtol=0.02, atol=0)
+        torch.testing.assert_close(at["width"] * at["height"], silent["width"] * silent["height"], rtol=0.02, atol=0)
     for name in names:
         for column, value in zip(CONTROLS[name].columns, SAID[name][1], strict=True):
             torch.testing.assert_close(at[column], torch.full((40,), float(value)))
@@ -231,9 +327,25 @@ def test_labels_that_are_refused(text, said):
 
 
 def test_no_label_where_none_was_never_trained():
-    run = classes(**{"semantic.dropout": 0, "sample.guidance": 1})
+    run = classes(**{"dropout.both": 0, "sample.guidance": 1})
     with pytest.raises(UsageError, match=r"label 3 is out of range: the run has labels 0 to 2$"):
         conditions.labels_for(run, "3", 1)
+
+
+@pytest.mark.parametrize("semantic", [0.0, 0.05])
+def test_samples_without_label_are_without_control_unless_training_shows_that(semantic):
+    """(control, none) is a condition of its own, which dropout.semantic trains."""
+    run = run_with("size", **{"guidance": 1})
+    run = changed(run, **{"dropout.semantic": semantic})
+    rows, labels = torch.tensor([[8.0, 8.0]]), [3, 10, 10, 0]
+    cond, _ = conditions.build(run, range(4), rows, labels)
+    shown = [True] * 4 if cond.has_control is None else cond.has_control.tolist()
+    assert shown == ([True] * 4 if semantic else [True, False, False, True])
+    cond, _ = conditions.build(run, range(4), rows, labels, None, {"size": "8x8"})
+    assert cond.has_control is None  # the user names them
+    words = changed(run, **{"semantic.kind": "text"})
+    cond, _ = conditions.build(words, range(2), rows, None, ["seven", ""])
+    assert (cond.has_control is None) if semantic else cond.has_control.tolist() == [True, False]
 
 
 def test_labels_and_prompts_to_the_wrong_run():
@@ -295,14 +407,20 @@ def complaint(*settings: str, recipe: str = "digits") -> str:
 @pytest.mark.parametrize(
     "settings, said",
     [
-        (["semantic.dropout=0"], "sample.guidance=1.5 needs a network that also learned without label or text"),
-        (["semantic.dropout=0", "sample.guide=self", "sample.guide_nimg=5"], "also learned without label or text"),
+        (["dropout.both=0"], "sample.guidance=1.5 needs a network that also learned without label or text"),
+        (["dropout.both=0", "sample.guide=self", "sample.guide_nimg=5"], "also learned without label or text"),
         (["semantic.kind=none", "data.num_classes=10"], "has nothing to guide towards"),
         (["data.num_classes=0"], "has nothing to guide towards"),
         (["sample.control_guidance=1.4"], "sample.control_guidance=1.4 needs"),
-        (["sample.control_guidance=1.4", "control.variables=size", "control.dropout=0", "sample.keep_control=true"],
-         "sample.control_guidance=1.4 needs"),
-        (["control.variables=size", "control.dropout=0"], "also learned without control variables"),
+        (["sample.control_guidance=1.4", "control.variables=size", "dropout.control=0", "dropout.semantic=.1",
+          "sample.keep_control=true"], "sample.control_guidance=1.4 needs"),
+        (["control.variables=size", "dropout.both=0"], "also learned without label or text and control variables: set dropout.both"),
+        (["control.variables=size", "dropout.both=0", "dropout.semantic=.2"], "set dropout.both above 0"),
+        (["control.variables=size", "sample.keep_control=true"], "(sample.keep_control=true): set dropout.semantic above 0"),
+        (["dropout.both=.5", "dropout.control=.3", "dropout.semantic=.3"], "is 1.1, above 1: set them lower"),
+        (["dropout.both=-.1"], "dropout.both"),
+        (["semantic.dropout=0.2"], "semantic.dropout=0.2: no such setting; set dropout.both"),
+        (["control.dropout=0"], "control.dropout=0: no such setting; set dropout.both"),
         (["control.variables=[size,colour]"], "control.variables"),
         (['control.variables=[["size"]]'], "control.variables"),
         (["control.variables=size", "control.mlp=joint"], "control.schedule=cosine weighs the low level"),
@@ -349,9 +467,12 @@ def test_shared_pooled_mlp_and_split_control():
 
 
 def test_guidance_that_needs_no_withheld_condition():
-    recipes.resolve("digits", ["semantic.dropout=0", "sample.guidance=1"])
-    recipes.resolve("digits", ["semantic.dropout=0", "sample.guide=runs/other"])
-    recipes.resolve("digits", ["control.variables=size", "control.dropout=0", "sample.keep_control=true"])
+    recipes.resolve("digits", ["dropout.both=0", "sample.guidance=1"])
+    recipes.resolve("digits", ["dropout.both=0", "sample.guide=runs/other"])
+    recipes.resolve("digits", ["dropout.both=0", "dropout.semantic=.1"])  # without control that is no condition at all
+    kept = ["control.variables=size", "dropout.both=0", "dropout.control=0", "dropout.semantic=.05"]
+    recipes.resolve("digits", [*kept, "sample.keep_control=true"])
+    recipes.resolve("digits", ["control.variables=size", "dropout.control=0"])
 
 
 def test_training_with_levels_that_the_process_lacks_is_refused_at_once(monkeypatch):
@@ -420,7 +541,7 @@ def sample(folders, monkeypatch, capsys, tmp_path):
         ("edm2", ["sample.resolution=9"], "not a multiple of 2, which net.name=edm2 needs"),
         ("classes", ["sample.guide=self"], "is the same network"),
         ("classes", ["sample.guide=nowhere"], "holds no snapshots"),
-        ("classes", ["control.dropout=0"], "settled by training"),
+        ("classes", ["dropout.control=0"], "settled by training"),
         ("classes", ["sample.interval=[3,1]"], "does not rise"),
         ("classes", ["sample.sigma_rel=0.2887"], "less than"),
         ("classes", ["sample.steps=0"], "greater than 0"),

@@ -80,7 +80,7 @@ def test_all_errors_at_once_with_path_value_and_nearest_name():
         ("net.heads=5", "not a multiple of heads=5"),
         ("ema.sigma_rels=[]", "at least one length"),
         ("process.sigma_min=100", "not below sigma_max"),
-        ("semantic.dropout=0", "sample.guidance=1.5 needs"),
+        ("dropout.both=0", "sample.guidance=1.5 needs"),
         ("total_images=3", "no such setting"),
         ("just text", "is not a setting"),
         ("=3", "is not a setting"),

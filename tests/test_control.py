@@ -13,7 +13,7 @@ from torch import Tensor
 from written import QUIET, SMALL, changed, small, written
 
 from gesso import __main__ as cli
-from gesso import generate, recipes, snapshot
+from gesso import config, generate, recipes, snapshot
 from gesso.cond import Cond
 from gesso.config import CONTROLS, Control, Controls
 from gesso.data.batches import Batches
@@ -279,28 +279,58 @@ def test_coarse_digits_lack_what_their_size_says():
 # Dropout.
 
 
-@pytest.mark.parametrize("semantic, control", [(0.1, 0.1), (0.3, 0.6), (0.0, 0.5), (1.0, 0.2)])
+@pytest.mark.parametrize(
+    "both, control, semantic", [(0.1, 0.05, 0), (0.2, 0, 0.3), (0, 0.5, 0.2), (1, 0, 0), (0.3, 0.4, 0.3)]
+)
 @pytest.mark.parametrize("kind", ["label", "text"])
-def test_all_four_combinations_in_their_proportions(semantic, control, kind):
-    run = small(**{"control.variables": "size", "semantic.kind": kind, "semantic.dropout": semantic,
-                   "control.dropout": control, "sample.guidance": 1})  # fmt: skip
+def test_all_four_combinations_in_their_proportions(both, control, semantic, kind):
+    """The four branches of guidance, as often as the settings say: by the draws, to 4 standard deviations."""
+    run = small(**{"control.variables": "size", "semantic.kind": kind, "dropout.both": both, "dropout.control": control,
+                   "dropout.semantic": semantic, "sample.guidance": 1})  # fmt: skip
     batches, _ = batches_of(run)
     n = 6000
     cond = batches(torch.arange(n))[1]
-    for has_s in (True, False):
-        for has_c in (True, False):
-            p = (1 - semantic if has_s else semantic) * (1 - control if has_c else control)
-            share = float(((cond.has_semantic == has_s) & (cond.has_control == has_c)).double().mean())
-            assert abs(share - p) <= 4 * math.sqrt(p * (1 - p) / n)
+    shares = {(False, False): both, (True, False): control, (False, True): semantic}
+    shares[True, True] = max(1 - sum(shares.values()), 0)
+    for (has_s, has_c), p in shares.items():
+        share = float(((cond.has_semantic == has_s) & (cond.has_control == has_c)).double().mean())
+        assert abs(share - p) <= 4 * math.sqrt(p * (1 - p) / n) + 1e-9
     some = torch.tensor([7, 5999, 0, 123])
     few = batches(some)[1]
     assert few.has_semantic.equal(cond.has_semantic[some]) and few.has_control.equal(cond.has_control[some])
 
 
+def test_a_run_with_one_kind_of_condition_withholds_that_one():
+    n = 6000
+    share = lambda has: 1 - float(has.double().mean())  # noqa: E731
+    cond = batches_of(small(**{"dropout.both": 0.2}))[0](torch.arange(n))[1]
+    assert cond.has_control is None and share(cond.has_semantic) == pytest.approx(0.2, abs=0.02)
+    run = small(**{"semantic.kind": "none", "control.variables": "size", "dropout.both": 0.2, "sample.guidance": 1})
+    cond = batches_of(run)[0](torch.arange(n))[1]
+    assert cond.has_semantic is None and share(cond.has_control) == pytest.approx(0.25, abs=0.023)
+
+
+def test_settings_from_before_the_joint_dropout():
+    """Independent shares become the joint ones of the same four branches."""
+    tree = config.as_tree(small(**{"control.variables": "size"}))
+    del tree["dropout"]
+    assert config.validate(tree).dropout == config.Dropout()
+    tree["semantic"]["dropout"], tree["control"]["dropout"] = 0.2, 0.4
+    d = config.validate(tree).dropout
+    assert (d.both, d.control, d.semantic) == pytest.approx((0.08, 0.32, 0.12))
+    tree["semantic"]["dropout"] = 0.0  # as EDM2's recipes had it
+    del tree["control"]["dropout"]
+    tree["sample"]["guidance"] = 1
+    assert config.validate(tree).dropout == config.Dropout(both=0, control=0.1, semantic=0)
+
+
 @pytest.mark.parametrize("recipe", DIGITS)
 def test_nothing_withheld_reaches_the_network(recipe):
     """The loss of a training batch does not change with the labels and rows of samples that withhold them."""
-    run = small(recipe, **{"control.variables": "flip,size", "semantic.dropout": 0.5, "control.dropout": 0.5})
+    run = small(
+        recipe,
+        **{"control.variables": "flip,size", "dropout.both": 0.25, "dropout.control": 0.25, "dropout.semantic": 0.25},
+    )
     trainer = Trainer(*opened(run, QUIET))
     net = awake(trainer.denoiser.net.float())
     x0, cond = trainer.batches(torch.arange(12))

@@ -205,11 +205,11 @@ def folders(tmp_path_factory):
         "unconditional": {"semantic.kind": "none"},
         "coarse": {"data.source": "digits-coarse"},
         "flow": {"process.name": "rf"},
-        "always": {"semantic.dropout": 0, "sample.guidance": 1},
+        "always": {"dropout.both": 0, "sample.guidance": 1},
         "words": {"semantic.kind": "text"},
         "sized": control,
         "flipped": control | {"control.variables": "flip,size"},
-        "always sized": control | {"control.dropout": 0, "sample.keep_control": "true"},
+        "always sized": control | {"dropout.both": 0, "dropout.semantic": 0.1, "sample.keep_control": "true"},
     }
     for name, update in kinds.items():
         written(root / name, **update)
@@ -276,11 +276,12 @@ def test_an_unconditional_network_is_guided_by_a_weaker_one(folders):
         ("plain", dict(guide="flow"), "trained otherwise: process.name is rf there, edm here"),
         ("plain", dict(guide="nowhere"), "holds no snapshots"),
         ("plain", dict(guide="unconditional", guide_nimg=5), "no snapshot up to image 5"),
-        ("plain", dict(guide="always"), "never learned to see nothing: semantic.dropout is 0 there"),
+        ("plain", dict(guide="always"), "never learned to see nothing: dropout.both is 0 there"),
         ("plain", dict(guide="words"), "semantic.kind is text there, label here"),
         ("plain", dict(guide="unconditional", guide_sees="all"), "semantic.kind is none there, label here"),
         ("sized", dict(guide="flipped"), "control.variables is ['flip', 'size'] there, ['size'] here"),
-        ("sized", dict(guide="always sized"), "control.dropout is 0 there"),
+        ("sized", dict(guide="always sized"), "dropout.both is 0 there"),
+        ("always sized", dict(guide="sized", keep_control=True), "dropout.semantic is 0 there"),
         ("sized", dict(guide="coarse", guide_sees="all"), "control.variables is [] there, ['size'] here"),
     ],
 )

@@ -14,6 +14,7 @@ from gesso.cond import Cond
 from gesso.config import Inputs, MMDiT
 from gesso.errors import RunError, UsageError
 from gesso.interop import found
+from gesso.nets.embed import GridPosition
 
 
 def published_edm2(c=64, classes=7, channels=3):
@@ -239,6 +240,22 @@ def test_pixart_of_diffusers(sample_size):
     assert notes["adapted"] == "learned sigma left behind" and "assumed" in notes["resolution"]
     stored = peer.state_dict() | {"pos_embed.pos_embed": peer.pos_embed.pos_embed}
     assert interop.pixart.settings(stored, 2)[1] == Inputs(4, sample_size, text_width=12)
+
+
+@pytest.mark.parametrize("names", ["diffusers", "original", "told"])
+@pytest.mark.parametrize("grid", [(8, 8), (16, 16), (12, 12), (8, 24)])
+def test_pixart_on_other_grids(names, grid):
+    """Weights of 8x8 latents there and here, on the same other grid: positions are i base / n."""
+    peer = pixart_peer(8)
+    stored = peer.state_dict() | {"pos_embed.pos_embed": peer.pos_embed.pos_embed}
+    state = {"diffusers": stored, "original": original_pixart(peer), "told": peer.state_dict()}[names]
+    net, notes = interop.load(state, heads=2, resolution=8 if names == "told" else None)
+    x, text = randn(2, 4, *grid), randn(2, 6, 12)
+    close(net(x, T, T / 1000, Cond(text=text)), peer(x, text, timestep=T).sample[:, :4])
+    assert notes["positions"] == "step base/n on a grid of n tokens, as theirs" and "resolution" not in notes
+    tokens = [side // 2 for side in grid]
+    apart = (net.trunk.position(*tokens) - GridPosition(32, (4, 4), "extrapolated")(*tokens)).abs().max()
+    assert apart < 1e-6 if grid == (8, 8) else apart > 0.1
 
 
 def original_pixart(peer):

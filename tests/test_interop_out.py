@@ -129,7 +129,9 @@ def test_there_and_back_again(name):
     assert all(tensor.equal(back.state_dict()[key]) for key, tensor in net.state_dict().items())
     assert save(state)  # which refuses tensors that share memory
     found, found_inputs, _, _ = interop.recognise(state, heads)
-    untold = {"positions"} if cfg.name == "dit" else {"heads", "head_width"} if cfg.name == "unet" else set()
+    untold = (
+        {"positions"} if cfg.name in ("dit", "pixart") else {"heads", "head_width"} if cfg.name == "unet" else set()
+    )
     assert found.model_dump(exclude=untold) == cfg.model_dump(exclude=untold)
     assert found_inputs._replace(resolution=inputs.resolution) == inputs
 

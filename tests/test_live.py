@@ -14,12 +14,15 @@ from test_encoders import write_vae
 
 from gesso import conditions, config, generate, keyed, recipes, snapshot
 from gesso.config import Data, Latent
-from gesso.data import crops, dataset
+from gesso.config.cache import Plan
+from gesso.data import caching, crops, dataset, examine
 from gesso.data.batches import Batches
+from gesso.data.cache import Cache
 from gesso.data.dataset import described, open_dataset
 from gesso.data.images import Images
 from gesso.data.live import Live
-from gesso.data.samples import latent_moments, pixel_moments
+from gesso.data.samples import Samples, latent_moments, pixel_moments
+from gesso.data.sources import open_source
 from gesso.data.space import Space
 from gesso.data.vae import EDM2_MEAN, EDM2_STD, VAE
 from gesso.errors import RunError, UsageError
@@ -126,6 +129,47 @@ def test_control_says_what_the_crop_shows(photos):
     torch.testing.assert_close(red, 0.2550 / 2 * (columns["crop_left"] + columns["crop_right"]), atol=2.0, rtol=0)
     torch.testing.assert_close(green, 0.2550 / 2 * (columns["crop_top"] + columns["crop_bottom"]), atol=2.0, rtol=0)
     assert columns["aspect"].unique().tolist() == [625.0, 2000.0]
+
+
+@pytest.mark.parametrize("path", ["live", "in memory", "cache", "sheet"])
+def test_the_box_of_a_mirrored_view_is_stated_in_the_frame_that_is_shown(photos, path, tmp_path):
+    """Red is the place from the left, of a mirrored view from the right: the mean of the view is the middle of its box."""
+    settings = {"flip": True, "crop_scale": (0.4, 0.6)}
+    counter = torch.arange(64)
+    if path == "live":
+        some = live(photos, flip=True)
+        samples = some.take(counter % len(some), counter)
+    elif path == "cache":
+        caching.write(Plan(data=Data(source=str(photos), resolution=16, **settings), views=3), tmp_path / "c")
+        some = Cache(tmp_path / "c")
+        samples = some.take(counter % len(some), counter)
+    elif path == "sheet":
+        asked = examine.Asked(rows=4, views=4, crop_scale=(0.4, 0.6), flip=True, resolution=16)
+        found, _ = examine.source_rows(open_source(str(photos)), np.array([[16, 16]]), asked)
+        shown = [row.views for row in found]
+        samples = Samples(*(torch.cat(parts) for parts in zip(*(view[:7] for view in shown), strict=True)))
+    else:  # boxes off the centre, which the centred ones of training are not
+        some = open_dataset(Data(source=str(photos), resolution=16, flip=True))
+        boxes = [
+            crops.drawn(Data(crop_scale=(0.4, 0.6)), h, w, [i / 16, 0.1, 0.2, 1])
+            for i, (h, w) in enumerate(some.sizes.tolist())
+        ]
+        files = sorted(photos.glob("*/*.png"))
+        some.boxes = torch.tensor([box[:4] for box in boxes])
+        some.pixels = torch.stack(
+            [torch.from_numpy(crops.taken(Image.open(f), box, 16, 16)) for f, box in zip(files, boxes, strict=True)]
+        )
+        samples = some.take(counter % len(some), counter)
+    columns = samples.columns()
+    left, right = (columns[f"crop_{edge}"] / 1000 for edge in ("left", "right"))
+    assert 0 < int(samples.flips.sum()) < len(samples.flips)
+    assert ((left >= -1e-6) & (left < right) & (right <= 1 + 1e-6)).all()
+    # Of red, which rises from left to right in the stored picture and falls in the mirrored one.
+    place = samples.x[:, 0].float().mean((1, 2)) / 255
+    place = torch.where(samples.flips, 1 - place, place)
+    torch.testing.assert_close(place, (left + right) / 2, atol=0.01, rtol=0)
+    apart = (samples.boxes[:, 1] + samples.boxes[:, 3]) / 2 - (left + right) / 2
+    assert (apart[~samples.flips].abs() < 1e-6).all() and apart[samples.flips].abs().max() > 0.05
 
 
 def test_a_sample_depends_on_its_counter_alone(photos):
@@ -409,6 +453,25 @@ def test_pixels_become_8_bits_as_the_papers_scripts_have_it():
     assert 0.3 < (space.pixels(x0) != adm.pixels(x0)).float().mean() < 0.6
     run = config.resolve(config.as_tree(run), ["sample.to_uint8=truncate", "data.source=x"])[0]
     assert generate.opened_space(run).to_uint8 == "truncate"
+
+
+@pytest.mark.parametrize("name", ["in1k-256-ours", "cc12m-256-ours"])
+def test_a_recipe_at_scale_on_images_has_fresh_crops_at_each_visit(photos, vae, tmp_path, name):
+    """Its docstring names the command without a cache: the same recipe on the images, which go through the VAE as they come."""
+    says = recipes.RECIPES[name].__doc__
+    images = "cc12m" if name.startswith("cc12m") else "/path/to/imagenet"
+    assert f"gesso train {name} data.source={images}\n" in says and f"gesso train {name} data.source=caches/" in says
+    settings = ["data.resolution=16", f"latent.vae={vae}", "semantic.kind=label", "semantic.encoder=words"]
+    run = recipes.resolve(name, [f"data.source={photos}", *settings, "sample.tuned_at=null"])[0]
+    run, some = opened(run, QUIET)
+    assert isinstance(some, Live)
+    visits = torch.arange(64)
+    samples = some.take(torch.full((64,), 3), visits)
+    assert len(samples.boxes.unique(dim=0)) == 64 and samples.flips.any()
+    low, high = run.data.crop_scale
+    height, width = samples.sizes[0].tolist()
+    area = (samples.boxes[:, 2:] - samples.boxes[:, :2]).prod(1) * height * width / min(height, width) ** 2
+    assert low - 1e-5 <= area.min() and area.max() <= high + 1e-5
 
 
 def test_a_larger_folder_than_memory_trains(tmp_path, monkeypatch):

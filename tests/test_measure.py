@@ -450,3 +450,21 @@ def test_what_a_run_lacks_is_said_before_any_sample(folder, tmp_path, monkeypatc
 def test_the_command(folder, gesso):
     code, said, _ = gesso("evaluate", folder, "eval.scores=[fd_digits]", "eval.images=32", "sample.steps=2")
     assert code == 0 and "fd_digits" in said and "scores.json" in said
+
+
+def test_scores_of_several_averages(tmp_path, monkeypatch):
+    """eval.halflives: each is a measurement of its own, equal to that with sample.halflife."""
+    written(tmp_path / "run", "digits", **{"ema.halflives": "[1000]"})
+    said = ("eval.scores=fd_digits", "eval.images=40", "sample.steps=2")
+    lines = measure.measure_folder(tmp_path / "run", asked(tmp_path / "run", *said, "eval.halflives=[1000]"), SILENT)
+    assert [line for line in lines if line.startswith("average")] == [
+        "average: sigma_rel 0.05",
+        "average: half-life 1,000",
+    ]
+    both = json.loads((tmp_path / "run" / "scores.json").read_text())
+    by = {result["protocol"]["halflife"]: result["scores"]["fd_digits"]["values"] for result in both.values()}
+    assert set(by) == {None, 1000} and by[None] != by[1000]
+    for halflife in (None, 1000):
+        alone = asked(tmp_path / "run", *said, *([f"sample.halflife={halflife}"] if halflife else []))
+        found, _ = measure.scores_of(Work(tmp_path / "run", alone, CPU), SILENT)
+        assert found["scores"]["fd_digits"]["values"] == by[halflife]

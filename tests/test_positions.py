@@ -1,5 +1,7 @@
 """Sine-cosine positions: three settings against formulas in numpy, on square and other grids."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ from gesso.nets.embed import GridPosition
 D = 16
 SIDES = st.integers(1, 12)
 SHAPE = {"width": 32, "depth": 2, "heads": 2}
-SETTINGS = ["resampled", "extrapolated", "interpolated"]
+SETTINGS = ["resampled", "extrapolated", "interpolated", "proportional"]
 CONFIGS = {
     "dit": DiT, "dit-att": DiTAtt, "pixart": PixArt, "mmdit": MMDiT, "mmdit++": MMDiTpp, "mp-dit": MPDiT,
     "mp-mmdit++": MPMMDiTpp,
@@ -96,6 +98,47 @@ def test_the_three_differ_on_the_training_grid():
     np.testing.assert_allclose(extrapolated, waves(3, 3), atol=1e-6)
 
 
+@settings(deadline=None, max_examples=40)
+@given(SIDES, SIDES, SIDES, SIDES)
+def test_proportional(bh, bw, h, w):
+    """Step base/n on every grid."""
+    rows, columns = (np.arange(n) * base / n for n, base in ((h, bh), (w, bw)))
+    np.testing.assert_allclose(made("proportional", (bh, bw), h, w), table(rows, columns), atol=1e-6)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (8, 8), (6, 6), (3, 9), (16, 5)])
+def test_proportional_is_diffusers_table_on_every_grid(grid):
+    theirs = get_2d_sincos_pos_embed(D, grid, base_size=4, output_type="pt").float().numpy()
+    np.testing.assert_allclose(made("proportional", (4, 4), *grid), theirs, atol=1e-6, rtol=0)
+
+
+def test_extrapolated_from_a_resampled_source_keeps_its_tokens():
+    """Pseudocode 1 has step g/(g-1) on the grid of the source; a larger grid with n/(n-1) moves its tokens by up to .51."""
+    for base, g, n in [(8, 8, 16), (8, 16, 24), (16, 16, 8), (5, 7, 11)]:
+        source = GridPosition(D, (base, base), "resampled", (g, g))
+        moved = GridPosition(D, (base, base), "resampled", (n, n), (g, g))
+        m = min(g, n)
+        theirs, ours = (p(k, k)[0].unflatten(0, (k, k))[:m, :m] for p, k in ((source, g), (moved, n)))
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+        places = np.arange(n) * base / (g - 1)
+        np.testing.assert_allclose(moved(n, n)[0].numpy(), table(places, places), atol=1e-6)
+        other = np.arange(n + 3) * base / (g - 1)  # and so on every grid
+        np.testing.assert_allclose(moved(n, n + 3)[0].numpy(), table(places, other), atol=1e-6)
+    plain = GridPosition(D, (16, 16), "resampled")(16, 16)[0].unflatten(0, (16, 16))[:8, :8]
+    source = GridPosition(D, (8, 8), "resampled")(8, 8)[0].unflatten(0, (8, 8))
+    assert (plain - source).abs().max() > 0.5
+
+
+def test_interpolated_from_a_resampled_source_is_its_table_resized():
+    base, g, n = 8, 8, 16
+    moved = GridPosition(D, (base, base), "interpolated", (n, n), (g, g))
+    source = GridPosition(D, (base, base), "resampled", (g, g))(g, g)
+    assert moved(g, g).equal(source)
+    square = source[0].numpy().astype(np.float64).reshape(g, g, D)
+    wanted = cubic(cubic(square, n).swapaxes(0, 1), n).swapaxes(0, 1)
+    np.testing.assert_allclose(moved(n, n)[0].numpy(), wanted.reshape(n * n, D), atol=2e-5)
+
+
 @pytest.mark.parametrize("side", [1, 4, 7])
 def test_extrapolated_is_diffusers_table_at_its_native_grid(side):
     theirs = get_2d_sincos_pos_embed(D, side, base_size=side, output_type="pt").float().numpy()
@@ -127,7 +170,7 @@ def test_every_network_has_the_setting(name, positions):
 
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_the_setting_reaches_the_output(name):
-    """Same weights, three settings: three functions on another grid, two on the training grid."""
+    """Same weights, four settings: four functions on another grid, two on the training grid."""
     outs = {}
     for positions in SETTINGS:
         torch.manual_seed(0)
@@ -135,9 +178,10 @@ def test_the_setting_reaches_the_output(name):
         torch.manual_seed(1)
         cond, t = Cond(label=torch.tensor([1])), torch.tensor([0.3])
         outs[positions] = [net(torch.randn(1, 3, n, n), t, t, cond) for n in (8, 12)]
-    first, second, third = outs.values()
-    assert second[0].equal(third[0])
-    for a, b in [(first[0], second[0]), (first[1], second[1]), (second[1], third[1]), (first[1], third[1])]:
+    first, second, third, fourth = outs.values()
+    assert second[0].equal(third[0]) and second[0].equal(fourth[0])
+    assert (first[0] - second[0]).abs().max() > 1e-3
+    for a, b in itertools.combinations([first[1], second[1], third[1], fourth[1]], 2):
         assert (a - b).abs().max() > 1e-3
 
 
@@ -200,6 +244,9 @@ def test_the_setting_in_a_run():
         (["net.name=mdt", "net.positions_at=8"], "positions_at is not for mdt"),
         (["net.name=mmdit", "net.max_grid=16", "net.positions_at=8"], "leave positions_at out"),
         (["net.name=edm2", "net.positions_at=8"], "no such setting"),
+        (["net.positions_span=9"], "net.positions_span=9 is not a multiple of 2"),
+        (["net.positions_span=8", "net.positions=proportional"], "positions_span is not for positions=proportional"),
+        (["net.name=mmdit", "net.max_grid=16", "net.positions_span=8"], "leave positions_span out"),
     ]:
         with pytest.raises(UsageError, match=words):
             run(*arguments)

@@ -1,9 +1,11 @@
 """Papers' ways of measuring, as settings over a run."""
 
+import math
+
 import pytest
 from conftest import tiny_run
 
-from gesso import config, generate
+from gesso import config, generate, recipes
 from gesso.errors import UsageError
 from gesso.evaluate import protocols
 
@@ -68,3 +70,26 @@ def test_what_is_wrong_is_said(folder):
             protocols.measured(folder, name, [])
     with pytest.raises(UsageError, match="settled by training"):
         protocols.measured(folder, "adm", ["net.width=64"])
+
+
+@pytest.mark.parametrize("name", ["berrada", "berrada-val", "berrada-in22k", "berrada-coco"])
+def test_the_papers_protocols_measure_both_averages(name, folder):
+    """sigma_rel of the run, and .9999 per step: half of it is left after ln(1/2) / ln(.9999) steps."""
+    said = ["eval.reference=somewhere"]
+    run = protocols.measured(folder, name, said)
+    steps = run.eval.halflives[0] / run.train.batch_size
+    assert (
+        len(run.eval.halflives) == 1 and 0.9999**steps == pytest.approx(0.5, rel=1e-5) and run.sample.halflife is None
+    )
+    alone = protocols.measured(folder, name, [*said, "eval.halflives=[]"])
+    assert alone.eval.halflives == () and alone.eval.protocol == f"{name}, but eval.halflives"
+    assert protocols.measured(folder, name, [*said, "sample.halflife=1000"]).sample.halflife == 1000
+
+
+@pytest.mark.parametrize("name", [n for n in recipes.RECIPES if n.startswith(("in1k", "cc12m", "in22k", "table-"))])
+def test_recipes_track_what_the_protocol_measures(name):
+    run = recipes.RECIPES[name]()
+    if name != "table-a2":  # without EMA
+        assert run.ema.halflives == (round(run.train.batch_size * math.log(0.5) / math.log(0.9999)),)
+        assert 0.10 in run.ema.sigma_rels and run.sample.sigma_rel == 0.10
+        assert protocols.berrada(run)[1] == f"eval.halflives=[{run.ema.halflives[0]}]"

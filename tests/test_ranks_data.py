@@ -52,7 +52,7 @@ def test_other_ranks_see_the_same_samples(photos, vae, tmp_path, kind):  # noqa:
     elif "VAE" in kind:
         settings |= {"latent.vae": vae, "data.resolution": 32}
     settings |= {
-        "control.variables": "flip,crop", "control.dropout": 0.3, "train.dtype": "float64", "train.batch_size": BATCH,
+        "control.variables": "flip,crop", "dropout.control": 0.3, "train.dtype": "float64", "train.batch_size": BATCH,
         "train.total_images": STEPS * BATCH, "train.snapshot_images": STEPS * BATCH, "train.log_images": BATCH,
         "train.state_images": 2 * BATCH,
     }  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from gesso import nets, recipes
 from gesso.nets.published import TABLE_A1
 from gesso.recipes import imagenet
-from gesso.recipes.imagenet import IN1K, ROWS
+from gesso.recipes.imagenet import CONTROL, IN1K, ROWS
 
 AT_SCALE = [name for name in recipes.RECIPES if re.match(r"in1k|cc12m|table", name)]
 
@@ -96,6 +96,35 @@ def test_networks_have_the_sizes_of_table_a1(name):
         theirs = sum(p.numel() for p in nets.build(cell.net, inputs).parameters())
     assert ours == theirs
     assert ours + sum(cell.elsewhere.values()) == pytest.approx(cell.figures[0].value, rel=0.012)
+
+
+@pytest.mark.parametrize("name", [n for n in AT_SCALE if n.startswith("cc12m-256") or n.startswith("in1k-256")])
+def test_control_and_pooled_text_are_as_the_page_says(name):
+    """With control over it the run's own network has Table A1's size; with pooled text it has one MLP more."""
+    net = name[name.index("256-") + 4 :]
+    opened = ["data.num_classes=1000", "semantic.width=768", "semantic.pooled_width=768"]
+    run = recipes.resolve(name, opened)[0]
+    sized = recipes.resolve(name, [*opened, *(() if net in ("mdt", "ours") else CONTROL)])[0]
+
+    def parameters(run) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in nets.build(run.net, run.inputs).parameters())
+
+    assert bool(run.control.variables) == (net in ("unet", "sdxl", "ours")) and run.inputs.pooled_width == 0
+    says = recipes.RECIPES[name].__doc__
+    assert (" ".join(CONTROL) in says) == (net in ("dit", "dit-att", "pixart") or name.endswith("mmdit"))
+    if net == "ours" or name == "in1k-256-mmdit":
+        return
+    kind = {"sdxl": "unet", "sd3": "mmdit"}.get(net, net)
+    cell = next(p for p in TABLE_A1 if p.name == f"a1-{kind}-{'text' if 'cc12m' in name else 'class'}")
+    inputs = cell.inputs._replace(resolution=run.inputs.resolution)
+    with torch.device("meta"):
+        assert parameters(sized) == sum(p.numel() for p in nets.build(cell.net, inputs).parameters())
+    width = getattr(run.net, "width", None) or 4 * run.net.channels if hasattr(run.net, "pooled_mlp") else 0
+    if "cc12m" in name and width:
+        own = recipes.resolve(name, [*opened, "net.pooled_mlp=own"])[0]
+        due = (768 * width + width) + (width * width + width)
+        assert parameters(own) - parameters(run) == due
 
 
 CELLS = [(table, i) for table, cells in ROWS.items() for i in range(len(cells))]

@@ -224,7 +224,7 @@ def test_what_starts_from_what():
 def test_local_crops_alone_change_what_figure_8_starts_from():
     by_curve = {next(iter(job.part.columns)): job.trained for job in JOBS["berrada/fig8", "tiny"]}
     befores = {curve: one.after for curve, one in by_curve.items()}
-    assert len({one.key for one in befores.values()}) == 3 and len({one.key for one in by_curve.values()}) == 5
+    assert len({one.key for one in befores.values()}) == 3 and len({one.key for one in by_curve.values()}) == 6
     assert all(one.run.data.resolution == 16 and one.run.process.scale == 0.5 for one in befores.values())
     assert all(one.run.data.crop_scale is None and one.run.data.resolution == 32 for one in by_curve.values())
 
@@ -295,3 +295,11 @@ def test_rates_and_batches_of_table_a2():
                 net, _, batch = job.row.partition(", batch ")
                 assert run.net.name == net.lower() and run.train.batch_size == int(batch)
                 assert math.isclose(run.optim.lr, float(next(iter(job.part.columns))))
+
+
+def test_figure_8_has_bicubic_positions():
+    """Section 2.2 and Figure 4: the table of the weights at 256, which are resampled, resized."""
+    for scale, side in (("tiny", 16), ("paper", 256)):
+        job = next(j for j in JOBS["berrada/fig8", scale] if "positions interpolated" in j.part.columns)
+        assert job.trained.run.net.positions == "interpolated"
+        assert job.trained.after.run.net.positions == "resampled" and job.trained.after.run.data.resolution == side

@@ -245,7 +245,7 @@ def test_costs_by_their_rules():
     guided = ("sample.guidance=1.4", "sample.guide=somewhere")
     plain, both, half, alone = (
         costs.counts(job(*said, trained=network, guide=by))["found"]
-        for said, by in (((), None), (guided, guide), (("eval.nimg=512M",), None), (("sample.guidance=2", "semantic.dropout=.1"), None))
+        for said, by in (((), None), (guided, guide), (("eval.nimg=512M",), None), (("sample.guidance=2", "dropout.both=.1"), None))
     )  # fmt: skip
     assert plain["nfe"] == 63 and plain["sampling"] == pytest.approx((63 * plain["gmacs"] + 1260.9) / 1000)
     assert plain["training"] == pytest.approx(3 * plain["gmacs"] * 1e9 * 2**31 / 1e21)

@@ -110,7 +110,7 @@ def test_paddings_differ_where_there_is_padding(recipe, trained):
 
 @pytest.mark.parametrize("recipe", NETWORKS)
 def test_nothing_withheld_reaches_the_network(recipe):
-    trainer = Trainer(*opened(text_run(recipe, "masked", **{"semantic.dropout": 0.5}), QUIET))
+    trainer = Trainer(*opened(text_run(recipe, "masked", **{"dropout.both": 0.5}), QUIET))
     awake(trainer.denoiser.net)
     x0, cond = trainer.batches(torch.arange(8))
     kept = cond.has_semantic

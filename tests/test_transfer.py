@@ -24,6 +24,7 @@ from gesso.diffusion import process as processes
 from gesso.errors import GessoError, RunError, Stopped, UsageError
 from gesso.generate import strength
 from gesso.train import loop, source, transfer
+from gesso.train.settle import recalled
 from gesso.train.start import opened, start
 from gesso.train.trainer import Trainer
 
@@ -285,7 +286,8 @@ def test_three_switches_and_what_they_settle(tmp_path):
     assert strength(run) == pytest.approx(2.0)  # Prop. 2: 1 + 2 (1.5 - 1)
     assert kinds(said)["positions"].startswith("resampled") and kinds(said)["noise"].startswith("scaled")
     run, _, said = begun(run_of("mmdit++", "label", 32, positions="extrapolated", **more))
-    assert (run.positions_at, run.process.scale) == (None, 2.0) and "extrapolated" in kinds(said)["positions"]
+    assert (run.positions_at, run.net.positions_span, run.process.scale) == (16, 16, 2.0)
+    assert "extrapolated" in kinds(said)["positions"]
     run, _, said = begun(run_of("mmdit++", "label", 32, noise="kept", **more))
     assert (run.positions_at, run.process.scale) == (16, 1.0) and "kept" in kinds(said)["noise"]
     other = {"source": str(path), "sample": Sample(guidance=3.0)}
@@ -304,6 +306,81 @@ def test_twice_is_four_times_and_back(tmp_path):
         path = tmp_path / f"{i}.safetensors"
         snapshot.write(path, denoiser.net.state_dict(), 10, snapshot.Power(0.1), run)
     assert (F_of(denoiser, run) - F_of(original(tmp_path / "source.safetensors"), run)).abs().max() < 1e-12
+
+
+def grid_of(denoiser) -> torch.Tensor:
+    """(h, w, D) positions of the training grid."""
+    module = next(m for m in denoiser.net.modules() if type(m).__name__ == "GridPosition")
+    return module(*module.grid)[0].unflatten(0, module.grid)
+
+
+@pytest.mark.parametrize("name", [n for n in TRANSFORMERS if n not in ("mdt", "mmdit SD3")])
+def test_extrapolated_leaves_the_sources_tokens_where_they_are(tmp_path, name):
+    """At 2 and 4 times the resolution, from 16 directly and by way of 32: the first 8 x 8 tokens are the source's."""
+    path = written(tmp_path, run_of(name))
+    there, found = grid_of(original(path)), {}
+    for resolutions in ((32,), (64,), (32, 64), (32, 16)):
+        source = path
+        for resolution in resolutions:
+            run, denoiser, _ = begun(run_of(name, "none", resolution, source=str(source), positions="extrapolated"))
+            source = tmp_path / f"{resolution}.safetensors"
+            snapshot.write(source, denoiser.net.state_dict(), 10, snapshot.Power(0.1), run)
+        found[resolutions] = grid_of(denoiser)
+        assert (found[resolutions][:8, :8] - there).abs().max() < 1e-6
+    assert (found[32, 64] - found[64,]).abs().max() < 1e-6
+
+
+def positions_of(name: str, positions: str, **more):
+    return NETS[name].model_copy(update={"positions": positions} | more)
+
+
+def test_bicubic_positions_are_the_sources_table_resized(tmp_path):
+    """Figure 4: net.positions=interpolated on weights of resampled positions; a run that goes on finds the same."""
+    path = written(tmp_path, run_of("mmdit++"))
+    new = run_of("mmdit++", "none", 32, source=str(path), net=positions_of("mmdit++", "interpolated"))
+    run, denoiser, said = begun(new)
+    assert (run.positions_at, run.net.positions_span) == (16, 16) and "interpolated" in kinds(said)["positions"]
+    square = grid_of(original(path)).permute(2, 0, 1)[None]
+    wanted = F.interpolate(square, size=(16, 16), mode="bicubic")[0].permute(1, 2, 0)
+    assert (grid_of(denoiser) - wanted).abs().max() < 1e-6
+    assert recalled(new, run).net.positions_span == 16
+
+
+def test_proportional_positions_on_the_way_to_another_resolution(tmp_path):
+    """Resampled: from 0 to the source's side, step g/n. Extrapolated: the source's step."""
+    path = written(tmp_path, run_of("pixart", net=positions_of("pixart", "proportional")))
+    there = grid_of(original(path))
+    for how, at in (("resampled", 16), ("extrapolated", None)):
+        net = positions_of("pixart", "proportional")
+        run, denoiser, _ = begun(run_of("pixart", "none", 32, source=str(path), positions=how, net=net))
+        assert (run.positions_at, run.net.positions_span) == (at, None)
+        here = grid_of(denoiser)
+        same = here[::2, ::2] if how == "resampled" else here[:8, :8]
+        assert (same - there).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("old, new, words", [
+    ("resampled", "interpolated", "keeps the step of the source's net.positions=resampled, which net.positions=interpolated"),
+    ("resampled", "proportional", "set net.positions=resampled or init.positions=resampled"),
+    ("extrapolated", "resampled", "set net.positions=extrapolated or init.positions=resampled"),
+])  # fmt: skip
+def test_steps_that_a_network_cannot_keep_are_refused(tmp_path, old, new, words):
+    path = written(tmp_path, run_of("mmdit++", net=positions_of("mmdit++", old)))
+    with pytest.raises(UsageError, match=words):
+        begun(
+            run_of("mmdit++", "none", 32, source=str(path), positions="extrapolated", net=positions_of("mmdit++", new))
+        )
+
+
+def test_an_extrapolated_source_is_not_resampled(tmp_path):
+    path = written(tmp_path, run_of("mmdit++"))
+    run, denoiser, _ = begun(run_of("mmdit++", "none", 32, source=str(path), positions="extrapolated"))
+    source = tmp_path / "32.safetensors"
+    snapshot.write(source, denoiser.net.state_dict(), 10, snapshot.Power(0.1), run)
+    again, same, _ = begun(run_of("mmdit++", "none", 32, source=str(source)))  # at its own resolution it stays as it is
+    assert again.net.positions_span == 16 and grid_of(same).equal(grid_of(denoiser))
+    with pytest.raises(UsageError, match="was itself moved"):
+        begun(run_of("mmdit++", "none", 64, source=str(source)))
 
 
 def test_crops_of_pre_training_are_said(tmp_path):
@@ -642,14 +719,14 @@ def test_a_file_of_diffusers(tmp_path, name):
 
 
 def test_a_file_of_diffusers_at_twice_the_resolution(tmp_path):
-    """Trained with one step per token, here resampled from its grid: said, and the noise rescaled."""
+    """Trained with step base/n, one per token on its own grid, here resampled from its grid: said, and the noise rescaled."""
     path, _ = peer_file(tmp_path, "dit")
     run = peer_run("dit", 256, source=str(path))
     net = run.net.model_copy(update={"positions": "resampled"})
     run = run.model_copy(update={"init": run.init.model_copy(update={"resolution": 128}), "net": net})
     run, _, said = begun(run)
     assert (run.positions_at, run.process.scale, run.inputs.positions_at) == (128, 2.0, 16)
-    assert "net.positions extrapolated -> resampled" in kinds(said)["otherwise"]
+    assert "net.positions proportional -> resampled" in kinds(said)["otherwise"]
 
 
 def test_pickles_of_tensors_and_of_code(tmp_path):

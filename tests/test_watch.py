@@ -183,7 +183,7 @@ def losses(found: validation.Validation, denoiser, rank: int = 0, world: int = 1
 
 
 def validated(**settings) -> validation.Validation:
-    said = {"data.held_out": 70, "watch.validate_images": 160, "watch.validate_samples": 150, "semantic.dropout": 0.5}
+    said = {"data.held_out": 70, "watch.validate_images": 160, "watch.validate_samples": 150, "dropout.both": 0.5}
     run, dataset = opened(tiny_run(**said | settings), QUIET)
     return of_held(run, dataset)
 
@@ -215,7 +215,7 @@ def test_validation_is_the_same_over_seeds_batches_and_ranks():
 
     denoiser = Denoiser(net.eval(), processes.build(run.process), run.net.embedding)
     due = losses(validated(), denoiser)
-    for settings_ in ({"train.seed": 7}, {"train.batch_size": 9}, {"train.micro_batch": 5, "semantic.dropout": 0.1}):
+    for settings_ in ({"train.seed": 7}, {"train.batch_size": 9}, {"train.micro_batch": 5, "dropout.both": 0.1}):
         assert losses(validated(**settings_), denoiser).equal(due)
     found = validated()
     parts = [losses(found, denoiser, rank, 3) for rank in range(3)]

@@ -1,5 +1,6 @@
 """What every block of settings shares: frozen, closed, documented; and counts such as 200k."""
 
+import math
 import re
 from typing import Annotated
 
@@ -46,3 +47,8 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 SigmaRel = Annotated[float, Field(gt=0, lt=12**-0.5)]
 """Relative EMA length (EDM2 Eq. 123); above 12^-1/2 = .2886 no power profile exists."""
+
+
+def halflife_of(decay: float, batch_size: int) -> int:
+    """Return the half-life in images of a traditional average that keeps `decay` of itself in every step of a batch."""
+    return max(1, round(batch_size * math.log(2) / -math.log(decay)))

@@ -13,10 +13,10 @@ import shlex
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, ValidationError, field_validator, model_validator
 
 from gesso.config.base import Positive, Settings
-from gesso.config.condition import Semantic
+from gesso.config.condition import Semantic, without_dropout
 from gesso.config.merge import Tree, _explain, merged, nearest, parse_override
 from gesso.config.run import Data, Latent
 from gesso.errors import UsageError
@@ -63,6 +63,11 @@ class Plan(Settings):
     """pixels, of which the edges of buckets are multiples; 64, or an eighth of a resolution below 256"""
     seed: NonNegativeInt = 0
     """of crops and flips"""
+
+    @field_validator("semantic", mode="before")
+    @classmethod
+    def _older(cls, tree: Any) -> Any:
+        return without_dropout(tree)
 
     @model_validator(mode="after")
     def _fits(self) -> "Plan":

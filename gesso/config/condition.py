@@ -13,7 +13,7 @@ class Variable(NamedTuple):
 
     columns: its numbers in a row of control; level "high" shapes the composition, "low" the details (Berrada et
     al. Section 2.1); parse: what a user types -> the numbers; plain: what sampling takes when the user is silent,
-    None: a row drawn from the training set.
+    None: a row drawn from the training set (of crop the centred box that training gives such a picture).
     """
 
     columns: tuple[str, ...]
@@ -64,10 +64,9 @@ CONTROLS: dict[str, Variable] = {
     "crop": Variable(
         ("crop_top", "crop_left", "crop_bottom", "crop_right"),
         "high",
-        "thousandths of height and width of the whole image",
+        "thousandths of height and width of the whole image, mirrored if the view is",
         "full, or top,left,bottom,right from 0 to 1",
         _crop,
-        (0.0, 0.0, 1000.0, 1000.0),
     ),
     "aspect": Variable(("aspect",), "high", "1000 * width / height", "width:height such as 4:3", _aspect),
     "size": Variable(("height", "width"), "low", "pixels of the whole image", "HEIGHTxWIDTH such as 512x512", _size),
@@ -94,8 +93,6 @@ class Semantic(Settings):
 
     kind: Literal["label", "text", "none"] = "label"
     """label: the class; text: the caption; none: neither, unconditional"""
-    dropout: Probability = 0.1
-    """share of samples whose class or caption is withheld, for classifier-free guidance"""
     encoder: str = "words"
     """words (a random vector for each, nothing to download), or a folder or hub id of a CLIP or T5 text encoder, such as
     openai/clip-vit-large-patch14, also of a pipeline with text_encoder and tokenizer; it stays as it is"""
@@ -112,13 +109,65 @@ class Semantic(Settings):
     """beta_txt: noisy adds noise * sqrt(m-1) * (standard deviation of each channel over the tokens), m copies (Eq. 7)"""
 
 
+class Dropout(Settings):
+    """Conditions withheld in training: one event per sample, keyed to it, of which at most one happens.
+
+    Guidance needs the network without conditions, and each share is that of one branch: `both` trains (none, none),
+    the last term of Eq. 2 of Berrada et al.; `control` trains (none, semantic), its middle term; `semantic` trains
+    (control, none), the last term under sample.keep_control (SDXL) and no term of Eq. 2. The paper is silent on these
+    shares. Withholding each condition independently in 10 % of the samples would train (none, none), which every
+    guided step evaluates, on 1 % of them, and (control, none), which Eq. 2 never evaluates, on 9 %. Defaults: our choice.
+    """
+
+    both: Probability = 0.10
+    """share of samples without any condition; of a run with one kind of condition, without that one"""
+    control: Probability = 0.05
+    """share of samples whose control variables alone are withheld, for sample.control_guidance"""
+    semantic: Probability = 0.0
+    """share of samples whose class or caption alone is withheld; .05 where guidance is to keep the control variables
+    (sample.keep_control)"""
+
+    @model_validator(mode="after")
+    def _shares(self) -> "Dropout":
+        total = self.both + self.control + self.semantic
+        if total > 1 + 1e-9:
+            raise ValueError(f"dropout.both + dropout.control + dropout.semantic is {total:g}, above 1: set them lower")
+        return self
+
+
+def without_dropout(tree: Any) -> Any:
+    """Return settings of semantic or control without the `dropout` that they had before the block of that name."""
+    return {k: v for k, v in tree.items() if k != "dropout"} if isinstance(tree, dict) else tree
+
+
+def joint_dropout(tree: Any) -> Any:
+    """Return the settings of a run with semantic.dropout and control.dropout, independent shares, as a joint `dropout`.
+
+    Files written before the block `dropout` hold these. Raises ValueError where a run has both forms.
+    """
+    blocks = {name: tree[name] for name in ("semantic", "control") if isinstance(tree.get(name), dict)}
+    old = {name: block["dropout"] for name, block in blocks.items() if "dropout" in block}
+    if not old:
+        return tree
+    if "dropout" in tree:
+        name = next(iter(old))
+        raise ValueError(
+            f"{name}.dropout={old[name]}: no such setting; set dropout.both, dropout.control and dropout.semantic, the "
+            "shares of samples without any condition, without control variables, and without class or caption"
+        )
+    try:
+        s, c = (float(old.get(name, 0.1)) for name in ("semantic", "control"))
+    except (TypeError, ValueError):
+        return tree
+    joint = {"both": s * c, "control": (1 - s) * c, "semantic": s * (1 - c)}
+    return tree | {name: without_dropout(block) for name, block in blocks.items()} | {"dropout": joint}
+
+
 class Controls(Settings):
     """Control variables: facts of the crop and the file, so that the network need not take them for content (Eq. 1)."""
 
     variables: Names = ()
     """of flip, crop, aspect (high level), size, brightness, contrast (low level)"""
-    dropout: Probability = 0.1
-    """share of samples whose control variables are withheld, independent of the class or caption"""
     mlp: Literal["split", "joint"] = "split"
     """split: E_h(phi_h) + gamma_c(t) E_l(phi_l) (Eq. 1); joint: one MLP over all, gamma_c = 1, as SDXL has it"""
     schedule: Literal["cosine", "uniform", "zero", "linear", "step"] = "cosine"

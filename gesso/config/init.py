@@ -20,7 +20,8 @@ class Init(Settings):
     """the source's class that each class here starts as: names (of the same name), index (of the same number), fresh (none),
     or a JSON or YAML file {class here: class there}. null: names where both have them, else index"""
     positions: Literal["resampled", "extrapolated"] = "resampled"
-    """at another resolution: more tokens on the source's grid (Pseudocode 1), or more at its distance (Figure 8a)"""
+    """at another resolution: more tokens on the source's grid (Pseudocode 1), or more at its distance (Figure 8a), so that
+    the source's tokens keep their positions. net.positions=interpolated resizes the source's table bicubically (Figure 4)"""
     noise: Literal["scaled", "kept"] = "scaled"
     """process.scale at k times the resolution: k times the source's (Proposition 1), or the source's (Figure 8b)"""
     resolution: Positive | None = None

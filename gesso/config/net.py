@@ -31,6 +31,7 @@ class Inputs(NamedTuple):
     channels and resolution (height and width in training) of x; num_classes 0: no classes; text_width
     channels of a text token, 0: no text; pooled_width of the pooled text. Classes and text exclude each other.
     positions_at: height and width of the x whose grid of tokens positions are counted on; None: resolution.
+    positions_span: the same of the x whose grid spans that one; None: any.
     """
 
     channels: int
@@ -40,6 +41,7 @@ class Inputs(NamedTuple):
     pooled_width: int = 0
     control: Control = Control()
     positions_at: int | None = None
+    positions_span: int | None = None
 
     @property
     def semantic(self) -> bool:
@@ -130,12 +132,16 @@ class Transformer(Settings):
     patch: PositiveInt = 2
     """side of the square of pixels or latents that becomes one token"""
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
-    positions: Literal["resampled", "extrapolated", "interpolated"] = "resampled"
-    """sine-cosine positions of a grid: resampled, from 0 to the training grid's side whatever the grid (Berrada et al.,
-    Pseudocode 1); extrapolated, one step per token (DiT); interpolated, DiT's table of the training grid, resized"""
+    positions: Literal["resampled", "extrapolated", "interpolated", "proportional"] = "resampled"
+    """sine-cosine positions of a grid of n tokens a side: resampled, from 0 to the training grid's side g whatever the
+    grid, step g/(n-1) (Berrada et al., Pseudocode 1); extrapolated, step 1 (DiT); interpolated, DiT's table of the
+    training grid, resized bicubically; proportional, step g/n (PixArt, diffusers)"""
     positions_at: PositiveInt | None = None
     """resolution in pixels whose grid stands for the training grid in `positions`: where weights were moved from there
     to data.resolution, base_size = grid_size / scale (Pseudocode 1). null: data.resolution"""
+    positions_span: PositiveInt | None = None
+    """resolution whose grid spans positions_at: resampled positions keep its step, interpolated ones resize its table. Set
+    where resampled weights were moved. null: the grid at hand"""
 
     @model_validator(mode="after")
     def _widths(self) -> "Transformer":
@@ -143,6 +149,8 @@ class Transformer(Settings):
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
         if self.width % 4:
             raise ValueError(f"width={self.width} is not a multiple of 4, which the 2-D sincos positions need")
+        if self.positions_span is not None and self.positions not in ("resampled", "interpolated"):
+            raise ValueError(f"positions_span is not for positions={self.positions}; leave it out")
         return self
 
     @property
@@ -197,7 +205,7 @@ class MDT(Transformer):
     def _halves(self) -> "MDT":
         if self.positions != "resampled":
             raise ValueError(f"positions={self.positions} is not for mdt, which learns its positions; leave it out")
-        if self.positions_at is not None:
+        if self.positions_at is not None or self.positions_span is not None:
             raise ValueError("positions_at is not for mdt, which learns its positions; leave it out")
         if self.mask_ratio[0] > self.mask_ratio[1] or self.mask_ratio[1] == 1:
             raise ValueError(f"mask_ratio={self.mask_ratio} must rise and stay below 1")
@@ -216,6 +224,8 @@ class MMDiT(Transformer):
     """RMSNorm of queries and keys (SD3.5 has it, SD3 medium not)"""
     text_weights: Literal["qkv", "all"] = "qkv"
     """which weights the semantic tokens have of their own: qkv (the size of Table A1), all (SD3's block)"""
+    pooled_mlp: Literal["own", "none"] = "own"
+    """the pooled text's MLP, which adds it to adaLN (SD3), or none: the network does not see it (the size of Table A1)"""
     max_grid: PositiveInt | None = None
     """SD3's positions: rows and columns of their table, cropped at its centre (SD3 medium has 192); None: as
     `positions` says"""
@@ -226,8 +236,9 @@ class MMDiT(Transformer):
     def _of_sd3(self) -> "MMDiT":
         if self.max_grid is not None and self.positions != "resampled":
             raise ValueError(f"max_grid={self.max_grid} has positions of its own, not {self.positions}; leave one out")
-        if self.max_grid is not None and self.positions_at is not None:
-            raise ValueError(f"max_grid={self.max_grid} keeps its positions with the weights; leave positions_at out")
+        for name in ("positions_at", "positions_span"):
+            if self.max_grid is not None and getattr(self, name) is not None:
+                raise ValueError(f"max_grid={self.max_grid} keeps its positions with the weights; leave {name} out")
         if self.dual_blocks and self.text_weights != "all":
             raise ValueError(f"dual_blocks={self.dual_blocks} is SD3.5's and needs text_weights=all, its block")
         if self.dual_blocks > self.depth:
@@ -291,8 +302,9 @@ class UNet(Settings):
     """channels of the tokens that cross-attention sees; None: 1024 for a class, text_width for text"""
     text_embed: Literal["mlp", "none"] = "mlp"
     """what text tokens pass before cross-attention: Linear-SiLU-Linear, or nothing (SD1.5, SDXL)"""
-    pooled_mlp: Literal["own", "shared"] = "own"
-    """the pooled text's MLP: its own, or one over pooled text and control variables concatenated (SDXL)"""
+    pooled_mlp: Literal["own", "shared", "none"] = "own"
+    """the pooled text's MLP: its own; one over pooled text and control variables concatenated (SDXL); or none: the
+    network does not see it (the size of Table A1)"""
     groups: PositiveInt = 32
     """groups of GroupNorm"""
 

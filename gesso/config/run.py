@@ -1,12 +1,12 @@
 """The complete description of a run. Times are counted in images. No torch here."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, model_validator
 
 from gesso.config.base import Count, Positive, Probability, Settings, Share, SigmaRel, parse_words
-from gesso.config.condition import Controls, Semantic
+from gesso.config.condition import Controls, Dropout, Semantic, joint_dropout
 from gesso.config.init import Init
 from gesso.config.net import Control, Inputs, MMDiT, Net, Transformer, UNet
 from gesso.config.process import EDM, Process
@@ -117,6 +117,8 @@ class Eval(Settings):
     features: Literal["digits", "shapes", "none"] = "none"
     """digits: the small classifier shipped with gesso; shapes: what is drawn is read back and compared with the caption
     or class; none: pictures and nearest training images only"""
+    halflives: tuple[Positive, ...] = ()
+    """images; scores are taken once more of the average of each half-life, beside that which sample.* names"""
     splits: Annotated[Count, Field(ge=1)] = 5
     """random halves of the real images; scores and the floor are taken on each, at equal counts"""
     scores: Annotated[tuple[Score, ...], BeforeValidator(parse_words)] = ()
@@ -179,6 +181,7 @@ class Run(Settings):
     process: Process = EDM()
     semantic: Semantic = Semantic()
     control: Controls = Controls()
+    dropout: Dropout = Dropout()
     init: Init = Init()
     loss: Loss = Loss()
     optim: Optim = Optim()
@@ -190,14 +193,19 @@ class Run(Settings):
     made_with: dict[str, str | int] = {}
     """a record of versions, threads and commit; it decides nothing"""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _older(cls, tree: Any) -> Any:
+        return joint_dropout(tree) if isinstance(tree, dict) else tree
+
     @model_validator(mode="after")
     def _fits(self) -> "Run":
         for block in ("data", "sample"):
             self._size(block, getattr(self, block).resolution)
-        if self.positions_at and self.positions_at % (self.net.multiple * self.factor):
-            raise ValueError(
-                f"net.positions_at={self.positions_at} is not a multiple of {self.net.multiple * self.factor}, pixels of a token"
-            )
+        for name in ("positions_at", "positions_span"):
+            pixels, unit = getattr(self.net, name, None), self.net.multiple * self.factor
+            if pixels and pixels % unit:
+                raise ValueError(f"net.{name}={pixels} is not a multiple of {unit}, pixels of a token")
         if self.latent.vae and self.data.channels != 3:
             raise ValueError(f"data.channels={self.data.channels}, but latent.vae sees RGB: set data.channels=3")
         self._conditions()
@@ -274,21 +282,32 @@ class Run(Settings):
                 "set sample.guidance=1, or name another network by sample.guide"
             )
         withheld = sample.guidance != 1 and sample.guide in (None, "self") and sample.guide_sees == "nothing"
-        if withheld and self.semantic.dropout == 0:
+        if withheld and not self.learned_without(semantic=True, control=not sample.keep_control):
+            keeps = bool(self.control.variables) and sample.keep_control
+            also = " and control variables" if self.control.variables and not keeps else ""
             raise ValueError(
-                f"sample.guidance={sample.guidance} needs a network that also learned without label or text: "
-                "set semantic.dropout above 0, name another network by sample.guide, or set sample.guidance=1"
+                f"sample.guidance={sample.guidance} needs a network that also learned without label or text{also}"
+                + (", with control variables (sample.keep_control=true): " if keeps else ": ")
+                + f"set dropout.{'semantic' if keeps else 'both'} above 0 in training, name another network by "
+                + f"sample.guide, {'set sample.keep_control=false, ' if keeps else ''}or set sample.guidance=1"
             )
-        if withheld and not sample.keep_control and self.control.variables and self.control.dropout == 0:
-            raise ValueError(
-                f"sample.guidance={sample.guidance} needs a network that also learned without control variables: set "
-                "control.dropout above 0, or let guidance keep them by sample.keep_control=true"
-            )
-        if sample.control_guidance != 1 and not (self.control.variables and self.control.dropout > 0):
+        controls = self.control.variables and self.learned_without(control=True)
+        if sample.control_guidance != 1 and not controls:
             raise ValueError(
                 f"sample.control_guidance={sample.control_guidance} needs a network that learned with and without control "
-                "variables: set control.variables and control.dropout in training, or sample.control_guidance=1"
+                "variables: set control.variables and dropout.control in training, or sample.control_guidance=1"
             )
+
+    def learned_without(self, *, semantic: bool = False, control: bool = False) -> bool:
+        """Return whether training withholds these conditions, and shows the other where the run has it, in some samples."""
+        has_semantic = self.semantic.kind == "text" or (self.semantic.kind == "label" and self.data.num_classes != 0)
+        has_control, d = bool(self.control.variables), self.dropout
+        semantic, control = semantic and has_semantic, control and has_control
+        if semantic and control:
+            return d.both > 0
+        if semantic:
+            return d.semantic > 0 or (d.both > 0 and not has_control)
+        return not control or d.control > 0 or (d.both > 0 and not has_semantic)
 
     @property
     def channels(self) -> int:
@@ -324,15 +343,17 @@ class Run(Settings):
 
         `control.edge` is still a sigma; `diffusion.denoiser.build` makes it a progress, which needs the process.
         """
-        c, semantic = self.control, self.semantic
+        c, semantic, span = self.control, self.semantic, getattr(self.net, "positions_span", None)
         text = semantic.kind == "text"
+        pooled = "pooled" in self.net.accepts and self.net.pooled_mlp != "none"
         control = Control(len(c.columns("high")), len(c.columns("low")), c.mlp, c.schedule, c.alpha, c.edge)
         return Inputs(
             channels=self.channels,
             resolution=self.data.resolution // self.factor,
             num_classes=(self.data.num_classes or 0) if semantic.kind == "label" else 0,
             text_width=(semantic.width or 0) if text else 0,
-            pooled_width=(semantic.pooled_width or 0) if text and "pooled" in self.net.accepts else 0,
+            pooled_width=(semantic.pooled_width or 0) if text and pooled else 0,
             control=control,
             positions_at=self.positions_at // self.factor if self.positions_at else None,
+            positions_span=span // self.factor if span else None,
         )

@@ -1,7 +1,7 @@
 """The batch that a run of sample counters makes.
 
 The counter k = 0, 1, 2, ... counts samples since the beginning of training, over all ranks. Everything
-about sample k is a function of (seed, k): order, crop, flip, dropped label, latent noise, and in the loop noise
+about sample k is a function of (seed, k): order, crop, flip, withheld conditions, latent noise, and in the loop noise
 level and noise. The state of the data is therefore one integer, `nimg`.
 
 Legend: B samples, n numbers of control; x0 (B, C, H, W).
@@ -70,17 +70,17 @@ class Batches:
         """x0 and conditions on the device."""
         seed = self.run.train.seed
         x0 = self.space.x0(samples.x.to(self.device, non_blocking=True), seed, counter, self.dtype)
-        return x0, Cond(**self._semantic(counter, samples), **self._control(counter, samples)).to(self.device)
+        has_semantic, has_control = shown(self.run, counter)
+        semantic, control = self._semantic(counter, samples), self._control(samples)
+        fields = semantic | ({"has_semantic": has_semantic} if semantic else {})
+        fields |= control | ({"has_control": has_control} if control else {})
+        return x0, Cond(**fields).to(self.device)
 
     def _semantic(self, counter: Tensor, samples: Samples) -> dict[str, Tensor | None]:
         cfg, seed = self.run.semantic, self.run.train.seed
         if cfg.kind == "text":
-            fields = text_fields(cfg, self.texts(samples) if self.texts else samples.texts, seed, counter)
-        elif cfg.kind == "label" and self.run.data.num_classes:
-            fields = {"label": samples.labels}
-        else:
-            return {}
-        return fields | {"has_semantic": keyed.uniform(seed, counter, "label dropout")[:, 0] >= cfg.dropout}
+            return text_fields(cfg, self.texts(samples) if self.texts else samples.texts, seed, counter)
+        return {"label": samples.labels} if cfg.kind == "label" and self.run.data.num_classes else {}
 
     def rows(self, counter: Tensor) -> Tensor:
         """(B, n) control variables of the samples, in the order of `columns`."""
@@ -91,11 +91,8 @@ class Batches:
         columns = samples.columns()
         return torch.stack([columns[name] for name in self.columns], dim=1)
 
-    def _control(self, counter: Tensor, samples: Samples) -> dict[str, Tensor]:
-        if not self.columns:
-            return {}
-        kept = keyed.uniform(self.run.train.seed, counter, "control dropout")[:, 0] >= self.run.control.dropout
-        return control_fields(self.run, self._rows(samples)) | {"has_control": kept}
+    def _control(self, samples: Samples) -> dict[str, Tensor]:
+        return control_fields(self.run, self._rows(samples)) if self.columns else {}
 
 
 class _Texts:
@@ -124,6 +121,14 @@ class _Texts:
 
     def _encoded(self, index: Tensor) -> text.Encoded:
         return self.encoder([self.captions[i] for i in index.tolist()])
+
+
+def shown(run: Run, counter: Tensor) -> tuple[Tensor, Tensor]:
+    """Return has_semantic and has_control (B,) of the samples `counter`: one draw by the shares of run.dropout."""
+    d, u = run.dropout, keyed.uniform(run.train.seed, counter, "label dropout")[:, 0]
+    neither, lacks_semantic = u < d.both, u < d.both + d.semantic
+    lacks_control = ~lacks_semantic & (u < d.both + d.semantic + d.control)
+    return ~lacks_semantic, ~(neither | lacks_control)
 
 
 def control_fields(run: Run, rows: Tensor) -> dict[str, Tensor]:

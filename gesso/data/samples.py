@@ -24,7 +24,8 @@ class Samples(NamedTuple):
     """B samples, on the CPU.
 
     x       pixels (B, C, H, W) uint8, or latents (B, 2c, h, w) float: means, then standard deviations
-    sizes   (B, 2) height and width of the whole picture; boxes (B, 4) float32 crops.View of it; flips (B,) bool
+    sizes   (B, 2) height and width of the whole picture; boxes (B, 4) float32 crops.View of it as it is stored, not
+            mirrored (`columns` states them in the frame that is shown); flips (B,) bool
     tone    (B, 2) float32, mean and standard deviation of the pixels of the view
     labels  (B,) int64
     index   (B,) int64, which images they are

@@ -157,7 +157,7 @@ def cache_tables(cache: Cache, limit: int = LIMIT) -> list[Table]:
         ("fingerprint", manifest.fingerprint),
     ]
     # "images" stands above; how text is withheld and padded is the training's business.
-    silent = ["images", "semantic.dropout", "semantic.padding", "semantic.noise"]
+    silent = ["images", "semantic.padding", "semantic.noise"]
     silent += [] if cache.latents else ["latent."]
     silent += [] if cache.plan.semantic.kind == "text" else ["semantic."]
     told = [(n, _said(value)) for n, value in flattened(manifest).items() if not n.startswith(tuple(silent))]

@@ -1,6 +1,5 @@
 """What `gesso ema` makes: averages of any length as files, from a run, from any trainer's snapshots, from raw weights."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from gesso import config, ema, snapshot
-from gesso.config.base import parse_count
+from gesso.config.base import halflife_of, parse_count
 from gesso.ema import PerTensor, Power, Profile, Raw, Traditional
 from gesso.errors import UsageError
 from gesso.generate import POOR
@@ -90,8 +89,7 @@ def _available(folder: Path, asked: Asked) -> list[Snapshot]:
     if asked.decay:
         if not (0 < asked.decay < 1 and asked.batch_size):
             raise UsageError(f"--decay {asked.decay:g} lies between 0 and 1 and needs --batch-size, images of a step")
-        # decay^(h / batch) = 1/2
-        profile = Traditional(max(1, round(asked.batch_size * math.log(2) / -math.log(asked.decay))))
+        profile = Traditional(halflife_of(asked.decay, asked.batch_size))
     return foreign(folder, asked.files, asked.batch_size, profile)
 
 

@@ -46,7 +46,19 @@ def measure_folder(folder: Path, run: Run, tick: Tick) -> list[str]:
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)  # of all that is put on "cuda": guides, VAEs
-    return scores_of(Work(folder, run, device, rank, world), tick)[1]
+    averages = [run, *(_with_halflife(run, halflife) for halflife in run.eval.halflives)]
+    if len(averages) == 1:
+        return scores_of(Work(folder, run, device, rank, world), tick)[1]
+    lines: list[str] = []
+    for each in averages:
+        found = scores_of(Work(folder, each, device, rank, world), tick)[1]
+        lines += [f"average: {ema.chosen(each.sample)}", *found] if found else []
+    return lines
+
+
+def _with_halflife(run: Run, halflife: int) -> Run:
+    """Return the run as it is sampled with its traditional average of that half-life."""
+    return run.model_copy(update={"sample": run.sample.model_copy(update={"halflife": halflife})})
 
 
 def scores_of(work: Work, tick: Tick) -> tuple[dict[str, Any], list[str]]:
@@ -60,7 +72,7 @@ def scores_of(work: Work, tick: Tick) -> tuple[dict[str, Any], list[str]]:
     if reference:
         compare.check_subsets(cfg.scores, cfg.kid_subset, [cfg.images, reference.count], "eval.kid_subset")
     validated = _validation(work) if "loss" in cfg.scores else None
-    weights, _, nimg, _ = snapshot.synthesize(work.folder, [work.average or ema.chosen(run.sample)], cfg.nimg)
+    weights, _, nimg, fits = snapshot.synthesize(work.folder, [work.average or ema.chosen(run.sample)], cfg.nimg)
     protocol = _protocol(work, nimg, judges, reference, validated)
     place = work.folder / "evaluation" / _key(work, protocol)
     denoiser = snapshot.denoiser(weights[0], run, work.device)
@@ -93,7 +105,10 @@ def scores_of(work: Work, tick: Tick) -> tuple[dict[str, Any], list[str]]:
     if work.average is None:
         _record(work.folder / "scores.json", place.name, result)
     files.remove_folder(place)
+    poor = fits[0].error > generate.POOR**2
+    warnings = [f"warning: the stored averages hardly make one of {ema.chosen(run.sample)}: {fits[0]}"] * poor
     return result, [
+        *warnings,
         *_lines(result),
         *notes,
         *compare.too_few(cfg.images, cfg.scores, {j.name: j.network for j in judges}),

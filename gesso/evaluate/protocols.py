@@ -1,7 +1,8 @@
 """Ways of measuring, named after the papers that used them: settings that `gesso evaluate RUN --protocol NAME` lays over a run.
 
-What a paper does not say is our choice and is marked so. Everywhere: the run's EMA length. Decoded latents become 8-bit pixels as
-their convention says (data/vae.py).
+What a paper does not say is our choice and is marked so. Everywhere: the run's EMA length; Berrada et al. have an EMA and do not
+say which: their distances are taken of both readings, the run's length (.10 of the training) and the decay of .9999 per step of
+the code that they build on. Decoded latents become 8-bit pixels as their convention says (data/vae.py).
 """
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from gesso import config
 from gesso.config import Run
+from gesso.config.base import halflife_of
 from gesso.errors import UsageError
 from gesso.evaluate import compare, score
 
@@ -51,23 +53,23 @@ def edm2(run: Run) -> list[str]:
 def berrada(run: Run) -> list[str]:
     """Berrada et al. 2024, Section 3.1, Appendix C: 50k samples, 250 steps of DDIM, beside the full training set; guidance
     1.5 at 256, 2.0 at 512 by the scale law. Classes in turn: our choice."""
-    return ["eval.scores=fid", *ddim(250), *GUIDED]
+    return ["eval.scores=fid", *both_averages(run), *ddim(250), *GUIDED]
 
 
 def berrada_val(run: Run) -> list[str]:
     """Figures 8 and A2: as berrada, in 50 steps, beside the validation set, which eval.reference names."""
-    return ["eval.scores=fid", *ddim(50), *GUIDED, *_reference(run, "the validation set")]
+    return ["eval.scores=fid", *both_averages(run), *ddim(50), *GUIDED, *_reference(run, "the validation set")]
 
 
 def berrada_in22k(run: Run) -> list[str]:
     """Appendix C: 50k samples beside 200k training images. Which ones the paper does not say: the user's eval.reference."""
-    return ["eval.scores=fid", *ddim(250), *GUIDED, *_reference(run, "200k training images")]
+    return ["eval.scores=fid", *both_averages(run), *ddim(250), *GUIDED, *_reference(run, "200k training images")]
 
 
 def berrada_coco(run: Run) -> list[str]:
     """Section 3.1: Frechet distance and CLIPScore beside COCO's validation set of 2014, 40,504 pictures with a caption
     each, which eval.reference names; a sample for each; 25 steps, guidance 5."""
-    return ["eval.scores=fid,clip", *_coco(run)]
+    return ["eval.scores=fid,clip", *both_averages(run), *_coco(run)]
 
 
 def berrada_lpips(run: Run) -> list[str]:
@@ -88,6 +90,11 @@ def _coco(run: Run) -> list[str]:
     if run.eval.prompts is None:
         where.append(f"eval.prompts={run.eval.reference}")
     return [f"eval.images={COCO}", *ddim(25), "sample.guidance=5", "sample.tuned_at=null", *where]
+
+
+def both_averages(run: Run) -> list[str]:
+    """Return the setting that measures the average of decay .9999 too, unless the run is sampled with a traditional one."""
+    return [] if run.sample.halflife else [f"eval.halflives=[{halflife_of(0.9999, run.train.batch_size)}]"]
 
 
 def ddim(steps: int) -> list[str]:

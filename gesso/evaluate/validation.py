@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gesso import config, keyed
-from gesso.config import Run
+from gesso.config import Dropout, Run
 from gesso.data.batches import Batches
 from gesso.data.dataset import open_dataset
 from gesso.data.order import Permutations
@@ -86,8 +86,7 @@ class Validation:
         quiet = run.model_copy(
             update={
                 "train": run.train.model_copy(update={"seed": 0}),
-                "semantic": run.semantic.model_copy(update={"dropout": 0.0}),
-                "control": run.control.model_copy(update={"dropout": 0.0}),
+                "dropout": Dropout(both=0, control=0, semantic=0),
             }
         )
         self.run, self.device, self.dataset = run, device, dataset

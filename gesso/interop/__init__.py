@@ -1,6 +1,6 @@
 """Other projects' weights, as plain dicts of tensors, in and out of our networks.
 
-net, notes = gesso.interop.load(state_dict)  # heads=... where the weights do not tell them
+net, notes = gesso.interop.load(state_dict)  # heads=..., resolution=... where the weights do not tell them
 cfg, inputs, weights, notes = gesso.interop.recognise(state_dict)  # the same, not yet built
 name, config, state_dict = gesso.interop.to_diffusers(net, cfg, inputs)
 """
@@ -13,7 +13,7 @@ from gesso import nets
 from gesso.config import DiT, Inputs, MMDiT, Net, PixArt, UNet
 from gesso.errors import RunError, UsageError
 from gesso.interop import dit, edm2, mdt, pixart, sd3, unet
-from gesso.interop.found import Found
+from gesso.interop.found import ASSUMED, NATIVE, PROPORTIONAL, Found
 
 READERS = (edm2, dit, mdt, pixart, sd3, unet)
 """Modules with `matches(keys)` and `convert(state, heads) -> Found`, asked in order."""
@@ -23,11 +23,12 @@ SINGLE_FILE = "model.diffusion_model."
 """Where SD1.5, SDXL and SD3 in one file have the network, beside the VAE and text encoders."""
 
 
-def recognise(state: Mapping[str, Tensor], heads: int | None = None) -> Found:
+def recognise(state: Mapping[str, Tensor], heads: int | None = None, resolution: int | None = None) -> Found:
     """Whose weights these are: settings of our network, its tensors as far as they are there, and notes.
 
     heads: attention heads of a network, which no shape tells without qk-norm; None: those of the published
-    size. Raises UsageError when the source is unknown, or heads are needed or do not fit; RunError where a tensor
+    size. resolution: height and width of x in training, which is used where the weights do not tell it; of PixArt and
+    diffusers' DiT it makes positions on other grids theirs. Raises UsageError when the source is unknown, or heads are needed or do not fit; RunError where a tensor
     that tells the settings is missing.
     """
     inside = {name.removeprefix(SINGLE_FILE): v for name, v in state.items() if name.startswith(SINGLE_FILE)}
@@ -38,17 +39,27 @@ def recognise(state: Mapping[str, Tensor], heads: int | None = None) -> Found:
             found = reader.convert(network, heads)
             if len(network) < len(state):
                 found.notes["left behind"] = f"{len(state) - len(network)} tensors outside {SINGLE_FILE}*"
-            return found
+            return _at(found, resolution) if resolution and found.notes.get("resolution") == ASSUMED else found
     shown = ", ".join(sorted(keys)[:3])
     raise UsageError(f"weights of no project that gesso knows (tensors such as {shown})")
 
 
-def load(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[nn.Module, dict[str, str]]:
+def _at(found: Found, resolution: int) -> Found:
+    """Return settings and notes with the resolution of training, which the weights do not tell."""
+    cfg, notes = found.cfg, {name: text for name, text in found.notes.items() if name != "resolution"}
+    if notes.get("positions", "").startswith(NATIVE):
+        cfg, notes["positions"] = cfg.model_copy(update={"positions": "proportional"}), PROPORTIONAL
+    return found._replace(cfg=cfg, inputs=found.inputs._replace(resolution=resolution), notes=notes)
+
+
+def load(
+    state: Mapping[str, Tensor], heads: int | None = None, resolution: int | None = None
+) -> tuple[nn.Module, dict[str, str]]:
     """Our network with these weights, in evaluation mode, and notes.
 
     Raises what `recognise` does, and RunError that lists what is missing or unknown.
     """
-    cfg, inputs, weights, notes = recognise(state, heads)
+    cfg, inputs, weights, notes = recognise(state, heads, resolution)
     net = nets.build(cfg, inputs)
     if wrong := nets.misfit(net, weights):
         raise RunError(f"{notes['source']}: {wrong}")
@@ -59,8 +70,8 @@ def load(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[nn.Modu
 def to_diffusers(net: nn.Module, cfg: Net, inputs: Inputs) -> tuple[str, dict, dict[str, Tensor]]:
     """Name of a diffusers class, its configuration, and the state dict of such a model that is the same function.
 
-    The same at the training resolution: diffusers stretches the positions of DiT and PixArt on other grids, and
-    its DiT computes with other time frequencies (`dit.SPACING`). No two tensors share memory. Raises
+    The same at the training resolution, and on other grids where net.positions=proportional: so diffusers has the
+    positions of DiT and PixArt. Its DiT computes with other time frequencies (`dit.SPACING`). No two tensors share memory. Raises
     UsageError that names what diffusers cannot hold.
     """
     if type(cfg) not in WRITERS:

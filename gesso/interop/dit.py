@@ -11,11 +11,14 @@ from torch import Tensor
 from gesso.config import DiT, Inputs
 from gesso.interop.found import (
     ASSUMED,
+    NATIVE,
+    PROPORTIONAL,
     STEPS,
     Found,
     Tie,
     controls,
     count,
+    from_another_grid,
     give,
     heads_of,
     layers,
@@ -114,7 +117,7 @@ def settings(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[DiT
     resolution = 32 if stored is None else patch * stepped_side("pos_embed", stored, width)
     cfg = DiT(
         width=width, depth=depth, heads=heads_of(width, depth, heads), patch=patch,
-        mlp_ratio=shape(state, f"{blocks}.0.{fc}")[0] / width, positions="extrapolated",
+        mlp_ratio=shape(state, f"{blocks}.0.{fc}")[0] / width, positions="proportional" if PEER in state and stored is not None else "extrapolated",
     )  # fmt: skip
     return cfg, Inputs(channels, resolution, shape(state, table)[0] - 1)
 
@@ -127,7 +130,7 @@ def convert(state: Mapping[str, Tensor], heads: int | None) -> Found:
         "source": "DiT (diffusers)" if peer else "DiT (facebookresearch/DiT)",
         "process": "VP, 1000 steps, beta linear from 1e-4 to 0.02, epsilon",
         "c_noise": "timestep index 0..999",
-        "positions": STEPS,
+        "positions": STEPS if not peer else PROPORTIONAL if "pos_embed" in state else NATIVE,
         "latents": "SD VAE times 0.18215 when 4 channels",
     }
     if "pos_embed" not in state:
@@ -147,9 +150,8 @@ def to_diffusers(weights: Mapping[str, Tensor], cfg: DiT, inputs: Inputs) -> tup
     refuse(
         peer,
         {
-            "net.positions=resampled (extrapolated it holds)": cfg.positions == "resampled",
-            "net.positions=interpolated from another grid": cfg.positions == "interpolated"
-            and inputs.positions_at not in (None, inputs.resolution),
+            "net.positions=resampled (proportional it holds)": cfg.positions == "resampled",
+            f"net.positions={cfg.positions} from another grid": from_another_grid(cfg, inputs),
             "net.qk_norm=true": cfg.qk_norm,
             f"net.mlp_ratio={cfg.mlp_ratio} (its own is 4)": cfg.mlp_ratio != 4,
             "a network without classes": not inputs.num_classes,

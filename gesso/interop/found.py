@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from gesso.config import Inputs, Net
+from gesso.config import DiT, Inputs, Net, PixArt
 from gesso.errors import RunError, UsageError
 from gesso.nets.embed import sincos_2d
 
@@ -15,6 +15,8 @@ HEADS = {(384, 12): 6, (768, 12): 12, (1024, 24): 16, (1152, 28): 16, (1536, 24)
 """Heads by width and depth: S, B, L and XL of the DiT family, SD3 medium."""
 PARTS = ("weight", "bias")
 STEPS = "one step per token on every grid here; theirs at the original's resolution"
+PROPORTIONAL = "step base/n on a grid of n tokens, as theirs"
+NATIVE = "step 1 on every grid, theirs at the original's resolution; on others theirs is base/n: say that resolution"
 ASSUMED = "32 x 32, assumed: neither names nor shapes tell it"
 
 
@@ -174,6 +176,12 @@ def refuse(peer: str, reasons: Mapping[str, bool]) -> None:
     """Raises UsageError that names the settings that a class of diffusers has no place for."""
     if wrong := [reason for reason, true in reasons.items() if true]:
         raise UsageError(f"diffusers' {peer} cannot hold {', '.join(wrong)}")
+
+
+def from_another_grid(cfg: DiT | PixArt, inputs: Inputs) -> bool:
+    """Return whether positions are counted on another grid than the training grid, for which diffusers has no setting."""
+    counted = cfg.positions in ("interpolated", "proportional") and inputs.positions_at not in (None, inputs.resolution)
+    return counted or inputs.positions_span is not None
 
 
 def controls(inputs: Inputs) -> int:

@@ -12,11 +12,13 @@ from gesso.errors import UsageError
 from gesso.interop.dit import block_ties, own_block_ties
 from gesso.interop.found import (
     ASSUMED,
-    STEPS,
+    NATIVE,
+    PROPORTIONAL,
     Found,
     Tie,
     controls,
     count,
+    from_another_grid,
     give,
     heads_of,
     layers,
@@ -122,7 +124,8 @@ def settings(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[Pix
     stored = [patch * stepped_side(name, state[name], width) for name in TABLES if name in state]
     cfg = PixArt(
         width=width, depth=depth, heads=heads_of(width, depth, heads), patch=patch,
-        mlp_ratio=shape(state, f"{blocks}.0.{fc}")[0] / width, positions="extrapolated",
+        mlp_ratio=shape(state, f"{blocks}.0.{fc}")[0] / width,
+        positions="proportional" if stored else "extrapolated",
     )  # fmt: skip
     return cfg, Inputs(channels, stored[0] if stored else 32, text_width=shape(state, caption)[1])
 
@@ -135,7 +138,7 @@ def convert(state: Mapping[str, Tensor], heads: int | None) -> Found:
         "source": "PixArt-alpha (diffusers)" if peer else "PixArt-alpha (PixArt-alpha/PixArt-alpha)",
         "process": "VP, 1000 steps, beta linear from 1e-4 to 0.02, epsilon",
         "c_noise": "timestep index 0..999",
-        "positions": STEPS + ("" if stored else "; step 1 assumed, as at 256 and 512 pixels (interpolation_scale 1)"),
+        "positions": PROPORTIONAL if stored else f"{NATIVE} (256 or 512 pixels, interpolation_scale 1)",
         "latents": "SD VAE times 0.18215 when 4 channels (PixArt-sigma has the same names, and SDXL's VAE)",
     }
     if not stored:
@@ -155,9 +158,8 @@ def to_diffusers(weights: Mapping[str, Tensor], cfg: PixArt, inputs: Inputs) -> 
     refuse(
         peer,
         {
-            "net.positions=resampled (extrapolated it holds)": cfg.positions == "resampled",
-            "net.positions=interpolated from another grid": cfg.positions == "interpolated"
-            and inputs.positions_at not in (None, inputs.resolution),
+            "net.positions=resampled (proportional it holds)": cfg.positions == "resampled",
+            f"net.positions={cfg.positions} from another grid": from_another_grid(cfg, inputs),
             "net.qk_norm=true": cfg.qk_norm,
             f"net.mlp_ratio={cfg.mlp_ratio} (its own is 4)": cfg.mlp_ratio != 4,
             "a network without text": not inputs.text_width,

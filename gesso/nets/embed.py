@@ -37,7 +37,7 @@ class TimeEmbed(nn.Module):
             return self.mlp(sinusoids(c_noise, 256))
 
 
-def sincos_2d(width: int, h: int, w: int, last: tuple[int, int]) -> Tensor:
+def sincos_2d(width: int, h: int, w: int, last: tuple[float, float]) -> Tensor:
     """2-D sine-cosine positions, (1, h*w, D) float32, the last token of a column or row being at `last`, the first at 0.
 
     First half of D from the column, second from the row; in each half sines, then cosines, of
@@ -58,23 +58,49 @@ class GridPosition(nn.Module):
     """Sine-cosine positions, (1, h*w, D): those of the training grid a constant, others made when seen.
 
     They are counted on the grid `base`, which is the training grid but where weights came from another resolution.
-    resampled: n tokens from 0 to base, step n/(n-1) on that grid (Berrada et al., Pseudocode 1).
+    resampled: n tokens from 0 to base, step base/(n-1) on every grid (Berrada et al., Pseudocode 1); with `span`, step
+    base/(span-1) on every grid, that of a source of `span` tokens (Section 3.4, extrapolation).
     extrapolated: step 1 on every grid, as DiT has it and Pseudocode 1 in its commented-out line.
-    interpolated: the extrapolated table of that grid, resized bicubically (Section 2.2, its references 2 and 47).
+    interpolated: the extrapolated table of that grid, resized bicubically (Section 2.2, its references 2 and 47); with
+    `span`, the resampled table of a source of `span` tokens.
+    proportional: step base/n on every grid, as PixArt and diffusers have it.
     """
 
-    def __init__(self, width: int, base: tuple[int, int], positions: str, grid: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        width: int,
+        base: tuple[int, int],
+        positions: str,
+        grid: tuple[int, int] | None = None,
+        span: tuple[int, int] | None = None,
+    ):
         super().__init__()
-        self.width, self.base, self.positions, self.grid = width, base, positions, grid or base
+        self.width, self.base, self.positions, self.grid, self.span = width, base, positions, grid or base, span
         self.register_buffer("table", self.made(*self.grid), persistent=False)
 
     def made(self, h: int, w: int) -> Tensor:
-        if self.positions == "resampled":
-            return sincos_2d(self.width, h, w, self.base)
-        if self.positions == "extrapolated" or (h, w) == self.base:
-            return sincos_2d(self.width, h, w, (h - 1, w - 1))
-        last = self.base[0] - 1, self.base[1] - 1
-        square = sincos_2d(self.width, *self.base, last).unflatten(1, self.base).permute(0, 3, 1, 2)  # 1 D h w
+        sides = (h, w)
+        match self.positions:
+            case "resampled" if self.span is None:
+                last = self.base
+            case "resampled":
+                steps = (base / max(span - 1, 1) for base, span in zip(self.base, self.span, strict=True))
+                last = tuple(step * (n - 1) for step, n in zip(steps, sides, strict=True))
+            case "proportional":
+                last = tuple(base * (n - 1) / n for base, n in zip(self.base, sides, strict=True))
+            case "interpolated" if sides != (self.span or self.base):
+                return self._resized(h, w)
+            case "interpolated" if self.span:
+                last = self.base
+            case _:
+                last = h - 1, w - 1
+        return sincos_2d(self.width, h, w, last)
+
+    def _resized(self, h: int, w: int) -> Tensor:
+        """Return the table of the source's grid, resized bicubically."""
+        grid = self.span or self.base
+        last = self.base if self.span else (grid[0] - 1, grid[1] - 1)
+        square = sincos_2d(self.width, *grid, last).unflatten(1, grid).permute(0, 3, 1, 2)  # 1 D h w
         return F.interpolate(square, size=(h, w), mode="bicubic").flatten(2).transpose(1, 2)
 
     def forward(self, h: int, w: int) -> Tensor:
@@ -84,7 +110,8 @@ class GridPosition(nn.Module):
 def grid_position(inputs: Inputs, width: int, patch: int, positions: str) -> GridPosition:
     """That of a network for x of inputs.resolution."""
     grid, base = (side // patch for side in (inputs.resolution, inputs.positions_at or inputs.resolution))
-    return GridPosition(width, (base, base), positions, (grid, grid))
+    span = inputs.positions_span and (inputs.positions_span // patch,) * 2
+    return GridPosition(width, (base, base), positions, (grid, grid), span)
 
 
 class SemanticTokens(nn.Module):

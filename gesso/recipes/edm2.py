@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from gesso.config import EDM, EDM2, Data, EDM2Ladder, Ema, Latent, Loss, Optim, Run, Sample, Semantic, Train
+from gesso.config import EDM, EDM2, Data, Dropout, EDM2Ladder, Ema, Latent, Loss, Optim, Run, Sample, Semantic, Train
 
 M = 2**20  # The durations of Table 6 are whole numbers of 2^20 images: 2147.5M = 2048 * 2^20.
 BATCH = 2048
@@ -155,7 +155,7 @@ def preset(name: str, p: Preset, data: dict[str, Any], process: EDM) -> Run:
         **data,
         net=EDM2(channels=p.channels, dropout=p.dropout),
         process=process,
-        semantic=Semantic(dropout=0),  # the unconditional network is a separate one
+        dropout=Dropout(both=0, control=0),  # the unconditional network is a separate one
         loss=Loss(weighting="uncertainty"),
         optim=optim(p.lr, schedule="inverse_sqrt", ref_images=p.t_ref * BATCH),
         train=train(p.images),
@@ -234,7 +234,7 @@ def ladder(step: str) -> Run:
         **latents(),
         net=EDM2Ladder(step=step, attention_levels=(1, 2, 3) if is_a else (2, 3), dropout=rung.dropout),
         process=EDM(P_mean=-1.2, P_std=1.2) if is_a else EDM(P_mean=-0.4, P_std=1.0),
-        semantic=Semantic(dropout=0),
+        dropout=Dropout(both=0, control=0),
         loss=Loss(weighting="native" if is_a else "uncertainty"),
         optim=optim(rung.lr, betas=(0.9, rung.beta2), tuned_at_batch=rung.batch, **decay),
         train=train(2048 * M, rung.batch),

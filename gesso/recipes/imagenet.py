@@ -5,6 +5,14 @@ bfloat16, batches of 2048 at 256x256 and of 384 at 512x512. Runs at 512 start fr
 and resamples positions, the others have those of their own papers (Table A4 says it of SDXL and SD3). What the paper is silent
 on is marked "our choice". Faces are blurred in its data; image-net.org offers such a version, for which leave out --blur-faces.
 
+Table A1's sizes hold an MLP of control in every network but mDT's, and no pooled text. Which of the two the numbers of
+Table 1 belong to the paper does not say, and what it says does not agree:
+  control      Table A3 starts from DiT at 1.95, Table 1's number, and adds control later; Table A4 has none in SD3 and has it
+               in SD-XL. But A3 comes to mmDiT's 1.71 and 7.54 of Table 1 with control. Here: UNet (SDXL) with, the others
+               without; CONTROL, laid over a recipe, is the other reading, of Table A1's size.
+  pooled text  The paper speaks of none, and Table A1's UNet and mmDiT hold none to .01 %. Here: none. SDXL and SD3
+               themselves have it: net.pooled_mlp=own is that reading.
+
 A table whose rows are one training with other settings is one recipe; ROWS has the settings and what each gave.
 """
 
@@ -31,7 +39,7 @@ from gesso.config import (
     mmditpp,
 )
 from gesso.recipes.berrada import CC12M as TABLE_A4
-from gesso.recipes.berrada import CLIP, DDIM, XL, at_scale, cc12m, described, ours, reported
+from gesso.recipes.berrada import CLIP, DDIM, XL, at_scale, cc12m, described, ours, reported, sdxl
 
 ADAM = Optim(name="adam", lr=1e-4, betas=(0.9, 0.999))
 GLOBAL = (0.9, 1.0)
@@ -53,12 +61,16 @@ IN1K = {
     "dit": Row(DiT(**XL, positions="extrapolated"), "DiT-XL/2 w/ LN", (1.95, 2.85)),
     "dit-att": Row(DiTAtt(**XL, positions="extrapolated"), "DiT-XL/2 w/ Att", (1.71, None)),
     "mdt": Row(MDT(**XL), "mDT-v2-XL/2 w/ LN", (2.51, 3.75)),
-    "pixart": Row(PixArt(**XL, positions="interpolated"), "PixArt-alpha-XL/2", (2.06, 3.05)),
-    "mmdit": Row(MMDiT(**XL, positions="interpolated"), "mmDiT-XL/2 (SD3)", (1.71, 3.02)),
+    "pixart": Row(PixArt(**XL, positions="proportional"), "PixArt-alpha-XL/2", (2.06, 3.05)),
+    "mmdit": Row(MMDiT(**XL, positions="interpolated", pooled_mlp="none"), "mmDiT-XL/2 (SD3)", (1.71, 3.02)),
     "ours": Row(mmditpp("XL/2"), "mmDiT-XL/2 (ours)", (1.59, 2.76)),
 }
 # FID against the validation set and CLIP score on COCO; UNet, mmDiT and ours are Table A4's columns in berrada.py.
 CC12M = ("dit-att", "pixart", "mmdit")
+CONTROL = ("control.variables=[crop,size]", "control.mlp=joint", "control.schedule=uniform")
+"""as Table A1 counts it"""
+KEPT_CONTROL = ("sample.keep_control=true", "dropout.semantic=.05")
+"""guidance as SDXL has it"""
 
 
 def one_setting(**changes: Any) -> dict[str, Any]:
@@ -74,10 +86,22 @@ def in1k(name: str, resolution: int) -> Run:
         column = ours()
         control = column["control"].model_copy(update={"variables": ("crop", "size")})
         settings |= column | dict(semantic=Semantic(), control=control, process=VP(scale=k))
+    if name == "unet":  # Table A4's column with classes, which has control
+        column = sdxl()
+        settings |= {block: column[block] for block in ("control", "dropout", "sample")}
     if name == "mdt":
         settings["loss"] = Loss(weighting="min-snr")
     steps = 1000 * row.steps[k - 1]
     return at_scale(f"in1k-{resolution}-{name}", resolution, steps, GLOBAL, flip=True, **settings)
+
+
+def readings(run: Run) -> str:
+    """Return the settings of the other reading of control and pooled text, for a recipe's docstring."""
+    other = () if run.control.variables or isinstance(run.net, MDT) else CONTROL
+    pooled = isinstance(run.net, MMDiT) and run.semantic.kind == "text"
+    lines = [f"With control, as Table A1's size has it: {' '.join(other)}"] * bool(other)
+    lines += ["With pooled text, as SD3 itself has it: net.pooled_mlp=own"] * pooled
+    return "".join(f"\n    {line}" for line in lines)
 
 
 def in1k_described(name: str, resolution: int) -> Callable[[], Run]:
@@ -90,7 +114,7 @@ def in1k_described(name: str, resolution: int) -> Callable[[], Run]:
         result += "\n    runs/in1k-256-ours-local is in1k-256-ours with data.crop_scale=.4,.6 and such a cache."
     return described(
         partial(in1k, name, resolution),
-        f"Table 1's {row.what} on ImageNet-1k at {resolution}x{resolution}.",
+        f"Table 1's {row.what} on ImageNet-1k at {resolution}x{resolution}.{readings(in1k(name, resolution))}",
         result,
         before=f"in1k-256-{name}{told}" if large else "",
     )
@@ -106,7 +130,7 @@ def text(name: str, resolution: int) -> Run:
 def text_described(name: str, resolution: int) -> Callable[[], Run]:
     return described(
         partial(text, name, resolution),
-        f"Table 1's {IN1K[name].what} on CC12M at {resolution}x{resolution}.",
+        f"Table 1's {IN1K[name].what} on CC12M at {resolution}x{resolution}.{readings(text(name, resolution))}",
         reported(TABLE_A4["sd3", resolution]) if name == "mmdit" else "Published: the run diverged.",
         before=f"cc12m-256-{name}" if resolution == 512 else "",
     )
@@ -220,7 +244,7 @@ ROWS: dict[str, list[Cell]] = {
     ],
     "table-4c": [
         Cell((), {"fid": 3.98}),
-        Cell(("net.name=unet", "train.total_images=384M"), {"fid": 6.80}),
+        Cell(("net.name=unet", *CONTROL, *KEPT_CONTROL, "train.total_images=384M"), {"fid": 6.80}),
     ],
     "table-a2": [
         Cell(settings_a2(net, batch, rate), {"fid": float(fid)})

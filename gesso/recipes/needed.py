@@ -15,19 +15,23 @@ class Cache(NamedTuple):
     command: str
 
 
+def images(run: Run) -> str:
+    """Return where the images of a run are whose data.source is not named: CC12M where it has words, ImageNet-22k where its
+    recipe is named so, else ImageNet."""
+    return CC12M if run.semantic.kind == "text" else IMAGENET_22K if run.recipe.startswith("in22k") else IMAGENET
+
+
 def cache(run: Run) -> Cache:
-    """Of a run whose data.source is not said: latents of what its settings say, of CC12M where it has words, of ImageNet-22k
-    where its recipe is named so."""
-    d, text = run.data, run.semantic.kind == "text"
-    images = CC12M if text else IMAGENET_22K if run.recipe.startswith("in22k") else IMAGENET
+    """Of a run whose data.source is not said: latents of what its settings say, of `images`."""
+    d, text, source = run.data, run.semantic.kind == "text", images(run)
     if not run.latent.vae:
-        return Cache(images, "")
+        return Cache(source, "")
     settings = f"--resolution {d.resolution} --vae {run.latent.vae}" + f" --resize {d.resize}" * (d.resize != "lanczos")
     if run.latent.convention == "edm2":
-        folder = f"caches/{Path(images).name}-{d.resolution}"
-        return Cache(folder, f"gesso cache {images} {folder} {settings} --convention edm2 --dtype float32")
+        folder = f"caches/{Path(source).name}-{d.resolution}"
+        return Cache(folder, f"gesso cache {source} {folder} {settings} --convention edm2 --dtype float32")
     low, high = d.crop_scale or (1, 1)
-    folder = f"caches/{Path(images).name}-{d.resolution}-{low:g}-{high:g}" + "-flip" * d.flip
+    folder = f"caches/{Path(source).name}-{d.resolution}-{low:g}-{high:g}" + "-flip" * d.flip
     tokens = f" --text {run.semantic.encoder} --tokens {run.semantic.tokens}" if text else ""
     crops = f" --views 4 --crop-scale {low:g},{high:g}{' --flip' * d.flip} --blur-faces"
-    return Cache(folder, f"gesso cache {images} {folder} {settings}{tokens}{crops}")
+    return Cache(folder, f"gesso cache {source} {folder} {settings}{tokens}{crops}")

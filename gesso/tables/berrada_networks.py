@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from gesso.recipes.berrada import CC12M as PUBLISHED_CC12M
 from gesso.recipes.imagenet import CC12M as OTHER_TEXT
-from gesso.recipes.imagenet import IN1K
+from gesso.recipes.imagenet import CONTROL, IN1K
 from gesso.tables import claims
 from gesso.tables.paper import cc12m, in1k
 from gesso.tables.settings import (
@@ -110,11 +110,13 @@ def table_1() -> Table:
             Claim("With words mmDiT has a lower FID than the U-Net", claims.better((mmdit, fid), (row["unet"], fid))),
             Claim("A class in attention is better than in the norms", claims.better((row["dit-att"], first), (row["dit"], first))),
         ),
-        notes="Its first block, numbers of other papers, is left out. The introduction has FID 8.64 on CC12M at 512 where the table has 6.27.",
+        notes="Its first block, numbers of other papers, is left out. The introduction has FID 8.64 on CC12M at 512 where the table has 6.27. "
+        "Control and pooled text are readings: UNet (SDXL) has control (Table A4), the others of the second block have none (Tables A3, A4), and "
+        "no network sees the pooled text (Table A1's sizes hold none). Table A1's sizes hold control in all but mDT: that other reading is "
+        f"{' '.join(CONTROL)} over a recipe; SD3's pooled text is net.pooled_mlp=own.",
     )  # fmt: skip
 
 
-CONTROL = ("control.variables=[crop,size]", "control.mlp=joint", "control.schedule=uniform")
 SIZES = {  # Table A1: by row the recipe's end, FLOPs at 256 and 512 in 10^9, parameters in 10^6
     "UNet, words": ("cc12m-{}-sdxl", (189.78, 819.56, 864.31)),
     "PixArt, words": ("cc12m-{}-pixart", (314.68, 1140, 610.12)),
@@ -159,7 +161,8 @@ def table_a1() -> Table:
             Claim("FLOPs with classes are those of the paper", claims.as_published([(row, c) for row in classes for c in columns[:2]], 0.01)),
         ),
         notes="The cell of mmDiT with classes repeats DiT's parameters and DiT w/ Att's FLOPs, likely by mistake: left out of the claims. "
-        "FLOPs count 256 tokens of text, and of words most are not reproduced.",
+        "FLOPs count 256 tokens of text, and of words most are not reproduced. Control is laid over Table 1's recipes here: its sizes hold "
+        "one MLP over six variables, and no pooled text, as those recipes have it.",
     )  # fmt: skip
 
 

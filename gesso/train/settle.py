@@ -48,29 +48,63 @@ def settled(run: Run, source: Source) -> tuple[Run, list[str]]:
 
 
 def _positions(run: Run, source: Source, k: float, tree: dict[str, Any]) -> list[str]:
-    """net.positions_at: the source's grid (Pseudocode 1: base_size = grid_size / scale), or the new one's."""
+    """net.positions_at and positions_span: the grid that the source counts on, and that which fixes its distance."""
     net, how = run.net, run.init.positions
     if not isinstance(net, Transformer):
         return []
     if isinstance(net, MDT) or (isinstance(net, MMDiT) and net.max_grid):
         return [f"  positions   {how} table"] if k != 1 else []
-    at = source.base * run.factor
-    if k != 1 and how == "resampled" and net.positions == "extrapolated":
-        raise UsageError(
-            "net.positions=extrapolated has one step per token on every grid, which init.positions=resampled cannot be: "
-            "set init.positions=extrapolated or net.positions=resampled"
-        )
-    if (k != 1 and how == "extrapolated") or at == run.data.resolution or net.positions == "extrapolated":
-        at = None
-    if net.positions_at not in (None, at):
-        raise UsageError(
-            f"net.positions_at={net.positions_at}, but init.positions={how} makes it {at or 'null'}: leave one of them out"
-        )
-    tree["net"]["positions_at"] = at
-    if k == 1 and at is None:
+    at, span = (side and side * run.factor for side in _grids(run, source, k))
+    at = None if at == run.data.resolution or net.positions == "extrapolated" else at
+    for name, value in (("positions_at", at), ("positions_span", span)):
+        given = getattr(net, name)
+        if given not in (None, value):
+            raise UsageError(
+                f"net.{name}={given}, but init.positions={how} makes it {value or 'null'}: leave one of them out"
+            )
+        tree["net"][name] = value
+    if k == 1 and at is None and span is None:
         return []
     word = "as there" if k == 1 else net.positions if how == "resampled" else how
-    return [f"  positions   {word}, net.positions_at={at or 'null'}"]
+    spans = f", net.positions_span={span}" if span else ""
+    return [f"  positions   {word}, net.positions_at={at or 'null'}{spans}"]
+
+
+def _grids(run: Run, source: Source, k: float) -> tuple[float | None, int | None]:
+    """Return positions_at and positions_span in the units of x, None: those of a run from random weights.
+
+    Raises UsageError where net.positions cannot have positions such as init.positions asks for.
+    """
+    new, old, how = run.net.positions, source.cfg.positions, run.init.positions
+    base, span, there = source.base, source.inputs.positions_span, source.resolution
+    step_1 = old == "extrapolated" or (old != "resampled" and base == there and span is None)
+    if k == 1 and new == old:
+        return base, span
+    if how == "resampled":
+        if k != 1 and new == "extrapolated":
+            raise UsageError(
+                "net.positions=extrapolated has one step per token on every grid, which init.positions=resampled cannot be: "
+                "set init.positions=extrapolated or net.positions=resampled"
+            )
+        if old == "resampled" and span not in (None, there):
+            raise UsageError(
+                f"{source.called} was itself moved by init.positions=extrapolated, so that its grid ends between the steps "
+                "of the one before: go on with init.positions=extrapolated net.positions=resampled"
+            )
+        if new == "interpolated":
+            return base, there if old == "resampled" else span
+        return base, None
+    if new == "resampled" and old == "resampled":
+        return base, span or there
+    if new == "proportional" and (old == "proportional" or step_1):
+        return int(base * k), None
+    if new == "extrapolated" or (step_1 and new == "interpolated"):
+        return None, None
+    need = "extrapolated" if step_1 else old
+    raise UsageError(
+        f"init.positions=extrapolated keeps the step of the source's net.positions={old}, which net.positions={new} cannot: "
+        f"set net.positions={need} or init.positions=resampled"
+    )
 
 
 def _noise(run: Run, source: Source, k: float, tree: dict[str, Any]) -> list[str]:
@@ -99,7 +133,9 @@ def _guidance(run: Run, source: Source, k: float, tree: dict[str, Any]) -> list[
 def _otherwise(run: Run, source: Source) -> list[str]:
     """What the weights are told otherwise than in the source."""
     here, there = run.net.model_dump(), source.cfg.model_dump()
-    found = [(f"net.{name}", there[name], here[name]) for name in here if name != "positions_at"]
+    found = [
+        (f"net.{name}", there[name], here[name]) for name in here if name not in ("positions_at", "positions_span")
+    ]
     if source.run:
         told = [d for d in config.differences(source.run, run) if d[0].startswith(TOLD) and d[0] != "process.scale"]
         if source.run.process.name != run.process.name:  # whose settings have no counterparts
@@ -120,7 +156,7 @@ def recalled(run: Run, recorded: Run) -> Run:
         return run
     tree, then = config.as_tree(run), config.as_tree(recorded)
     settled_there = [("init", name) for name in FOUND] + [("sample", "tuned_at"), ("process", "scale")]
-    for block, name in [*settled_there, ("net", "positions_at")]:
+    for block, name in [*settled_there, ("net", "positions_at"), ("net", "positions_span")]:
         if name in tree[block] and tree[block][name] in (None, 1):
             tree[block][name] = then[block].get(name)
     return config.validate(tree)

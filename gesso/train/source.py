@@ -18,7 +18,17 @@ from gesso.errors import RunError, UsageError
 from gesso.generate import POOR
 from gesso.interop.found import ASSUMED, Found
 
-FREE = ("positions", "positions_at", "max_grid", "dropout", "mask_ratio", "context", "text_embed", "pooled_mlp")
+FREE = (
+    "positions",
+    "positions_at",
+    "positions_span",
+    "max_grid",
+    "dropout",
+    "mask_ratio",
+    "context",
+    "text_embed",
+    "pooled_mlp",
+)
 """settings of a network that may differ: positions are moved, and what tensors they change is told tensor by tensor"""
 INSIDE = ("ema", "state_dict", "model")
 """where a training checkpoint of PyTorch keeps the weights, the averages first"""
@@ -28,7 +38,7 @@ class Source(NamedTuple):
     """Weights and their network.
 
     called: one line on where they come from; resolution, base: height and width of x in training, and of the x on whose
-    grid positions are counted; scale: process.scale; run: None of another project; record: what config.Init keeps of it.
+    grid positions are counted (inputs.positions_span: of that which spans it); scale: process.scale; run: None of another project; record: what config.Init keeps of it.
     """
 
     called: str
@@ -142,25 +152,26 @@ def _of_file(path: Path, run: Run) -> Source:
                 f"init.source={path}: its weights do not tell at what resolution they were trained: say it in pixels, such as "
                 "init.resolution=256"
             )
-        resolution = run.init.resolution // run.factor
     elif run.init.resolution not in (None, resolution * run.factor):
         raise UsageError(
             f"init.resolution={run.init.resolution}, but {path} was trained at {resolution * run.factor} pixels: leave it out"
         )
-    inputs = found.inputs._replace(resolution=resolution)
     called = f"{path} ({found.notes['source']})"
-    return Source(called, found.cfg, inputs, found.weights, resolution, resolution, 1.0, None, {}, [*notes, *said])
+    return Source(
+        called, found.cfg, found.inputs, found.weights, resolution, resolution, 1.0, None, {}, [*notes, *said]
+    )
 
 
 def _recognised(path: Path, state: Mapping[str, Tensor], run: Run) -> Found:
     heads = run.net.heads if isinstance(run.net, Transformer) else None
+    resolution = run.init.resolution and run.init.resolution // run.factor
     try:
         try:
-            return interop.recognise(state)
+            return interop.recognise(state, None, resolution)
         except UsageError:  # where neither shapes nor a published size tell the heads, ours are taken
             if heads is None:
                 raise
-            return interop.recognise(state, heads)
+            return interop.recognise(state, heads, resolution)
     except (UsageError, RunError) as error:
         raise type(error)(f"init.source={path}: {error}") from None
 

@@ -11,7 +11,7 @@ has it. The account says which is which.
     class <-> text    what reads the class or the tokens is fresh, what comes after it is taken.
     channels          first and last layer are fresh, the last with F = 0 as in a new network.
     control           the part of Eq. 1 whose variables are others is fresh, and adds nothing at the start.
-    resolution        k times the source's. Sine-cosine positions: net.positions_at; tables of positions: read at other
+    resolution        k times the source's. Sine-cosine positions: net.positions_at and positions_span; tables of positions: read at other
                       places; process.scale: Proposition 1; sample.tuned_at: Proposition 2.
 
 Legend: k ratio of latent resolutions, g rows of the source's grid of tokens, n of the new one, D width.
