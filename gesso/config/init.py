@@ -23,6 +23,8 @@ class Init(Settings):
     """at another resolution: more tokens on the source's grid (Pseudocode 1), or more at its distance (Figure 8a)"""
     noise: Literal["scaled", "kept"] = "scaled"
     """process.scale at k times the resolution: k times the source's (Proposition 1), or the source's (Figure 8b)"""
+    process: Literal["source", "run"] = "source"
+    """the process of another project's weights: the one that they were trained under (DiT's linear betas), or this run's"""
     resolution: Positive | None = None
     """pixels that the source was trained at; found, but where another project's weights do not tell it"""
     file: str | None = None

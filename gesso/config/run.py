@@ -271,6 +271,21 @@ class Run(Settings):
                 f"sample.guidance={sample.guidance} needs a network that also learned without control variables: set "
                 "control.dropout above 0, or let guidance keep them by sample.keep_control=true"
             )
+        if sample.guided_channels and sample.guided_channels > self.channels:
+            raise ValueError(
+                f"sample.guided_channels={sample.guided_channels} is above the {self.channels} channels of x0: set it to "
+                f"{self.channels} or less, or to null"
+            )
+        if sample.variance != "small" and self.process.name != "vp":
+            raise ValueError(
+                f"sample.variance={sample.variance} is that of DDPM's steps, which process.name={self.process.name} does not "
+                "have: set sample.variance=small"
+            )
+        if sample.variance == "learned" and not getattr(self.net, "learned_variance", False):
+            raise ValueError(
+                "sample.variance=learned needs a network that estimates it: import one with net.learned_variance=true (dit, mdt, "
+                "pixart), or set sample.variance=small"
+            )
         if sample.control_guidance != 1 and not (self.control.variables and self.control.dropout > 0):
             raise ValueError(
                 f"sample.control_guidance={sample.control_guidance} needs a network that learned with and without control "

@@ -15,19 +15,25 @@ class Sample(Settings):
     """euler is DDIM under VP; heun is EDM's Algorithm 1, with churn its Algorithm 2; dpm++2m is DPM-Solver++(2M)"""
     steps: Positive = 32
     """noise levels above 0; heun evaluates 2*steps-1 times, the others `steps` times"""
-    grid: Literal["karras", "trailing", "leading", "linspace", "linear"] | None = None
-    """which levels: EDM has karras; VP linspace, trailing, leading, karras; RF linear, karras; the first is what null means"""
+    grid: Literal["karras", "linspace", "respaced", "ddim", "trailing", "leading", "linear", "sd3"] | None = None
+    """which levels: EDM has karras; VP linspace, respaced (ADM, DiT, MDT), ddim (the same projects' DDIM), trailing, leading,
+    karras; RF linear, sd3, karras; the first is what null means"""
     shift: PositiveFloat = 1.0
     """factor on sigma = s/alpha of every level; SD3's shift in RF"""
     last: Literal["zero", "first"] = "zero"
     """where the last step goes; first is VP's lowest level (diffusers' set_alpha_to_one=False)"""
     eta: Probability = 0.0
     """euler: share of DDPM's noise in every step"""
+    variance: Literal["small", "large", "learned"] = "small"
+    """euler with eta=1 under VP: variance of that noise; small is the posterior's, large the step's beta, learned what a
+    network with net.learned_variance puts between them (ADM, DiT, MDT)"""
     S_churn: NonNegativeFloat = 0.0
     """heun: noise added before each step whose sigma lies in S_min to S_max, times S_noise (EDM Algorithm 2)"""
     S_min: NonNegativeFloat = 0.0
     S_max: PositiveFloat | None = None
-    """null is no bound"""
+    """null is no bound: the first step is churned too, above the highest sigma of the grid, as in EDM's and EDM2's code"""
+    S_cap: PositiveFloat | None = None
+    """sigma that churn does not go above; null: none in EDM; VP and RF have no level above their first and stay below it"""
     S_noise: PositiveFloat = 1.0
     state_dtype: Literal["float32", "float64"] = "float32"
     """of the image between steps; the network computes in its own"""
@@ -39,6 +45,12 @@ class Sample(Settings):
     """the guiding denoiser keeps the control variables, as SDXL does; otherwise it sees nothing (Eq. 2)"""
     interval: tuple[NonNegativeFloat, PositiveFloat] | None = None
     """sigma = s/alpha between which lambda applies; outside it is 1. null: everywhere"""
+    guidance_schedule: Literal["constant", "power_cosine"] = "constant"
+    """lambda over time; power_cosine: 1 + (lambda - 1) (1 - cos(pi (1 - t)^guidance_power)) / 2, t = progress (MDT)"""
+    guidance_power: PositiveFloat = 4.0
+    """power_cosine: the power; small values guide from the start (MDT's evaluation has 4, its single pictures .01)"""
+    guided_channels: Positive | None = None
+    """channels of x0 that lambda applies to, the first so many; in the others it is 1 (DiT and MDT: 3 of 4). null: all"""
     tuned_at: Positive | None = None
     """resolution that guidance was tuned at: at k times it, lambda is 1 + k (lambda - 1) (Prop. 2). null: no such law"""
     resolution: Positive | None = None
@@ -78,6 +90,11 @@ class Sample(Settings):
             raise ValueError(
                 f"sample.eta={self.eta:g} is euler's noise, not that of sample.sampler={self.sampler}: "
                 "set sample.sampler=euler or sample.eta=0"
+            )
+        if self.variance != "small" and (self.sampler, self.eta) != ("euler", 1):
+            raise ValueError(
+                f"sample.variance={self.variance} is that of ancestral steps: set sample.sampler=euler sample.eta=1, or "
+                "sample.variance=small"
             )
         if self.S_churn > 0 and self.sampler != "heun":
             raise ValueError(
