@@ -101,7 +101,12 @@ def guided(denoiser: Denoiser, run: Run, cond: Cond, guide: Denoiser | None) -> 
         inside = guidance.varying(
             at, lambda s: guidance.power_cosine(full, float(process.progress(s)), cfg.guidance_power)
         )
-    return guidance.within(inside, at(1.0), process.alpha, cfg.interval) if cfg.interval else inside
+    if cfg.interval:
+        inside = guidance.within(inside, at(1.0), process.alpha, cfg.interval)
+    if cfg.clip:  # pixels in [-1, 1] as x0, by channel
+        ends = Space(run.data, run.latent, process.sd, "cpu").ends()
+        inside = guidance.clipped(inside, *ends)
+    return inside
 
 
 def grid(images: Tensor, columns: int, tile: int = 48) -> Image.Image:

@@ -38,11 +38,13 @@ def state_of(kind):
 def imported(kind, **sample):
     """The denoiser in float64, and the run that samples from it."""
     state = state_of(kind)
-    cfg, _, _, _, proc = interop.recognise(state, 2)
+    cfg, inputs, _, _, proc = interop.recognise(state, 2)
+    channels = inputs.channels
     denoiser, _ = interop.denoiser(state, 2)
     run = Run(
-        net=cfg, process=proc, latent=Latent(vae="its VAE"), data=Data(resolution=32, num_classes=5),
-        sample=Sample(sampler="euler", state_dtype="float64", **sample),
+        net=cfg, process=proc, sample=Sample(sampler="euler", state_dtype="float64", **sample),
+        latent=Latent(vae=None if "pixels" in kind else "its VAE"),
+        data=Data(resolution=32, num_classes=5, mean=(0.0,) * channels, std=(1.0,) * channels),
     )  # fmt: skip
     return denoiser.double(), run
 
@@ -61,7 +63,7 @@ def settings_of(case):
         sample |= {"guidance": case["guidance"], "guided_channels": 3}
     if case["power"]:
         sample |= {"guidance_schedule": "power_cosine", "guidance_power": case["power"]}
-    return sample
+    return sample | {"clip": case["clip"]}
 
 
 def name_of(case):
@@ -82,15 +84,15 @@ def test_trajectory_of_the_published_sampler(case):
     denoiser, run = imported(case["network"] + ("" if case["learned"] else " without variance"), **settings_of(case))
     levels = schedule.asked(denoiser.process, run.sample)
     assert denoiser.process.index(levels[:-1]).round().long().tolist() == case["index"]
-    seen = []
+    seen, shape = [], (2, run.channels, 4, 4)
     denoise = generate.guided(denoiser, run, Cond(label=torch.tensor([1, 3])), None)
     x = sampler.draw(
-        run.sample, denoiser.process, denoise, wave((2, 4, 4, 4), 0), lambda i: wave((2, 4, 4, 4), i + 1),
+        run.sample, denoiser.process, denoise, wave(shape, 0), lambda i: wave(shape, i + 1),
         lambda i, x, D: seen.append(x[0, :, 0, 0] / (1 + levels[i + 1] ** 2).sqrt()),
     )  # fmt: skip
     wanted = torch.tensor(case["final"], dtype=F64)
     scale = float(wanted.abs().max())
-    # These weights are no denoiser: x grows by 1/sqrt(abar) = 157, and a step's noise is a thousandth of it. Nine digits are
+    # These weights are no denoiser: x grows by 1/sqrt(abar) = 157, and a step's noise is a thousandth of it. Ten digits are
     # stored; MDT's code computes its lambda in float32.
     tolerance = 1e-7 if case["power"] else 2e-9
     assert (x.flatten()[: len(wanted)] - wanted).abs().max() < tolerance * scale
@@ -102,7 +104,8 @@ def test_trajectory_of_the_published_sampler(case):
     "case, change",
     [
         (0, {"guided_channels": None}), (0, {"grid": "linspace"}), (2, {"variance": "small"}), (2, {"grid": "trailing"}),
-        (4, {"variance": "small"}), (6, {"guidance_power": 2.0}), (6, {"guidance_schedule": "constant"}),
+        (4, {"variance": "small"}), (8, {"guidance_power": 2.0}), (8, {"guidance_schedule": "constant"}),
+        (6, {"clip": False}), (6, {"variance": "small"}),
     ],
 )  # fmt: skip
 def test_every_option_of_the_published_samplers_matters(case, change):
@@ -111,7 +114,8 @@ def test_every_option_of_the_published_samplers_matters(case, change):
         case["network"] + ("" if case["learned"] else " without variance"), **settings_of(case) | change
     )
     denoise = generate.guided(denoiser, run, Cond(label=torch.tensor([1, 3])), None)
-    x = sampler.draw(run.sample, denoiser.process, denoise, wave((2, 4, 4, 4), 0), lambda i: wave((2, 4, 4, 4), i + 1))
+    shape = (2, run.channels, 4, 4)
+    x = sampler.draw(run.sample, denoiser.process, denoise, wave(shape, 0), lambda i: wave(shape, i + 1))
     wanted = torch.tensor(case["final"], dtype=F64)
     assert (x.flatten()[: len(wanted)] - wanted).abs().max() > 1e-5 * wanted.abs().max()
 
@@ -159,6 +163,8 @@ def test_ddim_spacing_of_dit():
         ({"sample": {"sampler": "euler", "eta": 1, "variance": "learned"}, "process": {"name": "vp"}}, "net.learned_variance=true"),
         ({"sample": {"sampler": "euler", "eta": 0.5, "variance": "large"}, "process": {"name": "vp"}}, "sample.sampler=euler sample.eta=1"),
         ({"sample": {"sampler": "euler", "eta": 1, "variance": "large"}}, "process.name=edm does not have"),
+        ({"sample": {"clip": True}, "latent": {"vae": "some"}, "data": {"resolution": 64}}, "which latents do not have"),
+        ({"sample": {"multistep": "log_s"}}, "is dpm..2m's, not that of sample.sampler=heun"),
         ({"sample": {"guided_channels": 4}}, "above the 3 channels of x0"),
     ],
 )  # fmt: skip
@@ -179,3 +185,19 @@ def test_a_guide_without_variance_guides_the_image_alone():
         far = guide(x, s, cond.without(semantic=True, control=True))
     torch.testing.assert_close(D, 2 * own[:, :4] - far, rtol=0, atol=1e-12)
     assert v.equal(own[:, 4:])
+
+
+def test_clip_is_to_black_and_white():
+    """By channel, with the data's mean and standard deviation; whatever the denoiser says beyond is cut off."""
+    _, run = imported("dit pixels", steps=2, clip=True)
+    run = run.model_copy(
+        update={"data": run.data.model_copy(update={"mean": (0.1, 0.0, -0.2), "std": (0.5, 1.0, 0.4)})}
+    )
+    denoiser, _ = imported("dit pixels")
+    x, s = 40 * wave((2, 3, 4, 4), 1), denoiser.process.table[400]
+    D = generate.guided(denoiser, run, Cond(label=torch.tensor([1, 3])), None)(x, s)
+    for channel, (mean, std) in enumerate([(0.1, 0.5), (0.0, 1.0), (-0.2, 0.4)]):
+        low, high = D[:, channel].min(), D[:, channel].max()
+        torch.testing.assert_close(
+            torch.stack([low, high]), torch.tensor([(-1 - mean) / std, (1 - mean) / std], dtype=F64)
+        )

@@ -560,6 +560,30 @@ def test_heun_is_the_published_sampler_of_edm2(how, guided, wanted):
         assert (capped.flatten() - one(wanted)).abs().max() > 1e-6
 
 
+def test_dpmpp_of_sd35():
+    """sample_dpmpp_2m of the published SD3.5 code, in float64, on 12 levels of its grid; lengths in -ln s, finite at s = 1."""
+    wanted = one([0.329174274480947, 1.0686712997849, -0.248766990581656, -0.875321611795585, 0.248334135997193, 0.767961060383587])  # fmt: skip
+    cfg = config.Sample(sampler="dpm++2m", steps=12, grid="sd3", shift=3.0, multistep="log_s")
+    x = sampler.draw(cfg, RF, formula_denoiser, formula_noise(-1), no_noise).flatten()
+    torch.testing.assert_close(x, wanted, rtol=1e-12, atol=1e-12)
+    lu = sampler.draw(
+        cfg.model_copy(update={"multistep": "log_snr"}), RF, formula_denoiser, formula_noise(-1), no_noise
+    )
+    assert (lu.flatten() - wanted).abs().max() > 1e-2
+    for proc in (EDM, VP):  # where alpha = 1 the two are one
+        made = [
+            sampler.draw(
+                config.Sample(sampler="dpm++2m", steps=9, multistep=m),
+                proc,
+                formula_denoiser,
+                formula_noise(-1),
+                no_noise,
+            )
+            for m in ("log_s", "log_snr")
+        ]
+        torch.testing.assert_close(*made, rtol=1e-12, atol=1e-12)
+
+
 # --- step grids ---
 
 

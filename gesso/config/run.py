@@ -276,6 +276,10 @@ class Run(Settings):
                 f"sample.guided_channels={sample.guided_channels} is above the {self.channels} channels of x0: set it to "
                 f"{self.channels} or less, or to null"
             )
+        if sample.clip and self.latent.vae:
+            raise ValueError(
+                "sample.clip=true clips to the range of pixels, which latents do not have: set sample.clip=false"
+            )
         if sample.variance != "small" and self.process.name != "vp":
             raise ValueError(
                 f"sample.variance={sample.variance} is that of DDPM's steps, which process.name={self.process.name} does not "

@@ -27,6 +27,11 @@ class Sample(Settings):
     variance: Literal["small", "large", "learned"] = "small"
     """euler with eta=1 under VP: variance of that noise; small is the posterior's, large the step's beta, learned what a
     network with net.learned_variance puts between them (ADM, DiT, MDT)"""
+    multistep: Literal["log_snr", "log_s"] = "log_snr"
+    """dpm++2m: what the lengths of its steps are measured in; log_snr is ln(alpha/s) (Lu et al.), log_s is -ln s (k-diffusion,
+    SD3.5's code). They differ in RF and in VP with v-prediction"""
+    clip: bool = False
+    """clip every guided estimate of x0 to the range of pixels (DDPM's and ADM's clip_denoised); not for latents"""
     S_churn: NonNegativeFloat = 0.0
     """heun: noise added before each step whose sigma lies in S_min to S_max, times S_noise (EDM Algorithm 2)"""
     S_min: NonNegativeFloat = 0.0
@@ -95,6 +100,11 @@ class Sample(Settings):
             raise ValueError(
                 f"sample.variance={self.variance} is that of ancestral steps: set sample.sampler=euler sample.eta=1, or "
                 "sample.variance=small"
+            )
+        if self.multistep != "log_snr" and self.sampler != "dpm++2m":
+            raise ValueError(
+                f"sample.multistep={self.multistep} is dpm++2m's, not that of sample.sampler={self.sampler}: set "
+                "sample.sampler=dpm++2m or sample.multistep=log_snr"
             )
         if self.S_churn > 0 and self.sampler != "heun":
             raise ValueError(

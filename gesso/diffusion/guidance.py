@@ -78,6 +78,17 @@ def varying(at: Callable[[float], Denoise], guidance: Callable[[Tensor], float])
     return denoise
 
 
+def clipped(denoise: Denoise, low: Tensor, high: Tensor) -> Denoise:
+    """`denoise` with its estimate of x0 kept between low and high, (C, 1, 1); a learned variance after it stays as it is."""
+
+    def inner(x: Tensor, s: Tensor) -> Tensor:
+        out = denoise(x, s)
+        D = torch.minimum(torch.maximum(out[:, : len(low)], low.to(out)), high.to(out))
+        return torch.cat([D, out[:, len(low) :]], dim=1)
+
+    return inner
+
+
 def combine(terms: list[Term], channels: int | None = None) -> Denoise:
     """The weighted sum as one denoiser. Terms of one network run as one batch; weight 0 costs nothing.
 

@@ -50,7 +50,7 @@ def draw(
     if cfg.sampler == "euler":
         return euler(denoise, x, levels, process.alpha, cfg.eta, noise, watch)
     if cfg.sampler == "dpm++2m":
-        return dpmpp(denoise, x, levels, process.alpha, watch)
+        return dpmpp(denoise, x, levels, process.alpha, watch, cfg.multistep)
     S_max = math.inf if cfg.S_max is None else cfg.S_max
     churn = Churn(process.rescaled, churn_cap(process, cfg.S_cap), cfg.S_churn, cfg.S_min, S_max, cfg.S_noise)
     return heun(denoise, x, levels, process.alpha, churn, noise, watch)
@@ -173,17 +173,29 @@ def _churned(
     return ratio * x + math.sqrt(float(up) ** 2 - (float(s) * ratio) ** 2) * churn.S_noise * noise(i), up
 
 
-def dpmpp(denoise: Denoise, x: Tensor, levels: Tensor, alpha: Alpha, watch: Watch | None = None) -> Tensor:
+def dpmpp(
+    denoise: Denoise,
+    x: Tensor,
+    levels: Tensor,
+    alpha: Alpha,
+    watch: Watch | None = None,
+    multistep: Literal["log_snr", "log_s"] = "log_snr",
+) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order from one evaluation a step.
 
     With lambda = ln(alpha/s) and h the step in it, x' = (s'/s) x + (1 - s'/s) (D + (D - D_old) h/(2 h_old)).
     First order on the first step, on the second where the first level has no signal (h_old infinite), and to 0.
+    multistep: log_s measures h in -ln s instead, as k-diffusion and SD3.5's code do: finite at s = 1.
     """
     _check(levels)
+
+    def length(s: Tensor) -> Tensor:
+        return (alpha(s) / s).log() if multistep == "log_snr" else -s.log()
+
     h_old, D_old = math.inf, None
     for i, (s, s_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
         D = estimate = denoise(x, s)
-        h = float((alpha(s_next) / s_next).log() - (alpha(s) / s).log())
+        h = float(length(s_next) - length(s))
         if s_next > 0 and math.isfinite(h_old):
             estimate = D + h / (2 * h_old) * (D - D_old)
         ratio = float(s_next / s)

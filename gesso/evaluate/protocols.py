@@ -94,10 +94,12 @@ def ddim(steps: int) -> list[str]:
 
 
 def ancestral(run: Run, steps: int) -> list[str]:
-    """DDPM's steps at the indices that ADM's code takes, with the variance that the network has learned, or the posterior's."""
+    """DDPM's steps at the indices that ADM's code takes, with the variance that the network has learned, or the posterior's; pixels
+    clipped, as there."""
     learned = "learned" if getattr(run.net, "learned_variance", False) else "small"
+    clip = "false" if run.latent.vae else "true"
     grid = ["sample.grid=respaced"] if run.process.name == "vp" else []
-    return [*ddim(steps), "sample.eta=1", f"sample.variance={learned}", *grid]
+    return [*ddim(steps), "sample.eta=1", f"sample.variance={learned}", f"sample.clip={clip}", *grid]
 
 
 def _three_channels(run: Run) -> list[str]:
@@ -106,7 +108,7 @@ def _three_channels(run: Run) -> list[str]:
 
 PLAIN = [
     "sample.grid=null", "sample.last=zero", "sample.eta=0", "sample.variance=small", "sample.S_churn=0", "sample.interval=null",
-    "sample.guidance_schedule=constant", "sample.guided_channels=null",
+    "sample.guidance_schedule=constant", "sample.guided_channels=null", "sample.clip=false", "sample.multistep=log_snr",
 ]  # fmt: skip
 """laid over a run before a protocol's own settings: what a run samples otherwise is no part of the protocol"""
 GUIDED = ["sample.guidance=1.5", "sample.tuned_at=256"]
