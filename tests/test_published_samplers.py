@@ -6,16 +6,19 @@ weights and noise that `wave` gives, with their tables and time embeddings in fl
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from gesso import config, generate, interop
+from gesso import config, generate, interop, recipes
 from gesso.cond import Cond
 from gesso.config import VP, Data, Latent, Run, Sample
+from gesso.diffusion import denoiser as diffusion
 from gesso.diffusion import process, sampler, schedule
 from gesso.errors import UsageError
+from gesso.train import optim
 
 PUBLISHED = json.loads((Path(__file__).parent / "published_samplers.json").read_text())
 F64 = torch.float64
@@ -201,3 +204,36 @@ def test_clip_is_to_black_and_white():
         torch.testing.assert_close(
             torch.stack([low, high]), torch.tensor([(-1 - mean) / std, (1 - mean) / std], dtype=F64)
         )
+
+
+def test_settings_of_the_documentation_are_settings():
+    """Every row of docs/sampling.md's first table resolves, and the samplers in it accept the levels that it asks for."""
+    page = (Path(__file__).parents[1] / "docs" / "sampling.md").read_text()
+    rows = re.findall(r"^\| [^|]+ \| `((?:process|sample)\.[^`]+)`", page, re.M)
+    assert len(rows) == 9
+    for row in rows:
+        run, _ = recipes.resolve("digits", ["data.channels=3", "eval.features=none", *row.split()])
+        generate.check(run)
+    for grid in ("karras", "linspace", "respaced", "ddim", "linear", "sd3"):
+        assert f"| `{grid}` |" in page
+
+
+def test_training_leaves_the_learned_variance_as_it_is():
+    """No loss reaches the frozen layer, and the optimizer does not move it."""
+    run, _ = recipes.resolve(
+        "digits-dit", ["net.learned_variance=true", "data.num_classes=10", "data.mean=[0.0]", "data.std=[0.5]"]
+    )
+    torch.manual_seed(0)
+    made = diffusion.build(run)
+    head = made.net.trunk.variance
+    torch.nn.init.normal_(head.weight)
+    before = {name: p.detach().clone() for name, p in made.named_parameters()}
+    optimizer = optim.build(run.optim, torch.nn.ModuleDict({"net": made.net}))
+    for step in range(2):  # the second step, as the last layer starts at zero
+        s = made.process.quantile(torch.full((3,), 0.4 + 0.1 * step))
+        x0, eps = (wave((3, 1, 8, 8), i).float() for i in (step, 5))
+        diffusion.loss(made, made.process, x0, s, eps, Cond(label=torch.tensor([1, 2, 3]))).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {name for name, p in made.named_parameters() if not p.equal(before[name])}
+    assert "net.trunk.final.weight" in moved and not any("variance" in name for name in moved)
