@@ -1,7 +1,8 @@
 """Trajectories of DiT's and MDT's weights beside those of their published samplers.
 
 published_samplers.json was computed by facebookresearch/DiT (gaussian_diffusion, respace, models) and sail-sg/MDT on
-weights and noise that `wave` gives, with their tables and time embeddings in float64 in the place of float32.
+weights and noise that `wave` gives, with their tables and time embeddings in float64 in the place of float32. PixArt's are
+of its published sampler on gesso's network, which tests/test_interop.py compares with diffusers'.
 """
 
 import json
@@ -88,7 +89,8 @@ def test_trajectory_of_the_published_sampler(case):
     levels = schedule.asked(denoiser.process, run.sample)
     assert denoiser.process.index(levels[:-1]).round().long().tolist() == case["index"]
     seen, shape = [], (2, run.channels, 4, 4)
-    denoise = generate.guided(denoiser, run, Cond(label=torch.tensor([1, 3])), None)
+    cond = Cond(text=wave((2, 6, 12), 7)) if case["network"] == "pixart" else Cond(label=torch.tensor([1, 3]))
+    denoise = generate.guided(denoiser, run, cond, None)
     x = sampler.draw(
         run.sample, denoiser.process, denoise, wave(shape, 0), lambda i: wave(shape, i + 1),
         lambda i, x, D: seen.append(x[0, :, 0, 0] / (1 + levels[i + 1] ** 2).sqrt()),
