@@ -96,17 +96,15 @@ def guided(denoiser: Denoiser, run: Run, cond: Cond, guide: Denoiser | None) -> 
         )  # fmt: skip
         return guidance.combine(terms, channels)
 
-    inside = at(full)
+    inside, outside = at(full), at(1.0)
     if cfg.guidance_schedule == "power_cosine":
         inside = guidance.varying(
             at, lambda s: guidance.power_cosine(full, float(process.progress(s)), cfg.guidance_power)
         )
-    if cfg.interval:
-        inside = guidance.within(inside, at(1.0), process.alpha, cfg.interval)
     if cfg.clip:  # pixels in [-1, 1] as x0, by channel
         ends = Space(run.data, run.latent, process.sd, "cpu").ends()
-        inside = guidance.clipped(inside, *ends)
-    return inside
+        inside, outside = (guidance.clipped(denoise, *ends) for denoise in (inside, outside))
+    return guidance.Within(inside, outside, process.alpha, cfg.interval) if cfg.interval else inside
 
 
 def grid(images: Tensor, columns: int, tile: int = 48) -> Image.Image:

@@ -49,7 +49,7 @@ class Sample(Settings):
     keep_control: bool = False
     """the guiding denoiser keeps the control variables, as SDXL does; otherwise it sees nothing (Eq. 2)"""
     interval: tuple[NonNegativeFloat, PositiveFloat] | None = None
-    """sigma = s/alpha between which lambda applies; outside it is 1. null: everywhere"""
+    """sigma = s/alpha between which steps that start there have lambda; outside it is 1. null: everywhere"""
     guidance_schedule: Literal["constant", "power_cosine"] = "constant"
     """lambda over time; power_cosine: 1 + (lambda - 1) (1 - cos(pi (1 - t)^guidance_power)) / 2, t = progress (MDT)"""
     guidance_power: PositiveFloat = 4.0

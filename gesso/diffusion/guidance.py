@@ -54,14 +54,25 @@ def scaled(guidance: float, k: float) -> float:
     return 1 + k * (guidance - 1)
 
 
-def within(inside: Denoise, outside: Denoise, alpha: Callable[[Tensor], Tensor], interval: tuple[float, float]):
-    """`inside` where sigma = s/alpha(s) lies in the interval, `outside` elsewhere (Kynkaanniemi et al. 2024)."""
+class Within:
+    """`inside` where sigma = s/alpha(s) lies in the interval, `outside` elsewhere (Kynkaanniemi et al. 2024).
 
-    def denoise(x: Tensor, s: Tensor) -> Tensor:
-        low, high = interval
-        return (inside if low <= float(s / alpha(s)) <= high else outside)(x, s)
+    A sampler that evaluates twice a step takes `at(s)`, whose choice holds for the step that starts at s, as in the
+    published code: the correction of a Heun step is guided if the step is.
+    """
 
-    return denoise
+    def __init__(
+        self, inside: Denoise, outside: Denoise, alpha: Callable[[Tensor], Tensor], interval: tuple[float, float]
+    ):
+        self.inside, self.outside, self.alpha, self.interval = inside, outside, alpha, interval
+
+    def at(self, s: Tensor) -> Denoise:
+        """The denoiser of the step that starts at level s."""
+        low, high = self.interval
+        return self.inside if low <= float(s / self.alpha(s)) <= high else self.outside
+
+    def __call__(self, x: Tensor, s: Tensor) -> Tensor:
+        return self.at(s)(x, s)
 
 
 def power_cosine(guidance: float, progress: float, power: float) -> float:

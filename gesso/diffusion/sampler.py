@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gesso import config
 from gesso.diffusion import schedule
-from gesso.diffusion.guidance import Denoise
+from gesso.diffusion.guidance import Denoise, Within
 from gesso.diffusion.process import Process
 
 Alpha = Callable[[Tensor], Tensor]
@@ -140,14 +140,15 @@ def heun(
     """EDM's Algorithm 1, with churn its Algorithm 2: second order; Euler on the step to 0. Two evaluations a step."""
     _check(levels)
     for i, (s, s_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        of_step = denoise.at(s) if isinstance(denoise, Within) else denoise
         if churn and churn.S_churn > 0:
             x, s = _churned(x, s, alpha, churn, len(levels) - 1, noise, i)
-        D = denoise(x, s)
+        D = of_step(x, s)
         d = (x - D) / float(s)
         h = float(s_next - s)
         x_next = x + h * d
         if s_next > 0:
-            d_next = (x_next - denoise(x_next, s_next)) / float(s_next)
+            d_next = (x_next - of_step(x_next, s_next)) / float(s_next)
             x_next = x + h * 0.5 * (d + d_next)
         x = x_next
         if watch:
