@@ -22,7 +22,7 @@ from gesso.config import Run
 from gesso.config.base import parse_count
 from gesso.data.space import Space
 from gesso.diffusion import guidance, process, sampler, schedule
-from gesso.diffusion.denoiser import Denoiser
+from gesso.diffusion.denoiser import Denoiser, WithVariance
 from gesso.errors import UsageError
 
 POOR = 0.3
@@ -83,17 +83,28 @@ def strength(run: Run) -> float:
 
 def guided(denoiser: Denoiser, run: Run, cond: Cond, guide: Denoiser | None) -> guidance.Denoise:
     """The denoiser that a sampler sees, by run.sample."""
-    cfg = run.sample
-    inside, outside = (
-        guidance.combine(
-            guidance.terms(
-                denoiser, cond, lam, cfg.control_guidance,
-                keep_control=cfg.keep_control, guide=guide, guide_sees=cfg.guide_sees,
-            )
+    cfg, process, full = run.sample, denoiser.process, strength(run)
+    channels, networks = cfg.guided_channels, (denoiser, guide)
+    if cfg.variance == "learned":
+        channels = channels or run.channels  # the variance after them is that of the conditional denoiser
+        networks = (WithVariance(denoiser), guide and WithVariance(guide))
+
+    def at(lam: float) -> guidance.Denoise:
+        terms = guidance.terms(
+            networks[0], cond, lam, cfg.control_guidance,
+            keep_control=cfg.keep_control, guide=networks[1], guide_sees=cfg.guide_sees,
+        )  # fmt: skip
+        return guidance.combine(terms, channels)
+
+    inside, outside = at(full), at(1.0)
+    if cfg.guidance_schedule == "power_cosine":
+        inside = guidance.varying(
+            at, lambda s: guidance.power_cosine(full, float(process.progress(s)), cfg.guidance_power)
         )
-        for lam in (strength(run), 1.0)
-    )  # fmt: skip
-    return guidance.within(inside, outside, denoiser.process.alpha, cfg.interval) if cfg.interval else inside
+    if cfg.clip:  # pixels in [-1, 1] as x0, by channel
+        ends = Space(run.data, run.latent, process.sd, "cpu").ends()
+        inside, outside = (guidance.clipped(denoise, *ends) for denoise in (inside, outside))
+    return guidance.Within(inside, outside, process.alpha, cfg.interval) if cfg.interval else inside
 
 
 def grid(images: Tensor, columns: int, tile: int = 48) -> Image.Image:
@@ -164,6 +175,12 @@ def described(run: Run) -> str:
         parts.append(f"guided by {cfg.guide}, which sees {cfg.guide_sees}")
     if cfg.control_guidance != 1:
         parts.append(f"control guidance {cfg.control_guidance:g}")
+    if cfg.guidance_schedule == "power_cosine":
+        parts.append(f"power-cosine guidance of power {cfg.guidance_power:g}")
+    if cfg.guided_channels:
+        parts.append(f"guided in the first {cfg.guided_channels} channels")
+    if cfg.variance != "small":
+        parts.append(f"{cfg.variance} variance")
     if cfg.interval:
         parts.append("guided from sigma {:g} to {:g}".format(*cfg.interval))
     return ", ".join([*parts, str(ema.chosen(cfg))])

@@ -138,7 +138,7 @@ def test_interval_is_in_sigma_and_outside_it_beta_stays(low, width, sigma, flow)
     sigma = float(s / proc.alpha(s))
     net, limits = Counted(), (low, low + width)
     inside, outside = (guidance.combine(guidance.terms(net, COND, x, 1.5)) for x in (3.0, 1.0))
-    out = guidance.within(inside, outside, proc.alpha, limits)(X, s)
+    out = guidance.Within(inside, outside, proc.alpha, limits)(X, s)
     is_in = low <= sigma <= low + width
     assert net.rows == (9 if is_in else 6)
     torch.testing.assert_close(out, (inside if is_in else outside)(X, s), **EXACT)
@@ -148,7 +148,7 @@ def test_interval_at_pure_noise():
     """sigma of rectified flow's first level is infinite."""
     net, proc = Counted(), process.build(RF())
     inside, outside = (guidance.combine(guidance.terms(net, COND, x)) for x in (3.0, 1.0))
-    guidance.within(inside, outside, proc.alpha, (0.0, 1e9))(X, ONE)
+    guidance.Within(inside, outside, proc.alpha, (0.0, 1e9))(X, ONE)
     assert net.rows == 3
 
 
@@ -190,6 +190,32 @@ def test_evaluations_of_a_whole_trajectory():
     inside = sum(0.1 <= s <= 2 for s in seen)
     assert len(seen) == net.calls == 8 and 0 < inside < 8
     assert net.rows == 3 * (2 * 8 + inside)
+
+
+def test_a_heun_step_is_guided_or_not_as_one():
+    """Both evaluations of a step, churned or not, follow the level that the step starts from, as the published code does."""
+    levels = torch.tensor([10.0, 4.0, 2.0, 0.5, 0.1, 0.0], dtype=F64)
+    calls = []
+
+    def named(name):
+        def denoise(x: Tensor, s: Tensor) -> Tensor:
+            calls.append((name, float(s)))
+            return x * 0.3
+
+        return denoise
+
+    proc = process.build(EDM())
+    denoise = guidance.Within(named("in"), named("out"), proc.alpha, (0.4, 2.5))
+    sampler.heun(denoise, X, levels, proc.alpha)
+    assert calls == [
+        ("out", 10), ("out", 4), ("out", 4), ("out", 2), ("in", 2), ("in", 0.5), ("in", 0.5), ("in", 0.1), ("out", 0.1),
+    ]  # fmt: skip
+    calls.clear()
+    churn = sampler.Churn(
+        proc.rescaled, math.inf, S_churn=2.0
+    )  # 2 is raised to 2.8, out of the interval, and stays guided
+    sampler.heun(denoise, X, levels, proc.alpha, churn, lambda i: X)
+    assert [name for name, _ in calls] == ["out"] * 4 + ["in"] * 4 + ["out"] and calls[4][1] == pytest.approx(2.8)
 
 
 # Guides from run folders.

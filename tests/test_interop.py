@@ -180,10 +180,16 @@ def test_dit_of_diffusers(out):
     net, notes = interop.load(peer.state_dict(), heads=2)
     assert net.trunk.position.base == (16, 16) and net.num_classes == 5  # assumed: no name or shape tells the grid
     label, x = torch.tensor([1, 5]), randn(2, 4, 8, 8)
-    close(net(x, T, T / 1000, Cond(label=label)), peer(x, timestep=T, class_labels=label).sample[:, :4])
+    wanted = peer(x, timestep=T, class_labels=label).sample
+    close(net(x, T, T / 1000, Cond(label=label)), wanted[:, :4])
+    if out == 8:  # the learned variance, with which it goes back too
+        close(net(x, T, T / 1000, Cond(label=label), variance=True), wanted)
+        cfg, inputs, *_ = interop.recognise(peer.state_dict(), 2)
+        _, config, back = interop.to_diffusers(net, cfg, inputs)
+        assert config["out_channels"] == 8 and all(back[k].equal(v) for k, v in peer.state_dict().items())
     assert "downscale_freq_shift=1" in notes["time"] and notes["process"].startswith("VP")
     assert "assumed" in notes["resolution"]
-    assert ("adapted" in notes) == (out == 8)
+    assert ("variance" in notes) == (out == 8)
 
 
 def original_dit(state):
@@ -212,7 +218,7 @@ def test_dit_under_its_own_names():
     peer = dit_peer(out=8)
     state = original_dit(peer.state_dict()) | {"pos_embed": peer.pos_embed.pos_embed}
     net, notes = interop.load(state, heads=2)
-    assert net.trunk.position.base == (4, 4) and "adapted" in notes and "facebookresearch" in notes["source"]
+    assert net.trunk.position.base == (4, 4) and "variance" in notes and "facebookresearch" in notes["source"]
     assert "resolution" not in notes
     label, x = torch.tensor([1, 5]), randn(2, 4, 8, 8)
     close(net(x, T, T / 1000, Cond(label=label)), peer(x, timestep=T, class_labels=label).sample[:, :4])
@@ -236,8 +242,13 @@ def test_pixart_of_diffusers(sample_size):
     peer = pixart_peer(sample_size)
     net, notes = interop.load(peer.state_dict(), heads=2)
     x, text = randn(2, 4, sample_size, sample_size), randn(2, 6, 12)
-    close(net(x, T, T / 1000, Cond(text=text)), peer(x, text, timestep=T).sample[:, :4])
-    assert notes["adapted"] == "learned sigma left behind" and "assumed" in notes["resolution"]
+    wanted = peer(x, text, timestep=T).sample
+    close(net(x, T, T / 1000, Cond(text=text)), wanted[:, :4])
+    close(net(x, T, T / 1000, Cond(text=text), variance=True), wanted)
+    cfg, inputs, *_ = interop.recognise(peer.state_dict(), 2)
+    back = interop.to_diffusers(net, cfg, inputs)[2]
+    assert all(back[k].equal(v) for k, v in peer.state_dict().items() if k in back)
+    assert "sample.variance=learned" in notes["variance"] and "assumed" in notes["resolution"]
     stored = peer.state_dict() | {"pos_embed.pos_embed": peer.pos_embed.pos_embed}
     assert interop.pixart.settings(stored, 2)[1] == Inputs(4, sample_size, text_width=12)
 

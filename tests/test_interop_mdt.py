@@ -91,7 +91,7 @@ def public_code(w, x, t, label):
 def test_mdt_under_its_own_names(sigma):
     state = published(sigma)
     net, notes = interop.load(state)
-    assert notes["source"] == "MDTv2 (sail-sg/MDT)" and ("adapted" in notes) == sigma
+    assert notes["source"] == "MDTv2 (sail-sg/MDT)" and ("variance" in notes) == sigma
     x, t = torch.randn(2, CHANNELS, 8, 8, dtype=torch.float64), torch.tensor([3.0, 700.0]).double()
     label = torch.tensor([1, CLASSES])
     wanted = public_code({k: v.double() for k, v in state.items()}, x, t, label)
@@ -103,7 +103,7 @@ def test_mdt_under_its_own_names(sigma):
 def test_settings_of_mdt():
     """Heads come from the relative biases: none are asked for, others are refused."""
     cfg, inputs = interop.mdt.settings(published())
-    assert cfg == MDT(width=D, depth=5, heads=HEADS, decoder=DECODER, class_embed="table")
+    assert cfg == MDT(width=D, depth=5, heads=HEADS, decoder=DECODER, class_embed="table", learned_variance=True)
     assert inputs == Inputs(CHANNELS, 8, CLASSES)
     with pytest.raises(UsageError, match="heads=4 does not fit the network: its relative biases say 2"):
         interop.load(published(), heads=4)

@@ -38,6 +38,8 @@ def test_what_the_papers_say(folder):
     adm = protocols.measured(folder, "adm", [])
     assert (adm.sample.to_uint8, adm.eval.resize, adm.eval.inception) == ("truncate", "adm", "torch-fidelity")
     assert run.sample.guidance == 1.5 and run.sample.eta == 1 and generate.strength(at(512)(run)) == 1.5
+    assert run.sample.guided_channels is None  # pixels have three channels
+    assert (run.sample.variance, run.sample.guidance_schedule) == ("small", "constant")
     run = protocols.measured(folder, "berrada-coco", ["eval.reference=coco"])
     assert (run.sample.steps, generate.strength(at(512)(run))) == (25, 5.0)
     assert run.eval.images == 40_504 and run.eval.scores == ("fid", "clip") and run.eval.prompts == "coco"
@@ -58,6 +60,34 @@ def test_what_departs_is_marked(folder):
     assert run.eval.protocol == "berrada, but eval.images sample.steps"
     assert (run.eval.images, run.sample.steps, run.sample.sampler) == (1000, 20, "euler")
     assert protocols.measured(folder, None, ["sample.steps=20"]).eval.protocol is None
+
+
+def test_published_samplers_of_dit_mdt_and_sd3(tmp_path):
+    """Learned variance, respaced indices, guidance of three channels, power-cosine guidance and SD3's levels, whatever a run has."""
+    run = tiny_run()
+    latent = {"latent": {"vae": "some VAE"}, "data": {"resolution": 64, "channels": 3, "mean": None, "std": None}}
+    net = {"name": "dit", "width": 32, "depth": 1, "heads": 1, "learned_variance": True}
+    other = {"sampler": "euler", "grid": "trailing", "eta": 0.5, "guided_channels": 2, "guidance_power": 2}
+    for name, process in (("vp", {"name": "vp", "betas": "linear"}), ("rf", {"name": "rf"})):
+        tree = config.as_tree(run) | {"net": net, "process": process}
+        tree["data"] |= latent["data"]
+        tree |= {"latent": latent["latent"], "sample": other | ({"grid": "linear"} if name == "rf" else {})}
+        tree["eval"] |= {"features": "none"}
+        config.write(config.validate(tree), tmp_path / "run.yaml")
+        if name == "rf":
+            sample = protocols.measured(tmp_path, "sd3", ["eval.reference=coco"]).sample
+            assert (sample.grid, sample.steps, sample.guidance, sample.eta) == ("sd3", 25, 5.0, 0)
+            continue
+        sample = protocols.measured(tmp_path, "dit", []).sample
+        assert (sample.grid, sample.steps, sample.eta, sample.variance) == ("respaced", 250, 1, "learned")
+        assert (sample.guided_channels, sample.guidance, sample.guidance_schedule) == (3, 1.5, "constant")
+        sample = protocols.measured(tmp_path, "mdt", []).sample
+        assert (sample.guidance, sample.guidance_schedule, sample.guidance_power) == (3.8, "power_cosine", 4.0)
+        sample = protocols.measured(tmp_path, "adm", []).sample
+        assert (sample.guided_channels, sample.variance) == (None, "learned")
+        assert protocols.measured(tmp_path, "berrada", []).sample.grid is None
+        marked = protocols.measured(tmp_path, "dit", ["sample.grid=trailing"]).eval.protocol
+        assert marked == "dit, but sample.grid"
 
 
 def test_what_is_wrong_is_said(folder):

@@ -274,23 +274,24 @@ def moments_agree(x, mean, cov):
 @FIVE
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
 def test_churn_keeps_the_marginal(proc, share):
-    """A state at s, churned, is one at s^: alpha^ mean, alpha^2 C + s^^2, and sigma^ = (1 + gamma) sigma or the largest."""
+    """A state at s, churned, is one at s^: alpha^ mean, alpha^2 C + s^^2, and sigma^ = (1 + gamma) sigma or the cap."""
     n, model = 100_000, gaussian(proc.alpha)
     s = proc.quantile(one([share]))[0] if proc is not EDM else one(80 * share)
     root = torch.linalg.cholesky(model.covs[0])
     x = proc.alpha(s) * (model.means[0] + normals(4, n, 4) @ root.T) + s * normals(5, n, 4)
-    churn = sampler.Churn(proc.rescaled, proc.largest, S_churn=60.0)
+    cap = sampler.churn_cap(proc, None)
+    churn = sampler.Churn(proc.rescaled, cap, S_churn=60.0)
     up_x, up = sampler._churned(x, s, proc.alpha, churn, 200, lambda i: normals(6, n, 4), 0)
     a = proc.alpha(up)
-    assert float(up) == pytest.approx(min(float(proc.rescaled(s, 1.3)), proc.largest))
+    assert float(up) == pytest.approx(min(float(proc.rescaled(s, 1.3)), cap))
     moments_agree(up_x, a * model.means[0], a**2 * model.covs[0] + up**2 * torch.eye(4, dtype=F64))
 
 
 def test_churn_knows_its_bounds():
     x, s, noise = torch.zeros(2, 1, 1, 1, dtype=F64), one(0.5), lambda i: torch.ones(2, 1, 1, 1, dtype=F64)
 
-    def raised(proc=RF, s=s, **how):
-        churn = sampler.Churn(proc.rescaled, proc.largest, **{"S_churn": 1e9, **how})
+    def raised(proc=RF, s=s, cap=None, **how):
+        churn = sampler.Churn(proc.rescaled, sampler.churn_cap(proc, cap), **{"S_churn": 1e9, **how})
         return [float(v.max()) for v in sampler._churned(x, s, proc.alpha, churn, 10, noise, 0)]
 
     high = math.sqrt(2) / (1 + math.sqrt(2))  # the odds of .5, times EDM's highest factor sqrt(2)
@@ -300,6 +301,9 @@ def test_churn_knows_its_bounds():
     assert raised(S_min=1.01) == raised(S_max=0.99) == [0, 0.5]  # bounds are in sigma, which is 1
     assert raised(s=one(1.0)) == [0, 1] and raised(proc=VP, s=VP.table[-1])[1] == VP.largest
     assert raised(proc=VP, s=VP.table[-2])[1] == VP.largest
+    assert raised(proc=EDM, s=one(80.0))[1] == pytest.approx(80 * math.sqrt(2))  # above sigma_max, as published
+    assert raised(proc=EDM, s=one(80.0), cap=80) == [0, 80] and raised(proc=EDM, s=one(70.0), cap=80)[1] == 80
+    assert raised(cap=1.2)[1] == pytest.approx(1.2 / 2.2) and raised(proc=VP, s=one(2.0), cap=2.5)[1] == 2.5
 
 
 @FIVE
@@ -413,6 +417,173 @@ def test_steps_agree_with_diffusers_flow_matching(shift):
             torch.testing.assert_close(seen[i], x, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 28, 50])
+def test_sd3_grid_is_that_of_diffusers(shift, steps):
+    """FlowMatchEulerDiscreteScheduler's own levels, which it computes in float32; by sample.shift and by process.scale."""
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    theirs.set_timesteps(steps)
+    for proc, more in ((RF, shift), (process.build(config.RF(scale=shift)), 1.0)):
+        levels = schedule.levels(proc, steps, "sd3", more)
+        torch.testing.assert_close(levels, theirs.sigmas.double(), rtol=0, atol=6e-8)
+    if steps > 1:  # MATH: linear from 1 to the shifted 1/1000, then shifted
+        moved = lambda s: shift * s / (1 + (shift - 1) * s)  # noqa: E731
+        even = torch.tensor([1 + i / (steps - 1) * (moved(0.001) - 1) for i in range(steps)], dtype=F64)
+        torch.testing.assert_close(levels, torch.cat([moved(even), one([0.0])]), rtol=1e-12, atol=0)
+
+
+def test_published_levels_of_sd35():
+    """Four of the levels that the published SD3.5 code (get_sigmas, shift 3, 28 steps) gives, in float32."""
+    levels = schedule.levels(RF, 28, "sd3", 3.0)
+    torch.testing.assert_close(
+        levels[[0, 1, 14, 27, 28]], one([1.0, 0.987380683, 0.737055898, 0.00892857183, 0.0]), rtol=0, atol=2e-7
+    )
+
+
+@pytest.mark.parametrize("how", [{"sampler": n} for n in SAMPLERS] + [{"sampler": "heun", "S_churn": 20.0}], ids=str)
+def test_samplers_reach_the_data_on_sd3s_grid(how):
+    """Its last step, from the shifted 1/1000 to 0, is an Euler step; churn does not leave s = 1."""
+    model, errors = gaussian(RF.alpha), []
+    for steps in (100, 200):
+        cfg = config.Sample(steps=steps, grid="sd3", shift=3.0, **how)
+        found, cov = exact_moments(cfg, RF, model)
+        errors.append(float((cov - model.moments()[1]).abs().max()))
+    assert errors[-1] < (2e-2 if how["sampler"] == "euler" else 5e-3) and errors[1] < 0.75 * errors[0]
+    torch.testing.assert_close(found, model.moments()[0], rtol=0, atol=5e-3)
+
+
+# --- EDM2's published sampler ---
+
+
+def formula_denoiser(x, s):
+    return 0.25 / (0.25 + s * s) * x + 0.1 * torch.tanh(x / (1 + s)) * torch.cos(s)
+
+
+def formula_guide(x, s):
+    return 0.2 / (0.25 + s * s) * x - 0.05 * torch.sin(x / (1 + s))
+
+
+def formula_noise(i):
+    j = torch.arange(6, dtype=F64)
+    return (math.sqrt(2) * torch.sin(1.7 * j + 0.9 * (i + 1) + 0.3 * torch.cos(2.3 * j))).view(1, 6, 1, 1)
+
+
+EDM_SAMPLER = [  # settings, then the samples that edm_sampler of NVlabs/edm2 gives in float64 under the functions above
+    (
+        {"steps": 32},
+        1,
+        [
+            0.401851740969429,
+            1.20587139418923,
+            -0.305302511666672,
+            -1.01004637408353,
+            0.304778923554116,
+            0.897288545832221,
+        ],
+    ),
+    (
+        {"steps": 32},
+        1.4,
+        [
+            0.964964662977412,
+            2.44911010071165,
+            -0.748758136166987,
+            -2.12074848746687,
+            0.747554042354498,
+            1.92524606481247,
+        ],
+    ),
+    (
+        {"steps": 18, "S_churn": 40.0},
+        1,
+        [
+            -0.885174186232112,
+            -0.533626873192003,
+            0.870656644693104,
+            -0.109797089410376,
+            -0.870567698344975,
+            0.262797795942652,
+        ],
+    ),
+    (
+        {"steps": 32, "S_churn": 40.0, "S_min": 0.05, "S_max": 50.0, "S_noise": 1.003},
+        1,
+        [
+            0.210974366692033,
+            0.105563268153182,
+            -0.208111638418184,
+            0.0395470743934704,
+            0.208093265515002,
+            -0.0723222637654002,
+        ],
+    ),
+    (
+        {"steps": 32, "S_churn": 5.0, "S_min": 0.05, "S_noise": 1.007},
+        2.1,
+        [
+            0.391682423846262,
+            2.07745405985666,
+            -0.198493403404254,
+            -1.93285824538369,
+            0.197453659592633,
+            1.7897562644975,
+        ],
+    ),
+    (
+        {"steps": 5, "S_churn": 200.0},
+        1.4,
+        [24.9352632544098, -10.0604384930206, -25.4557229785476, 23.6537873858098, 25.458250556268, -24.8293752871721],
+    ),
+    (
+        {"steps": 2, "S_churn": 1.0},
+        1,
+        [320.019714841202, 375.965567118573, -303.823900711189, -250.679366864922, 303.73068300196, 186.887134691285],
+    ),
+]
+
+
+@pytest.mark.parametrize("how, guided, wanted", EDM_SAMPLER)
+def test_heun_is_the_published_sampler_of_edm2(how, guided, wanted):
+    """Churn from the first level on, above sigma_max; its bounds; S_noise; guidance; the last step without correction."""
+
+    def denoise(x, s):
+        D = formula_denoiser(x, s)
+        return guided * D + (1 - guided) * formula_guide(x, s) if guided != 1 else D
+
+    cfg = config.Sample(sampler="heun", **how)
+    x = sampler.draw(cfg, EDM, denoise, formula_noise(-1), formula_noise).flatten()
+    torch.testing.assert_close(x, one(wanted), rtol=1e-12, atol=1e-12)
+    if how.get("S_churn") and "S_max" not in how:
+        capped = sampler.draw(
+            config.Sample(sampler="heun", S_cap=80, **how), EDM, denoise, formula_noise(-1), formula_noise
+        )
+        assert (capped.flatten() - one(wanted)).abs().max() > 1e-6
+
+
+def test_dpmpp_of_sd35():
+    """sample_dpmpp_2m of the published SD3.5 code, in float64, on 12 levels of its grid; lengths in -ln s, finite at s = 1."""
+    wanted = one([0.329174274480947, 1.0686712997849, -0.248766990581656, -0.875321611795585, 0.248334135997193, 0.767961060383587])  # fmt: skip
+    cfg = config.Sample(sampler="dpm++2m", steps=12, grid="sd3", shift=3.0, multistep="log_s")
+    x = sampler.draw(cfg, RF, formula_denoiser, formula_noise(-1), no_noise).flatten()
+    torch.testing.assert_close(x, wanted, rtol=1e-12, atol=1e-12)
+    lu = sampler.draw(
+        cfg.model_copy(update={"multistep": "log_snr"}), RF, formula_denoiser, formula_noise(-1), no_noise
+    )
+    assert (lu.flatten() - wanted).abs().max() > 1e-2
+    for proc in (EDM, VP):  # where alpha = 1 the two are one
+        made = [
+            sampler.draw(
+                config.Sample(sampler="dpm++2m", steps=9, multistep=m),
+                proc,
+                formula_denoiser,
+                formula_noise(-1),
+                no_noise,
+            )
+            for m in ("log_s", "log_snr")
+        ]
+        torch.testing.assert_close(*made, rtol=1e-12, atol=1e-12)
+
+
 # --- step grids ---
 
 
@@ -458,7 +629,7 @@ def test_each_process_has_its_own_grid():
 @settings(max_examples=100, deadline=None)
 @given(
     name=st.sampled_from(sorted(PROCESSES)),
-    grid=st.sampled_from([None, "karras", "trailing", "leading", "linspace", "linear"]),
+    grid=st.sampled_from([None, "karras", "trailing", "leading", "linspace", "respaced", "ddim", "linear", "sd3"]),
     steps=st.integers(1, 600),
     shift=st.floats(0.2, 5),
     last=st.sampled_from(["zero", "first"]),
@@ -468,10 +639,12 @@ def test_levels_fall_or_are_refused(name, grid, steps, shift, last):
     try:
         levels = schedule.levels(proc, steps, grid, shift, last)
     except UsageError as error:
-        assert str(error).startswith(("sample.grid", "sample.shift", "sample.last"))
+        assert str(error).startswith(("sample.grid", "sample.shift", "sample.last", "sample.steps"))
         return
     assert levels.dtype == F64 and levels.shape == (steps + 1,)
     assert (levels.diff() < 0).all() and levels[0] <= proc.largest
+    if grid == "sd3":  # whose lowest level before the shift depends on it
+        return
     plain = schedule.levels(proc, steps, grid, 1.0, last)
     sigma, shifted = (levels_ / proc.alpha(levels_) for levels_ in (plain, levels))
     torch.testing.assert_close(shifted, shift * sigma, rtol=1e-9, atol=0)
@@ -482,8 +655,8 @@ def test_levels_fall_or_are_refused(name, grid, steps, shift, last):
     "proc, how, said",
     [
         (EDM, {"grid": "trailing"}, "sample.grid=trailing: this process has karras"),
-        (RF, {"grid": "linspace"}, "this process has linear, karras"),
-        (VP, {"grid": "linear"}, "this process has linspace, trailing, leading, karras"),
+        (RF, {"grid": "linspace"}, "this process has linear, sd3, karras"),
+        (VP, {"grid": "linear"}, "this process has linspace, respaced, ddim, trailing, leading, karras"),
         (VP, {"steps": 1001}, "1000 levels to step from"),
         (VP, {"steps": 0}, "there is at least 1"),
         (EDM, {"steps": -1, "grid": "karras"}, "there is at least 1"),

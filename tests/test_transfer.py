@@ -23,8 +23,7 @@ from gesso.config import EDM, RF, VP, Controls, DiT, Inputs, MMDiT, PixArt, Samp
 from gesso.diffusion import process as processes
 from gesso.errors import GessoError, RunError, Stopped, UsageError
 from gesso.generate import strength
-from gesso.train import loop, source, transfer
-from gesso.train.settle import recalled
+from gesso.train import loop, settle, source, transfer
 from gesso.train.start import opened, start
 from gesso.train.trainer import Trainer
 
@@ -343,7 +342,7 @@ def test_bicubic_positions_are_the_sources_table_resized(tmp_path):
     square = grid_of(original(path)).permute(2, 0, 1)[None]
     wanted = F.interpolate(square, size=(16, 16), mode="bicubic")[0].permute(1, 2, 0)
     assert (grid_of(denoiser) - wanted).abs().max() < 1e-6
-    assert recalled(new, run).net.positions_span == 16
+    assert settle.recalled(new, run).net.positions_span == 16
 
 
 def test_proportional_positions_on_the_way_to_another_resolution(tmp_path):
@@ -727,6 +726,58 @@ def test_a_file_of_diffusers_at_twice_the_resolution(tmp_path):
     run, _, said = begun(run)
     assert (run.positions_at, run.process.scale, run.inputs.positions_at) == (128, 2.0, 16)
     assert "net.positions proportional -> resampled" in kinds(said)["otherwise"]
+
+
+def test_the_process_of_another_projects_weights(tmp_path):
+    """DiT comes with linear betas, whatever the run's process says; init.process=run keeps that; a run's weights bring none."""
+    path, _ = peer_file(tmp_path, "dit")
+
+    def run_with(there, **init):
+        run = peer_run("dit", source=str(path))
+        init = {"resolution": 128} | init
+        return run.model_copy(update={"process": there, "init": run.init.model_copy(update=init)})
+
+    for there in (VP(), EDM(P_mean=0.3)):
+        moved, denoiser, said = begun(run_with(there))
+        assert moved.process == VP(betas="linear") and denoiser.process.table.equal(
+            processes.build(moved.process).table
+        )
+        line = kinds(said)["process"]
+        assert "process.betas=linear" in line and "init.process=run" in line
+        # Resuming takes what the source settled, also where the settings say the old process again.
+        again = settle.recalled(run_with(there), moved)
+        assert again.process == moved.process
+        kept, _, said = begun(run_with(there, process="run"))
+        assert kept.process == there and "process" not in kinds(said)
+        assert settle.recalled(run_with(there, process="run"), kept).process == there
+    scaled = begun(run_with(VP(betas="linear", scale=1.0)))[2]
+    assert "process" not in kinds(scaled)
+    own = written(tmp_path, run_of("dit"), "own")
+    moved, _, _ = begun(run_of("dit", source=str(own)).model_copy(update={"process": VP(betas="linear")}))
+    assert moved.process.betas == "linear" and moved.process.beta_end == 0.02
+
+
+def test_a_learned_variance_is_taken_where_the_network_has_it(tmp_path):
+    """Else it is left, and named; the ordinary output is the same either way."""
+    cfg, inputs, _ = PEERS["dit"]
+    cfg = cfg.model_copy(update={"learned_variance": True})
+    net = awake(nets.build(cfg, inputs))
+    save_file(interop.to_diffusers(net, cfg, inputs)[2], tmp_path / "dit.safetensors")
+    outputs = []
+    for learned in (True, False):
+        run = peer_run("dit", source=str(tmp_path / "dit.safetensors"))
+        init = run.init.model_copy(update={"resolution": 128})
+        run = run.model_copy(update={"init": init, "net": run.net.model_copy(update={"learned_variance": learned})})
+        run, denoiser, said = begun(run)
+        outputs.append(F_of(denoiser, run))
+        assert ("trunk.variance.weight" in kinds(said).get("left", "")) != learned
+        if learned:
+            assert denoiser.net.trunk.variance.weight.equal(net.trunk.variance.weight.to(run_dtype(denoiser)))
+    assert outputs[0].equal(outputs[1])
+
+
+def run_dtype(denoiser) -> torch.dtype:
+    return next(denoiser.net.parameters()).dtype
 
 
 def test_pickles_of_tensors_and_of_code(tmp_path):

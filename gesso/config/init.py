@@ -24,6 +24,8 @@ class Init(Settings):
     the source's tokens keep their positions. net.positions=interpolated resizes the source's table bicubically (Figure 4)"""
     noise: Literal["scaled", "kept"] = "scaled"
     """process.scale at k times the resolution: k times the source's (Proposition 1), or the source's (Figure 8b)"""
+    process: Literal["source", "run"] = "source"
+    """the process of another project's weights: the one that they were trained under (DiT's linear betas), or this run's"""
     resolution: Positive | None = None
     """pixels that the source was trained at; found, but where another project's weights do not tell it"""
     file: str | None = None

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from gesso import files
 from gesso.config.init import FOUND
+from gesso.config.process import LINEAR_ENDS
 from gesso.config.run import Run
 from gesso.errors import UsageError
 
@@ -90,7 +91,7 @@ def merged(base: Tree, override: Tree, path: tuple[str, ...] = ()) -> Tree:
 
 def switched(base: Tree, override: Tree, notes: list[str]) -> Tree:
     """Where `net.name` or `process.name` changes, keep of `base` only the fields that both have; where `init.source` does,
-    forget what the old one told."""
+    forget what the old one told; where `process.betas` does, forget the ends of the old schedule."""
     base = dict(base)
     given, old = override.get("init"), base.get("init") or {}
     if isinstance(given, dict) and given.get("source", old.get("source")) != old.get("source"):
@@ -108,6 +109,9 @@ def switched(base: Tree, override: Tree, notes: list[str]) -> Tree:
             notes.append(
                 f"{path}.name={new}: {kept} of {old}; the rest are {new}'s defaults (left behind: {', '.join(dropped)})"
             )
+    given, old = override.get("process"), base.get("process", {})
+    if isinstance(given, dict) and given.get("betas", old.get("betas")) != old.get("betas"):
+        base["process"] = {k: v for k, v in old.items() if k not in LINEAR_ENDS}
     return base
 
 

@@ -167,6 +167,9 @@ class DiT(Transformer):
     name: Literal["dit"] = "dit"
     qk_norm: bool = False
     """RMSNorm of queries and keys"""
+    learned_variance: bool = False
+    """a second last layer estimates the variance of ancestral steps (sample.variance=learned); no loss trains it: it is for
+    imported weights of DiT, MDT and PixArt, and keeps its values in training"""
 
 
 class DiTAtt(Transformer):
@@ -186,6 +189,9 @@ class PixArt(Transformer):
 
     name: Literal["pixart"] = "pixart"
     qk_norm: bool = False
+    learned_variance: bool = False
+    """a second last layer estimates the variance of ancestral steps (sample.variance=learned); no loss trains it: it is for
+    imported weights of DiT, MDT and PixArt, and keeps its values in training"""
 
 
 class MDT(Transformer):
@@ -200,6 +206,9 @@ class MDT(Transformer):
     """the share of tokens that the masked branch hides is uniform between these, drawn per step"""
     class_embed: Literal["mlp", "table"] = "mlp"
     """what time is added to: an MLP of the class table (the size of Table A1) or the table itself (MDTv2's code)"""
+    learned_variance: bool = False
+    """a second last layer estimates the variance of ancestral steps (sample.variance=learned); no loss trains it: it is for
+    imported weights of DiT, MDT and PixArt, and keeps its values in training"""
 
     @model_validator(mode="after")
     def _halves(self) -> "MDT":

@@ -4,7 +4,7 @@
 a patch seen in k^2 pixels instead of one takes k times the noise to hide (Berrada et al. Prop. 1).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
@@ -34,20 +34,35 @@ class EDM(Settings):
         return self
 
 
+LINEAR_ENDS = {"beta_start": 1e-4, "beta_end": 0.02}
+"""first and last beta of DDPM's linear schedule (Ho et al. 2020)"""
+
+
 class VP(Settings):
     """DDPM's process (Berrada et al. Appendix C)."""
 
     name: Literal["vp"] = "vp"
     prediction: Literal["eps", "v"] = "eps"
     """what the network estimates: the noise, or v = sqrt(abar)*eps - sqrt(1-abar)*x0"""
+    betas: Literal["scaled_linear", "linear"] = "scaled_linear"
+    """scaled_linear: betas = linspace(sqrt(beta_start), sqrt(beta_end), timesteps)^2 (LDM, SDXL, Berrada et al.); linear:
+    betas = linspace(beta_start, beta_end, timesteps) (DDPM, ADM, DiT, MDT, PixArt)"""
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.00085
-    """betas = linspace(sqrt(beta_start), sqrt(beta_end), timesteps)^2"""
+    """first and last beta; where not given, those published with the schedule: .00085 and .012, or 1e-4 and .02"""
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.012
     timesteps: Annotated[Count, Field(ge=2)] = 1000
     zero_terminal_snr: bool = False
     """shift and scale sqrt(abar) so that the last level is pure noise (Lin et al. 2024, Algorithm 1)"""
     scale: PositiveFloat = 1.0
     """k: multiplies sqrt((1-abar)/abar) of every index (Prop. 1); the network is told the same index"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_ends(cls, data: Any) -> Any:
+        """Fill in the ends of the linear schedule where they are not given."""
+        if isinstance(data, dict) and data.get("betas") == "linear":
+            return LINEAR_ENDS | data
+        return data
 
     @model_validator(mode="after")
     def _signal(self) -> "VP":

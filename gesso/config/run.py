@@ -291,6 +291,25 @@ class Run(Settings):
                 + f"set dropout.{'semantic' if keeps else 'both'} above 0 in training, name another network by "
                 + f"sample.guide, {'set sample.keep_control=false, ' if keeps else ''}or set sample.guidance=1"
             )
+        if sample.guided_channels and sample.guided_channels > self.channels:
+            raise ValueError(
+                f"sample.guided_channels={sample.guided_channels} is above the {self.channels} channels of x0: set it to "
+                f"{self.channels} or less, or to null"
+            )
+        if sample.clip and self.latent.vae:
+            raise ValueError(
+                "sample.clip=true clips to the range of pixels, which latents do not have: set sample.clip=false"
+            )
+        if sample.variance != "small" and self.process.name != "vp":
+            raise ValueError(
+                f"sample.variance={sample.variance} is that of DDPM's steps, which process.name={self.process.name} does not "
+                "have: set sample.variance=small"
+            )
+        if sample.variance == "learned" and not getattr(self.net, "learned_variance", False):
+            raise ValueError(
+                "sample.variance=learned needs a network that estimates it: import one with net.learned_variance=true (dit, mdt, "
+                "pixart), or set sample.variance=small"
+            )
         controls = self.control.variables and self.learned_without(control=True)
         if sample.control_guidance != 1 and not controls:
             raise ValueError(

@@ -15,8 +15,9 @@ class Sample(Settings):
     """euler is DDIM under VP; heun is EDM's Algorithm 1, with churn its Algorithm 2; dpm++2m is DPM-Solver++(2M)"""
     steps: Positive = 32
     """noise levels above 0; heun evaluates 2*steps-1 times, the others `steps` times"""
-    grid: Literal["karras", "trailing", "leading", "linspace", "linear"] | None = None
-    """which levels: EDM has karras; VP linspace, trailing, leading, karras; RF linear, karras; the first is what null means"""
+    grid: Literal["karras", "linspace", "respaced", "ddim", "trailing", "leading", "linear", "sd3"] | None = None
+    """which levels: EDM has karras; VP linspace, respaced (ADM, DiT, MDT), ddim (the same projects' DDIM), trailing, leading,
+    karras; RF linear, sd3, karras; the first is what null means"""
     shift: PositiveFloat = 1.0
     """factor on sigma = s/alpha of every level; SD3's shift in RF"""
     to_uint8: Literal["round", "truncate"] = "round"
@@ -25,11 +26,21 @@ class Sample(Settings):
     """where the last step goes; first is VP's lowest level (diffusers' set_alpha_to_one=False)"""
     eta: Probability = 0.0
     """euler: share of DDPM's noise in every step"""
+    variance: Literal["small", "large", "learned"] = "small"
+    """euler with eta=1 under VP: variance of that noise; small is the posterior's, large the step's beta, learned what a
+    network with net.learned_variance puts between them (ADM, DiT, MDT)"""
+    multistep: Literal["log_snr", "log_s"] = "log_snr"
+    """dpm++2m: what the lengths of its steps are measured in; log_snr is ln(alpha/s) (Lu et al.), log_s is -ln s (k-diffusion,
+    SD3.5's code). They differ in RF and in VP with v-prediction"""
+    clip: bool = False
+    """clip every guided estimate of x0 to the range of pixels (DDPM's and ADM's clip_denoised); not for latents"""
     S_churn: NonNegativeFloat = 0.0
     """heun: noise added before each step whose sigma lies in S_min to S_max, times S_noise (EDM Algorithm 2)"""
     S_min: NonNegativeFloat = 0.0
     S_max: PositiveFloat | None = None
-    """null is no bound"""
+    """null is no bound: the first step is churned too, above the highest sigma of the grid, as in EDM's and EDM2's code"""
+    S_cap: PositiveFloat | None = None
+    """sigma that churn does not go above; null: none in EDM; VP and RF have no level above their first and stay below it"""
     S_noise: PositiveFloat = 1.0
     state_dtype: Literal["float32", "float64"] = "float32"
     """of the image between steps; the network computes in its own"""
@@ -40,7 +51,13 @@ class Sample(Settings):
     keep_control: bool = False
     """the guiding denoiser keeps the control variables, as SDXL does; otherwise it sees nothing (Eq. 2)"""
     interval: tuple[NonNegativeFloat, PositiveFloat] | None = None
-    """sigma = s/alpha between which lambda applies; outside it is 1. null: everywhere"""
+    """sigma = s/alpha between which steps that start there have lambda; outside it is 1. null: everywhere"""
+    guidance_schedule: Literal["constant", "power_cosine"] = "constant"
+    """lambda over time; power_cosine: 1 + (lambda - 1) (1 - cos(pi (1 - t)^guidance_power)) / 2, t = progress (MDT)"""
+    guidance_power: PositiveFloat = 4.0
+    """power_cosine: the power; small values guide from the start (MDT's evaluation has 4, its single pictures .01)"""
+    guided_channels: Positive | None = None
+    """channels of x0 that lambda applies to, the first so many; in the others it is 1 (DiT and MDT: 3 of 4). null: all"""
     tuned_at: Positive | None = None
     """resolution that guidance was tuned at: at k times it, lambda is 1 + k (lambda - 1) (Prop. 2). null: no such law"""
     resolution: Positive | None = None
@@ -80,6 +97,16 @@ class Sample(Settings):
             raise ValueError(
                 f"sample.eta={self.eta:g} is euler's noise, not that of sample.sampler={self.sampler}: "
                 "set sample.sampler=euler or sample.eta=0"
+            )
+        if self.variance != "small" and (self.sampler, self.eta) != ("euler", 1):
+            raise ValueError(
+                f"sample.variance={self.variance} is that of ancestral steps: set sample.sampler=euler sample.eta=1, or "
+                "sample.variance=small"
+            )
+        if self.multistep != "log_snr" and self.sampler != "dpm++2m":
+            raise ValueError(
+                f"sample.multistep={self.multistep} is dpm++2m's, not that of sample.sampler={self.sampler}: set "
+                "sample.sampler=dpm++2m or sample.multistep=log_snr"
             )
         if self.S_churn > 0 and self.sampler != "heun":
             raise ValueError(

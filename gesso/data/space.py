@@ -48,6 +48,11 @@ class Space:
         """Samples.x as pixels (B, C, H, W) uint8, on the CPU; of latents the means."""
         return x if x.dtype == torch.uint8 else self.vae.decode(x.float().chunk(2, dim=1)[0]).cpu()
 
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The x0 of black and of white, (C, 1, 1) float64 each."""
+        low, high = ((raw - self.mean) * (self.sd / self.std) for raw in (-1, 1))
+        return low, high
+
     def pixels(self, x0: Tensor) -> Tensor:
         """Convert x0 to (B, C, H, W) uint8, clipped."""
         raw = x0 * (self.std.to(x0.dtype) / self.sd) + self.mean.to(x0.dtype)

@@ -24,20 +24,39 @@ class Denoiser(nn.Module):
         super().__init__()
         self.net, self.process, self.embedding = net, process, embedding
 
-    def forward(self, x: Tensor, s: Tensor, cond: Cond, keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, s: Tensor, cond: Cond, keep: Tensor | None = None, variance: bool = False) -> Tensor:
         """x (B, C, H, W), s (B,) or a single level; returns the estimate of x0 in the dtype of x.
 
         The network computes in the dtype of its own parameters, whatever that of x.
 
         keep (B, K): ids of the tokens that MDT's masked branch sees; None is every network's plain pass.
+        variance: return (B, 2 C, H, W), x0 and then the network's learned variance (net.learned_variance).
         """
         s = s.expand(len(x))  # coefficients in the precision of s, which a sampler gives in float64
         c_skip, c_out, c_in = (c.to(x)[:, None, None, None] for c in self.process.precondition(s))
         own = x.new_empty(0, dtype=next((p.dtype for p in self.net.parameters()), x.dtype))
         c_noise, progress = self.process.c_noise(s, self.embedding).to(own), self.process.progress(s).to(own)
         inputs = ((c_in * x).to(own), c_noise, progress, cond)
+        if variance:
+            F, v = self.net(*inputs, variance=True).to(x.dtype).chunk(2, dim=1)
+            return torch.cat([c_skip * x + c_out * F, v], dim=1)
         F = self.net(*inputs) if keep is None else self.net.masked(*inputs, keep)
         return c_skip * x + c_out * F.to(x.dtype)
+
+
+class WithVariance(nn.Module):
+    """A denoiser that returns the learned variance after x0, (B, 2 C, H, W); zeros where its network estimates none."""
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__()
+        self.denoiser = denoiser
+        self.learned = getattr(denoiser.net, "learned_variance", False)
+
+    def forward(self, x: Tensor, s: Tensor, cond: Cond) -> Tensor:
+        if self.learned:
+            return self.denoiser(x, s, cond, variance=True)
+        D = self.denoiser(x, s, cond)
+        return torch.cat([D, torch.zeros_like(D)], dim=1)
 
 
 def build(run: Run) -> Denoiser:

@@ -37,6 +37,8 @@ class Process(abc.ABC):
     """the step grids it can have (schedule.py), its own first"""
     rho: float = 7.0
     """curvature of the karras grid"""
+    bounded: bool = True
+    """no level lies above the largest: rectified flow ends at s = 1, a table at its last index"""
 
     @abc.abstractmethod
     def alpha(self, s: Tensor) -> Tensor:
@@ -78,6 +80,7 @@ class EDM(Process):
     """Variance exploding, with EDM's preconditioning (EDM2 Eq. 4-8, 15, 16)."""
 
     grids = ("karras",)
+    bounded = False
 
     def __init__(self, cfg: config.EDM):
         self.sd, self.rho, self.k = cfg.sigma_data, cfg.rho, cfg.scale
@@ -117,7 +120,7 @@ class VP(Process):
     """
 
     sd = 1.0
-    grids = ("linspace", "trailing", "leading", "karras")
+    grids = ("linspace", "respaced", "ddim", "trailing", "leading", "karras")
 
     def __init__(self, cfg: config.VP):
         signal, noise = _abar_roots(cfg)
@@ -163,7 +166,7 @@ class VPv(Process):
     """
 
     sd = 1.0
-    grids = ("linspace", "trailing", "leading", "karras")
+    grids = ("linspace", "respaced", "ddim", "trailing", "leading", "karras")
 
     def __init__(self, cfg: config.VP):
         signal, noise = _abar_roots(cfg)
@@ -209,7 +212,7 @@ class RF(Process):
 
     sd = 1.0
     largest = 1.0
-    grids = ("linear", "karras")
+    grids = ("linear", "sd3", "karras")
 
     def __init__(self, cfg: config.RF):
         self.k, self.mean, self.std = cfg.scale, cfg.mean + math.log(cfg.scale), cfg.std
@@ -245,8 +248,11 @@ def _times_odds(s: Tensor, factor: float) -> Tensor:
 
 def _abar_roots(cfg: config.VP) -> tuple[Tensor, Tensor]:
     """sqrt(abar) and k sqrt(1 - abar) of each index, (T,) float64: their ratio is sigma at this resolution."""
-    roots = torch.linspace(cfg.beta_start**0.5, cfg.beta_end**0.5, cfg.timesteps, dtype=torch.float64)
-    signal = torch.cumprod(1 - roots**2, 0).sqrt()
+    if cfg.betas == "linear":
+        betas = torch.linspace(cfg.beta_start, cfg.beta_end, cfg.timesteps, dtype=torch.float64)
+    else:
+        betas = torch.linspace(cfg.beta_start**0.5, cfg.beta_end**0.5, cfg.timesteps, dtype=torch.float64) ** 2
+    signal = torch.cumprod(1 - betas, 0).sqrt()
     if cfg.zero_terminal_snr:  # Lin et al. 2024, Algorithm 1: the last becomes 0, the first stays
         first, last = signal[0].clone(), signal[-1].clone()
         signal = (signal - last) * (first / (first - last))

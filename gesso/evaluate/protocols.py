@@ -24,20 +24,29 @@ FREE = (
 
 def adm(run: Run) -> list[str]:
     """Dhariwal and Nichol 2021: 50k samples of random classes, 250 ancestral steps, beside the training set; precision and
-    recall of all samples beside 10k of the reference. Samples in pixels are truncated to 8 bits, as its script does."""
+    recall of all samples beside 10k of the reference. Variance of the steps: learned where the network estimates it. Samples
+    in pixels are truncated to 8 bits, as its script does."""
     return [
         "eval.scores=fid,is,pr",
         "eval.labels=random",
         "eval.resize=adm",
-        *ddim(250),
-        "sample.eta=1",
+        *ancestral(run, 250),
         "sample.to_uint8=truncate",
     ]
 
 
 def dit(run: Run) -> list[str]:
-    """Peebles and Xie 2023: as adm, by its evaluator, with guidance 1.5; pixels are rounded."""
-    return [*adm(run), "sample.to_uint8=round", "sample.guidance=1.5", "sample.tuned_at=null"]
+    """Peebles and Xie 2023: as adm, by its evaluator, with guidance 1.5, which its code applies to 3 of the 4 channels; pixels are
+    rounded."""
+    guidance = ["sample.guidance=1.5", "sample.tuned_at=null", *_three_channels(run)]
+    return [*adm(run), "sample.to_uint8=round", *guidance]
+
+
+def mdt(run: Run) -> list[str]:
+    """Gao et al. 2023: as dit, with power-cosine guidance of strength 3.8 and power 4, the defaults of its sampling script, which
+    truncates pixels as ADM's."""
+    power = ["sample.guidance_schedule=power_cosine", "sample.guidance_power=4"]
+    return [*adm(run), "sample.guidance=3.8", "sample.tuned_at=null", *power, *_three_channels(run)]
 
 
 def edm2(run: Run) -> list[str]:
@@ -82,7 +91,8 @@ def sd3(run: Run) -> list[str]:
     """Esser et al. 2024, Section 5.1: CLIPScore, and the Frechet distance in CLIP ViT-L/14's features of images, beside COCO's
     validation set of 2014, which eval.reference names; 25 steps, guidance 5. Embeddings as they are, not of length 1, and
     a sample for each of its 40,504 pictures, by one caption: our choice."""
-    return ["eval.scores=fd_clip,clip", *_coco(run)]
+    grid = ["sample.grid=sd3"] if run.process.name == "rf" else []  # its published levels
+    return ["eval.scores=fd_clip,clip", *_coco(run), *grid]
 
 
 def _coco(run: Run) -> list[str]:
@@ -103,9 +113,29 @@ def ddim(steps: int) -> list[str]:
 
 COCO = 40_504
 """pictures of COCO's validation set of 2014"""
+
+
+def ancestral(run: Run, steps: int) -> list[str]:
+    """DDPM's steps at the indices that ADM's code takes, with the variance that the network has learned, or the posterior's; pixels
+    clipped, as there."""
+    learned = "learned" if getattr(run.net, "learned_variance", False) else "small"
+    clip = "false" if run.latent.vae else "true"
+    grid = ["sample.grid=respaced"] if run.process.name == "vp" else []
+    return [*ddim(steps), "sample.eta=1", f"sample.variance={learned}", f"sample.clip={clip}", *grid]
+
+
+def _three_channels(run: Run) -> list[str]:
+    return ["sample.guided_channels=3"] if run.channels > 3 else []
+
+
+PLAIN = [
+    "sample.grid=null", "sample.last=zero", "sample.eta=0", "sample.variance=small", "sample.S_churn=0", "sample.interval=null",
+    "sample.guidance_schedule=constant", "sample.guided_channels=null", "sample.clip=false", "sample.multistep=log_snr",
+]  # fmt: skip
+"""laid over a run before a protocol's own settings: what a run samples otherwise is no part of the protocol"""
 GUIDED = ["sample.guidance=1.5", "sample.tuned_at=256"]
 PROTOCOLS: dict[str, Callable[[Run], list[str]]] = {
-    "adm": adm, "dit": dit, "edm2": edm2, "berrada": berrada, "berrada-val": berrada_val,
+    "adm": adm, "dit": dit, "mdt": mdt, "edm2": edm2, "berrada": berrada, "berrada-val": berrada_val,
     "sd3": sd3, "berrada-in22k": berrada_in22k, "berrada-coco": berrada_coco, "berrada-lpips": berrada_lpips,
 }  # fmt: skip
 
@@ -120,7 +150,7 @@ def settings_of(name: str, run: Run) -> list[str]:
     """What the protocol `name` lays over a run. Raises UsageError for one that there is not, or that needs to be told more."""
     if name not in PROTOCOLS:
         raise UsageError(f"no protocol {name!r}; {config.nearest(name, list(PROTOCOLS))}")
-    return [f"eval.protocol={name}", "eval.images=50000", *PROTOCOLS[name](run)]
+    return [f"eval.protocol={name}", "eval.images=50000", *PLAIN, *PROTOCOLS[name](run)]
 
 
 def measured(folder: Path, name: str | None, said: list[str]) -> Run:

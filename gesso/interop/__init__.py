@@ -1,7 +1,8 @@
 """Other projects' weights, as plain dicts of tensors, in and out of our networks.
 
 net, notes = gesso.interop.load(state_dict)  # heads=..., resolution=... where the weights do not tell them
-cfg, inputs, weights, notes = gesso.interop.recognise(state_dict)  # the same, not yet built
+denoiser, notes = gesso.interop.denoiser(state_dict)  # the same under the process that the weights were trained under
+cfg, inputs, weights, notes, process = gesso.interop.recognise(state_dict)  # the same, not yet built
 name, config, state_dict = gesso.interop.to_diffusers(net, cfg, inputs)
 """
 
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 
 from gesso import nets
 from gesso.config import DiT, Inputs, MMDiT, Net, PixArt, UNet
+from gesso.diffusion import process as processes
+from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import RunError, UsageError
 from gesso.interop import dit, edm2, mdt, pixart, sd3, unet
 from gesso.interop.found import ASSUMED, NATIVE, PROPORTIONAL, Found
+from gesso.nets import mp
 
 READERS = (edm2, dit, mdt, pixart, sd3, unet)
 """Modules with `matches(keys)` and `convert(state, heads) -> Found`, asked in order."""
@@ -59,12 +63,29 @@ def load(
 
     Raises what `recognise` does, and RunError that lists what is missing or unknown.
     """
-    cfg, inputs, weights, notes = recognise(state, heads, resolution)
-    net = nets.build(cfg, inputs)
-    if wrong := nets.misfit(net, weights):
-        raise RunError(f"{notes['source']}: {wrong}")
-    net.load_state_dict(dict(weights))
-    return net.eval(), notes
+    found = recognise(state, heads, resolution)
+    return _built(found), found.notes
+
+
+def denoiser(
+    state: Mapping[str, Tensor], heads: int | None = None, resolution: int | None = None
+) -> tuple[Denoiser, dict[str, str]]:
+    """The denoiser of these weights, under their own process, for sampling, and notes.
+
+    Raises what `load` does.
+    """
+    found = recognise(state, heads, resolution)
+    net = _built(found).requires_grad_(False)
+    mp.fold(net)
+    return Denoiser(net, processes.build(found.process), found.cfg.embedding), found.notes
+
+
+def _built(found: Found) -> nn.Module:
+    net = nets.build(found.cfg, found.inputs)
+    if wrong := nets.misfit(net, found.weights):
+        raise RunError(f"{found.notes['source']}: {wrong}")
+    net.load_state_dict(dict(found.weights))
+    return net.eval()
 
 
 def to_diffusers(net: nn.Module, cfg: Net, inputs: Inputs) -> tuple[str, dict, dict[str, Tensor]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gesso.config import DiT, Inputs
 from gesso.interop.found import (
+    ADM_PROCESS,
     ASSUMED,
     NATIVE,
     PROPORTIONAL,
@@ -20,15 +21,17 @@ from gesso.interop.found import (
     count,
     from_another_grid,
     give,
+    has_variance,
     heads_of,
+    join_variance,
     layers,
     refuse,
     shape,
-    sigma_note,
+    split_variance,
     stack,
     stepped_side,
     take,
-    without_sigma,
+    variance_note,
 )
 
 PEER = "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1.weight"
@@ -62,7 +65,7 @@ def own_block_ties(theirs: str, ours: str) -> list[Tie]:
 
 def diffusers_ties(depth: int) -> list[Tie]:
     ties = layers({"pos_embed.proj": "trunk.patch_embed.proj", "proj_out_1": "final_ada.linear"})
-    ties += layers({"proj_out_2": "trunk.final"})
+    ties += layers({"proj_out_2": "trunk.final", "proj_out_2.variance": "trunk.variance"})
     for theirs, ours in EMBEDDERS.items():
         ties.append(Tie(ours, tuple(f"transformer_blocks.{i}.norm1.emb.{theirs}" for i in range(depth)), "copies"))
     for i in range(depth):
@@ -79,6 +82,7 @@ def original_ties(depth: int) -> list[Tie]:
             "t_embedder.mlp.2": "trunk.time.mlp.2",
             "final_layer.adaLN_modulation.1": "final_ada.linear",
             "final_layer.linear": "trunk.final",
+            "final_layer.linear.variance": "trunk.variance",
         }
     )
     ties.append(Tie("table.weight", ("y_embedder.embedding_table.weight",)))
@@ -91,14 +95,14 @@ def original_ties(depth: int) -> list[Tie]:
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Under DiTNet's names. Raises RunError where its copies of the embedders differ."""
     _, channels, patch, _ = shape(state, "pos_embed.proj.weight")
-    state = without_sigma(state, "proj_out_2", patch, channels)
+    state = split_variance(state, "proj_out_2", patch, channels)
     return take(state, diffusers_ties(count(state, "transformer_blocks")))
 
 
 def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """facebookresearch/DiT's tensors under DiTNet's names; its position table is made, not carried."""
     _, channels, patch, _ = shape(state, "x_embedder.proj.weight")
-    kept = without_sigma(state, "final_layer.linear", patch, channels)
+    kept = split_variance(state, "final_layer.linear", patch, channels)
     kept.pop("pos_embed", None)
     return take(kept, original_ties(count(state, "blocks")))
 
@@ -106,10 +110,10 @@ def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def settings(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[DiT, Inputs]:
     """The network's configuration, from names and shapes. One row of the class table is the null class."""
     if PEER in state:
-        patches, blocks, fc = "pos_embed.proj.weight", "transformer_blocks", "ff.net.0.proj.weight"
+        patches, blocks, fc, last = "pos_embed.proj.weight", "transformer_blocks", "ff.net.0.proj.weight", "proj_out_2"
         table = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
     else:
-        patches, blocks, fc = "x_embedder.proj.weight", "blocks", "mlp.fc1.weight"
+        patches, blocks, fc, last = "x_embedder.proj.weight", "blocks", "mlp.fc1.weight", "final_layer.linear"
         table = "y_embedder.embedding_table.weight"
     width, channels, patch, _ = shape(state, patches)
     depth = count(state, blocks)
@@ -118,6 +122,7 @@ def settings(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[DiT
     cfg = DiT(
         width=width, depth=depth, heads=heads_of(width, depth, heads), patch=patch,
         mlp_ratio=shape(state, f"{blocks}.0.{fc}")[0] / width, positions="proportional" if PEER in state and stored is not None else "extrapolated",
+        learned_variance=has_variance(shape(state, f"{last}.weight")[0], patch, channels),
     )  # fmt: skip
     return cfg, Inputs(channels, resolution, shape(state, table)[0] - 1)
 
@@ -139,9 +144,8 @@ def convert(state: Mapping[str, Tensor], heads: int | None) -> Found:
         notes["time"] = SPACING
     else:
         notes["process"] += " (SiT has the same names, and a process of its own)"
-    last = shape(state, "proj_out_2.weight" if peer else "final_layer.linear.weight")[0]
-    notes |= sigma_note(last, cfg.patch, inputs.channels)
-    return Found(cfg, inputs, {name: tensor.float() for name, tensor in weights.items()}, notes)
+    notes |= variance_note(cfg.learned_variance)
+    return Found(cfg, inputs, {name: tensor.float() for name, tensor in weights.items()}, notes, ADM_PROCESS)
 
 
 def to_diffusers(weights: Mapping[str, Tensor], cfg: DiT, inputs: Inputs) -> tuple[str, dict, dict[str, Tensor]]:
@@ -160,7 +164,9 @@ def to_diffusers(weights: Mapping[str, Tensor], cfg: DiT, inputs: Inputs) -> tup
     )
     config = {
         "num_attention_heads": cfg.heads, "attention_head_dim": cfg.width // cfg.heads, "num_layers": cfg.depth,
-        "in_channels": inputs.channels, "out_channels": inputs.channels, "sample_size": inputs.resolution,
+        "in_channels": inputs.channels, "sample_size": inputs.resolution,
+        "out_channels": inputs.channels * (2 if cfg.learned_variance else 1),
         "patch_size": cfg.patch, "num_embeds_ada_norm": inputs.num_classes, "norm_eps": 1e-6,
     }  # fmt: skip
-    return peer, config, give(weights, diffusers_ties(cfg.depth))
+    theirs = give(weights, diffusers_ties(cfg.depth))
+    return peer, config, join_variance(theirs, "proj_out_2", cfg.patch, inputs.channels)

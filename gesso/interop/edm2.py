@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gesso.config import EDM2, EDM2Ladder, Inputs
+from gesso.config import EDM, EDM2, EDM2Ladder, Inputs
 from gesso.errors import UsageError
 from gesso.interop.found import Found
 
@@ -109,7 +109,7 @@ def convert(state: Mapping[str, Tensor], heads: int | None) -> Found:
         "adapted": "weights normalized once with eps 1e-4; q, k, v regrouped; uncertainty function left behind",
         "latents": "SD VAE, input in [0, 1], mean (5.81, 3.25, 0.12, -2.15), std (4.17, 4.62, 3.71, 3.28) when 4 channels",
     }
-    return Found(cfg, inputs, weights, notes)
+    return Found(cfg, inputs, weights, notes, EDM())
 
 
 def regroup_back(qkv: Tensor, head: int) -> Tensor:

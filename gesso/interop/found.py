@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from gesso.config import DiT, Inputs, Net, PixArt
+from gesso.config import VP, DiT, Inputs, Net, PixArt
+from gesso.config.process import Process
 from gesso.errors import RunError, UsageError
 from gesso.nets.embed import sincos_2d
 
@@ -17,19 +18,23 @@ PARTS = ("weight", "bias")
 STEPS = "one step per token on every grid here; theirs at the original's resolution"
 PROPORTIONAL = "step base/n on a grid of n tokens, as theirs"
 NATIVE = "step 1 on every grid, theirs at the original's resolution; on others theirs is base/n: say that resolution"
+ADM_PROCESS = VP(betas="linear")
+"""the process of ADM, DiT, MDT and PixArt: 1000 betas from 1e-4 to .02"""
 ASSUMED = "32 x 32, assumed: neither names nor shapes tell it"
 
 
 class Found(NamedTuple):
     """Settings worked out from names and shapes, tensors under our names, and what a user should know.
 
-    notes: source, process, c_noise convention, what was adapted.
+    notes: source, process, c_noise convention, what was adapted. process: the one that the weights were trained under; of its
+    training draw gesso knows the published one at most.
     """
 
     cfg: Net
     inputs: Inputs
     weights: Mapping[str, Tensor]
     notes: dict[str, str]
+    process: Process
 
 
 class Tie(NamedTuple):
@@ -157,19 +162,35 @@ def stepped_side(name: str, table: Tensor, width: int) -> int:
     return side
 
 
-def without_sigma(state: Mapping[str, Tensor], last: str, patch: int, channels: int) -> dict[str, Tensor]:
-    """The last layer gives patch x patch x channels; of 2 x channels (learned sigma) the first half stays."""
-    kept = dict(state)
+def split_variance(state: Mapping[str, Tensor], last: str, patch: int, channels: int) -> dict[str, Tensor]:
+    """The state with a last layer of patch x patch x 2 channels as two: `last` of the image, `last`.variance after it."""
+    split = dict(state)
     for part in PARTS:
-        rows = kept.get(f"{last}.{part}")
-        if rows is not None and len(rows) == patch**2 * 2 * channels:
-            kept[f"{last}.{part}"] = rows.unflatten(0, (patch**2, -1))[:, :channels].flatten(0, 1)
-    return kept
+        rows = split.get(f"{last}.{part}")
+        if rows is not None and has_variance(len(rows), patch, channels):
+            image, variance = rows.unflatten(0, (patch**2, 2, channels)).unbind(1)
+            split |= {f"{last}.{part}": image.flatten(0, 1), f"{last}.variance.{part}": variance.flatten(0, 1)}
+    return split
 
 
-def sigma_note(rows: int, patch: int, channels: int) -> dict[str, str]:
-    """Of the last layer's rows."""
-    return {"adapted": "learned sigma left behind"} if rows == patch**2 * 2 * channels else {}
+def join_variance(state: Mapping[str, Tensor], last: str, patch: int, channels: int) -> dict[str, Tensor]:
+    """Inverse of `split_variance`."""
+    joined = dict(state)
+    for part in PARTS:
+        variance = joined.pop(f"{last}.variance.{part}", None)
+        if variance is not None:
+            both = [t.unflatten(0, (patch**2, channels)) for t in (joined[f"{last}.{part}"], variance)]
+            joined[f"{last}.{part}"] = torch.stack(both, dim=1).flatten(0, 2)
+    return joined
+
+
+def has_variance(rows: int, patch: int, channels: int) -> bool:
+    """Whether a last layer of so many rows estimates a variance too."""
+    return rows == patch**2 * 2 * channels
+
+
+def variance_note(learned: bool) -> dict[str, str]:
+    return {"variance": "of ancestral steps, kept: sample.variance=learned uses it"} if learned else {}
 
 
 def refuse(peer: str, reasons: Mapping[str, bool]) -> None:

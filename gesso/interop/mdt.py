@@ -10,7 +10,19 @@ from torch import Tensor
 
 from gesso.config import MDT, Inputs
 from gesso.errors import UsageError
-from gesso.interop.found import Found, Tie, count, layers, shape, side_of, sigma_note, take, without_sigma
+from gesso.interop.found import (
+    ADM_PROCESS,
+    Found,
+    Tie,
+    count,
+    has_variance,
+    layers,
+    shape,
+    side_of,
+    split_variance,
+    take,
+    variance_note,
+)
 
 BLOCKS = {"en_inblocks": "in_blocks", "en_outblocks": "out_blocks", "de_blocks": "decoder"}
 INNER = {
@@ -44,6 +56,7 @@ def original_ties(halves: int, decoder: int) -> list[Tie]:
             "t_embedder.mlp.2": "time.mlp.2",
             "final_layer.adaLN_modulation.1": "final_ada.linear",
             "final_layer.linear": "final",
+            "final_layer.linear.variance": "variance",
         }
     )
     ties += [
@@ -68,6 +81,7 @@ def settings(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[MDT
     cfg = MDT(
         width=width, depth=2 * halves + decoder, heads=found, patch=patch, decoder=decoder, class_embed="table",
         mlp_ratio=shape(state, "en_inblocks.0.mlp.fc1.weight")[0] / width,
+        learned_variance=has_variance(shape(state, "final_layer.linear.weight")[0], patch, channels),
     )  # fmt: skip
     shape(state, "pos_embed")
     resolution = patch * side_of("pos_embed", state["pos_embed"])
@@ -82,8 +96,8 @@ def convert(state: Mapping[str, Tensor], heads: int | None) -> Found:
         "c_noise": "timestep index 0..999",
         "latents": "SD VAE times 0.18215 when 4 channels",
     }
-    notes |= sigma_note(shape(state, "final_layer.linear.weight")[0], cfg.patch, inputs.channels)
-    kept = without_sigma(state, "final_layer.linear", cfg.patch, inputs.channels)
+    notes |= variance_note(cfg.learned_variance)
+    kept = split_variance(state, "final_layer.linear", cfg.patch, inputs.channels)
     kept = {name: tensor for name, tensor in kept.items() if not name.endswith(INDEX)}
     weights = take(kept, original_ties((cfg.depth - cfg.decoder) // 2, cfg.decoder))
-    return Found(cfg, inputs, {name: tensor.float() for name, tensor in weights.items()}, notes)
+    return Found(cfg, inputs, {name: tensor.float() for name, tensor in weights.items()}, notes, ADM_PROCESS)

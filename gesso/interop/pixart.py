@@ -11,6 +11,7 @@ from gesso.config import Inputs, PixArt
 from gesso.errors import UsageError
 from gesso.interop.dit import block_ties, own_block_ties
 from gesso.interop.found import (
+    ADM_PROCESS,
     ASSUMED,
     NATIVE,
     PROPORTIONAL,
@@ -20,15 +21,17 @@ from gesso.interop.found import (
     count,
     from_another_grid,
     give,
+    has_variance,
     heads_of,
+    join_variance,
     layers,
     refuse,
     shape,
-    sigma_note,
+    split_variance,
     stack,
     stepped_side,
     take,
-    without_sigma,
+    variance_note,
 )
 
 TOP = {
@@ -39,6 +42,7 @@ TOP = {
     "caption_projection.linear_1": "semantic.mlp.0",
     "caption_projection.linear_2": "semantic.mlp.2",
     "proj_out": "trunk.final",
+    "proj_out.variance": "trunk.variance",
 }
 OWN_TOP = {
     "x_embedder.proj": "trunk.patch_embed.proj",
@@ -48,6 +52,7 @@ OWN_TOP = {
     "y_embedder.y_proj.fc1": "semantic.mlp.0",
     "y_embedder.y_proj.fc2": "semantic.mlp.2",
     "final_layer.linear": "trunk.final",
+    "final_layer.linear.variance": "trunk.variance",
 }
 TABLES = ("pos_embed", "pos_embed.pos_embed")
 """Where the position table is: in PixArt's own weights, in those of some versions of diffusers."""
@@ -90,14 +95,14 @@ def original_ties(depth: int) -> list[Tie]:
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Under the names of PixArtNet with text."""
     _, channels, patch, _ = shape(state, "pos_embed.proj.weight")
-    kept = without_sigma(state, "proj_out", patch, channels)
+    kept = split_variance(state, "proj_out", patch, channels)
     return take(carried(kept), diffusers_ties(count(state, "transformer_blocks")))
 
 
 def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """PixArt's own tensors under the names of PixArtNet with text. Its kv is stacked as ours is."""
     _, channels, patch, _ = shape(state, "x_embedder.proj.weight")
-    kept = without_sigma(state, "final_layer.linear", patch, channels)
+    kept = split_variance(state, "final_layer.linear", patch, channels)
     return take(carried(kept), original_ties(count(state, "blocks")))
 
 
@@ -120,12 +125,13 @@ def settings(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[Pix
     blocks, fc = ("transformer_blocks", "ff.net.0.proj.weight") if peer else ("blocks", "mlp.fc1.weight")
     caption = "caption_projection.linear_1.weight" if peer else "y_embedder.y_proj.fc1.weight"
     width, channels, patch, _ = shape(state, "pos_embed.proj.weight" if peer else "x_embedder.proj.weight")
-    depth = count(state, blocks)
+    depth, last = count(state, blocks), "proj_out" if peer else "final_layer.linear"
     stored = [patch * stepped_side(name, state[name], width) for name in TABLES if name in state]
     cfg = PixArt(
         width=width, depth=depth, heads=heads_of(width, depth, heads), patch=patch,
         mlp_ratio=shape(state, f"{blocks}.0.{fc}")[0] / width,
         positions="proportional" if stored else "extrapolated",
+        learned_variance=has_variance(shape(state, f"{last}.weight")[0], patch, channels),
     )  # fmt: skip
     return cfg, Inputs(channels, stored[0] if stored else 32, text_width=shape(state, caption)[1])
 
@@ -145,11 +151,9 @@ def convert(state: Mapping[str, Tensor], heads: int | None) -> Found:
         notes["resolution"] = ASSUMED
     if any(name in state for name in NULLS):
         notes["null"] = "the original's null caption is left behind; withheld text is zeros here"
-    notes |= sigma_note(
-        shape(state, "proj_out.weight" if peer else "final_layer.linear.weight")[0], cfg.patch, inputs.channels
-    )
+    notes |= variance_note(cfg.learned_variance)
     weights = from_diffusers(state) if peer else from_original(state)
-    return Found(cfg, inputs, {name: tensor.float() for name, tensor in weights.items()}, notes)
+    return Found(cfg, inputs, {name: tensor.float() for name, tensor in weights.items()}, notes, ADM_PROCESS)
 
 
 def to_diffusers(weights: Mapping[str, Tensor], cfg: PixArt, inputs: Inputs) -> tuple[str, dict, dict[str, Tensor]]:
@@ -168,8 +172,10 @@ def to_diffusers(weights: Mapping[str, Tensor], cfg: PixArt, inputs: Inputs) -> 
     )
     config = {
         "num_attention_heads": cfg.heads, "attention_head_dim": cfg.width // cfg.heads, "num_layers": cfg.depth,
-        "in_channels": inputs.channels, "out_channels": inputs.channels, "sample_size": inputs.resolution,
+        "in_channels": inputs.channels, "sample_size": inputs.resolution,
+        "out_channels": inputs.channels * (2 if cfg.learned_variance else 1),
         "patch_size": cfg.patch, "cross_attention_dim": cfg.width, "caption_channels": inputs.text_width,
         "norm_eps": 1e-6, "interpolation_scale": 1, "use_additional_conditions": False,
     }  # fmt: skip
-    return peer, config, give(weights, diffusers_ties(cfg.depth))
+    theirs = give(weights, diffusers_ties(cfg.depth))
+    return peer, config, join_variance(theirs, "proj_out", cfg.patch, inputs.channels)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gesso.config import Inputs, MMDiT
+from gesso.config import RF, Inputs, MMDiT
 from gesso.interop.found import Found, Tie, controls, count, give, heads_of, layers, refuse, shape, side_of, stack, take
 
 PEER = "transformer_blocks.0.attn.add_k_proj.weight"
@@ -140,7 +140,7 @@ def convert(state: Mapping[str, Tensor], heads: int | None) -> Found:
         "latents": "(SD3 VAE - 0.0609) times 1.5305 when 16 channels",
     }
     weights = from_diffusers(state) if peer else from_original(state)
-    return Found(cfg, inputs, {name: tensor.float() for name, tensor in weights.items()}, notes)
+    return Found(cfg, inputs, {name: tensor.float() for name, tensor in weights.items()}, notes, RF())
 
 
 def to_diffusers(weights: Mapping[str, Tensor], cfg: MMDiT, inputs: Inputs) -> tuple[str, dict, dict[str, Tensor]]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from gesso.config import Control, Inputs, UNet
+from gesso.config import VP, Control, Inputs, UNet
 from gesso.errors import UsageError
 from gesso.interop.found import ASSUMED, Found, Tie, controls, count, give, layers, refuse, shape, take
 
@@ -176,7 +176,7 @@ def convert(state: Mapping[str, Tensor], heads: int | None) -> Found:
     }
     if inputs.pooled_width:
         notes["control"] = "high: original height, width, crop's top, left; low: target height, width"
-    return Found(cfg, inputs, weights, notes)
+    return Found(cfg, inputs, weights, notes, VP())
 
 
 def to_diffusers(weights: Mapping[str, Tensor], cfg: UNet, inputs: Inputs) -> tuple[str, dict, dict[str, Tensor]]:

@@ -24,6 +24,7 @@ from gesso.nets.layers import (
     split_heads,
     unpatchify,
     unrounded,
+    variance_head,
 )
 
 Modulation = tuple[Tensor, ...]
@@ -41,6 +42,8 @@ class Trunk(nn.Module):
         self.time = TimeEmbed(cfg.width)
         self.control = ControlEmbed(inputs.control, cfg.width)
         self.final = linear(cfg.width, cfg.patch**2 * inputs.channels, zero=True)
+        learned = not isinstance(cfg, DiTAtt) and cfg.learned_variance
+        self.variance = variance_head(cfg.width, cfg.patch, inputs.channels) if learned else None
 
     def tokens(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, T, D)."""
@@ -52,10 +55,13 @@ class Trunk(nn.Module):
         """Time and control, (B, D)."""
         return self.control.add(self.time(c_noise), cond, progress)
 
-    def image(self, tokens: Tensor, shift: Tensor, scale: Tensor, like: Tensor) -> Tensor:
-        """(B, T, D) -> (B, C, H, W), the shape of `like`."""
+    def image(self, tokens: Tensor, shift: Tensor, scale: Tensor, like: Tensor, variance: bool = False) -> Tensor:
+        """(B, T, D) -> (B, C, H, W), the shape of `like`; with the learned variance after it (B, 2 C, H, W)."""
         h, w = like.shape[2] // self.patch, like.shape[3] // self.patch
-        return unpatchify(self.final(modulate(tokens, shift, scale)), h, w, self.patch)
+        tokens = modulate(tokens, shift, scale)
+        layers = (self.final, self.variance) if variance else (self.final,)
+        images = [unpatchify(layer(tokens), h, w, self.patch) for layer in layers]
+        return torch.cat(images, dim=1) if variance else images[0]
 
 
 class Branches(nn.Module):
@@ -195,15 +201,17 @@ class DiTNet(nn.Module):
             nn.init.normal_(self.table.weight, std=0.02)
         self.blocks = nn.ModuleList(AdaBlock(cfg) for _ in range(cfg.depth))
         self.final_ada = AdaLN(cfg.width, 2)
+        self.learned_variance = cfg.learned_variance
 
-    def forward(self, x: Tensor, c_noise: Tensor, progress: Tensor, cond: Cond) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, progress: Tensor, cond: Cond, variance: bool = False) -> Tensor:
+        """variance: as in Trunk.image."""
         tokens = self.trunk.tokens(x)
         c = self.trunk.condition(c_noise, progress, cond)
         if self.num_classes:
             c = c + self.table(null_filled(cond, self.num_classes, x))
         for block in self.blocks:
             tokens = block(tokens, c)
-        return self.trunk.image(tokens, *self.final_ada(c), like=x)
+        return self.trunk.image(tokens, *self.final_ada(c), like=x, variance=variance)
 
 
 class DiTAttNet(nn.Module):
@@ -260,8 +268,10 @@ class PixArtNet(nn.Module):
         nn.init.normal_(self.ada.linear.weight, std=0.02)
         self.blocks = nn.ModuleList(SingleBlock(cfg, inputs.semantic) for _ in range(cfg.depth))
         self.final_table = nn.Parameter(torch.randn(2, cfg.width) / cfg.width**0.5)
+        self.learned_variance = cfg.learned_variance
 
-    def forward(self, x: Tensor, c_noise: Tensor, progress: Tensor, cond: Cond) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, progress: Tensor, cond: Cond, variance: bool = False) -> Tensor:
+        """variance: as in Trunk.image."""
         tokens = self.trunk.tokens(x)
         c = self.trunk.condition(c_noise, progress, cond)
         text, mask = self.semantic(cond, x) if self.semantic else (None, None)
@@ -271,4 +281,4 @@ class PixArtNet(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, text, ada, mask)
         shift, scale = (self.final_table + c[:, None]).chunk(2, dim=1)
-        return self.trunk.image(tokens, shift, scale, like=x)
+        return self.trunk.image(tokens, shift, scale, like=x, variance=variance)

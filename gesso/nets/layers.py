@@ -52,6 +52,11 @@ class Mlp(nn.Sequential):
         super().__init__(linear(width, hidden), nn.GELU(approximate="tanh"), linear(hidden, width))
 
 
+def variance_head(width: int, patch: int, channels: int) -> nn.Linear:
+    """The last layer of a learned variance, beside that of the image; frozen, as no loss trains it."""
+    return linear(width, patch**2 * channels, zero=True).requires_grad_(False)
+
+
 def linear(n_in: int, n_out: int, bias: bool = True, zero: bool = False) -> nn.Linear:
     """A linear layer with DiT's initial values; zero for the last layer of a branch."""
     layer = nn.Linear(n_in, n_out, bias=bias)

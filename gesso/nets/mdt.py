@@ -25,7 +25,7 @@ from gesso import keyed
 from gesso.cond import Cond
 from gesso.config import MDT, Inputs
 from gesso.nets.embed import ControlEmbed, SemanticTokens, TimeEmbed, sincos_2d
-from gesso.nets.layers import AdaLN, Mlp, PatchEmbed, linear, modulate, split_heads, unpatchify
+from gesso.nets.layers import AdaLN, Mlp, PatchEmbed, linear, modulate, split_heads, unpatchify, variance_head
 
 
 def keep_ids(seed: int, sample: Tensor, nimg: int, tokens: int, ratio_range: tuple[float, float]) -> Tensor:
@@ -180,12 +180,14 @@ class MDTNet(nn.Module):
         self.decoder = nn.ModuleList(Block(cfg, self.grid, skip=True) for _ in range(cfg.decoder))
         self.final_ada = AdaLN(cfg.width, 2)
         self.final = linear(cfg.width, cfg.patch**2 * inputs.channels, zero=True)
+        self.learned_variance = cfg.learned_variance
+        self.variance = variance_head(cfg.width, cfg.patch, inputs.channels) if cfg.learned_variance else None
 
-    def forward(self, x: Tensor, c_noise: Tensor, progress: Tensor, cond: Cond) -> Tensor:
-        """The network as it is sampled from."""
+    def forward(self, x: Tensor, c_noise: Tensor, progress: Tensor, cond: Cond, variance: bool = False) -> Tensor:
+        """The network as it is sampled from; with the learned variance (B, 2 C, H, W), the variance after the image."""
         tokens, c, layout, h, w = self._begin(x, c_noise, progress, cond)
         decoded = self._encode(tokens, c, layout) + self.decoder_position(h, w).to(tokens.dtype)
-        return self._decode(decoded, tokens, c, layout, h, w)
+        return self._decode(decoded, tokens, c, layout, h, w, variance)
 
     def masked(self, x: Tensor, c_noise: Tensor, progress: Tensor, cond: Cond, keep: Tensor) -> Tensor:
         """The pass whose encoder sees the tokens `keep` (B, K) int64 alone, in any order, each at most once.
@@ -229,8 +231,13 @@ class MDTNet(nn.Module):
             x = block(x, c, layout, skip)
         return x
 
-    def _decode(self, x: Tensor, tokens: Tensor, c: Tensor, layout: Layout, h: int, w: int) -> Tensor:
+    def _decode(
+        self, x: Tensor, tokens: Tensor, c: Tensor, layout: Layout, h: int, w: int, variance: bool = False
+    ) -> Tensor:
         for block in self.decoder:
             x = block(x, c, layout, tokens)
         shift, scale = self.final_ada(c)
-        return unpatchify(self.final(modulate(x, shift, scale)), h, w, self.patch)
+        x = modulate(x, shift, scale)
+        layers = (self.final, self.variance) if variance else (self.final,)
+        images = [unpatchify(layer(x), h, w, self.patch) for layer in layers]
+        return torch.cat(images, dim=1) if variance else images[0]

@@ -3,7 +3,7 @@
 One setting for all networks (Section 3.1, Appendix C): eps-prediction in DDPM's process, Adam(0.9, 0.999), a constant 1e-4,
 bfloat16, batches of 2048 at 256x256 and of 384 at 512x512. Runs at 512 start from one at 256; ours alone rescales noise levels
 and resamples positions, the others have those of their own papers (Table A4 says it of SDXL and SD3). What the paper is silent
-on is marked "our choice". Faces are blurred in its data; image-net.org offers such a version, for which leave out --blur-faces.
+on is marked "our choice". Imported weights of DiT, MDT and PixArt bring their own process, of linear betas (init.process). Faces are blurred in its data; image-net.org offers such a version, for which leave out --blur-faces.
 
 Table A1's sizes hold an MLP of control in every network but mDT's, and no pooled text. Which of the two the numbers of
 Table 1 belong to the paper does not say, and what it says does not agree:

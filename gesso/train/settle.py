@@ -23,11 +23,13 @@ TOLD = ("process.", "semantic.kind", "semantic.encoder", "semantic.tokens", "sem
 def settled(run: Run, source: Source) -> tuple[Run, list[str]]:
     """The run with positions, noise, guidance and classes as the source has them, and what to say of them."""
     tree = config.as_tree(run)
+    process = _process(run, source, tree)
     k = run.inputs.resolution / source.resolution
     here, there = run.data.resolution, source.resolution * run.factor
     lines = [
         f"  resolution  {there} -> {here} pixels (k = {k:g})" if k != 1 else f"  resolution  {here} pixels, as there"
     ]
+    lines += process
     lines += [*_positions(run, source, k, tree), *_noise(run, source, k, tree), *_guidance(run, source, k, tree)]
     if source.run and source.run.data.crop_scale != run.data.crop_scale:
         crops = " -> ".join(str(r.data.crop_scale or "whole") for r in (source.run, run))
@@ -107,12 +109,31 @@ def _grids(run: Run, source: Source, k: float) -> tuple[float | None, int | None
     )
 
 
+MEANING = ("name", "prediction", "betas", "beta_start", "beta_end", "timesteps", "zero_terminal_snr", "sigma_data")
+"""settings of a process that say what a network's inputs and outputs mean; the others say how it is trained and sampled"""
+
+
+def _process(run: Run, source: Source, tree: dict[str, Any]) -> list[str]:
+    """The process of another project's weights in the place of the run's, by init.process; a run's weights are the user's."""
+    if source.run or run.init.process == "run":
+        return []
+    here, there = tree["process"], source.process.model_dump(mode="json")
+    differ = [name for name in MEANING if name in there and here.get(name) != there[name]]
+    if not differ:
+        return []
+    kept = here if here["name"] == there["name"] else there | {"scale": here["scale"]}
+    tree["process"] = kept | {name: there[name] for name in MEANING if name in there}
+    settings = " ".join(f"process.{name}={there[name]}" for name in differ)
+    return [f"  process     {settings}, as the weights were trained (init.process=run keeps the run's own)"]
+
+
 def _noise(run: Run, source: Source, k: float, tree: dict[str, Any]) -> list[str]:
     """process.scale: that of the source, times k (Proposition 1)."""
-    how, scale = run.init.noise, source.scale * (k if run.init.noise == "scaled" else 1)
+    there = source.process.scale
+    how, scale = run.init.noise, there * (k if run.init.noise == "scaled" else 1)
     if run.process.scale not in (1, scale):
         raise UsageError(
-            f"process.scale={run.process.scale:g}, but init.noise={how} makes it {scale:g} ({source.scale:g} in the source, "
+            f"process.scale={run.process.scale:g}, but init.noise={how} makes it {scale:g} ({there:g} in the source, "
             f"k = {k:g}): say process.scale={scale:g}, or leave it out"
         )
     tree["process"]["scale"] = scale
@@ -159,6 +180,11 @@ def recalled(run: Run, recorded: Run) -> Run:
     for block, name in [*settled_there, ("net", "positions_at"), ("net", "positions_span")]:
         if name in tree[block] and tree[block][name] in (None, 1):
             tree[block][name] = then[block].get(name)
+    foreign = recorded.init.fingerprint and recorded.init.nimg is None
+    if foreign and run.init.process == recorded.init.process == "source":
+        old, new = tree["process"], then["process"]
+        kept = old if old["name"] == new["name"] else new
+        tree["process"] = kept | {name: new[name] for name in MEANING if name in new}
     return config.validate(tree)
 
 

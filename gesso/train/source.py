@@ -13,22 +13,14 @@ from gesso import config, ema, interop, nets, snapshot
 from gesso.config import Inputs, Net, Run
 from gesso.config.base import parse_count
 from gesso.config.net import Transformer
+from gesso.config.process import Process
 from gesso.ema.stream import File
 from gesso.errors import RunError, UsageError
 from gesso.generate import POOR
 from gesso.interop.found import ASSUMED, Found
 
-FREE = (
-    "positions",
-    "positions_at",
-    "positions_span",
-    "max_grid",
-    "dropout",
-    "mask_ratio",
-    "context",
-    "text_embed",
-    "pooled_mlp",
-)
+FREE = ("positions", "positions_at", "positions_span", "max_grid", "dropout", "mask_ratio", "context", "text_embed", "pooled_mlp",
+        "learned_variance")  # fmt: skip
 """settings of a network that may differ: positions are moved, and what tensors they change is told tensor by tensor"""
 INSIDE = ("ema", "state_dict", "model")
 """where a training checkpoint of PyTorch keeps the weights, the averages first"""
@@ -38,7 +30,8 @@ class Source(NamedTuple):
     """Weights and their network.
 
     called: one line on where they come from; resolution, base: height and width of x in training, and of the x on whose
-    grid positions are counted (inputs.positions_span: of that which spans it); scale: process.scale; run: None of another project; record: what config.Init keeps of it.
+    grid positions are counted (inputs.positions_span: of that which spans it); process: the one that the weights were trained
+    under; run: None of another project; record: what config.Init keeps of it.
     """
 
     called: str
@@ -47,7 +40,7 @@ class Source(NamedTuple):
     weights: Mapping[str, Tensor]
     resolution: int
     base: int
-    scale: float
+    process: Process
     run: Run | None
     record: dict[str, Any]
     notes: list[str]
@@ -129,9 +122,7 @@ def _of_run(
     if isinstance(target, ema.Power | ema.Traditional):
         record |= {"sigma_rel": target.sigma_rel} if isinstance(target, ema.Power) else {"halflife": target.halflife}
     base = inputs.positions_at or inputs.resolution
-    return Source(
-        called, there.net, inputs, weights, inputs.resolution, base, there.process.scale, there, record, notes
-    )
+    return Source(called, there.net, inputs, weights, inputs.resolution, base, there.process, there, record, notes)
 
 
 def _of_file(path: Path, run: Run) -> Source:
@@ -158,7 +149,7 @@ def _of_file(path: Path, run: Run) -> Source:
         )
     called = f"{path} ({found.notes['source']})"
     return Source(
-        called, found.cfg, found.inputs, found.weights, resolution, resolution, 1.0, None, {}, [*notes, *said]
+        called, found.cfg, found.inputs, found.weights, resolution, resolution, found.process, None, {}, [*notes, *said]
     )
 
 

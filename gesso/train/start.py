@@ -199,6 +199,7 @@ def start(run: Run, out: Path, resume: bool, console: Console, say: Callable[[st
                 for folder in (out, out / "state", out / "snapshots"):
                     files.sweep(folder)
             run, denoiser, account = transfer.begun(run, source) if source else (run, None, [])
+            check(run)  # once more, as the source may have brought its process
             source = None
             if ranks.main:
                 run = prepare(out, run, device, ranks)
