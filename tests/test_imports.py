@@ -68,7 +68,7 @@ def test_the_rule_would_notice():
 def test_depth_and_size():
     for path in files():
         assert len(path.relative_to(ROOT).parts) <= 2, f"{path}: deeper than two"
-        assert len(path.read_text().splitlines()) <= 350, f"{path}: more than 350 lines"
+        assert len(path.read_text().splitlines()) <= 600, f"{path}: more than 600 lines"
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno <= 60, f"{path}:{node.lineno} {node.name}: more than 60 lines"
