@@ -41,10 +41,11 @@ def generate(
 
     seeds: N of them; cond: the conditions of N samples (conditions.build); guide: the network that
     run.sample.guide names; space: opened before, to open a VAE once. Raises UsageError for levels that the process
-    does not have, and for a VAE that cannot be opened.
+    does not have, for a precision that the device does not have, and for a VAE that cannot be opened.
     """
     cfg = run.sample
     device = next(denoiser.parameters()).device
+    check_device(run, device)
     dtype = getattr(torch, cfg.state_dtype)
     shape = (run.channels, *(side // run.factor for side in run.canvas))
     space = space or Space(run.data, run.latent, denoiser.process.sd, device)
@@ -74,6 +75,11 @@ def check(run: Run) -> None:
     schedule.asked(process.build(run.process), run.sample)
 
 
+def check_device(run: Run, device: torch.device | None = None) -> None:
+    """Raise UsageError where the device (that of train.device, when None) cannot sample in sample.precision."""
+    devices.check_precision(device or device_of(run), "sample.precision", run.sample.precision)
+
+
 def strength(run: Run) -> float:
     """lambda at the resolution to sample at, by the scale law where the run says what it was tuned at."""
     cfg = run.sample
@@ -93,7 +99,13 @@ def guided(denoiser: Denoiser, run: Run, cond: Cond, guide: Denoiser | None) -> 
         )
         for lam in (strength(run), 1.0)
     )  # fmt: skip
-    return guidance.within(inside, outside, denoiser.process.alpha, cfg.interval) if cfg.interval else inside
+    exact = guidance.within(inside, outside, denoiser.process.alpha, cfg.interval) if cfg.interval else inside
+
+    def denoise(x: Tensor, s: Tensor) -> Tensor:
+        with devices.products(x.device, cfg.precision):
+            return exact(x, s)
+
+    return denoise
 
 
 def grid(images: Tensor, columns: int, tile: int = 48) -> Image.Image:
@@ -135,6 +147,7 @@ class Asked(NamedTuple):
 def draw(folder: Path, run: Run, asked: Asked, out: Path | None) -> list[str]:
     """Images of a run as PNG files and one picture of all; returns what to tell the user."""
     check(run)
+    check_device(run)
     seeds = conditions.numbers(asked.seeds, "--seeds")
     labels = conditions.labels_for(run, asked.label, len(seeds))
     prompts = conditions.prompts_for(run, asked.prompts, len(seeds))
