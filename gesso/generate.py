@@ -41,10 +41,11 @@ def generate(
 
     seeds: N of them; cond: the conditions of N samples (conditions.build); guide: the network that
     run.sample.guide names; space: opened before, to open a VAE once. Raises UsageError for levels that the process
-    does not have, and for a VAE that cannot be opened.
+    does not have, for a precision that the device does not have, and for a VAE that cannot be opened.
     """
     cfg = run.sample
     device = next(denoiser.parameters()).device
+    check_device(run, device)
     dtype = getattr(torch, cfg.state_dtype)
     shape = (run.channels, *(side // run.factor for side in run.canvas))
     space = space or Space(run.data, run.latent, denoiser.process.sd, device, cfg.to_uint8)
@@ -72,6 +73,11 @@ def opened_space(run: Run) -> Space:
 def check(run: Run) -> None:
     """Raise UsageError for sampling settings that the run's process does not have, before any work."""
     schedule.asked(process.build(run.process), run.sample)
+
+
+def check_device(run: Run, device: torch.device | None = None) -> None:
+    """Raise UsageError where the device (that of train.device, when None) cannot sample in sample.precision."""
+    devices.check_precision(device or device_of(run), "sample.precision", run.sample.precision)
 
 
 def strength(run: Run) -> float:
@@ -104,7 +110,18 @@ def guided(denoiser: Denoiser, run: Run, cond: Cond, guide: Denoiser | None) -> 
     if cfg.clip:  # pixels in [-1, 1] as x0, by channel
         ends = Space(run.data, run.latent, process.sd, "cpu").ends()
         inside, outside = (guidance.clipped(denoise, *ends) for denoise in (inside, outside))
+    inside, outside = (in_precision(denoise, cfg.precision) for denoise in (inside, outside))
     return guidance.Within(inside, outside, process.alpha, cfg.interval) if cfg.interval else inside
+
+
+def in_precision(denoise: guidance.Denoise, precision: str) -> guidance.Denoise:
+    """Return `denoise` with its products computed in `precision` (sample.precision)."""
+
+    def rounded(x: Tensor, s: Tensor) -> Tensor:
+        with devices.products(x.device, precision):
+            return denoise(x, s)
+
+    return rounded
 
 
 def grid(images: Tensor, columns: int, tile: int = 48) -> Image.Image:
@@ -146,6 +163,7 @@ class Asked(NamedTuple):
 def draw(folder: Path, run: Run, asked: Asked, out: Path | None) -> list[str]:
     """Images of a run as PNG files and one picture of all; returns what to tell the user."""
     check(run)
+    check_device(run)
     seeds = conditions.numbers(asked.seeds, "--seeds")
     labels = conditions.labels_for(run, asked.label, len(seeds))
     prompts = conditions.prompts_for(run, asked.prompts, len(seeds))

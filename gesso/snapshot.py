@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -38,32 +38,46 @@ class Snapshot:
     profile: Profile
     run: dict[str, Any] | None = field(default=None, compare=False, repr=False)
     """settings of the run, as plain values; of another trainer {"trainer": a name of its own}, or None"""
+    buffers: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """tensors that are no averages but copies, which are never combined"""
 
 
 Target = Profile | PerTensor
 
 
 def write(
-    path: Path, tensors: dict[str, Tensor], nimg: int, profile: Profile, run: Run | str, rows: Tensor | None = None
+    path: Path,
+    tensors: dict[str, Tensor],
+    nimg: int,
+    profile: Profile,
+    run: Run | str,
+    rows: Tensor | None = None,
+    buffers: Collection[str] = (),
 ) -> None:
     """Store named weights in safetensors with all that is needed to use them alone.
 
     rows (M, n): control variables of training samples, from which sampling draws. run: of another trainer a name.
+    buffers: names of tensors that are copies at this time and no averages.
     """
     if rows is not None:
         tensors = tensors | {ROWS: rows}
-    metadata = _metadata(nimg, profile, {"trainer": run} if isinstance(run, str) else config.as_tree(run))
+    metadata = _metadata(nimg, profile, {"trainer": run} if isinstance(run, str) else config.as_tree(run), buffers)
     with files.whole(path) as temporary:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
 
 
-def _metadata(nimg: int, target: Target, run: dict[str, Any] | None) -> dict[str, str]:
+def _metadata(nimg: int, target: Target, run: dict[str, Any] | None, buffers: Collection[str] = ()) -> dict[str, str]:
     rest = target.rest if isinstance(target, PerTensor) else target
-    groups = {"tensors": {g: asdict(p) for g, p in target.groups}} if isinstance(target, PerTensor) else {}
-    # asdict: the one key sigma_rel or halflife, none of raw weights.
-    description = {"format": FORMAT, "nimg": nimg, **asdict(rest), **groups, "run": run}
+    groups = {"tensors": {g: _parameters(p) for g, p in target.groups}} if isinstance(target, PerTensor) else {}
+    copied = {"buffers": sorted(buffers)} if buffers else {}
+    description = {"format": FORMAT, "nimg": nimg, **_parameters(rest), **groups, **copied, "run": run}
     # One key: safetensors writes several in no fixed order, and equal runs shall give equal bytes.
     return {"gesso": json.dumps(description)}
+
+
+def _parameters(profile: Profile) -> dict[str, float]:
+    """The key sigma_rel or halflife, with rampup where there is one; none of raw weights."""
+    return {name: value for name, value in asdict(profile).items() if value is not None}
 
 
 def path_for(folder: Path, nimg: int, target: Target) -> Path:
@@ -92,8 +106,8 @@ def _snapshot(path: Path, description: dict[str, Any]) -> Snapshot:
     if "sigma_rel" in description:
         profile = Power(description["sigma_rel"])
     elif "halflife" in description:
-        profile = Traditional(description["halflife"])
-    return Snapshot(path, description["nimg"], profile, description["run"])
+        profile = Traditional(description["halflife"], description.get("rampup"))
+    return Snapshot(path, description["nimg"], profile, description["run"], tuple(description.get("buffers", ())))
 
 
 def stored(run_folder: Path) -> list[Snapshot]:
@@ -186,8 +200,13 @@ def _readers(plan: Plan) -> list[File]:
 
 def _sums(plan: Plan, readers: Sequence[File], device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
     """Name and values for each target (targets, *shape), one pass over the files. Raises RunError for what is not finite."""
+    buffers = set(plan.used[-1].buffers)
     for name in sorted(set(readers[-1].keys()) - {ROWS}):
-        values = ema.combined(readers, plan.coefficients(name), name, device)
+        if name in buffers:
+            value = readers[-1].whole(name)
+            values = value.expand(len(plan.targets), *value.shape).clone()
+        else:
+            values = ema.combined(readers, plan.coefficients(name), name, device)
         # A sum is finite only if all are, and is a quarter of the work of asking each.
         if (
             values.is_floating_point()
@@ -207,7 +226,7 @@ def make(plan: Plan, folder: Path, device: torch.device | str = "cpu") -> list[P
     readers = _readers(plan)
     with contextlib.ExitStack() as stack:
         likes = {name: readers[-1].like(name) for name in list(readers[-1].keys())}
-        metadata = [_metadata(plan.nimg, target, last.run) for target in plan.targets]
+        metadata = [_metadata(plan.nimg, target, last.run, last.buffers) for target in plan.targets]
         puts = [stack.enter_context(written(p, likes, m)) for p, m in zip(paths, metadata, strict=True)]
         if ROWS in likes:
             for put in puts:
@@ -259,13 +278,26 @@ class PostHocEMA:
 
     Averages are those of the continuous-time profile with weights that stay as they are between updates. A sharded
     module (FSDP2) has sharded averages; all processes call `save`, and the first writes.
+
+    Parameters are averaged. Buffers (the statistics and counts of a BatchNorm, constants) are copied as they are at the last
+    update, as EDM2's published classes do, and synthesized weights have those of the last snapshot. rampup: that of all
+    half-lives (ema.Traditional).
     """
 
-    def __init__(self, module: nn.Module, sigma_rels: Sequence[float] = (0.05, 0.10), halflives: Sequence[int] = ()):
+    def __init__(
+        self,
+        module: nn.Module,
+        sigma_rels: Sequence[float] = (0.05, 0.10),
+        halflives: Sequence[int] = (),
+        rampup: float | None = None,
+    ):
         if not sigma_rels and not halflives:
             raise UsageError("no average to keep: name a length, such as sigma_rels=(0.05, 0.1)")
         self.module, self.nimg, self.name = module, 0, secrets.token_hex(8)
-        self.tracker = ema.Tracker(module.state_dict(), [*map(Power, sigma_rels), *map(Traditional, halflives)])
+        profiles = [*map(Power, sigma_rels), *(Traditional(halflife, rampup) for halflife in halflives)]
+        tensors = module.state_dict()
+        learned = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        self.tracker = ema.Tracker(tensors, profiles, copied=tensors.keys() - learned)
 
     def update(self, nimg: int) -> None:
         """Move on to nimg images seen. Raises UsageError when time does not go on."""
@@ -283,7 +315,7 @@ class PostHocEMA:
         for path, (profile, average) in zip(paths, self.tracker.averages.items(), strict=True):
             tensors = {name: ema.whole(tensor) for name, tensor in average.items()}
             if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-                write(path, tensors, self.nimg, profile, self.name)
+                write(path, tensors, self.nimg, profile, self.name, buffers=self.tracker.copied)
         return paths
 
     @staticmethod

@@ -580,9 +580,9 @@ def test_settings_that_are_refused(given, said):
 
 
 def test_config_a():
-    """B.1: a half-life of 50M images; the other steps have power profiles."""
+    """B.1: a half-life of 50M images, with the ramp-up of EDM's framework; the other steps have power profiles."""
     run = recipes.resolve("edm2-ladder-a", [])[0]
-    assert ema.chosen(run.sample) == Traditional(50_000_000) in ema.tracked(run.ema)
+    assert ema.chosen(run.sample) == Traditional(50_000_000, 0.05) in ema.tracked(run.ema)
     rest = [recipes.resolve(f"edm2-ladder-{step}", [])[0] for step in "bcdefg"]
     assert all(r.ema.halflives == () and isinstance(ema.chosen(r.sample), Power) for r in rest)
     assert recipes.resolve("digits", ['ema.halflives=["50M","200k"]'])[0].ema.halflives == (50_000_000, 200_000)

@@ -103,7 +103,7 @@ def test_a_source_that_is_not_there_yet(recipe):
         "in1k-256-dit": ["net.width=32", "net.depth=1", "net.heads=2"], "folder": ["net.width=32", "net.depth=1"],
         "cc12m-256-ours": ["net.width=32", "net.depth=1", "net.heads=2"],
         "cc12m-256-sdxl": ["net.channels=32", "net.transformer_depth=[1,0,0,0]", "net.heads=2"],
-        "edm2-img512-xs": ["net.channels=16", "net.channels_per_head=16"],
+        "edm2-img512-xs": ["net.channels=16", "net.channels_per_head=16", "train.precision=full"],
     }[recipe]  # fmt: skip
     run = recipes.resolve(recipe, [*small, "train.batch_size=2", "train.total_images=64", "data.source=not/there"])[0]
     _, dataset = imagined(run)

@@ -17,39 +17,86 @@ from gesso.interop import found
 from gesso.nets.embed import GridPosition
 
 
-def published_edm2(c=64, classes=7, channels=3):
-    """A random state dict with the names and shapes of a published EDM2 model: 16x16, two levels, one block."""
-    g = torch.Generator().manual_seed(0)
-    r = lambda *shape: torch.randn(shape, generator=g) * 1.7  # noqa: E731
-    state = {
-        "unet.out_gain": torch.tensor(0.8), "unet.emb_fourier.freqs": r(c), "unet.emb_fourier.phases": r(c),
-        "unet.emb_noise.weight": r(4 * c, c), "unet.emb_label.weight": r(4 * c, classes),
-        "unet.enc.16x16_conv.weight": r(c, channels + 1, 3, 3), "unet.out_conv.weight": r(channels, c, 3, 3),
-        "logvar_fourier.freqs": r(128), "logvar_fourier.phases": r(128), "logvar_linear.weight": r(1, 128),
+def published_shapes(c=64, classes=7, channels=3, multipliers=(1, 2), resolution=16, attention=(8,)):
+    """Names and shapes of a published EDM2 state of one block a level; in0 always has attention, the embedding the width of
+    the widest level."""
+    widths = [c * m for m in multipliers]
+    E, side = max(widths), {i: f"{resolution >> i}x{resolution >> i}" for i in range(len(widths))}
+    shapes = {
+        "unet.out_gain": (), "unet.emb_fourier.freqs": (c,), "unet.emb_fourier.phases": (c,), "unet.emb_noise.weight": (E, c),
+        "unet.emb_label.weight": (E, classes), f"unet.enc.{side[0]}_conv.weight": (c, channels + 1, 3, 3),
+        "unet.out_conv.weight": (channels, c, 3, 3), "logvar_fourier.freqs": (128,), "logvar_fourier.phases": (128,),
+        "logvar_linear.weight": (1, 128),
     }  # fmt: skip
 
-    def block(name, n_in, n_out, first, attention):
-        state[f"{name}.emb_gain"] = torch.randn((), generator=g)
-        state[f"{name}.emb_linear.weight"] = r(n_out, 4 * c)
-        state[f"{name}.conv_res0.weight"] = r(n_out, first, 3, 3)
-        state[f"{name}.conv_res1.weight"] = r(n_out, n_out, 3, 3)
+    def block(name, n_in, n_out, attends=False):
+        first = n_out if name.startswith("enc") else n_in
+        inner = {"emb_gain": (), "emb_linear.weight": (n_out, E), "conv_res0.weight": (n_out, first, 3, 3),
+                 "conv_res1.weight": (n_out, n_out, 3, 3)}  # fmt: skip
         if n_in != n_out:
-            state[f"{name}.conv_skip.weight"] = r(n_out, n_in, 1, 1)
-        if attention:
-            state[f"{name}.attn_qkv.weight"] = r(3 * n_out, n_out, 1, 1)
-            state[f"{name}.attn_proj.weight"] = r(n_out, n_out, 1, 1)
+            inner["conv_skip.weight"] = (n_out, n_in, 1, 1)
+        if attends:
+            inner |= {"attn_qkv.weight": (3 * n_out, n_out, 1, 1), "attn_proj.weight": (n_out, n_out, 1, 1)}
+        shapes.update({f"unet.{name}.{key}": shape for key, shape in inner.items()})
 
-    block("unet.enc.16x16_block0", c, c, c, False)
-    block("unet.enc.8x8_down", c, c, c, False)
-    block("unet.enc.8x8_block0", c, 2 * c, 2 * c, True)
-    block("unet.dec.8x8_in0", 2 * c, 2 * c, 2 * c, True)
-    block("unet.dec.8x8_in1", 2 * c, 2 * c, 2 * c, False)
-    block("unet.dec.8x8_block0", 4 * c, 2 * c, 4 * c, True)
-    block("unet.dec.8x8_block1", 3 * c, 2 * c, 3 * c, True)
-    block("unet.dec.16x16_up", 2 * c, 2 * c, 2 * c, False)
-    block("unet.dec.16x16_block0", 3 * c, c, 3 * c, False)
-    block("unet.dec.16x16_block1", 2 * c, c, 2 * c, False)
-    return state
+    at, skips = c, [c]
+    for i, width in enumerate(widths):
+        if i:
+            block(f"enc.{side[i]}_down", at, at)
+            skips.append(at)
+        block(f"enc.{side[i]}_block0", at, width, resolution >> i in attention)
+        at = width
+        skips.append(at)
+    for i, width in reversed(list(enumerate(widths))):
+        lowest = i == len(widths) - 1
+        for name in ("in0", "in1") if lowest else ("up",):
+            block(f"dec.{side[i]}_{name}", at, at, name == "in0")
+        for k in range(2):
+            block(f"dec.{side[i]}_block{k}", at + skips.pop(), width, resolution >> i in attention)
+            at = width
+    return shapes
+
+
+def published_edm2():
+    """A random state dict with the names and shapes of a published EDM2 model: 16x16, two levels, one block."""
+    g = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(shape, generator=g) * 1.7 for name, shape in published_shapes().items()}
+    return state | {"unet.out_gain": torch.tensor(0.8)}
+
+
+def formula(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Numbers in (-1.7, 1.7) that depend on a name and a place alone, as scrambled 32-bit integers; float64."""
+    i = torch.arange(torch.Size(shape).numel())
+    key = sum((k + 1) * ord(letter) for k, letter in enumerate(name)) % 65521
+    h = (i * i * 2654435761 + i * 40503 + key * 2246822519) % 2**32
+    h = (h ^ (h >> 15)) * 2246822519 % 2**32
+    h = h ^ (h >> 13)
+    return ((h.double() / 2**32 * 2 - 1) * 1.7).reshape(shape)
+
+
+def test_a_published_network_of_three_levels_loads():
+    """Its embedding is as wide as its widest level, 3 c. Every 128th number that the published code, in float64, returns for
+    weights by `formula`."""
+    published = torch.tensor(
+        [0.1417662691, 0.3050769567, -0.0962073776, 0.0321755406, -0.0000232132, -0.0195055597, 0.1599899118, 0.0788564872,
+         -0.0176579172, 0.1525166124, 0.0500174311, -0.1059784104], dtype=torch.float64,
+    )  # fmt: skip
+    shapes = published_shapes(classes=5, multipliers=(1, 2, 3), attention=(8, 4))
+    net, _ = interop.load({name: formula(name, shape) for name, shape in shapes.items()})
+    assert len(shapes) == 92 and net.emb_noise.weight.shape == (192, 64)
+    net = net.double()
+    # Frequencies pass through float32 at loading, as all weights do; here they are multiplied by up to .28.
+    c_noise = torch.tensor([0.4, 3.0]).double().log() / 4
+    ours = net(formula("x", (2, 3, 16, 16)), c_noise, c_noise, Cond(label=torch.tensor([1, 3]))).detach()
+    torch.testing.assert_close(ours.flatten()[::128], published, rtol=1e-5, atol=1e-6)
+    assert float(ours.square().sum()) == pytest.approx(40.895036802059465, rel=1e-6)
+
+
+def test_an_embedding_of_another_width_is_refused():
+    """channel_mult_emb of the published code, which no published model has."""
+    state = published_edm2() | {"unet.emb_noise.weight": torch.randn(256, 64)}
+    with pytest.raises(UsageError, match=r"embedding has 256 channels .* its widest level 128"):
+        interop.load(state)
 
 
 ORDER = {

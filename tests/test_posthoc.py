@@ -230,7 +230,7 @@ def test_one_pass_reads_each_number_once(tmp_path, monkeypatch):
     available = snapshot.stored(kept_folder(tmp_path))
     targets = [Power(s) for s in np.geomspace(0.03, 0.2, 8)]
     weights = snapshot.made(snapshot.plan(available, targets))
-    floats = {name: v.numel() for name, v in weights[0].items() if v.is_floating_point()}
+    floats = {n: v.numel() for n, v in weights[0].items() if v.is_floating_point() and not n.startswith("1.running")}
     assert sum(n for _, name, n in read if name in floats) == len(available) * sum(floats.values())
     # What is stored is read from its own file alone.
     read.clear()

@@ -676,7 +676,7 @@ def test_passes_of_drawing(tmp_path, said, passes):
     (job,) = plan.jobs(table, "tiny", [0], tmp_path)
     run = estimates.completed(estimates.asked(job))
     one = estimates.counted(run.net, run.inputs, run.semantic.tokens).macs
-    assert estimates.of_measuring(job) == pytest.approx(estimates.hours(100 * passes * one))
+    assert estimates.of_measuring(job) == pytest.approx(estimates.hours(100 * passes * one, "float32"))
 
 
 def test_slurm_scripts(tmp_path, known):

@@ -304,13 +304,15 @@ def test_the_layers_of_figure_5b(step):
         table = {name: interop.layer(name, run.net, inputs) for name in FIGURE_5B}
         there = {name: ours for name, ours in table.items() if ours in shapes}
         assert tuple(there) == wanted and len(set(there.values())) == len(there)
-        c, kernel = run.net.channels, {"conv0": 3, "conv1": 3, "skip": 1}
+        c, E = run.net.channels, run.net.embedding_width
+        kernel = {"conv0": 3, "conv1": 3, "skip": 1}
+        assert c * (4 if ground is PAPER else 2) == E
         for name, ours in there.items():
             shape, part = shapes[ours], name.split("-")[-1]
             if part in kernel:
                 assert shape[2:] == (kernel[part],) * 2
-            assert part != "affine" or (len(shape) == 2 and shape[1] == 4 * c)
-        assert shapes[there["enc-64x64-conv"]][0] == c and shapes[there["map-label"]] == (4 * c, 1000)
+            assert part != "affine" or (len(shape) == 2 and shape[1] == E)
+        assert shapes[there["enc-64x64-conv"]][0] == c and shapes[there["map-label"]] == (E, 1000)
         if ground is PAPER:
             assert shapes[there["enc-8x8-block0-skip"]] == (4 * c, 3 * c, 1, 1)
             assert shapes[there["dec-8x8-in0-affine"]][0] == 4 * c * (2 if step == "B" else 1)  # B has offsets too

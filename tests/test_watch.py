@@ -327,7 +327,8 @@ def test_activations_against_brute_force(name):
             def note(module, inputs, out, bucket=bucket):
                 by_feature = out.double().movedim(1 if module.weight.ndim == 4 else -1, 0)  # N B ...
                 for feature in by_feature:
-                    magnitudes = [float(sample.square().mean() ** 0.5) for sample in feature]
+                    share = getattr(module, "share", 1)  # the coefficient of an MP-sum is no part of an output
+                    magnitudes = [float(sample.square().mean() ** 0.5) / share for sample in feature]
                     outs.setdefault(bucket, []).append(sum(magnitudes) / len(magnitudes))
 
             handles.append(layer.register_forward_hook(note))
@@ -695,3 +696,28 @@ def test_wandb_offline_has_each_value_once(tmp_path, monkeypatch):
     assert values == [(line["nimg"], line["loss"]) for line in lines]
     known = json.loads((tmp_path / "run" / "wandb.json").read_text())
     assert {record.run.run_id for record in found} - {""} == {known["id"]} and known["nimg"] == 320
+
+
+def test_config_g_reports_the_same_as_edm2_and_as_ladder():
+    """At equal seeds, fresh and after some steps: coefficients of MP-sums that one of them folds into weights are taken out."""
+    found = []
+    for name in (["net.name=edm2"], ["net.name=edm2-ladder", "net.step=G"]):
+        settings = ["net.channels=16", "net.channels_per_head=16", "semantic.dropout=0", "sample.guidance=1"]
+        run = recipes.resolve("digits-edm2", [*name, *settings, "train.batch_size=16", "optim.warmup_images=0"])[0]
+        trainer = loop.Trainer(*opened(run, QUIET))
+        for steps in (0, 4):
+            [trainer.step() for _ in range(steps)]
+            x0, cond = trainer.batches(torch.arange(16))
+            s = torch.linspace(0.1, 3, 16)
+            net = trainer.denoiser.net.eval()
+            with Magnitudes(net, 8) as magnitudes, torch.no_grad():
+                trainer.denoiser(x0 + s[:, None, None, None], s, cond)
+            weights = magnitudes.weights(dict(net.state_dict()))
+            found.append((magnitudes.activations(), magnitudes.main_path(), weights, set(magnitudes._sums)))
+            net.train()
+    for ours, theirs in zip(found[:2], found[2:], strict=True):
+        assert ours[3] == theirs[3] and any(name.endswith("attention.proj") for name in ours[3])
+        for a, b in zip(ours[:3], theirs[:3], strict=True):
+            assert a.keys() == b.keys()
+            for bucket in a:
+                assert a[bucket] == pytest.approx(b[bucket], rel=1e-4)

@@ -96,6 +96,16 @@ class EDM2(Settings):
         """Height and width must be multiples of this."""
         return 2 ** (len(self.multipliers) - 1)
 
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level, from the highest resolution down."""
+        return [self.channels * m for m in self.multipliers]
+
+    @property
+    def embedding_width(self) -> int:
+        """Channels of the embedding: those of the widest level, as in the published network."""
+        return max(self.widths)
+
 
 class EDM2Ladder(Settings):
     """CONFIGS A to G of EDM2 as cumulative steps (Karras et al. 2024, Figures 16-22)."""
@@ -117,6 +127,17 @@ class EDM2Ladder(Settings):
     @property
     def multiple(self) -> int:
         return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level, from the highest resolution down."""
+        return [self.channels * m for m in self.multipliers]
+
+    @property
+    def embedding_width(self) -> int:
+        """Channels of the embedding: those of the widest level. Our choice for CONFIGS A to F at other multipliers than
+        the published ones, so that the ladder changes nothing else."""
+        return max(self.widths)
 
 
 class Transformer(Settings):

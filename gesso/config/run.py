@@ -91,6 +91,9 @@ class Ema(Settings):
     """relative lengths of power-function averages; two allow any other to be rebuilt afterwards"""
     halflives: tuple[Positive, ...] = ()
     """images; a traditional average of fixed half-life each; CONFIG A has 50M"""
+    rampup: Annotated[float, Field(gt=0, lt=0.69)] | None = None
+    """of traditional averages: the half-life is at most this share of the images seen (EDM's ema_rampup_ratio, .05 there; .09 in
+    EDM2's code). null: the same half-life from the first image on"""
     device: Literal["same", "cpu"] = "same"
     """where they are kept: beside the weights, or in the host's memory, to which every step then copies the weights"""
     snapshots: Literal["same", "float16"] = "same"
@@ -332,6 +335,11 @@ class Run(Settings):
     def channels(self) -> int:
         """C of x0."""
         return self.latent.channels if self.latent.vae else self.data.channels
+
+    @property
+    def elements(self) -> int:
+        """C*H*W of x0 at data.resolution, square: how many times a sum over elements is their mean."""
+        return self.channels * (self.data.resolution // self.factor) ** 2
 
     @property
     def factor(self) -> int:

@@ -1,9 +1,9 @@
 """How images are drawn."""
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from gesso.config.base import Positive, Probability, Settings, SigmaRel
 
@@ -44,6 +44,10 @@ class Sample(Settings):
     S_noise: PositiveFloat = 1.0
     state_dtype: Literal["float32", "float64"] = "float32"
     """of the image between steps; the network computes in its own"""
+    precision: Literal["full", "tf32", "bfloat16", "float16"] = "full"
+    """that the networks compute products in: full is the dtype of the weights; tf32 rounds the factors of float32 products to
+    10 bits on GPUs; bfloat16 and float16 by autocast, embeddings excepted. EDM2's samples are of float16 (Table 6). The VAE
+    computes in latent.dtype"""
     guidance: float = 1.0
     """lambda: weight of the conditional denoiser, 1-lambda of the guiding one; 1 is none (Berrada et al. Eq. 2)"""
     control_guidance: float = 1.0
@@ -81,6 +85,8 @@ class Sample(Settings):
     """EMA length of the weights"""
     halflife: Positive | None = None
     """images; the traditional average of this half-life instead of sigma_rel"""
+    rampup: Annotated[float, Field(gt=0, lt=0.69)] | None = None
+    """that of the traditional average, as ema.rampup"""
     batch_size: Positive = 256
 
     @property

@@ -9,11 +9,15 @@ from gesso.config.base import Count, Positive, Probability, Settings
 
 
 class Loss(Settings):
-    """Factors on |D - x0|^2."""
+    """Factors on |D - x0|^2, and how elements are joined into the loss whose gradient is taken."""
 
     weighting: Literal["native", "uniform", "min-snr", "uncertainty", "uncertainty-uniform"] = "native"
     """native: MSE of the network's own target; uniform: 1; min-snr: min(SNR, 5); uncertainty: native / e^u + u (EDM2 Eq. 21);
     uncertainty-uniform: 1 / e^u + u, the same with lambda = 1 (Appendix B.2)"""
+    reduction: Literal["mean", "sum"] = "mean"
+    """over the C*H*W elements of a sample, u(s) included; the batch is averaged in both. sum: EDM and EDM2, whose optim.eps,
+    train.loss_scale and optim.clip are meant for gradients of that size, C*H*W times those of the mean; mean: DiT, MDT, SD3,
+    PixArt, diffusers. All losses in the log are means over elements, whichever is trained with"""
 
     @property
     def uncertain(self) -> bool:
@@ -47,6 +51,7 @@ class Optim(Settings):
     in images and stays"""
     betas: tuple[Probability, Probability] = (0.9, 0.99)
     eps: PositiveFloat = 1e-8
+    """added to the root of Adam's second moment: what it is small against depends on loss.reduction"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """for matrices and kernels; weights on the sphere, gains and biases have none"""
     schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
@@ -56,7 +61,8 @@ class Optim(Settings):
     warmup_images: Annotated[Count, Field(ge=0)] = 0
     """linear warm-up over the first images"""
     clip: PositiveFloat | None = None
-    """largest gradient norm, after the projection onto the tangent planes"""
+    """largest gradient norm, after the projection onto the tangent planes, of the loss that loss.reduction says: under sum it
+    is C*H*W times that under mean (16,384 for 64x64x4). grad_norm in log.jsonl is this norm, before clipping"""
     state: Literal["full", "8bit"] = "full"
     """8bit: Adam's averages in 8 bits with a factor for every 256 (Dettmers et al. 2022), 2 bytes for a weight instead of 8;
     needs bitsandbytes (pip install 'gesso[bits]')"""
@@ -96,9 +102,12 @@ class Train(Settings):
     dtype: Literal["float32", "float64"] = "float32"
     """of weights, averages and optimizer"""
     precision: Literal["full", "bfloat16", "float16"] = "full"
-    """that products are computed in (autocast); full is dtype. Weights, norms, loss and gradients stay in dtype"""
+    """that products are computed in (autocast); full is dtype. Weights, norms, loss and gradients stay in dtype. A processor
+    computes 16 bits slowly: set full there"""
     loss_scale: PositiveFloat | Literal["dynamic"] = "dynamic"
-    """of float16: a constant factor (EDM2 has 100), or one that halves at an overflow and doubles after 2,000 good steps"""
+    """of float16: a constant factor on the loss that loss.reduction says, or one that halves at an overflow and doubles after
+    2,000 good steps, from 2^16 on the mean over elements. EDM2's published code has 1 by default, on the sum; the constants of
+    its paper (Figures 16 to 22) belong to the sum too. 1 is no scaling, and goes with any precision"""
     tf32: bool = False
     """let GPUs round the factors of float32 products to 10 bits"""
     nonfinite: Literal["stop", "skip", "zero"] = "stop"
@@ -129,8 +138,8 @@ class Train(Settings):
     def _precise(self) -> "Train":
         if self.precision != "full" and self.dtype == "float64":
             raise ValueError(f"train.precision={self.precision} beside train.dtype=float64: set train.dtype=float32")
-        if self.precision != "float16" and self.loss_scale != "dynamic":
+        if self.precision != "float16" and self.loss_scale not in ("dynamic", 1):
             raise ValueError(
-                f"train.loss_scale={self.loss_scale} is for train.precision=float16; leave it out with {self.precision}"
+                f"train.loss_scale={self.loss_scale:g} is for train.precision=float16: set train.loss_scale=1 with {self.precision}"
             )
         return self

@@ -8,13 +8,14 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from gesso import nets
+from gesso import devices, nets
 from gesso.cond import Cond
-from gesso.config import Run, Train
+from gesso.config import EDM2Ladder, Run, Train
 from gesso.diffusion import process as processes
 from gesso.diffusion.process import Embedding, Process
+from gesso.nets.edm2_ladder import Steps, linear
 from gesso.nets.layers import unrounded
-from gesso.nets.mp import MPFourier, MPLinear
+from gesso.nets.mp import MPFourier
 
 
 class Denoiser(nn.Module):
@@ -72,18 +73,34 @@ def build(run: Run) -> Denoiser:
 
 
 class Uncertainty(nn.Module):
-    """u(s), EDM2's log-variance of the loss at a noise level (Eq. 21); trained alongside, not sampled from."""
+    """u(s), EDM2's log-variance of the loss at a noise level (Eq. 21); trained alongside, not sampled from.
 
-    def __init__(self, process: Process):
+    step: the CONFIG of EDM2 whose choices its layer follows (Appendix B.2, "initialization, magnitude-preserving scaling, and
+    forced weight normalization"): in B a free weight and a bias; in C a free weight; in D a free weight that is normalized on
+    every use; from E on a weight on the sphere. The Fourier features have magnitude 1 from G on (Eq. 75), as the network's.
+    """
+
+    def __init__(self, process: Process, step: str = "G"):
         super().__init__()
+        steps = Steps.up_to(step)
         self.process = process
         self.fourier = MPFourier(128)
-        self.linear = MPLinear(128, 1)
+        self.linear = linear(steps, 128, 1)
+        self.feature_scale = 1.0 if steps.mp_fixed else 0.5**0.5  # MPFourier holds Eq. 75's sqrt(2)
 
     def forward(self, s: Tensor) -> Tensor:
         """(B,) -> (B,)"""
         with unrounded(s):
-            return self.linear(self.fourier(self.process.c_noise(s, "fourier")))[:, 0]
+            features = self.fourier(self.process.c_noise(s, "fourier"))
+            return self.linear(features if self.feature_scale == 1 else features * self.feature_scale)[:, 0]
+
+
+def build_uncertainty(run: Run, process: Process) -> Uncertainty | None:
+    """Return the uncertainty function that a run trains, by its CONFIG where the network is EDM2's ladder, else CONFIG G's;
+    None where its loss has none."""
+    if not run.loss.uncertain:
+        return None
+    return Uncertainty(process, run.net.step if isinstance(run.net, EDM2Ladder) else "G")
 
 
 def loss(
@@ -97,7 +114,8 @@ def loss(
     uncertainty: Uncertainty | None = None,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """Loss of each sample, (B,), averaged over channels and pixels.
+    """Loss of each sample, (B,), averaged over channels and pixels. Where a run's loss.reduction is sum, the training step
+    multiplies it by their number before the gradient is taken.
 
     x0 and eps (B, C, H, W), x0 of standard deviation sd; s (B,). weighting: "native" w |D-x0|^2, the MSE
     of the network's own target; "uniform" |D-x0|^2; "min-snr" min(SNR, 5) |D-x0|^2, SNR = (alpha sd/s)^2
@@ -120,7 +138,5 @@ def loss(
 
 
 def products(cfg: Train, device: torch.device) -> contextlib.AbstractContextManager:
-    """Products in the precision of the settings."""
-    if cfg.precision == "full":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, getattr(torch, cfg.precision), cache_enabled=False)
+    """Products in the precision of the settings of training."""
+    return devices.products(device, cfg.precision, cfg.tf32)

@@ -2,7 +2,7 @@
 
 from gesso.ema.combine import Reader, combined
 from gesso.ema.profiles import PerTensor, Power, Profile, Raw, Traditional, chosen, sigma_rel_to_gamma, tracked
-from gesso.ema.solve import Density, Fit, densities, inner_products, kummer, solve
+from gesso.ema.solve import Density, Fit, densities, inner_products, kummer, mixture, solve
 from gesso.ema.track import Tracker, whole
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "densities",
     "inner_products",
     "kummer",
+    "mixture",
     "sigma_rel_to_gamma",
     "solve",
     "tracked",

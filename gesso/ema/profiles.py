@@ -4,7 +4,7 @@ An average at time t is int_0^t p(tau) theta(tau) dtau + m theta(0), where p int
 
 Legend: t, tau times in images, theta weights, p density of a profile on (0, t], m weight of the initial theta(0).
 Power profile: p ~ tau^gamma, m = 0, sigma_rel its relative standard deviation. Traditional profile: p ~ e^(k tau),
-m = e^(-k t), k = ln 2 / h, h its half-life. Raw weights are no average: each stands for the times around its own.
+m = e^(-k t), k = ln 2 / h, h its half-life; with a ramp-up a power profile first. Raw weights are no average: each stands for the times around its own.
 """
 
 import math
@@ -62,18 +62,25 @@ class Power:
 class Traditional:
     """Profile of a fixed half-life in images (Eq. 110): CONFIG A of EDM2 has 50M (B.1), about sigma_rel .034 at its end.
 
-    The half-life is the same from the first image on: Appendix B.1 and C.2 of the paper mention no ramp-up (EDM's
-    published code has one). The mass of times before 0 is deposited at 0 (C.2), as an average that starts at theta(0)
-    does: theta(0) has weight 2^(-t/h), most of the average until t = h. Raises ValueError for a half-life that is
-    not above 0.
+    The mass of times before 0 is deposited at 0 (C.2), as an average that starts at theta(0) does: theta(0) has weight
+    2^(-t/h), most of the average until t = h.
+
+    rampup: the half-life is at most this share of the images seen (EDM's ema_rampup_ratio, .05 by default there, .09 in EDM2's
+    TraditionalEMA); None: the half-life is the same from the first image on. Until t = h/rampup the average is a power profile
+    of exponent ln 2/rampup - 1, in which theta(0) has no part; from there on that power profile decays as the rest does.
+    `beta` takes the half-life at the end of a step, as the published loops do. Raises ValueError for a half-life that is
+    not above 0, or a ramp-up outside (0, ln 2).
     """
 
     halflife: int
+    rampup: float | None = None
     gamma = 0.0
 
     def __post_init__(self):
         if not self.halflife > 0:
             raise ValueError(f"a half-life is a number of images above 0, not {self.halflife}")
+        if self.rampup is not None and not 0 < self.rampup < math.log(2):
+            raise ValueError(f"a ramp-up lies between 0 and ln 2 = .693, not {self.rampup}")
 
     @property
     def k(self) -> float:
@@ -82,14 +89,15 @@ class Traditional:
     @property
     def key(self) -> str:
         """Its name among the averages of a run."""
-        return f"halflife{self.halflife}"
+        return f"halflife{self.halflife}" + ("" if self.rampup is None else f"-rampup{self.rampup:g}")
 
     def __str__(self) -> str:
-        return f"half-life {self.halflife:,}"
+        return f"half-life {self.halflife:,}" + ("" if self.rampup is None else f" with ramp-up {self.rampup:g}")
 
     def beta(self, t: float, t_next: float) -> float:
         """Weight that the old average keeps when time goes from t to t_next, any step apart (Eq. 120)."""
-        return 2.0 ** (-(t_next - t) / self.halflife)
+        halflife = self.halflife if self.rampup is None else min(self.halflife, self.rampup * t_next)
+        return 2.0 ** (-(t_next - t) / halflife)
 
 
 @dataclass(frozen=True)
@@ -131,9 +139,9 @@ class PerTensor:
 
 def tracked(cfg: config.Ema) -> list[Profile]:
     """The averages that a run tracks."""
-    return [*map(Power, cfg.sigma_rels), *map(Traditional, cfg.halflives)]
+    return [*map(Power, cfg.sigma_rels), *(Traditional(halflife, cfg.rampup) for halflife in cfg.halflives)]
 
 
 def chosen(cfg: config.Sample) -> Profile:
     """The average that a run samples with."""
-    return Traditional(cfg.halflife) if cfg.halflife else Power(cfg.sigma_rel)
+    return Traditional(cfg.halflife, cfg.rampup) if cfg.halflife else Power(cfg.sigma_rel)

@@ -3,12 +3,13 @@
 Legend: as in profiles.py; A inner products of the stored profiles, b those with the target's, x coefficients.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from gesso.ema.profiles import Profile, Raw
+from gesso.ema.profiles import Profile, Raw, Traditional
 
 
 class Density(NamedTuple):
@@ -32,6 +33,63 @@ class Density(NamedTuple):
         near = np.minimum(tau, self.t)
         power, exponential = np.maximum(near / self.t, 0) ** (self.gamma + 1), np.exp(-self.k * (self.t - near))
         return np.where(near < 0, 0.0, np.where(self.k > 0, exponential, power))
+
+
+def components(t: float, profile: Profile) -> list[tuple[float, float, Profile]]:
+    """A profile at time t as a sum of densities of two parameters: (factor, time, profile) of each.
+
+    With a ramp-up the half-life h is reached at s = h/rampup. Until then the profile is Power's with exponent
+    ln 2/rampup - 1. After it, with c = e^(-k (t-s)), it is the exponential of time t less c times that of time s, which is
+    its part before s, plus c times the power profile of time s. Its parts of theta(0) cancel.
+    """
+    rampup = getattr(profile, "rampup", None)
+    if rampup is None:
+        return [(1.0, t, profile)]
+    end, power = profile.halflife / rampup, _Exponent(math.log(2) / rampup - 1)
+    if t <= end:
+        return [(1.0, t, power)]
+    decay, plain = math.exp(-profile.k * (t - end)), Traditional(profile.halflife)
+    return [(1.0, t, plain), (-decay, end, plain), (decay, end, power)]
+
+
+class _Exponent(NamedTuple):
+    """A density ~ tau^gamma, of any exponent above -1."""
+
+    gamma: float
+    k: float = 0.0
+
+
+class Mixture(NamedTuple):
+    """N profiles as sums of M densities: factors (N, M)."""
+
+    density: Density
+    factors: np.ndarray
+
+    def products(self, other: "Mixture") -> np.ndarray:
+        """<p_a, p_b>, (N, N') of the two."""
+        column = Density(*(values[:, None] for values in self.density))
+        return self.factors @ inner_products(column, other.density) @ other.factors.T
+
+    def initial(self) -> np.ndarray:
+        """m, the weight of theta(0), (N,)."""
+        return self.factors @ self.density.initial()
+
+    def until(self, tau: np.ndarray) -> np.ndarray:
+        """Weight of theta(0) and of all theta up to tau (K,), (N, K)."""
+        column = Density(*(values[:, None] for values in self.density))
+        return self.factors @ column.until(tau)
+
+
+def mixture(t: Sequence[float], profiles: Sequence[Profile], unit: float) -> Mixture:
+    """Profiles at times t, in units of `unit` images."""
+    parts = [components(time, profile) for time, profile in zip(t, profiles, strict=True)]
+    flat = [part for some in parts for part in some]
+    factors = np.zeros((len(parts), len(flat)))
+    at = 0
+    for row, some in zip(factors, parts, strict=True):
+        row[at : at + len(some)] = [factor for factor, _, _ in some]
+        at += len(some)
+    return Mixture(densities([time for _, time, _ in flat], [profile for _, _, profile in flat], unit), factors)
 
 
 def densities(t: Sequence[float], profiles: Sequence[Profile], unit: float = 1.0) -> Density:
@@ -145,24 +203,21 @@ def _products(
     t_1 = min((time for time, _ in pairs if time > 0), default=t_target) / t_target
     raw = np.array([isinstance(profile, Raw) for _, profile in pairs])
     some = [pair for pair, is_raw in zip(pairs, raw, strict=True) if not is_raw]
-    stored, wanted = (
-        densities(*zip(*some, strict=True), t_target) if some else None,
-        densities([t_target], [target], t_target),
-    )
+    stored = mixture(*zip(*some, strict=True), t_target) if some else None
+    wanted = mixture([t_target], [target], t_target)
     m_wanted, initial = wanted.initial(), np.zeros(len(pairs))
     A, b = np.zeros((len(pairs), len(pairs))), np.zeros(len(pairs))
     if stored:
         m = initial[~raw] = stored.initial()
-        column = Density(*(values[:, None] for values in stored))
-        A[np.ix_(~raw, ~raw)] = inner_products(column, stored) + m[:, None] * m / t_1
-        b[~raw] = inner_products(stored, wanted) + m * m_wanted / t_1
+        A[np.ix_(~raw, ~raw)] = stored.products(stored) + m[:, None] * m / t_1
+        b[~raw] = stored.products(wanted)[:, 0] + m * m_wanted / t_1
     if raw.any():
         times = np.array([time for (time, _), is_raw in zip(pairs, raw, strict=True) if is_raw]) / t_target
         start, end = intervals(times, 1.0, t_1)
         A[raw, raw] = 1 / (end - start)
-        b[raw] = (wanted.until(end) - wanted.until(start)) / (end - start)
+        b[raw] = (wanted.until(end) - wanted.until(start))[0] / (end - start)
         initial[raw] = times == 0
         if stored:
-            beside = (column.until(end) - column.until(start)) / (end - start)
+            beside = (stored.until(end) - stored.until(start)) / (end - start)
             A[np.ix_(~raw, raw)], A[np.ix_(raw, ~raw)] = beside, beside.T
-    return A, b, float(inner_products(wanted, wanted)[0] + m_wanted[0] ** 2 / t_1), initial
+    return A, b, float(wanted.products(wanted)[0, 0] + m_wanted[0] ** 2 / t_1), initial

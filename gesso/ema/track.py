@@ -1,6 +1,6 @@
 """Averages that training keeps (EDM2 Eq. 119)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -32,13 +32,19 @@ class Tracker:
 
     Usable in any training loop: after each optimizer step, or every few, call `update(t, t_next)` with
     the images seen at the last call and now. Averages start at the weights given, theta(0), and are of at least 32 bits.
-    Sharded tensors have sharded averages: every process moves its own part on. Whole numbers are copied. device: where
-    averages are kept; None: beside the tensors.
+    Sharded tensors have sharded averages: every process moves its own part on. Whole numbers are copied, and so are the
+    tensors named `copied` (buffers such as the statistics of a BatchNorm). device: where averages are kept; None: beside the
+    tensors.
     """
 
     def __init__(
-        self, tensors: dict[str, Tensor], profiles: Sequence[Profile], device: torch.device | str | None = None
+        self,
+        tensors: dict[str, Tensor],
+        profiles: Sequence[Profile],
+        device: torch.device | str | None = None,
+        copied: Collection[str] = (),
     ):
+        self.copied = frozenset(copied)
         self.averages = {profile: {k: _copied(v.detach(), device) for k, v in tensors.items()} for profile in profiles}
         # Looked up once: a step does nothing but move them. The averages of a tensor follow one another, so that it
         # is read from the cache for all but the first.
@@ -46,12 +52,15 @@ class Tracker:
             [
                 local(average[k])
                 for k, v in tensors.items()
-                if v.is_floating_point() is real
+                if self._averaged(k, v) is real
                 for average in self.averages.values()
             ]
             for real in (True, False)
         )
         self.follow(tensors)
+
+    def _averaged(self, name: str, tensor: Tensor) -> bool:
+        return tensor.is_floating_point() and name not in self.copied
 
     def follow(self, tensors: dict[str, Tensor]) -> None:
         """Average these from now on: the same names, at another place in memory."""
@@ -59,8 +68,8 @@ class Tracker:
         self._live, self._counts = (
             [
                 part
-                for v in self.live.values()
-                if v.is_floating_point() is real
+                for k, v in self.live.items()
+                if self._averaged(k, v) is real
                 for part in [local(v)] * len(self.averages)
             ]
             for real in (True, False)

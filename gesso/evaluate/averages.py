@@ -34,7 +34,7 @@ def average(folder: Path, asked: Asked, out: Path | None, beside: Mapping[str, o
     """
     if idle := [name for name, value in beside.items() if value]:
         raise UsageError(f"{', '.join(idle)} has no effect without --sweep LOW:HIGH:COUNT")
-    targets = _targets(asked)
+    targets = _targets(asked, _rampup(folder))
     how = snapshot.plan(_available(folder, asked), targets, count(asked.nimg, "--nimg") if asked.nimg else None)
     paths = snapshot.make(how, out or folder / "ema", "cuda" if torch.cuda.is_available() else "cpu")
     lines = [
@@ -44,9 +44,15 @@ def average(folder: Path, asked: Asked, out: Path | None, beside: Mapping[str, o
     return [*lines, *_poor(how), "next:", _next(folder, targets[-1], paths[-1])]
 
 
-def _targets(asked: Asked) -> list[Target]:
+def _rampup(folder: Path) -> float | None:
+    """Return the ramp-up of a run's traditional averages, which those made from it have too."""
+    record = folder / "run.yaml"
+    return config.read(record).ema.rampup if record.is_file() else None
+
+
+def _targets(asked: Asked, rampup: float | None = None) -> list[Target]:
     halflives = [count(text, "--halflife", 1, ", such as 50M") for text in asked.halflives]
-    rest: list[Profile] = [*map(length, asked.sigma_rels), *map(Traditional, halflives)]
+    rest: list[Profile] = [*map(length, asked.sigma_rels), *(Traditional(halflife, rampup) for halflife in halflives)]
     if not rest:
         raise UsageError("which average? say --sigma-rel or --halflife; or measure many by --sweep")
     groups = []

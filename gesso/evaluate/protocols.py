@@ -18,6 +18,7 @@ CHANGEABLE = ("sample.", "eval.")
 FREE = (
     "eval.weights", "eval.dinov2", "eval.clip", "eval.patience", "eval.reference", "eval.prompts", "eval.seed",
     "eval.scores", "eval.nimg", "sample.batch_size", "sample.sigma_rel", "sample.halflife", "sample.guide", "sample.guide_sigma_rel",
+    "sample.rampup", "sample.precision",
 )  # fmt: skip
 """settings that a protocol leaves to the run or the machine"""
 

@@ -4,6 +4,7 @@ Published names are `unet.enc.{R}x{R}_{conv|down|blockN}`, `unet.dec.{R}x{R}_{in
 encoder and decoder blocks. Published q, k and v are interleaved per channel, ours stand one after another.
 """
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -41,10 +42,16 @@ def matches(keys: set[str]) -> bool:
 
 def settings(state: Mapping[str, Tensor]) -> tuple[EDM2, Inputs]:
     """The network's configuration, from names and shapes."""
-    c = state["unet.emb_fourier.freqs"].numel()
     resolutions = sorted({int(m[1]) for k in state if (m := re.match(r"unet\.enc\.(\d+)x", k))}, reverse=True)
     blocks = len([k for k in state if re.match(rf"unet\.enc\.{resolutions[0]}x\d+_block\d+\.conv_res0", k)])
     widths = [state[f"unet.enc.{r}x{r}_block0.conv_res1.weight"].shape[0] for r in resolutions]
+    c = math.gcd(*widths)  # the base width, or a multiple of it: only products of width and multiplier count
+    embedding = state["unet.emb_noise.weight"].shape[0]
+    if embedding != max(widths):
+        raise UsageError(
+            f"this EDM2 network's embedding has {embedding} channels (channel_mult_emb), its widest level {max(widths)}: "
+            "gesso builds the published default, where both are equal"
+        )
     attention = [i for i, r in enumerate(resolutions) if f"unet.enc.{r}x{r}_block0.attn_qkv.weight" in state]
     label = state.get("unet.emb_label.weight")
     cfg = EDM2(channels=c, multipliers=tuple(w // c for w in widths), blocks=blocks, attention_levels=tuple(attention))

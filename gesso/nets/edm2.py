@@ -1,6 +1,6 @@
 """EDM2's CONFIG G U-Net (Karras et al. 2024, Figure 22, Appendix B.6-B.7), all weights on the sphere.
 
-Legend: B batch, C channels, H W height and width, E embedding width.
+Legend: B batch, C channels, H W height and width, E embedding width, that of the widest level.
 """
 
 import torch
@@ -22,7 +22,7 @@ class Attention(nn.Module):
         self.heads = channels // cfg.channels_per_head
         self.main, branch = balance(cfg.attention_balance)
         self.qkv = MPConv(channels, 3 * channels, 1)
-        self.proj = MPConv(channels, channels, 1, constant=branch)
+        self.proj = MPConv(channels, channels, 1, share=branch)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (3, self.heads, -1))  # B HW 3 heads channels
@@ -47,10 +47,10 @@ class Block(nn.Module):
         self.resample, self.dropout = resample, cfg.dropout
         self.main, branch = balance(cfg.residual_balance)
         self.emb_gain = nn.Parameter(torch.zeros(1))
-        self.emb_linear = MPLinear(4 * cfg.channels, c_out)
+        self.emb_linear = MPLinear(cfg.embedding_width, c_out)
         # Each follows a SiLU; the second gives the branch its share of the MP-sum.
         self.conv_res0 = MPConv(c_out if self.encoder else c_in, c_out, 3, constant=SILU_GAIN)
-        self.conv_res1 = MPConv(c_out, c_out, 3, constant=SILU_GAIN * branch)
+        self.conv_res1 = MPConv(c_out, c_out, 3, constant=SILU_GAIN, share=branch)
         self.conv_skip = MPConv(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = Attention(cfg, c_out) if attention else nn.Identity()
 
@@ -82,14 +82,14 @@ class EDM2Net(nn.Module):
         super().__init__()
         self.num_classes, self.multiple = inputs.num_classes, cfg.multiple
         self.label_balance, self.concat_balance = cfg.label_balance, cfg.concat_balance
-        widths = [cfg.channels * m for m in cfg.multipliers]
+        widths, E = cfg.widths, cfg.embedding_width
         lowest = len(widths) - 1
         self.out_gain = nn.Parameter(torch.zeros(1))
-        self.emb_fourier = MPFourier(cfg.channels)
-        self.emb_noise = MPLinear(cfg.channels, 4 * cfg.channels)
+        self.emb_fourier = MPFourier(widths[0])
+        self.emb_noise = MPLinear(widths[0], E)
         if self.num_classes:
-            self.emb_label = MPLinear(self.num_classes, 4 * cfg.channels)
-        self.emb_control = MPControl(inputs.control, 4 * cfg.channels)
+            self.emb_label = MPLinear(self.num_classes, E)
+        self.emb_control = MPControl(inputs.control, E)
 
         self.conv_in = MPConv(inputs.channels + 1, widths[0], 3)  # one more channel, of ones, in place of biases
         self.encoder = nn.ModuleList()

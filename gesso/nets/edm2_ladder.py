@@ -4,7 +4,8 @@
 changes no more than cfg.attention_levels and the training. CONFIG G is gesso.nets.edm2 with the same
 names of weights. Most of Figures 16-22 is not in the paper's text; where it is silent, "our choice" says so.
 
-Legend: B batch, C channels, H W height and width, E = 4 cfg.channels embedding width, N fan-in.
+Legend: B batch, C channels, H W height and width, E embedding width, N fan-in. E is the width of the widest level, as in
+CONFIG G. A to F as published have E = 4 c = that width too; at other multipliers it is our choice.
 """
 
 import dataclasses
@@ -204,7 +205,7 @@ class Block(nn.Module):
         self.offset, self.dropout = not steps.no_biases, cfg.dropout
         self.silu, self.sum = silu(steps), mp.mp_sum if steps.mp_fixed else plain_sum
         self.emb_gain = nn.Parameter(torch.zeros(1)) if steps.gains else None
-        self.emb_linear = linear(steps, 4 * cfg.channels, 2 * c_out if self.offset else c_out)
+        self.emb_linear = linear(steps, cfg.embedding_width, 2 * c_out if self.offset else c_out)
         self.norm0 = group_norm(steps, c_in)
         self.conv_res0 = conv(steps, c_out if early else c_in, c_out, 3)
         self.norm1 = group_norm(steps, c_out)
@@ -251,7 +252,7 @@ class EDM2LadderNet(nn.Module):
         self.sum = mp.mp_sum if steps.mp_fixed else plain_sum
         self.cat = mp.mp_cat if steps.mp_fixed else plain_cat
         self._embedding(cfg, steps)
-        widths = [cfg.channels * m for m in cfg.multipliers]
+        widths = cfg.widths
         self.conv_in = conv(steps, inputs.channels + steps.no_biases, widths[0], 3)
         c, skips = self._encoder(cfg, steps, widths)
         c = self._decoder(cfg, steps, widths, c, skips)
@@ -260,11 +261,10 @@ class EDM2LadderNet(nn.Module):
         self.out_gain = nn.Parameter(torch.zeros(1)) if steps.gains else None
 
     def _embedding(self, cfg: EDM2Ladder, steps: Steps) -> None:
-        self.positions = cfg.channels
-        self.emb_fourier = mp.MPFourier(cfg.channels) if steps.fourier else None
+        self.positions, E = cfg.widths[0], cfg.embedding_width
+        self.emb_fourier = mp.MPFourier(self.positions) if steps.fourier else None
         self.fourier_scale = 1.0 if steps.mp_fixed else 0.5**0.5  # MPFourier holds Eq. 75's sqrt(2)
-        E = 4 * cfg.channels
-        self.emb_noise = linear(steps, cfg.channels, E)
+        self.emb_noise = linear(steps, self.positions, E)
         self.emb_second = None if steps.short_embedding else linear(steps, E, E)
         if self.num_classes:
             # A and B: a table ~ N(0, 1). C: a layer like any other, of one-hot vectors with unit variance (B.3).

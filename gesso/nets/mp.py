@@ -60,13 +60,16 @@ class MPFourier(nn.Module):
 class MPWeight(nn.Module):
     """A weight on the sphere: rows of rms 1, one row per output channel (Eq. 37-47).
 
-    constant: a factor of the output that never changes, so that it costs no pass over activations.
+    constant, share: factors of the output that never change and cost no pass over activations. constant belongs to the
+    input (the gain of a SiLU before the layer); share to what follows (the coefficient of a branch in an MP-sum, Eq. 88),
+    and is divided out again where magnitudes of the layer's output are measured (gesso.train.magnitudes).
     """
 
-    def __init__(self, *shape: int, constant: float = 1.0):
+    def __init__(self, *shape: int, constant: float = 1.0, share: float = 1.0):
         super().__init__()
         self.weight = nn.Parameter(normalized(torch.randn(shape)))
-        self.scale = constant / math.sqrt(self.weight[0].numel())
+        self.share = share
+        self.scale = constant * share / math.sqrt(self.weight[0].numel())
 
     def scaled(self, gain: Tensor | float, dtype: torch.dtype) -> Tensor:
         """The effective weight. Scaled before the cast and never on the output, which fp16 would overflow."""
@@ -86,8 +89,8 @@ class MPLinear(MPWeight):
 class MPConv(MPWeight):
     """Square kernel, no bias, zero padding that keeps the size."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: int, constant: float = 1.0):
-        super().__init__(c_out, c_in, kernel, kernel, constant=constant)
+    def __init__(self, c_in: int, c_out: int, kernel: int, constant: float = 1.0, share: float = 1.0):
+        super().__init__(c_out, c_in, kernel, kernel, constant=constant, share=share)
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         return F.conv2d(x, self.scaled(gain, x.dtype), padding=self.weight.shape[-1] // 2)

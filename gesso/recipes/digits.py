@@ -46,7 +46,7 @@ def digits() -> Run:
 
 
 def digits_edm2() -> Run:
-    """EDM2's CONFIG G with two levels on the digits, with its uncertainty weighting and schedule.
+    """EDM2's CONFIG G with two levels on the digits, with its uncertainty weighting, summed loss and schedule.
 
     gesso train digits-edm2       about 3 minutes on two CPU cores
     """
@@ -55,7 +55,7 @@ def digits_edm2() -> Run:
         update=dict(
             recipe="digits-edm2",
             net=EDM2(channels=32, multipliers=(1, 2), blocks=1, attention_levels=(1,), channels_per_head=32),
-            loss=Loss(weighting="uncertainty"),
+            loss=Loss(weighting="uncertainty", reduction="sum"),
             optim=Optim(lr=1e-2, betas=(0.9, 0.99), schedule="inverse_sqrt", ref_images=50_000, warmup_images=2_000),
             train=Train(total_images=120_000, batch_size=128, snapshot_images=12_000, state_images=12_000),
         )

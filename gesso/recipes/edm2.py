@@ -1,7 +1,15 @@
 """EDM2's published networks and the ladder of CONFIGS A to G (Karras et al. 2024, Tables 1, 2, 3, 6).
 
 Sources: "Table 6" and the text of the paper; what only its figures hold, or neither, is marked "our choice".
-Everything here runs in float32; the paper's runs are FP16 with loss scaling (D.2), on 32 A100 GPUs.
+The training is the paper's (D.2): products in FP16, a constant loss scale, gradients that are NaN or infinite set to 0, the
+loss summed over channels and pixels, snapshots stored in FP16 (C.5); samples are drawn in FP16 too, as those of Table 6.
+The constant of each CONFIG stands in the boxes of Figures 16 to 22, which the paper's text lacks: ours is the published
+code's default, 1, and for CONFIG A, whose hyperparameters are those of EDM's ImageNet-64 (B.1), that run's 100. A device
+without FP16, or a processor, where it is slow, is served by
+
+    gesso train edm2-img64-s train.precision=full sample.precision=full
+
+and CONFIG A with train.loss_scale=1 too. The paper's runs took 32 A100 GPUs.
 
 Those named img512 and ladder train on 64x64x4 latents of ImageNet at 512x512, made once by
 
@@ -144,9 +152,23 @@ def optim(lr: float, **changes: Any) -> Optim:
     return Optim(**kept | changes)
 
 
-def train(images: int, batch: int = BATCH) -> Train:
-    """Snapshots every 8M images (Appendix C); intervals of states and of the log are our choice."""
-    return Train(total_images=images, batch_size=batch, snapshot_images=8 * M, state_images=8 * M, log_images=M // 8)
+def train(images: int, batch: int = BATCH, loss_scale: float = 1.0) -> Train:
+    """Snapshots every 8M images (Appendix C); mixed precision of D.2; intervals of states and of the log are our choice."""
+    return Train(
+        total_images=images,
+        batch_size=batch,
+        snapshot_images=8 * M,
+        state_images=8 * M,
+        log_images=M // 8,
+        precision="float16",
+        loss_scale=loss_scale,
+        nonfinite="zero",
+    )
+
+
+def ema(**lengths: Any) -> Ema:
+    """Two power profiles, or those given, stored in 16 bits (Appendix C)."""
+    return Ema(**{"sigma_rels": (0.05, 0.10)} | lengths, snapshots="float16")
 
 
 def preset(name: str, p: Preset, data: dict[str, Any], process: EDM) -> Run:
@@ -156,11 +178,11 @@ def preset(name: str, p: Preset, data: dict[str, Any], process: EDM) -> Run:
         net=EDM2(channels=p.channels, dropout=p.dropout),
         process=process,
         dropout=Dropout(both=0, control=0),  # the unconditional network is a separate one
-        loss=Loss(weighting="uncertainty"),
+        loss=Loss(weighting="uncertainty", reduction="sum"),
         optim=optim(p.lr, schedule="inverse_sqrt", ref_images=p.t_ref * BATCH),
         train=train(p.images),
-        ema=Ema(sigma_rels=(0.05, 0.10)),
-        sample=Sample(sampler="heun", steps=32, guidance=1, sigma_rel=p.sigma_rel),
+        ema=ema(),
+        sample=Sample(sampler="heun", steps=32, guidance=1, sigma_rel=p.sigma_rel, precision="float16"),
     )
 
 
@@ -200,13 +222,15 @@ class Rung(NamedTuple):
     beta2: float = 0.99
     t_ref: int | None = None
     dropout: float = 0.10
+    loss_scale: float = 1.0
 
 
 # Lengths of C to F are read from Figure 5a in the paper, which its text lacks: .10 is our choice, to be replaced by the
 # best of a sweep; the caption has B's. A samples HALFLIFE instead; .034 is its relative length at the end (B.1).
 HALFLIFE = 50_000_000  # images, of A's traditional EMA (B.1)
+RAMPUP = 0.05  # of that half-life: the default of EDM's framework, in which A is implemented (B.1)
 RUNGS = {
-    "A": Rung(8.00, Cost(295.9, 110.4), 0.034, batch=4096, lr=0.0001, beta2=0.999),
+    "A": Rung(8.00, Cost(295.9, 110.4), 0.034, batch=4096, lr=0.0001, beta2=0.999, loss_scale=100),
     "B": Rung(7.24, Cost(291.8, 100.4), 0.09),
     "C": Rung(6.96, Cost(277.8, 100.3), 0.10),
     "D": Rung(3.75, Cost(277.8, 101.2), 0.10, lr=0.0100),
@@ -235,12 +259,18 @@ def ladder(step: str) -> Run:
         net=EDM2Ladder(step=step, attention_levels=(1, 2, 3) if is_a else (2, 3), dropout=rung.dropout),
         process=EDM(P_mean=-1.2, P_std=1.2) if is_a else EDM(P_mean=-0.4, P_std=1.0),
         dropout=Dropout(both=0, control=0),
-        loss=Loss(weighting="native" if is_a else "uncertainty"),
+        loss=Loss(weighting="native" if is_a else "uncertainty", reduction="sum"),
         optim=optim(rung.lr, betas=(0.9, rung.beta2), tuned_at_batch=rung.batch, **decay),
-        train=train(2048 * M, rung.batch),
-        ema=Ema(sigma_rels=(0.034, 0.05), halflives=(HALFLIFE,)) if is_a else Ema(sigma_rels=(0.05, 0.10)),
+        train=train(2048 * M, rung.batch, rung.loss_scale),
+        ema=ema(sigma_rels=(0.034, 0.05), halflives=(HALFLIFE,), rampup=RAMPUP) if is_a else ema(),
         sample=Sample(
-            sampler="heun", steps=32, guidance=1, sigma_rel=rung.sigma_rel, halflife=HALFLIFE if is_a else None
+            sampler="heun",
+            steps=32,
+            guidance=1,
+            sigma_rel=rung.sigma_rel,
+            halflife=HALFLIFE if is_a else None,
+            rampup=RAMPUP if is_a else None,
+            precision="float16",
         ),
     )
 

@@ -177,7 +177,11 @@ def training(runs: Sequence[Folder]) -> str:
     plots.append(
         (figures.over_bins(latest, "loss"), "Training loss by noise level, over the last tenth of the log." + apart)
     )
-    plots.append((overlaid(runs, lambda f: f.curve("grad_norm"), "gradient norm", scale="log"), "Gradient norm."))
+    summed = {found.run.loss.reduction for found in runs} == {"mean", "sum"}
+    note = " Of a summed loss it is C*H*W times that of a mean: runs of both are here." if summed else ""
+    plots.append(
+        (overlaid(runs, lambda f: f.curve("grad_norm"), "gradient norm", scale="log"), f"Gradient norm.{note}")
+    )
     for name in dict.fromkeys(n for f in runs for n in f.last("metrics") or {} if not n.endswith("_std")):
         drawn = overlaid(runs, lambda f, name=name: f.curve("metrics", name), name.replace("_", " "))
         plots.append((drawn, "Measured on the way."))

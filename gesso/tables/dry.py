@@ -11,7 +11,10 @@ from gesso.tables.needs import Need
 from gesso.tables.plan import Job, Trained
 from gesso.tables.table import Table
 
-HOW = f"an estimate: 3 forward passes an image, an A100 at {100 * estimates.SHARE:g} % of {estimates.A100 / 1e12:g} TFLOP/s"
+HOW = (
+    f"an estimate: 3 forward passes an image, an A100 at {100 * estimates.SHARE:g} % of its peak in the precision of the run, "
+    + ", ".join(f"{estimates.A100[name] / 1e12:g} TFLOP/s in {name}" for name in ("float16", "tf32", "float32"))
+)
 
 
 def lines(table: Table, asked: Asked, todo: Sequence[Job]) -> list[str]:
@@ -58,7 +61,11 @@ def trained(one: Trained, cost: Cost, place: str, scale: str) -> Iterator[str]:
     yield f"{place}: {run.net.name}, {cost.parameters / 1e6:,.3g} M parameters, {run.train.total_images:,} images{there}"
     yield f"  {launched(one, scale)}"
     paper = f" (the paper: {cost.published:,.0f})" if cost.published else ""
-    hours = "" if scale == "tiny" else f"about {in_hours(cost.hours)} GPU-hours{paper}, "
+    hours = (
+        ""
+        if scale == "tiny"
+        else f"about {in_hours(cost.hours)} GPU-hours in {estimates.training_precision(run)}{paper}, "
+    )
     yield f"  {hours}{in_bytes(cost.disk.total)}: {cost.disk.snapshots:,} snapshots of {in_bytes(cost.disk.weights)}, {cost.disk.states} states of {in_bytes(cost.disk.state)}"
     yield ""
 

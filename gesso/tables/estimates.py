@@ -1,5 +1,6 @@
 """What trainings and measurements would take: an estimate from multiply-accumulates, counted on the meta device.
 
+Hours are those of an A100 at a share of its peak in the precision of the products: 16 bits, TF32, float32 or float64.
 Training an image costs three forward passes (two of them in backward); an evaluation of the sampler as many passes as
 guidance has terms; decoding a latent 1260.9 G multiply-accumulates at 512x512 (EDM2, Figure 9).
 """
@@ -19,8 +20,10 @@ from gesso.tables.plan import Job
 from gesso.train import estimate
 from gesso.train.estimate import Disk
 
-A100, SHARE = 312e12, 0.4
-"""FLOPs a second of its tensor cores in 16 bits (2 per multiply-accumulate); what a training reaches of them"""
+A100 = {"float16": 312e12, "bfloat16": 312e12, "tf32": 156e12, "float32": 19.5e12, "float64": 19.5e12}
+"""peak FLOPs a second by the precision of products (2 per multiply-accumulate): tensor cores, float32 without them"""
+SHARE = 0.4
+"""what a training or a sampler reaches of the peak: EDM2-XXL reached .40 in 16 bits, XS .23 (Table 6)"""
 PUBLISHED = {
     f"edm2-{name}-{size.lower()}": preset
     for name, sizes in (("img512", edm2.IMG512), ("img64", edm2.IMG64))
@@ -48,7 +51,7 @@ def of_training(run: Run) -> Cost:
     days = preset.days if preset and preset.images == run.train.total_images else None
     return Cost(
         counted(run.net, run.inputs, run.semantic.tokens).parameters,
-        hours(3 * passes * run.train.total_images),
+        hours(3 * passes * run.train.total_images, training_precision(run)),
         days and 24 * GPUS * days,
         estimate.disk(run, found["weights"], sum(found.values()) - found["gradients"]),
     )
@@ -64,7 +67,7 @@ def of_measuring(job: Job) -> float:
         repeats_of(score, run) for score in cfg.scores if compare.METRICS[score] not in (*drawer.SIZES, "validation")
     ]
     images = cfg.images * max(repeats, default=0) + cfg.diversity_seeds * sum(pairs)
-    return hours(images * of_sample(run, job.guide and completed(job.guide.run)))
+    return hours(images * of_sample(run, job.guide and completed(job.guide.run)), sampling_precision(run))
 
 
 def of_sample(run: Run, guide: Run | None) -> float:
@@ -114,5 +117,19 @@ def forward_passes(net: Net, inputs: Inputs, tokens: int) -> int:
     return count.training_macs(net, inputs, tokens)
 
 
-def hours(macs: float) -> float:
-    return 2 * macs / (SHARE * A100) / 3600
+def training_precision(run: Run) -> str:
+    """Precision of products in training, a key of A100."""
+    cfg = run.train
+    if cfg.precision != "full":
+        return cfg.precision
+    return "tf32" if cfg.tf32 and cfg.dtype == "float32" else cfg.dtype
+
+
+def sampling_precision(run: Run) -> str:
+    """Precision of products in sampling, a key of A100."""
+    return run.train.dtype if run.sample.precision == "full" else run.sample.precision
+
+
+def hours(macs: float, precision: str) -> float:
+    """Hours of an A100 for so many multiply-accumulates."""
+    return 2 * macs / (SHARE * A100[precision]) / 3600

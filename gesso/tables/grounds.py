@@ -37,7 +37,7 @@ TINY_LENGTHS = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2)
 # Small: drawn shapes at 64x64, whose kind is the class; an hour of one GPU each. Where they stand is decided at high noise.
 SMALL_LADDER = (
     *AT_64, "net.name=edm2-ladder", "net.channels=64", "net.blocks=1",
-    "net.channels_per_head=32", "net.dropout=.1", "loss.weighting=uncertainty", "sample.guidance=1", "optim.ref_images=500k",
+    "net.channels_per_head=32", "net.dropout=.1", "loss.weighting=uncertainty", "loss.reduction=sum", "sample.guidance=1", "optim.ref_images=500k",
     "optim.warmup_images=50k", "train.total_images=3M", "train.batch_size=256", "train.snapshot_images=150k", "train.state_images=750k",
     "train.precision=bfloat16", "watch.magnitude_images=300k",
 )  # fmt: skip

@@ -22,7 +22,14 @@ TOKENS = (*LARGE, "net.patch=4")
 WIDE = {
     MP: ("net.name=mp-mmdit++", *TOKENS, "optim.lr=1e-2"),
     PLAIN: (*TOKENS, "optim.lr=5e-4"),
-    CONV: ("net.name=edm2", "net.channels=64", "net.blocks=1", "net.channels_per_head=32", "optim.lr=1e-2"),
+    CONV: (
+        "net.name=edm2",
+        "net.channels=64",
+        "net.blocks=1",
+        "net.channels_per_head=32",
+        "optim.lr=1e-2",
+        "loss.reduction=sum",
+    ),
     ADALN: ("net.name=dit", *TOKENS, "optim.lr=5e-4"),
 }
 RECIPES = {MP: "digits-mp-mmdit++", PLAIN: "digits", CONV: "digits-edm2", ADALN: "digits-dit"}

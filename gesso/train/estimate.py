@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from gesso import nets
+from gesso import devices, nets
 from gesso.config import Run
 from gesso.data.batches import Batches
 from gesso.data.imagined import imagined, is_there
@@ -61,6 +61,7 @@ def estimate(run: Run, console: Console, seconds: float = SECONDS) -> list[str]:
     """
     exactly(run)
     with joined(run) as (ranks, device):
+        devices.check_precision(device, "train.precision", run.train.precision)
         quiet = console if ranks.main else Console(quiet=True)
         real = is_there(run.data.source)
         run, dataset = opened(run, quiet) if real else imagined(run)

@@ -67,15 +67,16 @@ class Magnitudes:
 
     def _note(self, name: str):
         def note(layer: nn.Module, inputs: tuple, out: Tensor) -> None:
-            self._add(self._sums, name, out, layer.weight.ndim == 4)
+            # The coefficient of an MP-sum that is folded into the layer is no part of its output.
+            self._add(self._sums, name, out, layer.weight.ndim == 4, getattr(layer, "share", 1.0))
 
         return note
 
-    def _add(self, sums: dict[str, Tensor], name: str, out: Tensor, image: bool) -> None:
-        """out: (B, N, H, W) of an image, (B, ..., N) of tokens and vectors."""
+    def _add(self, sums: dict[str, Tensor], name: str, out: Tensor, image: bool, share: float = 1.0) -> None:
+        """out: (B, N, H, W) of an image, (B, ..., N) of tokens and vectors; share: a factor in it that is taken out."""
         wide = out.detach().to(torch.promote_types(out.dtype, torch.float32))
         wide = wide.flatten(2) if image else wide.reshape(len(wide), -1, wide.shape[-1]).mT
-        found = wide.square().mean(dim=2).sqrt()  # Eq. 3
+        found = wide.square().mean(dim=2).sqrt() / share  # Eq. 3
         if self.counts is not None:
             found = found[self.counts]
         found = torch.cat([found.sum(dim=0), found.new_tensor([len(found)])]).double()

@@ -87,8 +87,8 @@ def check(run: Run) -> None:
         process = processes.build(run.process)
         with torch.device("meta"):
             modules = nn.ModuleDict({"net": nets.build(run.net, run.inputs)})
-            if run.loss.uncertain:
-                modules["uncertainty"] = diffusion.Uncertainty(process)
+            if uncertainty := diffusion.build_uncertainty(run, process):
+                modules["uncertainty"] = uncertainty
         grouped(run.optim, modules)
     if run.optim.state == "8bit":
         in_eight_bits(run.optim, [{"params": [nn.Parameter(torch.zeros(1))]}])

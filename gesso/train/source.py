@@ -103,7 +103,7 @@ def _of_folder(path: Path, run: Run, sigma_rel: float | None, nimg: int | None) 
     if sigma_rel:
         target = ema.Power(sigma_rel)
     elif run.init.halflife:
-        target = ema.Traditional(run.init.halflife)
+        target = ema.Traditional(run.init.halflife, there.ema.rampup)
     weights, there, time, fits = snapshot.synthesize(path, [target], nimg)
     poor = fits[0].error > POOR**2
     notes = [f"the stored averages hardly make one of {target}: {fits[0]}"] if poor else []

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 import gesso
-from gesso import config, files
+from gesso import config, devices, files
 from gesso.config import Data, Run
 from gesso.data import text
 from gesso.data.dataset import described, is_cached, open_dataset
@@ -179,6 +179,7 @@ def start(run: Run, out: Path, resume: bool, console: Console, say: Callable[[st
     """Open the data and the folder and train, on every rank; the first one speaks. Returns the run as it was recorded."""
     exactly(run)
     with joined(run) as (ranks, device):
+        devices.check_precision(device, "train.precision", run.train.precision)
         if not ranks.main:
             console, say = Console(quiet=True), lambda text: None
         already = (out / "run.yaml").exists()
@@ -228,6 +229,7 @@ def exactly(run: Run) -> None:
     if run.train.threads:
         torch.set_num_threads(run.train.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.train.tf32
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # as EDM2's published loop
     if run.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

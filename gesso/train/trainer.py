@@ -52,7 +52,7 @@ class Trainer:
         self.denoiser = denoiser or diffusion.build(run)
         self.process, net = self.denoiser.process, self.denoiser.net
         self.modules = nn.ModuleDict({"net": net})
-        self.uncertainty = diffusion.Uncertainty(self.process) if run.loss.uncertain else None
+        self.uncertainty = diffusion.build_uncertainty(run, self.process)
         if self.uncertainty:
             self.modules["uncertainty"] = self.uncertainty
         self.modules.to(self.device, dtype).train()
@@ -74,7 +74,9 @@ class Trainer:
         self.levels = torch.zeros(2 * levels.BINS, dtype=torch.float64)
         self.waited = 0.0
         dynamic = run.train.loss_scale == "dynamic"
-        first = 2.0**16 if dynamic else run.train.loss_scale
+        # 2^16 on the mean over elements, whichever reduction is trained with; a power of two rounds nothing.
+        power = 16 - round(math.log2(run.elements)) if run.loss.reduction == "sum" else 16
+        first = 2.0**power if dynamic else run.train.loss_scale
         self.scaling = torch.tensor([first if run.train.precision == "float16" else 1.0, 0, 0], dtype=torch.float64)
         self.grad_norm, self.nonfinite = math.nan, 0
         self.caught: Sequence[int] = ()
@@ -107,7 +109,7 @@ class Trainer:
         return line
 
     def step(self) -> float:
-        """One batch. Returns its loss. A signal that any rank has `caught` is `stopping` on all of them.
+        """One batch. Returns its loss, a mean over elements whatever loss.reduction says. A signal that any rank has `caught` is `stopping` on all of them.
 
         Raises RunError, with nothing changed, when loss or gradient is not finite and the settings say stop, or for the
         20th time in a row.
@@ -129,6 +131,8 @@ class Trainer:
         self.grad_norm = float(norm)
         if self._usable(value, u, losses, gradients):
             if run.optim.clip:
+                if not math.isfinite(self.grad_norm):  # values that were not finite are 0 by now
+                    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters]))
                 nn.utils.clip_grads_with_norm_(parameters, run.optim.clip, norm)
             optim.set_rate(self.optimizer, optim.learning_rate(run.optim, run.train, self.nimg))
             self.optimizer.step()
@@ -175,6 +179,8 @@ class Trainer:
         s = self.process.quantile(u).to(x0)
         # DDP and FSDP average over ranks; the loss is the sum over the batch divided by its size.
         factor = self.ranks.world / run.train.batch_size * float(self.scaling[0])
+        if run.loss.reduction == "sum":  # losses are means over the elements of a sample
+            factor *= x0[0].numel()
         found, starts = [], range(0, len(counter), self.micro)
         for j, start in enumerate(starts):
             at = slice(start, start + self.micro)
@@ -230,11 +236,12 @@ class Trainer:
         bad = ~losses.isfinite().cpu()
         s = self.process.quantile(u[bad] if bool(bad.any()) else u)
         what = "loss" if bool(bad.any()) else "gradient"
+        clip = self.run.elements if self.run.loss.reduction == "sum" else 1
         often = f" for the {int(self.scaling[2])}th time in a row" if self.scaling[2] > 1 else ""
         return (
             f"the {what} is not finite{often} at image {self.nimg:,} (step {self.nimg // self.run.train.batch_size:,}), "
             f"noise levels {float(s.min()):.3g} to {float(s.max()):.3g}; weights and averages are as before that step.\n"
-            f"Try a lower optim.lr (now {self.run.optim.lr:g}), a longer optim.warmup_images, or optim.clip=1."
+            f"Try a lower optim.lr (now {self.run.optim.lr:g}), a longer optim.warmup_images, or optim.clip={clip:g}."
         )
 
     def _too_large(self) -> str:

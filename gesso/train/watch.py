@@ -80,6 +80,7 @@ class Watcher:
         end = run.train.total_images + run.train.batch_size - 1
         if any(crossed(0, end, every) for every in (self.cfg.sample_images, self.cfg.evaluate_images)):
             generate.check(run)
+            generate.check_device(run, self.device)
             self.space = generate.opened_space(run)
             # Another time or length of this run is not stored yet.
             alone = run.sample.model_copy(update={"guide": None, "guidance": 1.0, "guide_sees": "nothing",
