@@ -28,7 +28,7 @@ ELEMENTS = 64  # 1x8x8
 
 def digits_run(*settings: str) -> config.Run:
     common = ["train.dtype=float64", f"train.batch_size={BATCH}", "optim.warmup_images=64", f"optim.lr={LR}",
-              "semantic.dropout=0", "sample.guidance=1"]  # fmt: skip
+              "dropout.both=0", "dropout.control=0", "sample.guidance=1"]  # fmt: skip
     return recipes.resolve("digits-edm2", [*common, *settings])[0]
 
 

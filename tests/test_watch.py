@@ -702,7 +702,13 @@ def test_config_g_reports_the_same_as_edm2_and_as_ladder():
     """At equal seeds, fresh and after some steps: coefficients of MP-sums that one of them folds into weights are taken out."""
     found = []
     for name in (["net.name=edm2"], ["net.name=edm2-ladder", "net.step=G"]):
-        settings = ["net.channels=16", "net.channels_per_head=16", "semantic.dropout=0", "sample.guidance=1"]
+        settings = [
+            "net.channels=16",
+            "net.channels_per_head=16",
+            "dropout.both=0",
+            "dropout.control=0",
+            "sample.guidance=1",
+        ]
         run = recipes.resolve("digits-edm2", [*name, *settings, "train.batch_size=16", "optim.warmup_images=0"])[0]
         trainer = loop.Trainer(*opened(run, QUIET))
         for steps in (0, 4):
