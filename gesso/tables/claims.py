@@ -367,7 +367,9 @@ def cheaper(cost: str, column: str, than: str, times: float) -> Expression:
         def score(name: str) -> Callable[[Seed, str], float]:
             return lambda one, row: one.score((row, name))
 
-        record = _chosen(seed, seed.rows_of(than), score(than))
+        # Which row is the record decides only what it costs: chosen on all seeds, so that it is the same for each.
+        pooled = seed._replace(others=(seed, *seed.others))
+        record = _chosen(pooled, seed.rows_of(than), score(than))
         rows = [r for r in seed.rows_of(column) if seed[r, cost] * times <= seed[record, cost]]
         if not rows:
             return _parts(-math.inf)
