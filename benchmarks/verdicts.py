@@ -19,7 +19,9 @@ from gesso.tables.claims import Expression, Verdict
 from gesso.tables.table import Claim, Column, Row, Table
 
 ROWS = ("r1", "r2", "r3", "r4", "r5")
-TABLE = Table("t", "", "", (Column("a"), Column("b"), Column("c")), tuple(Row(r, x=2.0**i) for i, r in enumerate(ROWS)), {})
+TABLE = Table(
+    "t", "", "", (Column("a"), Column("b"), Column("c")), tuple(Row(r, x=2.0**i) for i, r in enumerate(ROWS)), {}
+)
 LEVEL, FAR = 100.0, 20.0
 """of means, so that ratios are of normal numbers; a mean that never is the best"""
 EFFECT = 2.0
@@ -51,9 +53,19 @@ def comparisons() -> Iterator[Case]:
         pair = {"a": column(-shift), "b": column(0)}
         yield Case("improves_on", "", claims.improves_on(cell("a"), cell("b")), pair, truth)
         yield Case("greater_than", "", claims.greater_than(cell("a"), LEVEL), {"a": column(shift)}, truth)
-        yield Case("at_most", "", claims.at_most(cell("a"), cell("b"), 0.05), {"a": column(5 - shift), "b": column(0)}, truth)
-        yield Case("improves_by", "", claims.improves_by(cell("a"), cell("b"), 0.1), {"a": column(-10 - shift), "b": column(0)}, truth)
-        yield Case("at_least", "", claims.at_least(cell("a"), cell("b"), 0.5), {"a": column(shift - 50), "b": column(0)}, truth)
+        yield Case(
+            "at_most", "", claims.at_most(cell("a"), cell("b"), 0.05), {"a": column(5 - shift), "b": column(0)}, truth
+        )
+        yield Case(
+            "improves_by",
+            "",
+            claims.improves_by(cell("a"), cell("b"), 0.1),
+            {"a": column(-10 - shift), "b": column(0)},
+            truth,
+        )
+        yield Case(
+            "at_least", "", claims.at_least(cell("a"), cell("b"), 0.5), {"a": column(shift - 50), "b": column(0)}, truth
+        )
         # Margins of 4 and of .1, so that one side and both sides of an equivalence are near.
         for margin in (0.04, 0.001) if truth is None else (0.04,):
             edge = LEVEL * margin
@@ -108,9 +120,20 @@ def optima() -> Iterator[Case]:
     for a, ours in SHAPES.items():
         for b, theirs in SHAPES.items():
             worse = [LEVEL * 1.05 + v for v in theirs]
-            yield Case("bests_within", f"{a} against {b}", margin, {"a": column(*ours), "b": worse, "c": column(*(v + 2.5 for v in ours))})
+            yield Case(
+                "bests_within",
+                f"{a} against {b}",
+                margin,
+                {"a": column(*ours), "b": worse, "c": column(*(v + 2.5 for v in ours))},
+            )
     for truth, off in ((True, 0.0), (False, 5 + EFFECT)):
-        yield Case("bests_within", "", margin, {"a": column(*near), "b": column(*(v + off for v in near)), "c": column(*near)}, truth)
+        yield Case(
+            "bests_within",
+            "",
+            margin,
+            {"a": column(*near), "b": column(*(v + off for v in near)), "c": column(*near)},
+            truth,
+        )
 
 
 def ratios() -> Iterator[Case]:
@@ -134,7 +157,13 @@ def ratios() -> Iterator[Case]:
         yield Case("less_spread", f"{name}, all alike", spread, {c: column(*curve) for c in "abc"})
     apart = {"a": column(0, 3, 6, 9, 12), "b": column(6, 3, 0, 3, 6), "c": column(12, 9, 6, 3, 0)}
     yield Case("less_spread", "", spread, apart, True)
-    yield Case("less_spread", "", spread, {"a": column(0, 9, 6, 9, 9), "b": column(9, 9, 6, 9, 9), "c": column(9, 9, 6, 9, 9)}, False)
+    yield Case(
+        "less_spread",
+        "",
+        spread,
+        {"a": column(0, 9, 6, 9, 9), "b": column(9, 9, 6, 9, 9), "c": column(9, 9, 6, 9, 9)},
+        False,
+    )
     cheap = claims.cheaper("c", "a", "b", 2)
     for name, curve in {"flat": (0, 0, 0), "one": (0, FAR, FAR)}.items():
         yield Case("cheaper", name, cheap, {"a": column(*curve), "b": column(FAR, FAR, 0), "c": [1.0, 1.0, 2.0]})

@@ -219,7 +219,7 @@ def test_a_diverged_seed_and_a_lone_one(tmp_path, known):
 
 
 def test_what_needs_no_seed_needs_no_second(tmp_path, known):
-    claim = Claim("It is small", lambda seed: claims.Parts((claims.Effect(20 - seed["slow", "size"]),), ()))
+    claim = Claim("It is small", lambda seed: claims._tests(20 - seed["slow", "size"]))
     table = fake(claims=(claim,))
     todo = plan.jobs(table, "tiny", [0], tmp_path)
     (counted,) = [job for job in todo if job.part.by == "counts"]

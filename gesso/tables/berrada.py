@@ -164,7 +164,10 @@ def table_2b() -> Table:
     detail = {"uniform": "detail, uniform", cosine: "detail, cosine"}
 
     def details(trained: Mapping[str, Training], measure: Settings, protocol: str | None = None) -> tuple[Part, ...]:
-        return tuple(part({detail[column]: "size_detail"}, {"as in training": t}, measure, protocol) for column, t in trained.items())
+        return tuple(
+            part({detail[column]: "size_detail"}, {"as in training": t}, measure, protocol)
+            for column, t in trained.items()
+        )
 
     two = {column: SCHEDULES[column] for column in ("uniform", cosine)}
     tiny = {column: coarse(*said) for column, said in two.items()}

@@ -182,10 +182,10 @@ TIMES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 def figure_a1() -> Table:
     scales = {"s = 1": (), "s = 2": ("process.scale=2",)}
 
-    def equation_3(seed: claims.Seed) -> claims.Parts:
+    def equation_3(seed: claims.Seed) -> claims.Tests:
         pairs = [(seed[f"t = {t:g}", "s = 1"], seed[f"t = {t:g}", "s = 2"]) for t in TIMES]
         error = max(abs(high - low / (4 - 3 * low)) for low, high in pairs)
-        return claims.Parts((claims.Effect(1e-9 - error),), ((claims.Effect(error - 1e-9),),))
+        return claims.Tests(claims.Effect(1e-9 - error), claims.Effect(error - 1e-9))
 
     return Table(
         name="berrada/figA1",

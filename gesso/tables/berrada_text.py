@@ -92,7 +92,11 @@ def figure_a3() -> Table:
         "Gradients at padding tokens",
         {share: "padding_share"},
         "gradients",
-        (Claim("With zeros more than a tenth of the gradient is on padding", claims.greater_than(("zero", share), 0.1)),),
+        (
+            Claim(
+                "With zeros more than a tenth of the gradient is on padding", claims.greater_than(("zero", share), 0.1)
+            ),
+        ),
         "A picture of one prompt in the paper. Here the share of the gradient's norm that falls behind the end of captions, of the "
         "trainings of Table 3. The paper says that the output depends on padding; a tenth is our choice.",
     )
@@ -105,7 +109,11 @@ def figure_a4() -> Table:
         "Attention under three paddings",
         {share: "padding_share", "entropy": "entropy", alike: "alike"},
         "attention",
-        (Claim("With zeros more than a tenth of the attention is on padding", claims.greater_than(("zero", share), 0.1)),),
+        (
+            Claim(
+                "With zeros more than a tenth of the attention is on padding", claims.greater_than(("zero", share), 0.1)
+            ),
+        ),
         "Pictures in the paper, which speaks of a significant part; a tenth is our choice. Of the attention of images to text, of the "
         "trainings of Table 3; alike: the cosine of tokens and their copies, which without noise is 1 and with noise less, by construction: no claim.",
     )

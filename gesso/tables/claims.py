@@ -1,6 +1,7 @@
 """Claims as expressions over the numbers of one seed, and the verdict over seeds (docs/tables.md, "How a verdict is made").
 
-An expression takes the numbers of one seed and returns the effects of its parts: positive where a part holds. A number that is
+An expression takes the numbers of one seed and returns two trees of
+effects: those that are positive where it holds, and where it does not. A number that is
 missing raises MissingCell, which `judge` catches.
 """
 
@@ -9,7 +10,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from itertools import permutations
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from gesso.tables.student import seeds_for_sign_test, sign_p_value, t_quantile
 from gesso.tables.table import Cell, Claim, Table, Values
@@ -23,13 +24,11 @@ class MissingCell(LookupError):
 
 
 class Seed(NamedTuple):
-    """Numbers of one seed, by cell. rows: by column the rows that any seed has; others: the other seeds, on which the best of
-    several rows is chosen."""
+    """Numbers of one seed, by cell. rows: by column the rows that any seed has."""
 
     table: Table
     values: Values
     rows: Mapping[str, Sequence[str]]
-    others: tuple["Seed", ...] = ()
 
     def __getitem__(self, cell: Cell) -> float:
         if cell not in self.values:
@@ -66,24 +65,42 @@ class Effect(NamedTuple):
     by_sign: bool = False
 
 
-class Parts(NamedTuple):
-    """holds: the claim holds if all of these are positive; contradicted_by: it does not if all effects of any one of these
-    groups are positive."""
+class All(NamedTuple):
+    """All are positive: each is tested at the level of the whole (intersection-union test)."""
 
-    holds: tuple[Effect, ...]
-    contradicted_by: tuple[tuple[Effect, ...], ...]
+    parts: tuple["Test", ...]
 
 
-Expression = Callable[[Seed], Parts]
-Option = TypeVar("Option")
-OtherOption = TypeVar("OtherOption")
+class Any(NamedTuple):
+    """Some is positive: each is tested at its share of the level (Bonferroni)."""
+
+    parts: tuple["Test", ...]
 
 
-def _parts(*effects: float, by_sign: bool = False) -> Parts:
+Test = Effect | All | Any
+
+
+class Tests(NamedTuple):
+    """What shows that a claim holds, and what shows that it does not."""
+
+    holds: Test
+    fails: Test
+
+
+Expression = Callable[[Seed], Tests]
+Value = Callable[[Seed, str], float]
+
+
+def _tests(*effects: float, by_sign: bool = False) -> Tests:
     """Parts each of which contradicts the claim where it is negative."""
-    return Parts(
-        tuple(Effect(value, by_sign) for value in effects), tuple((Effect(-value, by_sign),) for value in effects)
+    return Tests(
+        All(tuple(Effect(value, by_sign) for value in effects)),
+        Any(tuple(Effect(-value, by_sign) for value in effects)),
     )
+
+
+def _all_of(each: Sequence[Tests]) -> Tests:
+    return Tests(All(tuple(one.holds for one in each)), Any(tuple(one.fails for one in each)))
 
 
 def _difference(a: float, b: float) -> float:
@@ -93,34 +110,29 @@ def _difference(a: float, b: float) -> float:
 
 def all_of(*expressions: Expression) -> Expression:
     """All of them hold."""
-
-    def parts(seed: Seed) -> Parts:
-        each = [expression(seed) for expression in expressions]
-        return Parts(sum((p.holds for p in each), ()), sum((p.contradicted_by for p in each), ()))
-
-    return parts
+    return lambda seed: _all_of([expression(seed) for expression in expressions])
 
 
 def improves_on(cell: Cell, baseline: Cell) -> Expression:
     """The number at (row, column) `cell` is better than that at `baseline`."""
-    return lambda seed: _parts(
+    return lambda seed: _tests(
         _difference(seed[baseline], seed[cell]) * (1 if seed.table.lower(cell[1]) else -1),
     )
 
 
 def improves_by(cell: Cell, baseline: Cell, share: float) -> Expression:
     """A number is lower than `baseline` by more than a share of it."""
-    return lambda seed: _parts(_difference((1 - share) * seed[baseline], seed[cell]))
+    return lambda seed: _tests(_difference((1 - share) * seed[baseline], seed[cell]))
 
 
 def at_most(cell: Cell, baseline: Cell, margin: float) -> Expression:
     """A number exceeds `baseline` by less than a share `margin` of it: one-sided equivalence."""
-    return lambda seed: _parts(_difference((1 + margin) * seed[baseline], seed[cell]))
+    return lambda seed: _tests(_difference((1 + margin) * seed[baseline], seed[cell]))
 
 
 def at_least(cell: Cell, baseline: Cell, share: float) -> Expression:
     """A number is larger than a share of another."""
-    return lambda seed: _parts(_difference(seed[cell], share * seed[baseline]))
+    return lambda seed: _tests(_difference(seed[cell], share * seed[baseline]))
 
 
 def within(cell: Cell, other: Cell, margin: float) -> Expression:
@@ -129,131 +141,120 @@ def within(cell: Cell, other: Cell, margin: float) -> Expression:
     In the form margin (a+b)/2 -+ (a-b), which is linear in the numbers, so that no ratio is tested.
     """
 
-    def parts(seed: Seed) -> Parts:
+    def tests(seed: Seed) -> Tests:
         a, b = seed[cell], seed[other]
         if math.isinf(a) or math.isinf(b):
-            return _parts(0.0 if a == b else -math.inf)
+            return _tests(0.0 if a == b else -math.inf)
         room = margin * (a + b) / 2
-        return _parts(room - (a - b), room + (a - b))
+        return _tests(room - (a - b), room + (a - b))
 
-    return parts
+    return tests
 
 
 def near(cell: Cell, level: float, margin: float) -> Expression:
     """A number differs from `level` by less than a share `margin` of it: two one-sided tests."""
-    return lambda seed: _parts((1 + margin) * level - seed[cell], seed[cell] - (1 - margin) * level)
+    return lambda seed: _tests((1 + margin) * level - seed[cell], seed[cell] - (1 - margin) * level)
 
 
 def greater_than(cell: Cell, level: float) -> Expression:
     """A number is larger than `level`."""
-    return lambda seed: _parts(seed[cell] - level)
+    return lambda seed: _tests(seed[cell] - level)
 
 
 def matches_published(cells: Sequence[Cell], margin: float) -> Expression:
     """Numbers differ from the published ones by less than a share of those."""
 
-    def parts(seed: Seed) -> Parts:
+    def tests(seed: Seed) -> Tests:
         published = seed.table.published()
         return all_of(*(near(cell, published[cell], margin) for cell in cells))(seed)
 
-    return parts
+    return tests
 
 
 def is_best(row: str, column: str) -> Expression:
     """A row is better than each of the others of its column."""
 
-    def parts(seed: Seed) -> Parts:
+    def tests(seed: Seed) -> Tests:
         others = [other for other in seed.rows_of(column, 2) if other != row]
         return all_of(*(improves_on((row, column), (other, column)) for other in others))(seed)
 
-    return parts
+    return tests
 
 
 def each_improves(column: str, rows: Sequence[str]) -> Expression:
     """Of the rows that are measured, each is better than the one before."""
 
-    def parts(seed: Seed) -> Parts:
+    def tests(seed: Seed) -> Tests:
         measured = [row for row in rows if row in seed.rows_of(column, 2)]
         if len(measured) < 2:
             raise MissingCell(column)
         pairs = zip(measured, measured[1:], strict=False)
         return all_of(*(improves_on((after, column), (before, column)) for before, after in pairs))(seed)
 
-    return parts
-
-
-def _chosen(seed: Seed, options: Sequence[Option], value: Callable[[Seed, Option], float]) -> Option:
-    """The option of the largest value over the other seeds, so that its number in this one is not a selected one."""
-    return max(options, key=lambda option: sum(value(other, option) for other in seed.others or (seed,)))
+    return tests
 
 
 def _maximum_exceeds(
-    seed: Seed,
-    options: Sequence[Option],
-    value: Callable[[Seed, Option], float],
-    others: Sequence[OtherOption],
-    other_value: Callable[[Seed, OtherOption], float],
-) -> Parts:
-    """The largest mean of `options` exceeds the largest of `others`.
+    seed: Seed, options: Sequence[str], value: Value, others: Sequence[str], other_value: Value
+) -> Tests:
+    """The largest mean of `options` exceeds the largest mean of `others`.
 
-    Holds if an option chosen on the other seeds exceeds every one of `others`; contradicted if one of those, chosen alike,
-    exceeds every option. Neither side takes a maximum over noise.
+    Holds if some option exceeds every one of `others`; fails if some one of those exceeds every option. Neither side takes the
+    maximum of noisy numbers.
     """
-    ours = value(seed, _chosen(seed, options, value))
-    theirs = other_value(seed, _chosen(seed, others, other_value))
-    return Parts(
-        tuple(Effect(_difference(ours, other_value(seed, other))) for other in others),
-        (tuple(Effect(_difference(theirs, value(seed, option))) for option in options),),
+    ours, theirs = [value(seed, option) for option in options], [other_value(seed, other) for other in others]
+    return Tests(
+        Any(tuple(All(tuple(Effect(_difference(a, b)) for b in theirs)) for a in ours)),
+        Any(tuple(All(tuple(Effect(_difference(b, a)) for a in ours)) for b in theirs)),
     )
 
 
 def best_of(column: str, than: str) -> Expression:
     """The best row of a column is better than the best of another."""
 
-    def parts(seed: Seed) -> Parts:
-        def score(name: str) -> Callable[[Seed, str], float]:
+    def tests(seed: Seed) -> Tests:
+        def score(name: str) -> Value:
             return lambda one, row: one.score((row, name))
 
         return _maximum_exceeds(seed, seed.rows_of(column), score(column), seed.rows_of(than), score(than))
 
-    return parts
+    return tests
 
 
 def optimum_inside(column: str, ends: tuple[str, ...] | None = None, rows: Sequence[str] | None = None) -> Expression:
     """Some row between the ends of a curve is better than both; `rows` limits the curve, `ends` names one end or both."""
 
-    def parts(seed: Seed) -> Parts:
+    def tests(seed: Seed) -> Tests:
         curve = [row for row in seed.rows_of(column, 3) if rows is None or row in rows]
         outer = ends or (curve[0], curve[-1])
         inner = [row for row in curve if row not in outer]
         if not inner or not set(outer) <= set(curve):
             raise MissingCell(column)
 
-        def score(one: Seed, row: str) -> float:
-            return one.score((row, column))
+        def beats(row: str, other: str) -> Effect:
+            return Effect(_difference(seed.score((row, column)), seed.score((other, column))))
 
-        best = score(seed, _chosen(seed, inner, score))
-        return Parts(
-            tuple(Effect(_difference(best, score(seed, end))) for end in outer),
-            tuple(tuple(Effect(_difference(score(seed, end), score(seed, row))) for row in inner) for end in outer),
+        return Tests(
+            Any(tuple(All(tuple(beats(row, end) for end in outer)) for row in inner)),
+            Any(tuple(All(tuple(beats(end, row) for row in inner)) for end in outer)),
         )
 
-    return parts
+    return tests
 
 
 def optimum_earlier(column: str, than: str) -> Expression:
     """In most trainings the best point of a curve lies at a smaller x than that of another."""
-    return lambda seed: _parts(_optimum(seed, than) - _optimum(seed, column), by_sign=True)
+    return lambda seed: _tests(_optimum(seed, than) - _optimum(seed, column), by_sign=True)
 
 
 def optimum_follows(given: Mapping[str, float], power: float, margin: float) -> Expression:
     """In most trainings the best x of columns goes as a power of what is given of each, but for `margin` in the exponent."""
 
-    def parts(seed: Seed) -> Parts:
+    def tests(seed: Seed) -> Tests:
         slope = _slope([(value, _optimum(seed, column)) for column, value in given.items()])
-        return _parts(margin - abs(slope - power), by_sign=True)
+        return _tests(margin - abs(slope - power), by_sign=True)
 
-    return parts
+    return tests
 
 
 def _optimum(seed: Seed, column: str) -> float:
@@ -267,12 +268,12 @@ def _optimum(seed: Seed, column: str) -> float:
 def power_law(column: str, power: float, margin: float) -> Expression:
     """A curve goes as a power of x, but for `margin` in the fitted exponent: two one-sided tests."""
 
-    def parts(seed: Seed) -> Parts:
+    def tests(seed: Seed) -> Tests:
         seed.rows_of(column, 3)
         slope = _slope(seed.curve(column))
-        return _parts(margin - (slope - power), margin + (slope - power))
+        return _tests(margin - (slope - power), margin + (slope - power))
 
-    return parts
+    return tests
 
 
 def _slope(points: Sequence[tuple[float, float]]) -> float:
@@ -285,22 +286,22 @@ def _slope(points: Sequence[tuple[float, float]]) -> float:
 def helps_more(column: str, than: str, base: str) -> Expression:
     """The best row of a column is better than its row `base` by a larger share than that of another column."""
 
-    def parts(seed: Seed) -> Parts:
-        def share(name: str) -> Callable[[Seed, str], float]:
+    def tests(seed: Seed) -> Tests:
+        def share(name: str) -> Value:
             sign = 1 if seed.table.lower(name) else -1
             return lambda one, row: sign * (1 - one.finite((row, name)) / one.finite((base, name)))
 
         rows = [[row for row in seed.rows_of(name, 2) if row != base] for name in (column, than)]
         return _maximum_exceeds(seed, rows[0], share(column), rows[1], share(than))
 
-    return parts
+    return tests
 
 
 def narrower(column: str, than: str) -> Expression:
     """A curve rises more around its optimum than another: by the mean of its points over the optimum."""
 
-    def parts(seed: Seed) -> Parts:
-        def rise(name: str) -> Callable[[Seed, str], float]:
+    def tests(seed: Seed) -> Tests:
+        def rise(name: str) -> Value:
             rows, sign = seed.rows_of(name, 3), 1 if seed.table.lower(name) else -1
             return lambda one, row: (
                 sign * (statistics.mean(one.finite((r, name)) for r in rows) / one.finite((row, name)) - 1)
@@ -308,74 +309,68 @@ def narrower(column: str, than: str) -> Expression:
 
         return _maximum_exceeds(seed, seed.rows_of(column, 3), rise(column), seed.rows_of(than, 3), rise(than))
 
-    return parts
+    return tests
 
 
 def bests_within(columns: Sequence[str], margin: float) -> Expression:
     """The best (lowest) numbers of columns exceed one another by less than a share `margin`."""
 
-    def parts(seed: Seed) -> Parts:
-        def below(name: str, factor: float) -> Callable[[Seed, str], float]:
+    def tests(seed: Seed) -> Tests:
+        def below(name: str, factor: float) -> Value:
             return lambda one, row: -factor * one[row, name]
 
         each = [
             _maximum_exceeds(seed, seed.rows_of(a), below(a, 1.0), seed.rows_of(b), below(b, 1 + margin))
             for a, b in permutations(columns, 2)
         ]
-        return all_of(*(lambda _, p=p: p for p in each))(seed)
+        return _all_of(each)
 
-    return parts
+    return tests
 
 
 def less_spread(columns: Sequence[str], row: str) -> Expression:
     """The best (lowest) numbers of columns, each at a row of its own, differ by a smaller factor than those of one row."""
 
-    def parts(seed: Seed) -> Parts:
-        def at_row(one: Seed, pair: tuple[str, str]) -> float:
-            return math.log(one.finite((row, pair[0]))) - math.log(one.finite((row, pair[1])))
+    def tests(seed: Seed) -> Tests:
+        logs = {c: {r: math.log(seed.finite((r, c))) for r in seed.rows_of(c)} for c in columns}
+        if any(row not in each for each in logs.values()):
+            raise MissingCell(row)
+        pairs = list(permutations(columns, 2))
+        fixed = [logs[a][row] - logs[b][row] for a, b in pairs]
 
-        def log_of(name: str) -> Callable[[Seed, str], float]:
-            return lambda one, r: -math.log(one.finite((r, name)))
+        def closer(a: str, b: str, factor: float) -> Any:
+            """The best of a exceeds the best of b by less than `factor`."""
+            each = (All(tuple(Effect(factor + y - x) for y in logs[b].values())) for x in logs[a].values())
+            return Any(tuple(each))
 
-        def best(one: Seed, name: str) -> float:
-            return max(log_of(name)(one, r) for r in seed.rows_of(name))
-
-        def apart(one: Seed, pair: tuple[str, str]) -> float:
-            return best(one, pair[1]) - best(one, pair[0])
-
-        pairs, low = list(permutations(columns, 2)), {}
-        for name in columns:
-            low[name] = log_of(name)(seed, _chosen(seed, seed.rows_of(name), log_of(name)))
-        fixed = at_row(seed, _chosen(seed, pairs, at_row))
-        a, b = _chosen(seed, pairs, apart)
-        return Parts(
-            tuple(Effect(fixed + low[c] - log_of(d)(seed, r)) for c, d in pairs for r in seed.rows_of(d)),
-            (
-                tuple(
-                    Effect(low[b] - log_of(a)(seed, r) - at_row(seed, pair)) for r in seed.rows_of(a) for pair in pairs
-                ),
-            ),
+        apart = (
+            All(tuple(Effect(x - y - factor) for x in logs[a].values() for factor in fixed))
+            for a, b in pairs
+            for y in logs[b].values()
         )
+        return Tests(Any(tuple(All(tuple(closer(a, b, f) for a, b in pairs)) for f in fixed)), Any(tuple(apart)))
 
-    return parts
+    return tests
 
 
 def cheaper(cost: str, column: str, than: str, times: float) -> Expression:
-    """The best number of one column is beaten by another at so many times less cost."""
+    """The best number of a column is beaten by another column at so many times less cost.
 
-    def parts(seed: Seed) -> Parts:
-        def score(name: str) -> Callable[[Seed, str], float]:
+    Some row of `column` that costs little enough is better than all of `than`. The best of those, whose cost counts, must be the
+    same row in every seed, as published numbers are.
+    """
+
+    def tests(seed: Seed) -> Tests:
+        def score(name: str) -> Value:
             return lambda one, row: one.score((row, name))
 
-        # Which row is the record decides only what it costs: chosen on all seeds, so that it is the same for each.
-        pooled = seed._replace(others=(seed, *seed.others))
-        record = _chosen(pooled, seed.rows_of(than), score(than))
-        rows = [r for r in seed.rows_of(column) if seed[r, cost] * times <= seed[record, cost]]
+        record = max(seed.rows_of(than), key=lambda row: seed.score((row, than)))
+        rows = [row for row in seed.rows_of(column) if seed[row, cost] * times <= seed[record, cost]]
         if not rows:
-            return _parts(-math.inf)
+            return _tests(-math.inf)
         return _maximum_exceeds(seed, rows, score(column), seed.rows_of(than), score(than))
 
-    return parts
+    return tests
 
 
 class Verdict(StrEnum):
@@ -410,6 +405,19 @@ class _Bound(NamedTuple):
     low: float | None
     positive: bool
 
+    def order(self) -> tuple[bool, float]:
+        return self.positive, self.mean if self.low is None else self.low
+
+
+def _tested(tests: Sequence[Test], level: float) -> _Bound:
+    """One test over seeds. Its bound is that of the part that decides."""
+    first = tests[0]
+    if isinstance(first, Effect):
+        return _bound(tests, level)
+    share = level if isinstance(first, All) else level / len(first.parts)
+    bounds = [_tested(part, share) for part in zip(*(test.parts for test in tests), strict=True)]
+    return (min if isinstance(first, All) else max)(bounds, key=_Bound.order)
+
 
 def _bound(effects: Sequence[Effect], level: float) -> _Bound:
     values = [effect.value for effect in effects]
@@ -423,58 +431,56 @@ def _bound(effects: Sequence[Effect], level: float) -> _Bound:
     return _Bound(mean, low, low > 0)
 
 
-def seeds_of(table: Table, values: Sequence[Values]) -> Iterator[Seed]:
+def _leaves(test: Test) -> Iterator[Effect]:
+    if isinstance(test, Effect):
+        yield test
+    else:
+        for part in test.parts:
+            yield from _leaves(part)
+
+
+def seeds_of(table: Table, values: Sequence[Values]) -> list[Seed]:
     """Views of the numbers of each seed, which know the rows of all."""
     measured = {cell for one in values for cell in one}
     rows = {
         column.name: [row.name for row in table.rows if (row.name, column.name) in measured] for column in table.columns
     }
-    return (Seed(table, one, rows) for one in values)
+    return [Seed(table, one, rows) for one in values]
 
 
-def _complete(claim: Claim, seeds: Sequence[Seed]) -> list[Seed]:
-    """Those that have every number that the claim needs, each with the others."""
+def _complete(claim: Claim, seeds: Sequence[Seed]) -> list[Tests]:
+    """Of the seeds that have every number that the claim needs."""
     complete = []
     for seed in seeds:
         try:
-            claim.parts(seed)
+            complete.append(claim.tests(seed))
         except MissingCell:
             continue
-        complete.append(seed)
-    return [seed._replace(others=tuple(one for one in complete if one is not seed)) for seed in complete]
+    return complete
 
 
 def effect_of(table: Table, claim: Claim, values: Values) -> float | None:
-    """The smallest effect of a claim's parts among the numbers of one seed; None where one is missing."""
-    try:
-        return min(effect.value for effect in claim.parts(next(seeds_of(table, [values]))).holds)
-    except MissingCell:
-        return None
+    """By how much a claim holds among the numbers of one seed; None where one is missing."""
+    complete = _complete(claim, seeds_of(table, [values]))
+    return _tested([complete[0].holds], LEVEL).mean if complete else None
 
 
 def judge(table: Table, claim: Claim, values: Sequence[Values]) -> Judgement:
     """Reproduced if every part is significantly positive, contradicted if the opposite is shown; each wrong in at most 5 %."""
-    seeds = _complete(claim, list(seeds_of(table, values)))
-    if not seeds:
+    each = _complete(claim, seeds_of(table, values))
+    if not each:
         return Judgement(claim.text, Verdict.NOT_MEASURED, math.nan, None, None, 0, 0)
-    each = [claim.parts(seed) for seed in seeds]
-    holds = [_bound(effects, LEVEL) for effects in zip(*(parts.holds for parts in each), strict=True)]
-    weakest = min(holds, key=lambda bound: (bound.positive, bound.mean if bound.low is None else bound.low))
-    if len(seeds) < 2:
-        return Judgement(claim.text, Verdict.TOO_FEW_SEEDS, weakest.mean, None, None, 1, len(holds))
-    groups = list(zip(*(parts.contradicted_by for parts in each), strict=True))
-    against = [[_bound(effects, LEVEL / len(groups)) for effects in zip(*group, strict=True)] for group in groups]
-    reproduced = all(bound.positive for bound in holds)
-    contradicted = any(all(bound.positive for bound in group) for group in against)
+    holds, fails = (_tested([tests[i] for tests in each], LEVEL) for i in (0, 1))
+    leaves = list(_leaves(each[0].holds))
     verdict = Verdict.UNDECIDED
-    if reproduced != contradicted:
-        verdict = Verdict.REPRODUCED if reproduced else Verdict.CONTRADICTED
-    elif len(seeds) < seeds_for_sign_test(LEVEL) and any(effect.by_sign for effect in each[0].holds):
+    if len(each) < 2:
+        return Judgement(claim.text, Verdict.TOO_FEW_SEEDS, holds.mean, None, None, 1, len(leaves))
+    if holds.positive != fails.positive:
+        verdict = Verdict.REPRODUCED if holds.positive else Verdict.CONTRADICTED
+    elif len(each) < seeds_for_sign_test(LEVEL) and any(effect.by_sign for effect in leaves):
         verdict = Verdict.TOO_FEW_SEEDS
-    low = None if any(bound.low is None for bound in holds) else weakest.low
-    lows = [[bound.low for bound in group] for group in against]
-    high = None if any(None in group for group in lows) else -max(min(group) for group in lows)
-    return Judgement(claim.text, verdict, weakest.mean, low, high, len(seeds), len(holds))
+    high = None if fails.low is None else -fails.low
+    return Judgement(claim.text, verdict, holds.mean, holds.low, high, len(each), len(leaves))
 
 
 def check(table: Table, claim: Claim, values: Sequence[Values]) -> Judgement:

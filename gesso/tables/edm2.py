@@ -50,7 +50,9 @@ def table_1() -> Table:
         )
 
     def step(ours: str, before: str, says: str) -> Claim:
-        return Claim(f"{says} ({ours} after {before})", claims.improves_on((names[ours], "FID"), (names[before], "FID")))
+        return Claim(
+            f"{says} ({ours} after {before})", claims.improves_on((names[ours], "FID"), (names[before], "FID"))
+        )
 
     return Table(
         name="edm2/1",

@@ -27,7 +27,9 @@ def figure_3() -> Table:
         return Claim(text, claims.greater_than((f"CONFIG {step}", column), 1.0))
 
     def constant(step: str, column: str, text: str) -> Claim:
-        return Claim(f"{text}, within {STEADY:.0%}".replace("%", " %"), claims.near((f"CONFIG {step}", column), 1.0, STEADY))
+        return Claim(
+            f"{text}, within {STEADY:.0%}".replace("%", " %"), claims.near((f"CONFIG {step}", column), 1.0, STEADY)
+        )
 
     return Table(
         name="edm2/fig3",

@@ -149,4 +149,10 @@ def _key(of: object) -> str:
 def cells_without_training(table: Table, scale: str) -> set[Cell]:
     """Cells that no training decides, so that one seed is enough for them."""
     parts = table.scales[scale].parts if scale in table.scales else ()
-    return {(row, column) for part in parts for row, how in part.rows.items() if part.by in ONCE or not how.training for column in part.columns}
+    return {
+        (row, column)
+        for part in parts
+        for row, how in part.rows.items()
+        if part.by in ONCE or not how.training
+        for column in part.columns
+    }

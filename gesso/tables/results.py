@@ -112,7 +112,10 @@ def restored(table: Table, stored: Mapping[str, Any], where: Path, once: set[Cel
             cells[cell] = Numbers(numbers, published.get(cell), marks, cell in once)
             for seed, value in numbers.items():
                 values.setdefault(seed, {})[cell] = value
-    scale, unmeasured = stored["scale"], [c for c in table.columns if not any(cells[r.name, c.name].seeds for r in table.rows)]
+    scale, unmeasured = (
+        stored["scale"],
+        [c for c in table.columns if not any(cells[r.name, c.name].seeds for r in table.rows)],
+    )
     described = dict(stored.get("columns", {}))
     known = {name for names in described for name in names.split("; ")}
     described |= {c.name: "not measured on this page" for c in unmeasured if c.name not in known}
@@ -130,9 +133,7 @@ def _parsed(value: float | str) -> float:
     return {"NaN": math.nan, "diverged": math.inf}[value] if isinstance(value, str) else value
 
 
-def judged(
-    table: Table, values: Mapping[int, Values], once: set[Cell]
-) -> list[tuple[Judgement, float | None]]:
+def judged(table: Table, values: Mapping[int, Values], once: set[Cell]) -> list[tuple[Judgement, float | None]]:
     """The verdict on each claim, and the effect that the paper's own numbers have."""
     published = table.published()
     return [(verdict(table, claim, values, once), claims.effect_of(table, claim, published)) for claim in table.claims]
@@ -155,7 +156,9 @@ def checked(check: Check, scale: str, where: Path) -> tuple[str, str]:
         return "", Verdict.NOT_MEASURED
     found = make.read(path)["claims"]
     return (
-        (found[check.claim]["text"], found[check.claim]["verdict"]) if check.claim < len(found) else ("", Verdict.NOT_MEASURED)
+        (found[check.claim]["text"], found[check.claim]["verdict"])
+        if check.claim < len(found)
+        else ("", Verdict.NOT_MEASURED)
     )
 
 

@@ -79,10 +79,10 @@ class Scale(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A claim of the paper that the table tests. parts: an expression over the numbers of one seed (claims.py)."""
+    """A claim of the paper that the table tests. tests: an expression over the numbers of one seed (claims.py)."""
 
     text: str
-    parts: Callable[[Any], Any]
+    tests: Callable[[Any], Any]
 
 
 class Check(NamedTuple):
