@@ -9,7 +9,6 @@ import signal
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

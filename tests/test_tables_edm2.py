@@ -28,7 +28,7 @@ from gesso.tables import TABLES, claims, closed, costs, grounds, make, measures,
 from gesso.tables.edm2_averages import TINY_LAYERS
 from gesso.tables.grounds import PAPER, SMALL, TINY
 from gesso.tables.settings import COARSE
-from gesso.tables.table import DIVERGED, SCALES, UNTRAINED, Claim, Column, How, Part, Row, Scale, Table, Training
+from gesso.tables.table import DIVERGED, SCALES, UNTRAINED, Column, How, Part, Row, Scale, Table, Training
 
 OURS = [name for name in TABLES if name.startswith(("edm2/", "own/"))]
 EVERY = [(name, scale) for name in OURS for scale in TABLES[name]().scales]

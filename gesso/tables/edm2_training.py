@@ -8,7 +8,6 @@ from gesso.tables import claims
 from gesso.tables.grounds import LADDER_COST, PAPER, SHARES, Ground, after, averaged, more, percent, rows_of, scales
 from gesso.tables.table import Claim, Column, How, Part, Row, Scale, Table, Training
 
-
 STEADY = 0.1
 """growth or decay of a magnitude that counts as none"""
 
