@@ -30,7 +30,7 @@ Means = Mapping[str, Sequence[float | None]]
 
 
 class Case(NamedTuple):
-    """truth: None at the boundary, else whether the claim holds. step: noise on log2 x of optima, by steps."""
+    """truth: None at the boundary, else whether the claim holds."""
 
     kind: str
     name: str

@@ -386,8 +386,8 @@ class Verdict(StrEnum):
 
 
 class Judgement(NamedTuple):
-    """effect, low: of the part that is least sure, its mean over seeds and the bound that decides "reproduced"; high: the bound
-    that decides "contradicted"; None where the sign test decides."""
+    """effect: of the whole, by the means over seeds; low, high: the bounds that decide "reproduced" and "contradicted", None where
+    the sign test decides; parts: how many comparisons it is made of."""
 
     text: str
     verdict: Verdict
@@ -419,11 +419,21 @@ def _tested(tests: Sequence[Test], level: float) -> _Bound:
     return (min if isinstance(first, All) else max)(bounds, key=_Bound.order)
 
 
+def _estimate(tests: Sequence[Test]) -> float:
+    """The effect of the whole by the means over seeds."""
+    first = tests[0]
+    if isinstance(first, Effect):
+        return sum(test.value for test in tests) / len(tests)
+    parts = (_estimate(part) for part in zip(*(test.parts for test in tests), strict=True))
+    return min(parts) if isinstance(first, All) else max(parts)
+
+
 def _bound(effects: Sequence[Effect], level: float) -> _Bound:
     values = [effect.value for effect in effects]
     n = len(values)
     mean = sum(values) / n
-    spread = statistics.stdev(values) if n > 1 and all(map(math.isfinite, values)) else math.nan
+    finite = n > 1 and math.isfinite(mean)
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1)) if finite else math.nan
     if any(effect.by_sign for effect in effects) or not spread > 1e-12 * abs(mean):
         positive = sum(value > 0 for value in values)
         return _Bound(mean, None, sign_p_value(positive, n) <= level)
@@ -462,7 +472,7 @@ def _complete(claim: Claim, seeds: Sequence[Seed]) -> list[Tests]:
 def effect_of(table: Table, claim: Claim, values: Values) -> float | None:
     """By how much a claim holds among the numbers of one seed; None where one is missing."""
     complete = _complete(claim, seeds_of(table, [values]))
-    return _tested([complete[0].holds], LEVEL).mean if complete else None
+    return _estimate([complete[0].holds]) if complete else None
 
 
 def judge(table: Table, claim: Claim, values: Sequence[Values]) -> Judgement:
@@ -471,16 +481,16 @@ def judge(table: Table, claim: Claim, values: Sequence[Values]) -> Judgement:
     if not each:
         return Judgement(claim.text, Verdict.NOT_MEASURED, math.nan, None, None, 0, 0)
     holds, fails = (_tested([tests[i] for tests in each], LEVEL) for i in (0, 1))
-    leaves = list(_leaves(each[0].holds))
+    estimate, leaves = _estimate([tests.holds for tests in each]), list(_leaves(each[0].holds))
     verdict = Verdict.UNDECIDED
     if len(each) < 2:
-        return Judgement(claim.text, Verdict.TOO_FEW_SEEDS, holds.mean, None, None, 1, len(leaves))
+        return Judgement(claim.text, Verdict.TOO_FEW_SEEDS, estimate, None, None, 1, len(leaves))
     if holds.positive != fails.positive:
         verdict = Verdict.REPRODUCED if holds.positive else Verdict.CONTRADICTED
     elif len(each) < seeds_for_sign_test(LEVEL) and any(effect.by_sign for effect in leaves):
         verdict = Verdict.TOO_FEW_SEEDS
     high = None if fails.low is None else -fails.low
-    return Judgement(claim.text, verdict, holds.mean, holds.low, high, len(each), len(leaves))
+    return Judgement(claim.text, verdict, estimate, holds.low, high, len(each), len(leaves))
 
 
 def check(table: Table, claim: Claim, values: Sequence[Values]) -> Judgement:

@@ -32,10 +32,10 @@ NONE = "-"
 LONG = 14
 """rows of a figure that are shown unfolded"""
 RULE = (
-    "Effect: by how much the least certain part of the claim holds, in the unit of what it compares, with the bounds that decide. "
-    "Reproduced: every part lies above 0 at 95 % (Student's t over paired seeds, one side; the sign test for places of optima and "
-    "where a training diverged). Contradicted: the opposite is shown at 95 %. Each is wrong in at most one case of twenty; else the "
-    "claim is undecided. An exact check needs no training. See docs/tables.md."
+    "Effect: by how much the claim holds, in the unit of what it compares, with the bounds that decide. Reproduced: all that the "
+    "claim says lies above 0 at 95 % (Student's t over paired seeds, one side; the sign test for places of optima and where a "
+    "training diverged). Contradicted: the opposite is shown at 95 %. Each is wrong in at most one case of twenty; else the claim "
+    "is undecided. An exact check needs no training. See docs/tables.md."
 )
 
 
@@ -176,7 +176,7 @@ def claim_rows(result: Result) -> Iterator[tuple[str, str, str, str]]:
     """Claim, verdict, effect with its bounds, effect of the paper's numbers."""
     for each, paper in result.verdicts:
         between = "" if each.low is None or each.high is None else f" ({each.low:+.3g} to {each.high:+.3g})"
-        parts = f"; least certain of {each.parts} parts" if each.parts > 1 else ""
+        parts = f"; {each.parts} comparisons" if each.parts > 1 else ""
         ours = effect(each.effect) + between + parts if each.seeds else NONE
         yield each.text, each.verdict, ours, effect(paper)
 
