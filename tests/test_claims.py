@@ -222,7 +222,7 @@ def simulated(case):
 
 @pytest.mark.parametrize(
     "case",
-    map(simulated, SIMULATION.cases()),
+    [simulated(case) for case in SIMULATION.cases()],
     ids=lambda case: f"{case.kind} {case.name} {case.truth}".replace("  ", " "),
 )
 def test_error_rates(case):
