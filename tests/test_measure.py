@@ -282,12 +282,25 @@ def test_sizes_below_the_resolution_are_left_out(sizes, monkeypatch):
         run = config.Run(net=config.DiT(), data=config.Data(resolution=64))
 
         def images(self, seeds, control):
-            yield torch.full((2, 3, 1, 1), int(control["size"].split("x")[0])), None
+            yield torch.full((2, 3, 4, 4), int(control["size"].split("x")[0])), None
 
     distance = lambda a, b: (a - b).abs().float().mean((1, 2, 3))  # noqa: E731
     rows = drawer.distances(Drawn(), "lpips", distance, [0, 1])["lpips"]["rows"]
     every = {(8, 16, 32): 16.0, (8, 64): 56.0, (64, 128): 64.0}[sizes]
-    assert rows.tolist() == [[every, 64.0] if sizes == (64, 128) else [every]] * 2
+    assert rows.tolist() == [[every, 64.0, 0, 0] if sizes == (64, 128) else [every, 0, 0]] * 2
+
+
+def test_fine_energy_is_what_halving_takes_away():
+    """Of a checkerboard all, of an even image none; the score is the ratio of rms, largest size over smallest."""
+    even, board = torch.full((8, 8), 0.5), (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
+    images = torch.stack([even, board, 3 * board])[:, None].float()
+    assert drawer.fine_energy(images).tolist() == pytest.approx([0, 1, 9])
+    mean = torch.tensor([5.0, 1.0, 9.0])
+    statistics = SimpleNamespace(moments=SimpleNamespace(mean=mean))
+    assert compare.scored("told_digits", statistics, None, None) == {"told_digits": 5.0, "size_detail": 3.0}
+    with_hr = SimpleNamespace(moments=SimpleNamespace(mean=torch.tensor([5.0, 4.0, 1.0, 1.0])))
+    expected = {"lpips": 5.0, "lpips_hr": 4.0, "size_detail": 1.0}
+    assert compare.scored("lpips", with_hr, None, None) == expected
 
 
 def test_scores_are_repeated_one_by_one(folder):
@@ -386,6 +399,8 @@ def test_digits_told_two_sizes(tmp_path):
         result = measure.scores_of(Work(folder, run, CPU), SILENT)[0]
         found[schedule] = result["scores"]["told_digits"]["values"]
         assert result["protocol"]["networks"] == {"told": "digits-cnn-v1"}
+        detail = result["scores"]["size_detail"]["values"]
+        assert (detail == [1.0]) == (schedule == "zero")  # told nothing, samples are the same
     tensors, *_ = snapshot.synthesize(tmp_path / "uniform", [ema.chosen(run.sample)])
     run = asked(tmp_path / "uniform", "sample.steps=2")
     denoiser, rows, network = (

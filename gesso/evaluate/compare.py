@@ -203,7 +203,9 @@ def scored(
         )
         return {"is": mean, "is_std": std}
     if score in ("lpips", "told_digits"):
-        return dict(zip((score, f"{score}_hr"), x.moments.mean.tolist(), strict=False))
+        *apart, coarse, fine = x.moments.mean.tolist()
+        detail = (fine / coarse) ** 0.5 if coarse else 1.0
+        return dict(zip((score, f"{score}_hr"), apart, strict=False)) | {"size_detail": detail}
     if score in ("agreement", "drawn"):
         return shipped.rates(network, x.rows)
     if score == "clip":

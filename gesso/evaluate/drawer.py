@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gesso import conditions, generate, keyed, snapshot
 from gesso.config import Run
@@ -99,15 +100,22 @@ def embedded(drawer: Drawer, networks: dict[str, nn.Module], seeds: Sequence[int
 
 
 def distances(drawer: Drawer, name: str, network: nn.Module, seeds: Sequence[int]) -> dict[str, dict[str, Tensor]]:
-    """Rows (n, 2): of each seed, class or prompt, and noise, the mean distance between its samples under two of SIZES;
-    of lpips then without sizes below the resolution of the run (Berrada et al. Section 3.1), where two are left."""
+    """Rows (n, 3 or 4): of each seed, class or prompt, and noise, the mean distance between its samples under two of SIZES;
+    of lpips then without sizes below the resolution of the run (Berrada et al. Section 3.1), where two are left; last the
+    fine energy under the smallest and under the largest size."""
     sizes = SIZES[name]
     made = [torch.cat([x for x, _ in drawer.images(seeds, {"size": f"{size}x{size}"})]) for size in sizes]
     pairs = [(i, j) for j in range(len(sizes)) for i in range(j)]
     found = torch.stack([network(made[i], made[j]).cpu() for i, j in pairs], dim=1)
-    if name != "lpips":
-        return {name: {"rows": found.mean(dim=1, keepdim=True)}}
+    columns = [found.mean(dim=1)]
     sharp = [k for k, (i, _) in enumerate(pairs) if sizes[i] >= drawer.run.data.resolution]
-    if not sharp:
-        return {name: {"rows": found.mean(dim=1, keepdim=True)}}
-    return {name: {"rows": torch.stack([found.mean(dim=1), found[:, sharp].mean(dim=1)], dim=1)}}
+    if name == "lpips" and sharp:
+        columns.append(found[:, sharp].mean(dim=1))
+    return {name: {"rows": torch.stack([*columns, *(fine_energy(made[k]).to(found) for k in (0, -1))], dim=1)}}
+
+
+def fine_energy(images: Tensor) -> Tensor:
+    """Mean square, by image, of what halving an image and enlarging it again takes away."""
+    images = images.double()
+    restored = F.interpolate(F.avg_pool2d(images, 2), size=images.shape[2:], mode="bilinear")
+    return (images - restored).square().mean(dim=(1, 2, 3)).cpu()

@@ -72,7 +72,7 @@ def table_a3() -> Table:
             )
         },
         claims=tuple(
-            Claim(f"Adding {after.removeprefix('+ ')} lowers {column}", claims.better((after, column), (before, column)))
+            Claim(f"Adding {after.removeprefix('+ ')} lowers {column}", claims.improves_on((after, column), (before, column)))
             for rows, column in ((list(LADDER)[:5], CLASSES[0]), (list(LADDER)[3:], fid), (list(HIGHER), high))
             for before, after in zip(rows, rows[1:], strict=False)
         ),

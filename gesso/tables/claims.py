@@ -1,232 +1,279 @@
-"""Claims as functions of one seed's numbers, and the verdict over seeds."""
+"""Claims as expressions over the numbers of one seed, and the verdict over seeds (docs/tables.md, "How a verdict is made").
+
+An expression takes the numbers of one seed and returns two trees of
+effects: those that are positive where it holds, and where it does not. A number that is
+missing raises MissingCell, which `judge` catches.
+"""
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import StrEnum
+from itertools import permutations
 from typing import NamedTuple
 
+from gesso.tables.student import seeds_for_sign_test, sign_p_value, t_quantile
 from gesso.tables.table import Cell, Claim, Table, Values
 
-Gain = Callable[[Table, Values], float | None]
+LEVEL = 0.05
+"""the largest probability of a wrong "reproduced", and of a wrong "contradicted\""""
 
 
-def better(cell: Cell, than: Cell) -> Gain:
-    """The number at (row, column) `cell` is better than that at `than`: the difference."""
-
-    def gain(table: Table, values: Values) -> float | None:
-        if cell not in values or than not in values:
-            return None
-        sign = 1 if table.lower(cell[1]) else -1
-        return _difference(values[than], values[cell]) * sign
-
-    return gain
+class MissingCell(LookupError):
+    """A number that an expression needs is not measured."""
 
 
-def alike(cell: Cell, other: Cell, within: float) -> Gain:
-    """Two numbers differ by less than a share `within` of their mean: what is left of it."""
+class Seed(NamedTuple):
+    """Numbers of one seed, by cell. rows: by column the rows that any seed has."""
 
-    def gain(table: Table, values: Values) -> float | None:
-        if cell not in values or other not in values:
-            return None
-        a, b = values[cell], values[other]
-        return within - abs(_difference(a, b)) / max((abs(a) + abs(b)) / 2, 1e-12)
+    table: Table
+    values: Values
+    rows: Mapping[str, Sequence[str]]
 
-    return gain
+    def __getitem__(self, cell: Cell) -> float:
+        if cell not in self.values:
+            raise MissingCell(cell)
+        return self.values[cell]
 
+    def finite(self, cell: Cell) -> float:
+        """For ratios and logarithms, which are undefined where a training diverged."""
+        if not math.isfinite(self[cell]):
+            raise MissingCell(cell)
+        return self[cell]
 
-def best(column: str, than: str) -> Gain:
-    """The best number of a column over all rows is better than that of another."""
+    def score(self, cell: Cell) -> float:
+        """The number with the sign that makes larger better."""
+        return -self[cell] if self.table.lower(cell[1]) else self[cell]
 
-    def gain(table: Table, values: Values) -> float | None:
-        ours, theirs = ([v for (_, c), v in values.items() if c == name] for name in (column, than))
-        if not ours or not theirs:
-            return None
-        lower = table.lower(column)
-        return _difference(min(theirs), min(ours)) if lower else _difference(max(ours), max(theirs))
+    def rows_of(self, column: str, at_least: int = 1) -> Sequence[str]:
+        rows = self.rows.get(column, ())
+        if len(rows) < at_least:
+            raise MissingCell(column)
+        return rows
 
-    return gain
-
-
-def every(*gains: Gain) -> Gain:
-    """All of them hold: the least of their gains."""
-
-    def gain(table: Table, values: Values) -> float | None:
-        found = [one(table, values) for one in gains]
-        return None if None in found else min(found)
-
-    return gain
-
-
-def above(cell: Cell, level: float) -> Gain:
-    """A number is larger than `level`: by how much."""
-
-    def gain(table: Table, values: Values) -> float | None:
-        return values[cell] - level if cell in values else None
-
-    return gain
+    def curve(self, column: str) -> list[tuple[float, float]]:
+        """(x, number), sorted by row. Raises MissingCell where another seed has a point more."""
+        for row in self.rows_of(column):
+            self[row, column]
+        return list(self.table.curve(self.values, column))
 
 
-def as_published(cells: Sequence[Cell], within: float) -> Gain:
-    """Numbers differ from the published ones by less than a share `within` of those: what is left of it at the farthest."""
+class Effect(NamedTuple):
+    """by_sign: only its sign counts, as it is not normally distributed: the sign test."""
 
-    def gain(table: Table, values: Values) -> float | None:
-        published = table.published()
-        if any(cell not in values for cell in cells):
-            return None
-        return within - max(abs(values[cell] / published[cell] - 1) for cell in cells)
-
-    return gain
+    value: float
+    by_sign: bool = False
 
 
-def optimum_below(column: str, than: str) -> Gain:
-    """The best point of a curve lies at a smaller x than that of another: the difference of their x."""
+class All(NamedTuple):
+    """All are positive: each is tested at the level of the whole (intersection-union test)."""
 
-    def gain(table: Table, values: Values) -> float | None:
-        left, right = _optimum(table, values, column), _optimum(table, values, than)
-        return None if left is None or right is None else right - left
-
-    return gain
+    parts: tuple["Test", ...]
 
 
-def optimum_inside(column: str) -> Gain:
-    """The best point of a curve is neither its first nor its last: how much better it is than the better of those."""
+class Any(NamedTuple):
+    """Some is positive: each is tested at its share of the level (Bonferroni)."""
 
-    def gain(table: Table, values: Values) -> float | None:
-        curve = [value for _, value in table.curve(values, column)]
-        if len(curve) < 3:
-            return None
-        sign = 1 if table.lower(column) else -1
-        curve = [sign * value for value in curve]
-        return _difference(min(curve[0], curve[-1]), min(curve[1:-1]))
-
-    return gain
+    parts: tuple["Test", ...]
 
 
-def best_at(row: str, column: str) -> Gain:
-    """A row is the best of its column: how much better it is than the best of the others."""
-
-    def gain(table: Table, values: Values) -> float | None:
-        others = [v for (r, c), v in values.items() if c == column and r != row]
-        if (row, column) not in values or not others:
-            return None
-        ours = values[row, column]
-        return _difference(min(others), ours) if table.lower(column) else _difference(ours, max(others))
-
-    return gain
+Test = Effect | All | Any
 
 
-def improves(column: str, rows: Sequence[str]) -> Gain:
-    """Of the rows that there are, the last is better than the first: the difference."""
+class Tests(NamedTuple):
+    """What shows that a claim holds, and what shows that it does not."""
 
-    def gain(table: Table, values: Values) -> float | None:
-        there = [row for row in rows if (row, column) in values]
-        return better((there[-1], column), (there[0], column))(table, values) if len(there) > 1 else None
-
-    return gain
+    holds: Test
+    fails: Test
 
 
-def helps_more(column: str, than: str, base: str) -> Gain:
-    """The best row of a column is better than its row `base` by a larger share than that of another column."""
-
-    def gain(table: Table, values: Values) -> float | None:
-        shares = [_share(table, values, name, base) for name in (column, than)]
-        return None if None in shares else shares[0] - shares[1]
-
-    return gain
+Expression = Callable[[Seed], Tests]
+Value = Callable[[Seed, str], float]
 
 
-def _share(table: Table, values: Values, column: str, base: str) -> float | None:
-    others = [v for (r, c), v in values.items() if c == column and r != base]
-    if (base, column) not in values or not others:
-        return None
-    start = values[base, column]
-    return (start - min(others) if table.lower(column) else max(others) - start) / start
+def _tests(*effects: float, by_sign: bool = False) -> Tests:
+    """Parts each of which contradicts the claim where it is negative."""
+    return Tests(
+        All(tuple(Effect(value, by_sign) for value in effects)),
+        Any(tuple(Effect(-value, by_sign) for value in effects)),
+    )
 
 
-def sharper(column: str, than: str) -> Gain:
-    """A curve rises more around its optimum than another: the difference of their mean shares above it."""
+def _all_of(each: Sequence[Tests]) -> Tests:
+    return Tests(All(tuple(one.holds for one in each)), Any(tuple(one.fails for one in each)))
 
-    def gain(table: Table, values: Values) -> float | None:
-        curves = [[value for _, value in table.curve(values, name)] for name in (column, than)]
-        if min(map(len, curves)) < 3:
-            return None
-        tops = [_best(table, column, curve) for curve in curves]
-        ours, theirs = (
-            statistics.mean(abs(v - top) for v in curve) / top for curve, top in zip(curves, tops, strict=True)
+
+def _difference(a: float, b: float) -> float:
+    """Zero for two trainings that both diverged."""
+    return 0.0 if a == b else a - b
+
+
+def all_of(*expressions: Expression) -> Expression:
+    """All of them hold."""
+    return lambda seed: _all_of([expression(seed) for expression in expressions])
+
+
+def improves_on(cell: Cell, baseline: Cell) -> Expression:
+    """The number at (row, column) `cell` is better than that at `baseline`."""
+    return lambda seed: _tests(
+        _difference(seed[baseline], seed[cell]) * (1 if seed.table.lower(cell[1]) else -1),
+    )
+
+
+def improves_by(cell: Cell, baseline: Cell, share: float) -> Expression:
+    """A number is lower than `baseline` by more than a share of it."""
+    return lambda seed: _tests(_difference((1 - share) * seed[baseline], seed[cell]))
+
+
+def at_most(cell: Cell, baseline: Cell, margin: float) -> Expression:
+    """A number exceeds `baseline` by less than a share `margin` of it: one-sided equivalence."""
+    return lambda seed: _tests(_difference((1 + margin) * seed[baseline], seed[cell]))
+
+
+def at_least(cell: Cell, baseline: Cell, share: float) -> Expression:
+    """A number is larger than a share of another."""
+    return lambda seed: _tests(_difference(seed[cell], share * seed[baseline]))
+
+
+def within(cell: Cell, other: Cell, margin: float) -> Expression:
+    """Two positive numbers differ by less than a share `margin` of their mean: two one-sided tests.
+
+    In the form margin (a+b)/2 -+ (a-b), which is linear in the numbers, so that no ratio is tested.
+    """
+
+    def tests(seed: Seed) -> Tests:
+        a, b = seed[cell], seed[other]
+        if math.isinf(a) or math.isinf(b):
+            return _tests(0.0 if a == b else -math.inf)
+        room = margin * (a + b) / 2
+        return _tests(room - (a - b), room + (a - b))
+
+    return tests
+
+
+def near(cell: Cell, level: float, margin: float) -> Expression:
+    """A number differs from `level` by less than a share `margin` of it: two one-sided tests."""
+    return lambda seed: _tests((1 + margin) * level - seed[cell], seed[cell] - (1 - margin) * level)
+
+
+def greater_than(cell: Cell, level: float) -> Expression:
+    """A number is larger than `level`."""
+    return lambda seed: _tests(seed[cell] - level)
+
+
+def matches_published(cells: Sequence[Cell], margin: float) -> Expression:
+    """Numbers differ from the published ones by less than a share of those."""
+
+    def tests(seed: Seed) -> Tests:
+        published = seed.table.published()
+        return all_of(*(near(cell, published[cell], margin) for cell in cells))(seed)
+
+    return tests
+
+
+def is_best(row: str, column: str) -> Expression:
+    """A row is better than each of the others of its column."""
+
+    def tests(seed: Seed) -> Tests:
+        others = [other for other in seed.rows_of(column, 2) if other != row]
+        return all_of(*(improves_on((row, column), (other, column)) for other in others))(seed)
+
+    return tests
+
+
+def each_improves(column: str, rows: Sequence[str]) -> Expression:
+    """Of the rows that are measured, each is better than the one before."""
+
+    def tests(seed: Seed) -> Tests:
+        measured = [row for row in rows if row in seed.rows_of(column, 2)]
+        if len(measured) < 2:
+            raise MissingCell(column)
+        pairs = zip(measured, measured[1:], strict=False)
+        return all_of(*(improves_on((after, column), (before, column)) for before, after in pairs))(seed)
+
+    return tests
+
+
+def _maximum_exceeds(
+    seed: Seed, options: Sequence[str], value: Value, others: Sequence[str], other_value: Value
+) -> Tests:
+    """The largest mean of `options` exceeds the largest mean of `others`.
+
+    Holds if some option exceeds every one of `others`; fails if some one of those exceeds every option. Neither side takes the
+    maximum of noisy numbers.
+    """
+    ours, theirs = [value(seed, option) for option in options], [other_value(seed, other) for other in others]
+    return Tests(
+        Any(tuple(All(tuple(Effect(_difference(a, b)) for b in theirs)) for a in ours)),
+        Any(tuple(All(tuple(Effect(_difference(b, a)) for a in ours)) for b in theirs)),
+    )
+
+
+def best_of(column: str, than: str) -> Expression:
+    """The best row of a column is better than the best of another."""
+
+    def tests(seed: Seed) -> Tests:
+        def score(name: str) -> Value:
+            return lambda one, row: one.score((row, name))
+
+        return _maximum_exceeds(seed, seed.rows_of(column), score(column), seed.rows_of(than), score(than))
+
+    return tests
+
+
+def optimum_inside(column: str, ends: tuple[str, ...] | None = None, rows: Sequence[str] | None = None) -> Expression:
+    """Some row between the ends of a curve is better than both; `rows` limits the curve, `ends` names one end or both."""
+
+    def tests(seed: Seed) -> Tests:
+        curve = [row for row in seed.rows_of(column, 3) if rows is None or row in rows]
+        outer = ends or (curve[0], curve[-1])
+        inner = [row for row in curve if row not in outer]
+        if not inner or not set(outer) <= set(curve):
+            raise MissingCell(column)
+
+        def beats(row: str, other: str) -> Effect:
+            return Effect(_difference(seed.score((row, column)), seed.score((other, column))))
+
+        return Tests(
+            Any(tuple(All(tuple(beats(row, end) for end in outer)) for row in inner)),
+            Any(tuple(All(tuple(beats(end, row) for row in inner)) for end in outer)),
         )
-        return None if math.isinf(ours) or math.isinf(theirs) else ours - theirs
 
-    return gain
-
-
-def bests_within(columns: Sequence[str], share: float) -> Gain:
-    """The best numbers of columns lie within a share of one another: what is left of it."""
-
-    def gain(table: Table, values: Values) -> float | None:
-        spread = _spread(table, values, columns, None)
-        return None if spread is None else share - spread
-
-    return gain
+    return tests
 
 
-def steadier(columns: Sequence[str], row: str) -> Gain:
-    """The best numbers of columns, each at a row of its own, differ by a smaller share than those of one row."""
-
-    def gain(table: Table, values: Values) -> float | None:
-        own, fixed = (_spread(table, values, columns, at) for at in (None, row))
-        return None if own is None or fixed is None else _difference(fixed, own)
-
-    return gain
+def optimum_earlier(column: str, than: str) -> Expression:
+    """In most trainings the best point of a curve lies at a smaller x than that of another."""
+    return lambda seed: _tests(_optimum(seed, than) - _optimum(seed, column), by_sign=True)
 
 
-def _spread(table: Table, values: Values, columns: Sequence[str], row: str | None) -> float | None:
-    """By what share the worst column exceeds the best; of their best numbers, or those of a row."""
-    found = []
-    for column in columns:
-        some = [v for (r, c), v in values.items() if c == column and row in (None, r)]
-        if not some:
-            return None
-        found.append(_best(table, column, some))
-    return max(found) / min(found) - 1
+def optimum_follows(given: Mapping[str, float], power: float, margin: float) -> Expression:
+    """In most trainings the best x of columns goes as a power of what is given of each, but for `margin` in the exponent."""
+
+    def tests(seed: Seed) -> Tests:
+        slope = _slope([(value, _optimum(seed, column)) for column, value in given.items()])
+        return _tests(margin - abs(slope - power), by_sign=True)
+
+    return tests
 
 
-def cheaper(cost: str, column: str, than: str, times: float) -> Gain:
-    """What is best of one column is beaten by another at so many times less cost: the factor over `times`, less 1."""
-
-    def gain(table: Table, values: Values) -> float | None:
-        ours, theirs = (
-            [(v, values.get((r, cost))) for (r, c), v in values.items() if c == name] for name in (column, than)
-        )
-        if not ours or not theirs or any(price is None for _, price in (*ours, *theirs)):
-            return None
-        sign = 1 if table.lower(column) else -1
-        record, price = min(theirs, key=lambda point: sign * point[0])
-        better = [p for value, p in ours if sign * value < sign * record]
-        return price / min(better) / times - 1 if better else -1.0
-
-    return gain
+def _optimum(seed: Seed, column: str) -> float:
+    curve = [point for point in seed.curve(column) if math.isfinite(point[1])]
+    if not curve:
+        raise MissingCell(column)
+    choose = min if seed.table.lower(column) else max
+    return choose(curve, key=lambda point: point[1])[0]
 
 
-def follows(given: Mapping[str, float], power: float, within: float) -> Gain:
-    """The best x of columns goes as a power of what is given of each: `within` less the error of the fitted exponent."""
+def power_law(column: str, power: float, margin: float) -> Expression:
+    """A curve goes as a power of x, but for `margin` in the fitted exponent: two one-sided tests."""
 
-    def gain(table: Table, values: Values) -> float | None:
-        optima = {column: _optimum(table, values, column) for column in given}
-        if None in optima.values():
-            return None
-        return within - abs(_slope([(given[c], x) for c, x in optima.items()]) - power)
+    def tests(seed: Seed) -> Tests:
+        seed.rows_of(column, 3)
+        slope = _slope(seed.curve(column))
+        return _tests(margin - (slope - power), margin + (slope - power))
 
-    return gain
-
-
-def falls_as(column: str, power: float, within: float) -> Gain:
-    """A curve goes as a power of x: `within` less the error of the fitted exponent."""
-
-    def gain(table: Table, values: Values) -> float | None:
-        curve = list(table.curve(values, column))
-        return within - abs(_slope(curve) - power) if len(curve) > 2 else None
-
-    return gain
+    return tests
 
 
 def _slope(points: Sequence[tuple[float, float]]) -> float:
@@ -236,50 +283,218 @@ def _slope(points: Sequence[tuple[float, float]]) -> float:
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
 
 
-def _best(table: Table, column: str, values: Sequence[float]) -> float:
-    return min(values) if table.lower(column) else max(values)
+def helps_more(column: str, than: str, base: str) -> Expression:
+    """The best row of a column is better than its row `base` by a larger share than that of another column."""
+
+    def tests(seed: Seed) -> Tests:
+        def share(name: str) -> Value:
+            sign = 1 if seed.table.lower(name) else -1
+            return lambda one, row: sign * (1 - one.finite((row, name)) / one.finite((base, name)))
+
+        rows = [[row for row in seed.rows_of(name, 2) if row != base] for name in (column, than)]
+        return _maximum_exceeds(seed, rows[0], share(column), rows[1], share(than))
+
+    return tests
 
 
-def _optimum(table: Table, values: Values, column: str) -> float | None:
-    curve = list(table.curve(values, column))
-    if not curve:
-        return None
-    choose = min if table.lower(column) else max
-    return choose(curve, key=lambda point: point[1])[0]
+def narrower(column: str, than: str) -> Expression:
+    """A curve rises more around its optimum than another: by the mean of its points over the optimum."""
+
+    def tests(seed: Seed) -> Tests:
+        def rise(name: str) -> Value:
+            rows, sign = seed.rows_of(name, 3), 1 if seed.table.lower(name) else -1
+            return lambda one, row: (
+                sign * (statistics.mean(one.finite((r, name)) for r in rows) / one.finite((row, name)) - 1)
+            )
+
+        return _maximum_exceeds(seed, seed.rows_of(column, 3), rise(column), seed.rows_of(than, 3), rise(than))
+
+    return tests
 
 
-def _difference(a: float, b: float) -> float:
-    return 0.0 if a == b else a - b  # two that diverged are alike
+def bests_within(columns: Sequence[str], margin: float) -> Expression:
+    """The best (lowest) numbers of columns exceed one another by less than a share `margin`."""
+
+    def tests(seed: Seed) -> Tests:
+        def below(name: str, factor: float) -> Value:
+            return lambda one, row: -factor * one[row, name]
+
+        each = [
+            _maximum_exceeds(seed, seed.rows_of(a), below(a, 1.0), seed.rows_of(b), below(b, 1 + margin))
+            for a, b in permutations(columns, 2)
+        ]
+        return _all_of(each)
+
+    return tests
 
 
-REPRODUCED, NOT, NOISY, FEW, OPEN = "reproduced", "not reproduced", "too noisy to say", "too few seeds", "not measured"
-# Student's t, one side, 95 %, by degrees of freedom.
-T95 = (math.inf, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
+def less_spread(columns: Sequence[str], row: str) -> Expression:
+    """The best (lowest) numbers of columns, each at a row of its own, differ by a smaller factor than those of one row."""
+
+    def tests(seed: Seed) -> Tests:
+        logs = {c: {r: math.log(seed.finite((r, c))) for r in seed.rows_of(c)} for c in columns}
+        if any(row not in each for each in logs.values()):
+            raise MissingCell(row)
+        pairs = list(permutations(columns, 2))
+        fixed = [logs[a][row] - logs[b][row] for a, b in pairs]
+
+        def closer(a: str, b: str, factor: float) -> Any:
+            """The best of a exceeds the best of b by less than `factor`."""
+            each = (All(tuple(Effect(factor + y - x) for y in logs[b].values())) for x in logs[a].values())
+            return Any(tuple(each))
+
+        apart = (
+            All(tuple(Effect(x - y - factor) for x in logs[a].values() for factor in fixed))
+            for a, b in pairs
+            for y in logs[b].values()
+        )
+        return Tests(Any(tuple(All(tuple(closer(a, b, f) for a, b in pairs)) for f in fixed)), Any(tuple(apart)))
+
+    return tests
 
 
-class Verdict(NamedTuple):
-    """mean of the gain over seeds, and its standard error (NaN for one seed)."""
+def cheaper(cost: str, column: str, than: str, times: float) -> Expression:
+    """The best number of a column is beaten by another column at so many times less cost.
 
-    says: str
-    verdict: str
-    mean: float
-    error: float
+    Some row of `column` that costs little enough is better than all of `than`. The best of those, whose cost counts, must be the
+    same row in every seed, as published numbers are.
+    """
+
+    def tests(seed: Seed) -> Tests:
+        def score(name: str) -> Value:
+            return lambda one, row: one.score((row, name))
+
+        record = max(seed.rows_of(than), key=lambda row: seed.score((row, than)))
+        rows = [row for row in seed.rows_of(column) if seed[row, cost] * times <= seed[record, cost]]
+        if not rows:
+            return _tests(-math.inf)
+        return _maximum_exceeds(seed, rows, score(column), seed.rows_of(than), score(than))
+
+    return tests
+
+
+class Verdict(StrEnum):
+    """What the numbers say of a claim."""
+
+    REPRODUCED = "reproduced"
+    CONTRADICTED = "contradicted"
+    UNDECIDED = "undecided"
+    TOO_FEW_SEEDS = "too few seeds"
+    NOT_MEASURED = "not measured"
+    EXACT = "exact check"
+    FAILED = "exact check failed"
+
+
+class Judgement(NamedTuple):
+    """effect: of the whole, by the means over seeds; low, high: the bounds that decide "reproduced" and "contradicted", None where
+    the sign test decides; parts: how many comparisons it is made of."""
+
+    text: str
+    verdict: Verdict
+    effect: float
+    low: float | None
+    high: float | None
     seeds: int
+    parts: int
 
 
-def judged(table: Table, claim: Claim, seeds: Sequence[Values]) -> Verdict:
-    """Reproduced where the mean gain over seeds is above 0 at 95 % (Student's t, one side); not where it is so below."""
-    gains = [g for g in (claim.gain(table, values) for values in seeds) if g is not None]
-    if not gains:
-        return Verdict(claim.says, OPEN, math.nan, math.nan, 0)
-    mean = statistics.mean(gains)
-    if len(gains) < 2:
-        return Verdict(claim.says, FEW, mean, math.nan, 1)
-    if all(math.isinf(g) for g in gains) and len(set(gains)) == 1:
-        return Verdict(claim.says, REPRODUCED if mean > 0 else NOT, mean, 0.0, len(gains))
-    if any(math.isinf(g) for g in gains):
-        return Verdict(claim.says, NOISY, mean, math.nan, len(gains))
-    error = statistics.stdev(gains) / math.sqrt(len(gains))
-    t = T95[min(len(gains) - 1, len(T95) - 1)]
-    sure = abs(mean) > t * error
-    return Verdict(claim.says, (REPRODUCED if mean > 0 else NOT) if sure else NOISY, mean, error, len(gains))
+class _Bound(NamedTuple):
+    """The mean of an effect over seeds, its lower bound (None: sign test), and whether it is significantly positive."""
+
+    mean: float
+    low: float | None
+    positive: bool
+
+    def order(self) -> tuple[bool, float]:
+        return self.positive, self.mean if self.low is None else self.low
+
+
+def _tested(tests: Sequence[Test], level: float) -> _Bound:
+    """One test over seeds. Its bound is that of the part that decides."""
+    first = tests[0]
+    if isinstance(first, Effect):
+        return _bound(tests, level)
+    share = level if isinstance(first, All) else level / len(first.parts)
+    bounds = [_tested(part, share) for part in zip(*(test.parts for test in tests), strict=True)]
+    return (min if isinstance(first, All) else max)(bounds, key=_Bound.order)
+
+
+def _estimate(tests: Sequence[Test]) -> float:
+    """The effect of the whole by the means over seeds."""
+    first = tests[0]
+    if isinstance(first, Effect):
+        return sum(test.value for test in tests) / len(tests)
+    parts = (_estimate(part) for part in zip(*(test.parts for test in tests), strict=True))
+    return min(parts) if isinstance(first, All) else max(parts)
+
+
+def _bound(effects: Sequence[Effect], level: float) -> _Bound:
+    values = [effect.value for effect in effects]
+    n = len(values)
+    mean = sum(values) / n
+    finite = n > 1 and math.isfinite(mean)
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1)) if finite else math.nan
+    if any(effect.by_sign for effect in effects) or not spread > 1e-12 * abs(mean):
+        positive = sum(value > 0 for value in values)
+        return _Bound(mean, None, sign_p_value(positive, n) <= level)
+    low = mean - t_quantile(1 - level, n - 1) * spread / math.sqrt(n)
+    return _Bound(mean, low, low > 0)
+
+
+def _leaves(test: Test) -> Iterator[Effect]:
+    if isinstance(test, Effect):
+        yield test
+    else:
+        for part in test.parts:
+            yield from _leaves(part)
+
+
+def seeds_of(table: Table, values: Sequence[Values]) -> list[Seed]:
+    """Views of the numbers of each seed, which know the rows of all."""
+    measured = {cell for one in values for cell in one}
+    rows = {
+        column.name: [row.name for row in table.rows if (row.name, column.name) in measured] for column in table.columns
+    }
+    return [Seed(table, one, rows) for one in values]
+
+
+def _complete(claim: Claim, seeds: Sequence[Seed]) -> list[Tests]:
+    """Of the seeds that have every number that the claim needs."""
+    complete = []
+    for seed in seeds:
+        try:
+            complete.append(claim.tests(seed))
+        except MissingCell:
+            continue
+    return complete
+
+
+def effect_of(table: Table, claim: Claim, values: Values) -> float | None:
+    """By how much a claim holds among the numbers of one seed; None where one is missing."""
+    complete = _complete(claim, seeds_of(table, [values]))
+    return _estimate([complete[0].holds]) if complete else None
+
+
+def judge(table: Table, claim: Claim, values: Sequence[Values]) -> Judgement:
+    """Reproduced if every part is significantly positive, contradicted if the opposite is shown; each wrong in at most 5 %."""
+    each = _complete(claim, seeds_of(table, values))
+    if not each:
+        return Judgement(claim.text, Verdict.NOT_MEASURED, math.nan, None, None, 0, 0)
+    holds, fails = (_tested([tests[i] for tests in each], LEVEL) for i in (0, 1))
+    estimate, leaves = _estimate([tests.holds for tests in each]), list(_leaves(each[0].holds))
+    verdict = Verdict.UNDECIDED
+    if len(each) < 2:
+        return Judgement(claim.text, Verdict.TOO_FEW_SEEDS, estimate, None, None, 1, len(leaves))
+    if holds.positive != fails.positive:
+        verdict = Verdict.REPRODUCED if holds.positive else Verdict.CONTRADICTED
+    elif len(each) < seeds_for_sign_test(LEVEL) and any(effect.by_sign for effect in leaves):
+        verdict = Verdict.TOO_FEW_SEEDS
+    high = None if fails.low is None else -fails.low
+    return Judgement(claim.text, verdict, estimate, holds.low, high, len(each), len(leaves))
+
+
+def check(table: Table, claim: Claim, values: Sequence[Values]) -> Judgement:
+    """The verdict on numbers that no training decides: they are as claimed, or not."""
+    effect = min(effect_of(table, claim, one) for one in values)
+    verdict = Verdict.EXACT if effect > 0 else Verdict.FAILED
+    return Judgement(claim.text, verdict, effect, None, None, len(values), 1)

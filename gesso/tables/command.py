@@ -76,6 +76,11 @@ def command(asked: Asked, console: Console, say: Callable[[str], None]) -> None:
         for line in listed(asked.where):
             say(line)
         return
+    if asked.name == "judge":
+        from gesso.tables import page
+
+        say(f"wrote {', '.join(str(path) for path in page.judge_all_again(asked.where))}")
+        return
     table = checked(asked)
     from gesso.tables import dry, make, page, plan
 

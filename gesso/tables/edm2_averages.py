@@ -42,8 +42,8 @@ def figure_5a() -> Table:
         x="EMA length",
         scales=scales(parts, LADDER_COST),
         claims=(
-            Claim("The best length of B is shorter than that of G", claims.optimum_below("CONFIG B", "CONFIG G")),
-            Claim("The optimum of G is narrower than that of B", claims.sharper("CONFIG G", "CONFIG B")),
+            Claim("The best length of B is shorter than that of G", claims.optimum_earlier("CONFIG B", "CONFIG G")),
+            Claim("The optimum of G is narrower than that of B", claims.narrower("CONFIG G", "CONFIG B")),
             Claim("The best length of G lies inside what was swept", claims.optimum_inside("CONFIG G")),
         ),
         notes="Published: the points that the text tells. A has one at the paper's scale, its traditional average of about 3.4 %.",
@@ -109,8 +109,8 @@ def figure_5c() -> Table:
         x="EMA length",
         scales=scales(parts, ONE_COST),
         claims=(
-            Claim("The best length, relative to training, rises with training", claims.optimum_below(first, last)),
-            Claim("FID falls with training", claims.best(last, than=first)),
+            Claim("The best length, relative to training, rises with training", claims.optimum_earlier(first, last)),
+            Claim("FID falls with training", claims.best_of(last, than=first)),
         ),
         notes="Which times the figure shows its text does not say: quarters are our choice.",
     )
@@ -133,9 +133,9 @@ def figure_6() -> Table:
         x="EMA length",
         scales=scales(parts, ONE_COST),
         claims=(
-            Claim("The more guidance, the shorter the best length", claims.optimum_below(names[1.4], names[1.0])),
-            Claim("Guidance of 1.4 helps", claims.best(names[1.4], than=names[1.0])),
-            Claim("Guidance of 1.9 is too much for FID", claims.best(names[1.4], than=names[1.9])),
+            Claim("The more guidance, the shorter the best length", claims.optimum_earlier(names[1.4], names[1.0])),
+            Claim("Guidance of 1.4 helps", claims.best_of(names[1.4], than=names[1.0])),
+            Claim("Guidance of 1.9 is too much for FID", claims.best_of(names[1.4], than=names[1.9])),
         ),
         notes="Guided by EDM2-XS without labels, at the same length. Published: the two points of Table 6.",
     )
@@ -163,7 +163,7 @@ def figure_11b() -> Table:
         x="EMA length",
         scales=scales(parts, {"paper": "hours of 8 A100 once trained"}),
         claims=tuple(
-            Claim(f"{name} too is better in G than in B", claims.best(f"{name}, CONFIG G", than=f"{name}, CONFIG B"))
+            Claim(f"{name} too is better in G than in B", claims.best_of(f"{name}, CONFIG G", than=f"{name}, CONFIG B"))
             for name in measures
         ),
         notes="Needs Inception's weights. Which two of the three metrics the figure shows its text does not say; of the CONFIGS two "
@@ -202,8 +202,8 @@ def figure_13() -> Table:
         scales=scales(parts, {"tiny": "2 minutes", "small": "an hour", "paper": "5 days on 32 A100"}),
         claims=(
             Claim("At its own best length every decay is within 10 % of the best", claims.bests_within(list(names.values()), 0.10)),
-            Claim("At one fixed length decays differ more", claims.steadier(list(names.values()), percent(FIXED_LENGTH))),
-            Claim("The later the decay, the shorter the best length", claims.optimum_below(names[160_000], names[30_000])),
+            Claim("At one fixed length decays differ more", claims.less_spread(list(names.values()), percent(FIXED_LENGTH))),
+            Claim("The later the decay, the shorter the best length", claims.optimum_earlier(names[160_000], names[30_000])),
         ),
         notes="Decays beside 30k, 70k and 160k are our choice; below the paper's scale in proportion to the recipe's. The fixed length is "
         "the paper's, 13 %.",
@@ -237,11 +237,11 @@ def figure_14() -> Table:
         x="EMA length",
         scales=scales(parts, ONE_COST, {"tiny": "The digits; FD is the share that is read as another digit."}),
         claims=(
-            Claim("DINOv2 prefers longer averages", claims.optimum_below("FID, CONFIG G", "FD, CONFIG G")),
-            Claim("DINOv2 prefers longer averages with guidance", claims.optimum_below("FID, guidance 1.4", "FD, guidance 1.4")),
-            Claim("FID prefers the weaker guidance", claims.best("FID, guidance 1.4", than="FID, guidance 1.9")),
-            Claim("DINOv2 prefers the stronger guidance", claims.best("FD, guidance 1.9", than="FD, guidance 1.4")),
-            Claim("CONFIG G is better than B by DINOv2 too", claims.best("FD, CONFIG G", than="FD, CONFIG B")),
+            Claim("DINOv2 prefers longer averages", claims.optimum_earlier("FID, CONFIG G", "FD, CONFIG G")),
+            Claim("DINOv2 prefers longer averages with guidance", claims.optimum_earlier("FID, guidance 1.4", "FD, guidance 1.4")),
+            Claim("FID prefers the weaker guidance", claims.best_of("FID, guidance 1.4", than="FID, guidance 1.9")),
+            Claim("DINOv2 prefers the stronger guidance", claims.best_of("FD, guidance 1.9", than="FD, guidance 1.4")),
+            Claim("CONFIG G is better than B by DINOv2 too", claims.best_of("FD, CONFIG G", than="FD, CONFIG B")),
         ),
         notes="Published: the points of Tables 1 and 6.",
     )  # fmt: skip
@@ -273,9 +273,9 @@ def figure_4() -> Table:
         x="snapshots",
         scales={"tiny": Scale(parts, "a second", "No training: the least squares of Appendix C.5.")},
         claims=(
-            Claim("With two averages at each time the error falls as 1/n^4: to 7 %", claims.falls_as("two stored, 7 %", -4, 0.4)),
-            Claim("With two averages at each time the error falls as 1/n^4: to 15 %", claims.falls_as(two, -4, 0.4)),
-            Claim("One average at each time is much worse", claims.better(("32", two), ("32", "one stored, 15 %"))),
+            Claim("With two averages at each time the error falls as 1/n^4: to 7 %", claims.power_law("two stored, 7 %", -4, 0.4)),
+            Claim("With two averages at each time the error falls as 1/n^4: to 15 %", claims.power_law(two, -4, 0.4)),
+            Claim("One average at each time is much worse", claims.improves_on(("32", two), ("32", "one stored, 15 %"))),
         ),
         notes="Squared error of the profile over its square; lengths of 5 and 10 % are stored, 10 % alone. The figure shows 8.",
     )  # fmt: skip
@@ -303,8 +303,8 @@ def figure_24() -> Table:
         x="share of the training",
         scales={"tiny": Scale(parts, "a second", "No training: Equation 121.")},
         claims=(
-            Claim("A longer average takes more from half-way", claims.better(("50 %", short), ("50 %", long))),
-            Claim("A longer average takes less from the end", claims.better(("100 %", long), ("100 %", short))),
+            Claim("A longer average takes more from half-way", claims.improves_on(("50 %", short), ("50 %", long))),
+            Claim("A longer average takes less from the end", claims.improves_on(("100 %", long), ("100 %", short))),
         ),
         notes="Density in units of the time trained. Which lengths the figure shows its text does not say.",
     )  # fmt: skip
@@ -331,9 +331,9 @@ def rates() -> Table:
         x="EMA length",
         scales=scales(parts, {"tiny": "2 minutes", "small": "an hour", "paper": "5 days on 32 A100"}),
         claims=(
-            Claim("The higher the rate, the shorter the best length", claims.optimum_below("twice the rate", "half the rate")),
-            Claim("The later the decay, the shorter the best length", claims.optimum_below("decay from 160k", "decay from 30k")),
-            Claim("The best length goes about as 1 / (alpha_ref^2 t_ref)", claims.follows(given, -1, 0.5)),
+            Claim("The higher the rate, the shorter the best length", claims.optimum_earlier("twice the rate", "half the rate")),
+            Claim("The later the decay, the shorter the best length", claims.optimum_earlier("decay from 160k", "decay from 30k")),
+            Claim("The best length goes about as 1 / (alpha_ref^2 t_ref)", claims.optimum_follows(given, -1, 0.5)),
         ),
         notes="Said without numbers; factors are our choice. About: an exponent of -1.5 to -.5.",
     )  # fmt: skip

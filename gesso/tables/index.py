@@ -7,7 +7,7 @@ from typing import Any
 
 from gesso import files
 from gesso.errors import UsageError
-from gesso.tables import claims
+from gesso.tables.claims import Verdict
 from gesso.tables.markdown import escaped, grid
 
 HEAD = "# Tables and figures"
@@ -34,15 +34,20 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def counted(found: dict[str, Any]) -> str:
-    """Verdicts of a page: 3 of 4 claims reproduced, 1 too noisy to say."""
+    """Verdicts of a page: 3 of 4 claims reproduced, 1 undecided."""
     verdicts = [each["verdict"] for each in found["claims"] or found["checks"]]
     if not verdicts:
         return "no claims"
-    what = "claims" if found["claims"] else "checks"
-    others = (claims.NOT, claims.NOISY, claims.FEW, claims.OPEN)
-    said = [f"{verdicts.count(claims.REPRODUCED)} of {len(verdicts)} {what} reproduced"]
-    said += [f"{verdicts.count(kind)} {kind}" for kind in others if kind in verdicts]
-    return ", ".join(said) + ("; under other settings" if found["settings"] else "")
+    exact, failed = (verdicts.count(verdict) for verdict in (Verdict.EXACT, Verdict.FAILED))
+    text = [f"{exact} of {exact + failed} exact checks pass"] if exact + failed else []
+    tested = len(verdicts) - exact - failed
+    if tested:
+        label = "claims" if found["claims"] else "checks"
+        text.append(f"{verdicts.count(Verdict.REPRODUCED)} of {tested} {label} reproduced")
+    others = (Verdict.CONTRADICTED, Verdict.UNDECIDED, Verdict.TOO_FEW_SEEDS, Verdict.NOT_MEASURED)
+    text += [f"{verdicts.count(kind)} {kind}" for kind in others if kind in verdicts]
+    old = "; to be made again" if found.get("outdated") else ""
+    return ", ".join(text) + ("; under other settings" if found["settings"] else "") + old
 
 
 def place(where: Path) -> Path:

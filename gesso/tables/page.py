@@ -9,8 +9,9 @@ from pathlib import Path
 
 from gesso import files
 from gesso.report.page import document
-from gesso.tables import claims, picture, render, results, words
-from gesso.tables.index import file_name, index
+from gesso.tables import picture, plan, render, results, table_of, words
+from gesso.tables.claims import Verdict
+from gesso.tables.index import file_name, index, made
 from gesso.tables.plan import Job
 from gesso.tables.render import Block, Cell, Code, Folded, Grid, Heading, Picture, Terms, Text, Title
 from gesso.tables.results import Numbers, Result
@@ -18,19 +19,23 @@ from gesso.tables.table import Column, Table
 
 SCALES = {"tiny": "two CPU cores, minutes a row", "small": "one GPU, about an hour a row", "paper": "as published"}
 COLOURS = {
-    claims.REPRODUCED: "#4f7a3a",
-    claims.NOT: "#a33a2a",
-    claims.NOISY: "#a9761a",
-    claims.FEW: "#6d7f8c",
-    claims.OPEN: "#a19b8f",
+    Verdict.REPRODUCED: "#4f7a3a",
+    Verdict.EXACT: "#4f7a3a",
+    Verdict.CONTRADICTED: "#a33a2a",
+    Verdict.FAILED: "#a33a2a",
+    Verdict.UNDECIDED: "#a9761a",
+    Verdict.TOO_FEW_SEEDS: "#6d7f8c",
+    Verdict.NOT_MEASURED: "#a19b8f",
 }
 NONE = "-"
 """of a cell that is not made at this scale, or not yet"""
 LONG = 14
 """rows of a figure that are shown unfolded"""
 RULE = (
-    "Gain: by how much the claim holds, in the unit of what it is about. A claim is reproduced where the mean gain over seeds lies above 0, not reproduced where it lies below, at 95 % (Student's t, "
-    "one side): where both bounds have one sign. Else it is too noisy to say; one seed is too few."
+    "Effect: by how much the claim holds, in the unit of what it compares, with the bounds that decide. Reproduced: all that the "
+    "claim says lies above 0 at 95 % (Student's t over paired seeds, one side; the sign test for places of optima and where a "
+    "training diverged). Contradicted: the opposite is shown at 95 %. Each is wrong in at most one case of twenty; else the claim "
+    "is undecided. An exact check needs no training. See docs/tables.md."
 )
 
 
@@ -40,8 +45,8 @@ def write(table: Table, scale: str, where: Path, todo: Sequence[Job], settings: 
     settings: what the user laid over every training. Raises UsageError where a file of measured/ lacks a number.
     """
     result = results.gathered(table, scale, where, todo, settings)
+    result = result._replace(described=words.stands(table, todo), runtime=lasted(result))
     name = file_name(table.name, scale)
-    markdown, page, numbers = (where / f"{name}.{end}" for end in ("md", "html", "json"))
     drawn = picture.pictures(result, todo) if importlib.util.find_spec("matplotlib") else None
     pictures = [
         Picture(figure, f"{name}{f'-{i}' if i else ''}.png", table.title, caption)
@@ -53,11 +58,36 @@ def write(table: Table, scale: str, where: Path, todo: Sequence[Job], settings: 
     missing = (
         "" if drawn is not None or not table.x else "No picture: it needs matplotlib (pip install 'gesso[plots]')."
     )
-    shown = blocks(result, words.stands(table, todo), pictures, missing)
-    files.write_json(numbers, results.as_json(result))
+    return [*_write(result, where, pictures, missing), index(where)]
+
+
+def _write(result: Result, where: Path, pictures: Sequence[Picture], missing: str = "") -> list[Path]:
+    name = file_name(result.table.name, result.scale)
+    markdown, page, numbers = (where / f"{name}.{end}" for end in ("md", "html", "json"))
+    shown = blocks(result, pictures, missing)
+    listed = [{"file": each.file, "caption": each.caption} for each in pictures]
+    files.write_json(numbers, results.as_json(result) | {"pictures": listed})
     files.write_text(markdown, render.markdown(shown))
-    files.write_text(page, document(f"{table.title} - gesso", render.html(shown)))
-    return [markdown, page, index(where)]
+    files.write_text(page, document(f"{result.table.title} - gesso", render.html(shown)))
+    return [markdown, page]
+
+
+def judge_again(table: Table, scale: str, where: Path) -> list[Path]:
+    """Write a page again from NAME-SCALE.json and its pictures: the numbers stay, claims and verdicts are those of today."""
+    stored = json.loads((where / f"{file_name(table.name, scale)}.json").read_text(encoding="utf-8"))
+    once = plan.cells_without_training(table, scale)
+    result = results.restored(table, stored, where, once)
+    pictures = [
+        Picture(where / each["file"], each["file"], table.title, each["caption"]) for each in stored.get("pictures", ())
+    ]
+    return _write(result, where, pictures)
+
+
+def judge_all_again(where: Path) -> list[Path]:
+    """judge_again for every page of a folder, checklists last, and the list of pages."""
+    pages = sorted(made(where), key=lambda page: bool(page["checks"]))
+    known = [(table_of(page["table"]), page["scale"]) for page in pages]
+    return [*(judge_again(table, scale, where)[0] for table, scale in known), index(where)]
 
 
 def head(result: Result) -> str:
@@ -136,18 +166,19 @@ def published_of(result: Result, column: Column) -> list[str]:
     return [NONE if value is None else number(value, digits) for value in values]
 
 
-def gain(value: float | None) -> str:
+def effect(value: float | None) -> str:
     if value is None or math.isnan(value):
         return NONE
     return f"{value:+.3g}" if math.isfinite(value) else "the other diverged" if value > 0 else "it diverged"
 
 
 def claim_rows(result: Result) -> Iterator[tuple[str, str, str, str]]:
-    """Claim, verdict, gain with its bounds, gain of the paper's numbers."""
+    """Claim, verdict, effect with its bounds, effect of the paper's numbers."""
     for each, paper in result.verdicts:
-        ends = results.bounds(each)
-        between = f" ({ends[0]:+.3g} to {ends[1]:+.3g})" if ends and each.error else ""
-        yield each.says, each.verdict, gain(each.mean if each.seeds else None) + between, gain(paper)
+        between = "" if each.low is None or each.high is None else f" ({each.low:+.3g} to {each.high:+.3g})"
+        parts = f"; {each.parts} comparisons" if each.parts > 1 else ""
+        ours = effect(each.effect) + between + parts if each.seeds else NONE
+        yield each.text, each.verdict, ours, effect(paper)
 
 
 def lasted(result: Result) -> str:
@@ -164,25 +195,27 @@ def lasted(result: Result) -> str:
     return f"{what} took {many}{on}; expected of a row: {result.table.scales[result.scale].cost}.{shared}"
 
 
-def blocks(result: Result, told: dict[str, str], pictures: Sequence[Picture], missing: str) -> list[Block]:
+def blocks(result: Result, pictures: Sequence[Picture], missing: str) -> list[Block]:
     """All that the page shows, in order."""
     table = result.table
     shown: list[Block] = [Title(table.title, f"{table.name}: {table.source}"), Text(head(result))]
+    if result.outdated:
+        shown.append(Text(f"To be made again: {result.outdated}"))
     if table.checks:
         shown += [checklist(result)]
     else:
-        shown += [Terms(told), *numbers_of(result)]
+        shown += [Terms(dict(result.described)), *numbers_of(result)]
     if result.verdicts:
         rows = [
-            (Cell(says), tag(verdict), Cell(ours), Cell(paper)) for says, verdict, ours, paper in claim_rows(result)
+            (Cell(text), tag(verdict), Cell(ours), Cell(paper)) for text, verdict, ours, paper in claim_rows(result)
         ]
-        names = ("claim", "verdict", "gain, ours (bounds)", "gain, paper")
+        names = ("claim", "verdict", "effect, ours (bounds)", "effect, paper")
         width = 4 if any(paper is not None for _, paper in result.verdicts) else 3
         shown += [Heading("Claims"), Grid(names[:width], [row[:width] for row in rows]), Text(RULE)]
     if pictures or missing:
         shown += [Heading("Picture"), *pictures, *([Text(missing)] if missing else [])]
     shown += [Heading("Commands"), Code([results.command(result)]), *command_blocks(result), *protocol_blocks(result)]
-    return shown + [Text(text) for text in (lasted(result), table.notes) if text]
+    return shown + [Text(text) for text in (result.runtime, table.notes) if text]
 
 
 def numbers_of(result: Result) -> list[Block]:

@@ -15,7 +15,7 @@ from gesso import config, recipes
 from gesso.config import Run
 from gesso.errors import UsageError
 from gesso.recipes import needed
-from gesso.tables.table import ONCE, UNTRAINED, How, Part, Scale, Table, Training
+from gesso.tables.table import ONCE, UNTRAINED, Cell, How, Part, Scale, Table, Training
 
 MEASURED = ("sample.", "eval.", "watch.", "recipe", "made_with", "init.source", "train.device", "train.threads", "train.sharding",
             "train.micro_batch", "train.recompute", "train.compile", "train.timeout", "train.keep_states", "ema.device")  # fmt: skip
@@ -144,3 +144,15 @@ def trainings(todo: Sequence[Job]) -> list[Trained]:
 
 def _key(of: object) -> str:
     return hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def cells_without_training(table: Table, scale: str) -> set[Cell]:
+    """Cells that no training decides, so that one seed is enough for them."""
+    parts = table.scales[scale].parts if scale in table.scales else ()
+    return {
+        (row, column)
+        for part in parts
+        for row, how in part.rows.items()
+        if part.by in ONCE or not how.training
+        for column in part.columns
+    }

@@ -1,6 +1,7 @@
 """A page as blocks, and as Markdown and HTML."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from gesso.report import figures, page
@@ -48,7 +49,7 @@ class Code(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A matplotlib figure; file: where Markdown finds it."""
+    """figure: of matplotlib, or the path of a PNG; file: where Markdown finds it."""
 
     figure: Any
     file: str
@@ -114,7 +115,10 @@ def html(blocks: Sequence[Block]) -> Iterator[str]:
             case Code(lines):
                 yield f"<pre>{page.escape(chr(10).join(lines))}</pre>"
             case Picture(figure, _, _, caption):
-                yield page.beside([page.figure(figures.svg(figure), caption)])
+                stored = isinstance(figure, Path)
+                yield page.beside(
+                    [page.image(figure, caption) if stored else page.figure(figures.svg(figure), caption)]
+                )
             case Folded(title, inner):
                 yield page.folded(title, "".join(html(inner)))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gesso.tables import claims, make, plan
-from gesso.tables.claims import Verdict
+from gesso.tables.claims import Judgement, Verdict
 from gesso.tables.index import file_name
 from gesso.tables.marks import marked
 from gesso.tables.plan import Job
@@ -53,7 +53,8 @@ class Minutes(NamedTuple):
 
 
 class Result(NamedTuple):
-    """notes: footnotes, counted from 1; verdicts: of each claim, with the gain that the paper's own numbers have."""
+    """notes: footnotes, counted from 1; verdicts: of each claim, with the effect that the paper's own numbers have; described:
+    what each column measures; runtime: how long it took; outdated: why the numbers would differ if made again."""
 
     table: Table
     scale: str
@@ -61,7 +62,7 @@ class Result(NamedTuple):
     settings: tuple[str, ...]
     cells: Mapping[Cell, Numbers]
     notes: Sequence[str]
-    verdicts: Sequence[tuple[Verdict, float | None]]
+    verdicts: Sequence[tuple[Judgement, float | None]]
     checks: Sequence[tuple[Check, str, str]]
     minutes: Mapping[str, Minutes]
     each_training: Sequence[float]
@@ -69,6 +70,9 @@ class Result(NamedTuple):
     machines: Sequence[str]
     trainings: Sequence[str]
     evaluations: Mapping[str, Sequence[str]]
+    described: Mapping[str, str] = {}
+    runtime: str = ""
+    outdated: str = ""
 
 
 def gathered(table: Table, scale: str, where: Path, todo: Sequence[Job], settings: Sequence[str] = ()) -> Result:
@@ -86,44 +90,75 @@ def gathered(table: Table, scale: str, where: Path, todo: Sequence[Job], setting
     machines = Counter(machine(record) for record in records.values() if "made_with" in record)
     return Result(
         table, scale, tuple(values) or (0,), tuple(settings), cells, notes,
-        [(verdict(table, claim, values, once), _paper(table, claim)) for claim in table.claims],
+        judged(table, values, once),
         [(check, *checked(check, scale, where)) for check in table.checks],
         minutes(todo, records), each_training(todo, records), protocols(todo, records, where), [name for name, _ in machines.most_common()],
         [plain(one.command, where) for one in plan.trainings(todo)], evaluations(todo, where),
     )  # fmt: skip
 
 
-def verdict(table: Table, claim: claims.Claim, values: Mapping[int, Values], once: set[Cell]) -> Verdict:
-    """As claims.judged, over numbers that are numbers. What no seed decides needs no second seed."""
-    usable = [{c: v for c, v in found.items() if not math.isnan(v)} for found in values.values() if found]
-    exact = [claim.gain(table, {c: v for c, v in found.items() if c in once}) for found in usable]
-    if exact and exact[0] is not None and all(claim.gain(table, found) == exact[0] for found in usable):
-        said = claims.REPRODUCED if exact[0] > 0 else claims.NOT
-        return Verdict(claim.says, said, exact[0], 0.0, len(usable))
-    return claims.judged(table, claim, usable)
+def restored(table: Table, stored: Mapping[str, Any], where: Path, once: set[Cell]) -> Result:
+    """What NAME-SCALE.json holds, with verdicts of today. Rows and columns that the table no longer has are left out."""
+    notes: list[str] = []
+    cells: dict[Cell, Numbers] = {}
+    published, seeds = table.published(), tuple(stored["seeds"])
+    values: dict[int, dict[Cell, float]] = {seed: {} for seed in seeds}
+    for row in table.rows:
+        for column in table.columns:
+            cell, entry = (row.name, column.name), stored["rows"].get(row.name, {}).get(column.name, {})
+            numbers = {int(seed): _parsed(value) for seed, value in entry.get("ours", {}).items()}
+            notes += [note for note in entry.get("notes", ()) if note not in notes]
+            marks = tuple(notes.index(note) + 1 for note in entry.get("notes", ()))
+            cells[cell] = Numbers(numbers, published.get(cell), marks, cell in once)
+            for seed, value in numbers.items():
+                values.setdefault(seed, {})[cell] = value
+    scale, unmeasured = (
+        stored["scale"],
+        [c for c in table.columns if not any(cells[r.name, c.name].seeds for r in table.rows)],
+    )
+    described = dict(stored.get("columns", {}))
+    known = {name for names in described for name in names.split("; ")}
+    described |= {c.name: "not measured on this page" for c in unmeasured if c.name not in known}
+    return Result(
+        table, scale, seeds, tuple(stored["settings"]), cells, notes, judged(table, values, once),
+        [(check, *checked(check, scale, where)) for check in table.checks],
+        {row: Minutes(each["training"], each["measuring"]) for row, each in stored["minutes"].items()}, (),
+        stored["protocols"], stored["made_with"], stored["trainings"], stored["evaluations"], described,
+        stored.get("runtime", ""), stored.get("outdated", ""),
+    )  # fmt: skip
 
 
-def bounds(verdict: Verdict) -> tuple[float, float] | None:
-    """Between which the mean gain lies, each end at 95 % (Student's t): those that the verdict goes by."""
-    if not (math.isfinite(verdict.mean) and math.isfinite(verdict.error)) or verdict.seeds < 1:
-        return None
-    t = claims.T95[min(verdict.seeds - 1, len(claims.T95) - 1)]
-    reach = t * verdict.error if verdict.error else 0.0
-    return verdict.mean - reach, verdict.mean + reach
+def _parsed(value: float | str) -> float:
+    """The inverse of `number`."""
+    return {"NaN": math.nan, "diverged": math.inf}[value] if isinstance(value, str) else value
 
 
-def _paper(table: Table, claim: claims.Claim) -> float | None:
-    return claim.gain(table, table.published())
+def judged(table: Table, values: Mapping[int, Values], once: set[Cell]) -> list[tuple[Judgement, float | None]]:
+    """The verdict on each claim, and the effect that the paper's own numbers have."""
+    published = table.published()
+    return [(verdict(table, claim, values, once), claims.effect_of(table, claim, published)) for claim in table.claims]
+
+
+def verdict(table: Table, claim: claims.Claim, values: Mapping[int, Values], once: set[Cell]) -> Judgement:
+    """As claims.judge, over numbers that are numbers. A claim that no training decides is an exact check."""
+    usable = [{c: v for c, v in numbers.items() if not math.isnan(v)} for numbers in values.values() if numbers]
+    exact = [{c: v for c, v in numbers.items() if c in once} for numbers in usable]
+    effects = [claims.effect_of(table, claim, numbers) for numbers in exact]
+    if effects and None not in effects and effects == [claims.effect_of(table, claim, each) for each in usable]:
+        return claims.check(table, claim, exact)
+    return claims.judge(table, claim, usable)
 
 
 def checked(check: Check, scale: str, where: Path) -> tuple[str, str]:
     """What the claim says and its verdict, from the page of its table at the same scale."""
     path = where / f"{file_name(check.table, scale)}.json"
     if not path.is_file():
-        return "", claims.OPEN
+        return "", Verdict.NOT_MEASURED
     found = make.read(path)["claims"]
     return (
-        (found[check.claim]["says"], found[check.claim]["verdict"]) if check.claim < len(found) else ("", claims.OPEN)
+        (found[check.claim]["text"], found[check.claim]["verdict"])
+        if check.claim < len(found)
+        else ("", Verdict.NOT_MEASURED)
     )
 
 
@@ -216,18 +251,19 @@ def as_json(result: Result) -> dict[str, Any]:
         },
         "claims": [
             {
-                "says": each.says,
+                "text": each.text,
                 "verdict": each.verdict,
-                "gain": gain(each.mean) if each.seeds else None,
-                "bounds": bounds(each),
+                "effect": effect(each.effect) if each.seeds else None,
+                "bounds": [each.low, each.high],
+                "parts": each.parts,
                 "seeds": each.seeds,
-                "published_gain": None if paper is None else gain(paper),
+                "published_effect": None if paper is None else effect(paper),
             }
             for each, paper in result.verdicts
         ],
         "checks": [
-            {"question": check.question, "recommendation": check.recommendation, "table": check.table, "says": says, "verdict": said}
-            for check, says, said in result.checks
+            {"question": check.question, "recommendation": check.recommendation, "table": check.table, "text": text, "verdict": verdict}
+            for check, text, verdict in result.checks
         ],
         "minutes": {row: {"training": each.training, "measuring": each.measuring} for row, each in result.minutes.items()},
         "made_with": list(result.machines),
@@ -235,10 +271,13 @@ def as_json(result: Result) -> dict[str, Any]:
         "command": command(result),
         "trainings": list(result.trainings),
         "evaluations": {row: list(commands) for row, commands in result.evaluations.items()},
+        "columns": dict(result.described),
+        "runtime": result.runtime,
+        "outdated": result.outdated,
     }  # fmt: skip
 
 
-def gain(value: float) -> float | str:
+def effect(value: float) -> float | str:
     """inf where the one diverged and the other did not."""
     return value if math.isfinite(value) else str(value)
 

@@ -4,7 +4,7 @@ and the claims that it is there to support. Data only; no torch here.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Settings = tuple[str, ...]
 """a.b=c, as a user types them"""
@@ -79,11 +79,10 @@ class Scale(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """What the table is there to show. gain: by how much it holds among the numbers of one seed, below 0 where it does not;
-    None where a number is missing (claims.py makes such functions)."""
+    """A claim of the paper that the table tests. tests: an expression over the numbers of one seed (claims.py)."""
 
-    says: str
-    gain: Callable[["Table", Values], float | None]
+    text: str
+    tests: Callable[[Any], Any]
 
 
 class Check(NamedTuple):
