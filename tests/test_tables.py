@@ -205,6 +205,25 @@ def test_a_page(tmp_path, known):
     assert str(tmp_path) not in json.dumps(told)
 
 
+def test_stored_pages_are_judged_again(tmp_path, known, gesso, monkeypatch):
+    """`gesso table judge`: the same page from its JSON alone; other claims, another verdict; the mark stays."""
+    values = {("slow", "fd_digits", s): 9 + s for s in range(3)} | {("fast", "class_agreement", 1): None}
+    page.write(fake(), "tiny", tmp_path, numbers(fake(), tmp_path, values))
+    for path in tmp_path.glob("measured/*"):
+        path.unlink()
+    before = {end: (tmp_path / f"test-1-tiny.{end}").read_text() for end in ("md", "html", "json")}
+    assert gesso("table", "judge", "--out", tmp_path)[0] == 0
+    assert before == {end: (tmp_path / f"test-1-tiny.{end}").read_text() for end in ("md", "html", "json")}
+    claim = Claim("The contrary", claims.improves_on(("slow", "FID"), ("fast", "FID")))
+    monkeypatch.setitem(tables.TABLES, "test/1", lambda: fake(claims=(claim,)))
+    stored = json.loads(before["json"]) | {"outdated": "the recipes have changed."}
+    files.write_json(tmp_path / "test-1-tiny.json", stored)
+    assert gesso("table", "judge", "--out", tmp_path)[0] == 0
+    text = (tmp_path / "test-1-tiny.md").read_text()
+    assert "| The contrary | **contradicted** |" in text and "To be made again: the recipes have changed." in text
+    assert "1 contradicted; to be made again |" in (tmp_path / "README.md").read_text()
+
+
 def test_a_diverged_seed_and_a_lone_one(tmp_path, known):
     todo = numbers(fake(), tmp_path, {})
     for job in todo:
