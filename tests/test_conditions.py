@@ -479,7 +479,7 @@ def test_training_with_levels_that_the_process_lacks_is_refused_at_once(monkeypa
     monkeypatch.setattr(dataset, "open_source", None)  # no image is read
     for update, said in (
         ({"sample.grid": "trailing"}, "this process has karras"),
-        ({"process.name": "rf", "sample.grid": "leading"}, "this process has linear, karras"),
+        ({"process.name": "rf", "sample.grid": "leading"}, "this process has linear, sd3, karras"),
         ({"process.name": "vp", "sample.steps": 2000}, "has 1000 levels"),
         ({"sample.last": "first"}, "only process.name=vp"),
         ({"sample.shift": 3}, "above 40"),
