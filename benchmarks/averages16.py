@@ -10,7 +10,7 @@ root mean square of the difference from averages kept in float64, relative to ho
 import torch
 
 from gesso import ema
-from gesso.ema import Power
+from gesso.ema import PowerProfile
 
 N, STEPS, SNAPSHOTS = 4_000, 20_000, 40
 TRACKED, MADE = (0.05, 0.10), (0.02, 0.075, 0.20)
@@ -46,14 +46,14 @@ def walk() -> tuple[torch.Tensor, dict, dict]:
     for t in range(STEPS):
         weights += 0.02 * torch.randn(N, dtype=torch.float64) / max(1, t / 500) ** 0.5
         for s, average in exact.items():
-            average.lerp_(weights, 1 - Power(s).beta(t, t + 1))
+            average.lerp_(weights, 1 - PowerProfile(s).beta(t, t + 1))
         for way, averages in kept.items():
             for s in TRACKED:
-                moved = averages[s].float().lerp(weights.float(), 1 - Power(s).beta(t, t + 1))
+                moved = averages[s].float().lerp(weights.float(), 1 - PowerProfile(s).beta(t, t + 1))
                 averages[s] = WAYS[way][0](moved)
         if (t + 1) % (STEPS // SNAPSHOTS) == 0:
             for way, averages in kept.items():
-                stored[way] += [(t + 1, Power(s), averages[s].to(WAYS[way][1])) for s in TRACKED]
+                stored[way] += [(t + 1, PowerProfile(s), averages[s].to(WAYS[way][1])) for s in TRACKED]
     return weights, exact, stored
 
 
@@ -64,7 +64,7 @@ def main() -> None:
         errors = []
         for s in (*TRACKED, *MADE):
             times, profiles = [t for t, _, _ in snapshots], [p for _, p, _ in snapshots]
-            x = ema.solve(times, profiles, STEPS, Power(s)).x
+            x = ema.fit_profile(times, profiles, STEPS, PowerProfile(s)).coefficients
             made = sum(float(c) * tensor.double() for c, (_, _, tensor) in zip(x, snapshots, strict=True))
             apart = (exact[s] - weights).square().mean().sqrt()
             errors.append(float((made - exact[s]).square().mean().sqrt() / apart))

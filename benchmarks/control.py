@@ -1,6 +1,6 @@
 """Control conditioning on the digits, of which every second was shrunk to 4x4: Table 2a and Figure 7 in small.
 
-    for a in 1 2 4 8; do gesso train digits --out runs/cos$a data.source=digits-coarse control.variables=size control.alpha=$a; done
+    for a in 1 2 4 8; do gesso train digits --out runs/cos$a data.source=digits-mixed-resolution control.variables=size control.alpha=$a; done
     python benchmarks/control.py size runs/cos1 runs/cos2 runs/cos4 runs/cos8
     python benchmarks/control.py strength runs/cos8 runs/cos8-s1 runs/cos8-s2 [--out docs/images/control.png]
 
@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gesso import conditions, config, ema, generate, keyed, snapshot
-from gesso.data.dataset import open_dataset
-from gesso.evaluate import features, metrics
+from gesso import build_conditions, config, ema, rng, sampling, snapshot
+from gesso.data.factory import open_dataset
+from gesso.evaluation.metrics import functional
+from gesso.evaluation.networks import toy_networks
 
 BETAS = (0.0, 0.5, 0.75, 1.0, 1.25, 1.375, 1.5, 2.0, 3.0)
 COUNT = 898
@@ -31,26 +32,32 @@ class Tested:
     """A finished run, its denoiser, and the images it learned."""
 
     def __init__(self, folder: Path):
-        self.run = config.read(folder / "run.yaml")
-        weights, _, _, _ = snapshot.synthesize(folder, [ema.chosen(self.run.sample)])
-        self.denoiser, self.rows = snapshot.denoiser(weights[0], self.run), snapshot.control_rows(folder)
-        self.network, self.images = features.load_digit_features(), open_dataset(self.run.data)
+        self.run = config.load_config(folder / "run.yaml")
+        weights, _, _, _ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(self.run.sample)])
+        self.denoiser, self.rows = (
+            snapshot.denoiser_from_weights(weights[0], self.run),
+            snapshot.load_control_rows(folder),
+        )
+        self.network, self.images = toy_networks.load_digit_features(), open_dataset(self.run.data)
 
     def made(self, count: int = COUNT, first: int = 0, sample: dict | None = None, **control: str) -> Tensor:
         run = self.run.model_copy(update={"sample": self.run.sample.model_copy(update=sample or {})})
         seeds, labels = range(first, first + count), [i % 10 for i in range(count)]
-        cond, _ = conditions.build(run, seeds, self.rows, labels, None, control)
-        return torch.cat(list(generate.generate(self.denoiser, run, seeds, cond)))
+        cond, _ = build_conditions.build_cond(run, seeds, self.rows, labels, None, control)
+        return torch.cat(list(sampling.generate(self.denoiser, run, seeds, cond)))
 
     def quality(self, made: Tensor) -> dict[str, float]:
         """Frechet distance to a random half of the data, and class agreement."""
-        half = keyed.words(0, torch.arange(len(self.images)), "half", 1)[:, 0].argsort(stable=True)[:COUNT]
-        real, fake = metrics.Moments(), metrics.Moments()
+        half = rng.random_bits(0, torch.arange(len(self.images)), "half", 1)[:, 0].argsort(stable=True)[:COUNT]
+        real, fake = functional.Moments(), functional.Moments()
         real.update(self.network.classify(self.images.pixels[half])[0])
         found, logits = self.network.classify(made)
         fake.update(found)
-        agreement = metrics.class_agreement(logits, torch.arange(len(made)) % 10)
-        return {"frechet": metrics.frechet_distance(fake.mean, fake.cov, real.mean, real.cov), "agreement": agreement}
+        agreement = functional.class_accuracy(logits, torch.arange(len(made)) % 10)
+        return {
+            "frechet": functional.frechet_distance(fake.mean, fake.cov, real.mean, real.cov),
+            "agreement": agreement,
+        }
 
 
 def coarse(images: Tensor) -> Tensor:
@@ -65,8 +72,8 @@ def detail(images: Tensor) -> float:
 
 def size(folder: Path) -> dict[str, float]:
     tested = Tested(folder)
-    small, large = tested.made(size="4x4"), tested.made(size="8x8")
-    other = tested.made(first=COUNT + 2, size="8x8")  # the same classes, other seeds
+    small, large = tested.made(size_conditioning="4x4"), tested.made(size_conditioning="8x8")
+    other = tested.made(first=COUNT + 2, size_conditioning="8x8")  # the same classes, other seeds
     apart = {}
     for name, of in (
         ("content", lambda x: coarse(x).flatten(1)),

@@ -30,10 +30,10 @@ from PIL import Image
 from rich.console import Console
 
 from gesso import recipes
-from gesso.config import Data, Latent
-from gesso.data.space import Space
-from gesso.train import loop
-from gesso.train.start import opened
+from gesso.config import DataConfig, LatentConfig
+from gesso.data.normalization import Normalizer
+from gesso.training import loop
+from gesso.training.run_folder import open_dataset_for_run
 
 QUIET = Console(quiet=True)
 
@@ -55,11 +55,11 @@ def feed(names: list[str], rounds: int) -> dict[str, float]:
     """By recipe: seconds of a training step over seconds of making its batch."""
     found = {}
     for name in names:
-        run, dataset = opened(recipes.resolve(name, [])[0], QUIET)
+        run, dataset = open_dataset_for_run(recipes.resolve(name, [])[0], QUIET)
         trainer = loop.Trainer(run, dataset)
         counter = torch.arange(run.train.batch_size)
         counters = (counter + len(counter) * i for i in itertools.count())
-        took = medians(rounds, step=trainer.step, batch=lambda make=trainer.batches, k=counters: make(next(k)))
+        took = medians(rounds, step=trainer.step, batch=lambda make=trainer.batcher, k=counters: make(next(k)))
         found[name] = took["step"] / took["batch"]
         print(f"{name:16} a step takes {found[name]:.1f} times as long as its batch")
     return found
@@ -67,9 +67,9 @@ def feed(names: list[str], rounds: int) -> dict[str, float]:
 
 def read(images: int, size: int, rounds: int, peers: bool) -> dict[str, float]:
     """Random-order batches of 8x32x32 fp16 latents: samples/s over those of a numpy memmap gather."""
-    from gesso.config.cache import Plan
-    from gesso.data import caching
-    from gesso.data.cache import Cache
+    from gesso.data.cache import write
+    from gesso.data.cache.plan import CachePlan
+    from gesso.data.cache.read import CachedDataset
 
     with tempfile.TemporaryDirectory() as folder:
         root, rng = Path(folder), np.random.default_rng(0)
@@ -81,18 +81,18 @@ def read(images: int, size: int, rounds: int, peers: bool) -> dict[str, float]:
                 np.save(raw, row)
                 archive.writestr(f"{i // 1000:05d}/img-mean-std-{i:08d}.npy", raw.getvalue())
         rows.astype(np.float16).tofile(root / "bare")
-        data = Data(source=str(root / "latents.zip"), resolution=256)
-        plan = Plan(data=data, latent=Latent(vae="any/name", convention="edm2"), dtype="float16")
-        caching.write(plan, root / "cache")
+        data = DataConfig(source=str(root / "latents.zip"), resolution=256)
+        plan = CachePlan(data=data, latent=LatentConfig(vae="any/name", convention="edm2"), dtype="float16")
+        write.write_cache(plan, root / "cache")
         bare = np.memmap(root / "bare", np.float16, "r", shape=rows.shape)
-        cache = Cache(root / "cache")
+        cache = CachedDataset(root / "cache")
         some = torch.from_numpy(rng.permutation(images)).split(size)[:40]
-        latent = Latent(vae="any/name", convention="edm2")
-        space = Space(Data(mean=(0.0,) * 4, std=(1.0,) * 4), latent, 0.5, "cpu")
+        latent = LatentConfig(vae="any/name", convention="edm2")
+        space = Normalizer(DataConfig(mean=(0.0,) * 4, std=(1.0,) * 4), latent, 0.5, "cpu")
         runs: dict[str, Callable[[], None]] = {
             "bare": lambda: [bare[index.numpy()] for index in some],
-            "cache": lambda: [cache.take(index, index) for index in some],
-            "latents drawn": lambda: [space.x0(cache.take(index, index).x, 0, index) for index in some[:4]],
+            "cache": lambda: [cache.get(index, index) for index in some],
+            "latents drawn": lambda: [space.to_x0(cache.get(index, index).x, 0, index) for index in some[:4]],
         }
         share = {"latents drawn": 4 / len(some), "HF Array3D": 4 / len(some)}
         if peers:
@@ -143,8 +143,8 @@ def _peers(root: Path, rows: np.ndarray, some: list[torch.Tensor]) -> dict[str, 
 
 def decode(folder: str, resolution: int, rounds: int) -> dict[str, float]:
     """JPEGs to centre crops: gesso cache, and a plain Pillow loop with the same filter on one core and on all."""
-    from gesso.config.cache import Plan
-    from gesso.data import caching
+    from gesso.data.cache import write
+    from gesso.data.cache.plan import CachePlan
 
     files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
 
@@ -163,7 +163,7 @@ def decode(folder: str, resolution: int, rounds: int) -> dict[str, float]:
 
     def cache() -> None:
         with tempfile.TemporaryDirectory() as out:
-            caching.write(Plan(data=Data(source=folder, resolution=resolution)), Path(out) / "c")
+            write.write_cache(CachePlan(data=DataConfig(source=folder, resolution=resolution)), Path(out) / "c")
 
     took = medians(rounds, cache=cache, one=lambda: [plain(path) for path in files], pool=pool)
     found = {

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from gesso import ema, nets, snapshot
-from gesso.cond import Cond
-from gesso.config import DiT, Inputs
-from gesso.ema import Power
+from gesso import ema, models, snapshot
+from gesso.conditioning import Cond
+from gesso.config import DiTConfig, InputSpec
+from gesso.ema import PowerProfile
 
 
 def timed(
@@ -51,7 +51,9 @@ def timed(
 def update(args: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(0)
     device = args.device
-    net = nets.build(DiT(width=384, depth=12, heads=6, patch=2), Inputs(4, 32, 1000)).to(device)
+    net = models.build_network(
+        DiTConfig(hidden_size=384, depth=12, num_heads=6, patch_size=2), InputSpec(4, 32, 1000)
+    ).to(device)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-5, fused=True)
     x = torch.randn(args.batch, 4, 32, 32, device=device)
     level = torch.rand(args.batch, device=device)
@@ -62,11 +64,11 @@ def update(args: argparse.Namespace) -> dict[str, float]:
         net(x, 1000 * level, level, cond).square().mean().backward()
         optimizer.step()
 
-    tracker, seen = ema.Tracker(net.state_dict(), [Power(0.05), Power(0.10)]), [10_000]
+    tracker, seen = ema.Tracker(net.state_dict(), [PowerProfile(0.05), PowerProfile(0.10)]), [10_000]
 
     def ours() -> None:
         tracker.update(seen[0], seen[0] + args.batch)
-        seen[0] += args.batch
+        seen[0] += args.batch_size
 
     # A step takes long, an average little: the latter in more rounds of their own.
     found = timed({"step": step}, args.rounds, device)
@@ -95,16 +97,16 @@ def make(args: argparse.Namespace) -> dict[str, float]:
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     try:
         available = _written(folder, args.snapshots, args.megabytes)
-        targets = [Power(s) for s in np.geomspace(0.03, 0.2, args.lengths)]
+        targets = [PowerProfile(s) for s in np.geomspace(0.03, 0.2, args.lengths)]
 
         def once() -> None:
-            snapshot.made(snapshot.plan(available, targets), args.device)
+            snapshot.reconstruct(snapshot.plan_reconstruction(available, targets), args.device)
 
         def each() -> None:
             for i, target in enumerate(targets):
                 if args.cold and i:
                     forget()
-                snapshot.made(snapshot.plan(available, [target]), args.device)
+                snapshot.reconstruct(snapshot.plan_reconstruction(available, [target]), args.device)
 
         def tensors() -> None:
             for s in available:
@@ -140,9 +142,9 @@ def _written(folder: Path, count: int, megabytes: int) -> list[snapshot.Snapshot
         torch.manual_seed(i)
         matrices = {f"block{j}.weight": torch.randn(1024, 1024) for j in range(max(1, megabytes // 4))}
         tensors = matrices | {f"block{j}.bias": torch.randn(1024) for j in range(len(matrices))}
-        nimg, profile = 1_000_000 * (i // 2 + 1), (Power(0.05), Power(0.10))[i % 2]
-        snapshot.write(snapshot.path_for(folder / "snapshots", nimg, profile), tensors, nimg, profile, "benchmark")
-    return snapshot.stored(folder)
+        nimg, profile = 1_000_000 * (i // 2 + 1), (PowerProfile(0.05), PowerProfile(0.10))[i % 2]
+        snapshot.write(snapshot.snapshot_path(folder / "snapshots", nimg, profile), tensors, nimg, profile, "benchmark")
+    return snapshot.list_snapshots(folder)
 
 
 def main() -> None:

@@ -24,28 +24,28 @@ import torch
 from rich.console import Console
 
 from gesso import recipes, snapshot
-from gesso.train import checkpoint, loop
-from gesso.train.ranks import joined
-from gesso.train.start import opened
-from gesso.train.trainer import Trainer
+from gesso.training import checkpoint, loop
+from gesso.training.ranks import init_distributed
+from gesso.training.run_folder import open_dataset_for_run
+from gesso.training.trainer import Trainer
 
 
 def trainer_of(args: argparse.Namespace, *settings: str, **how: object) -> Trainer:
     """DiT-S/2 on drawn shapes, a thousand of them."""
     said = [
-        "eval.features=none",
+        "eval.toy_metrics=none",
         "data.source=shapes:1000",
         "net.name=dit",
-        "net.patch=2",
+        "net.patch_size=2",
         "semantic.kind=label",
-        "net.width=384",
+        "net.hidden_size=384",
         "net.depth=12",
-        "net.heads=6",
+        "net.num_heads=6",
         f"data.resolution={args.resolution}",
-        f"train.batch_size={args.batch}",
+        f"train.batch_size={args.batch_size}",
         f"train.device={args.device}",
     ]
-    run, dataset = opened(recipes.resolve("shapes-class", [*said, *settings])[0], Console(quiet=True))
+    run, dataset = open_dataset_for_run(recipes.resolve("shapes-class", [*said, *settings])[0], Console(quiet=True))
     return Trainer(run, dataset, **how)
 
 
@@ -70,10 +70,10 @@ def timed(contestants: dict[str, Callable[[], object]], rounds: int, device: str
 
 def bare(trainer: Trainer) -> Callable[[], object]:
     """Forward, backward and optimizer step of another network like the trainer's, on a batch made before."""
-    net = Trainer(trainer.run, trainer.batches.dataset).denoiser.net
+    net = Trainer(trainer.run, trainer.batcher.dataset).denoiser.net
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-6, fused=True)
-    _, _, x0, cond = trainer._next()
-    trainer._stream = None
+    _, _, x0, cond = trainer.next_batch()
+    trainer._batch_iterator = None
     level = torch.rand(len(x0), device=x0.device)
 
     def step() -> None:
@@ -91,9 +91,9 @@ def step(args: argparse.Namespace) -> dict[str, float]:
     found = timed({"bare": plain, "step": trainer.step}, args.rounds, args.device)
     parts = {
         "averages": lambda: trainer.ema.update(1000, 1000 + args.batch),
-        "batch": lambda: trainer.batches(counter),
+        "batch": lambda: trainer.batcher(counter),
         "optimizer": trainer.optimizer.step,
-        "summary": trainer.summary,
+        "summary": trainer.pop_log_line,
     }
     found |= {f"part: {name}": value for name, value in timed(parts, max(31, args.rounds), args.device).items()}
     return found | {"step / bare": found["step"] / found["bare"]}
@@ -101,13 +101,13 @@ def step(args: argparse.Namespace) -> dict[str, float]:
 
 def save(args: argparse.Namespace) -> dict[str, float]:
     trainer = trainer_of(args)
-    saver, waits, beside, alone = checkpoint.Saver(), [], [], []
+    saver, waits, beside, alone = checkpoint.CheckpointWriter(), [], [], []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         out = Path(folder)
 
         def write() -> None:
-            saver.state(out / "state", trainer.nimg, trainer.tensors(), 2, False)
-            loop._snapshots(trainer, out, saver)
+            saver.save(out / "state", trainer.nimg, trainer.state_tensors(), 2, False)
+            loop._write_snapshots(trainer, out, saver)
 
         for i in range(args.rounds + 1):
             waited = seconds(write, args.device)
@@ -117,8 +117,8 @@ def save(args: argparse.Namespace) -> dict[str, float]:
                 waits.append(waited)
                 beside.append(first)
                 alone.append(seconds(trainer.step, args.device))
-        size = sum(file.stat().st_size for file in checkpoint.stored(out / "state")[-1].iterdir())
-        assert len(snapshot.stored(out)) == 2 * (args.rounds + 1)
+        size = sum(file.stat().st_size for file in checkpoint.list_checkpoints(out / "state")[-1].iterdir())
+        assert len(snapshot.list_snapshots(out)) == 2 * (args.rounds + 1)
     saver.close()
     found = {
         "step": statistics.median(alone),
@@ -135,21 +135,21 @@ def save(args: argparse.Namespace) -> dict[str, float]:
 def ranks(args: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(1)
     settings = recipes.resolve("shapes-class", [f"train.batch_size={args.batch}"])[0]
-    with joined(settings) as (here, device):
+    with init_distributed(settings) as (here, device):
         together = trainer_of(args, f"train.sharding={args.sharding}", ranks=here, device=device)
-        alone = trainer_of(args, device=device) if here.main else None
+        alone = trainer_of(args, device=device) if here.is_main else None
         times: dict[str, list[float]] = {"alone": [], "together": []}
         for i in range(args.rounds + 1):
             elapsed = seconds(alone.step, args.device) if alone else 0.0
-            here.wait()
+            here.barrier()
             both = seconds(together.step, args.device)
             if i:
                 times["alone"].append(elapsed)
                 times["together"].append(both)
         found = {name: statistics.median(values) for name, values in times.items()}
         found |= {f"{name}, images/s": args.batch / found[name] for name in times if found[name]}
-        found["ranks"] = here.world
-        return found | {"times as fast": found["alone"] / found["together"]} if here.main else {}
+        found["ranks"] = here.world_size
+        return found | {"times as fast": found["alone"] / found["together"]} if here.is_main else {}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """How large activations and weights grow over training (EDM2 Eq. 3, Figures 3 and 15), from the folders of finished runs.
 
-    gesso train digits-dit watch.magnitude_images=2k    # and digits-mp-dit; or any run that has snapshots
+    gesso train digits-dit monitor.magnitude_every=2k    # and digits-mp-dit; or any run that has snapshots
     python benchmarks/magnitudes.py runs/digits-dit runs/digits-mp-dit [--out docs/images/telemetry.png]
 
 What the log of a run has is taken from there. Without it the snapshots of its shortest average are measured, on 1,024
@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from gesso import config, ema, keyed, snapshot
-from gesso.data.batches import Batches
-from gesso.data.dataset import open_dataset
-from gesso.train.log import read as read_log
-from gesso.train.magnitudes import Magnitudes
+from gesso import config, ema, rng, snapshot
+from gesso.data.batching import Batcher
+from gesso.data.factory import open_dataset
+from gesso.training.logging import read_log
+from gesso.training.magnitudes import Magnitudes
 
 SAMPLES, PASS = 1024, 128
 SHOWN = (
@@ -32,22 +32,22 @@ def trace(folder: Path) -> dict[int, dict[str, Any]]:
     logged = {line["nimg"]: line["magnitudes"] for line in read_log(folder / "log.jsonl") if "magnitudes" in line}
     if logged:
         return logged
-    run = config.read(folder / "run.yaml")
+    run = config.load_config(folder / "run.yaml")
     dataset = open_dataset(run.data, run.latent, run.train.seed)
-    shortest = ema.tracked(run.ema)[0]
-    return {s.nimg: measured(run, dataset, s.path) for s in snapshot.stored(folder) if s.profile == shortest}
+    shortest = ema.tracked_profiles(run.ema)[0]
+    return {s.nimg: measured(run, dataset, s.path) for s in snapshot.list_snapshots(folder) if s.profile == shortest}
 
 
 @torch.no_grad()
 def measured(run, dataset, path: Path) -> dict[str, Any]:
     tensors, _, _ = snapshot.read(path)
-    denoiser = snapshot.denoiser(tensors, run)
-    batches = Batches(dataset, run, denoiser.process.sd, torch.device("cpu"))
+    denoiser = snapshot.denoiser_from_weights(tensors, run)
+    batches = Batcher(dataset, run, denoiser.process.sigma_data, torch.device("cpu"))
     with Magnitudes(denoiser.net, run.inputs.resolution) as found:
         for counter in torch.arange(SAMPLES).split(PASS):
             x0, cond = batches(counter)
-            s = denoiser.process.quantile(keyed.uniform(0, counter, "noise level")[:, 0]).to(x0)
-            level, eps = s[:, None, None, None], keyed.normal(0, counter, "noise", x0.shape[1:], x0.dtype)
+            s = denoiser.process.icdf(rng.uniform(0, counter, "noise level")[:, 0]).to(x0)
+            level, eps = s[:, None, None, None], rng.normal(0, counter, "noise", x0.shape[1:], x0.dtype)
             denoiser(denoiser.process.alpha(level) * x0 + level * eps, s, cond)
     return {"activations": found.activations(), "main_path": found.main_path(), "weights": found.weights(tensors)}
 

@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py
 
-Weights, gradients, Adam's averages and tracked averages are arithmetic (gesso/train/estimate.py). Activations are the tensors
+Weights, gradients, Adam's averages and tracked averages are arithmetic (gesso/training/estimate.py). Activations are the tensors
 that backward asks for, counted by torch as the network runs on tensors without values: with products in bfloat16, without
 what a GPU's own libraries and its allocator take, which measured runs (gesso train RECIPE --estimate) have on top.
 """
@@ -14,23 +14,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from gesso import nets, recipes
-from gesso.cond import Cond
-from gesso.config import Run
-from gesso.data.imagined import imagined
-from gesso.train.estimate import arithmetic
+from gesso import models, recipes
+from gesso.conditioning import Cond
+from gesso.config import RunConfig
+from gesso.data.synthetic import with_synthetic_data
+from gesso.training.estimate import static_memory
 
 GB = 1e9
-CASES = ("in1k-256-dit", "cc12m-256-ours", "in1k-512-ours", "edm2-img512-s", "edm2-img512-xl", "edm2-img512-xxl")
+CASES = ("in1k-256-dit", "cc12m-256-berrada", "in1k-512-berrada", "edm2-img512-s", "edm2-img512-xl", "edm2-img512-xxl")
 WAYS: dict[str, list[str]] = {
     "as it is": [],
     "+ ema.device=cpu": ["ema.device=cpu"],
-    "+ optim.state=8bit": ["ema.device=cpu", "optim.state=8bit"],
+    "+ optim.state_dtype=8bit": ["ema.device=cpu", "optim.state_dtype=8bit"],
 }
 CARD = 24
 
 
-def activations(run: Run, samples: int, recompute: bool) -> tuple[int, int]:
+def activations(run: RunConfig, samples: int, recompute: bool) -> tuple[int, int]:
     """Bytes that backward asks for besides the parameters: of the whole network, of its largest block."""
     kept: dict[int, int] = {}
     largest, before = 0, 0
@@ -49,21 +49,21 @@ def activations(run: Run, samples: int, recompute: bool) -> tuple[int, int]:
         nonlocal largest
         largest = max(largest, sum(kept.values()) - before)
 
-    inputs, n = run.inputs, samples
+    inputs, n = run.input_spec, samples
     with FakeTensorMode():
-        net = nets.build(run.net, inputs)
+        net = models.build_network(run.net, inputs)
         own = {p.untyped_storage()._cdata for p in net.parameters()}
-        for block in nets.blocks(net):
+        for block in models.list_blocks(net):
             block.register_forward_pre_hook(enter)
             block.register_forward_hook(leave)
             if recompute:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         cond = Cond(
             label=torch.zeros(n, dtype=torch.int64) if inputs.num_classes else None,
-            text=torch.zeros(n, run.semantic.tokens, inputs.text_width) if inputs.text_width else None,
-            pooled=torch.zeros(n, inputs.pooled_width) if inputs.pooled_width else None,
-            control_high=torch.zeros(n, inputs.control.high) if inputs.control.high else None,
-            control_low=torch.zeros(n, inputs.control.low) if inputs.control.low else None,
+            text=torch.zeros(n, run.semantic.max_tokens, inputs.text_dim) if inputs.text_dim else None,
+            pooled=torch.zeros(n, inputs.pooled_dim) if inputs.pooled_dim else None,
+            control_high=torch.zeros(n, inputs.control.num_high) if inputs.control.num_high else None,
+            control_low=torch.zeros(n, inputs.control.num_low) if inputs.control.num_low else None,
         )
         x = torch.zeros(n, inputs.channels, inputs.resolution, inputs.resolution)
         with saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
@@ -76,7 +76,7 @@ def main() -> None:
     print("| recipe | M parameters | " + " | ".join(WAYS) + " | activations of a sample | recomputed |")
     print("|---|---|" + "---|" * (len(WAYS) + 2))
     for name in CASES:
-        run, _ = imagined(recipes.resolve(name, [])[0])
+        run, _ = with_synthetic_data(recipes.resolve(name, [])[0])
         # Of a sample: what does not grow with their number is left out.
         found = {how: [activations(run, n, how) for n in (2, 4)] for how in (False, True)}
         slopes = {how: [(b - a) / 2 for a, b in zip(*pair, strict=True)] for how, pair in found.items()}
@@ -84,12 +84,12 @@ def main() -> None:
         each = slopes[False][0], slopes[True][0] + slopes[False][1]
         cells = []
         for settings in WAYS.values():
-            some, _ = imagined(recipes.resolve(name, settings)[0])
-            parts = arithmetic(some)
+            some, _ = with_synthetic_data(recipes.resolve(name, settings)[0])
+            parts = static_memory(some)
             held = sum(parts.values()) - (parts["averages"] if some.ema.device == "cpu" else 0)
             room = (0.9 * CARD * GB - held) / each[1]
             cells.append(f"{held / GB:.1f} GB, {f'{int(room)} at once' if room >= 1 else 'none'}")
-        millions = arithmetic(run)["weights"] / 4e6
+        millions = static_memory(run)["weights"] / 4e6
         print(
             f"| {name} | {millions:,.0f} | "
             + " | ".join(cells)

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gesso import config, nets
-from gesso.cond import Cond
-from gesso.config import Inputs
-from gesso.nets import mp
+from gesso import config, models
+from gesso.conditioning import Cond
+from gesso.config import InputSpec
+from gesso.models import mp
 
 HEAVY = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 
@@ -95,19 +95,19 @@ def floor_of(step: Callable[[], None]) -> Callable[[], None]:
     return replay
 
 
-def ours(cfg, inputs: Inputs, x: Tensor, cond: Cond, options: argparse.Namespace) -> Contestant:
+def ours(cfg, inputs: InputSpec, x: Tensor, cond: Cond, options: argparse.Namespace) -> Contestant:
     """Our network, with projection onto the sphere where it has one; for sampling its constants are folded."""
-    net = nets.build(cfg, inputs).to(x.device)
+    net = models.build_network(cfg, inputs).to(x.device)
     sphere = mp.sphere_weights(net)
     if options.sample:
-        mp.fold(net)
+        mp.fold_gains_(net)
     forward = torch.compile(net) if options.compile else net
     progress = torch.rand(len(x), device=x.device)
 
     def after() -> None:
         if sphere:
             mp.project_gradients(sphere)
-            mp.put_on_sphere(sphere)
+            mp.normalize_weights_(sphere)
 
     return Contestant(net, lambda: forward(x, 1000 * progress, progress, cond), after)
 
@@ -120,7 +120,7 @@ def theirs(model: nn.Module, call: Callable[[nn.Module], Tensor], options: argpa
 def case_dit(batch: int, device: str, options: argparse.Namespace) -> tuple[Contestant, Contestant]:
     from diffusers import DiTTransformer2DModel
 
-    cfg, inputs = config.DiT(width=384, depth=12, heads=6, patch=2), Inputs(4, 32, 1000)
+    cfg, inputs = config.DiTConfig(hidden_size=384, depth=12, num_heads=6, patch_size=2), InputSpec(4, 32, 1000)
     x, label = torch.randn(batch, 4, 32, 32, device=device), torch.arange(batch, device=device)
     peer = DiTTransformer2DModel(
         num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=12, sample_size=32,
@@ -134,7 +134,10 @@ def case_dit(batch: int, device: str, options: argparse.Namespace) -> tuple[Cont
 def case_pixart(batch: int, device: str, options: argparse.Namespace) -> tuple[Contestant, Contestant]:
     from diffusers import PixArtTransformer2DModel
 
-    cfg, inputs = config.PixArt(width=384, depth=12, heads=6, patch=2), Inputs(4, 32, text_width=768)
+    cfg, inputs = (
+        config.PixArtConfig(hidden_size=384, depth=12, num_heads=6, patch_size=2),
+        InputSpec(4, 32, text_dim=768),
+    )
     x, text = torch.randn(batch, 4, 32, 32, device=device), torch.randn(batch, 77, 768, device=device)
     peer = PixArtTransformer2DModel(
         num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=12, sample_size=32,
@@ -149,7 +152,9 @@ def case_pixart(batch: int, device: str, options: argparse.Namespace) -> tuple[C
 def case_mmdit(batch: int, device: str, options: argparse.Namespace) -> tuple[Contestant, Contestant]:
     from diffusers import SD3Transformer2DModel
 
-    cfg = config.MMDiT(width=384, depth=12, heads=6, patch=2, text_weights="all", qk_norm=False)
+    cfg = config.MMDiTConfig(
+        hidden_size=384, depth=12, num_heads=6, patch_size=2, separate_text_weights="all", qk_norm=False
+    )
     x, text = torch.randn(batch, 4, 32, 32, device=device), torch.randn(batch, 77, 768, device=device)
     pooled = torch.randn(batch, 768, device=device)
     peer = SD3Transformer2DModel(
@@ -158,21 +163,23 @@ def case_mmdit(batch: int, device: str, options: argparse.Namespace) -> tuple[Co
     ).to(device)  # fmt: skip
     t = torch.randint(0, 1000, (batch,), device=device)
     call = lambda m: m(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t).sample  # noqa: E731
-    mine = ours(cfg, Inputs(4, 32, 0, 768, 768), x, Cond(text=text, pooled=pooled), options)
+    mine = ours(cfg, InputSpec(4, 32, 0, 768, 768), x, Cond(text=text, pooled=pooled), options)
     return mine, theirs(peer, call, options)
 
 
 def case_unet(batch: int, device: str, options: argparse.Namespace) -> tuple[Contestant, Contestant]:
     from diffusers import UNet2DConditionModel
 
-    cfg = config.UNet(channels=96, multipliers=(1, 2, 4, 4), transformer_depth=(1, 1, 1, 0), head_width=48)
+    cfg = config.UNetConfig(
+        channels=96, channel_mult=(1, 2, 4, 4), transformer_depth=(1, 1, 1, 0), channels_per_head=48
+    )
     x, text = torch.randn(batch, 4, 32, 32, device=device), torch.randn(batch, 77, 768, device=device)
     peer = UNet2DConditionModel(
         sample_size=32, block_out_channels=(96, 192, 384, 384), cross_attention_dim=768, attention_head_dim=(2, 4, 8, 8),
     ).to(device)  # fmt: skip
     t = torch.randint(0, 1000, (batch,), device=device)
     call = lambda m: m(x, t, encoder_hidden_states=text).sample  # noqa: E731
-    mine = ours(cfg, Inputs(4, 32, text_width=768), x, Cond(text=text), options)
+    mine = ours(cfg, InputSpec(4, 32, text_dim=768), x, Cond(text=text), options)
     return mine, theirs(peer, call, options)
 
 
@@ -189,17 +196,17 @@ def plain_edm2(net: nn.Module) -> Callable[..., Tensor]:
 
     def forward(x: Tensor, c_noise: Tensor, one_hot: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            mp.put_on_sphere(sphere)  # forced normalization, EDM2 Algorithm 1
+            mp.normalize_weights_(sphere)  # forced normalization, EDM2 Algorithm 1
         return reference_edm2.forward(weights, x, c_noise, one_hot, levels=4, blocks=3, head_width=64)
 
     return forward
 
 
 def case_edm2(batch: int, device: str, options: argparse.Namespace) -> tuple[Contestant, Contestant]:
-    cfg, inputs = config.edm2("XS"), Inputs(4, 64, 1000)
+    cfg, inputs = config.edm2_config("XS"), InputSpec(4, 64, 1000)
     x, label = torch.randn(batch, 4, 64, 64, device=device), torch.arange(batch, device=device)
     one_hot, progress = F.one_hot(label, 1000).to(x), torch.rand(batch, device=device)
-    peer = nets.build(cfg, inputs).to(device)
+    peer = models.build_network(cfg, inputs).to(device)
     forward = torch.compile(plain_edm2(peer)) if options.compile else plain_edm2(peer)
     return ours(cfg, inputs, x, Cond(label=label), options), Contestant(peer, lambda: forward(x, progress, one_hot))
 
@@ -245,7 +252,7 @@ def main() -> None:
         median = {key: statistics.median(values) for key, values in times.items()}
         row = {
             "case": name, "what": "forward" if options.sample else "training step",
-            "batch": options.batch, "compiled": options.compile, "device": options.device, "dtype": options.dtype,
+            "batch": options.batch_size, "compiled": options.compile, "device": options.device, "dtype": options.dtype,
             "peer/ours": round(median["peer"] / median["ours"], 3), "ours/floor": round(median["ours"] / median["floor"], 3),
         }  # fmt: skip
         print(row, flush=True)

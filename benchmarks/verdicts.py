@@ -1,4 +1,4 @@
-"""Error rates and power of verdicts, by simulation: every kind of claim in gesso/tables/claims.py.
+"""Error rates and power of verdicts, by simulation: every kind of claim in gesso/reproduce/claims.py.
 
     python benchmarks/verdicts.py [--draws 4000] [--seeds 3 5 10]
 
@@ -14,9 +14,9 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from gesso.tables import claims
-from gesso.tables.claims import Expression, Verdict
-from gesso.tables.table import Claim, Column, Row, Table
+from gesso.reproduce import claims
+from gesso.reproduce.claims import Expression, Verdict
+from gesso.reproduce.schema import Claim, Column, Row, Table
 
 ROWS = ("r1", "r2", "r3", "r4", "r5")
 TABLE = Table(
@@ -71,7 +71,7 @@ def comparisons() -> Iterator[Case]:
             edge = LEVEL * margin
             off = edge if truth is None else 0.0 if truth else edge + EFFECT
             name = f"margin {edge:g}"
-            yield Case("near", name, claims.near(cell("a"), LEVEL, margin), {"a": column(off)}, truth)
+            yield Case("equals", name, claims.equals(cell("a"), LEVEL, margin), {"a": column(off)}, truth)
             other = {"a": column(off / (1 - margin / 2)), "b": column(0)}
             yield Case("within", name, claims.within(cell("a"), cell("b"), margin), other, truth)
 

@@ -55,10 +55,10 @@ def main(folder: Path) -> None:
     print(f"last weights      {wrong():6.2%} wrong")
     lengths = [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25]
     # One length: PostHocEMA.synthesize(folder, 0.15). Several in one pass over the files, with their predicted errors:
-    plan = snapshot.plan(snapshot.stored(folder), [profiles.Power(s) for s in lengths])
-    for target, weights in zip(plan.targets, snapshot.made(plan), strict=True):
+    plan = snapshot.plan_reconstruction(snapshot.list_snapshots(folder), [profiles.PowerProfile(s) for s in lengths])
+    for target, weights in zip(plan.targets, snapshot.reconstruct(plan), strict=True):
         module.load_state_dict(weights)
-        print(f"{target!s:16}  {wrong():6.2%} wrong   ({plan.fit(target)})")
+        print(f"{target!s:16}  {wrong():6.2%} wrong   ({plan.worst_fit(target)})")
 
 
 if __name__ == "__main__":

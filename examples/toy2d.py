@@ -11,22 +11,22 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from gesso import config, keyed
-from gesso.cond import Cond
-from gesso.diffusion import denoiser, guidance, process, sampler, schedule
-from gesso.ema import Power, Tracker
-from gesso.nets import mp
+from gesso import config, rng
+from gesso.conditioning import Cond
+from gesso.diffusion import denoiser, guidance, process, samplers, schedules
+from gesso.ema import PowerProfile, Tracker
+from gesso.models import mp
 
 BATCH, STEPS, WIDTH = 1024, 1500, 128
 
 
 def spiral(counter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Points (B, 2, 1, 1) of standard deviation about 0.5 and their arm (B,), keyed to the sample."""
-    u = keyed.uniform(0, counter, "arm and place", 2)
+    u = rng.uniform(0, counter, "arm and place", 2)
     arm, turn = (u[:, 0] < 0.5).long(), 1.1 + 3.3 * u[:, 1].sqrt()
     angle = turn + torch.pi * arm
     points = torch.stack([angle.cos(), angle.sin()], 1) * turn[:, None] / 4.6
-    points += 0.02 * keyed.normal(0, counter, "jitter", (2,), torch.float64)
+    points += 0.02 * rng.normal(0, counter, "jitter", (2,), torch.float64)
     return points.float()[:, :, None, None], arm
 
 
@@ -52,17 +52,17 @@ class Net(nn.Module):
 
 def train() -> denoiser.Denoiser:
     torch.manual_seed(0)
-    proc = process.build(config.EDM(P_mean=-1.2, P_std=1.4))
+    proc = process.build_process(config.EDMConfig(P_mean=-1.2, P_std=1.4))
     net = Net()
     model = denoiser.Denoiser(net, proc, "fourier")
     optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
-    sphere, average, nimg = mp.sphere_weights(net), Tracker(net.state_dict(), [Power(0.1)]), 0
+    sphere, average, nimg = mp.sphere_weights(net), Tracker(net.state_dict(), [PowerProfile(0.1)]), 0
     for step in range(STEPS):
         counter = torch.arange(nimg, nimg + BATCH)
         x0, arm = spiral(counter)
-        s = proc.quantile(keyed.uniform(0, counter, "noise level")[:, 0]).float()
-        cond = Cond(label=arm, has_semantic=keyed.uniform(0, counter, "label dropout")[:, 0] > 0.1)
-        eps = keyed.normal(0, counter, "noise", (2, 1, 1))
+        s = proc.icdf(rng.uniform(0, counter, "noise level")[:, 0]).float()
+        cond = Cond(label=arm, has_semantic=rng.uniform(0, counter, "label dropout")[:, 0] > 0.1)
+        eps = rng.normal(0, counter, "noise", (2, 1, 1))
         loss = denoiser.loss(model, proc, x0, s, eps, cond).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -70,21 +70,21 @@ def train() -> denoiser.Denoiser:
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 / max(1, step / 300) ** 0.5
         optimizer.step()
-        mp.put_on_sphere(sphere)
+        mp.normalize_weights_(sphere)
         average.update(nimg, nimg + BATCH)
         nimg += BATCH
-    net.load_state_dict(average.averages[Power(0.1)])
-    mp.put_on_sphere(sphere)
+    net.load_state_dict(average.averages[PowerProfile(0.1)])
+    mp.normalize_weights_(sphere)
     return model.eval()
 
 
 def draw(model: denoiser.Denoiser, scale: float, n: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
     """n points by 32 Heun steps at a guidance scale, and their arm."""
     arm = torch.arange(n) % 2
-    levels = schedule.levels(model.process, 32)
-    noise = keyed.normal(1, torch.arange(n), "first noise", (2, 1, 1))
-    denoise = guidance.combine(guidance.terms(model, Cond(label=arm), scale))
-    x = sampler.heun(denoise, model.process.prior(noise, levels[0]), levels, model.process.alpha)
+    levels = schedules.levels(model.process, 32)
+    noise = rng.normal(1, torch.arange(n), "first noise", (2, 1, 1))
+    denoise = guidance.combine_terms(guidance.guidance_terms(model, Cond(label=arm), scale))
+    x = samplers.heun(denoise, model.process.initial_state(noise, levels[0]), levels, model.process.alpha)
     return x[:, :, 0, 0], arm
 
 

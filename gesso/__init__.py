@@ -1,3 +1,3 @@
-"""gesso: latent diffusion image models from scratch, on even ground."""
+"""Train latent diffusion image models from scratch and compare them fairly."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,7 @@
-"""What this machine offers, and what would spoil a run on it. Imports nothing of gesso, so that it works where gesso does not."""
+"""Check of the Python environment and the machine for problems that would break a run.
+
+Imports nothing of gesso, so that it works if gesso does not.
+"""
 
 import os
 import platform
@@ -22,23 +25,27 @@ IMPORT_SECONDS = 120  # a first import from a cold network disk can take a minut
 REQUIRED = ("gesso", "torch", "numpy", "safetensors")
 OPTIONAL = {"diffusers": "vae", "transformers": "text"}
 
-# Looking an operator up shows that the compiled half is loaded: some versions only warn when it is not.
+# Looking up an operator shows that the compiled part is loaded; some versions only warn if it is not.
 TORCHVISION_PROBE = "import torch, torchvision.ops, torchvision.transforms; torch.ops.torchvision.nms"
 TORCHVISION_VICTIMS = "diffusers' AutoencoderKL, transformers' CLIPTextModel and Dinov2Model"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; every warning and problem has a cure."""
+    """Line of the report; every warning and problem has a fix."""
 
     level: Literal["ok", "warning", "problem"]
     topic: str
     text: str
-    cure: str | None = None
+    fix: str | None = None
 
 
 def examine(folder: Path = Path("runs")) -> list[Finding]:
-    """Run every check; `folder` is where runs are to be written and need not exist. Never raises, leaves nothing behind."""
+    """Run every check. Never raises and leaves no files.
+
+    Args:
+        folder: folder that runs will be written to; it need not exist.
+    """
     checks: tuple[tuple[str, Callable[[], list[Finding]]], ...] = (
         ("python", check_python),
         ("versions", check_versions),
@@ -53,30 +60,32 @@ def examine(folder: Path = Path("runs")) -> list[Finding]:
 
 
 def render(findings: list[Finding]) -> str:
-    """Plain text: one aligned line per finding, its cure indented below."""
+    """Return findings as text: one aligned line each, with its fix indented below."""
     level_width = max((len(finding.level) for finding in findings), default=0)
     topic_width = max((len(finding.topic) for finding in findings), default=0)
     lines = []
     for finding in findings:
         lines.append(f"{finding.level:<{level_width}}  {finding.topic:<{topic_width}}  {finding.text}")
-        if finding.cure:
-            lines.append(f"{'':<{level_width + topic_width + 4}}cure: {finding.cure}")
+        if finding.fix:
+            lines.append(f"{'':<{level_width + topic_width + 4}}fix: {finding.fix}")
     return "\n".join(lines)
 
 
 def check_python() -> list[Finding]:
+    """Check the version of Python."""
     text = f"{platform.python_version()} in {sys.prefix}"
     if sys.version_info[:2] >= OLDEST_PYTHON:
         return [Finding("ok", "python", text)]
     oldest = _dotted(OLDEST_PYTHON)
     return [
         Finding(
-            "problem", "python", f"{text}, older than {oldest}", f"make an environment with Python {oldest} or newer"
+            "problem", "python", f"{text}, older than {oldest}", f"create an environment with Python {oldest} or newer"
         )
     ]
 
 
 def check_versions() -> list[Finding]:
+    """Check the required and optional packages and their versions."""
     required = [_required(package) for package in REQUIRED]
     return required + [_optional(package, extra) for package, extra in OPTIONAL.items()]
 
@@ -93,11 +102,11 @@ def _required(package: str) -> Finding:
 
 
 def _torch(version: str) -> Finding:
-    found = re.match(r"(\d+)\.(\d+)", version)
+    match = re.match(r"(\d+)\.(\d+)", version)
     oldest = _dotted(OLDEST_TORCH)
-    if not found:
+    if not match:
         return Finding("warning", "torch", f"{version}: not a version number", f"pip install 'torch>={oldest}'")
-    if (int(found[1]), int(found[2])) < OLDEST_TORCH:
+    if (int(match[1]), int(match[2])) < OLDEST_TORCH:
         return Finding(
             "problem", "torch", f"{version}, older than {oldest}", f"pip install --upgrade 'torch>={oldest}'"
         )
@@ -105,81 +114,83 @@ def _torch(version: str) -> Finding:
 
 
 def _optional(package: str, extra: str) -> Finding:
-    return Finding("ok", package, _version(package) or f"not installed; the extra '{extra}' of gesso brings it")
+    return Finding("ok", package, _version(package) or f"not installed; pip install 'gesso[{extra}]' adds it")
 
 
 def check_torchvision() -> list[Finding]:
-    """Import torchvision in another process: a broken one can raise, abort or leave half-registered operators behind."""
+    """Import torchvision in another process, since a broken one can raise, abort or register some of its operators."""
     if util.find_spec("torchvision") is None:
-        return [Finding("ok", "torchvision", "absent, which is best: gesso never needs it")]
+        return [Finding("ok", "torchvision", "absent; gesso never needs it")]
     name = f"torchvision {_version('torchvision') or 'of unknown version'}"
-    cure = "pip uninstall torchvision (gesso never needs it)"
+    fix = "pip uninstall torchvision (gesso never needs it)"
     try:
         result = _call([sys.executable, "-c", TORCHVISION_PROBE])
     except subprocess.TimeoutExpired:
-        text = f"{name} does not import within {IMPORT_SECONDS} s; the same would stop {TORCHVISION_VICTIMS}"
-        return [Finding("warning", "torchvision", text, cure)]
+        text = f"{name} does not import within {IMPORT_SECONDS} s; this also blocks {TORCHVISION_VICTIMS}"
+        return [Finding("warning", "torchvision", text, fix)]
     if result.returncode != 0:
         text = f"{name} is broken and breaks {TORCHVISION_VICTIMS}: {_last_line(result)}"
-        return [Finding("problem", "torchvision", text, cure)]
-    wanted, torch_version = _torch_wanted_by_torchvision(), _version("torch")
-    # A local part such as +cu126 is not in the requirement.
-    if wanted and torch_version and torch_version.split("+")[0] != wanted:
-        text = f"{name} imports, but is built for torch {wanted}, not {torch_version}"
-        return [Finding("warning", "torchvision", text, cure)]
+        return [Finding("problem", "torchvision", text, fix)]
+    required, torch_version = _torch_required_by_torchvision(), _version("torch")
+    # The requirement has no local part such as +cu126.
+    if required and torch_version and torch_version.split("+")[0] != required:
+        text = f"{name} imports, but is built for torch {required}, not {torch_version}"
+        return [Finding("warning", "torchvision", text, fix)]
     return [Finding("ok", "torchvision", f"{name} imports; gesso never needs it")]
 
 
-def _torch_wanted_by_torchvision() -> str | None:
+def _torch_required_by_torchvision() -> str | None:
     try:
         requirements = metadata.requires("torchvision") or []
     except metadata.PackageNotFoundError:
         return None
-    found = (re.match(r"torch\s*\(?==\s*([\d.]+\d)", requirement) for requirement in requirements)
-    return next((match[1] for match in found if match), None)
+    matches = (re.match(r"torch\s*\(?==\s*([\d.]+\d)", requirement) for requirement in requirements)
+    return next((match[1] for match in matches if match), None)
 
 
 def check_cpu() -> list[Finding]:
+    """Check that the threads of all processes fit the usable CPU cores."""
     import torch
 
     usable, threads = _usable_cores(), torch.get_num_threads()
     setting = os.environ.get("OMP_NUM_THREADS")
     text = f"{os.cpu_count()} cores, {usable} usable, {threads} torch threads, OMP_NUM_THREADS {setting or 'not set'}"
-    per_process = re.match(r"\s*(\d+)", setting or "")  # "4,2" is one number for each level of nesting
-    # torchrun starts one process per GPU, and all of them inherit the variable.
+    per_process = re.match(r"\s*(\d+)", setting or "")  # "4,2" has one number per level of nesting
+    # torchrun starts one process per GPU; each inherits the variable.
     processes = max(1, torch.cuda.device_count())
-    wanted = max(threads, int(per_process[1]) * processes if per_process else 0)
-    if wanted <= usable:
+    total = max(threads, int(per_process[1]) * processes if per_process else 0)
+    if total <= usable:
         return [Finding("ok", "cpu", text)]
-    cure = f"export OMP_NUM_THREADS={max(1, usable // processes)}"
-    return [Finding("warning", "cpu", f"{text}: {wanted} threads share {usable} cores and wait for each other", cure)]
+    fix = f"export OMP_NUM_THREADS={max(1, usable // processes)}"
+    return [Finding("warning", "cpu", f"{text}: {total} threads share {usable} cores and slow down", fix)]
 
 
 def _usable_cores() -> int:
-    """Cores that the scheduler lets this process use: fewer than the machine has under taskset, Slurm or a container."""
+    """Return the number of cores that this process may use; taskset, Slurm and containers limit them."""
     try:
         return len(os.sched_getaffinity(0))
-    except AttributeError:  # only Linux has it
+    except AttributeError:  # available on Linux only
         return os.cpu_count() or 1
 
 
 def check_cuda() -> list[Finding]:
+    """Check that torch can use the GPUs of this machine."""
     import torch
 
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if available:
         return [_gpu(index) for index in range(torch.cuda.device_count())]
     if torch.version.cuda:
-        reason = f": {_one_line(str(caught[0].message))}" if caught else ""
-        cure = "check nvidia-smi, the driver and CUDA_VISIBLE_DEVICES; without a GPU gesso trains on the CPU"
+        reason = f": {_one_line(str(messages[0].message))}" if messages else ""
+        fix = "check nvidia-smi, the driver and CUDA_VISIBLE_DEVICES; without a GPU gesso trains on the CPU"
         return [
-            Finding("warning", "cuda", f"torch is built for CUDA {torch.version.cuda} but sees no device{reason}", cure)
+            Finding("warning", "cuda", f"torch is built for CUDA {torch.version.cuda} but sees no device{reason}", fix)
         ]
     if shutil.which("nvidia-smi"):
-        cure = "pip install torch from the CUDA index that pytorch.org names for your driver"
-        return [Finding("warning", "cuda", "an NVIDIA driver is here, but this torch cannot use it", cure)]
+        fix = "pip install torch from the CUDA index that pytorch.org names for your driver"
+        return [Finding("warning", "cuda", "an NVIDIA driver is installed, but this torch cannot use it", fix)]
     return [Finding("ok", "cuda", "no device; gesso trains on the CPU")]
 
 
@@ -187,65 +198,72 @@ def _gpu(index: int) -> Finding:
     import torch
 
     properties = torch.cuda.get_device_properties(index)
-    text = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, capability {properties.major}.{properties.minor}"
-    # torch also says yes to bf16 where it is emulated, which is slower than float32.
+    capability = f"{properties.major}.{properties.minor}"
+    text = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, capability {capability}"
+    # torch reports bf16 also for GPUs that emulate it, which is slower than float32.
     if properties.major >= 8:
         return Finding("ok", f"cuda:{index}", f"{text}, bf16")
     return Finding(
-        "warning", f"cuda:{index}", f"{text}, no native bf16", "train in float32, or on capability 8.0 or newer"
+        "warning",
+        f"cuda:{index}",
+        f"{text}, no native bf16",
+        "train in float32, or use a GPU of capability 8.0 or newer",
     )
 
 
 def check_disk(folder: Path) -> list[Finding]:
+    """Check the free disk space for runs."""
     free = shutil.disk_usage(_nearest(folder)).free
     text = f"{free / 1e9:.1f} GB free for {folder}"
     if free >= LOW_DISK:
         return [Finding("ok", "disk", text)]
-    cure = "free some space, or choose another place with --out"
-    return [Finding("warning", "disk", f"{text}, less than {LOW_DISK / 1e9:.0f} GB", cure)]
+    fix = "free some space, or write to another disk with --out"
+    return [Finding("warning", "disk", f"{text}, less than {LOW_DISK / 1e9:.0f} GB", fix)]
 
 
 def check_writing(folder: Path) -> list[Finding]:
-    """Create and delete a file, since permission bits say nothing about root, quotas or read-only mounts."""
+    """Create and delete a file: permission bits do not show quotas, read-only mounts or root's rights."""
     try:
-        place = _nearest(folder)
-        with tempfile.NamedTemporaryFile(dir=place, prefix=".gesso-doctor-") as file:
+        parent = _nearest(folder)
+        with tempfile.NamedTemporaryFile(dir=parent, prefix=".gesso-doctor-") as file:
             file.write(b"gesso")
             file.flush()
     except OSError as error:
-        reason = error.strerror or type(error).__name__  # str(error) would show the whole path
-        cure = "make it writable (chmod u+w, chown, remount), or choose another place with --out"
-        return [Finding("problem", "writing", f"cannot write in {folder}: {reason}", cure)]
-    return [Finding("ok", "writing", f"{folder} is writable" if place == folder else f"{folder} can be created")]
+        reason = error.strerror or type(error).__name__  # str(error) contains the full path
+        fix = "make it writable (chmod u+w, chown, remount), or write to another folder with --out"
+        return [Finding("problem", "writing", f"cannot write in {folder}: {reason}", fix)]
+    return [Finding("ok", "writing", f"{folder} is writable" if parent == folder else f"{folder} can be created")]
 
 
 def check_git() -> list[Finding]:
+    """Check that git runs; reports use it to record the commit."""
     try:
         result = _call(["git", "--version"])
     except FileNotFoundError:
         return [_no_git("not found")]
-    if result.returncode != 0:  # macOS has a git that only asks for developer tools
+    if result.returncode != 0:  # macOS has a stub that only asks for developer tools
         return [_no_git(f"does not run: {_last_line(result)}")]
     return [Finding("ok", "git", result.stdout.strip().removeprefix("git version "))]
 
 
-def _no_git(what: str) -> Finding:
-    return Finding("warning", "git", f"{what}; reports will not name the commit", "install git (apt, brew, conda)")
+def _no_git(problem: str) -> Finding:
+    text = f"{problem}; reports will not contain the commit"
+    return Finding("warning", "git", text, "install git (apt, brew, conda)")
 
 
 def _guarded(topic: str, check: Callable[[], list[Finding]]) -> list[Finding]:
-    """A check that fails is a finding too: the machine it fails on is the one to be examined."""
+    """Return the findings of a check, or a problem if the check itself fails."""
     try:
         return check()
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        text = f"could not be examined: {type(error).__name__}: {_one_line(reason)}"
-        cure = (
+        text = f"check failed: {type(error).__name__}: {_one_line(reason)}"
+        fix = (
             "pip install --force-reinstall torch"
             if topic in ("cpu", "cuda")
             else "report this line as an issue of gesso"
         )
-        return [Finding("problem", topic, text, cure)]
+        return [Finding("problem", topic, text, fix)]
 
 
 def _call(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -255,19 +273,19 @@ def _call(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _last_line(result: subprocess.CompletedProcess[str]) -> str:
-    """The exception, which a traceback ends with; a crash by signal may say nothing."""
+    """Return the last line of stderr (the exception of a traceback), or the exit status if it is empty."""
     lines = result.stderr.strip().splitlines()
     return _one_line(lines[-1]) if lines else f"exit status {result.returncode}"
 
 
 def _one_line(text: str) -> str:
-    """Whitespace joined and absolute paths cut to their last part: reports get pasted into public issues."""
+    """Return text on one line with absolute paths cut to their last part, safe to paste into a public issue."""
     return re.sub(r"(?<![\w.:/])/(?:[^\s'\":,()]*/)*([^\s'\":,()/]+)", r"\1", " ".join(text.split()))
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or the closest parent that exists: runs/ is made by the first run."""
-    return next((place for place in (folder, *folder.parents) if place.exists()), Path("."))
+    """Return the folder or its closest parent that exists; the first run creates runs/."""
+    return next((path for path in (folder, *folder.parents) if path.exists()), Path("."))
 
 
 def _version(package: str) -> str | None:

@@ -16,16 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gesso import config, ema, files, nets
-from gesso.config import Run
-from gesso.diffusion.denoiser import Denoiser, build
-from gesso.ema import Fit, PerTensor, Power, Profile, Raw, Traditional
-from gesso.ema.stream import File, written
+from gesso import atomic_io, config, ema, models
+from gesso.config import RunConfig
+from gesso.diffusion.denoiser import Denoiser, build_denoiser
+from gesso.ema import Fit, PerTensorProfile, PowerProfile, Profile, RawProfile, TraditionalProfile
+from gesso.ema.safetensors_io import SafetensorsFile, stream_writer
 from gesso.errors import RunError, UsageError
-from gesso.nets import mp
+from gesso.models import mp
 
-FORMAT = "gesso snapshot 1"
-ROWS = "control rows"
+SNAPSHOT_FORMAT = "gesso snapshot 1"
+CONTROL_ROWS = "control rows"
 """Beside the weights: what `control_rows` returns."""
 
 
@@ -36,13 +36,13 @@ class Snapshot:
     path: Path
     nimg: int
     profile: Profile
-    run: dict[str, Any] | None = field(default=None, compare=False, repr=False)
+    config_dict: dict[str, Any] | None = field(default=None, compare=False, repr=False)
     """settings of the run, as plain values; of another trainer {"trainer": a name of its own}, or None"""
     buffers: tuple[str, ...] = field(default=(), compare=False, repr=False)
     """tensors that are no averages but copies, which are never combined"""
 
 
-Target = Profile | PerTensor
+TargetProfile = Profile | PerTensorProfile
 
 
 def write(
@@ -50,8 +50,8 @@ def write(
     tensors: dict[str, Tensor],
     nimg: int,
     profile: Profile,
-    run: Run | str,
-    rows: Tensor | None = None,
+    run: RunConfig | str,
+    control_rows: Tensor | None = None,
     buffers: Collection[str] = (),
 ) -> None:
     """Store named weights in safetensors with all that is needed to use them alone.
@@ -59,36 +59,42 @@ def write(
     rows (M, n): control variables of training samples, from which sampling draws. run: of another trainer a name.
     buffers: names of tensors that are copies at this time and no averages.
     """
-    if rows is not None:
-        tensors = tensors | {ROWS: rows}
-    metadata = _metadata(nimg, profile, {"trainer": run} if isinstance(run, str) else config.as_tree(run), buffers)
-    with files.whole(path) as temporary:
+    if control_rows is not None:
+        tensors = tensors | {CONTROL_ROWS: control_rows}
+    metadata = _metadata(nimg, profile, {"trainer": run} if isinstance(run, str) else config.to_dict(run), buffers)
+    with atomic_io.atomic_file(path) as temporary:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
 
 
-def _metadata(nimg: int, target: Target, run: dict[str, Any] | None, buffers: Collection[str] = ()) -> dict[str, str]:
-    rest = target.rest if isinstance(target, PerTensor) else target
-    groups = {"tensors": {g: _parameters(p) for g, p in target.groups}} if isinstance(target, PerTensor) else {}
+def _metadata(
+    nimg: int, target: TargetProfile, run: dict[str, Any] | None, buffers: Collection[str] = ()
+) -> dict[str, str]:
+    rest = target.default if isinstance(target, PerTensorProfile) else target
+    groups = (
+        {"tensors": {g: _profile_params(p) for g, p in target.overrides}}
+        if isinstance(target, PerTensorProfile)
+        else {}
+    )
     copied = {"buffers": sorted(buffers)} if buffers else {}
-    description = {"format": FORMAT, "nimg": nimg, **_parameters(rest), **groups, **copied, "run": run}
+    description = {"format": SNAPSHOT_FORMAT, "nimg": nimg, **_profile_params(rest), **groups, **copied, "run": run}
     # One key: safetensors writes several in no fixed order, and equal runs shall give equal bytes.
     return {"gesso": json.dumps(description)}
 
 
-def _parameters(profile: Profile) -> dict[str, float]:
+def _profile_params(profile: Profile) -> dict[str, float]:
     """The key sigma_rel or halflife, with rampup where there is one; none of raw weights."""
     return {name: value for name, value in asdict(profile).items() if value is not None}
 
 
-def path_for(folder: Path, nimg: int, target: Target) -> Path:
-    rest = target.rest if isinstance(target, PerTensor) else target
-    name = f"ema{rest.sigma_rel:.4f}" if isinstance(rest, Power) else rest.key
-    if isinstance(target, PerTensor):
+def snapshot_path(folder: Path, nimg: int, target: TargetProfile) -> Path:
+    rest = target.default if isinstance(target, PerTensorProfile) else target
+    name = f"ema{rest.sigma_rel:.4f}" if isinstance(rest, PowerProfile) else rest.key
+    if isinstance(target, PerTensorProfile):
         name += f"-tensors-{hashlib.sha256(str(target).encode()).hexdigest()[:8]}"
     return folder / f"nimg{nimg:012d}-{name}.safetensors"
 
 
-def _description(path: Path) -> dict[str, Any]:
+def _read_header(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             description = json.loads((file.metadata() or {}).get("gesso", "{}"))
@@ -96,50 +102,52 @@ def _description(path: Path) -> dict[str, Any]:
         raise UsageError(f"there is no snapshot {path}") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise RunError(f"{path} is damaged or no safetensors file ({error}); remove it to do without it") from None
-    if description.get("format") != FORMAT:
-        raise UsageError(f"{path} was not written by gesso as a snapshot (its metadata lack '{FORMAT}')")
+    if description.get("format") != SNAPSHOT_FORMAT:
+        raise UsageError(f"{path} was not written by gesso as a snapshot (its metadata lack '{SNAPSHOT_FORMAT}')")
     return description
 
 
-def _snapshot(path: Path, description: dict[str, Any]) -> Snapshot:
-    profile: Profile = Raw()
-    if "sigma_rel" in description:
-        profile = Power(description["sigma_rel"])
-    elif "halflife" in description:
-        profile = Traditional(description["halflife"], description.get("rampup"))
-    return Snapshot(path, description["nimg"], profile, description["run"], tuple(description.get("buffers", ())))
+def _from_header(path: Path, header: dict[str, Any]) -> Snapshot:
+    profile: Profile = RawProfile()
+    if "sigma_rel" in header:
+        profile = PowerProfile(header["sigma_rel"])
+    elif "halflife" in header:
+        profile = TraditionalProfile(header["halflife"], header.get("rampup"))
+    return Snapshot(path, header["nimg"], profile, header["run"], tuple(header.get("buffers", ())))
 
 
-def stored(run_folder: Path) -> list[Snapshot]:
+def list_snapshots(run_folder: Path) -> list[Snapshot]:
     """The snapshots of a run, by time, then name; of a folder of snapshots too. Raises UsageError when there are none."""
     inside = run_folder / "snapshots"
     folder = inside if inside.is_dir() else run_folder
-    found = [_snapshot(path, _description(path)) for path in folder.glob("*.safetensors")]
+    found = [_from_header(path, _read_header(path)) for path in folder.glob("*.safetensors")]
     if not found:
         raise UsageError(f"{run_folder} holds no snapshots yet: train it first, or name another run folder")
     return sorted(found, key=lambda s: (s.nimg, s.path.name))
 
 
-class Plan(NamedTuple):
+class ReconstructionPlan(NamedTuple):
     """What to read, and how to sum it, for targets at one time. fits: of every profile among the targets."""
 
-    used: list[Snapshot]
+    sources: list[Snapshot]
     nimg: int
-    targets: list[Target]
+    targets: list[TargetProfile]
     fits: dict[Profile, Fit]
 
-    def fit(self, target: Target) -> Fit:
+    def worst_fit(self, target: TargetProfile) -> Fit:
         """Of the profile that is made worst."""
-        profiles = target.profiles if isinstance(target, PerTensor) else [target]
-        return max((self.fits[profile] for profile in profiles), key=lambda fit: fit.error)
+        profiles = target.profiles if isinstance(target, PerTensorProfile) else [target]
+        return max((self.fits[profile] for profile in profiles), key=lambda fit: fit.squared_error)
 
     def coefficients(self, name: str) -> np.ndarray:
         """(used, targets), those of one tensor."""
-        profiles = [t.of(name) if isinstance(t, PerTensor) else t for t in self.targets]
-        return np.stack([self.fits[profile].x for profile in profiles], axis=1)
+        profiles = [t.profile_for(name) if isinstance(t, PerTensorProfile) else t for t in self.targets]
+        return np.stack([self.fits[profile].coefficients for profile in profiles], axis=1)
 
 
-def plan(available: Sequence[Snapshot], targets: Sequence[Target], nimg: int | None = None) -> Plan:
+def plan_reconstruction(
+    available: Sequence[Snapshot], targets: Sequence[TargetProfile], nimg: int | None = None
+) -> ReconstructionPlan:
     """How to make averages at time nimg (the last, when None) from all snapshots up to then.
 
     Raises UsageError for a time outside of what is stored, RunError for snapshots of different runs.
@@ -153,118 +161,120 @@ def plan(available: Sequence[Snapshot], targets: Sequence[Target], nimg: int | N
         raise UsageError(f"image {nimg:,} lies after the last snapshot, {last.path} at {last.nimg:,}")
     if nimg == 0:
         raise UsageError("at image 0 there is nothing to average yet")
-    _same_run(used)
-    profiles = [p for t in targets for p in (t.profiles if isinstance(t, PerTensor) else [t])]
+    _check_same_run(used)
+    profiles = [p for t in targets for p in (t.profiles if isinstance(t, PerTensorProfile) else [t])]
     times, kinds = [s.nimg for s in used], [s.profile for s in used]
-    return Plan(used, nimg, list(targets), {p: ema.solve(times, kinds, nimg, p) for p in profiles})
+    return ReconstructionPlan(used, nimg, list(targets), {p: ema.fit_profile(times, kinds, nimg, p) for p in profiles})
 
 
-DECIDES = (
-    "data.fingerprint", "data.held_out", "latent.", "net.", "process.", "semantic.kind", "loss.", "optim.", "train.seed", "train.batch_size"
+IDENTITY_SETTINGS = (
+    "data.fingerprint", "data.num_validation", "latent.", "net.", "process.", "semantic.kind", "loss.", "optim.", "train.seed", "train.batch_size"
 )  # fmt: skip
 """settings by which snapshots are told to be of one run"""
 
 
-def _same_run(snapshots: Sequence[Snapshot]) -> None:
+def _check_same_run(snapshots: Sequence[Snapshot]) -> None:
     last = snapshots[-1]
     for s in snapshots:
-        if s.run == last.run:
+        if s.config_dict == last.config_dict:
             continue
-        if not all(one and "net" in one for one in (s.run, last.run)):
+        if not all(one and "net" in one for one in (s.config_dict, last.config_dict)):
             raise RunError(f"{s.path} and {last.path} belong to different runs")
-        for what, there, here in config.differences(config.validate(s.run), config.validate(last.run)):
-            if what.startswith(DECIDES):
+        for what, there, here in config.differences(config.validate(s.config_dict), config.validate(last.config_dict)):
+            if what.startswith(IDENTITY_SETTINGS):
                 raise RunError(f"{s.path} belongs to another run: {what} is {there} there, {here} in {last.path}")
 
 
-def _readers(plan: Plan) -> list[File]:
+def _open_files(plan: ReconstructionPlan) -> list[SafetensorsFile]:
     """Files of equal tensors. Raises RunError that names what differs, UsageError for a glob that fits none."""
-    readers = [File(s.path) for s in plan.used]
+    readers = [SafetensorsFile(s.path) for s in plan.sources]
     last = readers[-1]
-    wanted = set(last.keys()) - {ROWS}
+    wanted = set(last.keys()) - {CONTROL_ROWS}
     for reader in readers:
-        names = set(reader.keys()) - {ROWS}
+        names = set(reader.keys()) - {CONTROL_ROWS}
         if names != wanted:
             lacks, more = sorted(wanted - names)[:3], sorted(names - wanted)[:3]
             raise RunError(f"{reader.path} holds other tensors than {last.path}: lacks {lacks}, has {more} beside")
         for name in names:
-            there, here = tuple(reader.like(name).shape), tuple(last.like(name).shape)
+            there, here = tuple(reader.meta_tensor(name).shape), tuple(last.meta_tensor(name).shape)
             if there != here:
                 raise RunError(f"{name} has shape {there} in {reader.path}, {here} in {last.path}")
     for target in plan.targets:
-        for glob, _ in target.groups if isinstance(target, PerTensor) else ():
+        for glob, _ in target.overrides if isinstance(target, PerTensorProfile) else ():
             if not any(fnmatchcase(name, glob) for name in wanted):
                 raise UsageError(f"no tensor is named {glob}; there are: {', '.join(sorted(wanted)[:6])}, ...")
     return readers
 
 
-def _sums(plan: Plan, readers: Sequence[File], device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
+def _reconstruct_tensors(
+    plan: ReconstructionPlan, tensor_files: Sequence[SafetensorsFile], device: torch.device | str
+) -> Iterator[tuple[str, Tensor]]:
     """Name and values for each target (targets, *shape), one pass over the files. Raises RunError for what is not finite."""
-    buffers = set(plan.used[-1].buffers)
-    for name in sorted(set(readers[-1].keys()) - {ROWS}):
+    buffers = set(plan.sources[-1].buffers)
+    for name in sorted(set(tensor_files[-1].keys()) - {CONTROL_ROWS}):
         if name in buffers:
-            value = readers[-1].whole(name)
+            value = tensor_files[-1].read(name)
             values = value.expand(len(plan.targets), *value.shape).clone()
         else:
-            values = ema.combined(readers, plan.coefficients(name), name, device)
+            values = ema.linear_combination(tensor_files, plan.coefficients(name), name, device)
         # A sum is finite only if all are, and is a quarter of the work of asking each.
         if (
             values.is_floating_point()
             and not values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).isfinite()
         ):
-            bad = next((r.path for r in readers if not r.whole(name).isfinite().all()), plan.used[-1].path)
+            bad = next((r.path for r in tensor_files if not r.read(name).isfinite().all()), plan.sources[-1].path)
             raise RunError(f"{bad} holds NaN or infinity in {name}; remove it to do without it")
         yield name, values
 
 
-def make(plan: Plan, folder: Path, device: torch.device | str = "cpu") -> list[Path]:
+def reconstruct_to_files(plan: ReconstructionPlan, folder: Path, device: torch.device | str = "cpu") -> list[Path]:
     """Write every target of a plan in one pass over the files, tensor by tensor: memory for one tensor of each.
 
     Returns the path of each.
     """
-    paths, last = [path_for(folder, plan.nimg, target) for target in plan.targets], plan.used[-1]
-    readers = _readers(plan)
+    paths, last = [snapshot_path(folder, plan.nimg, target) for target in plan.targets], plan.sources[-1]
+    readers = _open_files(plan)
     with contextlib.ExitStack() as stack:
-        likes = {name: readers[-1].like(name) for name in list(readers[-1].keys())}
-        metadata = [_metadata(plan.nimg, target, last.run, last.buffers) for target in plan.targets]
-        puts = [stack.enter_context(written(p, likes, m)) for p, m in zip(paths, metadata, strict=True)]
-        if ROWS in likes:
+        likes = {name: readers[-1].meta_tensor(name) for name in list(readers[-1].keys())}
+        metadata = [_metadata(plan.nimg, target, last.config_dict, last.buffers) for target in plan.targets]
+        puts = [stack.enter_context(stream_writer(p, likes, m)) for p, m in zip(paths, metadata, strict=True)]
+        if CONTROL_ROWS in likes:
             for put in puts:
-                put(ROWS, readers[-1].whole(ROWS))
-        for name, values in _sums(plan, readers, device):
+                put(CONTROL_ROWS, readers[-1].read(CONTROL_ROWS))
+        for name, values in _reconstruct_tensors(plan, readers, device):
             for put, value in zip(puts, values, strict=True):
                 put(name, value)
     return paths
 
 
-def made(plan: Plan, device: torch.device | str = "cpu") -> list[dict[str, Tensor]]:
+def reconstruct(plan: ReconstructionPlan, device: torch.device | str = "cpu") -> list[dict[str, Tensor]]:
     """As `make`, in memory: named weights of each target."""
     weights: list[dict[str, Tensor]] = [{} for _ in plan.targets]
-    for name, values in _sums(plan, _readers(plan), device):
+    for name, values in _reconstruct_tensors(plan, _open_files(plan), device):
         for target, value in zip(weights, values, strict=True):
             target[name] = value
     return weights
 
 
-def synthesize(
-    run_folder: Path, profiles: Sequence[Target], nimg: int | None = None
-) -> tuple[list[dict[str, Tensor]], Run, int, list[Fit]]:
+def reconstruct_from_run(
+    run_folder: Path, profiles: Sequence[TargetProfile], nimg: int | None = None
+) -> tuple[list[dict[str, Tensor]], RunConfig, int, list[Fit]]:
     """Weights for each profile at time nimg (the last, when None), from all snapshots up to then.
 
     Returns (weights per profile, run, nimg, fit per profile: its error, and the weight of the initial weights in
     it). What is stored comes out as stored. One pass over the files. Raises UsageError for a time outside of what is
     stored, and where snapshots are of no run.
     """
-    how = plan(stored(run_folder), profiles, nimg)
-    run = run_of(how.used[-1])
-    return made(how), run, how.nimg, [how.fit(profile) for profile in profiles]
+    how = plan_reconstruction(list_snapshots(run_folder), profiles, nimg)
+    run = config_of(how.sources[-1])
+    return reconstruct(how), run, how.nimg, [how.worst_fit(profile) for profile in profiles]
 
 
-def run_of(snapshot: Snapshot) -> Run:
+def config_of(snapshot: Snapshot) -> RunConfig:
     """Its run. Raises UsageError where another trainer kept it."""
-    if not snapshot.run or "net" not in snapshot.run:
+    if not snapshot.config_dict or "net" not in snapshot.config_dict:
         raise UsageError(f"{snapshot.path} was kept by another trainer: gesso knows its weights, not its network")
-    return config.validate(snapshot.run)
+    return config.validate(snapshot.config_dict)
 
 
 class PostHocEMA:
@@ -293,17 +303,17 @@ class PostHocEMA:
     ):
         if not sigma_rels and not halflives:
             raise UsageError("no average to keep: name a length, such as sigma_rels=(0.05, 0.1)")
-        self.module, self.nimg, self.name = module, 0, secrets.token_hex(8)
-        profiles = [*map(Power, sigma_rels), *(Traditional(halflife, rampup) for halflife in halflives)]
+        self.module, self.nimg, self.run_id = module, 0, secrets.token_hex(8)
+        profiles = [*map(PowerProfile, sigma_rels), *(TraditionalProfile(halflife, rampup) for halflife in halflives)]
         tensors = module.state_dict()
         learned = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-        self.tracker = ema.Tracker(tensors, profiles, copied=tensors.keys() - learned)
+        self.tracker = ema.Tracker(tensors, profiles, copied_names=tensors.keys() - learned)
 
     def update(self, nimg: int) -> None:
         """Move on to nimg images seen. Raises UsageError when time does not go on."""
         if not nimg > self.nimg:
             raise UsageError(f"averages stand at image {self.nimg:,}: they cannot be moved on to {nimg:,}")
-        self.tracker.follow(self.module.state_dict())  # a module may have been moved since
+        self.tracker.rebind(self.module.state_dict())  # a module may have been moved since
         self.tracker.update(self.nimg, nimg)
         self.nimg = nimg
 
@@ -311,22 +321,22 @@ class PostHocEMA:
         """Write a snapshot of each average to FOLDER/snapshots. Raises UsageError before the first update."""
         if not self.nimg:
             raise UsageError("nothing is averaged yet: call update(nimg) before save")
-        paths = [path_for(Path(folder) / "snapshots", self.nimg, profile) for profile in self.tracker.averages]
+        paths = [snapshot_path(Path(folder) / "snapshots", self.nimg, profile) for profile in self.tracker.averages]
         for path, (profile, average) in zip(paths, self.tracker.averages.items(), strict=True):
-            tensors = {name: ema.whole(tensor) for name, tensor in average.items()}
+            tensors = {name: ema.full_tensor(tensor) for name, tensor in average.items()}
             if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-                write(path, tensors, self.nimg, profile, self.name, buffers=self.tracker.copied)
+                write(path, tensors, self.nimg, profile, self.run_id, buffers=self.tracker.copied_names)
         return paths
 
     @staticmethod
-    def synthesize(folder: str | Path, sigma_rel: float, nimg: int | None = None) -> dict[str, Tensor]:
+    def reconstruct(folder: str | Path, sigma_rel: float, nimg: int | None = None) -> dict[str, Tensor]:
         """Named weights of any length at any time (the last, when None) up to which snapshots are stored."""
-        return made(plan(stored(Path(folder)), [Power(sigma_rel)], nimg))[0]
+        return reconstruct(plan_reconstruction(list_snapshots(Path(folder)), [PowerProfile(sigma_rel)], nimg))[0]
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs."""
         averages = {profile.key: dict(average) for profile, average in self.tracker.averages.items()}
-        return {"nimg": self.nimg, "name": self.name, "averages": averages}
+        return {"nimg": self.nimg, "name": self.run_id, "averages": averages}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -340,32 +350,32 @@ class PostHocEMA:
         for key, average in ours.items():
             for name, tensor in average.items():
                 tensor.copy_(theirs[key][name])
-        self.nimg, self.name = state["nimg"], state["name"]
+        self.nimg, self.run_id = state["nimg"], state["name"]
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], Run, Snapshot]:
+def read(path: Path) -> tuple[dict[str, Tensor], RunConfig, Snapshot]:
     """One file as it is."""
-    snapshot = _snapshot(path, _description(path))
+    snapshot = _from_header(path, _read_header(path))
     with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in list(file.keys()) if name != ROWS}
-    return tensors, run_of(snapshot), snapshot
+        tensors = {name: file.get_tensor(name) for name in list(file.keys()) if name != CONTROL_ROWS}
+    return tensors, config_of(snapshot), snapshot
 
 
-def control_rows(run_folder: Path) -> Tensor | None:
+def load_control_rows(run_folder: Path) -> Tensor | None:
     """Control variables of training samples (M, n) float32 that the last snapshot carries; None without control."""
-    with safe_open(stored(run_folder)[-1].path, "pt") as file:
-        return file.get_tensor(ROWS) if ROWS in set(file.keys()) else None
+    with safe_open(list_snapshots(run_folder)[-1].path, "pt") as file:
+        return file.get_tensor(CONTROL_ROWS) if CONTROL_ROWS in set(file.keys()) else None
 
 
-def denoiser(weights: dict[str, Tensor], run: Run, device: torch.device | str = "cpu") -> Denoiser:
+def denoiser_from_weights(weights: dict[str, Tensor], run: RunConfig, device: torch.device | str = "cpu") -> Denoiser:
     """The denoiser of `run` with these weights, put back on the sphere, for sampling: constants are folded into them.
 
     Raises RunError that lists what does not fit when the weights are of another network.
     """
-    built = build(run)
-    if wrong := nets.misfit(built.net, weights):
+    built = build_denoiser(run)
+    if wrong := models.state_dict_mismatch(built.net, weights):
         raise RunError(f"weights of another network: {wrong}")
     built.net.load_state_dict(weights)
-    mp.put_on_sphere(mp.sphere_weights(built.net))
-    mp.fold(built.net)
+    mp.normalize_weights_(mp.sphere_weights(built.net))
+    mp.fold_gains_(built.net)
     return built.to(device).eval().requires_grad_(False)

@@ -1,18 +1,19 @@
-"""Which of how many processes of one torchrun this is, by the environment that torchrun gives; alone, 0 of 1."""
+"""Rank of this process from the environment variables of torchrun; imports no torch."""
 
 import os
 from typing import NamedTuple
 
 
-class Place(NamedTuple):
-    """rank of world; `local` of `per_node` on this machine."""
+class RankInfo(NamedTuple):
+    """Rank of this process among all ranks and among those of its machine; the default is a single process."""
 
     rank: int = 0
-    world: int = 1
-    local: int = 0
-    per_node: int = 1
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
 
 
-def place() -> Place:
-    names = zip(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), Place(), strict=True)
-    return Place(*(int(os.environ.get(name, alone)) for name, alone in names))
+def rank_from_env() -> RankInfo:
+    """Return the rank that torchrun gave this process, or that of a single process."""
+    variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return RankInfo(*(int(os.environ.get(name, default)) for name, default in zip(variables, RankInfo(), strict=True)))

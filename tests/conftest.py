@@ -1,4 +1,4 @@
-"""Shared by the tests: one thread each (they run two at a time), and small networks with nothing left at zero."""
+"""Fixtures and helpers of the tests: one thread per process, small networks without constant tensors, the CLI."""
 
 import os
 import sys
@@ -10,23 +10,23 @@ import torch
 from hypothesis import settings
 from rich.console import Console
 
-from gesso import config, nets
-from gesso.config import EDM2, Inputs, MMDiTpp
+from gesso import config, models
+from gesso.config import EDM2Config, InputSpec, MMDiTppConfig
 
 torch.set_num_threads(1)
-# The same examples on every machine; HYPOTHESIS_PROFILE=default looks for new ones.
+# The same examples on every machine; HYPOTHESIS_PROFILE=default generates new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-SMALL = {
-    "edm2": EDM2(channels=16, multipliers=(1, 2), blocks=1, attention_levels=(1,), channels_per_head=16),
-    "mmdit++": MMDiTpp(width=32, depth=2, heads=2, patch=2),
-    "mmdit++ all": MMDiTpp(width=32, depth=3, heads=2, patch=2, text_weights="all"),
+SMALL_NETS = {
+    "edm2": EDM2Config(channels=16, channel_mult=(1, 2), num_blocks=1, attention_levels=(1,), channels_per_head=16),
+    "mmdit++": MMDiTppConfig(hidden_size=32, depth=2, num_heads=2, patch_size=2),
+    "mmdit++ all": MMDiTppConfig(hidden_size=32, depth=3, num_heads=2, patch_size=2, separate_text_weights="all"),
 }
 
 
-def awake(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Make every tensor that starts at zero (or at one) random: a parity test on zeros proves nothing."""
+def randomize_constants_(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Add noise to every constant parameter, such as zeros or ones, so that comparisons of networks can fail."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -36,29 +36,30 @@ def awake(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def small_net(name: str, classes: int = 5, channels: int = 3, resolution: int = 8, seed: int = 0) -> torch.nn.Module:
+    """Return a network of SMALL_NETS with random weights."""
     torch.manual_seed(seed)
-    return awake(nets.build(SMALL[name], Inputs(channels, resolution, classes)))
+    return randomize_constants_(models.build_network(SMALL_NETS[name], InputSpec(channels, resolution, classes)))
 
 
-@pytest.fixture(params=list(SMALL))
+@pytest.fixture(params=list(SMALL_NETS))
 def net_name(request) -> str:
     return request.param
 
 
-def tiny_run(**update) -> config.Run:
-    """A digits run small enough to train in seconds."""
+def tiny_run(**update: object) -> config.RunConfig:
+    """Return a digits run that trains in seconds, with settings changed by `update`."""
     from gesso import recipes
 
     settings = [
-        "net.width=32", "net.depth=1", "net.heads=2", "train.total_images=640", "train.batch_size=32",
-        "train.snapshot_images=160", "train.state_images=96", "train.log_images=128", "train.threads=1",
+        "net.hidden_size=32", "net.depth=1", "net.num_heads=2", "train.total_images=640", "train.batch_size=32",
+        "train.snapshot_every=160", "train.checkpoint_every=96", "train.log_every=128", "train.num_threads=1",
         "optim.warmup_images=64",
     ]  # fmt: skip
     return recipes.resolve("digits", settings + [f"{k}={v}" for k, v in update.items()])[0]
 
 
-def folder_of_images(root, counts: dict[str, int], size: int = 8) -> None:
-    """Random RGB images in sub-folders of `root`."""
+def write_image_folders(root, counts: dict[str, int], size: int = 8) -> None:
+    """Write random RGB images to sub-folders of `root`: {name: number of images}."""
     import numpy as np
     from PIL import Image
 
@@ -71,12 +72,11 @@ def folder_of_images(root, counts: dict[str, int], size: int = 8) -> None:
 
 @pytest.fixture
 def gesso(monkeypatch, capsys):
-    """Type a command; returns (exit code, stdout, stderr)."""
+    """Return a function that runs a command and returns (exit code, stdout, stderr)."""
+    from gesso import cli
 
-    from gesso import __main__ as cli
-
-    def type_in(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gesso", *map(str, words)])
+    def run_command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gesso", *map(str, arguments)])
         monkeypatch.setattr(cli, "console", Console(width=200))
         monkeypatch.setattr(cli, "errors", Console(stderr=True, width=200))
         capsys.readouterr()
@@ -85,7 +85,7 @@ def gesso(monkeypatch, capsys):
             code = 0
         except SystemExit as end:
             code = end.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        output = capsys.readouterr()
+        return code, output.out, output.err
 
-    return type_in
+    return run_command

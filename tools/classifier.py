@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from gesso import files
+from gesso import atomic_io
 
 SEED, BATCH, LR, WEIGHT_DECAY = 0, 64, 2e-3, 0.05
 
@@ -48,7 +48,7 @@ def written(network: nn.Module, about: dict[str, Any], out: Path, dtype: torch.d
     """Write the weights; returns a line on the file with its sha256."""
     # One key only: safetensors writes several in an order that changes from run to run, and so the checksum.
     weights = {key: value.detach().to(dtype).contiguous() for key, value in network.state_dict().items()}
-    with files.whole(out) as temporary:
+    with atomic_io.atomic_file(out) as temporary:
         safetensors.torch.save_file(weights, temporary, metadata={"gesso": json.dumps(about, sort_keys=True)})
     content = out.read_bytes()
     return f"{out}: {len(content) / 1000:.1f} kB\nsha256 {hashlib.sha256(content).hexdigest()}"

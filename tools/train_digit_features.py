@@ -1,9 +1,9 @@
-"""Make gesso/evaluate/digits.safetensors: the classifier behind DigitFeatures.
+"""Make gesso/evaluation/networks/digits.safetensors: the classifier behind DigitFeatures.
 
 python tools/train_digit_features.py        half a minute on one CPU core; held-out accuracy 99.7 %
 
 First on 80 % of scikit-learn's digits, to measure accuracy on the other 20 %; then on all, for the file.
-Prints the sha256 to record in gesso/evaluate/features.py. Another torch or CPU rounds otherwise and gives
+Prints the sha256 to record in gesso/evaluation/networks/toy_networks.py. Another torch or CPU rounds otherwise and gives
 another file of the same accuracy, which needs another `name`: numbers from two files do not compare.
 """
 
@@ -19,10 +19,10 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
 
-from gesso.evaluate import features
-from gesso.evaluate.features import DigitFeatures
+from gesso.evaluation.networks import toy_networks
+from gesso.evaluation.networks.toy_networks import DigitFeatures
 
-OUT = Path(features.__file__).with_name(features.FILE)
+OUT = Path(toy_networks.__file__).with_name(toy_networks.DIGITS_FILE)
 SEED, EPOCHS = classifier.SEED, 80
 HELD_OUT = 0.2
 

@@ -1,9 +1,9 @@
-"""Make gesso/evaluate/shapes.safetensors: the classifier behind ShapeFeatures.
+"""Make gesso/evaluation/networks/shapes.safetensors: the classifier behind ShapeFeatures.
 
 python tools/train_shape_features.py        five minutes on one CPU core; all shapes named in 92.3 % of held-out pictures
 
 It learns which kinds in which colours are in a picture of `shapes`, at 32x32, from pictures 0 to 19,999; accuracy is
-measured on 2,000 more. Prints the sha256 to record in gesso/evaluate/features.py. Another torch or CPU rounds otherwise and
+measured on 2,000 more. Prints the sha256 to record in gesso/evaluation/networks/toy_networks.py. Another torch or CPU rounds otherwise and
 gives another file of the same accuracy, which needs another `name`: numbers from two files do not compare.
 """
 
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gesso.config import Data
-from gesso.data import shapes
-from gesso.data.dataset import open_dataset
-from gesso.evaluate import features
-from gesso.evaluate.features import ShapeFeatures
+from gesso.config import DataConfig
+from gesso.data import shapes_dataset
+from gesso.data.factory import open_dataset
+from gesso.evaluation.networks import toy_networks
+from gesso.evaluation.networks.toy_networks import ShapeFeatures
 
-OUT = Path(features.__file__).with_name(features.SHAPES_FILE)
+OUT = Path(toy_networks.__file__).with_name(toy_networks.SHAPES_FILE)
 SEED, EPOCHS = classifier.SEED, 24
 TRAINED, HELD_OUT = 20_000, 2_000
 
@@ -30,10 +30,10 @@ TRAINED, HELD_OUT = 20_000, 2_000
 def pictures() -> tuple[Tensor, Tensor]:
     """uint8 (N, 3, 32, 32), and float32 (N, K): whether there is a shape of this kind and colour."""
     count = TRAINED + HELD_OUT
-    images = open_dataset(Data(source=f"shapes:{count}", resolution=ShapeFeatures.resolution, channels=3)).pixels
-    pairs = [(kind, colour) for kind in shapes.KINDS for colour in shapes.COLOURS]
+    images = open_dataset(DataConfig(source=f"shapes:{count}", resolution=ShapeFeatures.resolution, channels=3)).pixels
+    pairs = [(kind, colour) for kind in shapes_dataset.KINDS for colour in shapes_dataset.COLOURS]
     there = torch.zeros(count, len(pairs))
-    for i, scene in enumerate(shapes.scenes(range(count))):
+    for i, scene in enumerate(shapes_dataset.sample_scenes(range(count))):
         for shape in scene.shapes:
             there[i, pairs.index((shape.kind, shape.colour))] = 1
     return images, there

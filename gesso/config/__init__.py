@@ -1,35 +1,91 @@
-"""The schema of a run and the ways to fill it. Nothing here imports torch."""
+"""Schema of a run, and functions to create, validate, save and compare runs. Does not import torch."""
 
-from gesso.config.condition import CONTROLS, Controls, Dropout, Semantic
-from gesso.config.explain import explained
-from gesso.config.init import Init
-from gesso.config.merge import as_tree, differences, flat, nearest, read, recorded, resolve, to_yaml, validate, write
+from gesso.config.conditioning import CONTROL_VARIABLES, ControlConfig, Dropout, SemanticConfig
+from gesso.config.initialization import InitConfig
+from gesso.config.monitoring import MonitorConfig
 from gesso.config.net import (
-    EDM2,
-    MDT,
-    Control,
-    DiT,
-    DiTAtt,
-    EDM2Ladder,
-    Inputs,
-    MMDiT,
-    MMDiTpp,
-    MPDiT,
-    MPMMDiTpp,
-    Net,
-    PixArt,
-    UNet,
-    edm2,
-    mmditpp,
+    ControlSpec,
+    DiTAttConfig,
+    DiTConfig,
+    EDM2Config,
+    EDM2LadderConfig,
+    InputSpec,
+    MDTConfig,
+    MMDiTConfig,
+    MMDiTppConfig,
+    MPDiTConfig,
+    MPMMDiTppConfig,
+    NetConfig,
+    PixArtConfig,
+    UNetConfig,
+    edm2_config,
+    mmditpp_config,
 )
-from gesso.config.process import EDM, RF, VP, Process
-from gesso.config.run import Data, Ema, Eval, Latent, Resize, Run
-from gesso.config.sample import Sample
-from gesso.config.train import Group, Loss, Optim, Train
-from gesso.config.watch import Watch
+from gesso.config.overrides import (
+    differences,
+    flatten,
+    load_config,
+    load_with_overrides,
+    resolve,
+    save_config,
+    suggest,
+    to_annotated_yaml,
+    to_dict,
+    to_yaml,
+    validate,
+)
+from gesso.config.process import EDMConfig, ProcessConfig, RFConfig, VPConfig
+from gesso.config.run import DataConfig, EmaConfig, EvalConfig, LatentConfig, Resize, RunConfig
+from gesso.config.sample import SampleConfig
+from gesso.config.train import LossConfig, OptimConfig, ParamGroupConfig, TrainConfig
 
 __all__ = [
-    "CONTROLS", "EDM", "EDM2", "MDT", "RF", "VP", "Control", "Controls", "Data", "DiT", "DiTAtt", "Dropout", "EDM2Ladder", "Ema", "Eval", "Group", "Init", "Inputs", "Latent", "Loss", "MMDiT",
-    "MMDiTpp", "MPDiT", "MPMMDiTpp", "Net", "Optim", "PixArt", "Process", "Resize", "Run", "Sample", "Semantic", "Train", "UNet", "Watch",
-    "as_tree", "differences", "edm2", "explained", "flat", "mmditpp", "nearest", "read", "recorded", "resolve", "to_yaml", "validate", "write",
-]  # fmt: skip
+    "CONTROL_VARIABLES",
+    "ControlConfig",
+    "ControlSpec",
+    "DataConfig",
+    "DiTAttConfig",
+    "DiTConfig",
+    "Dropout",
+    "EDM2Config",
+    "EDM2LadderConfig",
+    "EDMConfig",
+    "EmaConfig",
+    "EvalConfig",
+    "InitConfig",
+    "InputSpec",
+    "LatentConfig",
+    "LossConfig",
+    "MDTConfig",
+    "MMDiTConfig",
+    "MMDiTppConfig",
+    "MPDiTConfig",
+    "MPMMDiTppConfig",
+    "MonitorConfig",
+    "NetConfig",
+    "OptimConfig",
+    "ParamGroupConfig",
+    "PixArtConfig",
+    "ProcessConfig",
+    "RFConfig",
+    "Resize",
+    "RunConfig",
+    "SampleConfig",
+    "SemanticConfig",
+    "TrainConfig",
+    "UNetConfig",
+    "VPConfig",
+    "differences",
+    "edm2_config",
+    "flatten",
+    "load_config",
+    "load_with_overrides",
+    "mmditpp_config",
+    "resolve",
+    "save_config",
+    "suggest",
+    "to_annotated_yaml",
+    "to_dict",
+    "to_yaml",
+    "validate",
+]

@@ -1,4 +1,4 @@
-"""What every block of settings shares: frozen, closed, documented; and counts such as 200k."""
+"""Base class of all settings, and field types such as counts that may be written 200k."""
 
 import math
 import re
@@ -8,7 +8,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Settings(BaseModel):
-    """A block of settings. A string under a field is its description: `gesso show` prints it."""
+    """Immutable block of settings that rejects unknown names.
+
+    The string literal under a field is its help text; `gesso config` prints it.
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -21,7 +24,7 @@ class Settings(BaseModel):
 
 
 def parse_count(value: object) -> object:
-    """Read 200k, 1.5M and 1e6 as whole numbers; leave the rest to the schema."""
+    """Return 200k, 1.5M and 1e6 as integers; return any other value unchanged, for the schema to check."""
     if isinstance(value, bool):
         raise ValueError("should be a whole number")
     if isinstance(value, str):
@@ -33,22 +36,22 @@ def parse_count(value: object) -> object:
     return value
 
 
-def parse_words(value: object) -> object:
-    """flip,size as well as [flip, size]."""
+def parse_list(value: object) -> object:
+    """Return `a,b` and `[a,b]` as a list of strings; return a value that is not a string unchanged."""
     if isinstance(value, str):
         return [part.strip() for part in value.strip("[]").split(",") if part.strip()]
     return value
 
 
 Count = Annotated[int, BeforeValidator(parse_count)]
-"""A whole number; also written 200k, 1.5M or 1e6."""
-Positive = Annotated[Count, Field(gt=0)]
+"""Integer that may also be written 200k, 1.5M or 1e6."""
+PositiveCount = Annotated[Count, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 SigmaRel = Annotated[float, Field(gt=0, lt=12**-0.5)]
-"""Relative EMA length (EDM2 Eq. 123); above 12^-1/2 = .2886 no power profile exists."""
+"""Relative EMA length (EDM2 Eq. 123). No power profile exists above 12^-1/2 = 0.2886."""
 
 
 def halflife_of(decay: float, batch_size: int) -> int:
-    """Return the half-life in images of a traditional average that keeps `decay` of itself in every step of a batch."""
+    """Return the half-life in images of a traditional EMA with factor `decay` per step of `batch_size` images."""
     return max(1, round(batch_size * math.log(2) / -math.log(decay)))

@@ -1,4 +1,4 @@
-"""One model of settings per network, told apart by `name`. Each says as data what it accepts."""
+"""Settings of the networks, one class per network, selected by `name`."""
 
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
@@ -9,97 +9,101 @@ from gesso.config.base import Settings
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class Control(NamedTuple):
-    """How many control variables there are and how their embedding enters (Berrada et al. Eq. 1, Table A6).
+class ControlSpec(NamedTuple):
+    """Number of control variables and how their embedding enters the network (Berrada et al. Eq. 1, Table A6).
 
-    high and low count the variables of each level. mlp "split": E_h + gamma_c(t) E_l; "joint": one MLP over
-    all of them, as SDXL has it, gamma_c = 1. schedule: gamma_c as a function of progress t, "cosine"
-    (1-cos(pi (1-t)^alpha))/2, "uniform" 1, "zero" 0, "linear" 1-t, "step" 1 where t <= edge.
+    num_high, num_low: number of control values of each level.
+    mlp: "split" is E_h + gamma_c(t) E_l; "joint" is one MLP over all of them with gamma_c = 1 (SDXL).
+    schedule: gamma_c as a function of progress t: "cosine" (1-cos(pi (1-t)^alpha))/2, "uniform" 1, "zero" 0,
+        "linear" 1-t, "step" 1 where t <= step_threshold.
     """
 
-    high: int = 0
-    low: int = 0
+    num_high: int = 0
+    num_low: int = 0
     mlp: Literal["split", "joint"] = "split"
     schedule: Literal["cosine", "uniform", "zero", "linear", "step"] = "cosine"
     alpha: float = 8.0
-    edge: float = 0.5
+    step_threshold: float = 0.5
 
 
-class Inputs(NamedTuple):
-    """What a network is built for besides its own settings.
+class InputSpec(NamedTuple):
+    """Shapes of a network's inputs, which its own settings do not contain.
 
-    channels and resolution (height and width in training) of x; num_classes 0: no classes; text_width
-    channels of a text token, 0: no text; pooled_width of the pooled text. Classes and text exclude each other.
-    positions_at: height and width of the x whose grid of tokens positions are counted on; None: resolution.
-    positions_span: the same of the x whose grid spans that one; None: any.
+    channels, resolution: channels of x, and its height and width in training.
+    num_classes: number of classes; 0: no class condition. Excludes text_dim.
+    text_dim: channels of a text token; 0: no text condition.
+    pooled_dim: channels of the pooled text embedding; 0: none.
+    pos_embed_base: height and width of the x whose token grid position embeddings refer to; None: resolution.
+    positions_span: height and width of the x whose token grid spans that one; None: any.
     """
 
     channels: int
     resolution: int
     num_classes: int = 0
-    text_width: int = 0
-    pooled_width: int = 0
-    control: Control = Control()
-    positions_at: int | None = None
+    text_dim: int = 0
+    pooled_dim: int = 0
+    control: ControlSpec = ControlSpec()
+    pos_embed_base: int | None = None
     positions_span: int | None = None
 
     @property
-    def semantic(self) -> bool:
-        return bool(self.num_classes or self.text_width)
+    def has_semantic(self) -> bool:
+        """True if the network takes a class or text."""
+        return bool(self.num_classes or self.text_dim)
 
 
-class EDM2(Settings):
-    """EDM2's CONFIG G U-Net (Karras et al. 2024, Figure 22)."""
+class EDM2Config(Settings):
+    """U-Net of EDM2, CONFIG G (Karras et al. 2024, Figure 22)."""
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "control"})
-    embedding: ClassVar[str] = "fourier"
+    noise_embedding: ClassVar[str] = "fourier"
 
     name: Literal["edm2"] = "edm2"
     channels: PositiveInt = 192
-    """c: channels at the highest resolution (S has 192)"""
-    multipliers: tuple[PositiveInt, ...] = (1, 2, 3, 4)
-    """channels of each level, in units of c; each level halves the resolution"""
-    blocks: PositiveInt = 3
-    """residual blocks per level in the encoder; the decoder has one more"""
+    """channels c at the highest resolution (EDM2-S: 192)"""
+    channel_mult: tuple[PositiveInt, ...] = (1, 2, 3, 4)
+    """channels of each level as multiples of net.channels; each level halves the resolution"""
+    num_blocks: PositiveInt = 3
+    """number of residual blocks per level in the encoder; the decoder has one more"""
     attention_levels: tuple[int, ...] = (2, 3)
-    """levels with self-attention, 0 being the highest resolution"""
+    """levels with self-attention; 0 is the highest resolution"""
     channels_per_head: PositiveInt = 64
+    """channels of an attention head"""
     residual_balance: Fraction = 0.3
-    """t of the MP-sum that adds a residual branch (Eq. 88)"""
+    """weight t of the residual branch in its magnitude-preserving sum (EDM2 Eq. 88)"""
     attention_balance: Fraction = 0.3
-    """t of the MP-sum that adds self-attention (Eq. 88)"""
+    """weight t of self-attention in its magnitude-preserving sum (EDM2 Eq. 88)"""
     label_balance: Fraction = 0.5
-    """t of the MP-sum of noise level and class (Eq. 88)"""
+    """weight t of the class in its magnitude-preserving sum with the noise level (EDM2 Eq. 88)"""
     concat_balance: Fraction = 0.5
-    """t of the MP-cat of a skip connection (Eq. 103)"""
+    """weight t of the skip connection in its magnitude-preserving concatenation (EDM2 Eq. 103)"""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """dropout probability of activations in residual blocks"""
 
     @model_validator(mode="after")
-    def _levels(self) -> "EDM2":
-        if not self.multipliers:
-            raise ValueError("multipliers needs at least one level")
+    def _check_levels(self) -> "EDM2Config":
+        if not self.channel_mult:
+            raise ValueError("net.channel_mult is empty: give a multiplier for at least one level, such as [1,2]")
         for level in self.attention_levels:
-            if not 0 <= level < len(self.multipliers):
-                raise ValueError(
-                    f"attention_levels has level {level}, but there are levels 0 to {len(self.multipliers) - 1}"
-                )
-        for level in {*self.attention_levels, len(self.multipliers) - 1}:  # the lowest always has one attention
-            width = self.channels * self.multipliers[level]
+            if not 0 <= level < len(self.channel_mult):
+                last = len(self.channel_mult) - 1
+                raise ValueError(f"net.attention_levels has level {level}, but net.channel_mult has levels 0 to {last}")
+        for level in {*self.attention_levels, len(self.channel_mult) - 1}:  # the lowest resolution always has attention
+            width = self.channels * self.channel_mult[level]
             if width % self.channels_per_head:
-                raise ValueError(
-                    f"level {level} has {width} channels, not a multiple of channels_per_head={self.channels_per_head}"
-                )
+                unit = f"net.channels_per_head={self.channels_per_head}"
+                raise ValueError(f"level {level} has {width} channels, not a multiple of {unit}")
         return self
 
     @property
-    def multiple(self) -> int:
-        """Height and width must be multiples of this."""
-        return 2 ** (len(self.multipliers) - 1)
+    def size_multiple(self) -> int:
+        """Height and width of x must be multiples of this number."""
+        return 2 ** (len(self.channel_mult) - 1)
 
     @property
     def widths(self) -> list[int]:
-        """Channels of each level, from the highest resolution down."""
-        return [self.channels * m for m in self.multipliers]
+        """Channels of each level, from the highest resolution to the lowest."""
+        return [self.channels * m for m in self.channel_mult]
 
     @property
     def embedding_width(self) -> int:
@@ -107,277 +111,327 @@ class EDM2(Settings):
         return max(self.widths)
 
 
-class EDM2Ladder(Settings):
-    """CONFIGS A to G of EDM2 as cumulative steps (Karras et al. 2024, Figures 16-22)."""
+class EDM2LadderConfig(Settings):
+    """U-Nets of EDM2, CONFIGS A to G (Karras et al. 2024, Figures 16-22)."""
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label"})
-    embedding: ClassVar[str] = "fourier"
+    noise_embedding: ClassVar[str] = "fourier"
 
     name: Literal["edm2-ladder"] = "edm2-ladder"
-    step: Literal["A", "B", "C", "D", "E", "F", "G"] = "G"
+    config: Literal["A", "B", "C", "D", "E", "F", "G"] = "G"
+    """configuration; each adds one change to the one before"""
     channels: PositiveInt = 192
-    multipliers: tuple[PositiveInt, ...] = (1, 2, 3, 4)
-    blocks: PositiveInt = 3
+    """channels c at the highest resolution"""
+    channel_mult: tuple[PositiveInt, ...] = (1, 2, 3, 4)
+    """channels of each level as multiples of net.channels; each level halves the resolution"""
+    num_blocks: PositiveInt = 3
+    """number of residual blocks per level in the encoder; the decoder has one more"""
     attention_levels: tuple[int, ...] = (2, 3)
-    """CONFIG A has (1, 2, 3)"""
+    """levels with self-attention; 0 is the highest resolution (CONFIG A: 1, 2, 3)"""
     channels_per_head: PositiveInt = 64
+    """channels of an attention head"""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """CONFIGS A to F have .10"""
+    """dropout probability of activations in residual blocks (CONFIGS A to F: 0.10)"""
 
     @property
-    def multiple(self) -> int:
-        return 2 ** (len(self.multipliers) - 1)
+    def size_multiple(self) -> int:
+        """Height and width of x must be multiples of this number."""
+        return 2 ** (len(self.channel_mult) - 1)
 
     @property
     def widths(self) -> list[int]:
-        """Channels of each level, from the highest resolution down."""
-        return [self.channels * m for m in self.multipliers]
+        """Channels of each level, from the highest resolution to the lowest."""
+        return [self.channels * m for m in self.channel_mult]
 
     @property
     def embedding_width(self) -> int:
-        """Channels of the embedding: those of the widest level. Our choice for CONFIGS A to F at other multipliers than
-        the published ones, so that the ladder changes nothing else."""
+        """Channels of the embedding: those of the widest level.
+
+        For CONFIGS A to F with a channel_mult that is not published this is our choice; it keeps the width equal in
+        all configurations.
+        """
         return max(self.widths)
 
 
-class Transformer(Settings):
-    """What all transformers have: the shape of the DiT family."""
+class TransformerConfig(Settings):
+    """Settings shared by all transformers: the shape of the DiT family."""
 
-    embedding: ClassVar[str] = "sinusoidal"
+    noise_embedding: ClassVar[str] = "sinusoidal"
     dropout: ClassVar[float] = 0.0
 
-    width: PositiveInt = 384
-    """D: channels of a token (S has 384)"""
+    hidden_size: PositiveInt = 384
+    """channels D of a token (size S: 384)"""
     depth: PositiveInt = 12
-    heads: PositiveInt = 6
-    patch: PositiveInt = 2
-    """side of the square of pixels or latents that becomes one token"""
+    """number of transformer blocks"""
+    num_heads: PositiveInt = 6
+    """number of attention heads"""
+    patch_size: PositiveInt = 2
+    """height and width, in positions of x, of the patch that becomes one token"""
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
-    positions: Literal["resampled", "extrapolated", "interpolated", "proportional"] = "resampled"
-    """sine-cosine positions of a grid of n tokens a side: resampled, from 0 to the training grid's side g whatever the
-    grid, step g/(n-1) (Berrada et al., Pseudocode 1); extrapolated, step 1 (DiT); interpolated, DiT's table of the
-    training grid, resized bicubically; proportional, step g/n (PixArt, diffusers)"""
-    positions_at: PositiveInt | None = None
-    """resolution in pixels whose grid stands for the training grid in `positions`: where weights were moved from there
-    to data.resolution, base_size = grid_size / scale (Pseudocode 1). null: data.resolution"""
+    """hidden channels of the MLP divided by net.hidden_size"""
+    pos_embed: Literal["resampled", "extrapolated", "interpolated", "proportional"] = "resampled"
+    """2-D sine-cosine position embedding of a grid with n tokens per side, where g is the side of the training grid:
+    resampled has positions from 0 to g with step g/(n-1) (Berrada et al. Pseudocode 1); extrapolated has step 1 (DiT);
+    interpolated resizes DiT's table of the training grid bicubically; proportional has step g/n (PixArt, diffusers)"""
+    pos_embed_base: PositiveInt | None = None
+    """resolution in pixels whose token grid is the training grid of net.pos_embed. Set when weights are transferred to
+    another data.resolution: base_size = grid_size / scale (Berrada et al. Pseudocode 1). null: data.resolution"""
     positions_span: PositiveInt | None = None
-    """resolution whose grid spans positions_at: resampled positions keep its step, interpolated ones resize its table. Set
-    where resampled weights were moved. null: the grid at hand"""
+    """resolution in pixels whose token grid spans that of net.pos_embed_base: resampled keeps its step, interpolated
+    resizes its table. Set when weights with resampled positions are transferred. null: the current grid"""
 
     @model_validator(mode="after")
-    def _widths(self) -> "Transformer":
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
-        if self.width % 4:
-            raise ValueError(f"width={self.width} is not a multiple of 4, which the 2-D sincos positions need")
-        if self.positions_span is not None and self.positions not in ("resampled", "interpolated"):
-            raise ValueError(f"positions_span is not for positions={self.positions}; leave it out")
+    def _check_widths(self) -> "TransformerConfig":
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"net.hidden_size={self.hidden_size} is not a multiple of net.num_heads={self.num_heads}")
+        if self.hidden_size % 4:
+            raise ValueError(
+                f"net.hidden_size={self.hidden_size} is not a multiple of 4, which 2-D sine-cosine positions need"
+            )
+        if self.positions_span is not None and self.pos_embed not in ("resampled", "interpolated"):
+            raise ValueError(f"net.positions_span is not for net.pos_embed={self.pos_embed}: set it to null")
         return self
 
     @property
-    def multiple(self) -> int:
-        """Height and width must be multiples of this."""
-        return self.patch
+    def size_multiple(self) -> int:
+        """Height and width of x must be multiples of this number."""
+        return self.patch_size
 
 
-class DiT(Transformer):
-    """DiT with the class in adaLN (Peebles and Xie 2023): "DiT w/ LN"."""
+class DiTConfig(TransformerConfig):
+    """DiT with the class in adaLN (Peebles and Xie 2023), "DiT w/ LN" of Berrada et al."""
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "control"})
 
     name: Literal["dit"] = "dit"
     qk_norm: bool = False
-    """RMSNorm of queries and keys"""
+    """apply RMSNorm to queries and keys"""
     learned_variance: bool = False
-    """a second last layer estimates the variance of ancestral steps (sample.variance=learned); no loss trains it: it is for
-    imported weights of DiT, MDT and PixArt, and keeps its values in training"""
+    """add an output layer for the variance of ancestral steps (sample.variance=learned). No loss trains it: it is for
+    imported weights of DiT, MDT and PixArt, and training leaves it unchanged"""
 
 
-class DiTAtt(Transformer):
-    """DiT with the semantic condition in attention: "DiT w/ Att"."""
+class DiTAttConfig(TransformerConfig):
+    """DiT with the semantic condition in self-attention, "DiT w/ Att" of Berrada et al."""
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "text", "control"})
 
     name: Literal["dit-att"] = "dit-att"
     qk_norm: bool = True
-    """without it the paper's runs diverge (Table 1)"""
+    """apply RMSNorm to queries and keys; without it the runs of Berrada et al. diverge (Table 1)"""
 
 
-class PixArt(Transformer):
-    """PixArt-alpha: one adaLN for all blocks, cross-attention without norm or gate."""
+class PixArtConfig(TransformerConfig):
+    """PixArt-alpha with one adaLN for all blocks and cross-attention without norm or gate."""
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "text", "control"})
 
     name: Literal["pixart"] = "pixart"
     qk_norm: bool = False
+    """apply RMSNorm to queries and keys"""
     learned_variance: bool = False
-    """a second last layer estimates the variance of ancestral steps (sample.variance=learned); no loss trains it: it is for
-    imported weights of DiT, MDT and PixArt, and keeps its values in training"""
+    """add an output layer for the variance of ancestral steps (sample.variance=learned). No loss trains it: it is for
+    imported weights of DiT, MDT and PixArt, and training leaves it unchanged"""
 
 
-class MDT(Transformer):
-    """MDTv2: DiT with long skips, relative position bias and a masked branch in training."""
+class MDTConfig(TransformerConfig):
+    """MDTv2, a DiT with long skip connections, relative position bias and a masked branch in training."""
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "control"})
 
     name: Literal["mdt"] = "mdt"
-    decoder: PositiveInt = 4
-    """decoder blocks, of `depth` in all; the others are halved into in- and out-blocks"""
+    decoder_layers: PositiveInt = 4
+    """number of decoder blocks among net.depth; half of the other blocks are in-blocks, half out-blocks"""
     mask_ratio: tuple[Fraction, Fraction] = (0.3, 0.5)
-    """the share of tokens that the masked branch hides is uniform between these, drawn per step"""
+    """range of the share of tokens that the masked branch hides; drawn uniformly at every step"""
     class_embed: Literal["mlp", "table"] = "mlp"
-    """what time is added to: an MLP of the class table (the size of Table A1) or the table itself (MDTv2's code)"""
+    """class embedding: an MLP of the class table (parameter count of Berrada et al. Table A1) or the table (MDTv2's
+    code)"""
     learned_variance: bool = False
-    """a second last layer estimates the variance of ancestral steps (sample.variance=learned); no loss trains it: it is for
-    imported weights of DiT, MDT and PixArt, and keeps its values in training"""
+    """add an output layer for the variance of ancestral steps (sample.variance=learned). No loss trains it: it is for
+    imported weights of DiT, MDT and PixArt, and training leaves it unchanged"""
 
     @model_validator(mode="after")
-    def _halves(self) -> "MDT":
-        if self.positions != "resampled":
-            raise ValueError(f"positions={self.positions} is not for mdt, which learns its positions; leave it out")
-        if self.positions_at is not None or self.positions_span is not None:
-            raise ValueError("positions_at is not for mdt, which learns its positions; leave it out")
+    def _check_depth(self) -> "MDTConfig":
+        if self.pos_embed != "resampled":
+            raise ValueError(f"net.pos_embed={self.pos_embed} is not for mdt, which learns its positions: leave it out")
+        if self.pos_embed_base is not None or self.positions_span is not None:
+            raise ValueError(
+                "net.pos_embed_base and net.positions_span are not for mdt, which learns its positions: leave them out"
+            )
         if self.mask_ratio[0] > self.mask_ratio[1] or self.mask_ratio[1] == 1:
-            raise ValueError(f"mask_ratio={self.mask_ratio} must rise and stay below 1")
-        if self.depth <= self.decoder or (self.depth - self.decoder) % 2:
-            raise ValueError(f"depth={self.depth} less decoder={self.decoder} must be even and above 0")
+            raise ValueError(f"net.mask_ratio={self.mask_ratio} must be in ascending order and below 1")
+        if self.depth <= self.decoder_layers or (self.depth - self.decoder_layers) % 2:
+            raise ValueError(
+                f"net.depth={self.depth} minus net.decoder_layers={self.decoder_layers} must be even and above 0"
+            )
         return self
 
 
-class MMDiT(Transformer):
-    """mmDiT (SD3): two streams of tokens in one attention, pooled text or class in adaLN."""
+class MMDiTConfig(TransformerConfig):
+    """MM-DiT of SD3 with image and text tokens in joint attention, and pooled text or class in adaLN."""
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "text", "pooled", "control"})
 
     name: Literal["mmdit"] = "mmdit"
     qk_norm: bool = True
-    """RMSNorm of queries and keys (SD3.5 has it, SD3 medium not)"""
-    text_weights: Literal["qkv", "all"] = "qkv"
-    """which weights the semantic tokens have of their own: qkv (the size of Table A1), all (SD3's block)"""
+    """apply RMSNorm to queries and keys (SD3.5: true, SD3 medium: false)"""
+    separate_text_weights: Literal["qkv", "all"] = "qkv"
+    """weights that text tokens do not share with image tokens: qkv (parameter count of Berrada et al. Table A1) or all
+    (SD3's block)"""
     pooled_mlp: Literal["own", "none"] = "own"
-    """the pooled text's MLP, which adds it to adaLN (SD3), or none: the network does not see it (the size of Table A1)"""
-    max_grid: PositiveInt | None = None
-    """SD3's positions: rows and columns of their table, cropped at its centre (SD3 medium has 192); None: as
-    `positions` says"""
-    dual_blocks: NonNegativeInt = 0
-    """the first so many blocks have a second attention, of the image tokens alone (SD3.5 medium has 13)"""
+    """own: an MLP adds the pooled text to adaLN (SD3); none: pooled text is not used (parameter count of Berrada et al.
+    Table A1)"""
+    pos_embed_max_size: PositiveInt | None = None
+    """rows and columns of SD3's position table, from which the central crop is used (SD3 medium: 192); null: positions
+    as set by net.pos_embed"""
+    dual_attention_layers: NonNegativeInt = 0
+    """number of first blocks with a second attention over the image tokens only (SD3.5 medium: 13)"""
 
     @model_validator(mode="after")
-    def _of_sd3(self) -> "MMDiT":
-        if self.max_grid is not None and self.positions != "resampled":
-            raise ValueError(f"max_grid={self.max_grid} has positions of its own, not {self.positions}; leave one out")
-        for name in ("positions_at", "positions_span"):
-            if self.max_grid is not None and getattr(self, name) is not None:
-                raise ValueError(f"max_grid={self.max_grid} keeps its positions with the weights; leave {name} out")
-        if self.dual_blocks and self.text_weights != "all":
-            raise ValueError(f"dual_blocks={self.dual_blocks} is SD3.5's and needs text_weights=all, its block")
-        if self.dual_blocks > self.depth:
-            raise ValueError(f"dual_blocks={self.dual_blocks} is more than depth={self.depth}")
+    def _check_sd3_options(self) -> "MMDiTConfig":
+        size, dual = self.pos_embed_max_size, self.dual_attention_layers
+        if size is not None and self.pos_embed != "resampled":
+            raise ValueError(
+                f"net.pos_embed_max_size={size} uses SD3's position table, net.pos_embed={self.pos_embed} another: "
+                "set one of them"
+            )
+        for name in ("pos_embed_base", "positions_span"):
+            if size is not None and getattr(self, name) is not None:
+                raise ValueError(f"net.pos_embed_max_size={size} uses SD3's position table: leave {name} out")
+        if dual and self.separate_text_weights != "all":
+            raise ValueError(
+                f"net.dual_attention_layers={dual} is for SD3.5's block: set net.separate_text_weights=all"
+            )
+        if dual > self.depth:
+            raise ValueError(f"net.dual_attention_layers={dual} is more than net.depth={self.depth}")
         return self
 
 
-class MMDiTpp(Transformer):
-    """mmDiT++ (Berrada et al. 2024): semantic condition through joint attention only, adaLN from time and control."""
+class MMDiTppConfig(TransformerConfig):
+    """mmDiT++ with the semantic condition in joint attention only, and adaLN from time and control.
+
+    See Berrada et al. 2024.
+    """
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "text", "control"})
 
     name: Literal["mmdit++"] = "mmdit++"
-    text_weights: Literal["qkv", "all"] = "qkv"
-    """which weights the semantic tokens have of their own: qkv (the size of Table A1), all (SD3's block)"""
+    separate_text_weights: Literal["qkv", "all"] = "qkv"
+    """weights that text tokens do not share with image tokens: qkv (parameter count of Berrada et al. Table A1) or all
+    (SD3's block)"""
 
 
-class MPDiT(Transformer):
-    """DiT with all layers magnitude-preserving and on the sphere."""
+class MPDiTConfig(TransformerConfig):
+    """DiT with magnitude-preserving layers and normalized weights."""
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "control"})
-    embedding: ClassVar[str] = "fourier"
+    noise_embedding: ClassVar[str] = "fourier"
 
     name: Literal["mp-dit"] = "mp-dit"
     residual_balance: Fraction | None = None
-    """t of the MP-sum that adds a branch (EDM2 Eq. 88); None: 1 / (1 + sqrt(2 depth)), which keeps 1/e of the input"""
+    """weight t of a residual branch in its magnitude-preserving sum (EDM2 Eq. 88); null: 1 / (1 + sqrt(2 depth)), which
+    leaves a share 1/e of the input after all blocks"""
 
 
-class MPMMDiTpp(Transformer):
-    """mmDiT++ with all layers magnitude-preserving and on the sphere."""
+class MPMMDiTppConfig(TransformerConfig):
+    """mmDiT++ with magnitude-preserving layers and normalized weights."""
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "text", "control"})
-    embedding: ClassVar[str] = "fourier"
+    noise_embedding: ClassVar[str] = "fourier"
 
     name: Literal["mp-mmdit++"] = "mp-mmdit++"
     residual_balance: Fraction | None = None
-    """t of the MP-sum that adds a branch (EDM2 Eq. 88); None: 1 / (1 + sqrt(2 depth)), which keeps 1/e of the input"""
+    """weight t of a residual branch in its magnitude-preserving sum (EDM2 Eq. 88); null: 1 / (1 + sqrt(2 depth)), which
+    leaves a share 1/e of the input after all blocks"""
 
 
-class UNet(Settings):
-    """SDXL's base U-Net (Podell et al. 2024)."""
+class UNetConfig(Settings):
+    """U-Net of SDXL (Podell et al. 2024), SD1.5 and LDM."""
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "text", "pooled", "control"})
-    embedding: ClassVar[str] = "sinusoidal"
+    noise_embedding: ClassVar[str] = "sinusoidal"
     dropout: ClassVar[float] = 0.0
 
     name: Literal["unet"] = "unet"
     channels: PositiveInt = 256
-    multipliers: tuple[PositiveInt, ...] = (1, 2, 4)
-    blocks: PositiveInt = 2
-    """residual blocks per level on the way down; one more on the way up"""
+    """channels at the highest resolution"""
+    channel_mult: tuple[PositiveInt, ...] = (1, 2, 4)
+    """channels of each level as multiples of net.channels; each level halves the resolution"""
+    num_blocks: PositiveInt = 2
+    """number of residual blocks per level in the encoder; the decoder has one more"""
     transformer_depth: tuple[NonNegativeInt, ...] = (0, 1, 1)
-    """transformer blocks after each residual block of a level; 0: none"""
-    middle_depth: NonNegativeInt = 1
-    """transformer blocks between the two residual blocks at the bottom (SDXL has 10)"""
-    head_width: PositiveInt = 64
+    """number of transformer blocks after each residual block of a level"""
+    transformer_depth_middle: NonNegativeInt = 1
+    """number of transformer blocks between the two residual blocks of the middle (SDXL: 10)"""
+    channels_per_head: PositiveInt = 64
     """channels of an attention head"""
-    heads: PositiveInt | None = None
-    """heads at every level, whatever its width (SD1.5 has 8); None: as many as head_width gives"""
-    context: PositiveInt | None = None
-    """channels of the tokens that cross-attention sees; None: 1024 for a class, text_width for text"""
-    text_embed: Literal["mlp", "none"] = "mlp"
-    """what text tokens pass before cross-attention: Linear-SiLU-Linear, or nothing (SD1.5, SDXL)"""
+    num_heads: PositiveInt | None = None
+    """number of heads at every level (SD1.5: 8); null: channels of the level / net.channels_per_head"""
+    context_dim: PositiveInt | None = None
+    """channels of the tokens of cross-attention; null: 1024 for a class, those of a text token for text"""
+    text_projection: Literal["mlp", "none"] = "mlp"
+    """projection of text tokens before cross-attention: mlp (Linear-SiLU-Linear) or none (SD1.5, SDXL)"""
     pooled_mlp: Literal["own", "shared", "none"] = "own"
-    """the pooled text's MLP: its own; one over pooled text and control variables concatenated (SDXL); or none: the
-    network does not see it (the size of Table A1)"""
-    groups: PositiveInt = 32
-    """groups of GroupNorm"""
+    """MLP of the pooled text: own; shared, one MLP over pooled text and control variables concatenated (SDXL); or none,
+    pooled text is not used (parameter count of Berrada et al. Table A1)"""
+    norm_num_groups: PositiveInt = 32
+    """number of groups of GroupNorm"""
 
     @model_validator(mode="after")
-    def _levels(self) -> "UNet":
-        if not self.multipliers or len(self.transformer_depth) != len(self.multipliers):
-            raise ValueError("transformer_depth and multipliers need one value per level each")
+    def _check_levels(self) -> "UNetConfig":
+        if not self.channel_mult or len(self.transformer_depth) != len(self.channel_mult):
+            raise ValueError("net.transformer_depth and net.channel_mult need one value per level each")
         if self.channels % 2:
-            raise ValueError(f"channels={self.channels} is odd, but half of the time embedding's sinusoids are cosines")
-        depths = [*self.transformer_depth, self.middle_depth]
-        for multiplier, depth in zip([*self.multipliers, self.multipliers[-1]], depths, strict=True):
+            raise ValueError(f"net.channels={self.channels} is odd: the sinusoidal time embedding needs an even number")
+        head_setting = "channels_per_head" if self.num_heads is None else "num_heads"
+        unit = self.num_heads or self.channels_per_head
+        depths = [*self.transformer_depth, self.transformer_depth_middle]
+        for multiplier, depth in zip([*self.channel_mult, self.channel_mult[-1]], depths, strict=True):
             width = self.channels * multiplier
-            if width % self.groups:
-                raise ValueError(f"a level of {width} channels is not a multiple of groups={self.groups}")
-            name, unit = ("head_width", self.head_width) if self.heads is None else ("heads", self.heads)
+            if width % self.norm_num_groups:
+                raise ValueError(
+                    f"a level of {width} channels is not a multiple of net.norm_num_groups={self.norm_num_groups}"
+                )
             if depth and width % unit:
-                raise ValueError(f"a level of {width} channels is not a multiple of {name}={unit}")
+                raise ValueError(f"a level of {width} channels is not a multiple of net.{head_setting}={unit}")
         return self
 
     @property
-    def multiple(self) -> int:
-        return 2 ** (len(self.multipliers) - 1)
+    def size_multiple(self) -> int:
+        """Height and width of x must be multiples of this number."""
+        return 2 ** (len(self.channel_mult) - 1)
 
 
-Net = Annotated[
-    EDM2 | EDM2Ladder | UNet | DiT | DiTAtt | PixArt | MDT | MMDiT | MMDiTpp | MPDiT | MPMMDiTpp,
+NetConfig = Annotated[
+    EDM2Config
+    | EDM2LadderConfig
+    | UNetConfig
+    | DiTConfig
+    | DiTAttConfig
+    | PixArtConfig
+    | MDTConfig
+    | MMDiTConfig
+    | MMDiTppConfig
+    | MPDiTConfig
+    | MPMMDiTppConfig,
     Field(discriminator="name"),
 ]
 
 EDM2_CHANNELS = {"XXS": 64, "XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}
-"""EDM2 Table 6; XXS is a preset of the published code."""
+"""Channels by model size (EDM2 Table 6); XXS is a preset of the published code."""
 
 TRANSFORMER_SHAPES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-"""Width, depth and heads of the DiT family."""
+"""hidden_size, depth and num_heads by model size of the DiT family."""
 
 
-def edm2(size: str) -> EDM2:
-    """EDM2 at a published size: XXS, XS, S, M, L, XL or XXL."""
-    return EDM2(channels=EDM2_CHANNELS[size])
+def edm2_config(size: str) -> EDM2Config:
+    """Return EDM2 at a published size: XXS, XS, S, M, L, XL or XXL."""
+    return EDM2Config(channels=EDM2_CHANNELS[size])
 
 
-def mmditpp(size: str) -> MMDiTpp:
-    """mmDiT++ at a size of the DiT family, such as S/2 or XL/2 (the number is the patch)."""
+def mmditpp_config(size: str) -> MMDiTppConfig:
+    """Return mmDiT++ at a size of the DiT family, such as S/2 or XL/2 (the number is the patch size)."""
     letters, patch = size.split("/")
     width, depth, heads = TRANSFORMER_SHAPES[letters]
-    return MMDiTpp(width=width, depth=depth, heads=heads, patch=int(patch))
+    return MMDiTppConfig(hidden_size=width, depth=depth, num_heads=heads, patch_size=int(patch))

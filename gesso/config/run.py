@@ -1,386 +1,416 @@
-"""The complete description of a run. Times are counted in images. No torch here."""
+"""Complete configuration of a run. Durations are in images."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, model_validator
 
-from gesso.config.base import Count, Positive, Probability, Settings, Share, SigmaRel, parse_words
-from gesso.config.condition import Controls, Dropout, Semantic, joint_dropout
-from gesso.config.init import Init
-from gesso.config.net import Control, Inputs, MMDiT, Net, Transformer, UNet
-from gesso.config.process import EDM, Process
-from gesso.config.sample import Sample
-from gesso.config.train import Loss, Optim, Train
-from gesso.config.watch import Watch
+from gesso.config.base import Count, PositiveCount, PositiveFraction, Probability, Settings, SigmaRel, parse_list
+from gesso.config.conditioning import ControlConfig, Dropout, SemanticConfig
+from gesso.config.initialization import InitConfig
+from gesso.config.monitoring import MonitorConfig
+from gesso.config.net import ControlSpec, InputSpec, MMDiTConfig, NetConfig, TransformerConfig, UNetConfig
+from gesso.config.process import EDMConfig, ProcessConfig
+from gesso.config.sample import SampleConfig
+from gesso.config.train import LossConfig, OptimConfig, TrainConfig
 
 Resize = Literal["lanczos", "adm", "bicubic"]
-"""how a picture becomes smaller or larger (data/crops.py)"""
+"""Filter that resizes images (data/crops.py)."""
 
 
-class Data(Settings):
-    """Which images, and how they become x0."""
+class DataConfig(Settings):
+    """Training images and their preparation."""
 
     source: str = "digits"
-    """digits, digits-coarse, shapes, shapes-class (shapes:5000 for as many), or a path: a folder whose sub-folders are the
-    classes, a folder with captions, EDM2's zip, webdataset tars, parquet files (data/sources.py)"""
-    resolution: Positive = 8
-    """height and width in pixels; larger or oblong images are resized on the shorter edge and centre-cropped"""
+    """digits, digits-mixed-resolution, shapes, shapes-class (shapes:5000 for 5,000 images), or a path: a folder with a
+    sub-folder per class, a folder with captions, EDM2's zip, webdataset tars, parquet files, or a cache
+    (docs/data.md)"""
+    resolution: PositiveCount = 8
+    """height and width in pixels; other images are resized on the shorter edge and centre-cropped"""
     channels: Literal[1, 3] = 3
-    """1 grey, 3 RGB"""
+    """number of channels: 1 grey, 3 RGB"""
     flip: bool = False
-    """mirror half of the samples, keyed to the sample"""
-    crop_scale: tuple[Share, Share] | None = None
-    """null: the largest box of the output's aspect, in the middle; else a box of its own for each sample, at
-    random, whose area is a share of that one in this range: .9,1 global, .4,.6 local, .4,1 mix (Berrada et al. Section 3.4)"""
+    """mirror each sample with probability 1/2; the draw is keyed to the sample"""
+    crop_scale: tuple[PositiveFraction, PositiveFraction] | None = None
+    """range of the area of random crops, as a share of the largest box of the output's aspect: .9,1 global, .4,.6
+    local, .4,1 mix (Berrada et al. Section 3.4). null: the largest box, centred"""
     resize: Resize = "lanczos"
-    """lanczos: Pillow's Lanczos filter, once; adm: the pixels of ADM's code, which EDM2 and DiT prepare ImageNet with: halved by a
-    box filter while twice too large, then bicubic, EXIF orientation and transparency ignored; bicubic: antialiased, in floating
-    point, as clean-fid's. What a cache holds is settled when it is written"""
-    window: Positive | None = None
-    """files of a cache whose images are shuffled together, so that few are needed at a time (object storage); null: all"""
-    held_out: Annotated[Count, Field(ge=0)] = 0
-    """images kept from training for the validation loss (watch), the same ones whatever train.seed"""
+    """filter that resizes images: lanczos (Pillow, one pass); adm (ADM's code, with which EDM2 and DiT prepare
+    ImageNet: halved by a box filter while at least twice too large, then bicubic; EXIF orientation and transparency
+    ignored); bicubic (antialiased in floating point, as clean-fid). The images of a cache keep the filter it was
+    written with"""
+    shuffle_window_shards: PositiveCount | None = None
+    """number of cache shards that are shuffled together, so that few are needed at once (object storage); null: all"""
+    num_validation: Annotated[Count, Field(ge=0)] = 0
+    """number of images excluded from training for the validation loss; the same images for every train.seed"""
     max_unreadable: Probability = 0.01
-    """share of unreadable images that are skipped and named before the run is refused"""
+    """maximum share of unreadable images, which are skipped and listed; above it the run stops"""
     num_images: Count | None = None
-    """counted when the source is opened"""
+    """number of images; recorded when the source is opened"""
     num_classes: Annotated[Count, Field(ge=0)] | None = None
-    """counted when the source is opened; 0 trains without labels"""
+    """number of classes; recorded when the source is opened; 0 trains without labels"""
     class_names: tuple[str, ...] | None = None
-    """read when the source is opened"""
-    examples: tuple[str, ...] | None = None
-    """some of its captions, read when the source is opened: prompts for samples where the user names none"""
+    """names of the classes; recorded when the source is opened"""
+    example_captions: tuple[str, ...] | None = None
+    """captions of some images, used as default prompts; recorded when the source is opened"""
     fingerprint: str | None = None
-    """of all pixels and labels, so that a run is never resumed on other images"""
-    buckets: tuple[tuple[Positive, Positive], ...] | None = None
-    """height and width of the pictures of a cache with aspect-ratio buckets, read when it is opened; null: squares"""
+    """hash of all pixels and labels; training does not resume with different images"""
+    buckets: tuple[tuple[PositiveCount, PositiveCount], ...] | None = None
+    """height and width of each aspect-ratio bucket of a cache; recorded when it is opened; null: square images"""
     mean: tuple[float, ...] | None = None
-    """per channel, of pixels in [-1, 1] or of raw latents: x0 = (raw - mean) * sd / std; measured when not given"""
+    """mean per channel of pixels in [-1, 1] or of raw latents: x0 = (raw - mean) * sigma_data / std; null: measured, or
+    for latents see latent.normalization"""
     std: tuple[PositiveFloat, ...] | None = None
-    """as mean; of latents both are the VAE's own where latent.constants says so"""
+    """standard deviation per channel; see data.mean"""
 
     @model_validator(mode="after")
-    def _rises(self) -> "Data":
+    def _check_crop_scale(self) -> "DataConfig":
         if self.crop_scale and self.crop_scale[0] > self.crop_scale[1]:
-            raise ValueError(f"data.crop_scale={self.crop_scale} falls")
+            raise ValueError(f"data.crop_scale={self.crop_scale} falls: give the smaller share first")
         return self
 
 
-class Latent(Settings):
-    """Latents in the place of pixels: which VAE made them, and how they become x0 (data/vae.py)."""
+class LatentConfig(Settings):
+    """Latent space of a VAE in place of pixels."""
 
     vae: str | None = None
-    """null: x0 is pixels. Else a folder or hub id of a diffusers AutoencoderKL, such as stabilityai/sd-vae-ft-mse"""
+    """folder or hub id of a diffusers AutoencoderKL, such as stabilityai/sd-vae-ft-mse; null: train on pixels"""
     convention: Literal["dit", "edm2"] = "dit"
-    """dit: pixels in [-1, 1] go in, scale and shift are the VAE's; edm2: pixels in [0, 1], fixed mean and std per channel"""
-    constants: Literal["vae", "measured"] = "vae"
-    """data.mean and std where not given: those of the convention, or measured on the latents"""
-    channels: Positive = 4
-    """of a latent; checked when the VAE or the cache is opened"""
-    factor: Positive = 8
-    """pixels per latent, along either edge; checked as channels"""
+    """input and normalization of the VAE: dit has pixels in [-1, 1] and the VAE's scale and shift; edm2 has pixels in
+    [0, 1] and a fixed mean and standard deviation per channel"""
+    normalization: Literal["vae", "measured"] = "vae"
+    """data.mean and data.std if not set: vae takes those of latent.convention; measured computes them from the
+    latents"""
+    channels: PositiveCount = 4
+    """channels of a latent; checked when the VAE or the cache is opened"""
+    downsample_factor: PositiveCount = 8
+    """pixels per latent position along each edge; checked when the VAE or the cache is opened"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """that the VAE computes in"""
+    """dtype of the VAE's computation"""
 
 
-class Ema(Settings):
-    """Averages of the weights tracked in training (EDM2 Section 3)."""
+class EmaConfig(Settings):
+    """Exponential moving averages of the weights that training tracks (EDM2 Section 3)."""
 
     sigma_rels: tuple[SigmaRel, ...] = (0.05, 0.10)
-    """relative lengths of power-function averages; two allow any other to be rebuilt afterwards"""
-    halflives: tuple[Positive, ...] = ()
-    """images; a traditional average of fixed half-life each; CONFIG A has 50M"""
+    """relative lengths of tracked power-function EMAs; from two of them any other length can be reconstructed"""
+    halflives: tuple[PositiveCount, ...] = ()
+    """half-lives of tracked traditional EMAs, in images (EDM2 CONFIG A: 50M)"""
     rampup: Annotated[float, Field(gt=0, lt=0.69)] | None = None
-    """of traditional averages: the half-life is at most this share of the images seen (EDM's ema_rampup_ratio, .05 there; .09 in
-    EDM2's code). null: the same half-life from the first image on"""
+    """maximum half-life of traditional EMAs as a share of the images seen (ema_rampup_ratio, 0.05 in EDM's code, 0.09
+    in EDM2's). null: constant half-life"""
     device: Literal["same", "cpu"] = "same"
-    """where they are kept: beside the weights, or in the host's memory, to which every step then copies the weights"""
-    snapshots: Literal["same", "float16"] = "same"
-    """of the files: as wide as the weights, or in 16 bits as EDM2's (Appendix C), which serve lengths of .03 and more. The
-    averages themselves are never narrowed: steps that small would be rounded away (benchmarks/averages16.py)"""
+    """memory of the EMAs: same as the weights, or cpu, to which every step then copies the weights"""
+    snapshot_dtype: Literal["same", "float16"] = "same"
+    """dtype of snapshot files: same as the weights, or float16 as in EDM2 (Appendix C), sufficient for lengths of 0.03
+    and more. The EMAs are always tracked in the dtype of the weights, since 16 bits would round small updates to zero
+    (benchmarks/averages16.py)"""
 
     @model_validator(mode="after")
-    def _some(self) -> "Ema":
+    def _check_lengths(self) -> "EmaConfig":
         lengths = [*(round(s, 4) for s in self.sigma_rels), *self.halflives]
         if not lengths or len(set(lengths)) < len(lengths):
-            raise ValueError("sigma_rels and halflives need at least one length, each once (to four decimals)")
+            raise ValueError(
+                "ema.sigma_rels and ema.halflives need at least one length and no duplicates (to four decimals)"
+            )
         return self
 
 
-Score = Literal[
-    "fid", "kid", "is", "pr", "fd_dinov2", "kd_dinov2", "pr_dinov2", "clip", "lpips", "fd_digits", "told_digits",
-    "fd_shapes", "fd_clip", "agreement", "drawn", "loss",
+MetricName = Literal[
+    "fid", "kid", "is", "pr", "fd_dinov2", "kd_dinov2", "pr_dinov2", "clip", "lpips", "fd_digits",
+    "digits_feature_distance", "fd_shapes", "fd_clip", "agreement", "drawn", "loss",
 ]  # fmt: skip
 
 
-class Eval(Settings):
-    """What `gesso evaluate` measures."""
+class EvalConfig(Settings):
+    """Settings of `gesso evaluate`."""
 
-    features: Literal["digits", "shapes", "none"] = "none"
-    """digits: the small classifier shipped with gesso; shapes: what is drawn is read back and compared with the caption
-    or class; none: pictures and nearest training images only"""
-    halflives: tuple[Positive, ...] = ()
-    """images; scores are taken once more of the average of each half-life, beside that which sample.* names"""
-    splits: Annotated[Count, Field(ge=1)] = 5
-    """random halves of the real images; scores and the floor are taken on each, at equal counts"""
-    scores: Annotated[tuple[Score, ...], BeforeValidator(parse_words)] = ()
-    """of `images` samples, beside `reference` or alone. Inception: fid,kid,is,pr (precision, recall, density, coverage);
-    DINOv2: fd_dinov2,kd_dinov2,pr_dinov2; CLIP: clip,fd_clip; lpips between samples told different sizes. Shipped: fd_digits, told_digits (in
-    the place of lpips) and agreement of digits, fd_shapes and drawn (read back) of shapes. loss: on images not trained on, no samples. Empty: what `features` says"""
-    nimg: Positive | None = None
-    """images that the weights had seen which scores are taken of; null: all of the training"""
-    images: Annotated[Count, Field(ge=2)] = 50_000
-    """samples that scores are taken over"""
-    diversity_seeds: Annotated[Count, Field(ge=2)] = 10_000
-    """prompts, or classes with noise, that lpips is averaged over, five samples each"""
-    validation: str | None = None
-    """images that loss is taken on, as data.source; null: watch.source, or those of data.held_out"""
-    loss_pairs: Positive = 10_000
-    """of an image and a noise level, images in turn, that loss is taken over; watch.validate_samples for the log's own"""
-    repeats: Positive = 1
-    """times, with other seeds; EDM2 reports the best of three"""
-    repeated: Annotated[tuple[Score, ...], BeforeValidator(parse_words)] = ()
-    """scores that are repeated, of those in `scores`; the others are measured once. Empty: all"""
+    toy_metrics: Literal["digits", "shapes", "none"] = "none"
+    """quick metrics without download: digits uses the digit classifier that gesso contains; shapes reads drawn shapes
+    back and compares them with the caption or class; none writes images and nearest training images only"""
+    halflives: tuple[PositiveCount, ...] = ()
+    """half-lives in images of traditional EMAs that are evaluated in addition to the one that sample.* selects"""
+    num_splits: Annotated[Count, Field(ge=1)] = 5
+    """toy metrics: number of random halves of the real images on which scores and their floor are computed"""
+    metrics: Annotated[tuple[MetricName, ...], BeforeValidator(parse_list)] = ()
+    """metrics of eval.num_samples samples. Inception: fid, kid, is, pr (precision, recall, density, coverage); DINOv2:
+    fd_dinov2, kd_dinov2, pr_dinov2; CLIP: clip, fd_clip; lpips between samples conditioned on different sizes. Toy
+    data: fd_digits, digits_feature_distance (in place of lpips), agreement (digits), fd_shapes, drawn (shapes). loss:
+    validation loss, needs no samples. Empty: eval.toy_metrics"""
+    nimg: PositiveCount | None = None
+    """number of images that the evaluated weights were trained on; null: the last snapshot"""
+    num_samples: Annotated[Count, Field(ge=2)] = 50_000
+    """number of samples"""
+    diversity_prompts: Annotated[Count, Field(ge=2)] = 10_000
+    """number of prompts, or of classes with noise, over which lpips is averaged, with five samples each"""
+    validation_source: str | None = None
+    """images of the validation loss, written as data.source; null: monitor.validation_source or data.num_validation"""
+    validation_pairs: PositiveCount = 10_000
+    """number of (image, noise level) pairs in metric loss; monitor.validation_pairs is for training's log"""
+    num_repeats: PositiveCount = 1
+    """number of evaluations with different seeds (EDM2 reports the best of three)"""
+    repeated: Annotated[tuple[MetricName, ...], BeforeValidator(parse_list)] = ()
+    """metrics of eval.metrics that are repeated; the others are computed once. Empty: all"""
     reference: str | None = None
-    """pictures to compare with, as data.source; null: those that the run was trained on"""
+    """reference images, written as data.source; null: the training images"""
     resize: Resize | None = None
-    """filter that resizes the reference, as data.resize; null: that of the training images"""
+    """filter that resizes the reference images, as data.resize; null: data.resize of the run"""
     prompts: str | None = None
-    """whose captions samples are drawn for; null: those of data.source"""
+    """source whose captions are the prompts; null: data.source"""
     labels: Literal["turn", "random"] = "turn"
-    """of samples: all classes in turn, or drawn by seed"""
-    weights: str | None = None
-    """folder of the feature networks' public files; null: torch's cache, where they are fetched to"""
+    """labels of samples: turn cycles through all classes; random draws them by seed"""
+    weights_dir: str | None = None
+    """folder with the weight files of feature networks; null: PyTorch's cache, to which they are downloaded"""
     inception: Literal["torch-fidelity", "pytorch-fid", "nvidia"] = "torch-fidelity"
-    """whose implementation: resized as TensorFlow 1, as ADM measured; between pixel centres; or the TorchScript, as EDM2 measured"""
+    """implementation of FID's Inception: torch-fidelity (resizing of TensorFlow 1, as ADM), pytorch-fid (resizing
+    between pixel centres) or nvidia (TorchScript file, as EDM2)"""
     kid_subset: Annotated[int, Field(ge=2)] = 1000
-    """samples of each of the 100 subsets that kid and kd_dinov2 average over"""
+    """number of samples in each of the 100 subsets over which kid and kd_dinov2 are averaged"""
     lpips: Literal["alex", "vgg"] = "alex"
-    """the network of lpips: AlexNet or VGG16"""
+    """network of lpips: AlexNet or VGG16"""
     dinov2: str = "facebook/dinov2-large"
-    """folder or hub id"""
+    """folder or hub id of the DINOv2 model"""
     clip: str = "openai/clip-vit-large-patch14"
-    """folder or hub id"""
+    """folder or hub id of the CLIP model"""
     protocol: str | None = None
-    """whose way of measuring this is, for the record"""
-    patience: Positive = 3600
+    """name of the evaluation protocol; recorded by gesso evaluate --protocol"""
+    rank_timeout_s: PositiveCount = 3600
     """seconds that the first rank waits for the samples of the others"""
-    sweep: tuple[SigmaRel, ...] = (0.02, 0.035, 0.05, 0.075, 0.10, 0.15, 0.20, 0.25)
-    """EMA lengths for the curve of quality against length"""
+    sweep_sigma_rels: tuple[SigmaRel, ...] = (0.02, 0.035, 0.05, 0.075, 0.10, 0.15, 0.20, 0.25)
+    """relative EMA lengths of the quality curve in metrics.json"""
     sweep_guidance: float = 1.0
-    sweep_steps: Positive = 20
+    """guidance scale of that curve"""
+    sweep_steps: PositiveCount = 20
+    """number of sampling steps of that curve"""
     seed: NonNegativeInt = 0
+    """seed of random labels and of the splits of real images"""
 
 
-class Run(Settings):
-    """Everything that a run depends on."""
+class RunConfig(Settings):
+    """Complete configuration of a run: data, network, training, sampling and evaluation."""
 
     recipe: str = "custom"
-    """the recipe that this run was made from"""
-    data: Data = Data()
-    latent: Latent = Latent()
-    net: Net
-    process: Process = EDM()
-    semantic: Semantic = Semantic()
-    control: Controls = Controls()
+    """name of the recipe that the run was created from"""
+    data: DataConfig = DataConfig()
+    latent: LatentConfig = LatentConfig()
+    net: NetConfig
+    process: ProcessConfig = EDMConfig()
+    semantic: SemanticConfig = SemanticConfig()
+    control: ControlConfig = ControlConfig()
     dropout: Dropout = Dropout()
-    init: Init = Init()
-    loss: Loss = Loss()
-    optim: Optim = Optim()
-    train: Train = Train()
-    ema: Ema = Ema()
-    sample: Sample = Sample()
-    eval: Eval = Eval()
-    watch: Watch = Watch()
-    made_with: dict[str, str | int] = {}
-    """a record of versions, threads and commit; it decides nothing"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _older(cls, tree: Any) -> Any:
-        return joint_dropout(tree) if isinstance(tree, dict) else tree
+    init: InitConfig = InitConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    ema: EmaConfig = EmaConfig()
+    sample: SampleConfig = SampleConfig()
+    eval: EvalConfig = EvalConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    environment: dict[str, str | int] = {}
+    """record of versions, threads and commit; it has no effect"""
 
     @model_validator(mode="after")
-    def _fits(self) -> "Run":
+    def _check(self) -> "RunConfig":
         for block in ("data", "sample"):
-            self._size(block, getattr(self, block).resolution)
-        for name in ("positions_at", "positions_span"):
-            pixels, unit = getattr(self.net, name, None), self.net.multiple * self.factor
+            self._check_resolution(block, getattr(self, block).resolution)
+        for name in ("pos_embed_base", "positions_span"):
+            pixels, unit = getattr(self.net, name, None), self.net.size_multiple * self.downsample_factor
             if pixels and pixels % unit:
-                raise ValueError(f"net.{name}={pixels} is not a multiple of {unit}, pixels of a token")
+                raise ValueError(f"net.{name}={pixels} is not a multiple of {unit}, the pixels of a token")
         if self.latent.vae and self.data.channels != 3:
-            raise ValueError(f"data.channels={self.data.channels}, but latent.vae sees RGB: set data.channels=3")
-        self._conditions()
-        self._guidance()
-        self._watched()
-        if self.optim.state == "8bit" and (self.train.sharding != "ddp" or self.train.dtype != "float32"):
-            raise ValueError(
-                f"optim.state=8bit is for whole tensors of 32 bits, not train.sharding={self.train.sharding}, "
-                f"train.dtype={self.train.dtype}: set train.sharding=ddp train.dtype=float32, or optim.state=full"
-            )
-        if self.eval.features == "shapes" and self.data.source.startswith("digits"):
-            raise ValueError(
-                f"eval.features=shapes reads the drawings of data.source=shapes, not {self.data.source}: set eval.features=none"
-            )
-        if self.eval.features == "digits" and (self.data.resolution, self.data.channels) != (8, 1):
-            raise ValueError(
-                "eval.features=digits reads grey 8x8 images only; set eval.features=none for "
-                f"data.resolution={self.data.resolution}, data.channels={self.data.channels}"
-            )
+            raise ValueError(f"data.channels={self.data.channels}, but latent.vae needs RGB: set data.channels=3")
         for name in ("mean", "std"):
-            given = getattr(self.data, name)
-            if given is not None and len(given) != self.channels:
+            values = getattr(self.data, name)
+            if values is not None and len(values) != self.x0_channels:
                 block = "latent" if self.latent.vae else "data"
-                raise ValueError(f"data.{name} has {len(given)} values for {block}.channels={self.channels}")
+                raise ValueError(
+                    f"data.{name} has {len(values)} values, but {block}.channels={self.x0_channels}: "
+                    "give one value per channel"
+                )
+        if self.optim.state_dtype == "8bit" and (self.train.sharding != "ddp" or self.train.dtype != "float32"):
+            raise ValueError(
+                f"optim.state_dtype=8bit does not work with train.sharding={self.train.sharding}, "
+                f"train.dtype={self.train.dtype}: set train.sharding=ddp train.dtype=float32, or optim.state_dtype=full"
+            )
+        self._check_conditions()
+        self._check_guidance()
+        self._check_sampler()
+        self._check_monitor()
+        self._check_toy_metrics()
         return self
 
-    def _watched(self) -> None:
-        watch, total = self.watch, self.train.total_images
-        if self.data.held_out and watch.source:
-            raise ValueError("data.held_out beside watch.source: validate on the one or the other")
-        if (self.data.held_out or watch.source) and (watch.validate_images or 0) > total:
+    def _check_toy_metrics(self) -> None:
+        if self.eval.toy_metrics == "shapes" and self.data.source.startswith("digits"):
             raise ValueError(
-                f"watch.validate_images={watch.validate_images} is above train.total_images={total}: nothing would be "
-                "validated; set it lower, or to null"
+                f"eval.toy_metrics=shapes reads the drawings of data.source=shapes, not {self.data.source}: "
+                "set eval.toy_metrics=none"
             )
-        if watch.evaluate_images and self.eval.features == "none":
+        if self.eval.toy_metrics == "digits" and (self.data.resolution, self.data.channels) != (8, 1):
             raise ValueError(
-                f"watch.evaluate_images={watch.evaluate_images} measures what eval.features says, which is none (eval.scores are "
-                "for gesso evaluate): set it to null"
+                "eval.toy_metrics=digits reads grey 8x8 images only; set eval.toy_metrics=none for "
+                f"data.resolution={self.data.resolution}, data.channels={self.data.channels}"
             )
 
-    def _size(self, block: str, resolution: int | None) -> None:
-        net, said, factor = self.net, f"{block}.resolution={resolution}", self.factor
-        needs = f"net.name={net.name}" + (f" at latent.factor={factor}" if factor > 1 else "")
-        if resolution and resolution % (net.multiple * factor):
-            raise ValueError(f"{said} is not a multiple of {net.multiple * factor}, which {needs} needs")
-        most = isinstance(net, MMDiT) and net.max_grid and net.patch * net.max_grid * factor
-        if resolution and most and resolution > most:
-            raise ValueError(f"{said} is above the {most} that net.max_grid={net.max_grid} covers")
-        if block == "sample" and most and max(self.canvas) > most:
-            height, width = self.canvas
+    def _check_monitor(self) -> None:
+        monitor, total = self.monitor, self.train.total_images
+        if self.data.num_validation and monitor.validation_source:
+            raise ValueError("data.num_validation and monitor.validation_source exclude each other: set only one")
+        if (self.data.num_validation or monitor.validation_source) and (monitor.validate_every or 0) > total:
             raise ValueError(
-                f"sample.aspect={self.sample.aspect} is {height}x{width}, above the {most} that net.max_grid={net.max_grid} covers"
+                f"monitor.validate_every={monitor.validate_every} is above train.total_images={total}: it would "
+                "never run; set it lower, or to null"
+            )
+        if monitor.evaluate_every and self.eval.toy_metrics == "none":
+            raise ValueError(
+                f"monitor.evaluate_every={monitor.evaluate_every} measures what eval.toy_metrics says, which is none "
+                "(eval.metrics are for gesso evaluate): set monitor.evaluate_every=null"
             )
 
-    def _conditions(self) -> None:
+    def _check_resolution(self, block: str, resolution: int | None) -> None:
+        net, setting, factor = self.net, f"{block}.resolution={resolution}", self.downsample_factor
+        unit = net.size_multiple * factor
+        if resolution and resolution % unit:
+            latent = f" at latent.downsample_factor={factor}" if factor > 1 else ""
+            raise ValueError(f"{setting} is not a multiple of {unit}, which net.name={net.name}{latent} needs")
+        if not isinstance(net, MMDiTConfig) or not net.pos_embed_max_size:
+            return
+        limit, table = (
+            net.patch_size * net.pos_embed_max_size * factor,
+            f"net.pos_embed_max_size={net.pos_embed_max_size}",
+        )
+        if resolution and resolution > limit:
+            raise ValueError(f"{setting} is above {limit}, the maximum of {table}")
+        if block == "sample" and max(self.sample_size) > limit:
+            height, width = self.sample_size
+            raise ValueError(
+                f"sample.aspect={self.sample.aspect} is {height}x{width}, above {limit}, the maximum of {table}"
+            )
+
+    def _check_conditions(self) -> None:
         net, kind = self.net, self.semantic.kind
         if kind == "text" and "text" not in net.accepts:
             raise ValueError(f"net.name={net.name} takes no text: set semantic.kind=label, or choose another net.name")
         if self.control.variables and "control" not in net.accepts:
             raise ValueError(f"net.name={net.name} takes no control variables: set control.variables=[]")
-        shared = isinstance(net, UNet) and net.pooled_mlp == "shared" and kind == "text"
+        shared = isinstance(net, UNetConfig) and net.pooled_mlp == "shared" and kind == "text"
         if shared and self.control.variables and self.control.mlp == "split":
             raise ValueError(
-                "net.pooled_mlp=shared puts the control variables into the pooled text's one MLP: "
+                "net.pooled_mlp=shared embeds pooled text and control variables with one MLP: "
                 "set control.mlp=joint and control.schedule=uniform, or net.pooled_mlp=own"
             )
 
-    def _guidance(self) -> None:
-        sample, told = self.sample, self.inputs.num_classes or self.semantic.kind == "text"
-        if sample.guidance != 1 and sample.guide is None and self.data.num_classes is not None and not told:
+    def _check_guidance(self) -> None:
+        sample, has_semantic = self.sample, self.input_spec.num_classes or self.semantic.kind == "text"
+        if sample.guidance != 1 and sample.guide_run is None and self.data.num_classes is not None and not has_semantic:
             raise ValueError(
-                f"sample.guidance={sample.guidance} has nothing to guide towards, as the run has neither classes nor text: "
-                "set sample.guidance=1, or name another network by sample.guide"
+                f"sample.guidance={sample.guidance} has nothing to guide towards, as the run has neither classes nor "
+                "text: set sample.guidance=1, or a guiding network with sample.guide_run"
             )
-        withheld = sample.guidance != 1 and sample.guide in (None, "self") and sample.guide_sees == "nothing"
-        if withheld and not self.learned_without(semantic=True, control=not sample.keep_control):
-            keeps = bool(self.control.variables) and sample.keep_control
-            also = " and control variables" if self.control.variables and not keeps else ""
+        drops_conditions = sample.guide_run in (None, "self") and sample.guide_conditioning == "nothing"
+        if sample.guidance != 1 and drops_conditions:
+            keep = bool(self.control.variables) and sample.keep_control
+            if not self.learned_without(semantic=True, control=not sample.keep_control):
+                also = " and control variables" if self.control.variables and not keep else ""
+                raise ValueError(
+                    f"sample.guidance={sample.guidance} needs a network that also learned without label or text{also}"
+                    + (", with control variables (sample.keep_control=true): " if keep else ": ")
+                    + f"set dropout.{'semantic' if keep else 'both'} above 0 in training, a guiding network with "
+                    + f"sample.guide_run, {'sample.keep_control=false, ' if keep else ''}or sample.guidance=1"
+                )
+        if sample.guided_channels and sample.guided_channels > self.x0_channels:
             raise ValueError(
-                f"sample.guidance={sample.guidance} needs a network that also learned without label or text{also}"
-                + (", with control variables (sample.keep_control=true): " if keeps else ": ")
-                + f"set dropout.{'semantic' if keeps else 'both'} above 0 in training, name another network by "
-                + f"sample.guide, {'set sample.keep_control=false, ' if keeps else ''}or set sample.guidance=1"
-            )
-        if sample.guided_channels and sample.guided_channels > self.channels:
-            raise ValueError(
-                f"sample.guided_channels={sample.guided_channels} is above the {self.channels} channels of x0: set it to "
-                f"{self.channels} or less, or to null"
-            )
-        if sample.clip and self.latent.vae:
-            raise ValueError(
-                "sample.clip=true clips to the range of pixels, which latents do not have: set sample.clip=false"
-            )
-        if sample.variance != "small" and self.process.name != "vp":
-            raise ValueError(
-                f"sample.variance={sample.variance} is that of DDPM's steps, which process.name={self.process.name} does not "
-                "have: set sample.variance=small"
-            )
-        if sample.variance == "learned" and not getattr(self.net, "learned_variance", False):
-            raise ValueError(
-                "sample.variance=learned needs a network that estimates it: import one with net.learned_variance=true (dit, mdt, "
-                "pixart), or set sample.variance=small"
+                f"sample.guided_channels={sample.guided_channels} is above the {self.x0_channels} channels of x0: "
+                f"set it to {self.x0_channels} or less, or to null"
             )
         controls = self.control.variables and self.learned_without(control=True)
         if sample.control_guidance != 1 and not controls:
             raise ValueError(
-                f"sample.control_guidance={sample.control_guidance} needs a network that learned with and without control "
-                "variables: set control.variables and dropout.control in training, or sample.control_guidance=1"
+                f"sample.control_guidance={sample.control_guidance} needs a network that learned with and without "
+                "control variables: set control.variables and dropout.control in training, or sample.control_guidance=1"
+            )
+
+    def _check_sampler(self) -> None:
+        sample = self.sample
+        if sample.clip and self.latent.vae:
+            raise ValueError("sample.clip=true clips to the range of pixels, not of latents: set sample.clip=false")
+        if sample.variance != "small" and self.process.name != "vp":
+            raise ValueError(
+                f"sample.variance={sample.variance} is for process.name=vp, not {self.process.name}: "
+                "set sample.variance=small"
+            )
+        if sample.variance == "learned" and not getattr(self.net, "learned_variance", False):
+            raise ValueError(
+                "sample.variance=learned needs imported weights with net.learned_variance=true (dit, mdt, pixart): "
+                "set sample.variance=small"
             )
 
     def learned_without(self, *, semantic: bool = False, control: bool = False) -> bool:
-        """Return whether training withholds these conditions, and shows the other where the run has it, in some samples."""
+        """Return True if some training samples drop the given conditions and keep the other one if the run has it."""
         has_semantic = self.semantic.kind == "text" or (self.semantic.kind == "label" and self.data.num_classes != 0)
-        has_control, d = bool(self.control.variables), self.dropout
+        has_control, dropout = bool(self.control.variables), self.dropout
         semantic, control = semantic and has_semantic, control and has_control
         if semantic and control:
-            return d.both > 0
+            return dropout.both > 0
         if semantic:
-            return d.semantic > 0 or (d.both > 0 and not has_control)
-        return not control or d.control > 0 or (d.both > 0 and not has_semantic)
+            return dropout.semantic > 0 or (dropout.both > 0 and not has_control)
+        return not control or dropout.control > 0 or (dropout.both > 0 and not has_semantic)
 
     @property
-    def channels(self) -> int:
-        """C of x0."""
+    def x0_channels(self) -> int:
+        """Channels C of x0."""
         return self.latent.channels if self.latent.vae else self.data.channels
 
     @property
     def elements(self) -> int:
-        """C*H*W of x0 at data.resolution, square: how many times a sum over elements is their mean."""
-        return self.channels * (self.data.resolution // self.factor) ** 2
+        """Number of elements C*H*W of a square x0 at data.resolution: the ratio of loss.reduction=sum to mean."""
+        return self.x0_channels * (self.data.resolution // self.downsample_factor) ** 2
 
     @property
-    def factor(self) -> int:
-        """Pixels per position of x0, along either edge."""
-        return self.latent.factor if self.latent.vae else 1
+    def downsample_factor(self) -> int:
+        """Pixels per position of x0 along each edge."""
+        return self.latent.downsample_factor if self.latent.vae else 1
 
     @property
-    def positions_at(self) -> int | None:
-        """net.positions_at; None where that is data.resolution, or where the network has no such setting."""
-        return self.net.positions_at if isinstance(self.net, Transformer) else None
+    def pos_embed_base(self) -> int | None:
+        """net.pos_embed_base in pixels; None if it is data.resolution or the network has no such setting."""
+        return self.net.pos_embed_base if isinstance(self.net, TransformerConfig) else None
 
     @property
-    def canvas(self) -> tuple[int, int]:
+    def sample_size(self) -> tuple[int, int]:
         """Height and width to sample at, in pixels."""
-        cfg, wide = self.sample, self.sample.ratio
-        side = cfg.resolution or self.data.resolution
-        if cfg.aspect is None:
+        sample, aspect = self.sample, self.sample.aspect_value
+        side = sample.resolution or self.data.resolution
+        if sample.aspect is None:
             return side, side
-        if self.data.buckets and cfg.resolution is None:
-            return min(self.data.buckets, key=lambda size: abs(math.log(size[1] / size[0] / wide)))
-        unit = self.net.multiple * self.factor
-        height, width = (max(1, round(side * k / unit)) * unit for k in (wide**-0.5, wide**0.5))
+        if self.data.buckets and sample.resolution is None:
+            return min(self.data.buckets, key=lambda size: abs(math.log(size[1] / size[0] / aspect)))
+        unit = self.net.size_multiple * self.downsample_factor
+        height, width = (max(1, round(side * factor / unit)) * unit for factor in (aspect**-0.5, aspect**0.5))
         return height, width
 
     @property
-    def inputs(self) -> Inputs:
-        """What the network is built for. Needs what opening the data and the text encoder fills in.
+    def input_spec(self) -> InputSpec:
+        """Input shapes of the network. Complete only after the data and the text encoder have been opened.
 
-        `control.edge` is still a sigma; `diffusion.denoiser.build` makes it a progress, which needs the process.
+        `control.step_threshold` is still a sigma; `diffusion.denoiser` converts it to progress of the process.
         """
-        c, semantic, span = self.control, self.semantic, getattr(self.net, "positions_span", None)
-        text = semantic.kind == "text"
-        pooled = "pooled" in self.net.accepts and self.net.pooled_mlp != "none"
-        control = Control(len(c.columns("high")), len(c.columns("low")), c.mlp, c.schedule, c.alpha, c.edge)
-        return Inputs(
-            channels=self.channels,
-            resolution=self.data.resolution // self.factor,
+        control, semantic, factor = self.control, self.semantic, self.downsample_factor
+        text, span = semantic.kind == "text", getattr(self.net, "positions_span", None)
+        pooled = text and isinstance(self.net, MMDiTConfig | UNetConfig) and self.net.pooled_mlp != "none"
+        return InputSpec(
+            channels=self.x0_channels,
+            resolution=self.data.resolution // factor,
             num_classes=(self.data.num_classes or 0) if semantic.kind == "label" else 0,
-            text_width=(semantic.width or 0) if text else 0,
-            pooled_width=(semantic.pooled_width or 0) if text and pooled else 0,
-            control=control,
-            positions_at=self.positions_at // self.factor if self.positions_at else None,
-            positions_span=span // self.factor if span else None,
+            text_dim=(semantic.embed_dim or 0) if text else 0,
+            pooled_dim=(semantic.pooled_dim or 0) if pooled else 0,
+            control=ControlSpec(
+                num_high=len(control.column_names("high")),
+                num_low=len(control.column_names("low")),
+                mlp=control.mlp,
+                schedule=control.schedule,
+                alpha=control.alpha,
+                step_threshold=control.step_sigma,
+            ),
+            pos_embed_base=self.pos_embed_base // factor if self.pos_embed_base else None,
+            positions_span=span // factor if span else None,
         )

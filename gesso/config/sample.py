@@ -1,136 +1,150 @@
-"""How images are drawn."""
+"""Settings of sampling."""
 
 import re
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from gesso.config.base import Positive, Probability, Settings, SigmaRel
+from gesso.config.base import PositiveCount, Probability, Settings, SigmaRel
 
 
-class Sample(Settings):
-    """How images are drawn."""
+class SampleConfig(Settings):
+    """Settings of sampling and guidance."""
 
     sampler: Literal["euler", "heun", "dpm++2m"] = "heun"
-    """euler is DDIM under VP; heun is EDM's Algorithm 1, with churn its Algorithm 2; dpm++2m is DPM-Solver++(2M)"""
-    steps: Positive = 32
-    """noise levels above 0; heun evaluates 2*steps-1 times, the others `steps` times"""
-    grid: Literal["karras", "linspace", "respaced", "ddim", "trailing", "leading", "linear", "sd3"] | None = None
-    """which levels: EDM has karras; VP linspace, respaced (ADM, DiT, MDT), ddim (the same projects' DDIM), trailing, leading,
-    karras; RF linear, sd3, karras; the first is what null means"""
+    """euler (DDIM with process.name=vp), heun (EDM Algorithm 1; Algorithm 2 with sample.S_churn) or dpm++2m
+    (DPM-Solver++(2M))"""
+    steps: PositiveCount = 32
+    """number of nonzero noise levels; heun evaluates the network 2*steps-1 times, the other samplers `steps` times"""
+    schedule: Literal["karras", "linspace", "respaced", "ddim", "trailing", "leading", "linear", "sd3"] | None = None
+    """noise levels. EDM: karras. VP: linspace, respaced (ADM, DiT, MDT), ddim (DDIM in the same projects), trailing,
+    leading, karras. RF: linear, sd3, karras. null: the first of the process"""
     shift: PositiveFloat = 1.0
-    """factor on sigma = s/alpha of every level; SD3's shift in RF"""
+    """factor on sigma = s/alpha of every level (SD3's shift with process.name=rf)"""
     to_uint8: Literal["round", "truncate"] = "round"
-    """how samples of a network in pixels become 8-bit; ADM's scripts truncate. Latents: as their convention says"""
-    last: Literal["zero", "first"] = "zero"
-    """where the last step goes; first is VP's lowest level (diffusers' set_alpha_to_one=False)"""
+    """conversion of pixel-space samples to 8 bits (ADM's scripts truncate); latents follow latent.convention"""
+    final_level: Literal["zero", "first"] = "zero"
+    """noise level after the last step: zero, or the lowest level of VP (diffusers' set_alpha_to_one=False)"""
     eta: Probability = 0.0
-    """euler: share of DDPM's noise in every step"""
+    """euler: fraction of DDPM's noise that is added in every step"""
     variance: Literal["small", "large", "learned"] = "small"
-    """euler with eta=1 under VP: variance of that noise; small is the posterior's, large the step's beta, learned what a
-    network with net.learned_variance puts between them (ADM, DiT, MDT)"""
+    """variance of that noise for sample.sampler=euler, sample.eta=1, process.name=vp: small is the posterior's, large
+    is beta of the step, learned is predicted by a network with net.learned_variance=true (ADM, DiT, MDT)"""
     multistep: Literal["log_snr", "log_s"] = "log_snr"
-    """dpm++2m: what the lengths of its steps are measured in; log_snr is ln(alpha/s) (Lu et al.), log_s is -ln s (k-diffusion,
-    SD3.5's code). They differ in RF and in VP with v-prediction"""
+    """dpm++2m: measure of the step size: log_snr is ln(alpha/s) (Lu et al.), log_s is -ln s (k-diffusion, SD3.5's
+    code). They differ for RF and for VP with v-prediction"""
     clip: bool = False
-    """clip every guided estimate of x0 to the range of pixels (DDPM's and ADM's clip_denoised); not for latents"""
+    """clip every guided estimate of x0 to the range of pixels (clip_denoised of DDPM and ADM); not for latents"""
     S_churn: NonNegativeFloat = 0.0
-    """heun: noise added before each step whose sigma lies in S_min to S_max, times S_noise (EDM Algorithm 2)"""
+    """heun: amount of noise added before each step whose sigma is between S_min and S_max (EDM Algorithm 2)"""
     S_min: NonNegativeFloat = 0.0
+    """lowest sigma with churn"""
     S_max: PositiveFloat | None = None
-    """null is no bound: the first step is churned too, above the highest sigma of the grid, as in EDM's and EDM2's code"""
+    """highest sigma with churn; null: no bound, so that the first step goes above the highest level, as in the code of
+    EDM and EDM2"""
     S_cap: PositiveFloat | None = None
-    """sigma that churn does not go above; null: none in EDM; VP and RF have no level above their first and stay below it"""
+    """sigma that churn does not exceed; null: no bound for EDM; VP and RF never exceed their first level"""
     S_noise: PositiveFloat = 1.0
+    """factor on the noise that churn adds"""
     state_dtype: Literal["float32", "float64"] = "float32"
-    """of the image between steps; the network computes in its own"""
+    """dtype of the image between steps; independent of the network's dtype"""
     precision: Literal["full", "tf32", "bfloat16", "float16"] = "full"
-    """that the networks compute products in: full is the dtype of the weights; tf32 rounds the factors of float32 products to
-    10 bits on GPUs; bfloat16 and float16 by autocast, embeddings excepted. EDM2's samples are of float16 (Table 6). The VAE
-    computes in latent.dtype"""
+    """precision of matrix products in the networks: full is the dtype of the weights; tf32 rounds the factors of
+    float32 products to 10 bits on GPUs; bfloat16 and float16 use autocast, except in embeddings. EDM2 samples with
+    float16 (Table 6). The VAE uses latent.dtype"""
     guidance: float = 1.0
-    """lambda: weight of the conditional denoiser, 1-lambda of the guiding one; 1 is none (Berrada et al. Eq. 2)"""
+    """guidance scale lambda: weight of the conditional denoiser; the guiding one has 1-lambda; 1 is no guidance
+    (Berrada et al. Eq. 2)"""
     control_guidance: float = 1.0
-    """beta: share of the denoiser that sees the control variables, 1-beta of that without (Eq. 2; best published 1.375)"""
+    """control guidance scale beta: weight of the denoiser with control variables; the one without has 1-beta (Berrada
+    et al. Eq. 2; the best published value is 1.375)"""
     keep_control: bool = False
-    """the guiding denoiser keeps the control variables, as SDXL does; otherwise it sees nothing (Eq. 2)"""
-    interval: tuple[NonNegativeFloat, PositiveFloat] | None = None
-    """sigma = s/alpha between which steps that start there have lambda; outside it is 1. null: everywhere"""
+    """the guiding denoiser keeps the control variables (SDXL); false: it has no conditions (Berrada et al. Eq. 2)"""
+    guidance_interval: tuple[NonNegativeFloat, PositiveFloat] | None = None
+    """range of sigma = s/alpha in which guidance is applied; steps that start outside use scale 1. null: all steps"""
     guidance_schedule: Literal["constant", "power_cosine"] = "constant"
-    """lambda over time; power_cosine: 1 + (lambda - 1) (1 - cos(pi (1 - t)^guidance_power)) / 2, t = progress (MDT)"""
+    """guidance scale at progress t: constant, or power_cosine 1 + (lambda - 1) (1 - cos(pi (1 - t)^guidance_power)) / 2
+    (MDT)"""
     guidance_power: PositiveFloat = 4.0
-    """power_cosine: the power; small values guide from the start (MDT's evaluation has 4, its single pictures .01)"""
-    guided_channels: Positive | None = None
-    """channels of x0 that lambda applies to, the first so many; in the others it is 1 (DiT and MDT: 3 of 4). null: all"""
-    tuned_at: Positive | None = None
-    """resolution that guidance was tuned at: at k times it, lambda is 1 + k (lambda - 1) (Prop. 2). null: no such law"""
-    resolution: Positive | None = None
-    """height and width to sample at; null: those of training"""
+    """exponent of power_cosine; small values guide from the first steps (MDT: 4 in its evaluation, 0.01 for single
+    images)"""
+    guided_channels: PositiveCount | None = None
+    """number of first channels of x0 that are guided; the others use scale 1 (DiT and MDT: 3 of 4). null: all"""
+    guidance_base_resolution: PositiveCount | None = None
+    """resolution in pixels that the guidance scale was tuned for: at k times it the scale is 1 + k (lambda - 1)
+    (Berrada et al. Prop. 2). null: the scale does not depend on the resolution"""
+    resolution: PositiveCount | None = None
+    """height and width of the samples in pixels; null: data.resolution"""
     aspect: str | None = None
-    """width:height to sample at, such as 3:2, with about as many pixels as the square; of a run trained on buckets the
-    nearest one. null: square"""
-    guide: str | None = None
-    """the guiding network: a run folder, or self (another length or time of this run). null: this network, withheld"""
-    guide_sees: Literal["nothing", "all"] = "nothing"
-    """of the conditions: nothing, a small unconditional network (EDM2 Eq. 152); all, a weaker one (autoguidance)"""
+    """aspect ratio width:height of the samples, such as 3:2, at nearly the same number of pixels; a run trained with
+    aspect-ratio buckets uses the closest one. null: square"""
+    guide_run: str | None = None
+    """run folder of the guiding network; self: this run with another EMA length or number of images. null: the same
+    weights without conditions (classifier-free guidance)"""
+    guide_conditioning: Literal["nothing", "all"] = "nothing"
+    """conditions of the guiding network: nothing (a small unconditional network, EDM2 Eq. 152) or all (autoguidance)"""
     guide_sigma_rel: SigmaRel | None = None
-    """EMA length of the guiding network; null: its own run's"""
-    guide_nimg: Positive | None = None
-    """images that the guiding network had seen; null: the last snapshot"""
-    size: Literal["train", "fixed", "square", "free"] = "train"
-    """original sizes that samples are told (Table 2b): drawn from training rows; the low end of size_range; height =
-    width in size_range; both in size_range, independent"""
-    size_range: tuple[Positive, Positive] = (512, 1024)
+    """relative EMA length of the guiding network; null: sample.sigma_rel of its run"""
+    guide_nimg: PositiveCount | None = None
+    """number of images that the guiding network was trained on; null: its last snapshot"""
+    size_conditioning: Literal["train", "fixed", "square", "free"] = "train"
+    """original sizes that samples are conditioned on (Berrada et al. Table 2b): train draws them from training images;
+    fixed is the low end of sample.size_range; square draws height = width from it; free draws both independently"""
+    size_range: tuple[PositiveCount, PositiveCount] = (512, 1024)
+    """range of original sizes in pixels for sample.size_conditioning"""
     sigma_rel: SigmaRel = 0.10
-    """EMA length of the weights"""
-    halflife: Positive | None = None
-    """images; the traditional average of this half-life instead of sigma_rel"""
+    """relative EMA length of the weights"""
+    halflife: PositiveCount | None = None
+    """half-life in images of a traditional EMA, used in place of sample.sigma_rel; null: the power profile"""
     rampup: Annotated[float, Field(gt=0, lt=0.69)] | None = None
-    """that of the traditional average, as ema.rampup"""
-    batch_size: Positive = 256
+    """ramp-up ratio of that EMA, as ema.rampup"""
+    batch_size: PositiveCount = 256
+    """number of images that are sampled at once"""
 
     @property
-    def ratio(self) -> float:
-        """Width over height."""
+    def aspect_value(self) -> float:
+        """Width of the samples divided by their height."""
         width, height = (int(part) for part in (self.aspect or "1:1").split(":"))
         return width / height
 
     @model_validator(mode="after")
-    def _noise(self) -> "Sample":
+    def _check_noise(self) -> "SampleConfig":
         if self.aspect is not None and not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.aspect):
             raise ValueError(f"sample.aspect={self.aspect}: write width:height such as 3:2")
         if self.eta > 0 and self.sampler != "euler":
             raise ValueError(
-                f"sample.eta={self.eta:g} is euler's noise, not that of sample.sampler={self.sampler}: "
+                f"sample.eta={self.eta:g} is euler's noise, which sample.sampler={self.sampler} does not use: "
                 "set sample.sampler=euler or sample.eta=0"
             )
         if self.variance != "small" and (self.sampler, self.eta) != ("euler", 1):
             raise ValueError(
-                f"sample.variance={self.variance} is that of ancestral steps: set sample.sampler=euler sample.eta=1, or "
+                f"sample.variance={self.variance} is for ancestral steps: set sample.sampler=euler sample.eta=1, or "
                 "sample.variance=small"
             )
         if self.multistep != "log_snr" and self.sampler != "dpm++2m":
             raise ValueError(
-                f"sample.multistep={self.multistep} is dpm++2m's, not that of sample.sampler={self.sampler}: set "
+                f"sample.multistep={self.multistep} is for dpm++2m, not for sample.sampler={self.sampler}: set "
                 "sample.sampler=dpm++2m or sample.multistep=log_snr"
             )
         if self.S_churn > 0 and self.sampler != "heun":
             raise ValueError(
-                f"sample.S_churn={self.S_churn:g} is heun's noise, not that of sample.sampler={self.sampler}: "
+                f"sample.S_churn={self.S_churn:g} is heun's noise, which sample.sampler={self.sampler} does not use: "
                 "set sample.sampler=heun or sample.S_churn=0"
             )
         if self.S_max is not None and self.S_min > self.S_max:
-            raise ValueError(f"sample.S_min={self.S_min:g} is above sample.S_max={self.S_max:g}")
+            raise ValueError(f"sample.S_min={self.S_min:g} is above sample.S_max={self.S_max:g}: set it lower")
         return self
 
     @model_validator(mode="after")
-    def _guide(self) -> "Sample":
-        if self.interval and self.interval[0] >= self.interval[1]:
-            raise ValueError(f"sample.interval={self.interval} does not rise")
-        if self.size_range[0] > self.size_range[1]:
-            raise ValueError(f"sample.size_range={self.size_range} falls")
-        if self.guide is None and (self.guide_sigma_rel or self.guide_nimg or self.guide_sees == "all"):
+    def _check_guide(self) -> "SampleConfig":
+        if self.guidance_interval and self.guidance_interval[0] >= self.guidance_interval[1]:
             raise ValueError(
-                "sample.guide_* describe another network: name it by sample.guide=RUN, or sample.guide=self"
+                f"sample.guidance_interval={self.guidance_interval} does not rise: give the lower sigma first"
+            )
+        if self.size_range[0] > self.size_range[1]:
+            raise ValueError(f"sample.size_range={self.size_range} falls: give the smaller size first")
+        if self.guide_run is None and (self.guide_sigma_rel or self.guide_nimg or self.guide_conditioning == "all"):
+            raise ValueError(
+                "sample.guide_* describe another network: select it with sample.guide_run=RUN or sample.guide_run=self"
             )
         return self

@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gesso.config import Data, Resize
+from gesso.config import DataConfig, Resize
 
 BOX = ("crop_top", "crop_left", "crop_bottom", "crop_right")
 """columns of control that state the box"""
-UNIFORMS = 4
+UNIFORMS_PER_VIEW = 4
 """draws of a view: scale, top, left, flip"""
 
 
@@ -36,37 +36,37 @@ class View(NamedTuple):
     flip: bool = False
 
 
-def centred(height: int, width: int, aspect: float = 1.0) -> View:
+def center_view(height: int, width: int, aspect: float = 1.0) -> View:
     """The largest box of aspect width / height in the middle."""
     h, w = min(1.0, width / (height * aspect)), min(1.0, height * aspect / width)
     return View((1 - h) / 2, (1 - w) / 2, (1 + h) / 2, (1 + w) / 2)
 
 
-def largest(data: Data, height: int, width: int, aspect: float = 1.0) -> View:
+def largest(data: DataConfig, height: int, width: int, aspect: float = 1.0) -> View:
     """Return the largest centred box that training shows of a picture: `centred`, but of local crops their largest share.
 
     A network that has only seen crops of .4 to .6 of the area extrapolates to the whole picture: on drawn shapes the
     Frechet distance to whole pictures was 87 with the box (0, 0, 1, 1), 64 with the whole centred box, 54 with this one.
     """
-    view, side = centred(height, width, aspect), math.sqrt(data.crop_scale[1] if data.crop_scale else 1.0)
+    view, side = center_view(height, width, aspect), math.sqrt(data.crop_scale[1] if data.crop_scale else 1.0)
     h, w = side * (view.bottom - view.top), side * (view.right - view.left)
     return View((1 - h) / 2, (1 - w) / 2, (1 + h) / 2, (1 + w) / 2)
 
 
-def drawn(data: Data, height: int, width: int, u: Sequence[float], aspect: float = 1.0) -> View:
+def random_view(data: DataConfig, height: int, width: int, uniforms: Sequence[float], aspect: float = 1.0) -> View:
     """The view that `data` and the UNIFORMS draws u say; width / height of the output is `aspect`."""
-    flip = data.flip and u[3] < 0.5
-    view = centred(height, width, aspect)
+    flip = data.flip and uniforms[3] < 0.5
+    view = center_view(height, width, aspect)
     if data.crop_scale is None:
         return view._replace(flip=flip)
     low, high = data.crop_scale
-    side = math.sqrt(low + (high - low) * u[0])
+    side = math.sqrt(low + (high - low) * uniforms[0])
     h, w = side * (view.bottom - view.top), side * (view.right - view.left)
-    top, left = u[1] * (1 - h), u[2] * (1 - w)
+    top, left = uniforms[1] * (1 - h), uniforms[2] * (1 - w)
     return View(top, left, top + h, left + w, flip)
 
 
-def taken(image: Image.Image, view: View, height: int, width: int, resize: Resize = "lanczos") -> np.ndarray:
+def crop_resize(image: Image.Image, view: View, height: int, width: int, resize: Resize = "lanczos") -> np.ndarray:
     """Return the view of a picture at the size of the output: (C, height, width) uint8.
 
     Every filter looks beyond the box where there is picture, so that the edge of a crop is as sharp as its middle.
@@ -136,22 +136,24 @@ def mirrored(boxes: Tensor) -> Tensor:
     return torch.stack([top, 1 - right, bottom, 1 - left], dim=1)
 
 
-def columns(sizes: Tensor, boxes: Tensor, flips: Tensor, tone: Tensor) -> Mapping[str, Tensor]:
+def control_columns(
+    original_sizes: Tensor, crop_boxes: Tensor, flips: Tensor, pixel_stats: Tensor
+) -> Mapping[str, Tensor]:
     """Return the columns of control by name, (B,) float32 each, in the units of config.CONTROLS.
 
     sizes (B, 2) height and width of the whole picture; boxes (B, 4) in the picture as it is stored; flips (B,) bool;
     tone (B, 2) mean and standard deviation of the pixels of the view. The crop columns state the box in the frame that
     is shown: of a mirrored view in the mirrored picture, left -> 1 - right and right -> 1 - left.
     """
-    height, width = sizes.float().unbind(1)
-    shown = torch.where(flips[:, None], mirrored(boxes), boxes)
+    height, width = original_sizes.float().unbind(1)
+    shown = torch.where(flips[:, None], mirrored(crop_boxes), crop_boxes)
     return dict(zip(BOX, (1000 * shown.float()).unbind(1), strict=True)) | {
         "flip": 1000 * flips.float(), "aspect": 1000 * width / height, "height": height, "width": width,
-        "brightness": tone[:, 0].float(), "contrast": tone[:, 1].float(),
+        "brightness": pixel_stats[:, 0].float(), "contrast": pixel_stats[:, 1].float(),
     }  # fmt: skip
 
 
-def tone(pixels: Tensor) -> Tensor:
+def compute_pixel_stats(pixels: Tensor) -> Tensor:
     """(B, C, H, W) uint8 -> (B, 2) float32, mean and standard deviation of all values of a picture."""
     values = pixels.flatten(1).float()
     return torch.stack([values.mean(1), values.std(1, correction=0)], dim=1)

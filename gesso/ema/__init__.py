@@ -1,28 +1,37 @@
 """Averages of weights: tracked in training, any other rebuilt from them afterwards (EDM2 Section 3, Appendix C)."""
 
-from gesso.ema.combine import Reader, combined
-from gesso.ema.profiles import PerTensor, Power, Profile, Raw, Traditional, chosen, sigma_rel_to_gamma, tracked
-from gesso.ema.solve import Density, Fit, densities, inner_products, kummer, mixture, solve
-from gesso.ema.track import Tracker, whole
+from gesso.ema.combine import TensorReader, linear_combination
+from gesso.ema.profiles import (
+    PerTensorProfile,
+    PowerProfile,
+    Profile,
+    RawProfile,
+    TraditionalProfile,
+    sampling_profile,
+    sigma_rel_to_gamma,
+    tracked_profiles,
+)
+from gesso.ema.solve import Density, Fit, build_mixture, densities, fit_profile, inner_products, kummer
+from gesso.ema.tracker import Tracker, full_tensor
 
 __all__ = [
     "Density",
     "Fit",
-    "PerTensor",
-    "Power",
+    "PerTensorProfile",
+    "PowerProfile",
     "Profile",
-    "Raw",
-    "Reader",
+    "RawProfile",
+    "TensorReader",
     "Tracker",
-    "Traditional",
-    "chosen",
-    "combined",
+    "TraditionalProfile",
+    "build_mixture",
     "densities",
+    "fit_profile",
+    "full_tensor",
     "inner_products",
     "kummer",
-    "mixture",
+    "linear_combination",
+    "sampling_profile",
     "sigma_rel_to_gamma",
-    "solve",
-    "tracked",
-    "whole",
+    "tracked_profiles",
 ]

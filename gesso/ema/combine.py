@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 
-class Reader(Protocol):
+class TensorReader(Protocol):
     """One stored average."""
 
-    def like(self, name: str) -> Tensor:
+    def meta_tensor(self, name: str) -> Tensor:
         """Shape and dtype of a tensor, without its values."""
 
-    def part(self, name: str, start: int, stop: int) -> Tensor:
+    def read_slice(self, name: str, start: int, stop: int) -> Tensor:
         """Some of its values, in order (stop - start,)."""
 
 
-CHUNK, BLOCK = 2**14, 32
+CHUNK_ELEMENTS, FILES_PER_BLOCK = 2**14, 32
 """elements of a tensor, and files, that are summed at once: 2 MB, which a processor's cache holds"""
 
 
-def combined(
-    readers: Sequence[Reader], coefficients: np.ndarray, name: str, device: torch.device | str = "cpu"
+def linear_combination(
+    readers: Sequence[TensorReader], coefficients: np.ndarray, name: str, device: torch.device | str = "cpu"
 ) -> Tensor:
     """sum_i x_i theta_i of one tensor for M targets, (M, *shape) on the CPU; each file is read once.
 
@@ -37,29 +37,29 @@ def combined(
     used = np.flatnonzero(x.any(axis=1))
     readers, x = [readers[i] for i in used], x[used].T
     others, last = readers[:-1], readers[-1]
-    like = last.like(name)
+    like = last.meta_tensor(name)
     n = like.numel()
     if not like.is_floating_point():
-        return last.part(name, 0, n).view(like.shape).expand(len(x), *like.shape).clone()
+        return last.read_slice(name, 0, n).view(like.shape).expand(len(x), *like.shape).clone()
     working, chunk = (
         torch.promote_types(like.dtype, torch.float32),
-        CHUNK if torch.device(device).type == "cpu" else 64 * CHUNK,
+        CHUNK_ELEMENTS if torch.device(device).type == "cpu" else 64 * CHUNK_ELEMENTS,
     )
     products = torch.tensor(x, dtype=working, device=device)
     sums = torch.tensor(x.sum(axis=1, keepdims=True), device=device)
     result = torch.empty(len(x), n, dtype=like.dtype)
-    difference = torch.empty(BLOCK, min(n, chunk), dtype=working, device=device)
+    difference = torch.empty(FILES_PER_BLOCK, min(n, chunk), dtype=working, device=device)
     for start in range(0, n, chunk):
         stop = min(start + chunk, n)
-        anchor = last.part(name, start, stop).to(device, working)
+        anchor = last.read_slice(name, start, stop).to(device, working)
         total = sums * anchor.double()
-        for first in range(0, len(others), BLOCK):
-            block = others[first : first + BLOCK]
+        for first in range(0, len(others), FILES_PER_BLOCK):
+            block = others[first : first + FILES_PER_BLOCK]
             for row, reader in zip(difference, block, strict=False):
-                torch.sub(reader.part(name, start, stop).to(device), anchor, out=row[: stop - start])
+                torch.sub(reader.read_slice(name, start, stop).to(device), anchor, out=row[: stop - start])
             total += products[:, first : first + len(block)] @ difference[: len(block), : stop - start]
         result[:, start:stop] = total
     for target, row in zip(result, x, strict=True):
         if np.count_nonzero(row) == 1 and row.sum() == 1:
-            target.copy_(readers[int(row.argmax())].part(name, 0, n))
+            target.copy_(readers[int(row.argmax())].read_slice(name, 0, n))
     return result.view(len(x), *like.shape)

@@ -29,14 +29,14 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
 
 
 @dataclass(frozen=True)
-class Power:
+class PowerProfile:
     """Profile of a relative length, which stretches with training (Eq. 121). theta(0) has no part in it.
 
     Raises ValueError for a sigma_rel outside (0, 12^-1/2).
     """
 
     sigma_rel: float
-    k = 0.0
+    decay_rate = 0.0
 
     def __post_init__(self):
         sigma_rel_to_gamma(self.sigma_rel)
@@ -59,7 +59,7 @@ class Power:
 
 
 @dataclass(frozen=True)
-class Traditional:
+class TraditionalProfile:
     """Profile of a fixed half-life in images (Eq. 110): CONFIG A of EDM2 has 50M (B.1), about sigma_rel .034 at its end.
 
     The mass of times before 0 is deposited at 0 (C.2), as an average that starts at theta(0) does: theta(0) has weight
@@ -83,7 +83,7 @@ class Traditional:
             raise ValueError(f"a ramp-up lies between 0 and ln 2 = .693, not {self.rampup}")
 
     @property
-    def k(self) -> float:
+    def decay_rate(self) -> float:
         return math.log(2) / self.halflife
 
     @property
@@ -101,11 +101,11 @@ class Traditional:
 
 
 @dataclass(frozen=True)
-class Raw:
+class RawProfile:
     """No average: the weights themselves. Stands for all times that are nearer to it than to another such."""
 
     key = "raw"
-    gamma = k = 0.0
+    gamma = decay_rate = 0.0
 
     def __str__(self) -> str:
         return "raw weights"
@@ -115,33 +115,36 @@ class Raw:
         return 0.0
 
 
-Profile = Power | Traditional | Raw
+Profile = PowerProfile | TraditionalProfile | RawProfile
 
 
 @dataclass(frozen=True)
-class PerTensor:
+class PerTensorProfile:
     """One profile for all tensors but those that a glob names; the first glob that fits decides (EDM2 Figure 5b)."""
 
-    rest: Profile
-    groups: tuple[tuple[str, Profile], ...]
+    default: Profile
+    overrides: tuple[tuple[str, Profile], ...]
 
     def __str__(self) -> str:
-        return ", ".join([str(self.rest), *(f"{glob} {profile}" for glob, profile in self.groups)])
+        return ", ".join([str(self.default), *(f"{glob} {profile}" for glob, profile in self.overrides)])
 
     @property
     def profiles(self) -> list[Profile]:
-        return list(dict.fromkeys([self.rest, *(profile for _, profile in self.groups)]))
+        return list(dict.fromkeys([self.default, *(profile for _, profile in self.overrides)]))
 
-    def of(self, name: str) -> Profile:
+    def profile_for(self, name: str) -> Profile:
         """That of a tensor."""
-        return next((profile for glob, profile in self.groups if fnmatchcase(name, glob)), self.rest)
+        return next((profile for glob, profile in self.overrides if fnmatchcase(name, glob)), self.default)
 
 
-def tracked(cfg: config.Ema) -> list[Profile]:
+def tracked_profiles(cfg: config.EmaConfig) -> list[Profile]:
     """The averages that a run tracks."""
-    return [*map(Power, cfg.sigma_rels), *(Traditional(halflife, cfg.rampup) for halflife in cfg.halflives)]
+    return [
+        *map(PowerProfile, cfg.sigma_rels),
+        *(TraditionalProfile(halflife, cfg.rampup) for halflife in cfg.halflives),
+    ]
 
 
-def chosen(cfg: config.Sample) -> Profile:
+def sampling_profile(cfg: config.SampleConfig) -> Profile:
     """The average that a run samples with."""
-    return Traditional(cfg.halflife, cfg.rampup) if cfg.halflife else Power(cfg.sigma_rel)
+    return TraditionalProfile(cfg.halflife, cfg.rampup) if cfg.halflife else PowerProfile(cfg.sigma_rel)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gesso.ema.profiles import Profile, Raw, Traditional
+from gesso.ema.profiles import Profile, RawProfile, TraditionalProfile
 
 
 class Density(NamedTuple):
@@ -17,25 +17,28 @@ class Density(NamedTuple):
 
     t: np.ndarray
     gamma: np.ndarray
-    k: np.ndarray
+    decay_rate: np.ndarray
 
-    def at(self, tau: np.ndarray) -> np.ndarray:
+    def pdf(self, tau: np.ndarray) -> np.ndarray:
         """p(tau) for tau up to t: p(t), at most which it is, times ratios that cannot overflow."""
-        end = np.where(self.k > 0, self.k, (self.gamma + 1) / self.t)
-        return end * (tau / self.t) ** self.gamma * np.exp(-self.k * (self.t - tau))
+        end = np.where(self.decay_rate > 0, self.decay_rate, (self.gamma + 1) / self.t)
+        return end * (tau / self.t) ** self.gamma * np.exp(-self.decay_rate * (self.t - tau))
 
-    def initial(self) -> np.ndarray:
+    def initial_weight(self) -> np.ndarray:
         """m, the weight of theta(0)."""
-        return np.where(self.k > 0, np.exp(-self.k * self.t), 0.0)
+        return np.where(self.decay_rate > 0, np.exp(-self.decay_rate * self.t), 0.0)
 
-    def until(self, tau: np.ndarray) -> np.ndarray:
+    def cdf(self, tau: np.ndarray) -> np.ndarray:
         """Weight of theta(0) and of all theta up to tau; 0 for tau < 0."""
         near = np.minimum(tau, self.t)
-        power, exponential = np.maximum(near / self.t, 0) ** (self.gamma + 1), np.exp(-self.k * (self.t - near))
-        return np.where(near < 0, 0.0, np.where(self.k > 0, exponential, power))
+        power, exponential = (
+            np.maximum(near / self.t, 0) ** (self.gamma + 1),
+            np.exp(-self.decay_rate * (self.t - near)),
+        )
+        return np.where(near < 0, 0.0, np.where(self.decay_rate > 0, exponential, power))
 
 
-def components(t: float, profile: Profile) -> list[tuple[float, float, Profile]]:
+def density_components(t: float, profile: Profile) -> list[tuple[float, float, Profile]]:
     """A profile at time t as a sum of densities of two parameters: (factor, time, profile) of each.
 
     With a ramp-up the half-life h is reached at s = h/rampup. Until then the profile is Power's with exponent
@@ -45,18 +48,18 @@ def components(t: float, profile: Profile) -> list[tuple[float, float, Profile]]
     rampup = getattr(profile, "rampup", None)
     if rampup is None:
         return [(1.0, t, profile)]
-    end, power = profile.halflife / rampup, _Exponent(math.log(2) / rampup - 1)
+    end, power = profile.halflife / rampup, _PowerDensity(math.log(2) / rampup - 1)
     if t <= end:
         return [(1.0, t, power)]
-    decay, plain = math.exp(-profile.k * (t - end)), Traditional(profile.halflife)
+    decay, plain = math.exp(-profile.decay_rate * (t - end)), TraditionalProfile(profile.halflife)
     return [(1.0, t, plain), (-decay, end, plain), (decay, end, power)]
 
 
-class _Exponent(NamedTuple):
+class _PowerDensity(NamedTuple):
     """A density ~ tau^gamma, of any exponent above -1."""
 
     gamma: float
-    k: float = 0.0
+    decay_rate: float = 0.0
 
 
 class Mixture(NamedTuple):
@@ -65,24 +68,24 @@ class Mixture(NamedTuple):
     density: Density
     factors: np.ndarray
 
-    def products(self, other: "Mixture") -> np.ndarray:
+    def inner_products(self, other: "Mixture") -> np.ndarray:
         """<p_a, p_b>, (N, N') of the two."""
         column = Density(*(values[:, None] for values in self.density))
         return self.factors @ inner_products(column, other.density) @ other.factors.T
 
-    def initial(self) -> np.ndarray:
+    def initial_weight(self) -> np.ndarray:
         """m, the weight of theta(0), (N,)."""
-        return self.factors @ self.density.initial()
+        return self.factors @ self.density.initial_weight()
 
-    def until(self, tau: np.ndarray) -> np.ndarray:
+    def cdf(self, tau: np.ndarray) -> np.ndarray:
         """Weight of theta(0) and of all theta up to tau (K,), (N, K)."""
         column = Density(*(values[:, None] for values in self.density))
-        return self.factors @ column.until(tau)
+        return self.factors @ column.cdf(tau)
 
 
-def mixture(t: Sequence[float], profiles: Sequence[Profile], unit: float) -> Mixture:
+def build_mixture(t: Sequence[float], profiles: Sequence[Profile], unit: float) -> Mixture:
     """Profiles at times t, in units of `unit` images."""
-    parts = [components(time, profile) for time, profile in zip(t, profiles, strict=True)]
+    parts = [density_components(time, profile) for time, profile in zip(t, profiles, strict=True)]
     flat = [part for some in parts for part in some]
     factors = np.zeros((len(parts), len(flat)))
     at = 0
@@ -94,7 +97,7 @@ def mixture(t: Sequence[float], profiles: Sequence[Profile], unit: float) -> Mix
 
 def densities(t: Sequence[float], profiles: Sequence[Profile], unit: float = 1.0) -> Density:
     """Of N profiles at times t, in units of `unit` images; arrays (N,)."""
-    rows = [(time / unit, profile.gamma, profile.k * unit) for time, profile in zip(t, profiles, strict=True)]
+    rows = [(time / unit, profile.gamma, profile.decay_rate * unit) for time, profile in zip(t, profiles, strict=True)]
     return Density(*np.array(rows, np.float64).T)
 
 
@@ -104,16 +107,16 @@ def inner_products(a: Density, b: Density) -> np.ndarray:
     p_a p_b is again of the form tau^gamma e^(k tau), so that the integral is its value at T times the integral
     of u^gamma e^(-k T (1-u)) over u = tau/T from 0 to 1. For two power profiles this is Eq. 151.
     """
-    T, gamma, k = np.minimum(a.t, b.t), a.gamma + b.gamma, a.k + b.k
-    return a.at(T) * b.at(T) * T / (gamma + 1) * kummer(gamma, k * T)
+    T, gamma, k = np.minimum(a.t, b.t), a.gamma + b.gamma, a.decay_rate + b.decay_rate
+    return a.pdf(T) * b.pdf(T) * T / (gamma + 1) * kummer(gamma, k * T)
 
 
 # Nodes and weights of the trapezoidal rule for int_0^inf f(y) dy under y = exp(x - e^-x), the double exponential rule
 # of Takahasi and Mori for an f that falls like e^-y. 61 nodes give `kummer` to 1e-14 for gamma .01 to 1000, z 0 to 1e5.
 _STEP = 0.2
 _X = _STEP * np.arange(-20, 41)
-NODES = np.exp(_X - np.exp(-_X))
-WEIGHTS = _STEP * NODES * (1 + np.exp(-_X))
+QUADRATURE_NODES = np.exp(_X - np.exp(-_X))
+QUADRATURE_WEIGHTS = _STEP * QUADRATURE_NODES * (1 + np.exp(-_X))
 
 
 def kummer(gamma: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -129,7 +132,7 @@ def kummer(gamma: np.ndarray, z: np.ndarray) -> np.ndarray:
     mixed = (gamma != 0) & (z > 0)
     g, z = gamma[mixed] + 1, z[mixed]
     result[mixed] = 0
-    for y, weight in zip(NODES, WEIGHTS, strict=True):
+    for y, weight in zip(QUADRATURE_NODES, QUADRATURE_WEIGHTS, strict=True):
         v = y / (g + z)
         result[mixed] += weight * g / (g + z) * np.exp(-g * v + z * np.expm1(-v))
     return result
@@ -146,16 +149,16 @@ class Fit(NamedTuple):
     x: (N,) its coefficients, of sum 1; error: squared relative error of its profile; initial: weight of theta(0) in it.
     """
 
-    x: np.ndarray
-    error: float
-    initial: float
+    coefficients: np.ndarray
+    squared_error: float
+    initial_weight: float
 
     def __str__(self) -> str:
-        share = f", weight of the initial weights {self.initial:.2g}" if abs(self.initial) > 1e-6 else ""
-        return f"relative error of the profile {self.error**0.5:.1e}{share}"
+        share = f", weight of the initial weights {self.initial_weight:.2g}" if abs(self.initial_weight) > 1e-6 else ""
+        return f"relative error of the profile {self.squared_error**0.5:.1e}{share}"
 
 
-def intervals(t: np.ndarray, end: float, before: float) -> tuple[np.ndarray, np.ndarray]:
+def raw_intervals(t: np.ndarray, end: float, before: float) -> tuple[np.ndarray, np.ndarray]:
     """Times (N,), rising, for which raw weights stand: from midpoint to midpoint, the first from 0, the last to `end`.
 
     Weights of time 0 stand for those before it too, from -before on.
@@ -164,7 +167,7 @@ def intervals(t: np.ndarray, end: float, before: float) -> tuple[np.ndarray, np.
     return np.r_[-before if t[0] == 0 else 0.0, middle], np.r_[middle, max(end, t[-1])]
 
 
-def solve(t: Sequence[float], profiles: Sequence[Profile], t_target: float, target: Profile) -> Fit:
+def fit_profile(t: Sequence[float], profiles: Sequence[Profile], t_target: float, target: Profile) -> Fit:
     """The combination of what is stored, of `profiles` at times t, that comes nearest to the target at t_target.
 
     Least squares between profiles (Eq. 141), then rescaled to sum to 1, as the published code does. A target that is
@@ -185,7 +188,7 @@ def solve(t: Sequence[float], profiles: Sequence[Profile], t_target: float, targ
     if not len(t) or min(t) > t_target or t_target <= 0:
         raise ValueError(f"nothing is stored up to image {t_target:,.0f}")
     pairs = list(zip(t, profiles, strict=True))
-    A, b, norm, initial = _products(pairs, t_target, target)
+    A, b, norm, initial = _normal_equations(pairs, t_target, target)
     if (t_target, target) in pairs:
         i = pairs.index((t_target, target))
         return Fit(np.eye(len(pairs))[i], 0.0, float(initial[i]))
@@ -195,29 +198,29 @@ def solve(t: Sequence[float], profiles: Sequence[Profile], t_target: float, targ
     return Fit(x, float(max(x @ A @ x - 2 * x @ b + norm, 0.0) / norm), float(x @ initial))
 
 
-def _products(
+def _normal_equations(
     pairs: Sequence[tuple[float, Profile]], t_target: float, target: Profile
 ) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
     """<p_i, p_j> (N, N), <p_i, p> (N,), <p, p>, and the weight of theta(0) in each (N,)."""
     # Times in units of the target time: the products then lie near 1, whatever the length of training.
     t_1 = min((time for time, _ in pairs if time > 0), default=t_target) / t_target
-    raw = np.array([isinstance(profile, Raw) for _, profile in pairs])
+    raw = np.array([isinstance(profile, RawProfile) for _, profile in pairs])
     some = [pair for pair, is_raw in zip(pairs, raw, strict=True) if not is_raw]
-    stored = mixture(*zip(*some, strict=True), t_target) if some else None
-    wanted = mixture([t_target], [target], t_target)
-    m_wanted, initial = wanted.initial(), np.zeros(len(pairs))
+    stored = build_mixture(*zip(*some, strict=True), t_target) if some else None
+    wanted = build_mixture([t_target], [target], t_target)
+    m_wanted, initial = wanted.initial_weight(), np.zeros(len(pairs))
     A, b = np.zeros((len(pairs), len(pairs))), np.zeros(len(pairs))
     if stored:
-        m = initial[~raw] = stored.initial()
-        A[np.ix_(~raw, ~raw)] = stored.products(stored) + m[:, None] * m / t_1
-        b[~raw] = stored.products(wanted)[:, 0] + m * m_wanted / t_1
+        m = initial[~raw] = stored.initial_weight()
+        A[np.ix_(~raw, ~raw)] = stored.inner_products(stored) + m[:, None] * m / t_1
+        b[~raw] = stored.inner_products(wanted)[:, 0] + m * m_wanted / t_1
     if raw.any():
         times = np.array([time for (time, _), is_raw in zip(pairs, raw, strict=True) if is_raw]) / t_target
-        start, end = intervals(times, 1.0, t_1)
+        start, end = raw_intervals(times, 1.0, t_1)
         A[raw, raw] = 1 / (end - start)
-        b[raw] = (wanted.until(end) - wanted.until(start))[0] / (end - start)
+        b[raw] = (wanted.cdf(end) - wanted.cdf(start))[0] / (end - start)
         initial[raw] = times == 0
         if stored:
-            beside = (stored.until(end) - stored.until(start)) / (end - start)
+            beside = (stored.cdf(end) - stored.cdf(start)) / (end - start)
             A[np.ix_(~raw, raw)], A[np.ix_(raw, ~raw)] = beside, beside.T
-    return A, b, float(wanted.products(wanted)[0, 0] + m_wanted[0] ** 2 / t_1), initial
+    return A, b, float(wanted.inner_products(wanted)[0, 0] + m_wanted[0] ** 2 / t_1), initial

@@ -10,24 +10,31 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from gesso import nets
-from gesso.config import DiT, Inputs, MMDiT, Net, PixArt, UNet
+from gesso import models
+from gesso.config import DiTConfig, InputSpec, MMDiTConfig, NetConfig, PixArtConfig, UNetConfig
 from gesso.diffusion import process as processes
 from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import RunError, UsageError
 from gesso.interop import dit, edm2, mdt, pixart, sd3, unet
-from gesso.interop.found import ASSUMED, NATIVE, PROPORTIONAL, Found
-from gesso.nets import mp
+from gesso.interop.mapping import NOTE_ASSUMED_RESOLUTION, NOTE_PROPORTIONAL, NOTE_UNKNOWN_BASE, ImportedModel
+from gesso.models import mp
 
-READERS = (edm2, dit, mdt, pixart, sd3, unet)
+IMPORTERS = (edm2, dit, mdt, pixart, sd3, unet)
 """Modules with `matches(keys)` and `convert(state, heads) -> Found`, asked in order."""
-WRITERS = {DiT: dit.to_diffusers, PixArt: pixart.to_diffusers, MMDiT: sd3.to_diffusers, UNet: unet.to_diffusers}
+EXPORTERS = {
+    DiTConfig: dit.to_diffusers,
+    PixArtConfig: pixart.to_diffusers,
+    MMDiTConfig: sd3.to_diffusers,
+    UNetConfig: unet.to_diffusers,
+}
 """(weights, cfg, inputs) -> class name, configuration, weights."""
-SINGLE_FILE = "model.diffusion_model."
+SINGLE_FILE_PREFIX = "model.diffusion_model."
 """Where SD1.5, SDXL and SD3 in one file have the network, beside the VAE and text encoders."""
 
 
-def recognise(state: Mapping[str, Tensor], heads: int | None = None, resolution: int | None = None) -> Found:
+def detect_format(
+    state: Mapping[str, Tensor], num_heads: int | None = None, resolution: int | None = None
+) -> ImportedModel:
     """Whose weights these are: settings of our network, its tensors as far as they are there, and notes.
 
     heads: attention heads of a network, which no shape tells without qk-norm; None: those of the published
@@ -35,67 +42,73 @@ def recognise(state: Mapping[str, Tensor], heads: int | None = None, resolution:
     diffusers' DiT it makes positions on other grids theirs. Raises UsageError when the source is unknown, or heads are needed or do not fit; RunError where a tensor
     that tells the settings is missing.
     """
-    inside = {name.removeprefix(SINGLE_FILE): v for name, v in state.items() if name.startswith(SINGLE_FILE)}
+    inside = {
+        name.removeprefix(SINGLE_FILE_PREFIX): v for name, v in state.items() if name.startswith(SINGLE_FILE_PREFIX)
+    }
     network = inside or state
     keys = set(network)
-    for reader in READERS:
+    for reader in IMPORTERS:
         if reader.matches(keys):
-            found = reader.convert(network, heads)
+            found = reader.import_weights(network, num_heads)
             if len(network) < len(state):
-                found.notes["left behind"] = f"{len(state) - len(network)} tensors outside {SINGLE_FILE}*"
-            return _at(found, resolution) if resolution and found.notes.get("resolution") == ASSUMED else found
+                found.notes["left behind"] = f"{len(state) - len(network)} tensors outside {SINGLE_FILE_PREFIX}*"
+            return (
+                _with_resolution(found, resolution)
+                if resolution and found.notes.get("resolution") == NOTE_ASSUMED_RESOLUTION
+                else found
+            )
     shown = ", ".join(sorted(keys)[:3])
     raise UsageError(f"weights of no project that gesso knows (tensors such as {shown})")
 
 
-def _at(found: Found, resolution: int) -> Found:
+def _with_resolution(imported: ImportedModel, resolution: int) -> ImportedModel:
     """Return settings and notes with the resolution of training, which the weights do not tell."""
-    cfg, notes = found.cfg, {name: text for name, text in found.notes.items() if name != "resolution"}
-    if notes.get("positions", "").startswith(NATIVE):
-        cfg, notes["positions"] = cfg.model_copy(update={"positions": "proportional"}), PROPORTIONAL
-    return found._replace(cfg=cfg, inputs=found.inputs._replace(resolution=resolution), notes=notes)
+    cfg, notes = imported.cfg, {name: text for name, text in imported.notes.items() if name != "resolution"}
+    if notes.get("positions", "").startswith(NOTE_UNKNOWN_BASE):
+        cfg, notes["positions"] = cfg.model_copy(update={"pos_embed": "proportional"}), NOTE_PROPORTIONAL
+    return imported._replace(cfg=cfg, inputs=imported.inputs._replace(resolution=resolution), notes=notes)
 
 
-def load(
-    state: Mapping[str, Tensor], heads: int | None = None, resolution: int | None = None
+def load_network(
+    state: Mapping[str, Tensor], num_heads: int | None = None, resolution: int | None = None
 ) -> tuple[nn.Module, dict[str, str]]:
     """Our network with these weights, in evaluation mode, and notes.
 
     Raises what `recognise` does, and RunError that lists what is missing or unknown.
     """
-    found = recognise(state, heads, resolution)
-    return _built(found), found.notes
+    found = detect_format(state, num_heads, resolution)
+    return _build(found), found.notes
 
 
-def denoiser(
-    state: Mapping[str, Tensor], heads: int | None = None, resolution: int | None = None
+def load_denoiser(
+    state: Mapping[str, Tensor], num_heads: int | None = None, resolution: int | None = None
 ) -> tuple[Denoiser, dict[str, str]]:
     """The denoiser of these weights, under their own process, for sampling, and notes.
 
     Raises what `load` does.
     """
-    found = recognise(state, heads, resolution)
-    net = _built(found).requires_grad_(False)
-    mp.fold(net)
-    return Denoiser(net, processes.build(found.process), found.cfg.embedding), found.notes
+    found = detect_format(state, num_heads, resolution)
+    net = _build(found).requires_grad_(False)
+    mp.fold_gains_(net)
+    return Denoiser(net, processes.build_process(found.process), found.cfg.noise_embedding), found.notes
 
 
-def _built(found: Found) -> nn.Module:
-    net = nets.build(found.cfg, found.inputs)
-    if wrong := nets.misfit(net, found.weights):
-        raise RunError(f"{found.notes['source']}: {wrong}")
-    net.load_state_dict(dict(found.weights))
+def _build(imported: ImportedModel) -> nn.Module:
+    net = models.build_network(imported.cfg, imported.inputs)
+    if wrong := models.state_dict_mismatch(net, imported.weights):
+        raise RunError(f"{imported.notes['source']}: {wrong}")
+    net.load_state_dict(dict(imported.weights))
     return net.eval()
 
 
-def to_diffusers(net: nn.Module, cfg: Net, inputs: Inputs) -> tuple[str, dict, dict[str, Tensor]]:
+def to_diffusers(net: nn.Module, cfg: NetConfig, inputs: InputSpec) -> tuple[str, dict, dict[str, Tensor]]:
     """Name of a diffusers class, its configuration, and the state dict of such a model that is the same function.
 
-    The same at the training resolution, and on other grids where net.positions=proportional: so diffusers has the
+    The same at the training resolution, and on other grids where net.pos_embed=proportional: so diffusers has the
     positions of DiT and PixArt. Its DiT computes with other time frequencies (`dit.SPACING`). No two tensors share memory. Raises
     UsageError that names what diffusers cannot hold.
     """
-    if type(cfg) not in WRITERS:
-        known = ", ".join(sorted(kind().name for kind in WRITERS))
+    if type(cfg) not in EXPORTERS:
+        known = ", ".join(sorted(kind().name for kind in EXPORTERS))
         raise UsageError(f"diffusers has no class for net.name={cfg.name}; it has one for {known}")
-    return WRITERS[type(cfg)](net.state_dict(), cfg, inputs)
+    return EXPORTERS[type(cfg)](net.state_dict(), cfg, inputs)

@@ -8,14 +8,13 @@ import math
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from gesso.config import EDM, EDM2, EDM2Ladder, Inputs
+from gesso.config import EDM2Config, EDM2LadderConfig, EDMConfig, InputSpec
 from gesso.errors import UsageError
-from gesso.interop.found import Found
+from gesso.interop.mapping import ImportedModel
 
-TOP = {
+TOP_LEVEL_NAMES = {
     "unet.out_gain": "out_gain",
     "unet.emb_fourier.freqs": "emb_fourier.freqs",
     "unet.emb_fourier.phases": "emb_fourier.phases",
@@ -23,7 +22,7 @@ TOP = {
     "unet.emb_label.weight": "emb_label.weight",
     "unet.out_conv.weight": "conv_out.weight",
 }
-INNER = {
+BLOCK_NAMES = {
     "emb_gain": "emb_gain",
     "emb_linear.weight": "emb_linear.weight",
     "conv_res0.weight": "conv_res0.weight",
@@ -32,15 +31,15 @@ INNER = {
     "attn_qkv.weight": "attention.qkv.weight",
     "attn_proj.weight": "attention.proj.weight",
 }
-PARTS = {"affine": "emb_linear", "conv0": "conv_res0", "conv1": "conv_res1", "skip": "conv_skip"}
-UNCERTAINTY = "logvar_"  # trained alongside, discarded for sampling
+PAPER_LAYER_NAMES = {"affine": "emb_linear", "conv0": "conv_res0", "conv1": "conv_res1", "skip": "conv_skip"}
+UNCERTAINTY_PREFIX = "logvar_"  # trained alongside, discarded for sampling
 
 
 def matches(keys: set[str]) -> bool:
     return "unet.out_gain" in keys and "unet.emb_noise.weight" in keys
 
 
-def settings(state: Mapping[str, Tensor]) -> tuple[EDM2, Inputs]:
+def infer_config(state: Mapping[str, Tensor]) -> tuple[EDM2Config, InputSpec]:
     """The network's configuration, from names and shapes."""
     resolutions = sorted({int(m[1]) for k in state if (m := re.match(r"unet\.enc\.(\d+)x", k))}, reverse=True)
     blocks = len([k for k in state if re.match(rf"unet\.enc\.{resolutions[0]}x\d+_block\d+\.conv_res0", k)])
@@ -54,53 +53,59 @@ def settings(state: Mapping[str, Tensor]) -> tuple[EDM2, Inputs]:
         )
     attention = [i for i, r in enumerate(resolutions) if f"unet.enc.{r}x{r}_block0.attn_qkv.weight" in state]
     label = state.get("unet.emb_label.weight")
-    cfg = EDM2(channels=c, multipliers=tuple(w // c for w in widths), blocks=blocks, attention_levels=tuple(attention))
+    cfg = EDM2Config(
+        channels=c, channel_mult=tuple(w // c for w in widths), num_blocks=blocks, attention_levels=tuple(attention)
+    )
     classes = 0 if label is None else label.shape[1]
-    return cfg, Inputs(state["unet.out_conv.weight"].shape[0], resolutions[0], classes)
+    return cfg, InputSpec(state["unet.out_conv.weight"].shape[0], resolutions[0], classes)
 
 
-def names(cfg: EDM2 | EDM2Ladder, inputs: Inputs) -> dict[str, str]:
+def published_names(cfg: EDM2Config | EDM2LadderConfig, inputs: InputSpec) -> dict[str, str]:
     """Published name -> our name of every tensor that such a network may have; CONFIGS A to F have CONFIG G's names."""
-    levels = len(cfg.multipliers)
+    levels = len(cfg.channel_mult)
     resolutions = [inputs.resolution >> level for level in range(levels)]
     encoder, decoder = [], []
     for level, r in enumerate(resolutions):
         encoder += [f"unet.enc.{r}x{r}_down"] if level else []
-        encoder += [f"unet.enc.{r}x{r}_block{i}" for i in range(cfg.blocks)]
+        encoder += [f"unet.enc.{r}x{r}_block{i}" for i in range(cfg.num_blocks)]
     for level, r in reversed(list(enumerate(resolutions))):
         ways_in = ["in0", "in1"] if level == levels - 1 else ["up"]
-        decoder += [f"unet.dec.{r}x{r}_{name}" for name in [*ways_in, *(f"block{i}" for i in range(cfg.blocks + 1))]]
-    table = dict(TOP)
+        decoder += [
+            f"unet.dec.{r}x{r}_{name}" for name in [*ways_in, *(f"block{i}" for i in range(cfg.num_blocks + 1))]
+        ]
+    table = dict(TOP_LEVEL_NAMES)
     table[f"unet.enc.{resolutions[0]}x{resolutions[0]}_conv.weight"] = "conv_in.weight"
     for side, blocks in (("encoder", encoder), ("decoder", decoder)):
         for i, block in enumerate(blocks):
-            table |= {f"{block}.{theirs}": f"{side}.{i}.{ours}" for theirs, ours in INNER.items()}
+            table |= {f"{block}.{theirs}": f"{side}.{i}.{ours}" for theirs, ours in BLOCK_NAMES.items()}
     return table
 
 
-def layer(name: str, cfg: EDM2 | EDM2Ladder, inputs: Inputs) -> str | None:
+def name_of_paper_layer(name: str, cfg: EDM2Config | EDM2LadderConfig, inputs: InputSpec) -> str | None:
     """Our name of a weight that the paper calls so in Appendix D.6 (enc-64x64-block0-conv0); None where there is none."""
     if name in ("map-label", "map-layer0"):
         return {"map-label": "emb_label.weight", "map-layer0": "emb_noise.weight"}[name]
     side, _, rest = name.partition("-")
     block, _, part = rest.replace("-", "_", 1).partition("-")
-    published = f"unet.{side}.{block}.{PARTS.get(part, part)}.weight" if part else f"unet.{side}.{block}.weight"
-    return names(cfg, inputs).get(published)
+    published = (
+        f"unet.{side}.{block}.{PAPER_LAYER_NAMES.get(part, part)}.weight" if part else f"unet.{side}.{block}.weight"
+    )
+    return published_names(cfg, inputs).get(published)
 
 
-def convert(state: Mapping[str, Tensor], heads: int | None) -> Found:
+def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> ImportedModel:
     """Their tensors under our names, rescaled to the weights that their forward pass uses.
 
     They divide a weight by 1e-4 + rms in every forward pass; here that happens once. The rows are then
     not put on the sphere again until the network is trained.
     """
-    if heads is not None:
+    if num_heads is not None:
         raise UsageError("EDM2's heads are 64 channels wide; leave heads= out")
-    cfg, inputs = settings(state)
-    table = names(cfg, inputs)
+    cfg, inputs = infer_config(state)
+    table = published_names(cfg, inputs)
     weights = {}
     for name, tensor in state.items():
-        if name.startswith(UNCERTAINTY):
+        if name.startswith(UNCERTAINTY_PREFIX):
             continue
         tensor = tensor.float()
         if name.endswith("attn_qkv.weight"):
@@ -116,9 +121,4 @@ def convert(state: Mapping[str, Tensor], heads: int | None) -> Found:
         "adapted": "weights normalized once with eps 1e-4; q, k, v regrouped; uncertainty function left behind",
         "latents": "SD VAE, input in [0, 1], mean (5.81, 3.25, 0.12, -2.15), std (4.17, 4.62, 3.71, 3.28) when 4 channels",
     }
-    return Found(cfg, inputs, weights, notes, EDM())
-
-
-def regroup_back(qkv: Tensor, head: int) -> Tensor:
-    """Our qkv weight in their interleaved order."""
-    return torch.permute(qkv.unflatten(0, (3, -1, head)), (1, 2, 0, 3, 4, 5)).flatten(0, 2)
+    return ImportedModel(cfg, inputs, weights, notes, EDMConfig())

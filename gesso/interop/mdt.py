@@ -8,24 +8,24 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from gesso.config import MDT, Inputs
+from gesso.config import InputSpec, MDTConfig
 from gesso.errors import UsageError
-from gesso.interop.found import (
+from gesso.interop.mapping import (
     ADM_PROCESS,
-    Found,
-    Tie,
-    count,
+    ImportedModel,
+    TensorMapping,
+    count_layers,
+    grid_side,
     has_variance,
-    layers,
-    shape,
-    side_of,
+    import_tensors,
+    map_layers,
     split_variance,
-    take,
+    tensor_shape,
     variance_note,
 )
 
-BLOCKS = {"en_inblocks": "in_blocks", "en_outblocks": "out_blocks", "de_blocks": "decoder"}
-INNER = {
+BLOCK_LIST_NAMES = {"en_inblocks": "in_blocks", "en_outblocks": "out_blocks", "de_blocks": "decoder"}
+BLOCK_NAMES = {
     "attn.qkv": "qkv",
     "attn.proj": "out",
     "mlp.fc1": "mlp.0",
@@ -33,23 +33,23 @@ INNER = {
     "adaLN_modulation.1": "ada.linear",
     "skip_linear": "skip",
 }
-BIAS = "attn.rel_pos_bias.relative_position_bias_table"
-INDEX = ".relative_position_index"  # a constant that follows from the grid
+BIAS_TABLE = "attn.rel_pos_bias.relative_position_bias_table"
+INDEX_SUFFIX = ".relative_position_index"  # a constant that follows from the grid
 
 
 def matches(keys: set[str]) -> bool:
     return {"en_inblocks.0.attn.qkv.weight", "decoder_pos_embed", "y_embedder.embedding_table.weight"} <= keys
 
 
-def block_ties(theirs: str, ours: str) -> list[Tie]:
+def block_mappings(foreign: str, name: str) -> list[TensorMapping]:
     return [
-        *layers({f"{theirs}.{a}": f"{ours}.{b}" for a, b in INNER.items()}),
-        Tie(f"{ours}.bias.table", (f"{theirs}.{BIAS}",)),
+        *map_layers({f"{foreign}.{a}": f"{name}.{b}" for a, b in BLOCK_NAMES.items()}),
+        TensorMapping(f"{name}.bias.table", (f"{foreign}.{BIAS_TABLE}",)),
     ]
 
 
-def original_ties(halves: int, decoder: int) -> list[Tie]:
-    ties = layers(
+def original_mappings(encoder_layers: int, decoder_layers: int) -> list[TensorMapping]:
+    ties = map_layers(
         {
             "x_embedder.proj": "patch_embed.proj",
             "t_embedder.mlp.0": "time.mlp.0",
@@ -60,36 +60,36 @@ def original_ties(halves: int, decoder: int) -> list[Tie]:
         }
     )
     ties += [
-        Tie("semantic.table.weight", ("y_embedder.embedding_table.weight",)),
-        Tie("position.table", ("pos_embed",)),
-        Tie("decoder_position.table", ("decoder_pos_embed",)),
-        Tie("side.mask_token", ("mask_token",)),
+        TensorMapping("semantic.table.weight", ("y_embedder.embedding_table.weight",)),
+        TensorMapping("position.table", ("pos_embed",)),
+        TensorMapping("decoder_position.table", ("decoder_pos_embed",)),
+        TensorMapping("side.mask_token", ("mask_token",)),
     ]
-    for theirs, ours in BLOCKS.items():
-        for i in range(decoder if ours == "decoder" else halves):
-            ties += block_ties(f"{theirs}.{i}", f"{ours}.{i}")
-    return ties + block_ties("sideblocks.0", "side.block")
+    for theirs, ours in BLOCK_LIST_NAMES.items():
+        for i in range(decoder_layers if ours == "decoder" else encoder_layers):
+            ties += block_mappings(f"{theirs}.{i}", f"{ours}.{i}")
+    return ties + block_mappings("sideblocks.0", "side.block")
 
 
-def settings(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[MDT, Inputs]:
+def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[MDTConfig, InputSpec]:
     """The network's configuration, from names and shapes: the relative biases tell the heads."""
-    width, channels, patch, _ = shape(state, "x_embedder.proj.weight")
-    halves, decoder = count(state, "en_inblocks"), count(state, "de_blocks")
-    found = shape(state, f"en_inblocks.0.{BIAS}")[1]
-    if heads not in (None, found):
-        raise UsageError(f"heads={heads} does not fit the network: its relative biases say {found}")
-    cfg = MDT(
-        width=width, depth=2 * halves + decoder, heads=found, patch=patch, decoder=decoder, class_embed="table",
-        mlp_ratio=shape(state, "en_inblocks.0.mlp.fc1.weight")[0] / width,
-        learned_variance=has_variance(shape(state, "final_layer.linear.weight")[0], patch, channels),
+    width, channels, patch, _ = tensor_shape(state, "x_embedder.proj.weight")
+    halves, decoder = count_layers(state, "en_inblocks"), count_layers(state, "de_blocks")
+    found = tensor_shape(state, f"en_inblocks.0.{BIAS_TABLE}")[1]
+    if num_heads not in (None, found):
+        raise UsageError(f"heads={num_heads} does not fit the network: its relative biases say {found}")
+    cfg = MDTConfig(
+        hidden_size=width, depth=2 * halves + decoder, num_heads=found, patch_size=patch, decoder_layers=decoder, class_embed="table",
+        mlp_ratio=tensor_shape(state, "en_inblocks.0.mlp.fc1.weight")[0] / width,
+        learned_variance=has_variance(tensor_shape(state, "final_layer.linear.weight")[0], patch, channels),
     )  # fmt: skip
-    shape(state, "pos_embed")
-    resolution = patch * side_of("pos_embed", state["pos_embed"])
-    return cfg, Inputs(channels, resolution, shape(state, "y_embedder.embedding_table.weight")[0] - 1)
+    tensor_shape(state, "pos_embed")
+    resolution = patch * grid_side("pos_embed", state["pos_embed"])
+    return cfg, InputSpec(channels, resolution, tensor_shape(state, "y_embedder.embedding_table.weight")[0] - 1)
 
 
-def convert(state: Mapping[str, Tensor], heads: int | None) -> Found:
-    cfg, inputs = settings(state, heads)
+def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> ImportedModel:
+    cfg, inputs = infer_config(state, num_heads)
     notes = {
         "source": "MDTv2 (sail-sg/MDT)",
         "process": "VP, 1000 steps, beta linear from 1e-4 to 0.02, epsilon",
@@ -97,7 +97,7 @@ def convert(state: Mapping[str, Tensor], heads: int | None) -> Found:
         "latents": "SD VAE times 0.18215 when 4 channels",
     }
     notes |= variance_note(cfg.learned_variance)
-    kept = split_variance(state, "final_layer.linear", cfg.patch, inputs.channels)
-    kept = {name: tensor for name, tensor in kept.items() if not name.endswith(INDEX)}
-    weights = take(kept, original_ties((cfg.depth - cfg.decoder) // 2, cfg.decoder))
-    return Found(cfg, inputs, {name: tensor.float() for name, tensor in weights.items()}, notes, ADM_PROCESS)
+    kept = split_variance(state, "final_layer.linear", cfg.patch_size, inputs.channels)
+    kept = {name: tensor for name, tensor in kept.items() if not name.endswith(INDEX_SUFFIX)}
+    weights = import_tensors(kept, original_mappings((cfg.depth - cfg.decoder_layers) // 2, cfg.decoder_layers))
+    return ImportedModel(cfg, inputs, {name: tensor.float() for name, tensor in weights.items()}, notes, ADM_PROCESS)

@@ -7,34 +7,34 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from gesso.config import Inputs, PixArt
+from gesso.config import InputSpec, PixArtConfig
 from gesso.errors import UsageError
-from gesso.interop.dit import block_ties, own_block_ties
-from gesso.interop.found import (
+from gesso.interop.dit import diffusers_block_mappings, original_block_mappings
+from gesso.interop.mapping import (
     ADM_PROCESS,
-    ASSUMED,
-    NATIVE,
-    PROPORTIONAL,
-    Found,
-    Tie,
-    controls,
-    count,
-    from_another_grid,
-    give,
+    NOTE_ASSUMED_RESOLUTION,
+    NOTE_PROPORTIONAL,
+    NOTE_UNKNOWN_BASE,
+    ImportedModel,
+    TensorMapping,
+    check_exportable,
+    count_layers,
+    export_tensors,
+    has_other_base_grid,
     has_variance,
-    heads_of,
+    import_tensors,
+    infer_num_heads,
     join_variance,
-    layers,
-    refuse,
-    shape,
+    map_layers,
+    map_stacked,
+    num_control,
     split_variance,
-    stack,
-    stepped_side,
-    take,
+    tensor_shape,
+    unit_step_grid_side,
     variance_note,
 )
 
-TOP = {
+DIFFUSERS_NAMES = {
     "pos_embed.proj": "trunk.patch_embed.proj",
     "adaln_single.emb.timestep_embedder.linear_1": "trunk.time.mlp.0",
     "adaln_single.emb.timestep_embedder.linear_2": "trunk.time.mlp.2",
@@ -44,7 +44,7 @@ TOP = {
     "proj_out": "trunk.final",
     "proj_out.variance": "trunk.variance",
 }
-OWN_TOP = {
+ORIGINAL_NAMES = {
     "x_embedder.proj": "trunk.patch_embed.proj",
     "t_embedder.mlp.0": "trunk.time.mlp.0",
     "t_embedder.mlp.2": "trunk.time.mlp.2",
@@ -54,10 +54,10 @@ OWN_TOP = {
     "final_layer.linear": "trunk.final",
     "final_layer.linear.variance": "trunk.variance",
 }
-TABLES = ("pos_embed", "pos_embed.pos_embed")
+POSITION_TABLES = ("pos_embed", "pos_embed.pos_embed")
 """Where the position table is: in PixArt's own weights, in those of some versions of diffusers."""
-NULLS = ("y_embedder.y_embedding", "caption_projection.y_embedding")
-SIZES = ("csize_embedder.", "ar_embedder.", "adaln_single.emb.resolution_embedder.")
+NULL_CAPTIONS = ("y_embedder.y_embedding", "caption_projection.y_embedding")
+SIZE_EMBEDDERS = ("csize_embedder.", "ar_embedder.", "adaln_single.emb.resolution_embedder.")
 
 
 def matches(keys: set[str]) -> bool:
@@ -66,116 +66,118 @@ def matches(keys: set[str]) -> bool:
     return keys >= peer or keys >= own
 
 
-def is_peer(state: Mapping[str, Tensor]) -> bool:
+def is_diffusers(state: Mapping[str, Tensor]) -> bool:
     return "adaln_single.linear.weight" in state
 
 
-def diffusers_ties(depth: int) -> list[Tie]:
-    ties = [*layers(TOP), Tie("final_table", ("scale_shift_table",))]
+def diffusers_mappings(depth: int) -> list[TensorMapping]:
+    ties = [*map_layers(DIFFUSERS_NAMES), TensorMapping("final_table", ("scale_shift_table",))]
     for i in range(depth):
         theirs, ours = f"transformer_blocks.{i}", f"blocks.{i}"
-        ties += block_ties(theirs, ours)
-        ties.append(Tie(f"{ours}.table", (f"{theirs}.scale_shift_table",)))
-        ties += layers({f"{theirs}.attn2.to_q": f"{ours}.cross.q", f"{theirs}.attn2.to_out.0": f"{ours}.cross.out"})
-        ties += stack([f"{theirs}.attn2.to_{x}" for x in "kv"], f"{ours}.cross.kv")
+        ties += diffusers_block_mappings(theirs, ours)
+        ties.append(TensorMapping(f"{ours}.table", (f"{theirs}.scale_shift_table",)))
+        ties += map_layers({f"{theirs}.attn2.to_q": f"{ours}.cross.q", f"{theirs}.attn2.to_out.0": f"{ours}.cross.out"})
+        ties += map_stacked([f"{theirs}.attn2.to_{x}" for x in "kv"], f"{ours}.cross.kv")
     return ties
 
 
-def original_ties(depth: int) -> list[Tie]:
-    ties = [*layers(OWN_TOP), Tie("final_table", ("final_layer.scale_shift_table",))]
+def original_mappings(depth: int) -> list[TensorMapping]:
+    ties = [*map_layers(ORIGINAL_NAMES), TensorMapping("final_table", ("final_layer.scale_shift_table",))]
     for i in range(depth):
         block = f"blocks.{i}"
-        ties += own_block_ties(block, block)
-        ties.append(Tie(f"{block}.table", (f"{block}.scale_shift_table",)))
+        ties += original_block_mappings(block, block)
+        ties.append(TensorMapping(f"{block}.table", (f"{block}.scale_shift_table",)))
         names = {"q_linear": "q", "kv_linear": "kv", "proj": "out"}
-        ties += layers({f"{block}.cross_attn.{a}": f"{block}.cross.{b}" for a, b in names.items()})
+        ties += map_layers({f"{block}.cross_attn.{a}": f"{block}.cross.{b}" for a, b in names.items()})
     return ties
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Under the names of PixArtNet with text."""
-    _, channels, patch, _ = shape(state, "pos_embed.proj.weight")
+    _, channels, patch, _ = tensor_shape(state, "pos_embed.proj.weight")
     kept = split_variance(state, "proj_out", patch, channels)
-    return take(carried(kept), diffusers_ties(count(state, "transformer_blocks")))
+    return import_tensors(drop_unused_tensors(kept), diffusers_mappings(count_layers(state, "transformer_blocks")))
 
 
 def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """PixArt's own tensors under the names of PixArtNet with text. Its kv is stacked as ours is."""
-    _, channels, patch, _ = shape(state, "x_embedder.proj.weight")
+    _, channels, patch, _ = tensor_shape(state, "x_embedder.proj.weight")
     kept = split_variance(state, "final_layer.linear", patch, channels)
-    return take(carried(kept), original_ties(count(state, "blocks")))
+    return import_tensors(drop_unused_tensors(kept), original_mappings(count_layers(state, "blocks")))
 
 
-def carried(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def drop_unused_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without the position table, which is made, and the null caption, which is no part of our network."""
-    return {name: tensor for name, tensor in state.items() if name not in TABLES + NULLS}
+    return {name: tensor for name, tensor in state.items() if name not in POSITION_TABLES + NULL_CAPTIONS}
 
 
-def settings(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[PixArt, Inputs]:
+def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[PixArtConfig, InputSpec]:
     """The network's configuration, from names and shapes; a stored position table tells the resolution, else 32.
 
     Raises UsageError for the model of 1024 pixels.
     """
-    if any(name.startswith(SIZES) for name in state):
+    if any(name.startswith(SIZE_EMBEDDERS) for name in state):
         raise UsageError(
             "PixArt-alpha of 1024 pixels embeds sizes and counts positions in halves, which net.name=pixart does not; "
             "take the model of 256 or 512"
         )
-    peer = is_peer(state)
+    peer = is_diffusers(state)
     blocks, fc = ("transformer_blocks", "ff.net.0.proj.weight") if peer else ("blocks", "mlp.fc1.weight")
     caption = "caption_projection.linear_1.weight" if peer else "y_embedder.y_proj.fc1.weight"
-    width, channels, patch, _ = shape(state, "pos_embed.proj.weight" if peer else "x_embedder.proj.weight")
-    depth, last = count(state, blocks), "proj_out" if peer else "final_layer.linear"
-    stored = [patch * stepped_side(name, state[name], width) for name in TABLES if name in state]
-    cfg = PixArt(
-        width=width, depth=depth, heads=heads_of(width, depth, heads), patch=patch,
-        mlp_ratio=shape(state, f"{blocks}.0.{fc}")[0] / width,
-        positions="proportional" if stored else "extrapolated",
-        learned_variance=has_variance(shape(state, f"{last}.weight")[0], patch, channels),
+    width, channels, patch, _ = tensor_shape(state, "pos_embed.proj.weight" if peer else "x_embedder.proj.weight")
+    depth, last = count_layers(state, blocks), "proj_out" if peer else "final_layer.linear"
+    stored = [patch * unit_step_grid_side(name, state[name], width) for name in POSITION_TABLES if name in state]
+    cfg = PixArtConfig(
+        hidden_size=width, depth=depth, num_heads=infer_num_heads(width, depth, num_heads), patch_size=patch,
+        mlp_ratio=tensor_shape(state, f"{blocks}.0.{fc}")[0] / width,
+        pos_embed="proportional" if stored else "extrapolated",
+        learned_variance=has_variance(tensor_shape(state, f"{last}.weight")[0], patch, channels),
     )  # fmt: skip
-    return cfg, Inputs(channels, stored[0] if stored else 32, text_width=shape(state, caption)[1])
+    return cfg, InputSpec(channels, stored[0] if stored else 32, text_dim=tensor_shape(state, caption)[1])
 
 
-def convert(state: Mapping[str, Tensor], heads: int | None) -> Found:
-    cfg, inputs = settings(state, heads)
-    peer = is_peer(state)
-    stored = any(name in state for name in TABLES)
+def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> ImportedModel:
+    cfg, inputs = infer_config(state, num_heads)
+    peer = is_diffusers(state)
+    stored = any(name in state for name in POSITION_TABLES)
     notes = {
         "source": "PixArt-alpha (diffusers)" if peer else "PixArt-alpha (PixArt-alpha/PixArt-alpha)",
         "process": "VP, 1000 steps, beta linear from 1e-4 to 0.02, epsilon",
         "c_noise": "timestep index 0..999",
-        "positions": PROPORTIONAL if stored else f"{NATIVE} (256 or 512 pixels, interpolation_scale 1)",
+        "positions": NOTE_PROPORTIONAL if stored else f"{NOTE_UNKNOWN_BASE} (256 or 512 pixels, interpolation_scale 1)",
         "latents": "SD VAE times 0.18215 when 4 channels (PixArt-sigma has the same names, and SDXL's VAE)",
     }
     if not stored:
-        notes["resolution"] = ASSUMED
-    if any(name in state for name in NULLS):
+        notes["resolution"] = NOTE_ASSUMED_RESOLUTION
+    if any(name in state for name in NULL_CAPTIONS):
         notes["null"] = "the original's null caption is left behind; withheld text is zeros here"
     notes |= variance_note(cfg.learned_variance)
     weights = from_diffusers(state) if peer else from_original(state)
-    return Found(cfg, inputs, {name: tensor.float() for name, tensor in weights.items()}, notes, ADM_PROCESS)
+    return ImportedModel(cfg, inputs, {name: tensor.float() for name, tensor in weights.items()}, notes, ADM_PROCESS)
 
 
-def to_diffusers(weights: Mapping[str, Tensor], cfg: PixArt, inputs: Inputs) -> tuple[str, dict, dict[str, Tensor]]:
+def to_diffusers(
+    weights: Mapping[str, Tensor], cfg: PixArtConfig, inputs: InputSpec
+) -> tuple[str, dict, dict[str, Tensor]]:
     """Class name, configuration and weights. Raises UsageError where the class has no place for a setting."""
     peer = "PixArtTransformer2DModel"
-    refuse(
+    check_exportable(
         peer,
         {
-            "net.positions=resampled (proportional it holds)": cfg.positions == "resampled",
-            f"net.positions={cfg.positions} from another grid": from_another_grid(cfg, inputs),
+            "net.pos_embed=resampled (proportional it holds)": cfg.pos_embed == "resampled",
+            f"net.pos_embed={cfg.pos_embed} from another grid": has_other_base_grid(cfg, inputs),
             "net.qk_norm=true": cfg.qk_norm,
             f"net.mlp_ratio={cfg.mlp_ratio} (its own is 4)": cfg.mlp_ratio != 4,
-            "a network without text": not inputs.text_width,
-            "control": controls(inputs) > 0,
+            "a network without text": not inputs.text_dim,
+            "control": num_control(inputs) > 0,
         },
     )
     config = {
-        "num_attention_heads": cfg.heads, "attention_head_dim": cfg.width // cfg.heads, "num_layers": cfg.depth,
+        "num_attention_heads": cfg.num_heads, "attention_head_dim": cfg.hidden_size // cfg.num_heads, "num_layers": cfg.depth,
         "in_channels": inputs.channels, "sample_size": inputs.resolution,
         "out_channels": inputs.channels * (2 if cfg.learned_variance else 1),
-        "patch_size": cfg.patch, "cross_attention_dim": cfg.width, "caption_channels": inputs.text_width,
+        "patch_size": cfg.patch_size, "cross_attention_dim": cfg.hidden_size, "caption_channels": inputs.text_dim,
         "norm_eps": 1e-6, "interpolation_scale": 1, "use_additional_conditions": False,
     }  # fmt: skip
-    theirs = give(weights, diffusers_ties(cfg.depth))
-    return peer, config, join_variance(theirs, "proj_out", cfg.patch, inputs.channels)
+    theirs = export_tensors(weights, diffusers_mappings(cfg.depth))
+    return peer, config, join_variance(theirs, "proj_out", cfg.patch_size, inputs.channels)

@@ -5,31 +5,42 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from gesso.config import VP, Control, Inputs, UNet
+from gesso.config import ControlSpec, InputSpec, UNetConfig, VPConfig
 from gesso.errors import UsageError
-from gesso.interop.found import ASSUMED, Found, Tie, controls, count, give, layers, refuse, shape, take
+from gesso.interop.mapping import (
+    NOTE_ASSUMED_RESOLUTION,
+    ImportedModel,
+    TensorMapping,
+    check_exportable,
+    count_layers,
+    export_tensors,
+    import_tensors,
+    map_layers,
+    num_control,
+    tensor_shape,
+)
 
-RESIDUAL = {
+RESIDUAL_NAMES = {
     "norm1": "norm0", "conv1": "conv0", "time_emb_proj": "emb", "norm2": "norm1", "conv2": "conv1",
     "conv_shortcut": "skip",
 }  # fmt: skip
-TRANSFORMER = {
+TRANSFORMER_NAMES = {
     "norm1": "norm_self", "attn1.to_out.0": "self_attention.out", "norm2": "norm_cross",
     "attn2.to_out.0": "cross_attention.out", "norm3": "norm_mlp", "ff.net.0.proj": "mlp.expand",
     "ff.net.2": "mlp.out",
 }  # fmt: skip
-EMBEDDINGS = {"time_embedding": "time", "add_embedding": "pooled.mlp", "class_embedding": "control.mlps.all"}
-SIZES = Control(high=4, low=2, mlp="joint")
+EMBEDDING_NAMES = {"time_embedding": "time", "add_embedding": "pooled.mlp", "class_embedding": "control.mlps.all"}
+SDXL_CONTROL = ControlSpec(num_high=4, num_low=2, mlp="joint")
 """SDXL's six numbers: original size and top left of the crop, then target size."""
-COMPVIS = "input_blocks.0.0.weight"
-COMPVIS_TOP = {
+COMPVIS_KEY = "input_blocks.0.0.weight"
+COMPVIS_NAMES = {
     "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
     "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
     "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
     "middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0",
     "middle_block.2": "mid_block.resnets.1",
 }  # fmt: skip
-COMPVIS_RESIDUAL = {
+COMPVIS_RESIDUAL_NAMES = {
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
     "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
 }  # fmt: skip
@@ -37,43 +48,45 @@ COMPVIS_RESIDUAL = {
 
 def matches(keys: set[str]) -> bool:
     own = {"conv_in.weight", "time_embedding.linear_1.weight", "mid_block.resnets.0.conv1.weight"}
-    known = keys >= own or keys >= {COMPVIS, "time_embed.0.weight", "middle_block.0.in_layers.0.weight"}
+    known = keys >= own or keys >= {COMPVIS_KEY, "time_embed.0.weight", "middle_block.0.in_layers.0.weight"}
     return known and any(key.endswith(".attn2.to_k.weight") for key in keys)
 
 
-def transformer_ties(theirs: str, ours: str, depth: int) -> list[Tie]:
-    ties = layers({f"{theirs}.{part}": f"{ours}.{part}" for part in ("norm", "proj_in", "proj_out")})
+def transformer_mappings(foreign: str, name: str, depth: int) -> list[TensorMapping]:
+    ties = map_layers({f"{foreign}.{part}": f"{name}.{part}" for part in ("norm", "proj_in", "proj_out")})
     for j in range(depth):
-        a, b = f"{theirs}.transformer_blocks.{j}", f"{ours}.blocks.{j}"
-        ties += layers({f"{a}.{part}": f"{b}.{inner}" for part, inner in TRANSFORMER.items()})
-        ties.append(Tie(f"{b}.cross_attention.q.weight", (f"{a}.attn2.to_q.weight",)))
+        a, b = f"{foreign}.transformer_blocks.{j}", f"{name}.blocks.{j}"
+        ties += map_layers({f"{a}.{part}": f"{b}.{inner}" for part, inner in TRANSFORMER_NAMES.items()})
+        ties.append(TensorMapping(f"{b}.cross_attention.q.weight", (f"{a}.attn2.to_q.weight",)))
         for attention, inner, letters in (("attn1", "self", "qkv"), ("attn2", "cross", "kv")):
             names = tuple(f"{a}.{attention}.to_{x}.weight" for x in letters)
-            ties.append(Tie(f"{b}.{inner}_attention.{letters}.weight", names))
+            ties.append(TensorMapping(f"{b}.{inner}_attention.{letters}.weight", names))
     return ties
 
 
-def diffusers_ties(levels: int, blocks: int, depth: int) -> list[Tie]:
+def diffusers_mappings(levels: int, blocks: int, depth: int) -> list[TensorMapping]:
     """Of every tensor that such a network may have; depth: the most transformer blocks after a residual block."""
-    last = f"ways_out.{levels - 1}"
-    ties = layers({"conv_in": "ways_in.0", "conv_norm_out": f"{last}.0", "conv_out": f"{last}.2"})
-    for theirs, ours in EMBEDDINGS.items():
-        ties += layers({f"{theirs}.linear_{n}": f"{ours}.{i}" for n, i in ((1, 0), (2, 2))})
+    last = f"upsamplers.{levels - 1}"
+    ties = map_layers({"conv_in": "downsamplers.0", "conv_norm_out": f"{last}.0", "conv_out": f"{last}.2"})
+    for theirs, ours in EMBEDDING_NAMES.items():
+        ties += map_layers({f"{theirs}.linear_{n}": f"{ours}.{i}" for n, i in ((1, 0), (2, 2))})
     places = [("mid_block", "middle", 2)]
     for level in range(levels):
-        ties += layers({f"down_blocks.{level}.downsamplers.0.conv": f"ways_in.{level + 1}"})
-        ties += layers({f"up_blocks.{level}.upsamplers.0.conv": f"ways_out.{level}.1"})
+        ties += map_layers({f"down_blocks.{level}.downsamplers.0.conv": f"downsamplers.{level + 1}"})
+        ties += map_layers({f"up_blocks.{level}.upsamplers.0.conv": f"upsamplers.{level}.1"})
         places += [(f"down_blocks.{level}", f"down.{level}", blocks), (f"up_blocks.{level}", f"up.{level}", blocks + 1)]
     for theirs, ours, n in places:
         for i in range(n):
-            parts = {f"{theirs}.resnets.{i}.{a}": f"{ours}.{i}.residual.{b}" for a, b in RESIDUAL.items()}
-            ties += layers(parts) + transformer_ties(f"{theirs}.attentions.{i}", f"{ours}.{i}.transformer", depth)
+            parts = {f"{theirs}.resnets.{i}.{a}": f"{ours}.{i}.residual.{b}" for a, b in RESIDUAL_NAMES.items()}
+            ties += map_layers(parts) + transformer_mappings(
+                f"{theirs}.attentions.{i}", f"{ours}.{i}.transformer", depth
+            )
     return ties
 
 
-def compvis_places(levels: int, blocks: int) -> dict[str, str]:
+def compvis_block_names(levels: int, blocks: int) -> dict[str, str]:
     """CompVis' numbering of blocks -> diffusers' names. What changes the resolution counts as a block on the way in."""
-    places = dict(COMPVIS_TOP)
+    places = dict(COMPVIS_NAMES)
     for level in range(levels):
         for i in range(blocks):
             n = 1 + level * (blocks + 1) + i
@@ -89,34 +102,34 @@ def compvis_places(levels: int, blocks: int) -> dict[str, str]:
     return places
 
 
-def under_diffusers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def compvis_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """CompVis' tensors (SD1.5 and SDXL in one file); what has no place keeps its name."""
     downs = [int(m[1]) for name in state if (m := re.fullmatch(r"input_blocks\.(\d+)\.0\.op\.weight", name))]
-    blocks = min(downs, default=count(state, "input_blocks")) - 1
-    places = compvis_places(len(downs) + 1, blocks)
+    blocks = min(downs, default=count_layers(state, "input_blocks")) - 1
+    places = compvis_block_names(len(downs) + 1, blocks)
 
     def renamed(name: str) -> str:
         parts = name.split(".")
         for n in range(len(parts) - 1, 0, -1):
             if (place := places.get(".".join(parts[:n]))) is not None:
                 rest = ".".join(parts[n:])
-                inner = next((a for a in COMPVIS_RESIDUAL if rest.startswith(f"{a}.")), None)
+                inner = next((a for a in COMPVIS_RESIDUAL_NAMES if rest.startswith(f"{a}.")), None)
                 if inner and ".resnets." in place:
-                    rest = COMPVIS_RESIDUAL[inner] + rest.removeprefix(inner)
+                    rest = COMPVIS_RESIDUAL_NAMES[inner] + rest.removeprefix(inner)
                 return f"{place}.{rest}"
         return name
 
     return {renamed(name): tensor for name, tensor in state.items()}
 
 
-def depths(state: Mapping[str, Tensor]) -> list[int]:
+def transformer_depths(state: Mapping[str, Tensor]) -> list[int]:
     """Transformer blocks after a residual block of each level."""
-    levels = range(count(state, "down_blocks"))
-    return [count(state, f"down_blocks.{level}.attentions.0.transformer_blocks") for level in levels]
+    levels = range(count_layers(state, "down_blocks"))
+    return [count_layers(state, f"down_blocks.{level}.attentions.0.transformer_blocks") for level in levels]
 
 
-def middle_depth(state: Mapping[str, Tensor]) -> int:
-    return count(state, "mid_block.attentions.0.transformer_blocks")
+def middle_transformer_depth(state: Mapping[str, Tensor]) -> int:
+    return count_layers(state, "mid_block.attentions.0.transformer_blocks")
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -125,93 +138,100 @@ def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in kept.items():
         if re.search(r"\.proj_(in|out)\.weight$", name) and value.ndim == 4:
             kept[name] = value[:, :, 0, 0]
-    levels, blocks = count(state, "down_blocks"), count(state, "down_blocks.0.resnets")
-    return take(kept, diffusers_ties(levels, blocks, max([*depths(state), middle_depth(state)])))
+    levels, blocks = count_layers(state, "down_blocks"), count_layers(state, "down_blocks.0.resnets")
+    return import_tensors(
+        kept, diffusers_mappings(levels, blocks, max([*transformer_depths(state), middle_transformer_depth(state)]))
+    )
 
 
-def settings(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[UNet, Inputs]:
+def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[UNetConfig, InputSpec]:
     """The network's configuration, from names and shapes.
 
     Linear layers around a transformer: SDXL, whose heads are 64 channels wide; convolutions: SD1.5, which
     has 8 heads. The groups of its norms are in no shape: 32, as in both. `heads`: at every level.
     Raises UsageError where a level's width is not a multiple of the first, or heads do not divide one.
     """
-    channels, image_channels, *_ = shape(state, "conv_in.weight")
-    levels = count(state, "down_blocks")
-    widths = [shape(state, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels)]
+    channels, image_channels, *_ = tensor_shape(state, "conv_in.weight")
+    levels = count_layers(state, "down_blocks")
+    widths = [tensor_shape(state, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels)]
     projections = [value for name, value in state.items() if name.endswith(".proj_in.weight")]
     linear = all(value.ndim == 2 for value in projections)
-    if heads is None and not linear:
-        heads = 8
-    if any(width % channels for width in widths) or (heads and any(width % heads for width in widths)):
-        raise UsageError(f"levels of {widths} channels fit neither conv_in's {channels} nor heads={heads}")
+    if num_heads is None and not linear:
+        num_heads = 8
+    if any(width % channels for width in widths) or (num_heads and any(width % num_heads for width in widths)):
+        raise UsageError(f"levels of {widths} channels fit neither conv_in's {channels} nor heads={num_heads}")
     pooled = 0
     if "add_embedding.linear_1.weight" in state:
-        pooled = state["add_embedding.linear_1.weight"].shape[1] - 256 * controls(Inputs(0, 0, control=SIZES))
+        pooled = state["add_embedding.linear_1.weight"].shape[1] - 256 * num_control(
+            InputSpec(0, 0, control=SDXL_CONTROL)
+        )
         if pooled <= 0:
             raise UsageError("add_embedding takes less than SDXL's six sizes; this U-Net is none that gesso knows")
-    cfg = UNet(
-        channels=channels, multipliers=tuple(width // channels for width in widths),
-        transformer_depth=tuple(depths(state)), blocks=count(state, "down_blocks.0.resnets"), heads=heads,
-        text_embed="none", middle_depth=middle_depth(state), pooled_mlp="shared" if pooled else "own",
+    cfg = UNetConfig(
+        channels=channels, channel_mult=tuple(width // channels for width in widths),
+        transformer_depth=tuple(transformer_depths(state)), num_blocks=count_layers(state, "down_blocks.0.resnets"), num_heads=num_heads,
+        text_projection="none", transformer_depth_middle=middle_transformer_depth(state), pooled_mlp="shared" if pooled else "own",
     )  # fmt: skip
     text_width = next(value.shape[1] for name, value in state.items() if name.endswith(".attn2.to_k.weight"))
-    control = SIZES if pooled else Control()
-    return cfg, Inputs(image_channels, 32, text_width=text_width, pooled_width=pooled, control=control)
+    control = SDXL_CONTROL if pooled else ControlSpec()
+    return cfg, InputSpec(image_channels, 32, text_dim=text_width, pooled_dim=pooled, control=control)
 
 
-def convert(state: Mapping[str, Tensor], heads: int | None) -> Found:
-    origin = "CompVis" if COMPVIS in state else "diffusers"
-    if COMPVIS in state:
-        state = under_diffusers_names(state)
-    cfg, inputs = settings(state, heads)
+def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> ImportedModel:
+    origin = "CompVis" if COMPVIS_KEY in state else "diffusers"
+    if COMPVIS_KEY in state:
+        state = compvis_to_diffusers(state)
+    cfg, inputs = infer_config(state, num_heads)
     weights = {name: tensor.float() for name, tensor in from_diffusers(state).items()}
     notes = {
-        "source": f"{'SDXL' if inputs.pooled_width else 'SD1.5'}'s U-Net ({origin})",
+        "source": f"{'SDXL' if inputs.pooled_dim else 'SD1.5'}'s U-Net ({origin})",
         "process": "VP, 1000 steps, sqrt(beta) linear from sqrt(0.00085) to sqrt(0.012), epsilon",
         "c_noise": "timestep index 0..999",
-        "heads": f"{cfg.heads} at every level" if cfg.heads else f"{cfg.head_width} channels wide",
-        "latents": f"VAE times {0.13025 if inputs.pooled_width else 0.18215}",
-        "resolution": ASSUMED,
+        "heads": f"{cfg.num_heads} at every level" if cfg.num_heads else f"{cfg.channels_per_head} channels wide",
+        "latents": f"VAE times {0.13025 if inputs.pooled_dim else 0.18215}",
+        "resolution": NOTE_ASSUMED_RESOLUTION,
     }
-    if inputs.pooled_width:
+    if inputs.pooled_dim:
         notes["control"] = "high: original height, width, crop's top, left; low: target height, width"
-    return Found(cfg, inputs, weights, notes, VP())
+    return ImportedModel(cfg, inputs, weights, notes, VPConfig())
 
 
-def to_diffusers(weights: Mapping[str, Tensor], cfg: UNet, inputs: Inputs) -> tuple[str, dict, dict[str, Tensor]]:
+def to_diffusers(
+    weights: Mapping[str, Tensor], cfg: UNetConfig, inputs: InputSpec
+) -> tuple[str, dict, dict[str, Tensor]]:
     """Class name, configuration and weights. Raises UsageError where the class has no place for a setting."""
-    peer, n = "UNet2DConditionModel", controls(inputs)
+    peer, n = "UNet2DConditionModel", num_control(inputs)
     deepest = cfg.transformer_depth[-1]
-    refuse(
+    check_exportable(
         peer,
         {
-            "a network without text": not inputs.text_width,
-            f"net.text_embed={cfg.text_embed} (none it holds)": bool(inputs.text_width) and cfg.text_embed != "none",
-            "control without pooled text": n > 0 and not inputs.pooled_width,
-            "pooled text without control": n == 0 and inputs.pooled_width > 0,
-            f"net.pooled_mlp={cfg.pooled_mlp} (shared it holds)": inputs.pooled_width > 0
-            and cfg.pooled_mlp != "shared",
-            f"net.middle_depth={cfg.middle_depth} (its own is the lowest level's, {deepest})": cfg.middle_depth == 0
-            or deepest not in (0, cfg.middle_depth),
+            "a network without text": not inputs.text_dim,
+            f"net.text_projection={cfg.text_projection} (none it holds)": bool(inputs.text_dim)
+            and cfg.text_projection != "none",
+            "control without pooled text": n > 0 and not inputs.pooled_dim,
+            "pooled text without control": n == 0 and inputs.pooled_dim > 0,
+            f"net.pooled_mlp={cfg.pooled_mlp} (shared it holds)": inputs.pooled_dim > 0 and cfg.pooled_mlp != "shared",
+            f"net.transformer_depth_middle={cfg.transformer_depth_middle} (its own is the lowest level's, {deepest})": cfg.transformer_depth_middle
+            == 0
+            or deepest not in (0, cfg.transformer_depth_middle),
         },
     )
-    widths = [cfg.channels * multiplier for multiplier in cfg.multipliers]
+    widths = [cfg.channels * multiplier for multiplier in cfg.channel_mult]
     down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in cfg.transformer_depth]
     up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(cfg.transformer_depth)]
     config = {
         "in_channels": inputs.channels, "out_channels": inputs.channels, "sample_size": inputs.resolution,
-        "block_out_channels": tuple(widths), "layers_per_block": cfg.blocks, "down_block_types": tuple(down),
-        "up_block_types": tuple(up), "norm_num_groups": cfg.groups, "use_linear_projection": True,
+        "block_out_channels": tuple(widths), "layers_per_block": cfg.num_blocks, "down_block_types": tuple(down),
+        "up_block_types": tuple(up), "norm_num_groups": cfg.norm_num_groups, "use_linear_projection": True,
         # What this class calls attention_head_dim is the number of heads.
-        "attention_head_dim": tuple(cfg.heads or max(width // cfg.head_width, 1) for width in widths),
-        "transformer_layers_per_block": (*(max(depth, 1) for depth in cfg.transformer_depth[:-1]), cfg.middle_depth),
-        "cross_attention_dim": inputs.text_width,
+        "attention_head_dim": tuple(cfg.num_heads or max(width // cfg.channels_per_head, 1) for width in widths),
+        "transformer_layers_per_block": (*(max(depth, 1) for depth in cfg.transformer_depth[:-1]), cfg.transformer_depth_middle),
+        "cross_attention_dim": inputs.text_dim,
     }  # fmt: skip
-    if inputs.pooled_width:
+    if inputs.pooled_dim:
         config |= {
             "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": inputs.pooled_width + 256 * n,
+            "projection_class_embeddings_input_dim": inputs.pooled_dim + 256 * n,
         }  # fmt: skip
-    ties = diffusers_ties(len(widths), cfg.blocks, max([*cfg.transformer_depth, cfg.middle_depth]))
-    return peer, config, give(weights, ties)
+    ties = diffusers_mappings(len(widths), cfg.num_blocks, max([*cfg.transformer_depth, cfg.transformer_depth_middle]))
+    return peer, config, export_tensors(weights, ties)

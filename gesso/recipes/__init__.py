@@ -1,15 +1,15 @@
-"""Recipes: functions that return a complete Run. `RECIPES` is the list of them."""
+"""Recipes: functions that return a complete run. RECIPES lists them by name."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 from gesso import config
-from gesso.config import Run
+from gesso.config import RunConfig
 from gesso.errors import UsageError
 from gesso.recipes import berrada, digits, edm2, imagenet, shapes
 from gesso.recipes.folder import folder
 
-RECIPES: dict[str, Callable[[], Run]] = {
+RECIPES: dict[str, Callable[[], RunConfig]] = {
     **digits.RECIPES,
     **berrada.RECIPES,
     **imagenet.RECIPES,
@@ -19,28 +19,33 @@ RECIPES: dict[str, Callable[[], Run]] = {
 }
 
 
-def listed() -> list[str]:
-    """A line for each recipe."""
-    lines = [f"{name:21} {(make.__doc__ or '').strip().splitlines()[0]}" for name, make in RECIPES.items()]
-    return [*lines, "\ngesso show RECIPE prints one whole; gesso train RECIPE a.b=c changes it"]
+def list_recipes() -> list[str]:
+    """Return one line per recipe: its name and summary."""
+    lines = [f"{name:21} {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in RECIPES.items()]
+    return [*lines, "\ngesso config RECIPE prints all settings; gesso train RECIPE a.b=c changes some"]
 
 
-def resolve(name: str, arguments: list[str]) -> tuple[Run, list[str]]:
-    """The run that `name` stands for, with `arguments` (a.b=c or YAML files) laid over it, and notes.
+def resolve(name: str, arguments: list[str]) -> tuple[RunConfig, list[str]]:
+    """Return the run that `name` selects, changed by `arguments` (a.b=c or YAML files), and notes for the user.
 
-    `name` is a recipe, `folder:PATH`, a run.yaml, or a run folder. Raises UsageError.
+    Args:
+        name: a recipe, `folder:PATH`, a run.yaml, or a run folder.
+        arguments: settings or YAML files, applied in order.
+
+    Raises:
+        UsageError: if there is no such recipe or file, or a setting is invalid.
     """
     if name.startswith("folder:"):
         arguments = [f"data.source={name.removeprefix('folder:')}", *arguments]
         name = "folder"
     if name in RECIPES:
-        return config.resolve(config.as_tree(RECIPES[name]()), arguments)
+        return config.resolve(config.to_dict(RECIPES[name]()), arguments)
     path = Path(name)
     if path.is_dir() and (path / "run.yaml").is_file():
         path = path / "run.yaml"
     if path.suffix in (".yaml", ".yml"):
-        return config.resolve(config.as_tree(config.read(path)), arguments)
-    hint = config.nearest(name, list(RECIPES))
+        return config.resolve(config.to_dict(config.load_config(path)), arguments)
+    hint = config.suggest(name, list(RECIPES))
     if path.is_dir():
-        hint = f"to train on the images in that folder, write folder:{name}"
+        hint = f"to train on the images in that folder, use folder:{name}"
     raise UsageError(f"there is no recipe {name!r}; {hint}")

@@ -1,19 +1,23 @@
-"""Table 1 of Berrada et al. 2024 on ImageNet-1k, CC12M's other networks, and the trainings behind Tables 2, 3, 4 and A2.
+"""Recipes of Berrada et al. 2024: Table 1 on ImageNet-1k, the other networks on CC12M, Tables 2, 3, 4 and A2.
 
-One setting for all networks (Section 3.1, Appendix C): eps-prediction in DDPM's process, Adam(0.9, 0.999), a constant 1e-4,
-bfloat16, batches of 2048 at 256x256 and of 384 at 512x512. Runs at 512 start from one at 256; ours alone rescales noise levels
-and resamples positions, the others have those of their own papers (Table A4 says it of SDXL and SD3). What the paper is silent
-on is marked "our choice". Imported weights of DiT, MDT and PixArt bring their own process, of linear betas (init.process). Faces are blurred in its data; image-net.org offers such a version, for which leave out --blur-faces.
+All networks have the same settings (Section 3.1, Appendix C): eps-prediction in DDPM's process, Adam(0.9, 0.999),
+constant learning rate 1e-4, bfloat16, batch size 2048 at 256x256 and 384 at 512x512. Runs at 512x512 start from one
+at 256x256. Only the paper's model rescales noise levels and resamples positions; the others follow their own papers
+(Table A4 says so for SDXL and SD3). Values that the paper does not give are marked "our choice". Imported weights of
+DiT, MDT and PixArt use their own process with linear betas (init.process). Faces are blurred; image-net.org offers
+such a version, for which omit --blur-faces.
 
-Table A1's sizes hold an MLP of control in every network but mDT's, and no pooled text. Which of the two the numbers of
-Table 1 belong to the paper does not say, and what it says does not agree:
-  control      Table A3 starts from DiT at 1.95, Table 1's number, and adds control later; Table A4 has none in SD3 and has it
-               in SD-XL. But A3 comes to mmDiT's 1.71 and 7.54 of Table 1 with control. Here: UNet (SDXL) with, the others
-               without; CONTROL, laid over a recipe, is the other reading, of Table A1's size.
-  pooled text  The paper speaks of none, and Table A1's UNet and mmDiT hold none to .01 %. Here: none. SDXL and SD3
-               themselves have it: net.pooled_mlp=own is that reading.
+The sizes in Table A1 include an MLP of control variables in every network except mDT, and no pooled text. The paper
+does not say which variant the numbers of Table 1 belong to, and its statements disagree:
+  control      Table A3 starts from DiT at 1.95, the number of Table 1, and adds control later; Table A4 has none in
+               SD3 and has it in SD-XL. But with control A3 reaches mmDiT's 1.71 and 7.54 of Table 1. Here UNet (SDXL)
+               has control, the others have none; the settings CONTROL give the other variant, with the size of Table
+               A1.
+  pooled text  The paper does not mention it, and the UNet and mmDiT of Table A1 have none, to 0.01 %. Here: none.
+               SDXL and SD3 themselves have it: net.pooled_mlp=own gives that variant.
 
-A table whose rows are one training with other settings is one recipe; ROWS has the settings and what each gave.
+A table whose rows are one training with other settings is one recipe; TABLE_CELLS has the settings and published
+numbers.
 """
 
 from collections.abc import Callable
@@ -21,188 +25,234 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from gesso.config import (
-    MDT,
-    VP,
-    Controls,
-    DiT,
-    DiTAtt,
-    Ema,
-    Loss,
-    MMDiT,
-    Net,
-    Optim,
-    PixArt,
-    Run,
-    Sample,
-    Semantic,
-    UNet,
-    mmditpp,
+    ControlConfig,
+    DiTAttConfig,
+    DiTConfig,
+    EmaConfig,
+    LossConfig,
+    MDTConfig,
+    MMDiTConfig,
+    NetConfig,
+    OptimConfig,
+    PixArtConfig,
+    RunConfig,
+    SampleConfig,
+    SemanticConfig,
+    UNetConfig,
+    VPConfig,
+    mmditpp_config,
 )
-from gesso.recipes.berrada import CC12M as TABLE_A4
-from gesso.recipes.berrada import CLIP, DDIM, XL, at_scale, cc12m, described, ours, reported, sdxl
+from gesso.recipes.berrada import CC12M_RESULTS as TABLE_A4
+from gesso.recipes.berrada import (
+    CLIP_SETTINGS,
+    DDIM_SETTINGS,
+    XL_SHAPE,
+    berrada_best,
+    cc12m,
+    document,
+    paper_scale_run,
+    published_text,
+    sdxl,
+)
 
-ADAM = Optim(name="adam", lr=1e-4, betas=(0.9, 0.999))
-GLOBAL = (0.9, 1.0)
+ADAM = OptimConfig(name="adam", lr=1e-4, betas=(0.9, 0.999))
+GLOBAL_CROP = (0.9, 1.0)
 
 
-class Row(NamedTuple):
-    """A row of Table 1. steps: thousands at 256, then at 512; published: FID at 256 and 512, None: the run diverged."""
+class Table1Row(NamedTuple):
+    """Row of Table 1.
 
-    net: Net
-    what: str
+    published: FID at 256x256 and 512x512; None: the run diverged.
+    steps: thousands of steps at 256x256 and 512x512.
+    """
+
+    net: NetConfig
+    title: str
     published: tuple[float | None, float | None]
     steps: tuple[int, int] = (600, 150)
 
 
-# Steps of UNet and mmDiT at 512 are Table 4c's, which has their distances of Table 1. At 256 the paper says 500k to 1M (Section
-# 3.1) and 600k of the ImageNet model that Table 4a starts from; 600k, and at 512 the 150k of mmDiT, elsewhere are our choice.
-IN1K = {
-    "unet": Row(UNet(), "UNet (SDXL)", (2.05, 4.81), (750, 250)),
-    "dit": Row(DiT(**XL, positions="extrapolated"), "DiT-XL/2 w/ LN", (1.95, 2.85)),
-    "dit-att": Row(DiTAtt(**XL, positions="extrapolated"), "DiT-XL/2 w/ Att", (1.71, None)),
-    "mdt": Row(MDT(**XL), "mDT-v2-XL/2 w/ LN", (2.51, 3.75)),
-    "pixart": Row(PixArt(**XL, positions="proportional"), "PixArt-alpha-XL/2", (2.06, 3.05)),
-    "mmdit": Row(MMDiT(**XL, positions="interpolated", pooled_mlp="none"), "mmDiT-XL/2 (SD3)", (1.71, 3.02)),
-    "ours": Row(mmditpp("XL/2"), "mmDiT-XL/2 (ours)", (1.59, 2.76)),
+# Steps of UNet and mmDiT at 512x512 are those of Table 4c, which has their FIDs of Table 1. At 256x256 the paper gives
+# 500k to 1M (Section 3.1), and 600k for the ImageNet model that Table 4a starts from. 600k, and at 512x512 the 150k of
+# mmDiT for the other networks, are our choice.
+IN1K_ROWS = {
+    "unet": Table1Row(UNetConfig(), "UNet (SDXL)", (2.05, 4.81), (750, 250)),
+    "dit": Table1Row(DiTConfig(**XL_SHAPE, pos_embed="extrapolated"), "DiT-XL/2 w/ LN", (1.95, 2.85)),
+    "dit-att": Table1Row(DiTAttConfig(**XL_SHAPE, pos_embed="extrapolated"), "DiT-XL/2 w/ Att", (1.71, None)),
+    "mdt": Table1Row(MDTConfig(**XL_SHAPE), "mDT-v2-XL/2 w/ LN", (2.51, 3.75)),
+    "pixart": Table1Row(PixArtConfig(**XL_SHAPE, pos_embed="proportional"), "PixArt-alpha-XL/2", (2.06, 3.05)),
+    "mmdit": Table1Row(
+        MMDiTConfig(**XL_SHAPE, pos_embed="interpolated", pooled_mlp="none"), "mmDiT-XL/2 (SD3)", (1.71, 3.02)
+    ),
+    "berrada": Table1Row(mmditpp_config("XL/2"), "mmDiT-XL/2 (ours)", (1.59, 2.76)),
 }
-# FID against the validation set and CLIP score on COCO; UNet, mmDiT and ours are Table A4's columns in berrada.py.
-CC12M = ("dit-att", "pixart", "mmdit")
+# Networks without a column of Table A4; UNet (SDXL), SD3 and mmDiT++ on CC12M are in recipes/berrada.py.
+CC12M_ROWS = ("dit-att", "pixart", "mmdit")
 CONTROL = ("control.variables=[crop,size]", "control.mlp=joint", "control.schedule=uniform")
-"""as Table A1 counts it"""
-KEPT_CONTROL = ("sample.keep_control=true", "dropout.semantic=.05")
-"""guidance as SDXL has it"""
+"""Control settings that give the sizes of Table A1."""
+KEEP_CONTROL = ("sample.keep_control=true", "dropout.semantic=.05")
+"""Guidance that keeps the control variables, as in SDXL."""
 
 
-def one_setting(**changes: Any) -> dict[str, Any]:
-    """What all networks of Table 1's second block share."""
-    return dict(process=VP(), optim=ADAM, semantic=Semantic(), sample=Sample(**DDIM, guidance=1.5)) | changes
+def shared_settings(**changes: Any) -> dict[str, Any]:
+    """Return the settings shared by all networks in the second block of Table 1, updated by `changes`."""
+    return (
+        dict(
+            process=VPConfig(),
+            optim=ADAM,
+            semantic=SemanticConfig(),
+            sample=SampleConfig(**DDIM_SETTINGS, guidance=1.5),
+        )
+        | changes
+    )
 
 
-def in1k(name: str, resolution: int) -> Run:
-    """A row of Table 1 on ImageNet-1k. Mirrored images and crops of .9 to 1 are our choice, as is MDT's loss, its own."""
-    row, k = IN1K[name], resolution // 256
-    settings = one_setting(net=row.net)
-    if name == "ours":  # Table A4's column with classes. Of flips as a control variable Table A3 has no row here.
-        column = ours()
+def in1k(name: str, resolution: int) -> RunConfig:
+    """Return a row of Table 1 on ImageNet-1k. Flips, crops of 0.9 to 1 and min-SNR for MDT are our choice."""
+    row, k = IN1K_ROWS[name], resolution // 256
+    settings = shared_settings(net=row.net)
+    if name == "berrada":  # column of Table A4 with classes; Table A3 has no flips as control
+        column = berrada_best()
         control = column["control"].model_copy(update={"variables": ("crop", "size")})
-        settings |= column | dict(semantic=Semantic(), control=control, process=VP(scale=k))
-    if name == "unet":  # Table A4's column with classes, which has control
+        settings |= column | dict(semantic=SemanticConfig(), control=control, process=VPConfig(resolution_scale=k))
+    if name == "unet":  # column of Table A4 with classes
         column = sdxl()
         settings |= {block: column[block] for block in ("control", "dropout", "sample")}
     if name == "mdt":
-        settings["loss"] = Loss(weighting="min-snr")
+        settings["loss"] = LossConfig(weighting="min-snr")
     steps = 1000 * row.steps[k - 1]
-    return at_scale(f"in1k-{resolution}-{name}", resolution, steps, GLOBAL, flip=True, **settings)
+    return paper_scale_run(f"in1k-{resolution}-{name}", resolution, steps, GLOBAL_CROP, flip=True, **settings)
 
 
-def readings(run: Run) -> str:
-    """Return the settings of the other reading of control and pooled text, for a recipe's docstring."""
-    other = () if run.control.variables or isinstance(run.net, MDT) else CONTROL
-    pooled = isinstance(run.net, MMDiT) and run.semantic.kind == "text"
-    lines = [f"With control, as Table A1's size has it: {' '.join(other)}"] * bool(other)
-    lines += ["With pooled text, as SD3 itself has it: net.pooled_mlp=own"] * pooled
+def other_variants(run: RunConfig) -> str:
+    """Return lines with the settings of the other variant of control and pooled text, for a recipe's docstring."""
+    lines = []
+    if not run.control.variables and not isinstance(run.net, MDTConfig):
+        lines.append(f"With control, the size of Table A1: {' '.join(CONTROL)}")
+    if isinstance(run.net, MMDiTConfig) and run.semantic.kind == "text":
+        lines.append("With pooled text, as in SD3: net.pooled_mlp=own")
     return "".join(f"\n    {line}" for line in lines)
 
 
-def in1k_described(name: str, resolution: int) -> Callable[[], Run]:
-    row, large = IN1K[name], resolution == 512
-    published = row.published[large]
+def in1k_recipe(name: str, resolution: int) -> Callable[[], RunConfig]:
+    """Return the documented recipe of a row of Table 1 on ImageNet-1k."""
+    row, is_512 = IN1K_ROWS[name], resolution == 512
+    published = row.published[is_512]
     result = f"Published: FID {published:.2f}." if published else "Published: the run diverged."
-    # What Table 4c's mmDiT starts from had seen 350k steps; ours, crops of .4 to .6 (Table A4, Figure 8c).
-    told = {"mmdit": "@716.8M", "ours": "-local"}.get(name, "") if large else ""
-    if name == "ours" and large:
-        result += "\n    runs/in1k-256-ours-local is in1k-256-ours with data.crop_scale=.4,.6 and such a cache."
-    return described(
+    # mmDiT in Table 4c starts from 350k steps; the paper's model from crops of 0.4 to 0.6 (Table A4, Figure 8c).
+    suffix = {"mmdit": "@716.8M", "berrada": "-local"}.get(name, "")
+    if name == "berrada" and is_512:
+        result += "\n    runs/in1k-256-berrada-local is in1k-256-berrada with data.crop_scale=.4,.6 and such a cache."
+    variants = other_variants(in1k(name, resolution))
+    return document(
         partial(in1k, name, resolution),
-        f"Table 1's {row.what} on ImageNet-1k at {resolution}x{resolution}.{readings(in1k(name, resolution))}",
+        f"Train {row.title} of Table 1 on ImageNet-1k at {resolution}x{resolution}.{variants}",
         result,
-        before=f"in1k-256-{name}{told}" if large else "",
+        init_recipe=f"in1k-256-{name}{suffix}" if is_512 else "",
     )
 
 
-def text(name: str, resolution: int) -> Run:
-    """Another network of Table 1 on CC12M under the setting of all. Steps: as Table 4a's 600k; at 512 100k (our choice)."""
-    settings = one_setting(net=IN1K[name].net, semantic=Semantic(kind="text", **CLIP))
+def cc12m_shared(name: str, resolution: int) -> RunConfig:
+    """Return another network of Table 1 on CC12M with the shared settings.
+
+    Steps: 600k at 256x256, as Table 4a; 100k at 512x512 (our choice).
+    """
+    settings = shared_settings(net=IN1K_ROWS[name].net, semantic=SemanticConfig(kind="text", **CLIP_SETTINGS))
     steps = 600_000 if resolution == 256 else 100_000
-    return at_scale(f"cc12m-{resolution}-{name}", resolution, steps, GLOBAL, flip=False, **settings)
+    return paper_scale_run(f"cc12m-{resolution}-{name}", resolution, steps, GLOBAL_CROP, flip=False, **settings)
 
 
-def text_described(name: str, resolution: int) -> Callable[[], Run]:
-    return described(
-        partial(text, name, resolution),
-        f"Table 1's {IN1K[name].what} on CC12M at {resolution}x{resolution}.{readings(text(name, resolution))}",
-        reported(TABLE_A4["sd3", resolution]) if name == "mmdit" else "Published: the run diverged.",
-        before=f"cc12m-256-{name}" if resolution == 512 else "",
+def cc12m_recipe(name: str, resolution: int) -> Callable[[], RunConfig]:
+    """Return the documented recipe of another network of Table 1 on CC12M."""
+    variants = other_variants(cc12m_shared(name, resolution))
+    return document(
+        partial(cc12m_shared, name, resolution),
+        f"Train {IN1K_ROWS[name].title} of Table 1 on CC12M at {resolution}x{resolution}.{variants}",
+        published_text(TABLE_A4["sd3", resolution]) if name == "mmdit" else "Published: the run diverged.",
+        init_recipe=f"cc12m-256-{name}" if resolution == 512 else "",
     )
 
 
-def renamed(run: Run, name: str, steps: int, **blocks: Any) -> Run:
+def with_name_and_steps(run: RunConfig, name: str, steps: int, **blocks: Any) -> RunConfig:
+    """Return a run with another recipe name, number of optimizer steps and blocks of settings."""
     train = run.train.model_copy(update={"total_images": steps * run.train.batch_size})
     return run.model_copy(update=dict(recipe=name, train=train) | blocks)
 
 
-def whole(run: Run) -> Run:
-    """On nearly whole images: crops of .4 to .6 are for what is trained on at 512 (Figure 8c)."""
-    return run.model_copy(update={"data": run.data.model_copy(update={"crop_scale": GLOBAL})})
+def full_crop(run: RunConfig) -> RunConfig:
+    """Return a run with crops of 0.9 to 1; crops of 0.4 to 0.6 prepare for 512x512 (Figure 8c)."""
+    return run.model_copy(update={"data": run.data.model_copy(update={"crop_scale": GLOBAL_CROP})})
 
 
-def table_2a() -> Run:
-    """The size of the image as control of mmDiT++ on ImageNet-1k at 256, 120k steps. Which network is our choice, and that
-    control is not guided by, as in Table 2c."""
-    run = in1k("ours", 256)
-    control = Controls(variables=("size",), mlp="split", schedule="cosine", alpha=8.0)
+def table_2a() -> RunConfig:
+    """Train with the image size as control: mmDiT++ on ImageNet-1k at 256x256, 120k steps.
+
+    The network is our choice, as is control guidance of 1, as in Table 2c.
+    """
+    run = in1k("berrada", 256)
+    control = ControlConfig(variables=("size",), mlp="split", schedule="cosine", alpha=8.0)
     sample = run.sample.model_copy(update={"control_guidance": 1.0})
-    return renamed(run, "table-2a", 120_000, control=control, sample=sample)
+    return with_name_and_steps(run, "table-2a", 120_000, control=control, sample=sample)
 
 
-def table_2c() -> Run:
-    """Crops, and crops and flips, as control of mmDiT++ on CC12M at 256, 124k steps. Images are mirrored in both rows, as
-    Figure 6 says of a model that is not told; crops of .9 to 1 (our choice)."""
-    run = whole(cc12m("ours", 256))
+def table_2c() -> RunConfig:
+    """Train with crops, or crops and flips, as control: mmDiT++ on CC12M at 256x256, 124k steps.
+
+    Both rows mirror images, as Figure 6 says of a model without flip control; crops of 0.9 to 1 (our choice).
+    """
+    run = full_crop(cc12m("berrada", 256))
     control = run.control.model_copy(update={"variables": ("flip", "crop")})
     sample = run.sample.model_copy(update={"control_guidance": 1.0})
-    return renamed(run, "table-2c", 124_000, control=control, sample=sample)
+    return with_name_and_steps(run, "table-2c", 124_000, control=control, sample=sample)
 
 
-def table_3() -> Run:
-    """Padding of text: mmDiT++ on CC12M at 256, crops of .9 to 1 (our choice)."""
-    return whole(cc12m("ours", 256)).model_copy(update={"recipe": "table-3"})
+def table_3() -> RunConfig:
+    """Train with padding of text: mmDiT++ on CC12M at 256x256, with crops of 0.9 to 1 (our choice)."""
+    return full_crop(cc12m("berrada", 256)).model_copy(update={"recipe": "table-3"})
 
 
-def in22k(resolution: int) -> Run:
-    """What Tables 4a and 4b train on ImageNet-22k from nothing: 375k steps at 256, 200k at 512. Which network is our choice."""
+def in22k(resolution: int) -> RunConfig:
+    """Train from random weights on ImageNet-22k: 375k steps at 256x256, 200k at 512x512 (Tables 4a, 4b).
+
+    The network is our choice.
+    """
     steps = {256: 375_000, 512: 200_000}[resolution]
-    return renamed(in1k("mmdit", resolution), f"in22k-{resolution}-mmdit", steps)
+    return with_name_and_steps(in1k("mmdit", resolution), f"in22k-{resolution}-mmdit", steps)
 
 
-def table_4c() -> Run:
-    """mmDiT on ImageNet-1k at 512 from scratch, 500k steps; in1k-512-mmdit and in1k-512-unet are its other half."""
-    return renamed(in1k("mmdit", 512), "table-4c", 500_000)
+def table_4c() -> RunConfig:
+    """Train mmDiT on ImageNet-1k at 512x512 from random weights, 500k steps.
+
+    in1k-512-mmdit and in1k-512-unet are the other half of the table.
+    """
+    return with_name_and_steps(in1k("mmdit", 512), "table-4c", 500_000)
 
 
-def table_a2() -> Run:
-    """Rate and batch of DiT and UNet on ImageNet-1k at 256: 70k steps, the weights themselves, no EMA.
+def table_a2() -> RunConfig:
+    """Train DiT or UNet on ImageNet-1k at 256x256 with a learning rate and batch size, 70k steps, without EMA.
 
-    A half-life of one image keeps nothing of the past. Every cell has as many steps: train.total_images is 70k batches.
+    A half-life of one image keeps nothing of the past. Every cell trains for 70k steps: train.total_images is 70k
+    batches.
     """
     run = in1k("dit", 256)
     sample = run.sample.model_copy(update={"halflife": 1})
-    return renamed(run, "table-a2", 70_000, ema=Ema(sigma_rels=(), halflives=(1,)), sample=sample)
+    return with_name_and_steps(run, "table-a2", 70_000, ema=EmaConfig(sigma_rels=(), halflives=(1,)), sample=sample)
 
 
-class Cell(NamedTuple):
-    """Settings laid over the recipe, and what the paper reports of them."""
+class TableCell(NamedTuple):
+    """Settings of a table cell, added to the recipe, and its published numbers."""
 
     settings: tuple[str, ...]
     published: dict[str, float]
 
 
-def row_2a(how: str, *values: float) -> Cell:
-    return Cell(tuple(how.split()), dict(zip(("fid", "lpips", "lpips_hr"), values, strict=False)))
+def table_2a_cell(settings: str, *values: float) -> TableCell:
+    """Return a cell of Tables 2a and 2b: settings separated by spaces, FID, LPIPS and LPIPS/HR."""
+    return TableCell(tuple(settings.split()), dict(zip(("fid", "lpips", "lpips_hr"), values, strict=False)))
 
 
 RATES_A2 = ("1e-3", "5e-4", "1e-4", "1e-5", "1e-6")
-TABLE_A2 = {  # FID by rate; x: diverged, -: no number
+TABLE_A2 = {  # FID by (network, batch size) and learning rate; x: diverged, -: no number
     ("unet", 64): "x 126.68 57.56 59.50 104.73",
     ("unet", 512): "x 27.26 19.83 37.98 80.26",
     ("unet", 1024): "x 18.01 19.25 30.00 62.82",
@@ -216,38 +266,40 @@ TABLE_A2 = {  # FID by rate; x: diverged, -: no number
 }
 
 
-def settings_a2(net: str, batch: int, rate: str) -> tuple[str, ...]:
-    train = (f"train.batch_size={batch}", f"train.total_images={70_000 * batch}", f"optim.tuned_at_batch={batch}")
-    return (*(() if net == "dit" else ("net.name=unet",)), *train, f"optim.lr={rate}")
+def table_a2_settings(net: str, batch: int, rate: str) -> tuple[str, ...]:
+    """Return the settings of a cell of Table A2."""
+    network = () if net == "dit" else ("net.name=unet",)
+    train = (f"train.batch_size={batch}", f"train.total_images={70_000 * batch}", f"optim.base_batch_size={batch}")
+    return (*network, *train, f"optim.lr={rate}")
 
 
-ROWS: dict[str, list[Cell]] = {
+TABLE_CELLS: dict[str, list[TableCell]] = {
     "table-2a": [
-        row_2a("control.variables=[]", 3.29),
-        row_2a("control.schedule=uniform", 3.08, 0.33, 0.210),
-        row_2a("control.alpha=1", 3.08, 0.23, 0.076),
-        row_2a("control.alpha=2", 3.09, 0.18, 0.045),
-        row_2a("control.alpha=4", 3.05, 0.13, 0.025),
-        row_2a("control.alpha=8", 3.04, 0.04, 0.009),
+        table_2a_cell("control.variables=[]", 3.29),
+        table_2a_cell("control.schedule=uniform", 3.08, 0.33, 0.210),
+        table_2a_cell("control.alpha=1", 3.08, 0.23, 0.076),
+        table_2a_cell("control.alpha=2", 3.09, 0.18, 0.045),
+        table_2a_cell("control.alpha=4", 3.05, 0.13, 0.025),
+        table_2a_cell("control.alpha=8", 3.04, 0.04, 0.009),
     ],
     "table-2c": [
-        Cell(("control.variables=[crop]",), {"fid": 8.43, "clip": 23.59}),
-        Cell((), {"fid": 8.40, "clip": 23.68}),
+        TableCell(("control.variables=[crop]",), {"fid": 8.43, "clip": 23.59}),
+        TableCell((), {"fid": 8.40, "clip": 23.68}),
     ],
     "table-3": [
-        Cell(("semantic.padding=zero",), {"fid": 7.19, "clip": 26.25}),
-        Cell(("semantic.padding=replicate",), {"fid": 6.93, "clip": 26.47}),
-        Cell((), {"fid": 6.79, "clip": 26.60}),
-        Cell(("semantic.noise=0.05",), {"fid": 6.82, "clip": 26.58}),
-        Cell(("semantic.noise=0.1",), {"fid": 7.01, "clip": 26.47}),
-        Cell(("semantic.noise=0.2",), {"fid": 7.02, "clip": 26.41}),
+        TableCell(("semantic.padding=zero",), {"fid": 7.19, "clip": 26.25}),
+        TableCell(("semantic.padding=replicate",), {"fid": 6.93, "clip": 26.47}),
+        TableCell((), {"fid": 6.79, "clip": 26.60}),
+        TableCell(("semantic.padding_noise=0.05",), {"fid": 6.82, "clip": 26.58}),
+        TableCell(("semantic.padding_noise=0.1",), {"fid": 7.01, "clip": 26.47}),
+        TableCell(("semantic.padding_noise=0.2",), {"fid": 7.02, "clip": 26.41}),
     ],
     "table-4c": [
-        Cell((), {"fid": 3.98}),
-        Cell(("net.name=unet", *CONTROL, *KEPT_CONTROL, "train.total_images=384M"), {"fid": 6.80}),
+        TableCell((), {"fid": 3.98}),
+        TableCell(("net.name=unet", *CONTROL, *KEEP_CONTROL, "train.total_images=384M"), {"fid": 6.80}),
     ],
     "table-a2": [
-        Cell(settings_a2(net, batch, rate), {"fid": float(fid)})
+        TableCell(table_a2_settings(net, batch, rate), {"fid": float(fid)})
         for (net, batch), fids in TABLE_A2.items()
         for rate, fid in zip(RATES_A2, fids.split(), strict=True)
         if fid not in "x-"
@@ -255,30 +307,31 @@ ROWS: dict[str, list[Cell]] = {
 }  # fmt: skip
 
 
-def tabled(name: str, make: Callable[[], Run], title: str) -> Callable[[], Run]:
-    """The recipe of a table, whose docstring has its rows."""
-    lines = [
-        " ".join(cell.settings or ("(as it is)",)) + "  " + ", ".join(f"{k} {v:g}" for k, v in cell.published.items())
-        for cell in ROWS[name]
-    ]
-    rows = "\n    ".join(lines)
-    return described(make, f"{title}\n\n    {(make.__doc__ or '').strip()}", f"Published:\n    {rows}")
+def document_table(name: str, recipe: Callable[[], RunConfig], title: str) -> Callable[[], RunConfig]:
+    """Return the recipe of a table with its rows in the docstring."""
+    rows = "\n    ".join(
+        " ".join(cell.settings or ("(no change)",)) + "  " + ", ".join(f"{k} {v:g}" for k, v in cell.published.items())
+        for cell in TABLE_CELLS[name]
+    )
+    return document(recipe, f"{title}\n\n    {(recipe.__doc__ or '').strip()}", f"Published:\n    {rows}")
 
 
-RECIPES: dict[str, Callable[[], Run]] = {
-    **{f"in1k-{size}-{name}": in1k_described(name, size) for size in (256, 512) for name in IN1K},
-    **{f"cc12m-{size}-{name}": text_described(name, size) for size in (256, 512) for name in CC12M},
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    **{f"in1k-{size}-{name}": in1k_recipe(name, size) for size in (256, 512) for name in IN1K_ROWS},
+    **{f"cc12m-{size}-{name}": cc12m_recipe(name, size) for size in (256, 512) for name in CC12M_ROWS},
     **{
-        f"in22k-{size}-mmdit": described(
+        f"in22k-{size}-mmdit": document(
             partial(in22k, size),
-            f"Table {table}'s mmDiT-XL/2 on ImageNet-22k at {size}x{size}.",
+            f"Train mmDiT-XL/2 of Table {table} on ImageNet-22k at {size}x{size}.",
             "Published: FID 5.80.",
         )
         for size, table in ((256, "4a"), (512, "4b"))
     },
-    "table-2a": tabled("table-2a", table_2a, "Tables 2a and 2b: size as control, by its weight over time."),
-    "table-2c": tabled("table-2c", table_2c, "Table 2c: crops and flips as control."),
-    "table-3": tabled("table-3", table_3, "Table 3: padding of text."),
-    "table-4c": tabled("table-4c", table_4c, "Table 4c: 512x512 from scratch."),
-    "table-a2": tabled("table-a2", table_a2, "Table A2: learning rate and batch size."),
+    "table-2a": document_table(
+        "table-2a", table_2a, "Train Tables 2a and 2b: image size as control, by its weight over time."
+    ),
+    "table-2c": document_table("table-2c", table_2c, "Train Table 2c: crops and flips as control."),
+    "table-3": document_table("table-3", table_3, "Train Table 3: padding of text."),
+    "table-4c": document_table("table-4c", table_4c, "Train Table 4c: 512x512 from random weights."),
+    "table-a2": document_table("table-a2", table_a2, "Train Table A2: learning rate and batch size."),
 }

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gesso import config
-from gesso.config import Run
+from gesso.config import RunConfig
 from gesso.errors import UsageError
-from gesso.train.log import read as read_log
+from gesso.training.logging import read_log
 
 MOST = 300
 """points of a curve; more are averaged in groups"""
@@ -23,7 +23,7 @@ class Folder(NamedTuple):
 
     path: Path
     label: str
-    run: Run
+    run: RunConfig
     lines: list[dict[str, Any]]
     metrics: dict[str, Any]
     measured: Sequence[dict[str, Any]] = ()
@@ -88,7 +88,7 @@ def _read(folder: Path, label: str) -> Folder:
     )
     for value in (value for one in measured.values() for value in one["scores"].values()):
         value.setdefault("best", value.get("least"))  # as files were written when the least was best of every score
-    run, lines = config.read(folder / "run.yaml"), read_log(folder / "log.jsonl")
+    run, lines = config.load_config(folder / "run.yaml"), read_log(folder / "log.jsonl")
     return Folder(folder, label, run, lines, metrics, list(measured.values()))
 
 

@@ -147,7 +147,7 @@ def unlike(runs: Sequence[Folder]) -> str:
 def samples(runs: Sequence[Folder]) -> str:
     pictures = []
     for found in runs:
-        made, grids = found.path / "samples" / "by-class.png", found.grids()
+        made, grids = found.path / "samples" / "by_class.png", found.grids()
         if made.is_file():
             nimg = found.metrics.get("protocol", {}).get("nimg", found.seen)
             pictures.append(page.image(made, f"{found.label}, image {nimg:,}"))
@@ -166,7 +166,7 @@ def training(runs: Sequence[Folder]) -> str:
         return found.curve("validation", list(found.last("validation") or [""])[-1])
 
     weightings = {found.run.loss.weighting for found in runs}
-    targets = {(f.run.process.name, config.flat(f.run).get("process.prediction")) for f in runs}
+    targets = {(f.run.process.name, config.flatten(f.run).get("process.prediction")) for f in runs}
     apart = " The runs weight it differently: it cannot be compared." if len(weightings | targets) > 2 else ""
     plots = [(overlaid(runs, lambda f: f.curve("loss"), "loss"), "Training loss between log lines." + apart)]
     text = "Loss on held-out images, of the last of the averages."
@@ -180,7 +180,10 @@ def training(runs: Sequence[Folder]) -> str:
     summed = {found.run.loss.reduction for found in runs} == {"mean", "sum"}
     note = " Of a summed loss it is C*H*W times that of a mean: runs of both are here." if summed else ""
     plots.append(
-        (overlaid(runs, lambda f: f.curve("grad_norm"), "gradient norm", scale="log"), f"Gradient norm.{note}")
+        (
+            overlaid(runs, lambda f: f.curve("grad_norm"), "gradient norm", scale="log"),
+            f"Gradient norm.{note}",
+        )
     )
     for name in dict.fromkeys(n for f in runs for n in f.last("metrics") or {} if not n.endswith("_std")):
         drawn = overlaid(runs, lambda f, name=name: f.curve("metrics", name), name.replace("_", " "))
@@ -229,7 +232,7 @@ def speed(runs: Sequence[Folder]) -> str:
 def differences(runs: Sequence[Folder]) -> str:
     """A row for each setting in which any two of the runs differ."""
     paths = dict.fromkeys(path for other in runs[1:] for path, _, _ in config.differences(runs[0].run, other.run))
-    values = [config.flat(found.run) for found in runs]
+    values = [config.flatten(found.run) for found in runs]
     rows = [(path, *(short(one.get(path)) for one in values)) for path in paths]
     if not rows:
         return page.section("Settings that differ", page.paragraph("None."))

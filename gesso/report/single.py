@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gesso import config
-from gesso.diffusion.levels import BINS
+from gesso.diffusion.loss_bins import NUM_BINS
 from gesso.report import figures, page
 from gesso.report.folder import Folder, amount
 
@@ -43,7 +43,7 @@ def head(found: Folder) -> str:
             for k, v in on_the_way.items()
             if not k.endswith("_std")
         ]
-    held = f", {data.held_out:,} of them held out" if data.held_out else ""
+    held = f", {data.num_validation:,} of them held out" if data.num_validation else ""
     sub = (
         f"{run.net.name} under {run.process.name}, recipe {run.recipe}: {data.num_images:,} images of "
         f"{data.resolution}\u00d7{data.resolution}\u00d7{data.channels}, {classes}{held}"
@@ -53,7 +53,7 @@ def head(found: Folder) -> str:
 
 def samples(found: Folder) -> str:
     run, cfg = found.run, found.run.sample
-    made, near = found.path / "samples" / "by-class.png", found.path / "samples" / "nearest.png"
+    made, near = found.path / "samples" / "by_class.png", found.path / "samples" / "nearest.png"
     if made.is_file():
         rows = "A row for each class. " if run.data.num_classes else ""
         length = f"half-life {cfg.halflife:,}" if cfg.halflife else f"sigma_rel {cfg.sigma_rel:g}"
@@ -190,13 +190,13 @@ def shown(plots: list[tuple[str, str]]) -> str:
 
 
 def by_noise(found: Folder) -> str:
-    trained = {b: found.curve("loss_by_noise", b) for b in range(BINS)}
+    trained = {b: found.curve("loss_by_noise", b) for b in range(NUM_BINS)}
     newest = list(found.last("validation_by_noise") or {})
-    text = f"Training loss in {BINS} equal bins of progress, which are equally full: the draw of noise levels is uniform in it."
+    text = f"Training loss in {NUM_BINS} equal bins of progress, which are equally full: the draw of noise levels is uniform in it."
     plots = [(figures.by_noise(trained, "loss"), text)]
     if newest:
         name = newest[-1]
-        held = {b: found.curve("validation_by_noise", name, b) for b in range(BINS)}
+        held = {b: found.curve("validation_by_noise", name, b) for b in range(NUM_BINS)}
         plots.append((figures.by_noise(held, "validation loss"), f"The same of the held-out images, {said_of(name)}."))
     latest = {"training": found.late("loss_by_noise")}
     latest |= {said_of(name): found.last("validation_by_noise", name) for name in newest}
@@ -243,5 +243,5 @@ def speed(found: Folder) -> str:
 
 def recipe(found: Folder) -> str:
     settings = f"<pre>{page.escape(config.to_yaml(found.run))}</pre>"
-    made = page.section("Made with", page.terms(found.run.made_with))
+    made = page.section("Made with", page.terms(found.run.environment))
     return made + page.section("Recipe", page.folded("run.yaml", settings, is_open=True))

@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from gesso import files
+from gesso import atomic_io
 from gesso.errors import UsageError
 from gesso.report import page, several, single
 from gesso.report.folder import opened
@@ -24,5 +24,5 @@ def write(folders: Path | Sequence[Path], out: Path | None = None) -> Path:
     else:
         target, title, sections = Path("report.html"), several.title_of(runs), several.sections(runs)
     target = out or target
-    files.write_text(target, page.document(f"{title} - gesso", sections))
+    atomic_io.write_text(target, page.document(f"{title} - gesso", sections))
     return target

@@ -1,0 +1,371 @@
+"""Command line of gesso: parses arguments, calls the library, prints the result."""
+
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+
+from gesso import torchrun
+from gesso.errors import GessoError, UsageError
+
+# Pillow warns about unusual image metadata; images that it cannot decode are counted and reported.
+warnings.filterwarnings("ignore", module="PIL")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Train latent diffusion image models from scratch and compare them fairly. "
+    "Settings are written a.b=c, such as train.total_images=200k; gesso config RECIPE lists them.",
+)
+# Only the first rank prints; every rank may print errors.
+console = Console(highlight=False, emoji=False, quiet=torchrun.rank_from_env().rank > 0)
+errors = Console(stderr=True, highlight=False, emoji=False)
+
+
+def _argument(help: str, *, metavar: str | None = None) -> Any:
+    """Return a command argument without a default in the help text."""
+    return typer.Argument(help=help, metavar=metavar, show_default=False)
+
+
+def _option(help: str, flag: str | None = None, *, min: int | None = None) -> Any:
+    """Return a command option without a default in the help text."""
+    return typer.Option(*([flag] if flag else []), help=help, min=min, show_default=False)
+
+
+Overrides = Annotated[
+    list[str] | None,
+    _argument("settings, or YAML files of settings", metavar="[a.b=c ...]"),
+]
+RunFolder = Annotated[Path, _argument("run folder, such as runs/digits", metavar="RUN")]
+Out = Annotated[Path | None, _option("output file or folder", "--out")]
+Recipe = Annotated[
+    str,
+    _argument("recipe (see gesso recipes), folder:PATH, a run.yaml, or a run folder"),
+]
+
+
+def _print(text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        _print(line)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar; yield a function of (done, total) that updates it."""
+    from gesso.training.logging import ProgressBar
+
+    with ProgressBar(console, 1, 0, title) as bar:
+        yield lambda done, total: bar.update(done, total=total)
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    settings: Overrides = None,
+    out: Out = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="continue from the latest checkpoint; start if there is none")
+    ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="estimate memory, time and disk from a few steps; write nothing")
+    ] = False,
+) -> None:
+    """Train a recipe. The default output folder is runs/RECIPE."""
+    from gesso import recipes
+
+    run, notes = recipes.resolve(recipe, list(settings or ()))
+    _print_lines(f"note: {note}" for note in notes)
+    if estimate:
+        from gesso.training.estimate import estimate as estimate_run
+
+        return _print_lines(estimate_run(run, console))
+    from gesso.training.run_folder import default_run_folder, start_training
+
+    out = out or default_run_folder(recipe, run, resume)
+    run = start_training(run, out, resume, console, _print)
+    label = " --label 0" if run.input_spec.num_classes else ""
+    _print(f"trained: {out}\nnext:\n  gesso sample {out}{label}\n  gesso evaluate {out}\n  gesso report {out}")
+
+
+@app.command()
+def sample(
+    folder: RunFolder,
+    settings: Overrides = None,
+    label: Annotated[str | None, _option("classes by number or name: 7, 0-9, 3,5, cat (default: all in turn)")] = None,
+    prompt: Annotated[list[str] | None, _option("prompt of a run trained on text; may be repeated")] = None,
+    size: Annotated[str | None, _option("original size to condition on, such as 512x512")] = None,
+    flip: Annotated[str | None, _option("condition on a mirrored image: yes or no (default no)")] = None,
+    crop: Annotated[
+        str | None, _option("crop to condition on: top,left,bottom,right or full (default: training's centre crop)")
+    ] = None,
+    control: Annotated[list[str] | None, _option("any control variable, such as aspect=4:3 or brightness=128")] = None,
+    seeds: Annotated[str, typer.Option(help="seeds: 0-15, or 1,5,9; one image per seed")] = "0-15",
+    nimg: Annotated[str | None, _option("images seen by the weights, such as 100k (default: the last)")] = None,
+    out: Out = None,
+) -> None:
+    """Sample images from a trained run. Settings sample.* may be changed, such as sample.guidance=2."""
+    from gesso import config
+    from gesso.sampling import SampleArgs, sample_to_folder
+
+    run = config.load_with_overrides(folder, settings, ("sample.",))
+    controls = dict(part.partition("=")[::2] for part in control or ())
+    controls |= {name: text for name, text in (("size", size), ("flip", flip), ("crop", crop)) if text is not None}
+    _print_lines(sample_to_folder(folder, run, SampleArgs(label, tuple(prompt or ()), controls, seeds, nimg), out))
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path | None, _argument("run folder", metavar="[RUN]")] = None,
+    settings: Overrides = None,
+    protocol: Annotated[str | None, _option("evaluation protocol of a paper: edm2, berrada, ...")] = None,
+    images: Annotated[str | None, _option("in place of a run: a source of images or an .npz file")] = None,
+    ref: Annotated[str | None, _option("reference images for --images")] = None,
+    metrics: Annotated[str | None, _option("metrics: fid,kid,is,pr,fd_dinov2, ...")] = None,
+    resolution: Annotated[int | None, _option("resolution to crop and resize both to", min=1)] = None,
+    resize: Annotated[str | None, _option("resizing filter: lanczos, adm or bicubic")] = None,
+    num_images: Annotated[int | None, _option("number of images to use, from the first", min=2)] = None,
+    weights_dir: Annotated[Path | None, _option("folder with the weights of feature networks")] = None,
+    kid_subset: Annotated[int | None, _option("images per subset of kid (default 1000)", min=2)] = None,
+    inception: Annotated[str | None, _option("torch-fidelity (default), pytorch-fid or nvidia")] = None,
+    dinov2: Annotated[str | None, _option("folder or hub id of DINOv2")] = None,
+    clip: Annotated[str | None, _option("folder or hub id of CLIP")] = None,
+    device: Annotated[str | None, _option("auto, cpu or cuda")] = None,
+    out: Out = None,
+) -> None:
+    """Evaluate a run (settings sample.* and eval.* may be changed), or a set of images against a reference."""
+    args = {
+        f"--{name.replace('_', '-')}": value
+        for name, value in locals().items()
+        if name not in ("folder", "settings", "protocol")
+    }
+    from gesso.evaluation.protocols import evaluate
+
+    with _progress("evaluating") as progress:
+        lines = evaluate(folder, protocol, settings or [], args, progress)
+    _print_lines(lines)
+
+
+@app.command()
+def ema(
+    folder: RunFolder,
+    settings: Overrides = None,
+    sigma_rel: Annotated[
+        list[float] | None, typer.Option(help="relative EMA length, between 0 and 0.2886; may be repeated")
+    ] = None,
+    halflife: Annotated[
+        list[str] | None, typer.Option(help="half-life of a traditional EMA in images, such as 50M; may be repeated")
+    ] = None,
+    nimg: Annotated[str | None, _option("images seen, such as 100k (default: the last)")] = None,
+    tensors: Annotated[
+        list[str] | None, typer.Option(help="EMA length of some tensors: GLOB=LENGTH; with --sweep: GLOB")
+    ] = None,
+    sweep: Annotated[str | None, _option("evaluate EMA lengths LOW:HIGH:COUNT")] = None,
+    metric: Annotated[str | None, _option("metric of --sweep, such as fd")] = None,
+    guidance: Annotated[str | None, _option("guidance scales of --sweep, such as 1,1.5,2")] = None,
+    num_repeats: Annotated[int, typer.Option(min=1, help="evaluations per point of --sweep, with other seeds")] = 1,
+    files: Annotated[
+        list[str] | None, typer.Option(help="snapshots of another trainer, such as step-{step}.safetensors")
+    ] = None,
+    batch_size: Annotated[int | None, _option("images per step of --files", min=1)] = None,
+    decay: Annotated[float | None, _option("EMA decay per step, if --files are traditional EMAs")] = None,
+    out: Out = None,
+) -> None:
+    """Reconstruct EMA weights of any length from the snapshots of a run, or evaluate quality against EMA length."""
+    from gesso import config
+    from gesso.evaluation import ema_export as export
+    from gesso.evaluation import ema_sweep
+
+    if not sweep:
+        args = export.EmaArgs(sigma_rel or (), halflife or (), tensors or (), nimg, files or (), batch_size, decay)
+        unused = {"--metric": metric, "--guidance": guidance, "a.b=c": settings}
+        return _print_lines(export.export_ema(folder, args, out, unused))
+    export.check_sweepable(folder, {"--files": files, "--decay": decay, "--halflife": halflife, "--out": out})
+    run = config.load_with_overrides(folder, settings, ("sample.", "eval."))
+    sweep_args = ema_sweep.EmaSweepArgs(sweep, metric, guidance, tensors or (), sigma_rel or (), nimg, num_repeats)
+    with _progress("measuring") as progress:
+        lines = ema_sweep.run_ema_sweep(folder, run, sweep_args, progress)
+    _print_lines(lines)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], _argument("run folders", metavar="RUN...")],
+    out: Out = None,
+) -> None:
+    """Write a self-contained HTML page on a run, or a comparison of several runs."""
+    from gesso.report import write
+
+    _print(f"wrote {write(folders, out)}")
+
+
+@app.command("reproduce")
+def reproduce_table(
+    name: Annotated[str, _argument("table or figure: berrada/2a, edm2/1, ...; list shows all")],
+    settings: Overrides = None,
+    scale: Annotated[str, typer.Option(help="tiny (two CPU cores), small (one GPU) or paper")] = "tiny",
+    rows: Annotated[
+        list[str] | None, typer.Option("--rows", help="row to reproduce; may be repeated (default: all)")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="number of trainings per row")] = 1,
+    out: Annotated[Path, typer.Option("--out", help="folder of trainings, measurements and pages")] = Path("tables"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything and print the cost; run nothing")
+    ] = False,
+    slurm: Annotated[Path | None, _option("folder to write Slurm job arrays to")] = None,
+) -> None:
+    """Reproduce a table or figure of the papers and compare it with the published numbers. Continues if stopped."""
+    from gesso.papers import TABLES
+    from gesso.reproduce.cli import ReproduceArgs, reproduce
+
+    args = ReproduceArgs(name, tuple(settings or ()), scale, tuple(rows or ()), seeds, out, dry_run, slurm)
+    reproduce(args, TABLES, console, _print)
+
+
+@app.command("inspect")
+def inspect_data(
+    source: Annotated[str, _argument("source as in data.source, or a cache", metavar="SOURCE")],
+    out: Annotated[Path, typer.Option("--out", help="image file of the contact sheet")] = Path("sheet.png"),
+    rows: Annotated[int, typer.Option(min=1, max=100, help="number of images on the contact sheet")] = 8,
+    views: Annotated[int, typer.Option(min=1, max=12, help="number of views per image")] = 4,
+    crop_scale: Annotated[str | None, _option("range of the area of random crops: .4,.6")] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="mirror half of the views")] = False,
+    resolution: Annotated[int | None, _option("resolution of the views in pixels", min=1)] = None,
+    limit: Annotated[int, typer.Option(min=1, help="number of image headers and captions to read")] = 5_000,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the views, as in a cache")] = 0,
+    resize: Annotated[str, typer.Option(help="resizing filter: lanczos, adm or bicubic")] = "lanczos",
+    vae: Annotated[str | None, _option("folder or hub id of the VAE that decodes latents")] = None,
+    convention: Annotated[str, typer.Option(help="convention of those latents: dit or edm2")] = "dit",
+) -> None:
+    """Print counts, sizes, classes and captions of an image source or cache, and draw a contact sheet of its views."""
+    from gesso.config import Resize
+    from gesso.data.inspect import InspectArgs, inspect_source, parse_crop_scale
+
+    scale = None if crop_scale is None else parse_crop_scale(crop_scale)
+    if resize not in get_args(Resize):
+        raise UsageError(f"--resize {resize}: no such filter; use {', '.join(get_args(Resize))}")
+    # mypy does not narrow the text to the literals of Resize.
+    args = InspectArgs(rows, views, scale, flip, resolution, seed, vae, convention, resize)  # type: ignore[arg-type]
+    _print_lines(inspect_source(source, limit, args, out, console))
+
+
+@app.command()
+def cache(
+    source: Annotated[str, _argument("source as in data.source; with --check: the cache", metavar="SOURCE")],
+    out: Annotated[Path | None, _argument("folder to write", metavar="OUT")] = None,
+    settings: Overrides = None,
+    resolution: Annotated[int | None, _option("height and width in pixels")] = None,
+    channels: Annotated[int | None, _option("channels: 1 grey, 3 RGB (default)")] = None,
+    crop_scale: Annotated[str | None, _option("range of the area of random crops: .4,.6")] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="mirror every other view")] = False,
+    resize: Annotated[str | None, _option("resizing filter: lanczos (default), adm or bicubic")] = None,
+    views: Annotated[int | None, _option("number of views per image (default 1)")] = None,
+    vae: Annotated[str | None, _option("store latents of this VAE: folder or hub id")] = None,
+    convention: Annotated[str | None, _option("convention of latents: dit (default) or edm2")] = None,
+    text: Annotated[str | None, _option("store text tokens of words, or of a CLIP or T5 encoder")] = None,
+    max_tokens: Annotated[int | None, _option("number of tokens per caption (default 16)")] = None,
+    dtype: Annotated[str | None, _option("dtype of latents and tokens: float16 (default) or float32")] = None,
+    blur_faces: Annotated[bool, typer.Option("--blur-faces", help="blur faces before cropping")] = False,
+    buckets: Annotated[int | None, _option("number of aspect-ratio buckets, an odd number")] = None,
+    images_per_shard: Annotated[int | None, _option("number of images per file")] = None,
+    batch_size: Annotated[int | None, _option("number of views that are encoded at once (default 32)")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    check: Annotated[bool, typer.Option("--check", help="verify the files of a cache against their hashes")] = False,
+) -> None:
+    """Write crops, latents and text tokens of SOURCE to OUT, for training. Continues if stopped."""
+    args = {f"--{name.replace('_', '-')}": value for name, value in locals().items()}
+    from gesso.data.cache import format, write
+    from gesso.data.cache.plan import parse_cache_args
+    from gesso.training.loop import capture_signals
+
+    plan = parse_cache_args(source, out, args, settings or [])
+    with capture_signals() as received, _progress("checking" if check else "caching") as progress:
+        if plan is None:
+            lines = format.verify_cache(source, progress)
+        else:
+            assert out is not None  # parse_cache_args requires it
+            lines = write.write_cache(plan, out, device, progress, _print, received)
+    _print_lines(lines or ([f"{source} is as it was written"] if plan is None else []))
+    raise typer.Exit(int(plan is None and bool(lines)))
+
+
+@app.command()
+def models(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME ...]", help="names of networks (default: all)")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Print parameters and FLOPs of every network and the published numbers."""
+    from gesso.models.flops import render_table, size_table
+
+    _print(render_table(size_table(names), as_json))
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes."""
+    from gesso.recipes import list_recipes
+
+    _print_lines(list_recipes())
+
+
+@app.command("config")
+def show_config(recipe: Recipe, settings: Overrides = None) -> None:
+    """Print the settings of a recipe or run as YAML, with a description of each."""
+    from gesso import config
+    from gesso.recipes import resolve
+
+    run, notes = resolve(recipe, list(settings or ()))
+    errors.print(*(f"note: {note}\n" for note in notes), sep="", end="", markup=False)
+    sys.stdout.write(config.to_annotated_yaml(run))
+
+
+@app.command()
+def diff(a: Recipe, b: Recipe) -> None:
+    """Print the settings in which two runs or recipes differ."""
+    from gesso import config
+    from gesso.recipes import resolve
+
+    left, right = (resolve(name, [])[0] for name in (a, b))
+    rows = config.differences(left, right)
+    _print_lines([f"{path}: {old!r} -> {new!r}" for path, old, new in rows] or ["no difference"])
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine's installation, print problems and how to fix them."""
+    from gesso.doctor import examine, render
+
+    findings = examine()
+    _print(render(findings))
+    if any(f.level == "problem" for f in findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line. GessoError prints one to three lines; --debug adds the traceback."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app(prog_name="gesso")
+    except GessoError as error:
+        if debug:
+            traceback.print_exc()
+        errors.print(f"gesso: {error}", markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        errors.print("gesso: interrupted")
+        sys.exit(128 + signal.SIGINT)

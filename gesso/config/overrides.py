@@ -1,0 +1,297 @@
+"""Merging of recipes, YAML files and `a.b=c` arguments into a validated run; YAML with help texts."""
+
+import difflib
+import json
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from gesso import atomic_io
+from gesso.config.initialization import RECORDED_FIELDS
+from gesso.config.process import LINEAR_ENDS
+from gesso.config.run import RunConfig
+from gesso.errors import UsageError
+
+Tree = dict[str, Any]
+COMMENT_COLUMN, LINE_WIDTH = 44, 150
+"""First column of the comments of annotated YAML, and the width of its lines."""
+
+
+def suggest(word: str, known: list[str]) -> str:
+    """Return "did you mean X?" for the closest known word, or the list of known words."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(known)}"
+
+
+def variants(path: str) -> dict[str, type[BaseModel]]:
+    """Return the models that `name` selects at a top-level path (net, process); empty for other paths."""
+    field = RunConfig.model_fields.get(path)
+    members = get_args(field.annotation) if field else ()
+    return {m.model_fields["name"].default: m for m in members if isinstance(m, type) and issubclass(m, BaseModel)}
+
+
+def parse_value(text: str) -> Any:
+    """Return JSON as its value and numbers with commas (.4,.6 or [.4,1]) as a list; any other text unchanged.
+
+    The schema converts the text further (no, 010, 200k).
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        numbers = re.fullmatch(r"\[?([\d.eE+-]+[kKmM]?(?:,\s*[\d.eE+-]+[kKmM]?)+)\]?", text.strip())
+        return [part.strip() for part in numbers[1].split(",")] if numbers else text
+
+
+def parse_override(argument: str) -> Tree:
+    """Return `a.b=c` as {"a": {"b": c}}, or the contents of a YAML file. `init=x` is short for `init.source=x`.
+
+    Raises:
+        UsageError: if the argument is neither, or the file cannot be read.
+    """
+    if "=" not in argument and argument.endswith((".yaml", ".yml")):
+        tree = read_yaml(Path(argument))
+    else:
+        path, equals, text = argument.partition("=")
+        keys = path.split(".")
+        if not equals or not all(keys):
+            raise UsageError(f"{argument!r} is not a setting: write a.b=c, such as train.total_images=200k")
+        tree = parse_value(text)
+        for key in reversed(keys):
+            tree = {key: tree}
+    if "init" in tree and not isinstance(tree["init"], dict):
+        tree["init"] = {"source": tree["init"]}
+    return tree
+
+
+def read_yaml(path: Path) -> Tree:
+    """Return the mapping in a YAML file. Raises UsageError if there is none."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path} has no settings: write a mapping such as train: {{seed: 1}}")
+    return tree
+
+
+def deep_merge(base: Tree, override: Tree, path: tuple[str, ...] = ()) -> Tree:
+    """Return `base` with the values of `override`, merged recursively.
+
+    Raises:
+        UsageError: if `override` has settings inside a value of `base` that is not a mapping.
+    """
+    result = dict(base)
+    for key, value in override.items():
+        location = (*path, str(key))
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            result[key] = deep_merge(base[key], value, location)
+        elif isinstance(value, dict) and key in base and key != "environment":
+            inner = ".".join((*location, next(iter(value), "?")))
+            outer = ".".join(location)
+            raise UsageError(f"{inner}: {outer} is the single value {base[key]!r}, without settings inside")
+        else:
+            result[key] = value
+    return result
+
+
+def switch_variant(base: Tree, override: Tree, notes: list[str]) -> Tree:
+    """Return `base` without values that a change in `override` makes invalid; append notes on them.
+
+    A new `net.name` or `process.name` keeps only the fields that both variants have. A new `init.source` resets the
+    fields recorded from the old one. A new `process.betas` resets the ends of the old schedule.
+    """
+    base = dict(base)
+    given, old = override.get("init"), base.get("init") or {}
+    if isinstance(given, dict) and given.get("source", old.get("source")) != old.get("source"):
+        base["init"] = {k: v for k, v in old.items() if k not in RECORDED_FIELDS}
+    for path in ("net", "process"):
+        given = override.get(path)
+        new = given.get("name") if isinstance(given, dict) else None
+        old = base.get(path, {}).get("name")
+        known = variants(path)
+        if new in known and old != new:
+            common = {k: v for k, v in base[path].items() if k in known[new].model_fields and k != "name"}
+            dropped = [k for k in base[path] if k not in common and k != "name"]
+            base[path] = {"name": new, **common}
+            notes.append(
+                f"{path}.name={new}: keeps {', '.join(common) or 'no setting'} of {old}; other settings are "
+                f"defaults of {new} (dropped: {', '.join(dropped)})"
+            )
+    given, old = override.get("process"), base.get("process", {})
+    if isinstance(given, dict) and given.get("betas", old.get("betas")) != old.get("betas"):
+        base["process"] = {k: v for k, v in old.items() if k not in LINEAR_ENDS}
+    return base
+
+
+def resolve(base: Tree, arguments: list[str]) -> tuple[RunConfig, list[str]]:
+    """Merge `arguments` (a.b=c or YAML files) into `base` in order, and validate the result once.
+
+    Returns:
+        The run, and notes on settings dropped by a change of net.name or process.name and on the learning rate at
+        another batch size.
+
+    Raises:
+        UsageError: one line per invalid setting.
+    """
+    notes: list[str] = []
+    override: Tree = {}
+    for argument in arguments:
+        override = deep_merge(override, parse_override(argument))
+    run = validate(deep_merge(switch_variant(base, override, notes), override))
+    return run, notes + _lr_notes(run)
+
+
+def _lr_notes(run: RunConfig) -> list[str]:
+    """Return a note on the learning rate if the batch size is not the one that it was tuned for."""
+    optim, batch_size = run.optim, run.train.batch_size
+    if optim.base_batch_size in (None, batch_size):
+        return []
+    tuned = f"optim.lr={optim.lr:g} was tuned for batch size {optim.base_batch_size}"
+    if optim.lr_scaling != "none":
+        peak = f"{optim.peak_lr(batch_size):.3g}"
+        return [f"{tuned}; at train.batch_size={batch_size} it is {peak} (optim.lr_scaling={optim.lr_scaling})"]
+    rules = " or ".join(
+        f"optim.lr_scaling={name} ({optim.peak_lr(batch_size, name):.3g})" for name in ("sqrt", "linear")
+    )
+    return [f"{tuned}, but train.batch_size={batch_size}; add {rules} to scale it"]
+
+
+def validate(tree: Tree) -> RunConfig:
+    """Return the validated run. Raises UsageError with every invalid setting, its value and what is allowed."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [format_error(e) for e in error.errors()]
+    title = "1 setting is wrong" if len(lines) == 1 else f"{len(lines)} settings are wrong"
+    raise UsageError("\n  ".join([title + ":", *lines])) from None
+
+
+def format_error(error: Any) -> str:
+    """Return one line for an error of pydantic: path = value, what is wrong, and the closest valid name."""
+    location = [str(part) for part in error["loc"]]
+    model: Any = RunConfig
+    if location and (members := variants(location[0])):
+        if len(location) > 1 and location[1] in members:
+            model = members[location.pop(1)]
+    elif len(location) > 1:
+        model = RunConfig.model_fields[location[0]].annotation
+    path = ".".join(location)
+    value = json.dumps(error["input"], default=str)
+    value = value if len(value) < 60 else value[:57] + "..."
+    match error["type"]:
+        case "extra_forbidden":
+            prefix = ".".join(location[:-1]) + "." if location[:-1] else ""
+            known = [prefix + name for name in model.model_fields]
+            return f"{path} = {value}: no such setting; {suggest(path, known)}"
+        case "union_tag_invalid":
+            name = str(error["ctx"]["tag"])
+            return f"{path}.name = {name!r}: no such {path}; {suggest(name, list(variants(location[0])))}"
+        case "union_tag_not_found":
+            return f"{path}.name is missing; there are: {', '.join(variants(location[0]))}"
+        case "missing":
+            return f"{path} is missing"
+        case "literal_error":
+            return f"{path} = {value}: allowed are {error['ctx']['expected']}"
+        case "value_error":
+            message = str(error["ctx"]["error"])
+            return message if not location or isinstance(error["input"], dict) else f"{path} = {value}: {message}"
+        case "int_parsing":
+            return f"{path} = {value}: should be a whole number, such as 128, 200k or 1e6"
+        case _:
+            return f"{path} = {value}: {error['msg'].replace('Input should', 'should', 1)}"
+
+
+def to_dict(run: RunConfig) -> Tree:
+    """Return a run as nested dicts and lists, for YAML and JSON."""
+    return run.model_dump(mode="json")
+
+
+def to_yaml(run: RunConfig) -> str:
+    """Return a run as YAML."""
+    return yaml.safe_dump(to_dict(run), sort_keys=False, default_flow_style=None, width=120)
+
+
+def to_annotated_yaml(run: RunConfig) -> str:
+    """Return a run as YAML with the help text of each setting as a comment; `gesso train` reads it."""
+    return "\n".join(_annotated_lines(run, "")) + "\n"
+
+
+def _annotated_lines(model: BaseModel, indent: str) -> Iterator[str]:
+    tree = model.model_dump(mode="json")
+    for name, field in type(model).model_fields.items():
+        value, description = getattr(model, name), field.description or ""
+        if isinstance(value, BaseModel):
+            yield from _with_comment(f"{indent}{name}:", type(value).__doc__ or "")
+            yield from _annotated_lines(value, indent + "  ")
+        else:
+            dumped = yaml.safe_dump(tree[name], default_flow_style=True, width=10_000, sort_keys=False)
+            yield from _with_comment(f"{indent}{name}: {dumped.splitlines()[0]}", description)
+
+
+def _with_comment(line: str, description: str) -> Iterator[str]:
+    """Yield the line with its comment on the right and on the lines below; a long line has all of it below."""
+    comment = textwrap.wrap(" ".join(description.split()), LINE_WIDTH - COMMENT_COLUMN - 2)
+    if len(line) >= COMMENT_COLUMN or not comment:
+        yield line
+    else:
+        yield f"{line:{COMMENT_COLUMN}}# {comment.pop(0)}"
+    yield from (f"{'':{COMMENT_COLUMN}}# {part}" for part in comment)
+
+
+def save_config(run: RunConfig, path: Path) -> None:
+    """Write a run to a YAML file, atomically."""
+    atomic_io.write_text(path, to_yaml(run))
+
+
+def load_config(path: Path) -> RunConfig:
+    """Return the run in a YAML file. Raises UsageError if it is missing or invalid."""
+    return validate(read_yaml(path))
+
+
+def load_with_overrides(folder: Path, arguments: list[str] | None, changeable: tuple[str, ...]) -> RunConfig:
+    """Return the run of a folder with changed settings whose paths begin with one of `changeable`.
+
+    Raises:
+        UsageError: if the folder has no run.yaml, or an argument changes a setting that training fixed.
+    """
+    if not (folder / "run.yaml").is_file():
+        raise UsageError(f"{folder} is no run folder (no run.yaml): train one with gesso train RECIPE --out {folder}")
+    trained = load_config(folder / "run.yaml")
+    run, _ = resolve(to_dict(trained), list(arguments or ()))
+    for path, _, _ in differences(trained, run):
+        if not path.startswith(changeable):
+            allowed = ", ".join(f"{prefix}*" for prefix in changeable)
+            raise UsageError(f"{path} is fixed by training; this command can change {allowed}")
+    new, old = run.sample, trained.sample
+    if new.halflife and new.halflife == old.halflife and new.sigma_rel != old.sigma_rel:
+        raise UsageError(
+            f"sample.sigma_rel={new.sigma_rel:g} has no effect with this run's sample.halflife={new.halflife}: "
+            "set sample.halflife=null too"
+        )
+    return run
+
+
+def flatten(run: RunConfig) -> dict[str, Any]:
+    """Return one entry per setting, such as {"train.seed": 0}."""
+
+    def walk(tree: Tree, prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(walk(to_dict(run), ""))
+
+
+def differences(a: RunConfig, b: RunConfig) -> list[tuple[str, Any, Any]]:
+    """Return (path, value in a, value in b) for each setting that differs; None if a run has no such setting."""
+    left, right = flatten(a), flatten(b)
+    return [(k, left.get(k), right.get(k)) for k in {**left, **right} if left.get(k) != right.get(k)]

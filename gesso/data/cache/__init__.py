@@ -1,0 +1,1 @@
+"""Caches of crops, latents and text tokens: plan, format, writing, reading."""

@@ -1,0 +1,301 @@
+"""The files of a cache: their names, what is in them, whether it is so. cache.py reads them, caching.py writes them.
+
+OUT/manifest.json                  config.cache.Manifest, written last
+OUT/plan.json                      config.cache.Started, there until then
+OUT/shards/shard-000000.json       config.cache.Range, written after the files of its range of images
+OUT/shards/shard-000000.safetensors, or one for each bucket, shard-000000-384x640.safetensors (pixels of height and width):
+    pixels uint8 (n, K, C, H, W), or moments float16|float32 (n, K, 2c, h, w): means, then standard deviations, raw
+    index, label int64 (n,); size int32 (n, 2); box float32 (n, K, 4); flip uint8 (n, K); tone float32 (n, K, 2)
+    caption uint8, the bytes of all; caption_end int64 (n,)
+    with text: tokens float16|float32 (sum of lengths, D); token_end int64 (n,); pooled (n, P)
+OUT/shards/columns.safetensors     label to caption_end of all files, so that a reader need not open them to begin
+
+`index` is the place in the source; what Samples call index is the place in the cache.
+
+Legend: n images of a file, K views; C channels of pixels, H W of their size; c channels of latents, h w of theirs; D and P
+channels of a token and of pooled text.
+"""
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gesso.data.cache.plan import (
+    FORMAT,
+    CacheHeader,
+    CacheManifest,
+    CachePlan,
+    ColumnFile,
+    ShardFile,
+    ShardRecord,
+    cache_command,
+)
+from gesso.data.encoders import hub
+from gesso.data.in_memory import ProgressCallback
+from gesso.errors import UsageError
+
+SHARD_DIR = "shards"
+COLUMNS_FILE = "columns.safetensors"
+COLUMN_TENSORS = ("label", "size", "box", "flip", "tone", "caption", "caption_end")
+TEXT_TENSORS = ("tokens", "token_end", "pooled")
+SHARD_NAME_PATTERN = re.compile(r"shard-\d{6,}(-\d+x\d+)?\.safetensors")
+
+
+def shard_name(r: int, size: tuple[int, int] | None = None) -> str:
+    """Of the file of range r; of a bucket where there are several."""
+    return f"shard-{r:06d}.safetensors" if size is None else f"shard-{r:06d}-{size[0]}x{size[1]}.safetensors"
+
+
+def is_cache(folder: str | Path) -> bool:
+    """Whether `gesso cache` wrote there, finished or not."""
+    return any((Path(folder) / name).is_file() for name in ("manifest.json", "plan.json"))
+
+
+Record = TypeVar("Record", CacheManifest, ShardRecord, CacheHeader)
+
+
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """A JSON file of the cache. Raises UsageError when it is damaged, or of another version."""
+    try:
+        tree = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read: {hub.error_summary(error)}") from None
+    return parse_record(tree, path, kind)
+
+
+def parse_record(tree: object, path: Path | str, kind: type[Record]) -> Record:
+    """What a JSON file holds, checked; `path` is how errors name it."""
+    version = tree.get("format") if isinstance(tree, dict) else None
+    if kind is not ShardRecord and version != FORMAT:
+        raise UsageError(f"{path}: written as {str(version)[:40]!r}, where {FORMAT!r} is read: make the cache anew")
+    try:
+        found = kind.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    hostile = [shard.name for shard in getattr(found, "files", ()) if not SHARD_NAME_PATTERN.fullmatch(shard.name)]
+    hostile += [found.columns.name] if kind is CacheManifest and found.columns.name != COLUMNS_FILE else []
+    if hostile:
+        raise UsageError(f"{path}: refused, for it names a file {hostile[0]!r}, which gesso cache never writes")
+    return found
+
+
+def open_manifest(folder: str | Path) -> CacheManifest:
+    """Raises UsageError when the cache is missing, unfinished, of another version, damaged, or lacks files."""
+    manifest = _read_manifest(Path(folder))
+    for shard in (*manifest.files, manifest.columns):
+        if wrong := size_problem(Path(folder), shard):
+            raise UsageError(f"{wrong}; gesso cache --check {folder} says more")
+    return manifest
+
+
+def _read_manifest(folder: Path) -> CacheManifest:
+    path = folder / "manifest.json"
+    if not path.is_file():
+        if not (folder / "plan.json").is_file():
+            raise UsageError(
+                f"{folder} is no cache: it has no manifest.json; write one with gesso cache SOURCE {folder}"
+            )
+        begun = read_record(folder / "plan.json", CacheHeader)
+        raise UsageError(f"{folder} is a cache that is not finished; go on with\n  {cache_command(begun.plan, folder)}")
+    return check_manifest(read_record(path, CacheManifest), path)
+
+
+def check_manifest(manifest: CacheManifest, path: Path | str) -> CacheManifest:
+    """Raises UsageError when the files are not those that the plan makes of the images."""
+    if manifest.num_images != sum(shard.rows for shard in manifest.files):
+        raise UsageError(f"{path} is damaged: num_images is not the sum of the rows of its files")
+    plan, text = manifest.plan, manifest.plan.semantic
+    needed = [plan.images_per_shard, *([text.embed_dim, text.pooled_dim] if text.kind == "text" else [])]
+    if None in needed or (plan.dtype is None and (plan.latent.vae or text.kind == "text")):
+        raise UsageError(f"{path} is damaged: its plan has gaps")
+    sizes = manifest.plan.bucket_sizes()
+    for shard in manifest.files:
+        if (shard.height, shard.width) not in sizes or shard.shape != image_tensor_shape(
+            manifest.plan, shard.rows, shard.height, shard.width
+        ):
+            raise UsageError(f"{path}: the shape {shard.shape} of {shard.name} is not what the plan of the cache makes")
+    return manifest
+
+
+def size_problem(folder: Path, shard: ShardFile | ColumnFile) -> str | None:
+    path = folder / SHARD_DIR / shard.name
+    try:
+        has = path.stat().st_size
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    return None if has == shard.bytes else f"{path} has {has:,} bytes instead of {shard.bytes:,}"
+
+
+def shard_layout(plan: CachePlan, shard: ShardFile) -> dict[str, tuple[torch.dtype, tuple[int | None, ...]]]:
+    """Type and shape of each tensor of a file; None is any length."""
+    n, K, stored = shard.rows, plan.views, getattr(torch, plan.dtype or "float32")
+    found: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {
+        "moments" if plan.latent.vae else "pixels": (stored if plan.latent.vae else torch.uint8, shard.shape),
+        "index": (torch.int64, (n,)), "label": (torch.int64, (n,)), "size": (torch.int32, (n, 2)),
+        "box": (torch.float32, (n, K, 4)), "flip": (torch.uint8, (n, K)), "tone": (torch.float32, (n, K, 2)),
+        "caption": (torch.uint8, (None,)), "caption_end": (torch.int64, (n,)),
+    }  # fmt: skip
+    if plan.semantic.kind == "text":
+        width, pooled = plan.semantic.embed_dim, plan.semantic.pooled_dim
+        text = {"tokens": (stored, (None, width)), "token_end": (torch.int64, (n,)), "pooled": (stored, (n, pooled))}
+        found |= text
+    return found
+
+
+def image_tensor_shape(plan: CachePlan, rows: int, height: int, width: int) -> tuple[int, ...]:
+    """Of pixels or moments of a file whose views have that size in pixels."""
+    if plan.latent.vae:
+        f = plan.latent.downsample_factor
+        return (rows, plan.views, 2 * plan.latent.channels, height // f, width // f)
+    return (rows, plan.views, plan.data.channels, height, width)
+
+
+def gather_columns(folder: Path, plan: CachePlan, files: Sequence[ShardFile]) -> dict[str, Tensor]:
+    """What COLUMNS holds."""
+    parts = []
+    for shard in files:
+        found = map_shard(folder / SHARD_DIR / shard.name, plan, shard)
+        parts.append({name: found[name] for name in COLUMN_TENSORS})
+    columns = {name: torch.cat([part[name] for part in parts]) for name in COLUMN_TENSORS}
+    before = torch.tensor([0, *(len(part["caption"]) for part in parts)]).cumsum(0)
+    columns["caption_end"] = torch.cat([part["caption_end"] + k for part, k in zip(parts, before, strict=False)])
+    return columns
+
+
+def map_columns(path: Path, manifest: CacheManifest) -> dict[str, Tensor]:
+    """Those of a cache, memory-mapped. Raises UsageError when they are not what the manifest says."""
+    due = columns_layout(manifest)
+    found = _map_file(path, due)
+    ends = found["caption_end"].numpy()
+    if (np.diff(ends, prepend=0) < 0).any() or ends[-1] != len(found["caption"]):
+        raise UsageError(f"{path} is damaged: its ends of captions do not rise to their length")
+    return found
+
+
+def columns_layout(manifest: CacheManifest) -> dict[str, tuple[torch.dtype, tuple[int | None, ...]]]:
+    """As `layout`, of COLUMNS."""
+    rows = manifest.files[0].model_copy(update={"rows": manifest.num_images})
+    return {name: due for name, due in shard_layout(manifest.plan, rows).items() if name in COLUMN_TENSORS}
+
+
+def map_shard(path: Path, plan: CachePlan, shard: ShardFile) -> dict[str, Tensor]:
+    """Tensors of a file, memory-mapped. Raises UsageError when they are not what the plan says."""
+    return _map_file(path, shard_layout(plan, shard))
+
+
+def _map_file(path: Path, expected: dict[str, tuple[torch.dtype, tuple[int | None, ...]]]) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} is damaged: {hub.error_summary(error)}") from None
+    for name in {**expected, **found}:
+        has = (found[name].dtype, tuple(found[name].shape)) if name in found else None
+        if (
+            name not in expected
+            or has is None
+            or has[0] != expected[name][0]
+            or not _shape_matches(has[1], expected[name][1])
+        ):
+            raise UsageError(f"{path} is damaged: {name} is {has} where {expected.get(name)} is due")
+    return found
+
+
+def _shape_matches(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(expected) and all(d in (None, h) for h, d in zip(shape, expected, strict=True))
+
+
+def files_fingerprint(files: Sequence[ShardFile]) -> str:
+    """16 hex digits."""
+    return hashlib.sha256("".join(shard.sha256 for shard in files).encode()).hexdigest()[:16]
+
+
+def verify_cache(folder: str | Path, progress: ProgressCallback = lambda done, total: None) -> list[str]:
+    """A line for each file that is wrong, and how it is made again; none where all is well.
+
+    Reads everything. Raises UsageError where there is no manifest to check by.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    bad, lines, done, places = [], [], 0, []
+    for shard in manifest.files:
+        wrong = size_problem(folder, shard) or _digest_problem(folder, shard)
+        if wrong is None:
+            try:
+                found = map_shard(folder / SHARD_DIR / shard.name, manifest.plan, shard)
+                wrong = _content_problem(manifest, shard, found)
+                places.append(found["index"].numpy())
+            except UsageError as error:
+                wrong = str(error)
+        if wrong:
+            bad.append(folder / SHARD_DIR / shard.name)
+            lines.append(wrong)
+        done += shard.rows
+        progress(done, manifest.num_images)
+    columns = folder / SHARD_DIR / COLUMNS_FILE
+    if wrong := size_problem(folder, manifest.columns) or _digest_problem(folder, manifest.columns):
+        bad.append(columns)
+        lines.append(wrong)
+    elif not bad:
+        due, has = gather_columns(folder, manifest.plan, manifest.files), map_columns(columns, manifest)
+        if differing := [name for name in COLUMN_TENSORS if not due[name].equal(has[name])]:
+            bad.append(columns)
+            lines.append(f"{columns}: {', '.join(differing)} are not those of the shards")
+    if not bad and len(np.unique(np.concatenate(places))) != manifest.num_images:
+        lines.append(f"{folder}: an image of the source is there twice")
+    if manifest.num_images + len(manifest.unreadable) != manifest.num_source_images:
+        lines.append(
+            f"{folder / 'manifest.json'}: images and unreadable ones are not the {manifest.num_source_images} of the source"
+        )
+    if manifest.fingerprint != files_fingerprint(manifest.files):
+        lines.append(f"{folder / 'manifest.json'}: its fingerprint is not that of its files")
+    if lines:
+        doomed = shlex.join(map(str, bad or [folder / "manifest.json"]))
+        lines.append(
+            f"What is deleted is made again, and nothing else:\n  rm -f {doomed}\n  {cache_command(manifest.plan, folder)}"
+        )
+    return lines
+
+
+def _digest_problem(folder: Path, shard: ShardFile | ColumnFile) -> str | None:
+    path = folder / SHARD_DIR / shard.name
+    try:
+        return None if hub.sha256_files([path]) == shard.sha256 else f"{path} is damaged: its SHA-256 is another"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+
+
+def _content_problem(manifest: CacheManifest, shard: ShardFile, tensors: dict[str, Tensor]) -> str | None:
+    """What was wrong already when a file was written."""
+    plan, r = manifest.plan, int(shard.name[6:].split("-")[0].split(".")[0])
+    start = r * plan.images_per_shard
+    index, label, ends = (tensors[name].numpy() for name in ("index", "label", "caption_end"))
+    problems = {
+        "places in the source": (np.diff(index) <= 0).any()
+        or not (start <= index[0] and index[-1] < min(start + plan.images_per_shard, manifest.num_source_images)),
+        "classes": not ((label >= 0) & (label < max(len(manifest.class_names), 1))).all(),
+        "ends of captions": (np.diff(ends, prepend=0) < 0).any() or ends[-1] != len(tensors["caption"]),
+        "sizes": not (tensors["size"] > 0).all(),
+    }
+    if "tokens" in tensors:
+        lengths = np.diff(tensors["token_end"].numpy(), prepend=0)
+        problems["ends of texts"] = not (
+            (lengths >= 0) & (lengths <= plan.semantic.max_tokens)
+        ).all() or lengths.sum() != len(tensors["tokens"])
+    for name in ("moments", "tokens", "pooled", "box", "tone"):
+        # In parts, as isfinite of the whole would take as much memory again.
+        if name in tensors and not all(bool(part.isfinite().all()) for part in tensors[name].split(256)):
+            problems[f"numbers in {name}"] = True
+    wrong = [name for name, is_wrong in problems.items() if is_wrong]
+    return f"{SHARD_DIR}/{shard.name}: wrong {', '.join(wrong)}" if wrong else None

@@ -1,0 +1,273 @@
+"""What `gesso cache` is asked to write, and what its files say of it. No torch here.
+
+    gesso cache photos caches/photos --resolution 64                        pixels, for a run on pixels
+    gesso cache photos caches/photos --resolution 256 --vae stabilityai/sd-vae-ft-mse --views 2 --flip
+    gesso cache photos caches/photos --resolution 256 --vae ... --text openai/clip-vit-large-patch14 --max-tokens 77
+    gesso train RECIPE data.source=caches/photos
+
+The same command goes on after whatever stopped it. Under torchrun the ranks share the work.
+"""
+
+import math
+import shlex
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, ValidationError, model_validator
+
+from gesso.config.base import PositiveCount, Settings
+from gesso.config.conditioning import SemanticConfig
+from gesso.config.overrides import Tree, deep_merge, format_error, parse_override, suggest
+from gesso.config.run import DataConfig, LatentConfig
+from gesso.errors import UsageError
+
+FORMAT = "gesso cache 1"
+MAX_BUCKET_ASPECT = 2.0
+"""aspect of the widest bucket; the tallest has its inverse"""
+FLAG_SETTINGS = {
+    "--resolution": "data.resolution", "--channels": "data.channels", "--crop-scale": "data.crop_scale",
+    "--flip": "data.flip", "--resize": "data.resize", "--vae": "latent.vae", "--convention": "latent.convention", "--text": "semantic.encoder",
+    "--max-tokens": "semantic.max_tokens", "--views": "views", "--dtype": "dtype", "--blur-faces": "blur_faces",
+    "--buckets": "buckets", "--images-per-shard": "images_per_shard", "--batch-size": "batch_size",
+}  # fmt: skip
+"""of the command line, and the settings that they are short for"""
+REQUIRED_FLAGS = {"--convention": "--vae", "--max-tokens": "--text"}
+MEASURED_FIELDS = ("num_images", "num_classes", "class_names", "example_captions", "fingerprint", "mean", "std")
+"""of Data: what the images tell"""
+
+HexString = Annotated[str, Field(pattern="^[0-9a-f]*$")]
+EncoderIdentity = dict[str, str | int]
+"""of a VAE or a text encoder"""
+
+
+class CachePlan(Settings):
+    """What a cache is to hold. What is null is filled in when source, VAE and text encoder are opened."""
+
+    data: DataConfig = DataConfig()
+    latent: LatentConfig = LatentConfig()
+    semantic: SemanticConfig = SemanticConfig(kind="none")
+    """kind text stores the tokens of the captions, none does not; captions and classes are stored always"""
+    views: PositiveCount = 1
+    """K: crops and flips of each image; a sample of training takes one of them"""
+    dtype: Literal["float16", "float32"] | None = None
+    """of stored latents and tokens; float16, but float32 where the source itself holds latents"""
+    images_per_shard: PositiveCount | None = None
+    """images of a range, which a kill may cost; at most 4096, and fewer where a file would exceed 256 MiB"""
+    batch_size: PositiveCount = 32
+    """views of every pass through the VAE"""
+    blur_faces: bool = False
+    """blur the faces that OpenCV finds, before anything else (data/encoders/face_blur.py)"""
+    buckets: PositiveCount = 1
+    """sizes of nearly equal area; an image is in that whose aspect is nearest, from 1:2 to 2:1"""
+    bucket_multiple: PositiveCount | None = None
+    """pixels, of which the edges of buckets are multiples; 64, or an eighth of a resolution below 256"""
+    seed: NonNegativeInt = 0
+    """of crops and flips"""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CachePlan":
+        data = self.data
+        for name in MEASURED_FIELDS:
+            if getattr(data, name) is not None:
+                raise ValueError(f"data.{name} is found when the images are read, not set")
+        if self.semantic.kind == "label":
+            raise ValueError("semantic.kind=label: classes are stored always; say text or none")
+        if self.latent.vae and data.channels != 3:
+            raise ValueError(f"--channels {data.channels}, but --vae sees RGB: leave --channels out")
+        if data.crop_scale is None and self.views > 1 + data.flip:
+            there = "two views, one of them mirrored" if data.flip else "one view"
+            raise ValueError(
+                f"--views {self.views} without --crop-scale: an image has {there}, all others are the same"
+            )
+        self.bucket_sizes()
+        return self
+
+    def bucket_sizes(self) -> list[tuple[int, int]]:
+        """Height and width in pixels of each bucket, from the tallest to the widest. Raises ValueError."""
+        R, n = self.data.resolution, self.buckets
+        if n == 1:
+            return [(R, R)]
+        m = self.bucket_multiple or (64 if R >= 256 else max(R // 8, 1))
+        if n % 2 == 0:
+            raise ValueError(
+                f"--buckets {n}: an odd number, so that there are as many tall ones as wide beside the square"
+            )
+        if R % m:
+            raise ValueError(f"--buckets {n}: --resolution {R} is no multiple of bucket_multiple={m}")
+        edges = range(-(-R // 2 // m) * m, 2 * R + 1, m)
+        wide = [(h, w) for w in edges if (h := round(R * R / w / m) * m) in edges and h <= w]
+        found = []
+        for k in range(1, n // 2 + 1):
+            aspect = MAX_BUCKET_ASPECT ** (2 * k / (n - 1))
+            found.append(min(wide, key=lambda s: abs(math.log(s[1] / s[0] / aspect))))
+        sizes = [(w, h) for h, w in reversed(found)] + [(R, R)] + found
+        if len(set(sizes)) < n:
+            raise ValueError(
+                f"--buckets {n}: at --resolution {R} only {len(set(sizes))} sizes differ by multiples of {m}: "
+                "ask for fewer, or set a smaller bucket_multiple"
+            )
+        return sizes
+
+
+class ShardFile(Settings):
+    """One file of a cache. shape: of pixels or moments; height and width in pixels."""
+
+    name: str
+    rows: PositiveCount
+    height: PositiveCount
+    width: PositiveCount
+    shape: tuple[NonNegativeInt, ...]
+    bytes: PositiveCount
+    sha256: HexString
+
+
+class ColumnFile(Settings):
+    """The file of what is small of all images, in the order of the files."""
+
+    name: str
+    bytes: PositiveCount
+    sha256: HexString
+
+
+class MomentSums(Settings):
+    """Over all views: count of numbers per channel; per channel sum of pixels or means, of their squares, of variances."""
+
+    count: NonNegativeInt = 0
+    value_sum: tuple[float, ...] = ()
+    square_sum: tuple[float, ...] = ()
+    variance_sum: tuple[float, ...] = ()
+
+
+class ShardRecord(Settings):
+    """Written after the files of images `start` to `stop` - 1 of the source, of plan `plan`."""
+
+    plan_digest: HexString
+    start: NonNegativeInt
+    stop: PositiveCount
+    files: tuple[ShardFile, ...]
+    unreadable: tuple[tuple[str, str], ...]
+    """name and reason"""
+    num_faces: NonNegativeInt
+    """that were blurred"""
+    sums: MomentSums
+
+
+class CacheHeader(Settings):
+    """Written before anything else, and removed when the manifest is there."""
+
+    format: str = FORMAT
+    plan: CachePlan
+    source_fingerprint: str
+    """fingerprint of the source"""
+    num_source_images: PositiveCount
+    """of the source"""
+    vae: EncoderIdentity | None = None
+    text_encoder: EncoderIdentity | None = None
+
+
+class CacheManifest(CacheHeader):
+    """Written last: what is there."""
+
+    num_images: PositiveCount
+    """that could be read"""
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    """per channel, of pixels in [-1, 1] or of raw latents"""
+    std: tuple[float, ...]
+    unreadable: tuple[tuple[str, str], ...]
+    num_faces: NonNegativeInt
+    files: tuple[ShardFile, ...]
+    columns: ColumnFile
+    fingerprint: HexString
+    """of the files' checksums"""
+
+
+def parse_cache_args(source: str, out: object, options: Mapping[str, object], arguments: list[str]) -> CachePlan | None:
+    """The plan that the flags `said` (None and False where the user is silent) and the settings `arguments` make; None for
+    --check, which has no plan.
+
+    Raises UsageError with one line for each that is wrong, unknown, contradicts another, or has no effect.
+    """
+    given = {
+        flag: options[flag] for flag in FLAG_SETTINGS if options.get(flag) is not None and options[flag] is not False
+    }
+    if options.get("--check"):
+        if given or arguments or out is not None:
+            raise UsageError("--check takes one folder and nothing else: gesso cache --check OUT")
+        return None
+    if out is None:
+        raise UsageError(f"where to? gesso cache {source} OUT --resolution 256")
+    if "=" in str(out) and not arguments:
+        raise UsageError(f"{out} stands in the place of the folder to write: gesso cache {source} OUT {out}")
+    override: Tree = {}
+    for argument in arguments:
+        override = deep_merge(override, parse_override(argument))
+    for name in override:
+        if name not in CachePlan.model_fields:
+            raise UsageError(f"{name}: no such setting of a cache; {suggest(name, list(CachePlan.model_fields))}")
+    flags: Tree = {"data": {"source": source}}
+    for flag, value in given.items():
+        path = FLAG_SETTINGS[flag]
+        if path in _flatten(override):
+            raise UsageError(f"{flag} and {path} are one setting: say it once")
+        flags = deep_merge(flags, parse_override(f"{path}={value}"))
+    if "--text" in given:
+        flags = deep_merge(flags, {"semantic": {"kind": "text"}})
+    tree = deep_merge(deep_merge(CachePlan().model_dump(mode="json"), flags), override)
+    _check_ineffective_flags(given, tree)
+    if not {"data.resolution"} & {*_flatten(flags), *_flatten(override)}:
+        raise UsageError("which size? say --resolution, such as --resolution 256")
+    try:
+        return CachePlan.model_validate(tree)
+    except ValidationError as error:
+        raise UsageError("\n  ".join(format_error(e).replace("Value error, ", "") for e in error.errors())) from None
+
+
+def _check_ineffective_flags(given: Mapping[str, object], tree: Tree) -> None:
+    there = {"--vae": tree["latent"]["vae"], "--text": tree["semantic"]["kind"] == "text"}
+    for flag, needed in REQUIRED_FLAGS.items():
+        if flag in given and not there[needed]:
+            raise UsageError(f"{flag} without {needed} has no effect: say {needed} too, or leave it out")
+    if "--dtype" in given and not any(there.values()):
+        raise UsageError(
+            "--dtype is that of latents and tokens: say --vae or --text too, or leave it out; pixels have 8 bits"
+        )
+
+
+def _flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def identity_settings(header: CacheHeader) -> dict[str, Any]:
+    """What decides on the bytes of a cache, by name: not where its source lies, how many unreadable images are borne, and how
+    it is read."""
+    fields = {name: getattr(header, name) for name in CacheHeader.model_fields}
+    found = _flatten(CacheHeader(**fields).model_dump(mode="json"))
+    for name in ("plan.data.source", "plan.data.max_unreadable", "plan.data.shuffle_window_shards", "format"):
+        del found[name]
+    return {name.removeprefix("plan."): value for name, value in found.items()}
+
+
+def cache_command(plan: CachePlan, out: object) -> str:
+    """The command line of a plan."""
+    ours, plain = _flatten(plan.model_dump(mode="json")), _flatten(CachePlan().model_dump(mode="json"))
+    words, short = ["gesso", "cache", plan.data.source, str(out)], {path: flag for flag, path in FLAG_SETTINGS.items()}
+    ours.pop("data.source")
+    if plan.semantic.kind == "text":
+        ours.pop("semantic.kind")
+        plain["semantic.encoder"] = None
+    settings = []
+    for path, value in ours.items():
+        if value == plain.get(path) and path != "data.resolution":
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        if value is True and path in short:
+            words.append(short[path])
+        elif path in short:
+            words += [short[path], text]
+        else:
+            settings.append(f"{path}={text.lower() if isinstance(value, bool) else text}")
+    return shlex.join(words + settings)

@@ -1,0 +1,210 @@
+"""What `gesso cache` wrote, as training reads it: memory-mapped, by image, in any order. shards.py has the files.
+
+Legend: N images, K views of each, B samples; C channels of pixels, H W of their size; c channels of latents, h w of theirs;
+T tokens, D and P channels of a token and of pooled text.
+"""
+
+import math
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gesso import rng
+from gesso.config import RunConfig
+from gesso.data.base import Dataset, SampleBatch
+from gesso.data.cache import remote
+from gesso.data.cache.format import COLUMNS_FILE, SHARD_DIR, TEXT_TENSORS, map_columns, map_shard, open_manifest
+from gesso.data.encoders.text import EncodedText
+from gesso.data.samplers import BucketSampler, EpochShuffle, ExcludeIndices, ShardWindowShuffle
+from gesso.data.sources.base import StringArray
+from gesso.errors import UsageError
+
+
+class OpenShard(NamedTuple):
+    """A file, memory-mapped: the bytes of x, and the tokens of its texts."""
+
+    x: memoryview
+    text: dict[str, np.ndarray]
+
+
+class CachedDataset(Dataset):
+    """What `gesso cache` wrote at `where`, a folder or an address (remote.py). x is pixels uint8, or moments in the type
+    they are stored in.
+
+    A sample is one of the K views of its image, keyed to (seed, counter). window: files whose images are shuffled together;
+    of a cache at an address those of two windows are kept on the local disk, without a window all. buckets: sizes in
+    pixels; bucket_of (N,) int64, which of them an image is in: the images of one `take` are in one.
+
+    Raises UsageError as `opened_manifest`.
+    """
+
+    is_cheap = True
+
+    def __init__(self, uri: str | Path, seed: int = 0, window: int | None = None):
+        self.uri, self.seed, self.window, self.notes = str(uri), seed, window, []
+        far = remote.is_remote(uri)
+        self.manifest = remote.open_remote_manifest(self.uri) if far else open_manifest(uri)
+        plan, files = self.manifest.plan, self.manifest.files
+        self.plan, self.has_latents = plan, plan.latent.vae is not None
+        self.text_config = plan.semantic if plan.semantic.kind == "text" else None
+        self.class_names, self.unreadable = self.manifest.class_names, list(self.manifest.unreadable)
+        self._dtype = getattr(torch, plan.dtype or "float32") if self.has_latents else torch.uint8
+        self._remote_shards = self._open_remote() if far else None
+        self.is_remote = far and window is not None
+        self._window_shuffle: ShardWindowShuffle | None = None
+        self._open_shards: dict[int, OpenShard] = {}
+        self._open_lock = threading.Lock()
+        # What is small is held in memory; x and tokens stay on the disk.
+        columns = map_columns(self._path(COLUMNS_FILE), self.manifest)
+        self.labels, self.original_sizes = columns["label"].clone(), columns["size"].long()
+        drawn = [columns["box"], columns["flip"][:, :, None], columns["tone"]]
+        self._view_params = torch.cat(drawn, dim=2).flatten(0, 1).numpy()
+        self.captions = StringArray(columns["caption"].numpy(), columns["caption_end"].numpy())
+        counts = np.array([shard.rows for shard in files])
+        self._ends = np.cumsum(counts)
+        self._starts = self._ends - counts
+        self.buckets = plan.bucket_sizes()
+        self.bucket_of = np.repeat([self.buckets.index((shard.height, shard.width)) for shard in files], counts)
+        if not far:  # a damaged file is found now, not in the middle of training
+            for f in range(len(files)):
+                self._shard(f)
+
+    def _open_remote(self) -> remote.RemoteShards:
+        """The local copies of files at an address."""
+        files, columns = self.manifest.files, self.manifest.columns
+        if self.window is None:
+            local = remote.RemoteShards(self.uri)
+            local.prefetch([columns.name, *(shard.name for shard in files)])
+            return local
+        largest = sorted((shard.bytes for shard in files), reverse=True)
+        return remote.RemoteShards(self.uri, columns.bytes + sum(largest[: 2 * self.window]))
+
+    def _path(self, name: str) -> Path:
+        return self._remote_shards.path(name) if self._remote_shards else Path(self.uri) / SHARD_DIR / name
+
+    def _shard(self, f: int) -> OpenShard:
+        with self._open_lock:
+            if f not in self._open_shards:
+                shard = self.manifest.files[f]
+                found = map_shard(self._path(shard.name), self.plan, shard)
+                x = found["moments" if self.has_latents else "pixels"].numpy().reshape(-1).view(np.uint8)
+                self._open_shards[f] = OpenShard(
+                    memoryview(x), {name: found[name].numpy() for name in TEXT_TENSORS if name in found}
+                )
+            return self._open_shards[f]
+
+    def _advance_window(self, sample_index: Tensor) -> None:
+        """Of a cache at an address: let go of the files of earlier windows, and begin to fetch those of the next."""
+        if self._remote_shards is None or self._window_shuffle is None:
+            return
+        first, stop = int(sample_index.min()), int(sample_index.max()) + 1
+        needed, files = set(self._window_shuffle.shards_for(first, stop)), self.manifest.files
+        with self._open_lock:
+            past = [f for f in self._open_shards if f not in needed]
+            for f in past:
+                del self._open_shards[f]
+        self._remote_shards.release(files[f].name for f in past)
+        self._remote_shards.prefetch(
+            [files[f].name for f in self._window_shuffle.shards_for(first, stop + self._window_shuffle.max_window_size)]
+        )
+
+    def sample_order(
+        self, seed: int, batch_size: int
+    ) -> EpochShuffle | ShardWindowShuffle | BucketSampler | ExcludeIndices:
+        """Raises UsageError for a window beside buckets, and when no bucket fills a batch."""
+        order = self._training_order(seed, batch_size)
+        self._window_shuffle = order if isinstance(order, ShardWindowShuffle) else None
+        return ExcludeIndices(order, self.validation_indices) if len(self.validation_indices) else order
+
+    def _training_order(self, seed: int, batch_size: int) -> EpochShuffle | ShardWindowShuffle | BucketSampler:
+        """Of the images that are not held out, counted without gaps."""
+        held = self.validation_indices.numpy()
+        if len(self.buckets) > 1:
+            if self.window:
+                raise UsageError(
+                    "data.shuffle_window_shards is for caches without buckets: set data.shuffle_window_shards=null"
+                )
+            return BucketSampler(torch.from_numpy(np.delete(self.bucket_of, held)), batch_size, seed)
+        if self.window is None:
+            return EpochShuffle(len(self) - len(held), seed)
+        gone = np.bincount(np.searchsorted(self._ends, held, side="right"), minlength=len(self._ends))
+        return ShardWindowShuffle((self._ends - self._starts - gone).tolist(), self.window, seed)
+
+    def indices_of_size(self, height: int, width: int) -> Tensor:
+        wanted = [b for b, size in enumerate(self.buckets) if size == (height, width)]
+        return torch.from_numpy(np.flatnonzero(np.isin(self.bucket_of, wanted)))
+
+    def implied_settings(self, run: RunConfig) -> dict[str, dict[str, object]]:
+        data = {
+            name: getattr(self.plan.data, name) for name in ("resolution", "channels", "flip", "crop_scale", "resize")
+        }
+        data["buckets"] = tuple(self.buckets) if len(self.buckets) > 1 else None
+        names = ("vae", "convention", "channels", "downsample_factor")
+        latent = {name: getattr(self.plan.latent, name) for name in names} if self.has_latents else {"vae": None}
+        return {"data": data, "latent": latent}
+
+    def get(self, indices: Tensor, sample_index: Tensor) -> SampleBatch:
+        self._advance_window(sample_index)
+        if self.plan.views == 1:
+            return self.get_views(indices, torch.zeros_like(indices))
+        view = (rng.uniform(self.seed, sample_index, "view")[:, 0] * self.plan.views).long()
+        return self.get_views(indices, view)
+
+    def get_unaugmented(self, indices: Tensor) -> SampleBatch:
+        """The first view that is not mirrored. Where all are, pixels are mirrored back, and latents are the first view."""
+        mirrored = self._view_params[:, 4].reshape(-1, self.plan.views)[indices.numpy()]
+        samples = self.get_views(indices, torch.from_numpy(mirrored.argmin(axis=1)))
+        if self.has_latents or not samples.flips.any():
+            return samples
+        x = torch.where(samples.flips[:, None, None, None], samples.x.flip(3), samples.x)
+        return samples._replace(x=x, flips=torch.zeros_like(samples.flips))
+
+    def channel_stats(self) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(values, dtype=torch.float64) for values in (self.manifest.mean, self.manifest.std))
+        return mean, std
+
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    def get_views(self, indices: Tensor, view: Tensor) -> SampleBatch:
+        """The views (B,) of the images index (B,), of one bucket."""
+        # In numpy: a call of torch costs as much as a row.
+        K, i = self.plan.views, indices.numpy()
+        place = i * K + view.numpy()
+        if len(self.buckets) > 1:
+            buckets = set(self.bucket_of[i].tolist())
+            assert len(buckets) == 1, f"images of one bucket are taken at a time, not of {buckets}"
+        file = np.searchsorted(self._ends, i, side="right")
+        files, shape = file.tolist(), self.manifest.files[int(file[0])].shape[2:]
+        size = math.prod(shape) * self._dtype.itemsize
+        # Of numpy, which asks for huge pages. Row by row: nearly as fast as one gather, and files may be many.
+        x = np.empty(len(files) * size, np.uint8)
+        to, parts, here = memoryview(x), {f: self._shard(f).x for f in set(files)}, 0
+        for f, start in zip(files, (size * (place - K * self._starts[file])).tolist(), strict=True):
+            to[here : here + size] = parts[f][start : start + size]
+            here += size
+        drawn = torch.from_numpy(self._view_params[place])
+        return SampleBatch(
+            torch.from_numpy(x).view(self._dtype).view(-1, *shape), self.original_sizes[indices], drawn[:, :4], drawn[:, 4] > 0,
+            drawn[:, 5:], self.labels[indices], indices, self._encoded_text(files, (i - self._starts[file]).tolist()),
+        )  # fmt: skip
+
+    def _encoded_text(self, files: list[int], rows: list[int]) -> EncodedText | None:
+        semantic = self.plan.semantic
+        if semantic.kind != "text":
+            return None
+        tokens = np.zeros((len(files), semantic.max_tokens, semantic.embed_dim), np.float32)
+        pooled = np.zeros((len(files), semantic.pooled_dim), np.float32)
+        lengths = torch.zeros(len(files), dtype=torch.int64)
+        for b, (f, i) in enumerate(zip(files, rows, strict=True)):
+            text = self._shard(f).text
+            ends = text["token_end"]
+            start, stop = int(ends[i - 1]) if i else 0, int(ends[i])
+            lengths[b] = stop - start
+            tokens[b, : stop - start] = text["tokens"][start:stop]
+            pooled[b] = text["pooled"][i]
+        return EncodedText(torch.from_numpy(tokens), lengths, torch.from_numpy(pooled))

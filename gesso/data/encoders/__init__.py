@@ -1,0 +1,1 @@
+"""Encoders of images and text, and the face detector."""

@@ -1,0 +1,108 @@
+"""Faces blurred before anything learns from them, as in Berrada et al. Section 3, who do not say how.
+
+Found by OpenCV's frontal-face cascade (Viola and Jones 2001), which comes with its package: nothing is fetched. It misses
+profiles, covered and small faces, and takes a few other things for faces. A detector of one's own may go over the images
+first; gesso then reads its output as any source.
+
+Legend: (x, y, w, h) box of a face in pixels.
+"""
+
+import os
+import threading
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from gesso.errors import UsageError
+
+CASCADE_FILE = "haarcascade_frontalface_alt2.xml"
+MAX_SEARCH_EDGE = 1024
+"""pixels of the longer edge that is searched; larger pictures are reduced for the search"""
+MIN_FACE_SIZE = 24
+"""pixels of a face in what is searched; the cascade was trained at 20"""
+MIN_NEIGHBOURS = 4
+"""overlapping finds that make a face"""
+ELLIPSE_WIDTH, ELLIPSE_HEIGHT = 0.6, 0.75
+"""half axes of the blurred ellipse in units of w and h: the box reaches from brow to chin, a head is larger"""
+FADE_RATIO = 1.25
+"""half axes at which the blur has faded out, in units of those where it begins to fade"""
+BLUR_SIGMA = 0.15
+"""sigma of the Gaussian in units of w: its width at half height is a third of the face, so no feature is left"""
+
+_thread_local = threading.local()
+
+
+def import_opencv() -> Any:
+    """OpenCV. Raises UsageError where it is not installed, or has no cascades: version 5 left them out."""
+    try:
+        import cv2
+    except ImportError:
+        raise UsageError("faces are found by OpenCV: pip install 'gesso[faces]'") from None
+    try:
+        there = cv2.CascadeClassifier is not None and os.path.isfile(cv2.data.haarcascades + CASCADE_FILE)
+    except AttributeError:
+        there = False
+    if not there:
+        raise UsageError(f"OpenCV {cv2.__version__} comes without {CASCADE_FILE}: pip install 'gesso[faces]', a 4.x")
+    return cv2
+
+
+def detect_faces(picture: Image.Image) -> list[tuple[int, int, int, int]]:
+    """Boxes (x, y, w, h) of faces in a picture of mode L or RGB, in a fixed order. Any thread may call it.
+
+    Raises UsageError as `opencv`.
+    """
+    scale = max(1.0, max(picture.size) / MAX_SEARCH_EDGE)
+    small = tuple(max(1, round(edge / scale)) for edge in picture.size)
+    if min(small) < MIN_FACE_SIZE:
+        return []
+    grey = picture.convert("L")
+    if small != picture.size:
+        grey = grey.resize(small, Image.Resampling.BILINEAR, reducing_gap=2.0)
+    boxes = _load_cascade().detectMultiScale(
+        np.array(grey), 1.1, MIN_NEIGHBOURS, minSize=(MIN_FACE_SIZE, MIN_FACE_SIZE)
+    )
+    return sorted(tuple(round(int(edge) * scale) for edge in box) for box in boxes)
+
+
+def _load_cascade() -> Any:
+    """Of this thread: a classifier has a state."""
+    if "cascade" not in _thread_local.__dict__:
+        cv2 = import_opencv()
+        cv2.setNumThreads(1)  # whoever blurs many pictures has threads of their own, and one alone finds in one order
+        _thread_local.cascade = cv2.CascadeClassifier(cv2.data.haarcascades + CASCADE_FILE)
+    return _thread_local.cascade
+
+
+def blur_faces(picture: Image.Image) -> tuple[Image.Image, int]:
+    """A picture of mode L or RGB with its faces blurred, and how many they are; without any, the picture itself.
+
+    Within an ellipse around each face all detail is gone; outside of it no value changes. Equal pictures give equal
+    bytes, in any thread. Raises UsageError where OpenCV is not installed.
+    """
+    boxes = detect_faces(picture)
+    if not boxes:
+        return picture, 0
+    blurred = picture.copy()
+    for box in boxes:
+        _blur_face(blurred, *box)
+    return blurred, len(boxes)
+
+
+def _blur_face(picture: Image.Image, x: int, y: int, w: int, h: int) -> None:
+    """In place."""
+    a, b = ELLIPSE_WIDTH * w, ELLIPSE_HEIGHT * h
+    left, right = _pixel_range(x + w / 2, FADE_RATIO * a, picture.width)
+    top, bottom = _pixel_range(y + h / 2, FADE_RATIO * b, picture.height)
+    patch = picture.crop((left, top, right, bottom))
+    across = (np.arange(left, right) + 0.5 - (x + w / 2)) / a
+    down = (np.arange(top, bottom) + 0.5 - (y + h / 2)) / b
+    radius = np.sqrt(across[None, :] ** 2 + down[:, None] ** 2)
+    mask = np.rint(255 * np.clip((FADE_RATIO - radius) / (FADE_RATIO - 1), 0, 1)).astype(np.uint8)
+    picture.paste(patch.filter(ImageFilter.GaussianBlur(BLUR_SIGMA * w)), (left, top), Image.fromarray(mask))
+
+
+def _pixel_range(middle: float, half: float, edge: int) -> tuple[int, int]:
+    """The pixels from middle - half to middle + half that are in the picture."""
+    return max(0, int(middle - half)), min(edge, int(np.ceil(middle + half)))

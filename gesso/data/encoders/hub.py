@@ -1,0 +1,150 @@
+"""Other people's models, in a folder or on the Hugging Face hub: their files, opened and identified.
+
+Weights come from safetensors alone: a pickle could run code.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import json
+import re
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gesso.errors import UsageError
+
+
+def import_names(package: str, extra: str, names: Sequence[str]) -> list[Any]:
+    """Names of a package that an extra of gesso brings. Raises UsageError where it is missing or does not load."""
+    try:
+        module = importlib.import_module(package)
+        return [getattr(module, name) for name in names]
+    except (ImportError, RuntimeError, AttributeError) as error:  # a broken torchvision shows as any of these
+        if isinstance(error, ModuleNotFoundError) and error.name and package.startswith(error.name):
+            raise UsageError(f"this needs {package}: pip install 'gesso[{extra}]'") from None
+        raise UsageError(
+            f"{package} is installed but does not load ({error_summary(error)}); gesso doctor looks for the cause"
+        ) from None
+
+
+def error_summary(error: Exception) -> str:
+    """What an error says, on one line."""
+    return textwrap.shorten(str(error), 160, placeholder=" ...") or type(error).__name__
+
+
+def model_folder(model_id: str, label: str, subfolders: Sequence[str], names: Sequence[str]) -> Path:
+    """The folder that holds a model: `where` itself, or its sub-folder parts[0] where it is a whole pipeline's.
+
+    where: a folder, or a hub id, of which the files `names` are fetched (in a pipeline from all of `parts`).
+    what: how errors name it. Raises UsageError where there is neither.
+    """
+    root = Path(model_id).expanduser()
+    if not root.is_dir():
+        root = _download(model_id, label, subfolders, names)
+    inner = root / subfolders[0]
+    return inner if inner.is_dir() else root
+
+
+def _download(model_id: str, label: str, subfolders: Sequence[str], names: Sequence[str]) -> Path:
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model_id):
+        raise UsageError(f"{label}: there is no such folder, and a hub id is written OWNER/NAME")
+    (download,) = import_names("huggingface_hub", "text", ["snapshot_download"])
+    try:
+        root = Path(download(model_id, allow_patterns=["model_index.json", "config.json"]))
+        pipeline = (root / "model_index.json").is_file()
+        wanted = [f"{part}/{name}" for part in subfolders for name in names] if pipeline else list(names)
+        return Path(download(model_id, allow_patterns=wanted))
+    except Exception as error:  # of the hub's client, of the HTTP library below it, of the disk
+        raise UsageError(
+            f"{label}: there is no such folder, and the hub did not give it ({error_summary(error)})"
+        ) from None
+
+
+def read_config(folder: Path, label: str) -> dict[str, Any]:
+    """config.json of a model's folder. Raises UsageError when it is missing or no JSON."""
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UsageError(f"{label}: no model in {folder}, which has no config.json") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{label}: {folder / 'config.json'} cannot be read ({error_summary(error)})") from None
+
+
+def weight_files(folder: Path, stem: str, label: str) -> list[Path]:
+    """STEM.safetensors or its shards, in order. Raises UsageError when there are none."""
+    pattern = re.compile(re.escape(stem) + r"(-\d+-of-\d+)?\.safetensors")
+    found = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+    if not found:
+        raise UsageError(
+            f"{label}: no {stem}.safetensors in {folder}; weights in pickles (.bin, .ckpt) are not read, as they can run "
+            "code: save them once more as safetensors"
+        )
+    return found
+
+
+def model_file_patterns(stem: str) -> tuple[str, ...]:
+    """Names of the files of a model, for `folder`."""
+    return ("config.json", f"{stem}.safetensors", f"{stem}-*.safetensors", f"{stem}.safetensors.index.json")
+
+
+def load_model(model_class: Any, package: str, folder: Path, label: str) -> nn.Module:
+    """The frozen network of a folder, by from_pretrained of the class `model`.
+
+    Raises UsageError when the library refuses, or leaves a tensor at random because the file lacks it.
+    """
+    # transformers puts another function in the place of torch.linspace while it opens a model. torch lists the functions
+    # that torch.device(...) governs when it first meets one, for good: it is to meet the true one.
+    with torch.device("cpu"):
+        torch.empty(0)
+    with quiet_logging(package):
+        try:
+            network, info = model_class.from_pretrained(
+                str(folder),
+                local_files_only=True,
+                use_safetensors=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
+        except Exception as error:  # of any kind: damaged files, settings of another version, shapes that differ
+            raise UsageError(f"{label} cannot be opened: {error_summary(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise UsageError(f"{label}: its weights lack {missing[0]}{more}")
+    return network.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def quiet_logging(package: str) -> Iterator[None]:
+    """While a model is opened: no bar for a second's work, no table of the tensors that are not needed."""
+    logging = importlib.import_module(f"{package}.utils.logging")
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def sha256_files(files: Iterable[Path]) -> str:
+    """SHA-256 of files one after another."""
+    total = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                total.update(chunk)
+    return total.hexdigest()
+
+
+def sha256_config(settings: dict[str, Any]) -> str:
+    """SHA-256 of config.json without what tells only who wrote it."""
+    told = {name: value for name, value in settings.items() if name[0] != "_" or name == "_class_name"}
+    told.pop("transformers_version", None)
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

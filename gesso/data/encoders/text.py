@@ -1,0 +1,348 @@
+"""Captions into tokens by encoders that stay as they are: `Words`, which needs no download, CLIP and T5.
+
+The tokens of a caption depend on nothing but the caption: not on the others, and not on their number, as every
+pass takes BATCH captions of T tokens. A blank caption is no text: zero tokens, length 0, zero pooled text.
+
+Legend: N captions, T tokens, D channels of a token, P channels of the pooled text.
+"""
+
+import functools
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gesso import rng
+from gesso.config import SemanticConfig
+from gesso.data.encoders import hub
+from gesso.errors import UsageError
+
+DEFAULT_WORD_DIM = 64
+"""of `Words` where semantic.embed_dim does not say"""
+ENCODER_BATCH_SIZE = 16
+"""captions of every pass through CLIP or T5: of the shape of a pass the last bits depend"""
+
+
+class EncodedText(NamedTuple):
+    """tokens (N, T, D) float32, zeros after each caption; lengths (N,) int64; pooled (N, P) float32. On the CPU."""
+
+    tokens: Tensor
+    lengths: Tensor
+    pooled: Tensor
+
+
+class TextEncoder(Protocol):
+    """tokens: T, width: D, pooled_width: P."""
+
+    max_tokens: int
+    embed_dim: int
+    pooled_dim: int
+
+    def __call__(self, captions: Sequence[str]) -> EncodedText: ...
+
+    def truncation_notes(self, captions: Sequence[str]) -> list[str]:
+        """A line for each caption that is too long: what is not seen of it."""
+        ...
+
+    def identity(self) -> dict[str, str | int]:
+        """What the tokens depend on besides the captions, for a manifest."""
+        ...
+
+
+def build_text_encoder(cfg: SemanticConfig, device: torch.device | str = "cpu") -> TextEncoder:
+    """The encoder that `cfg` names; its model is opened once per process, and moved to `device`.
+
+    Raises UsageError for one that cannot be opened or does not fit semantic.max_tokens, width and pooled_width.
+    """
+    encoder: TextEncoder = WordVectors(cfg) if cfg.encoder == "words" else _build_transformer(cfg, device)
+    for name, said, has in (
+        ("embed_dim", cfg.embed_dim, encoder.embed_dim),
+        ("pooled_dim", cfg.pooled_dim, encoder.pooled_dim),
+    ):
+        if said not in (None, has):
+            raise UsageError(
+                f"semantic.{name}={said}, but semantic.encoder={cfg.encoder} has {has}: set semantic.{name}=null"
+            )
+    return encoder
+
+
+def text_dims(cfg: SemanticConfig) -> dict[str, int]:
+    """What opening the encoder tells of the settings, by name; nothing where there is no text. Raises as `build`."""
+    if cfg.kind != "text":
+        return {}
+    encoder = build_text_encoder(cfg)
+    return {"embed_dim": encoder.embed_dim, "pooled_dim": encoder.pooled_dim}
+
+
+def split_words(caption: str) -> list[str]:
+    return re.findall(r"\w+", caption.lower())
+
+
+class WordVectors:
+    """Each word (letters and digits, in lower case) is one token: its random vector plus its position's sinusoids.
+
+    Pooled text is the mean over the caption's tokens.
+    """
+
+    def __init__(self, cfg: SemanticConfig):
+        self.max_tokens = cfg.max_tokens
+        self.embed_dim = self.pooled_dim = cfg.embed_dim or DEFAULT_WORD_DIM
+
+    def __call__(self, captions: Sequence[str]) -> EncodedText:
+        split = [split_words(caption) for caption in captions]
+        vectors = self._vectors(sorted({word for words in split for word in words}))
+        positions = self._positions()
+        tokens = torch.zeros(len(captions), self.max_tokens, self.embed_dim)
+        for i, words in enumerate(split):
+            for j, word in enumerate(words[: self.max_tokens]):
+                tokens[i, j] = (vectors[word] + positions[j]) / math.sqrt(1.5)
+        lengths = torch.tensor([min(len(words), self.max_tokens) for words in split], dtype=torch.int64)
+        return EncodedText(tokens, lengths, mean_tokens(tokens, lengths))
+
+    def truncation_notes(self, captions: Sequence[str]) -> list[str]:
+        long = [(caption, words) for caption in captions if len(words := split_words(caption)) > self.max_tokens]
+        return [
+            _truncation_note(caption, "words", len(words), self.max_tokens, words[self.max_tokens])
+            for caption, words in long
+        ]
+
+    def identity(self) -> dict[str, str | int]:
+        return {"encoder": "words", "max_tokens": self.max_tokens, "embed_dim": self.embed_dim}
+
+    def _vectors(self, words: list[str]) -> dict[str, Tensor]:
+        if not words:
+            return {}
+        keys = [int.from_bytes(hashlib.sha256(word.encode()).digest()[:7]) for word in words]
+        return dict(
+            zip(words, rng.normal(0, torch.tensor(keys), "word", (self.embed_dim,), torch.float32), strict=True)
+        )
+
+    def _positions(self) -> Tensor:
+        """(T, D) sines and cosines of the place, mean square 1/2."""
+        half = (self.embed_dim + 1) // 2
+        angle = torch.arange(self.max_tokens)[:, None] * 1e2 ** (-torch.arange(half) / half)
+        return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)[:, : self.embed_dim]
+
+
+def mean_tokens(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """(N, D) mean over the tokens of each text (N, T, D), zeros after it; zero for no text."""
+    return tokens.sum(1) / lengths.clamp(min=1)[:, None]
+
+
+def _truncation_note(caption: str, unit: str, n: int, seen: int, rest: str) -> str:
+    return f"{caption!r}: of {n} {unit} the first {seen} are seen, cut from {rest!r} on"
+
+
+class LoadedEncoder(NamedTuple):
+    """A model and its tokenizer, and the folders that they came from."""
+
+    model: nn.Module
+    tokenizer: Any
+    config: dict[str, Any]
+    folder: Path
+    tokenizer_folder: Path
+
+
+class TransformerTextEncoder:
+    """A frozen text transformer in float32. CLIP and T5 say what they differ in.
+
+    model_classes by the name in config.json, the first for all other names; tokenizer_files: of these sets one is
+    enough.
+    """
+
+    model_classes: ClassVar[tuple[str, ...]]
+    tokenizer_class: ClassVar[str]
+    tokenizer_files: ClassVar[tuple[tuple[str, ...], ...]]
+    embed_dim: int
+    pooled_dim: int
+
+    def __init__(self, cfg: SemanticConfig, loaded: LoadedEncoder):
+        self.model_id, self.max_tokens, self.loaded = cfg.encoder, cfg.max_tokens, loaded
+        self.num_special_tokens = loaded.tokenizer.num_special_tokens_to_add()
+        if self.max_tokens <= self.num_special_tokens:
+            raise UsageError(
+                f"semantic.max_tokens={self.max_tokens} has no room for a word beside the {self.num_special_tokens} marks that "
+                f"semantic.encoder={cfg.encoder} puts around a caption"
+            )
+
+    def _encode_ids(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """States (B, T, D) and pooled text (B, P) of ids (B, T), of which those in the mask (B, T) are real."""
+        raise NotImplementedError
+
+    def __call__(self, captions: Sequence[str]) -> EncodedText:
+        """lengths count the marks around a caption."""
+        place: dict[str, int] = {}  # of each caption that says something; place 0 is no text
+        for caption in captions:
+            if caption.strip():
+                place.setdefault(caption, len(place) + 1)
+        some, T = list(place), self.max_tokens
+        nothing = EncodedText(
+            torch.zeros(1, T, self.embed_dim), torch.zeros(1, dtype=torch.int64), torch.zeros(1, self.pooled_dim)
+        )
+        parts = [
+            nothing,
+            *(self._encode_batch(some[i : i + ENCODER_BATCH_SIZE]) for i in range(0, len(some), ENCODER_BATCH_SIZE)),
+        ]
+        index = torch.tensor([place.get(caption, 0) for caption in captions], dtype=torch.int64)
+        return EncodedText(*(torch.cat(field)[index] for field in zip(*parts, strict=True)))
+
+    def _encode_batch(self, captions: list[str]) -> EncodedText:
+        """At most BATCH captions, filled up to BATCH."""
+        n, device = len(captions), next(self.loaded.model.parameters()).device
+        told = self.loaded.tokenizer(
+            captions + [""] * (ENCODER_BATCH_SIZE - n),
+            padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt",
+        )  # fmt: skip
+        ids, mask = told["input_ids"].to(device), told["attention_mask"].to(device)
+        with torch.no_grad():
+            states, pooled = self._encode_ids(ids, mask)
+        return EncodedText(*(field[:n].cpu() for field in (states * mask[:, :, None], mask.sum(1), pooled)))
+
+    def truncation_notes(self, captions: Sequence[str]) -> list[str]:
+        room, lines = self.max_tokens - self.num_special_tokens, []
+        for start in range(0, len(captions), 10_000):
+            some = list(captions[start : start + 10_000])
+            told = self.loaded.tokenizer(some, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            for caption, offsets in zip(some, told["offset_mapping"], strict=True):
+                if len(offsets) > room:
+                    rest = caption[offsets[room][0] :]
+                    word = next(iter(rest.split(maxsplit=1)), rest)
+                    lines.append(_truncation_note(caption, "pieces of words", len(offsets), room, word))
+        return lines
+
+    def identity(self) -> dict[str, str | int]:
+        """With SHA-256 of the model's settings, of its weights and of the tokenizer's files."""
+        model, tokenizer = self.loaded.folder, self.loaded.tokenizer_folder
+        return {
+            "encoder": self.model_id,
+            "type": self.loaded.config["model_type"],
+            "config": hub.sha256_config(self.loaded.config),
+            "weights": hub.sha256_files(hub.weight_files(model, "model", self.model_id)),
+            "tokenizer": hub.sha256_files(path for name in TOKENIZER_FILES if (path := tokenizer / name).is_file()),
+            "max_tokens": self.max_tokens,
+            "embed_dim": self.embed_dim,
+            "pooled_dim": self.pooled_dim,
+        }
+
+
+class CLIPTextEncoder(TransformerTextEncoder):
+    """CLIP's text transformer: the states after its last norm, from the mark before a caption (BOS) to that after (EOT).
+
+    Pooled text is the state at EOT, projected in a CLIPTextModelWithProjection.
+    """
+
+    model_classes = ("CLIPTextModel", "CLIPTextModelWithProjection")
+    tokenizer_class = "CLIPTokenizerFast"
+    tokenizer_files = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+
+    def __init__(self, cfg: SemanticConfig, loaded: LoadedEncoder):
+        super().__init__(cfg, loaded)
+        settings = loaded.model.config
+        if cfg.max_tokens > settings.max_position_embeddings:
+            raise UsageError(
+                f"semantic.max_tokens={cfg.max_tokens}, but semantic.encoder={cfg.encoder} has no more than "
+                f"{settings.max_position_embeddings} places"
+            )
+        projected = type(loaded.model).__name__ == "CLIPTextModelWithProjection"
+        self.projection = loaded.model.text_projection if projected else nn.Identity()
+        self.embed_dim = settings.hidden_size
+        self.pooled_dim = settings.projection_dim if projected else settings.hidden_size
+
+    def _encode_ids(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        # Without the mask: attention is causal, so that a caption does not see what follows it.
+        states = self.loaded.model(input_ids=ids).last_hidden_state
+        return states, self.projection(states[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1])
+
+
+class T5TextEncoder(TransformerTextEncoder):
+    """T5's encoder: the states of a caption and of the mark after it (EOS), which see no padding.
+
+    It has no pooled text; ours is the mean over the tokens, which serves T5 best (Ni et al. 2022, Sentence-T5).
+    """
+
+    model_classes = ("T5EncoderModel",)
+    tokenizer_class = "T5TokenizerFast"
+    tokenizer_files = (("tokenizer.json",), ("spiece.model",))
+
+    def __init__(self, cfg: SemanticConfig, loaded: LoadedEncoder):
+        super().__init__(cfg, loaded)
+        self.embed_dim = self.pooled_dim = loaded.model.config.d_model
+
+    def _encode_ids(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        states = self.loaded.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return states, mean_tokens(states * mask[:, :, None], mask.sum(1))
+
+
+ENCODER_CLASSES: dict[str, type[TransformerTextEncoder]] = {
+    "clip": CLIPTextEncoder,
+    "clip_text_model": CLIPTextEncoder,
+    "t5": T5TextEncoder,
+}
+"""by model_type in config.json"""
+TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.json", "merges.txt", "spiece.model",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+"""files of a tokenizer"""
+
+
+def _build_transformer(cfg: SemanticConfig, device: torch.device | str) -> TransformerTextEncoder:
+    opened = _load_encoder(cfg.encoder)
+    opened.model.to(device)
+    return ENCODER_CLASSES[opened.config["model_type"]](cfg, opened)
+
+
+@functools.lru_cache(maxsize=2)
+def _load_encoder(model_id: str) -> LoadedEncoder:
+    """Model and tokenizer of a folder or hub id, also of a pipeline's. Raises UsageError."""
+    what = f"semantic.encoder={model_id}"
+    hub.import_names("transformers", "text", [])
+    names = (*hub.model_file_patterns("model"), *TOKENIZER_FILES)
+    folder = hub.model_folder(model_id, what, ("text_encoder", "tokenizer"), names)
+    config = hub.read_config(folder, what)
+    kind = config.get("model_type")
+    family = ENCODER_CLASSES.get(kind)
+    if family is None:
+        raise UsageError(
+            f"{what}: a model of type {kind}, where {', '.join(ENCODER_CLASSES)} (CLIP, T5) would do, or words"
+        )
+    hub.weight_files(folder, "model", what)
+    name = (config.get("architectures") or [""])[0]
+    name = name if name in family.model_classes else family.model_classes[0]
+    model_class, tokenizer_class = hub.import_names("transformers", "text", [name, family.tokenizer_class])
+    tokenizer_folder = _find_tokenizer(folder, family, what)
+    tokenizer = _load_tokenizer(tokenizer_class, tokenizer_folder, what)
+    model = hub.load_model(model_class, "transformers", folder, what).float()
+    if len(tokenizer) > model.config.vocab_size:
+        raise UsageError(
+            f"{what}: the tokenizer in {tokenizer_folder} has {len(tokenizer):,} entries, the model "
+            f"{model.config.vocab_size:,}: they do not belong together"
+        )
+    return LoadedEncoder(model, tokenizer, config, folder, tokenizer_folder)
+
+
+def _find_tokenizer(folder: Path, family: type[TransformerTextEncoder], label: str) -> Path:
+    """The model's own, or tokenizer/ beside text_encoder/ (tokenizer_2/ beside text_encoder_2/)."""
+    for place in (folder, folder.with_name(folder.name.replace("text_encoder", "tokenizer"))):
+        if any(all((place / name).is_file() for name in names) for names in family.tokenizer_files):
+            return place
+    needed = ", or ".join(" and ".join(names) for names in family.tokenizer_files)
+    raise UsageError(f"{label}: no tokenizer ({needed}) beside the model in {folder}")
+
+
+def _load_tokenizer(kind: Any, folder: Path, label: str) -> Any:
+    if kind.__name__.startswith("T5") and not (folder / "tokenizer.json").is_file():
+        hub.import_names("sentencepiece", "text", [])  # else the library asks for another package
+        hub.import_names("google.protobuf", "text", [])
+    try:
+        with hub.quiet_logging("transformers"):
+            tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # of any kind, as files are damaged
+        raise UsageError(f"{label}: the tokenizer in {folder} cannot be opened: {hub.error_summary(error)}") from error
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    return tokenizer

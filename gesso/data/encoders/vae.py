@@ -1,0 +1,131 @@
+"""A frozen VAE (diffusers' AutoencoderKL): pixels into the mean and standard deviation of latents, and latents back.
+
+Latents are raw here: as the VAE gives them, unscaled. What goes in, and how raw latents become x0, are a convention:
+
+dit   pixels in [-1, 1]; x0 = (z - shift) * scaling, both from the VAE's own settings (LDM, SDXL, SD3, DiT). Decoded pixels are
+      rounded to 8 bits.
+edm2  pixels in [0, 1]; x0 = (z - mean) * sd / std with a fixed mean and std per channel, sd = 0.5. Decoded pixels are cut down
+      to 8 bits, as EDM2's code does: half a grey level darker on average.
+
+One cannot read latents of the other.
+
+Legend: B images, C latent channels, H W height and width in pixels, f the VAE's factor, h = H/f, w = W/f.
+"""
+
+import torch
+from torch import Tensor
+
+from gesso.data.encoders import hub
+from gesso.errors import RunError, UsageError
+
+WEIGHTS_STEM = "diffusion_pytorch_model"
+EDM2_MEAN = (5.81, 3.25, 0.12, -2.15)
+EDM2_STD = (4.17, 4.62, 3.71, 3.28)
+"""of raw latents of ImageNet, pixels in [0, 1] (EDM2's published code, which the paper leaves out)"""
+INPUT_SCALING = {"dit": (127.5, 1.0), "edm2": (255.0, 0.0)}
+"""by convention: (divisor, offset), what goes in is pixels / divisor - offset"""
+
+
+class VAE:
+    """where: a folder, or a hub id, of an AutoencoderKL or of a pipeline that has one. channels: C; factor: f.
+
+    Raises UsageError for what is no such VAE of RGB pixels, for weights that are not in safetensors, and for a
+    convention that does not fit.
+    """
+
+    def __init__(
+        self,
+        model_id: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        convention: str = "dit",
+    ):
+        self.model_id, self.device, self.dtype, self.convention = model_id, torch.device(device), dtype, convention
+        what = self.label = f"the VAE {model_id}"
+        if convention not in INPUT_SCALING:
+            raise UsageError(f"{what}: no convention {convention!r}; there are: {', '.join(INPUT_SCALING)}")
+        hub.import_names("diffusers", "vae", [])
+        self.folder = hub.model_folder(model_id, what, ("vae",), hub.model_file_patterns(WEIGHTS_STEM))
+        self.config = hub.read_config(self.folder, what)
+        kind = self.config.get("_class_name") or self.config.get("model_type")
+        if kind != "AutoencoderKL":
+            raise UsageError(f"{what}: a model of type {kind}, where an AutoencoderKL is needed")
+        hub.weight_files(self.folder, WEIGHTS_STEM, what)
+        (model_class,) = hub.import_names("diffusers", "vae", ["AutoencoderKL"])
+        model = hub.load_model(model_class, "diffusers", self.folder, what)
+        self.model, self.model_config = model.to(self.device, dtype), model.config
+        self.latent_channels = self.model_config.latent_channels
+        self.downsample_factor = 2 ** (len(self.model_config.block_out_channels) - 1)
+        pixels = (self.model_config.in_channels, self.model_config.out_channels)
+        if pixels != (3, 3):
+            raise UsageError(f"{what}: from {pixels[0]} channels to {pixels[1]}, where RGB has 3")
+        if convention == "edm2" and self.latent_channels != len(EDM2_MEAN):
+            raise UsageError(
+                f"{what}: {self.latent_channels} latent channels, where the convention edm2 has {len(EDM2_MEAN)}: use dit"
+            )
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 (B, 3, H, W) -> mean and standard deviation of the raw latents, each (B, C, h, w) float32.
+
+        Raises UsageError when f does not divide H and W, RunError when the result is not finite.
+        """
+        assert pixels.dtype == torch.uint8 and pixels.shape[1] == 3, (pixels.dtype, pixels.shape)
+        H, W = pixels.shape[2:]
+        if H % self.downsample_factor or W % self.downsample_factor:
+            raise UsageError(
+                f"{self.label}: images of {H}x{W} pixels, where it needs multiples of {self.downsample_factor}"
+            )
+        divisor, offset = INPUT_SCALING[self.convention]
+        x = pixels.to(self.device).float() / divisor - offset
+        with torch.no_grad():
+            latents = self.model.encode(x.to(self.dtype)).latent_dist
+        return self._check_finite(latents.mean), self._check_finite(latents.std)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Decode raw latents (B, C, h, w) to uint8 (B, 3, H, W), clipped; to whole numbers as the convention says.
+
+        Raises RunError as `encode`.
+        """
+        assert z.shape[1] == self.latent_channels, z.shape
+        divisor, offset = INPUT_SCALING[self.convention]
+        with torch.no_grad():
+            x = self._check_finite(self.model.decode(z.to(self.device, self.dtype)).sample)
+        values = ((x + offset) * divisor).clip(0, 255)
+        return (values if self.convention == "edm2" else values.round()).to(torch.uint8)  # to uint8 cuts down
+
+    def _check_finite(self, x: Tensor) -> Tensor:
+        if not bool(x.isfinite().all()):
+            raise RunError(
+                f"{self.label} gives numbers that are not finite in {str(self.dtype).removeprefix('torch.')}: SDXL's "
+                "does in float16; use bfloat16 or float32"
+            )
+        return x.float()
+
+    def channel_stats(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std of each channel, for Data.mean and Data.std: x0 = (z - mean) * sd / std.
+
+        dit: shift and 1 / scaling, so that x0 is DiT's where the process has sd = 1.
+        """
+        if self.convention == "edm2":
+            return EDM2_MEAN, EDM2_STD
+        C, settings = self.latent_channels, self.model_config
+        mean = settings.get("latents_mean") or [settings.get("shift_factor") or 0.0] * C
+        std = settings.get("latents_std") or [1.0] * C
+        return tuple(float(m) for m in mean), tuple(s / settings.scaling_factor for s in std)
+
+    def identity(self) -> dict[str, str | int]:
+        """What latents depend on besides the pixels, for a manifest; SHA-256 of settings and weights."""
+        return {
+            "vae": self.model_id,
+            "config": hub.sha256_config(self.config),
+            "weights": hub.sha256_files(hub.weight_files(self.folder, WEIGHTS_STEM, self.label)),
+            "convention": self.convention,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "channels": self.latent_channels,
+            "downsample_factor": self.downsample_factor,
+        }
+
+
+def posterior_sample(mean: Tensor, std: Tensor, eps: Tensor) -> Tensor:
+    """A raw latent: mean + std * eps, eps standard normal."""
+    return mean + std * eps

@@ -1,0 +1,190 @@
+"""What `gesso inspect` does: a source or a cache is looked at, printed, and drawn.
+
+Legend: K views of an image; c channels of latents, h w their size; R resolution of a view; H W of a whole picture.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from gesso import atomic_io, rng
+from gesso.config import DataConfig, Resize
+from gesso.data import crops
+from gesso.data.base import SampleBatch
+from gesso.data.cache.encode import make_views
+from gesso.data.cache.format import is_cache
+from gesso.data.cache.read import CachedDataset
+from gesso.data.contact_sheet import SheetRow, draw_contact_sheet
+from gesso.data.encoders.vae import VAE
+from gesso.data.inspect_tables import (
+    MAX_NAME_WIDTH,
+    cache_tables,
+    evenly_spaced,
+    print_tables,
+    scan_source,
+    source_tables,
+    truncate,
+)
+from gesso.data.sources import open_source
+from gesso.data.sources.base import Source
+from gesso.errors import UnreadableImageError, UsageError
+
+MAX_RESOLUTION = 256
+"""resolution of views where none is asked for"""
+
+
+class InspectArgs(NamedTuple):
+    """What the sheet is to show. resolution: of the views; None: the median shorter edge, at most MOST."""
+
+    num_rows: int = 8
+    num_views: int = 4
+    crop_scale: tuple[float, float] | None = None
+    flip: bool = False
+    resolution: int | None = None
+    seed: int = 0
+    vae: str | None = None
+    convention: str = "dit"
+    resize: Resize = "lanczos"
+
+
+def parse_crop_scale(text: str) -> tuple[float, float]:
+    """.4,.6. Raises UsageError when it is no crop scale."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low = high = 0.0
+    if not 0 < low <= high <= 1:
+        raise UsageError(f"--crop-scale {text}: write two shares of the area, the smaller one first, such as .4,.6")
+    return low, high
+
+
+def inspect_source(uri: str, limit: int, args: InspectArgs, out: Path, console: Console) -> list[str]:
+    """Print the tables of a source of which at most `limit` headers are read, or of a cache; write its sheet.
+
+    Returns lines for the user. Raises UsageError as open_source and Cache, RunError when the sheet cannot be written.
+    """
+    if is_cache(uri):
+        reject_cache_options(args)
+        cache = CachedDataset(uri)
+        rows, notes = cache_rows(cache, args)
+        tables = cache_tables(cache, limit)
+    else:
+        source = open_source(uri)
+        looked = scan_source(source, limit)
+        rows, notes = source_rows(source, looked.original_sizes, args)
+        tables = source_tables(source, looked)
+    with atomic_io.atomic_file(out) as temporary:
+        draw_contact_sheet(rows).save(temporary, "PNG")
+    print_tables(console, tables)
+    return [*(f"note: {note}" for note in notes), f"wrote {out}"]
+
+
+def reject_cache_options(args: InspectArgs) -> None:
+    """Raise UsageError for what a cache has settled."""
+    for name in ("crop_scale", "flip", "resolution", "seed", "resize"):
+        if getattr(args, name) != InspectArgs._field_defaults[name]:
+            raise UsageError(f"--{name.replace('_', '-')} has no effect: the views of a cache are those that it holds")
+
+
+def cache_rows(cache: CachedDataset, args: InspectArgs) -> tuple[list[SheetRow], list[str]]:
+    """Rows of images spread evenly over a cache, with the first of their views, and notes."""
+    latent = cache.plan.latent
+    shown, notes = lambda x: x, []
+    if cache.has_latents:
+        shown, notes = open_decoder(args.vae or latent.vae, latent.convention, latent.channels)
+    rows = []
+    for i in evenly_spaced(len(cache), args.num_rows).tolist():
+        view = torch.arange(min(args.num_views, cache.plan.views))
+        stored = cache.get_views(torch.full_like(view, i), view)
+        text = label_text(cache.captions[i], int(cache.labels[i]), cache.class_names)
+        rows.append(SheetRow(f"image {i}", text, None, stored._replace(x=shown(stored.x))))
+    return rows, notes
+
+
+def source_rows(source: Source, sizes: np.ndarray, args: InspectArgs) -> tuple[list[SheetRow], list[str]]:
+    """Rows of images spread evenly over a source, and notes; sizes (m, 2) H W of some of them."""
+    shorter = int(np.median(sizes.min(axis=1))) if len(sizes) else MAX_RESOLUTION
+    data = DataConfig(
+        source=source.uri,
+        resolution=args.resolution or min(MAX_RESOLUTION, shorter),
+        flip=args.flip,
+        crop_scale=args.crop_scale,
+        resize=args.resize,
+    )
+    places = evenly_spaced(len(source), args.num_rows).tolist()
+    shown, notes = lambda x: x, []
+    if source.has_latents:
+        shown, notes = open_decoder(args.vae, args.convention, len(source.item(places[0]).image) // 2)
+    K = args.num_views if data.crop_scale else min(args.num_views, 1 + data.flip)
+    return [source_row(source, i, data, K, args.seed, shown) for i in places], notes
+
+
+def open_decoder(vae: str | None, convention: str, channels: int) -> tuple[Callable[[Tensor], Tensor], list[str]]:
+    """Latents (K, 2c, h, w), c = channels -> pixels (K, 3, H, W) uint8; where no VAE does that, the latents and a note."""
+    if vae is None:
+        return lambda x: x, ["the latents are not shown: say --vae and --convention"]
+    try:
+        opened = VAE(vae, convention=convention)
+        if opened.latent_channels != channels:
+            raise UsageError(f"the VAE {vae} has {opened.latent_channels} channels, they have {channels}")
+    except UsageError as error:
+        return lambda x: x, [f"the latents are not shown: {error}"]
+    return lambda x: opened.decode(x.float().chunk(2, dim=1)[0]), []
+
+
+def source_row(
+    source: Source, i: int, data: DataConfig, K: int, seed: int, to_pixels: Callable[[Tensor], Tensor]
+) -> SheetRow:
+    """Image i with views as a cache of that seed has them. `shown` decodes latents (1, 2c, h, w), or returns them."""
+    caption, label = source.caption(i), int(source.labels[i])
+    text = label_text(caption, label, source.class_names)
+    try:
+        item = source.item(i)
+        if source.has_latents:
+            x, whole = to_pixels(torch.from_numpy(item.image)[None]), None
+            size, drawn = item.original_size or (data.resolution,) * 2, [crops.View(0.0, 0.0, 1.0, 1.0)]
+        else:
+            whole, (H, W) = item.decode(3, resize=data.resize)
+            size, R = item.original_size or (H, W), data.resolution
+            u = [
+                rng.uniform(seed, torch.tensor([i]), f"view {v}", crops.UNIFORMS_PER_VIEW)[0].numpy() for v in range(K)
+            ]
+            drawn = make_views(data, H, W, np.stack(u))
+            x = torch.from_numpy(np.stack([crops.crop_resize(whole, view, R, R, data.resize) for view in drawn]))
+    except UnreadableImageError as error:
+        return SheetRow(_title(i, source.name(i)), f"unreadable: {error.reason}", None, None)
+    return SheetRow(_title(i, item.name), text, whole, view_batch(x, size, drawn, label, i))
+
+
+def _title(i: int, name: str) -> str:
+    return f"image {i}" + ("" if name == str(i) else f": {truncate(name, 2 * MAX_NAME_WIDTH)}")
+
+
+def view_batch(x: Tensor, size: tuple[int, int], views: Sequence[crops.View], label: int, i: int) -> SampleBatch:
+    """K views of one image."""
+    K = len(views)
+    return SampleBatch(
+        x,
+        torch.tensor([size] * K),
+        torch.tensor([view[:4] for view in views], dtype=torch.float32),
+        torch.tensor([view.flip for view in views]),
+        crops.compute_pixel_stats(x) if x.dtype == torch.uint8 else torch.zeros(K, 2),
+        torch.full((K,), label),
+        torch.full((K,), i),
+    )
+
+
+def label_text(caption: str, label: int, class_names: Sequence[str]) -> str:
+    """Class and caption of an image on one line."""
+    name = class_names[label] if class_names else ""
+    parts = [f"class {label}" + (f" {name}" if name != str(label) else "")] if class_names else []
+    if caption.strip() and caption != name:
+        parts.append(f'"{caption}"')
+    elif not class_names:
+        parts.append("no caption")
+    return ": ".join(parts)

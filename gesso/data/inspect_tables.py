@@ -1,0 +1,288 @@
+"""What a source or a cache holds, for `gesso inspect`: tables of numbers. sheet.py draws its pictures.
+
+Legend: N images, n of them looked at; H W height and width of a whole picture.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import rich.box
+import rich.table
+from rich.console import Console
+from rich.text import Text
+
+from gesso.atomic_io import format_bytes
+from gesso.data.cache.plan import identity_settings
+from gesso.data.cache.read import CachedDataset
+from gesso.data.sources import decode
+from gesso.data.sources.base import Source, format_names
+from gesso.errors import UnreadableImageError
+
+DEFAULT_LIMIT = 5_000
+ASPECT_EDGES = (1 / 2, 2 / 3, 4 / 5, 0.95, 1.05, 5 / 4, 3 / 2, 2)
+"""between the bins of width / height"""
+ASPECT_BINS = (
+    "below 1:2", "1:2 to 2:3", "2:3 to 4:5", "4:5 to square", "square within 5 %", "square to 5:4", "5:4 to 3:2",
+    "3:2 to 2:1", "above 2:1",
+)  # fmt: skip
+RESOLUTIONS = (64, 256, 512, 1024)
+"""of which it is said how many pictures would be enlarged"""
+MAX_LISTED_CLASSES, NUM_EXTREME_CLASSES = 20, 5
+"""up to so many classes all are listed; of more, so many of the largest and of the smallest"""
+MAX_LISTED = 5
+"""captions and unreadable images that are shown"""
+BAR_WIDTH, MAX_NAME_WIDTH = 24, 48
+"""signs of the longest bar, of the longest name"""
+
+
+class Table(NamedTuple):
+    """header: empty strings where a column needs no name."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def print_tables(console: Console, tables: Iterable[Table]) -> None:
+    """Print them. Cells are what users wrote: nothing in them is markup."""
+    for title, header, rows in tables:
+        table = rich.table.Table(
+            box=rich.box.SIMPLE_HEAD if any(header) else None, show_header=any(header), show_edge=False, pad_edge=False
+        )
+        for n, name in enumerate(header):
+            table.add_column(
+                name, justify="right" if name else "left", overflow="fold", min_width=6 if n == 0 else None
+            )
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(Text(title, "bold"), table, "", sep="\n")
+
+
+class SourceScan(NamedTuple):
+    """What is known of a source without decoding a pixel.
+
+    index     (n,) places in the source, spread evenly over it
+    sizes     (m, 2) H W of those whose header can be read, as pixels.decode gives them
+    encoded   bytes of the n images in their files
+    captions  n of them
+    bad       (name, reason) of the n - m others
+    """
+
+    indices: np.ndarray
+    original_sizes: np.ndarray
+    encoded_bytes: int
+    captions: list[str]
+    unreadable: list[tuple[str, str]]
+
+
+def evenly_spaced(total: int, count: int) -> np.ndarray:
+    """(min(count, total),) places in 0 .. total - 1, at even distances."""
+    count = min(count, total)
+    return (2 * np.arange(count, dtype=np.int64) + 1) * total // (2 * count)
+
+
+def scan_source(source: Source, limit: int = DEFAULT_LIMIT) -> SourceScan:
+    """Headers and captions of at most `limit` images. Damage behind a header is not seen."""
+    index = evenly_spaced(len(source), limit)
+
+    def read(i: int) -> tuple[int, int] | UnreadableImageError:
+        try:
+            item = source.item(i)
+            return item.original_size or header_size(item.image)
+        except UnreadableImageError as error:
+            return UnreadableImageError(error.name or format_names([source.name(i)]), error.reason)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(read, index.tolist()))
+    sizes = [size for size in found if not isinstance(size, UnreadableImageError)]
+    bad = [(error.name, error.reason) for error in found if isinstance(error, UnreadableImageError)]
+    return SourceScan(
+        index,
+        np.array(sizes, np.int64).reshape(-1, 2),
+        sum(max(0, source.encoded_size(i)) for i in index.tolist()),
+        [source.caption(i) for i in index.tolist()],
+        bad,
+    )
+
+
+def header_size(image: bytes | np.ndarray) -> tuple[int, int]:
+    """H W of an encoded image, upright, or of an array (H, W, C) uint8 or (2c, h, w) float.
+
+    Raises Unreadable, without a name, when the header is damaged.
+    """
+    if isinstance(image, np.ndarray):
+        return image.shape[:2] if image.dtype == np.uint8 else image.shape[1:]
+    try:
+        opened = decode.open_header(image)
+        turned = decode.exif_orientation(opened) >= 5
+    except UnreadableImageError:
+        raise
+    except Exception as error:  # whatever a damaged header leads to
+        raise UnreadableImageError("", f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+    width, height = opened.size
+    return (width, height) if turned else (height, width)
+
+
+def source_tables(source: Source, scan: SourceScan) -> list[Table]:
+    """All that is said of a source."""
+    n, total = len(scan.indices), len(source)
+    about = [("images", f"{total:,}")]
+    some = "all" if n == total else f"{n:,} of them, spread evenly (--limit {total} for all)"
+    about.append(("looked at", f"headers and captions of {some}; no pixels"))
+    about.append(
+        (
+            "stored",
+            f"{format_bytes(scan.encoded_bytes / n)} per image, {format_bytes(scan.encoded_bytes / n * total)} in all",
+        )
+    )
+    about += [("note", note) for note in source.notes]
+    return [
+        Table(format_names([source.uri]), ("", ""), about),
+        *size_tables(scan.original_sizes, "latents" if source.has_latents else "pixels"),
+        *class_tables(source.labels, source.class_names),
+        *caption_tables(scan.captions, source.class_names),
+        *unreadable_tables(scan.unreadable, n),
+    ]
+
+
+def cache_tables(cache: CachedDataset, limit: int = DEFAULT_LIMIT) -> list[Table]:
+    """All that is said of a cache; of at most `limit` captions."""
+    manifest, N = cache.manifest, len(cache)
+    stored = sum(shard.bytes for shard in manifest.files)
+    about = [
+        ("images", f"{N:,} of {manifest.num_source_images:,}, {cache.plan.views} views each"),
+        ("stored", f"{format_bytes(stored / N)} per image, {format_bytes(stored)} in {len(manifest.files):,} files"),
+        ("mean", _join(f"{m:.4g}" for m in manifest.mean)),
+        ("std", _join(f"{s:.4g}" for s in manifest.std)),
+        ("faces", f"{manifest.num_faces:,} blurred" if cache.plan.blur_faces else "as they are"),
+        ("fingerprint", manifest.fingerprint),
+    ]
+    # "images" stands above; how text is withheld and padded is the training's business.
+    silent = ["images", "semantic.padding", "semantic.padding_noise"]
+    silent += [] if cache.has_latents else ["latent."]
+    silent += [] if cache.plan.semantic.kind == "text" else ["semantic."]
+    told = [
+        (n, _format_value(value)) for n, value in identity_settings(manifest).items() if not n.startswith(tuple(silent))
+    ]
+    buckets = [f"{height}x{width}" for height, width in cache.buckets]
+    counts = np.bincount(cache.bucket_of, minlength=len(buckets)).tolist()
+    return [
+        Table(format_names([cache.uri]), ("", ""), about),
+        Table("conventions", ("", ""), [(name, said) for name, said in told if said]),
+        *(
+            [Table("buckets", ("", "images", ""), bar_rows(zip(buckets, counts, strict=True)))]
+            if len(buckets) > 1
+            else []
+        ),
+        *size_tables(cache.original_sizes.numpy()),
+        *class_tables(cache.labels.numpy(), cache.class_names),
+        *caption_tables([cache.captions[i] for i in evenly_spaced(N, limit).tolist()], cache.class_names),
+        *unreadable_tables(manifest.unreadable, manifest.num_source_images),
+    ]
+
+
+def _join(parts: Iterable[str]) -> str:
+    return ", ".join(parts)
+
+
+def _format_value(value: object) -> str:
+    """Of a setting; empty where it is silent."""
+    if value is None or value == ():
+        return ""
+    return _join(f"{part:g}" for part in value) if isinstance(value, (list, tuple)) else truncate(str(value))
+
+
+def size_tables(sizes: np.ndarray, unit: str = "pixels") -> list[Table]:
+    """sizes (m, 2) H W"""
+    if not len(sizes):
+        return []
+    shorter = sizes.min(axis=1)
+    edges = {"height": sizes[:, 0], "width": sizes[:, 1], "shorter edge": shorter}
+    least = [(name, *(f"{_quantile(edge, q):,}" for q in (0, 0.5, 1))) for name, edge in edges.items()]
+    ratio = sizes[:, 1] / sizes[:, 0]
+    # 3:2 is to 5:4 what 2:3 is to 4:5: an edge belongs to the bin nearer to the square.
+    bins = np.where(
+        ratio < 1, np.searchsorted(ASPECT_EDGES, ratio, "right"), np.searchsorted(ASPECT_EDGES, ratio, "left")
+    )
+    counts = np.bincount(bins, minlength=len(ASPECT_BINS))
+    tables = [
+        Table(unit, ("", "smallest", "median", "largest"), least),
+        Table("width : height", ("", "images", ""), bar_rows(zip(ASPECT_BINS, counts.tolist(), strict=True))),
+    ]
+    small = [(f"{r}", _percentage(shorter < r)) for r in RESOLUTIONS if shorter.min() < r <= 2 * shorter.max()]
+    if small and unit == "pixels":
+        tables.append(Table("too small, hence enlarged", ("at resolution", "images"), small))
+    return tables
+
+
+def _quantile(values: np.ndarray, q: float) -> int:
+    """One of the values."""
+    return int(np.quantile(values, q, method="inverted_cdf"))
+
+
+def _percentage(mask: np.ndarray) -> str:
+    return f"{100 * mask.mean():.1f} %"
+
+
+def bar_rows(counts: Iterable[tuple[str, int]]) -> list[tuple[str, str, str]]:
+    """(name, count, bar) of each that is above 0."""
+    found = [(name, count) for name, count in counts if count]
+    most = max((count for _, count in found), default=1)
+    return [(name, f"{count:,}", "█" * round(BAR_WIDTH * count / most) or "▏") for name, count in found]
+
+
+def class_tables(labels: np.ndarray, names: Sequence[str]) -> list[Table]:
+    """labels (N,)"""
+    if not names:
+        return []
+    counts = np.bincount(labels, minlength=len(names))
+    empty = int((counts == 0).sum())
+    order, title = np.arange(len(names)), f"{len(names):,} classes"
+    if len(names) - empty > MAX_LISTED_CLASSES:
+        falling = np.argsort(-counts, kind="stable")[: len(names) - empty]
+        order = np.concatenate([falling[:NUM_EXTREME_CLASSES], falling[-NUM_EXTREME_CLASSES:]])
+        title += f" of {int(np.median(counts)):,} images (median): the {NUM_EXTREME_CLASSES} largest and the {NUM_EXTREME_CLASSES} smallest"
+    if empty:
+        title += f"; {empty:,} without an image"
+    return [Table(title, ("", "images", ""), bar_rows((truncate(names[i]), int(counts[i])) for i in order))]
+
+
+def truncate(text: str, max_width: int = MAX_NAME_WIDTH) -> str:
+    """On one line, with nothing in it that would steer a terminal."""
+    line = format_names([" ".join(text[: 4 * max_width].split())])
+    return line if len(line) <= max_width else line[: max_width - 3] + "..."
+
+
+def caption_tables(captions: Sequence[str], class_names: Sequence[str] = ()) -> list[Table]:
+    """Lengths in words, and captions that several images share."""
+    told = [caption for caption in captions if caption.strip()]
+    if not told:
+        return []
+    if class_names and set(told) <= set(class_names):
+        return [Table("captions", ("", ""), [("all", "are the names of the classes")])]
+    words = np.array([len(caption.split()) for caption in told])
+    quantiles = tuple(f"{_quantile(words, q):,}" for q in (0, 0.05, 0.5, 0.95, 1))
+    tables = [Table("words in a caption", ("shortest", "5 %", "median", "95 %", "longest"), [quantiles])]
+    counts = Counter(told)
+    again = _percentage(np.array([counts[caption] > 1 for caption in told]))
+    rows = [
+        ("empty", _percentage(np.array([not caption.strip() for caption in captions]))),
+        ("shared by several", again),
+    ]
+    rows += [(f'"{truncate(text)}"', f"{count:,}") for text, count in counts.most_common(MAX_LISTED) if count > 1]
+    tables.append(Table("captions", ("", "images"), rows))
+    return tables
+
+
+def unreadable_tables(unreadable: Sequence[tuple[str, str]], n: int) -> list[Table]:
+    """The first of them, each with its reason."""
+    if not unreadable:
+        return []
+    rows = [(truncate(name), truncate(reason)) for name, reason in unreadable[:MAX_LISTED]]
+    if len(unreadable) > MAX_LISTED:
+        rows.append((f"and {len(unreadable) - MAX_LISTED:,} more", ""))
+    return [Table(f"unreadable: {len(unreadable):,} of {n:,}", ("", ""), rows)]

@@ -1,0 +1,115 @@
+"""A source of any size, decoded and cropped as training comes to it; each sample has a crop and a flip of its own.
+
+Legend: N images, B samples, C channels, R resolution.
+"""
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gesso import rng
+from gesso.config import DataConfig
+from gesso.data import crops
+from gesso.data.base import Dataset, SampleBatch, latent_channel_stats, pixel_channel_stats
+from gesso.data.in_memory import check_unreadable
+from gesso.data.sources.base import Source
+from gesso.errors import RunError, UnreadableImageError
+
+NUM_STATS_SAMPLES = 4096
+"""samples whose moments stand for all"""
+
+
+class OnTheFlyDataset(Dataset):
+    """Samples of a source, x being pixels, or latents where the source holds them.
+
+    An image that cannot be read is counted once, and the next one of the source takes its place wherever it is due.
+    """
+
+    def __init__(self, source: Source, data: DataConfig, seed: int = 0):
+        self.source, self.data, self.seed, self.uri = source, data, seed, data.source
+        self.labels, self.captions = torch.from_numpy(source.labels), source.captions()
+        self.class_names, self.notes, self.has_latents = source.class_names, source.notes, source.has_latents
+        self.unreadable: list[tuple[str, str]] = []
+        self._unreadable_by_index: dict[int, tuple[str, str]] = {}
+        self._validation_set: frozenset[int] = frozenset()
+        self._unreadable_lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(os.cpu_count(), "decode")
+
+    def hold_out_validation(self, count: int) -> None:
+        super().hold_out_validation(count)
+        self._validation_set = frozenset(self.validation_indices.tolist())
+
+    def get(self, indices: Tensor, sample_index: Tensor) -> SampleBatch:
+        """Raises RunError when too many images turn out to be unreadable."""
+        u = rng.uniform(self.seed, sample_index, "view", crops.UNIFORMS_PER_VIEW)
+        return self._to_batch(indices, list(self._pool.map(self._load_view, indices.tolist(), u.tolist())))
+
+    def get_unaugmented(self, indices: Tensor) -> SampleBatch:
+        plain = self.data.model_copy(update={"flip": False, "crop_scale": None})
+        views = self._pool.map(lambda i: self._load_view(i, [0.0] * crops.UNIFORMS_PER_VIEW, plain), indices.tolist())
+        return self._to_batch(indices, list(views))
+
+    def channel_stats(self) -> tuple[Tensor, Tensor]:
+        """Of the first MEASURED samples."""
+        counter = torch.arange(min(len(self), NUM_STATS_SAMPLES))
+        x = self.get(self.sample_order(self.seed, 1)(counter), counter).x
+        return latent_channel_stats(x) if self.has_latents else pixel_channel_stats(x)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+    def _load_view(
+        self, i: int, u: list[float], data: DataConfig | None = None
+    ) -> tuple[int, Tensor, crops.View, tuple[int, int]]:
+        """Number, x, view and size of the first image from i on that can be read; held out where i is, and only then."""
+        data = data or self.data
+        for j in (*range(i, len(self)), *range(i)):
+            if j in self._unreadable_by_index or (j in self._validation_set) != (i in self._validation_set):
+                continue
+            try:
+                item = self.source.item(j)
+                if self.has_latents:
+                    return (
+                        j,
+                        torch.from_numpy(item.image),
+                        crops.View(0.0, 0.0, 1.0, 1.0),
+                        item.original_size or (data.resolution,) * 2,
+                    )
+                image, whole = item.decode(data.channels, self._min_decode_edge(), data.resize)
+            except UnreadableImageError as error:
+                self._record_unreadable(j, error.name, error.reason)
+                continue
+            size = item.original_size or whole
+            view = crops.random_view(data, *whole, u)
+            x = crops.crop_resize(image, view, data.resolution, data.resolution, data.resize)
+            return j, torch.from_numpy(x), view, size
+        raise RunError(f"no image of {self.uri} can be read")
+
+    def _min_decode_edge(self) -> int:
+        """The shorter edge that any crop needs, so that its pixels are not enlarged by the decoder's shortcut."""
+        scale = self.data.crop_scale
+        return int(np.ceil(self.data.resolution / (scale[0] ** 0.5 if scale else 1)))
+
+    def _record_unreadable(self, i: int, name: str, reason: str) -> None:
+        with self._unreadable_lock:
+            if i not in self._unreadable_by_index:
+                self._unreadable_by_index[i] = (name, reason)
+                self.unreadable.append(self._unreadable_by_index[i])
+        check_unreadable(self.unreadable, len(self), self.data)
+
+    def _to_batch(self, indices: Tensor, loaded: list[tuple[int, Tensor, crops.View, tuple[int, int]]]) -> SampleBatch:
+        taken = torch.tensor([i for i, _, _, _ in loaded], dtype=torch.int64)
+        x = torch.stack([view for _, view, _, _ in loaded])
+        return SampleBatch(
+            x,
+            torch.tensor([size for _, _, _, size in loaded]),
+            torch.tensor([view[:4] for _, _, view, _ in loaded]),
+            torch.tensor([view.flip for _, _, view, _ in loaded]),
+            torch.zeros(len(x), 2) if self.has_latents else crops.compute_pixel_stats(x),
+            self.labels[taken],
+            taken,
+        )

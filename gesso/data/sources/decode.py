@@ -1,0 +1,116 @@
+"""An encoded image becomes an upright picture in 8-bit grey or RGB, or is refused with a reason.
+
+Colours are those of the file's numbers: profiles (ICC) are not applied.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from gesso.errors import UnreadableImageError
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+"""what is decoded, told by the first bytes; no other decoder of Pillow sees the file"""
+MAX_PIXELS = 178_956_970
+"""pixels; beyond it an image is taken for a decompression bomb, as by Pillow"""
+
+EXIF_ORIENTATION = 0x0112
+# EXIF 2.3, tag 274: what makes a stored image upright.
+ORIENTATION_TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode_image(
+    image: bytes | np.ndarray, channels: int, min_edge: int | None = None, upright: bool = True
+) -> tuple[Image.Image, tuple[int, int]]:
+    """The picture in mode L (1 channel) or RGB (3), upright, transparent parts on white; height and width of the whole.
+
+    `image` is an encoded file, or (H, W, 1 or 3) uint8. `least` is the shorter edge that will be needed: a JPEG may
+    then be decoded at a half, a quarter or an eighth, never below twice that edge. The height and width are those of
+    the original as it is seen, whatever was decoded. Of an animation the first frame counts.
+
+    upright=False returns the pixels that PIL's `convert` gives, as the published loaders of ImageNet do: EXIF orientation is not
+    applied, and transparent parts keep the colour that the file stores for them.
+
+    Raises Unreadable (without a name) for what is empty, damaged, cut short, of an unknown format or meaning, or above
+    LARGEST pixels. Nothing is used of an image that is not whole.
+    """
+    if isinstance(image, np.ndarray):
+        assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] in (1, 3), (image.dtype, image.shape)
+        return _to_grey_or_rgb(
+            Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image), channels
+        ), image.shape[:2]
+    try:
+        opened = open_header(image)
+        width, height = opened.size
+        if width * height > MAX_PIXELS:
+            raise UnreadableImageError("", f"{width} x {height} is over {MAX_PIXELS} pixels: a decompression bomb")
+        if min_edge:
+            opened.draft(None, (2 * min_edge, 2 * min_edge))
+        opened.load()
+        orientation = exif_orientation(opened) if upright else 1
+        picture = _to_grey_or_rgb(opened, channels, white=upright)
+    except UnreadableImageError:
+        raise
+    except Exception as error:  # whatever a decoder raises on a damaged file
+        raise UnreadableImageError("", f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+    if orientation in ORIENTATION_TRANSPOSES:
+        picture = picture.transpose(ORIENTATION_TRANSPOSES[orientation])
+    return picture, (width, height) if orientation >= 5 else (height, width)
+
+
+def open_header(data: bytes) -> ImageFile.ImageFile:
+    """The header read, and no pixel. Image.open would warn of pictures that are large, yet allowed."""
+    if not data:
+        raise UnreadableImageError("", "the file is empty")
+    Image.init()
+    for name in IMAGE_FORMATS:
+        if name in Image.OPEN:
+            make, accepts = Image.OPEN[name]
+            if accepts(data[:16]) is True:  # a str where Pillow was built without the format
+                return make(io.BytesIO(data), "")
+    raise UnreadableImageError("", f"not an image ({', '.join(IMAGE_FORMATS)})")
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """1 (upright) to 8. What cannot be read says nothing, as for every viewer."""
+    try:
+        value = int(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # damaged metadata of a whole picture
+        return 1
+    return value if value in ORIENTATION_TRANSPOSES else 1
+
+
+def _to_grey_or_rgb(image: Image.Image, channels: int, white: bool = True) -> Image.Image:
+    """In mode L or RGB; white: behind transparent parts."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _to_8bit(image)
+    if white and image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _to_8bit(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits (65535 is white) or of floats (1 is white) in 8; one grey value may stand for transparent."""
+    values = np.asarray(image)
+    white = 1.0 if image.mode == "F" else 65535
+    if not (values.min() >= 0 and values.max() <= white):  # NaN too
+        raise UnreadableImageError(
+            "", f"grey values from {values.min():g} to {values.max():g}, but black is 0 and white {white:g}"
+        )
+    if image.mode == "F":
+        return Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    grey = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return grey

@@ -1,0 +1,189 @@
+"""Images inside of parquet files, as datasets on the Hub have them.
+
+Legend: N images. A row group is what parquet reads at once; files for training should have small ones.
+"""
+
+import functools
+import json
+import os
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from gesso.data.sources.base import (
+    Source,
+    StringArray,
+    caption_notes,
+    format_names,
+    numbered_class_names,
+    replace_surrogates,
+    validate_labels,
+)
+from gesso.errors import UnreadableImageError, UsageError
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
+"""columns preferred, in this order, where several hold bytes"""
+CAPTION_COLUMNS = ("caption", "text", "prompt")
+MAX_CACHED_ROW_GROUPS = 4
+"""row groups held in memory"""
+
+
+def import_pyarrow():
+    """pyarrow and its reader of parquet. Raises UsageError where it is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UsageError("parquet files are read with pyarrow: pip install 'gesso[parquet]'") from None
+    return pyarrow, pyarrow.parquet
+
+
+def read_column(path: str, names: Sequence[str]) -> list:
+    """Values of the first of `names` that is a column of a file. Raises UsageError when none is, or it is damaged."""
+    pa, pq = import_pyarrow()
+    try:
+        with pq.ParquetFile(path) as file:
+            there = file.schema_arrow.names
+            found = next((name for name in names if name in there), None)
+            if found is None:
+                raise UsageError(f"{path} has no column {' or '.join(names)}; there are: {format_names(there, 12)}")
+            return file.read(columns=[found]).column(0).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged_error(path, path, error) from None
+
+
+class ParquetSource(Source):
+    """Rows with encoded images: bytes, or a struct with bytes as Hugging Face stores an Image.
+
+    Classes from a column `label` of integers (their names where Hugging Face's metadata tell them), captions from the
+    first of CAPTIONS. An image's name is its file and row, as what rows say of names need not be unique.
+
+    Raises UsageError when a file is damaged, has no images or not the columns of the first file, or labels are wrong.
+    """
+
+    def __init__(self, uri: str, paths: Sequence[str]):
+        pa, pq = import_pyarrow()
+        self.row_groups: list[tuple[str, int, int, int]] = []  # file, row group, its bytes, rows of the file before it
+        labels, starts = [], [0]
+        for path in paths:
+            try:
+                with pq.ParquetFile(path) as file:
+                    if path == paths[0]:
+                        self.image_column, self.label_column, self.caption_column, names, notes = _select_columns(
+                            uri, file.schema_arrow, pa.types
+                        )
+                    missing = {*filter(None, (self.image_column, self.label_column, self.caption_column))} - {
+                        *file.schema_arrow.names
+                    }
+                    if missing:
+                        raise UsageError(f"data.source={uri}: {path} has no column {min(missing)}, as {paths[0]} has")
+                    before = starts[-1]
+                    for g in range(file.num_row_groups):
+                        about = file.metadata.row_group(g)
+                        self.row_groups.append((path, g, about.total_byte_size, starts[-1] - before))
+                        starts.append(starts[-1] + about.num_rows)
+                    if self.label_column:
+                        labels += file.read(columns=[self.label_column]).column(0).to_pylist()
+            except (pa.ArrowException, OSError) as error:
+                raise _damaged_error(uri, path, error) from None
+        if not starts[-1]:
+            raise UsageError(f"data.source={uri}: no rows in {format_names(paths)}")
+        self.paths, self.starts = paths, np.array(starts)
+        if self.label_column:
+            labels = validate_labels(uri, labels, self.name, len(names) or None)
+            names = names or numbered_class_names(labels)
+        super().__init__(uri, labels if self.label_column else np.zeros(starts[-1], np.int64), names, notes)
+        self._cached_row_group = functools.lru_cache(MAX_CACHED_ROW_GROUPS)(self._read_row_group)
+        self._read_lock = threading.Lock()  # of many threads in one row group the first reads it
+
+    def _locate(self, i: int) -> tuple[int, int]:
+        """Which row group, and which of its rows."""
+        group = int(np.searchsorted(self.starts, i, "right")) - 1
+        return group, i - int(self.starts[group])
+
+    def name(self, i: int) -> str:
+        group, row = self._locate(i)
+        path, _, _, before = self.row_groups[group]
+        return f"{os.path.basename(path)}:{before + row}"
+
+    def encoded_size(self, i: int) -> int:
+        """Of its row group: those of one image are not known before it is read."""
+        return self.row_groups[self._locate(i)[0]][2]
+
+    def _read_row_group(self, group: int):
+        pa, pq = import_pyarrow()
+        path, g, _, _ = self.row_groups[group]
+        try:
+            with pq.ParquetFile(path) as file:
+                return file.read_row_group(g, columns=[c for c in (self.image_column, self.caption_column) if c])
+        except pa.ArrowException as error:
+            raise UnreadableImageError("", f"its row group is damaged: {_one_line(error)}") from error
+
+    def _cell(self, i: int, column: str):
+        group, row = self._locate(i)
+        with self._read_lock:
+            rows = self._cached_row_group(group)
+        return rows.column(column)[row].as_py()
+
+    def read(self, i: int) -> bytes:
+        cell = self._cell(i, self.image_column)
+        data = cell["bytes"] if isinstance(cell, dict) else cell
+        if data is None:
+            raise UnreadableImageError("", "its row has no bytes")
+        return data
+
+    def caption(self, i: int) -> str:
+        return replace_surrogates(self._cell(i, self.caption_column) or "") if self.caption_column else ""
+
+    def read_captions(self) -> Sequence[str]:
+        if not self.caption_column:
+            return [""] * len(self)
+        texts = StringArray.from_strings(
+            replace_surrogates(text or "") for path in self.paths for text in read_column(path, [self.caption_column])
+        )
+        self.notes += caption_notes(self.uri, len(self), sum(not text for text in texts), 0)
+        return texts
+
+
+def _select_columns(uri: str, schema, types) -> tuple[str, str | None, str | None, tuple[str, ...], list[str]]:
+    """Columns of the images, labels and captions; names of classes; notes."""
+
+    def holds_bytes(kind) -> bool:
+        if types.is_struct(kind):
+            return any(field.name == "bytes" and holds_bytes(field.type) for field in kind)
+        return types.is_binary(kind) or types.is_large_binary(kind)
+
+    images = [field.name for field in schema if holds_bytes(field.type)]
+    preferred = [name for name in IMAGE_COLUMNS if name in images] or images
+    if not preferred or (len(images) > 1 and preferred == images):
+        raise UsageError(
+            f"data.source={uri}: {'several columns hold' if images else 'no column holds'} bytes of images; "
+            f"one named image is expected, there are: {format_names(schema.names, 12)}"
+        )
+    label = "label" if "label" in schema.names else None
+    text = next((name for name in CAPTION_COLUMNS if name in schema.names), None)
+    notes = []
+    if label and not types.is_integer(schema.field(label).type):
+        notes.append(f"column label of {uri} holds {schema.field(label).type}, not integers: training without classes")
+        label = None
+    if text and not (types.is_string(schema.field(text).type) or types.is_large_string(schema.field(text).type)):
+        notes.append(f"column {text} of {uri} holds {schema.field(text).type}, not texts: there are no captions")
+        text = None
+    return preferred[0], label, text, _class_names(schema.metadata or {}) if label else (), notes
+
+
+def _class_names(metadata: dict[bytes, bytes]) -> tuple[str, ...]:
+    """As the datasets library records them."""
+    try:
+        return tuple(json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"])
+    except (KeyError, ValueError, TypeError):
+        return ()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _damaged_error(uri: str, path: str, error: Exception) -> UsageError:
+    return UsageError(f"data.source={uri}: {path} is no parquet file that can be read ({_one_line(error)})")

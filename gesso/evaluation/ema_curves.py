@@ -1,0 +1,181 @@
+"""Curves of a metric over EMA length: table, optimum, plot. Reads rows alone.
+
+A curve is {sigma_rel: values of its repetitions and their spread}.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gesso import atomic_io
+from gesso.sampling import MAX_PROFILE_ERROR
+
+CURVE_COLOURS = ("#b4532a", "#2f5d7c", "#6a8f3c", "#8a5a96", "#c39a2e", "#4d4a45", "#3f9c93")
+FIT_HALF_WIDTH = math.log(2)
+"""half the width, in ln sigma_rel, of what an optimum is fitted to"""
+
+
+class CurvePoint(NamedTuple):
+    """One length. values: of each repetition; spread: half the height of its band."""
+
+    values: tuple[float, ...]
+    spread: float
+    profile_error: float
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values)
+
+
+Curve = dict[float, CurvePoint]
+
+
+def build_curves(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, Curve]:
+    """By guidance strength and, where some tensors alone were varied, by their name; of rows that have `key`."""
+    grouped: dict[str, dict[float, list[Mapping[str, Any]]]] = {}
+    for row in sorted(rows, key=lambda r: (r["tensors"] or "", r["guidance"], r["sigma_rel"], r["repeat"])):
+        name = f"guidance {row['guidance']:g}" + (f", {row['tensors']} beside {row['rest']}" if row["tensors"] else "")
+        grouped.setdefault(name, {}).setdefault(row["sigma_rel"], []).append(row)
+    return {name: {s: _build_point(some, key) for s, some in by.items()} for name, by in grouped.items()}
+
+
+def _build_point(rows: Sequence[Mapping[str, Any]], key: str) -> CurvePoint:
+    values = tuple(row[key] for row in rows)
+    spread = (max(values) - min(values)) / 2 if len(values) > 1 else rows[0].get(f"{key}_std", 0.0)
+    return CurvePoint(values, spread, rows[0]["profile_error"] ** 0.5)
+
+
+class Optimum(NamedTuple):
+    """Of a curve. sigma_rel, value: the parabola's, else the best that was measured; low to high: one standard error."""
+
+    sigma_rel: float
+    value: float
+    low: float | None
+    high: float | None
+    note: str
+
+    def __str__(self) -> str:
+        sure = f" ({self.low:.3g} to {self.high:.3g})" if self.low and self.high else ""
+        return f"best {self.value:.4g} at sigma_rel {self.sigma_rel:.3g}{sure}; {self.note}"
+
+
+def find_optimum(curve: Curve, lower_is_better: bool) -> Optimum:
+    """The vertex of a parabola in ln sigma_rel through the points within a factor of 2 of the best, five at least.
+
+    Its standard error is that of the vertices of the repetitions; of a single one it follows from the residuals (delta
+    method) and knows nothing of other seeds. Where the curve has no inner optimum the best point stands for it.
+    """
+    sign = 1 if lower_is_better else -1
+    lengths = sorted(curve)
+    place = min(range(len(lengths)), key=lambda i: sign * curve[lengths[i]].mean)
+    best = lengths[place]
+    measured = Optimum(best, curve[best].mean, None, None, "")
+    if len({curve[s].mean for s in lengths}) == 1:
+        return measured._replace(note="all lengths measure alike")
+    if place in (0, len(lengths) - 1):
+        return measured._replace(note=f"at the end of the sweep: it may lie {'below' if place == 0 else 'above'}")
+    near = [s for s in lengths if abs(math.log(s / best)) <= FIT_HALF_WIDTH]
+    if len(near) < 5:
+        near = sorted(sorted(lengths, key=lambda s: abs(math.log(s / best)))[:5])
+    x = np.array([math.log(s / best) for s in near])
+    repeats = min(len(curve[s].values) for s in near)
+    values = sign * np.array([curve[s].values[:repeats] for s in near])
+    middle = _fit_vertex(x, values.mean(axis=1))
+    if middle is None:
+        return measured._replace(note="no parabola fits: the curve is flat, or noisier than it is bent")
+    vertex, value, error = middle
+    note = "one standard error of the fit, at these seeds; --num-repeats tells that of other seeds"
+    if repeats > 1:
+        each = [found[0] for column in values.T if (found := _fit_vertex(x, column))]
+        error = float(np.std(each, ddof=1)) / math.sqrt(repeats) if len(each) == repeats else None
+        note = (
+            f"one standard error over {repeats} repetitions" if error else "repetitions disagree: not every one is bent"
+        )
+    elif error is None:
+        note = "a parabola through three lengths: no error known"
+    low, high = (None, None) if error is None else (best * math.exp(vertex - error), best * math.exp(vertex + error))
+    return Optimum(best * math.exp(vertex), sign * value, low, high, note)
+
+
+def _fit_vertex(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float | None] | None:
+    """Place, value and standard error of a parabola's minimum; None when it has none among x."""
+    X = np.stack([np.ones_like(x), x, x**2], 1)
+    coefficients = np.linalg.lstsq(X, y, rcond=None)[0]
+    a, b, c = coefficients.tolist()
+    if not (c > 0 and x.min() <= -b / (2 * c) <= x.max()):
+        return None
+    error = None
+    if len(x) > 3:
+        variance = float(((y - X @ coefficients) ** 2).sum()) / (len(x) - 3)
+        slope = np.array([0, -1 / (2 * c), b / (2 * c**2)])
+        error = math.sqrt(max(variance * float(slope @ np.linalg.inv(X.T @ X) @ slope), 0.0))
+    return -b / (2 * c), a - b * b / (4 * c), error
+
+
+def curve_table(curves: Mapping[str, Curve], lower_is_better: bool) -> list[str]:
+    """A row for each length, a column for each curve; * is the best measured."""
+    lengths = sorted({s for curve in curves.values() for s in curve})
+    best = {
+        name: (min if lower_is_better else max)(point.mean for point in curve.values())
+        for name, curve in curves.items()
+    }
+    widths = {name: max(18, len(name) + 2) for name in curves}
+    lines = ["sigma_rel  profile error" + "".join(name.rjust(widths[name]) for name in curves)]
+    for s in lengths:
+        error = next(curve[s].profile_error for curve in curves.values() if s in curve)
+        cells = []
+        for name, curve in curves.items():
+            point = curve.get(s)
+            text = (
+                ""
+                if point is None
+                else f"{point.mean:.4g} +- {point.spread:.2g}" + ("*" if point.mean == best[name] else " ")
+            )
+            cells.append(text.rjust(widths[name]))
+        lines.append(f"{s:9.4f}  {error:13.1e}" + "".join(cells))
+    return lines
+
+
+def plot_curves(
+    curves: Mapping[str, Curve], optima: Mapping[str, Optimum], title: str, reference_value: float | None, path: Path
+) -> Path:
+    """Metric over length, a line for each curve. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    figure = Figure(figsize=(8.4, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for i, (name, curve) in enumerate(curves.items()):
+        colour, x = CURVE_COLOURS[i % len(CURVE_COLOURS)], list(curve)
+        y, spread = np.array([p.mean for p in curve.values()]), np.array([p.spread for p in curve.values()])
+        axes.fill_between(x, y - spread, y + spread, color=colour, alpha=0.13, lw=0)
+        axes.plot(x, y, color=colour, lw=1.6, label=name)
+        poor = np.array([p.profile_error > MAX_PROFILE_ERROR for p in curve.values()])
+        axes.plot(np.array(x)[~poor], y[~poor], "o", color=colour, ms=4)
+        axes.plot(np.array(x)[poor], y[poor], "o", mfc="white", mec=colour, ms=4)
+        best = optima[name]
+        span = [best.low or best.sigma_rel, best.high or best.sigma_rel]
+        axes.plot(span, [best.value] * 2, color=colour, lw=4, alpha=0.5, solid_capstyle="butt")
+        axes.plot(best.sigma_rel, best.value, "v", color=colour, ms=9, mec="white")
+    if reference_value is not None:
+        axes.axhline(reference_value, color="#8a8578", ls="--", lw=1, label="real against real")
+    axes.set_xscale("log")
+    ticks = [s for s in (0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25) if _tick_in_range(s, curves)]
+    axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda s, _: f"{100 * s:g}%"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="EMA length (relative standard deviation)", ylabel=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e6e0d4", lw=0.6)
+    axes.legend(frameon=False, fontsize=9)
+    with atomic_io.atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+    return path
+
+
+def _tick_in_range(s: float, curves: Mapping[str, Curve]) -> bool:
+    lengths = [one for curve in curves.values() for one in curve]
+    return min(lengths) * 0.95 <= s <= max(lengths) * 1.05

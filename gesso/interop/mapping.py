@@ -1,0 +1,219 @@
+"""What readers and writers of other people's weights share: the map of names, in both directions, and settings."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gesso.config import DiTConfig, InputSpec, NetConfig, PixArtConfig, VPConfig
+from gesso.config.process import ProcessConfig
+from gesso.errors import RunError, UsageError
+from gesso.models.embeddings import sincos_pos_embed_2d
+
+KNOWN_HEADS = {(384, 12): 6, (768, 12): 12, (1024, 24): 16, (1152, 28): 16, (1536, 24): 24}
+"""Heads by width and depth: S, B, L and XL of the DiT family, SD3 medium."""
+PARAMETERS = ("weight", "bias")
+NOTE_UNIT_STEP = "one step per token on every grid here; theirs at the original's resolution"
+NOTE_PROPORTIONAL = "step base/n on a grid of n tokens, as theirs"
+NOTE_UNKNOWN_BASE = (
+    "step 1 on every grid, theirs at the original's resolution; on others theirs is base/n: say that resolution"
+)
+ADM_PROCESS = VPConfig(betas="linear")
+"""the process of ADM, DiT, MDT and PixArt: 1000 betas from 1e-4 to .02"""
+NOTE_ASSUMED_RESOLUTION = "32 x 32, assumed: neither names nor shapes tell it"
+
+
+class ImportedModel(NamedTuple):
+    """Settings worked out from names and shapes, tensors under our names, and what a user should know.
+
+    notes: source, process, c_noise convention, what was adapted. process: the one that the weights were trained under; of its
+    training draw gesso knows the published one at most.
+    """
+
+    cfg: NetConfig
+    inputs: InputSpec
+    weights: Mapping[str, Tensor]
+    notes: dict[str, str]
+    process: ProcessConfig
+
+
+class TensorMapping(NamedTuple):
+    """One of our tensors and those of theirs with the same numbers: a list of them is a map in both directions.
+
+    how: "rows" theirs one after another; "copies" each of theirs is ours; "swapped" their scale, shift is our
+    shift, scale; "square" their (1, n^2, D) is our (1, n, n, D).
+    """
+
+    name: str
+    foreign_names: tuple[str, ...]
+    layout: Literal["rows", "copies", "swapped", "square"] = "rows"
+
+
+def map_layers(pairs: Mapping[str, str], layout: Literal["rows", "swapped"] = "rows") -> list[TensorMapping]:
+    """Weight and bias of layers: their name -> ours."""
+    return [
+        TensorMapping(f"{ours}.{part}", (f"{theirs}.{part}",), layout)
+        for theirs, ours in pairs.items()
+        for part in PARAMETERS
+    ]
+
+
+def map_stacked(foreign: Iterable[str], prefix: str) -> list[TensorMapping]:
+    """Weights and biases of several layers as one, the rows of each after those of the one before."""
+    names = list(foreign)
+    return [TensorMapping(f"{prefix}.{part}", tuple(f"{name}.{part}" for name in names)) for part in PARAMETERS]
+
+
+def import_tensors(state: Mapping[str, Tensor], mappings: Iterable[TensorMapping]) -> dict[str, Tensor]:
+    """Their tensors under our names. Raises RunError where copies differ.
+
+    What has no place with us keeps its own name, and what is not there is left out: `nets.misfit` lists both.
+    """
+    rest, ours = dict(state), {}
+    for tie in mappings:
+        if all(name in rest for name in tie.foreign_names):
+            ours[tie.name] = merge_tensors(tie, [rest.pop(name) for name in tie.foreign_names])
+    return ours | rest
+
+
+def export_tensors(weights: Mapping[str, Tensor], mappings: Iterable[TensorMapping]) -> dict[str, Tensor]:
+    """Our tensors under their names, none sharing memory with another."""
+    rest, theirs = dict(weights), {}
+    for tie in mappings:
+        if tie.name in rest:
+            parts = split_tensor(tie, rest.pop(tie.name))
+            theirs |= {name: part.clone() for name, part in zip(tie.foreign_names, parts, strict=True)}
+    assert not rest, f"no place for {sorted(rest)[:4]}"
+    return theirs
+
+
+def merge_tensors(mapping: TensorMapping, parts: list[Tensor]) -> Tensor:
+    match mapping.layout:
+        case "copies":
+            if not all(part.equal(parts[0]) for part in parts):
+                raise RunError(f"{mapping.foreign_names[0]} differs between blocks; ours is one for all of them")
+            return parts[0]
+        case "swapped":
+            return torch.cat(parts[0].chunk(2)[::-1])
+        case "square":
+            side = grid_side(mapping.foreign_names[0], parts[0])
+            return parts[0].unflatten(1, (side, side))
+        case _:
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def split_tensor(mapping: TensorMapping, tensor: Tensor) -> list[Tensor]:
+    match mapping.layout:
+        case "copies":
+            return [tensor] * len(mapping.foreign_names)
+        case "swapped":
+            return [torch.cat(tensor.chunk(2)[::-1])]
+        case "square":
+            return [tensor.flatten(1, 2)]
+        case _:
+            return list(tensor.chunk(len(mapping.foreign_names)))
+
+
+def tensor_shape(state: Mapping[str, Tensor], name: str) -> torch.Size:
+    """Raises RunError where the tensor is missing: without it the network's size is not known."""
+    if name not in state:
+        raise RunError(f"{name} is missing, and with it the network's settings")
+    return state[name].shape
+
+
+def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
+    """How many N there are in `prefix.N.`, counted from 0 to the largest."""
+    numbers = [int(name.removeprefix(f"{prefix}.").split(".")[0]) for name in state if name.startswith(f"{prefix}.")]
+    return 1 + max(numbers, default=-1)
+
+
+def infer_num_heads(width: int, depth: int, num_heads: int | None, head_width: int | None = None) -> int:
+    """Heads as given, as the width of their norm says (qk-norm), or as a known size has them.
+
+    Raises UsageError that asks for them, or says that those given do not fit.
+    """
+    found = width // head_width if head_width else KNOWN_HEADS.get((width, depth))
+    if num_heads is None and found is None:
+        raise UsageError(
+            f"the heads of a network of width {width} and depth {depth} are not in its weights; say heads="
+        )
+    if num_heads is None:
+        return found
+    if width % num_heads or (head_width and num_heads != found):
+        said = f"the norms of its queries say {found}" if head_width else f"its width is {width}"
+        raise UsageError(f"heads={num_heads} does not fit the network: {said}")
+    return num_heads
+
+
+def grid_side(name: str, table: Tensor) -> int:
+    """n of a position table (1, n^2, D). Raises RunError where there is none."""
+    side = math.isqrt(table.shape[1]) if table.ndim == 3 else 0
+    if side == 0 or side**2 != table.shape[1]:
+        raise RunError(f"{name} of shape {tuple(table.shape)} is no table (1, side^2, width)")
+    return side
+
+
+def unit_step_grid_side(name: str, table: Tensor, width: int) -> int:
+    """n of a sine-cosine table (1, n^2, width) with one step per token.
+
+    Raises RunError where it is another: then it would have to travel with the weights, which it does not.
+    """
+    side = grid_side(name, table)
+    wanted = sincos_pos_embed_2d(width, side, side, (side - 1, side - 1))
+    # Half precision rounds the table's values by up to 4e-3.
+    if table.shape != wanted.shape or (table.float().cpu() - wanted).abs().max() > 1e-2:
+        raise RunError(f"{name} of shape {tuple(table.shape)} is not the sines and cosines of one step per token")
+    return side
+
+
+def split_variance(state: Mapping[str, Tensor], last: str, patch: int, channels: int) -> dict[str, Tensor]:
+    """The state with a last layer of patch x patch x 2 channels as two: `last` of the image, `last`.variance after it."""
+    split = dict(state)
+    for part in PARAMETERS:
+        rows = split.get(f"{last}.{part}")
+        if rows is not None and has_variance(len(rows), patch, channels):
+            image, variance = rows.unflatten(0, (patch**2, 2, channels)).unbind(1)
+            split |= {f"{last}.{part}": image.flatten(0, 1), f"{last}.variance.{part}": variance.flatten(0, 1)}
+    return split
+
+
+def join_variance(state: Mapping[str, Tensor], last: str, patch: int, channels: int) -> dict[str, Tensor]:
+    """Inverse of `split_variance`."""
+    joined = dict(state)
+    for part in PARAMETERS:
+        variance = joined.pop(f"{last}.variance.{part}", None)
+        if variance is not None:
+            both = [t.unflatten(0, (patch**2, channels)) for t in (joined[f"{last}.{part}"], variance)]
+            joined[f"{last}.{part}"] = torch.stack(both, dim=1).flatten(0, 2)
+    return joined
+
+
+def has_variance(rows: int, patch: int, channels: int) -> bool:
+    """Whether a last layer of so many rows estimates a variance too."""
+    return rows == patch**2 * 2 * channels
+
+
+def variance_note(learned: bool) -> dict[str, str]:
+    return {"variance": "of ancestral steps, kept: sample.variance=learned uses it"} if learned else {}
+
+
+def check_exportable(class_name: str, reasons: Mapping[str, bool]) -> None:
+    """Raises UsageError that names the settings that a class of diffusers has no place for."""
+    if wrong := [reason for reason, true in reasons.items() if true]:
+        raise UsageError(f"diffusers' {class_name} cannot hold {', '.join(wrong)}")
+
+
+def has_other_base_grid(cfg: DiTConfig | PixArtConfig, inputs: InputSpec) -> bool:
+    """Return whether positions are counted on another grid than the training grid, for which diffusers has no setting."""
+    counted = cfg.pos_embed in ("interpolated", "proportional") and inputs.pos_embed_base not in (
+        None,
+        inputs.resolution,
+    )
+    return counted or inputs.positions_span is not None
+
+
+def num_control(inputs: InputSpec) -> int:
+    """How many control variables there are."""
+    return inputs.control.num_high + inputs.control.num_low

@@ -1,0 +1,1 @@
+"""Tables and figures of Berrada et al. 2024."""

@@ -1,0 +1,1 @@
+"""Tables and figures of EDM2 (Karras et al. 2024)."""

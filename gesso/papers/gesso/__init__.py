@@ -1,0 +1,1 @@
+"""Experiments that are in neither paper."""

@@ -1,0 +1,86 @@
+"""Descriptions of measured values, for column heads, axes and notes."""
+
+from collections.abc import Sequence
+
+from gesso.reproduce import measurements
+from gesso.reproduce.plan import MeasurementJob
+from gesso.reproduce.schema import Table
+
+METRIC_LABELS = {
+    "fid": "FID",
+    "kid": "kernel distance of Inception's features",
+    "is": "inception score",
+    "fd_dinov2": "Frechet distance of DINOv2's features",
+    "kd_dinov2": "kernel distance of DINOv2's features",
+    "clip": "CLIP score",
+    "fd_clip": "Frechet distance of CLIP's features",
+    "lpips": "LPIPS between samples conditioned on different sizes",
+    "lpips_hr": "LPIPS between samples conditioned on different sizes, leaving out sizes below the resolution",
+    "fd_digits": "Frechet distance in the features of a small digit classifier; not FID",
+    "digits_feature_distance": "distance in the features of a small digit classifier between samples conditioned on 4x4 and "
+    "8x8; not LPIPS",
+    "fd_shapes": "Frechet distance in the features of a small classifier of drawn shapes; not FID",
+    "class_agreement": "share of samples that a small digit classifier assigns to their class",
+    "all": "share of samples in which every drawn shape matches the caption or class (exact reader)",
+    "border": "share of drawn shapes that the border cuts",
+    "flipped": "share of drawn shapes on the side opposite to their caption (exact reader)",
+    "params": "millions of parameters",
+    "params_both": "billions of parameters of the network and of its guide",
+    "gmacs": "billions of multiply-accumulates of an evaluation",
+    "gflops": "billions of FLOPs of an evaluation, as Berrada et al. count them",
+    "nfe": "network evaluations per sample",
+    "training": "10^21 multiply-accumulates of a training",
+    "sampling": "10^12 multiply-accumulates of a sample",
+    "pictures": "number of images shown below",
+    "padding_share": "share on padding tokens",
+    "entropy": "entropy of the attention to text tokens, relative to uniform attention",
+    "alike": "mean cosine similarity of tokens and their copies",
+}
+"""Description of a value, by its name in the record."""
+SHORT_LABELS = {
+    "fid": "FID",
+    "fd_digits": "Frechet distance, digit features",
+    "fd_shapes": "Frechet distance, shape features",
+    "fd_dinov2": "Frechet distance, DINOv2",
+    "alpha_bar": "share of the signal",
+}
+"""Axis label of a value whose name in the record is not a good one."""
+SHAPE_READER_VALUES = ("colour", "kind", "pair", "place", "side", "relation", "sided")
+
+
+def describe_columns(table: Table, jobs: Sequence[MeasurementJob]) -> dict[str, str]:
+    """Return the description of each column, by column names; columns of one description share a key."""
+    descriptions: dict[str, dict[str, None]] = {column.name: {} for column in table.columns}
+    for job in jobs:
+        for column, name in job.group.columns.items():
+            best = f", the {job.group.best} over {', '.join(varying_label(column, jobs))}" if job.group.best else ""
+            descriptions[column][_method_label(job.group.method, name) + best] = None
+    columns_of: dict[str, list[str]] = {}
+    for column, words in descriptions.items():
+        columns_of.setdefault(", or ".join(words) or "not made at this scale", []).append(column)
+    return {"; ".join(columns): words for words, columns in columns_of.items()}
+
+
+def varying_label(column: str, jobs: Sequence[MeasurementJob]) -> list[str]:
+    """Return the names of the settings in which the column groups of one cell differ."""
+    values: dict[tuple[str, str], set[str]] = {}
+    for job in jobs:
+        if column in job.group.columns:
+            for setting in job.group.rows[job.row].settings:
+                name, _, value = setting.partition("=")
+                values.setdefault((name, job.row), set()).add(value)
+    return list(dict.fromkeys(name for (name, _), distinct in values.items() if len(distinct) > 1))
+
+
+def _method_label(method: str, name: str) -> str:
+    key = name.removeprefix("1-")
+    if key in METRIC_LABELS:
+        label = METRIC_LABELS[key]
+    elif key in SHAPE_READER_VALUES:
+        label = f"share of drawn shapes whose {key} matches the condition (exact reader)"
+    elif method == "scores":
+        label = key
+    else:
+        summary = (measurements.MEASUREMENT_METHODS[method].__doc__ or method).strip().splitlines()[0].rstrip(".")
+        label = f"{key} ({summary[0].lower()}{summary[1:]})"
+    return label if key == name else f"one minus the {label}"

@@ -1,0 +1,103 @@
+"""List what a table needs on this machine, whether it is available, and how to get it. Nothing is downloaded."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from gesso.config import RunConfig
+from gesso.data.encoders import vae
+from gesso.data.synthetic import source_exists
+from gesso.evaluation import image_sets
+from gesso.evaluation.networks import clip_dino, downloads, lpips
+from gesso.recipes import data_requirements
+
+
+class Requirement(NamedTuple):
+    """Something that a table needs. how_to_get: a command or setting, if it is not available."""
+
+    label: str
+    available: bool
+    how_to_get: str = ""
+
+
+HUB_ID = {"dinov2": "dinov2", "clip": "clip", "clip_images": "clip"}
+"""Setting of eval that names the folder or hub id of a feature network."""
+
+
+def training_requirements(run: RunConfig) -> Iterator[Requirement]:
+    """Yield the images or latents, the VAE and the text encoder of a run."""
+    source, cache = run.data.source, data_requirements.data_requirement(run)
+    if source_exists(source):
+        yield Requirement(source, True)
+        if source.startswith("digits"):
+            yield package_requirement("sklearn", "scikit-learn", "demo")
+    elif source == cache.folder and cache.command:
+        yield Requirement(f"the cache {source}", False, f"{cache.command}    (docs/data.md)")
+    else:
+        yield Requirement(f"the images {source}", False, "set data.source=DIR")
+    if run.latent.vae:
+        yield package_requirement("diffusers", "diffusers", "vae")
+        yield hub_requirement(run.latent.vae, vae.WEIGHTS_STEM, "the VAE", "latent.vae=DIR")
+    if run.semantic.kind == "text" and run.semantic.encoder != "words":
+        yield package_requirement("transformers", "transformers", "text")
+        yield hub_requirement(run.semantic.encoder, "model", "the text encoder", "semantic.encoder=DIR")
+
+
+def measurement_requirements(run: RunConfig) -> Iterator[Requirement]:
+    """Yield the feature networks of eval.metrics and the images that they compare with."""
+    for name in dict.fromkeys(image_sets.METRIC_NETWORKS[metric] for metric in run.eval.metrics):
+        for file in metric_files(name, run):
+            path = downloads.local_path(file, Path(run.eval.weights_dir) if run.eval.weights_dir else None)
+            yield Requirement(str(path), path.is_file(), f"downloaded at first use, or download {file.url}")
+        if name in HUB_ID:
+            yield package_requirement("transformers", "transformers", "text")
+            yield hub_requirement(
+                getattr(run.eval, HUB_ID[name]), clip_dino.WEIGHTS_STEM, HUB_ID[name], f"eval.{HUB_ID[name]}=DIR"
+            )
+    for setting, uri in (("reference", run.eval.reference), ("prompts", run.eval.prompts)):
+        if uri:
+            yield Requirement(f"eval.{setting}={uri}", source_exists(uri), f"set eval.{setting}=DIR")
+
+
+def metric_files(name: str, run: RunConfig) -> tuple[downloads.WeightFile, ...]:
+    """Return the public files of a feature network."""
+    if name == "inception":
+        return (downloads.INCEPTION_FILES[run.eval.inception],)
+    return lpips.BACKBONES[run.eval.lpips][1:] if name == "lpips" else ()
+
+
+def hub_requirement(model_id: str, stem: str, description: str, setting: str) -> Requirement:
+    """Return the requirement of a model: a local folder, or a Hugging Face hub id in the local cache."""
+    label = f"{description} {model_id}"
+    if os.path.isdir(os.path.expanduser(model_id)):
+        return Requirement(label, True)
+    names = [
+        f"{part}{stem}{end}"
+        for part in ("", "vae/", "text_encoder/")
+        for end in (".safetensors", ".safetensors.index.json")
+    ]
+    return Requirement(
+        label,
+        any(is_in_hub_cache(model_id, name) for name in names),
+        f"downloaded from the hub at first use, or set {setting}",
+    )
+
+
+def is_in_hub_cache(model_id: str, name: str) -> bool:
+    """Return True if a file of a hub id is in the local hub cache."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return False
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(model_id, name), str)
+    except HFValidationError:  # not of the form OWNER/NAME
+        return False
+
+
+def package_requirement(module: str, name: str, extra: str) -> Requirement:
+    """Return the requirement of an installed Python package."""
+    return Requirement(name, importlib.util.find_spec(module) is not None, f"pip install 'gesso[{extra}]'")

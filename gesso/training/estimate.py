@@ -1,0 +1,364 @@
+"""What a run will need, from some real steps on the real device: memory, images a second, days, disk. Nothing is written."""
+
+import os
+import resource
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from gesso import devices, models
+from gesso.atomic_io import format_bytes
+from gesso.config import RunConfig
+from gesso.data.base import Dataset
+from gesso.data.batching import Batcher
+from gesso.data.synthetic import source_exists, with_synthetic_data
+from gesso.training import optimizer as optim
+from gesso.training.loop import is_due
+from gesso.training.ranks import Ranks, init_distributed, local_shard
+from gesso.training.run_folder import configure_backends, open_dataset_for_run
+from gesso.training.trainer import Trainer
+
+NUM_STEPS, NUM_WARMUP_STEPS, MAX_SECONDS = 20, 2, 60.0
+"""timed steps; steps before them; what all of them together may take, but for one"""
+LOG_LINE_BYTES = 200
+"""bytes of a line of the log, about"""
+
+
+@dataclass
+class StepMeasurements:
+    """Of steps of `batch` images, all in seconds and bytes; peaks: of a rank, by the samples that went through at once."""
+
+    batch_size: int = 0
+    step_seconds: list[float] = field(default_factory=list)
+    pass_seconds: list[float] = field(default_factory=list)
+    peak_bytes: dict[int, int] = field(default_factory=dict)
+
+    def scaled_step_seconds(self, batch_size: int) -> list[float]:
+        """Of steps of another size: passes take their time for every image, the update takes it once."""
+        return [
+            t - p + p * batch_size / self.batch_size for t, p in zip(self.step_seconds, self.pass_seconds, strict=True)
+        ]
+
+    def predict_peak(self, static_bytes: int, micro_batch_size: int) -> int:
+        """With so many samples at once: what is held, and activations, which grow with their number."""
+        if micro_batch_size in self.peak_bytes:
+            return self.peak_bytes[micro_batch_size]
+        (fewer, low), (most, high) = (
+            sorted(self.peak_bytes.items())[-2:]
+            if len(self.peak_bytes) > 1
+            else ((0, static_bytes), *self.peak_bytes.items())
+        )
+        return max(high, round(low + (high - low) * (micro_batch_size - fewer) / (most - fewer)))
+
+
+def estimate(run: RunConfig, console: Console, seconds: float = MAX_SECONDS) -> list[str]:
+    """Lines for the user. Under torchrun all ranks take part, and the largest of their memories is said.
+
+    Raises UsageError as training does, RunError where not one sample fits into memory.
+    """
+    configure_backends(run)
+    with init_distributed(run) as (ranks, device):
+        devices.check_precision(device, "train.precision", run.train.precision)
+        quiet = console if ranks.is_main else Console(quiet=True)
+        real = source_exists(run.data.source)
+        run, dataset = open_dataset_for_run(run, quiet) if real else with_synthetic_data(run)
+        optim.check_optimizer_config(run)
+        state, least = static_memory(run), sum(per_rank_memory(run, device, ranks.world_size).values())
+        # Of a processor's memory half, for what lies beside and for other programs, which would be the ones to be killed.
+        room = available_memory(device) / (1 if device.type == "cuda" else 2 * ranks.local_world_size)
+        if least > room:
+            return [
+                f"{run.recipe}: not measured, as {format_bytes(least)} of a rank are more than the {format_bytes(room)} that are free here",
+                f"  memory   {format_memory(per_rank_memory(run, device, ranks.world_size))}, and activations",
+                disk_line(run, state["weights"], sum(state.values()) - state["gradients"]),
+            ]
+        found = run_trial_steps(run, dataset, ranks, device, seconds)
+    where = (
+        f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, {ranks.world_size} rank"
+        + "s" * (ranks.world_size > 1)
+    )
+    head = f"{run.recipe} on {where}: {len(found.measurements.step_seconds)} steps of {found.measurements.batch_size:,} images"
+    if not real:
+        head += f", random ones (data.source={run.data.source or '(none)'} is not there)"
+    return [
+        head,
+        *memory_lines(run, found.memory, found.peak_bytes, found.micro_batch_size, found.measurements, device),
+        *time_lines(run, found.measurements),
+        disk_line(run, found.weights_bytes, found.state_bytes),
+    ]
+
+
+class TrialResult(NamedTuple):
+    """What some real steps showed: memory by part and its peak in bytes, samples at once; bytes of weights and of a state."""
+
+    measurements: StepMeasurements
+    memory: dict[str, int]
+    peak_bytes: int
+    micro_batch_size: int
+    weights_bytes: int
+    state_bytes: int
+
+
+def run_trial_steps(
+    run: RunConfig, dataset: Dataset, ranks: Ranks, device: torch.device, seconds: float
+) -> TrialResult:
+    """Take the steps. The trainer ends with this function, before the ranks part."""
+    before = peak_memory(device)
+    trainer = Trainer(run, dataset, ranks, device)
+    measured = measure_steps(trainer, seconds)
+    parts = memory_by_category(trainer)
+    share = -(-run.train.batch_size // ranks.world_size)
+    at_once = min(run.train.micro_batch_size or share, share)
+    if device.type == "cuda" and run.train.micro_batch_size is None:
+        at_once = max(measured.peak_bytes)  # what training itself would find
+    # A process that had held more before, as a library's caller may have, shows no peak.
+    peak = max(sum(parts.values()), measured.predict_peak(sum(parts.values()) + before, at_once) - before)
+    peak = round(max(ranks.all_gather(peak, device)))
+    tensors = sum(t.numel() * t.itemsize for t in trainer.state_tensors().values())
+    weights = sum(t.numel() * t.itemsize for t in next(iter(trainer.ema.averages.values())).values())
+    return TrialResult(measured, parts, peak, at_once, weights, tensors)
+
+
+def static_memory(run: RunConfig) -> dict[str, int]:
+    """Bytes of all that is held of a run whose data have been opened, by what it is, without activations."""
+    itemsize = getattr(torch, run.train.dtype).itemsize
+    with torch.device("meta"):
+        sizes = [p.numel() for p in models.build_network(run.net, run.input_spec).parameters()]
+    n = sum(sizes)
+    optimizer = 2 * itemsize * n
+    if (
+        run.optim.state_dtype == "8bit"
+    ):  # two bytes, two factors of 32 bits for every 256; small tensors stay as they are
+        optimizer = sum((2 + 8 / 256) * k if k >= 4096 else 8 * k for k in sizes)
+    averages = len(run.ema.sigma_rels) + len(run.ema.halflives)
+    return {
+        "weights": n * itemsize,
+        "gradients": n * itemsize,
+        "optimizer": round(optimizer),
+        "averages": n * itemsize * averages,
+    }
+
+
+def per_rank_memory(run: RunConfig, device: torch.device, world_size: int) -> dict[str, int]:
+    """Of one rank; averages in the host's memory take none of a GPU's."""
+    parts = {
+        name: size // (1 if run.train.sharding == "ddp" else world_size) for name, size in static_memory(run).items()
+    }
+    return parts | {"averages": 0} if run.ema.device == "cpu" and device.type != "cpu" else parts
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:  # what the system would give, files that it keeps in memory included
+        with open("/proc/meminfo") as file:
+            return 1024 * int(next(line.split()[1] for line in file if line.startswith("MemAvailable")))
+    except (OSError, StopIteration):
+        return physical_memory()
+
+
+def format_memory(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+
+
+def measure_steps(trainer: Trainer, seconds: float) -> StepMeasurements:
+    """Steps of more and more images until a whole batch, or as many as time and memory allow; then some of that size."""
+    whole, world, cfg = trainer.run.train.batch_size, trainer.ranks.world_size, trainer.run.train
+    found, until, passes = StepMeasurements(), time.monotonic() + seconds, trainer.forward_backward
+    inside: list[float] = []
+
+    def timed(*arguments: object) -> object:
+        started = synchronized_time(trainer.device)
+        result = passes(*arguments)
+        inside.append(synchronized_time(trainer.device) - started)
+        return result
+
+    trainer.forward_backward = timed
+    # A compiler makes each size anew.
+    size = min(whole, world * (cfg.micro_batch_size or 8)) if cfg.compile else min(whole, world)
+    while True:
+        if trainer.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(trainer.device)
+        set_batch_size(trainer, size)
+        started = synchronized_time(trainer.device)
+        trainer.step()
+        took = trainer.ranks.all_gather(synchronized_time(trainer.device) - started, trainer.device)
+        found.peak_bytes[min(trainer.micro_batch_size, -(-size // world))] = peak_memory(trainer.device)
+        # All ranks must decide alike.
+        late = (
+            max(took) * 2 * (NUM_STEPS / 4) > seconds
+            or trainer.ranks.all_gather(float(time.monotonic() > until - seconds / 2), trainer.device)[0] > 0
+        )
+        if size == whole or cfg.compile or late or exceeds_memory_when_doubled(trainer, found):
+            break
+        size = min(2 * size, whole)
+    found.batch_size = size
+    inside.clear()
+    for i in range(NUM_WARMUP_STEPS + NUM_STEPS):
+        started = synchronized_time(trainer.device)
+        trainer.step()
+        found.step_seconds.append(synchronized_time(trainer.device) - started)
+        stop = i >= NUM_WARMUP_STEPS + 2 and time.monotonic() > until
+        if trainer.ranks.all_gather(float(stop), trainer.device)[0]:
+            break
+    found.pass_seconds = inside[-len(found.step_seconds) :][NUM_WARMUP_STEPS:]
+    found.step_seconds = found.step_seconds[NUM_WARMUP_STEPS:]
+    found.peak_bytes[min(trainer.micro_batch_size, -(-size // world))] = peak_memory(trainer.device)
+    return found
+
+
+def set_batch_size(trainer: Trainer, size: int) -> None:
+    """Go on with batches of that many images."""
+    train = trainer.run.train.model_copy(update={"batch_size": size})
+    trainer.run = trainer.run.model_copy(update={"train": train})
+    trainer.batcher = Batcher(trainer.batcher.dataset, trainer.run, trainer.process.sigma_data, trainer.device)
+    trainer._batch_iterator = None
+    trainer.micro_batch_size = train.micro_batch_size or -(-size // trainer.ranks.world_size)
+
+
+def exceeds_memory_when_doubled(trainer: Trainer, measurements: StepMeasurements) -> bool:
+    """Whether twice as many samples at once may exceed a processor's memory; a GPU says so itself."""
+    if trainer.device.type == "cuda":
+        return False
+    at_once = max(measurements.peak_bytes)
+    more = (
+        measurements.predict_peak(0, 2 * at_once) - measurements.peak_bytes[at_once]
+        if trainer.micro_batch_size == at_once
+        else 0
+    )
+    room = 0.5 * available_memory(trainer.device) / trainer.ranks.local_world_size
+    return max(trainer.ranks.all_gather(float(more > room), trainer.device)) > 0
+
+
+def synchronized_time(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU what tensors took at most since the counter was reset, else what this process ever took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_by_category(trainer: Trainer) -> dict[str, int]:
+    """Bytes that a rank holds all the time on the device, by what they are."""
+
+    def size(tensors: list[Tensor]) -> int:
+        return sum(local_shard(t).nbytes for t in tensors if local_shard(t).device.type == trainer.device.type)
+
+    parameters = list(trainer.modules.parameters())
+    return {
+        "weights": size([*parameters, *trainer.modules.buffers()]),
+        "gradients": size(parameters),
+        "optimizer": size(list(optim.named_optimizer_state(trainer.optimizer, trainer.modules).values())),
+        "averages": size([t for average in trainer.ema.averages.values() for t in average.values()]),
+    }
+
+
+def memory_lines(
+    run: RunConfig,
+    memory: dict[str, int],
+    peak_bytes: int,
+    micro_batch_size: int,
+    measurements: StepMeasurements,
+    device: torch.device,
+) -> list[str]:
+    rest = max(0, peak_bytes - sum(memory.values()))
+    made_of = format_memory(memory | {"activations and the rest": rest})
+    how = "" if micro_batch_size in measurements.peak_bytes else f" (extrapolated from {max(measurements.peak_bytes)})"
+    lines = [
+        f"  memory   {format_bytes(peak_bytes)} of a rank with {micro_batch_size:,} samples at once{how}: {made_of}"
+    ]
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else physical_memory()
+    if peak_bytes > 0.95 * total:
+        each = rest / micro_batch_size
+        fits = int((0.9 * total - sum(memory.values())) / each) if each else 0
+        cure = (
+            f"train.micro_batch_size={fits} would fit"
+            if fits > 0
+            else "nor does one sample: train.activation_checkpointing=true, ema.device=cpu, optim.state_dtype=8bit or train.sharding=fsdp"
+        )
+        lines.append(f"           that is more than the {format_bytes(total)} there are; {cure}")
+    return lines
+
+
+def time_lines(run: RunConfig, measurements: StepMeasurements) -> list[str]:
+    batch = run.train.batch_size
+    times = sorted(measurements.scaled_step_seconds(batch))
+    middle = statistics.median(times)
+    fast, slow = times[round(0.1 * (len(times) - 1))], times[round(0.9 * (len(times) - 1))]
+    steps = -(-run.train.total_images // batch)
+    share = statistics.median(
+        1 - p / t for p, t in zip(measurements.pass_seconds, measurements.step_seconds, strict=True)
+    )
+    return [
+        f"  speed    {batch / middle:,.3g} images/s ({batch / slow:,.3g} to {batch / fast:,.3g} in eight tenths of the steps); "
+        f"optimizer and averages took {100 * share:.0f} % of them",
+        f"  time     {format_duration(middle * steps)} for {run.train.total_images:,} images in {steps:,} steps",
+    ]
+
+
+class DiskUsage(NamedTuple):
+    """What a run leaves: how many files of how many bytes."""
+
+    num_snapshots: int
+    snapshot_bytes: int
+    num_checkpoints: int
+    checkpoint_bytes: int
+    log_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.num_snapshots * self.snapshot_bytes + self.num_checkpoints * self.checkpoint_bytes + self.log_bytes
+
+
+def estimate_disk(run: RunConfig, weights_bytes: int, state_bytes: int) -> DiskUsage:
+    """weights: bytes of one average in memory; state: of all that a state holds."""
+    cfg = run.train
+    last = -(-cfg.total_images // cfg.batch_size) * cfg.batch_size
+
+    def times(every: int) -> int:
+        return last // every + (not is_due(last - cfg.batch_size, last, every))
+
+    averages = len(run.ema.sigma_rels) + len(run.ema.halflives)
+    milestones = last // cfg.milestone_every if cfg.milestone_every else 0
+    states = min(cfg.keep_checkpoints, times(cfg.checkpoint_every)) + milestones
+    weights_bytes //= 2 if run.ema.snapshot_dtype == "float16" else 1
+    return DiskUsage(
+        times(cfg.snapshot_every) * averages, weights_bytes, states, state_bytes, times(cfg.log_every) * LOG_LINE_BYTES
+    )
+
+
+def disk_line(run: RunConfig, weights_bytes: int, state_bytes: int) -> str:
+    found = estimate_disk(run, weights_bytes, state_bytes)
+    free = shutil.disk_usage(".").free
+    more = found.total_bytes > free
+    room = (
+        f", more than the {format_bytes(free)} that are free here" if more else f" ({format_bytes(free)} are free here)"
+    )
+    return (
+        f"  disk     {format_bytes(found.total_bytes)}{room}: {found.num_snapshots:,} snapshots of {format_bytes(found.snapshot_bytes)}, "
+        f"{found.num_checkpoints} states of {format_bytes(found.checkpoint_bytes)}, log {format_bytes(found.log_bytes)}; one state more while one is written"
+    )
+
+
+def physical_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def format_duration(seconds: float) -> str:
+    minutes, hours, days = round(seconds / 60), seconds / 3600, seconds / 86400
+    if minutes < 60:
+        return f"{max(minutes, 1)} min"
+    return f"{hours:.1f} hours" if hours < 48 else f"{days:,.1f} days"

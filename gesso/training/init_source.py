@@ -1,0 +1,242 @@
+"""What init.source names: weights to start from, and all that is known of the network that they belong to."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gesso import config, ema, interop, models, snapshot
+from gesso.config import InputSpec, NetConfig, RunConfig
+from gesso.config.base import parse_count
+from gesso.config.net import TransformerConfig
+from gesso.config.process import ProcessConfig
+from gesso.ema.safetensors_io import SafetensorsFile
+from gesso.errors import RunError, UsageError
+from gesso.interop.mapping import NOTE_ASSUMED_RESOLUTION, ImportedModel
+from gesso.sampling import MAX_PROFILE_ERROR
+
+TRANSFERABLE_DIFFERENCES = ("pos_embed", "pos_embed_base", "positions_span", "pos_embed_max_size", "dropout", "mask_ratio", "context_dim", "text_projection", "pooled_mlp",
+        "learned_variance")  # fmt: skip
+"""settings of a network that may differ: positions are moved, and what tensors they change is told tensor by tensor"""
+CHECKPOINT_KEYS = ("ema", "state_dict", "model")
+"""where a training checkpoint of PyTorch keeps the weights, the averages first"""
+
+
+class InitSource(NamedTuple):
+    """Weights and their network.
+
+    called: one line on where they come from; resolution, base: height and width of x in training, and of the x on whose
+    grid positions are counted (inputs.positions_span: of that which spans it); process: the one that the weights were trained
+    under; run: None of another project; record: what config.Init keeps of it.
+    """
+
+    description: str
+    net_config: NetConfig
+    input_spec: InputSpec
+    weights: Mapping[str, Tensor]
+    resolution: int
+    pos_embed_base: int
+    process: ProcessConfig
+    run: RunConfig | None
+    record: dict[str, Any]
+    notes: list[str]
+
+
+def open_init_source(run: RunConfig) -> InitSource:
+    """The source that run.init names; what it records where it is, how long an average and from when goes first.
+
+    Raises UsageError where there is none, it is of another network than run.net (it lists the settings) or of no known
+    project, RunError where it is damaged.
+    """
+    path, sigma_rel, nimg = parse_init_source(run.init.source)
+    recorded = Path(run.init.path) if run.init.path else path
+    path = recorded if recorded.exists() else path
+    for name, said, kept in (("sigma_rel", sigma_rel, run.init.sigma_rel), ("nimg", nimg, run.init.nimg)):
+        if said is not None and kept not in (None, said):
+            raise UsageError(f"init.source={run.init.source}, but init.{name}={kept}: say one of them")
+    if not path.exists():
+        raise UsageError(f"init.source={run.init.source}: there is no run folder or file {path}{_suggest_path(path)}")
+    if path.is_dir():
+        source = _from_run_folder(path, run, sigma_rel or run.init.sigma_rel, nimg or run.init.nimg)
+    else:
+        source = _from_file(path, run)
+        if sigma_rel or nimg:
+            raise UsageError(f"init.source={run.init.source}: {path.name} is one average at one time; leave @ out")
+    _check_source(run, source)
+    record = source.record | {"file": str(path.resolve()), "fingerprint": fingerprint(source.weights)}
+    return source._replace(record=record | {"resolution": source.resolution * run.downsample_factor})
+
+
+def parse_init_source(text: str) -> tuple[Path, float | None, int | None]:
+    """Path, EMA length and time of PATH[@0.1][@100k], in either order. Raises UsageError for what is neither."""
+    path, length, nimg = text, None, None
+    while "@" in path and not Path(path).exists():
+        path, _, part = path.rpartition("@")
+        value = parse_count(part)
+        if not isinstance(value, int | float) or (value >= 1 and not isinstance(value, int)):
+            raise UsageError(
+                f"init.source={text}: @{part} is neither an EMA length (0.1) nor a number of images (100k)"
+            )
+        if (length if value < 1 else nimg) is not None:
+            raise UsageError(f"init.source={text} says two {'EMA lengths' if value < 1 else 'times'}")
+        if value >= 1:
+            nimg = value
+        elif 0 < value < 12**-0.5:
+            length = value
+        else:
+            raise UsageError(f"init.source={text}: an EMA length lies between 0 and {12**-0.5:.4f}")
+    return Path(path), length, nimg
+
+
+def _suggest_path(path: Path) -> str:
+    siblings = [str(p) for p in path.parent.iterdir() if not p.name.startswith(".")] if path.parent.is_dir() else []
+    return f"; {config.suggest(str(path), siblings[:20])}" if siblings else ""
+
+
+def _from_run_folder(path: Path, run: RunConfig, sigma_rel: float | None, nimg: int | None) -> InitSource:
+    there = snapshot.config_of(snapshot.list_snapshots(path)[-1])
+    target = ema.sampling_profile(there.sample)
+    if sigma_rel:
+        target = ema.PowerProfile(sigma_rel)
+    elif run.init.halflife:
+        target = ema.TraditionalProfile(run.init.halflife, there.ema.rampup)
+    weights, there, time, fits = snapshot.reconstruct_from_run(path, [target], nimg)
+    poor = fits[0].squared_error > MAX_PROFILE_ERROR**2
+    notes = [f"the stored averages hardly make one of {target}: {fits[0]}"] if poor else []
+    return _from_run(f"{path} ({target}, image {time:,})", there, weights[0], target, time, run, notes)
+
+
+def _from_run(
+    description: str,
+    source_run: RunConfig,
+    weights: dict[str, Tensor],
+    target: ema.Profile,
+    nimg: int,
+    run: RunConfig,
+    notes: list[str],
+) -> InitSource:
+    if run.init.resolution not in (
+        None,
+        source_run.data.resolution // source_run.downsample_factor * run.downsample_factor,
+    ):
+        raise UsageError(
+            f"init.resolution={run.init.resolution}, but {description} was trained at {source_run.data.resolution}: leave it out"
+        )
+    inputs = source_run.input_spec
+    record = {"nimg": nimg, "sigma_rel": None, "halflife": None}
+    if isinstance(target, ema.PowerProfile | ema.TraditionalProfile):
+        record |= (
+            {"sigma_rel": target.sigma_rel} if isinstance(target, ema.PowerProfile) else {"halflife": target.halflife}
+        )
+    base = inputs.pos_embed_base or inputs.resolution
+    return InitSource(
+        description,
+        source_run.net,
+        inputs,
+        weights,
+        inputs.resolution,
+        base,
+        source_run.process,
+        source_run,
+        record,
+        notes,
+    )
+
+
+def _from_file(path: Path, run: RunConfig) -> InitSource:
+    if path.suffix == ".safetensors":
+        file = SafetensorsFile(path)
+        if "gesso" in file.metadata:
+            weights, there, stored = snapshot.read(path)
+            return _from_run(f"{path} (image {stored.nimg:,})", there, weights, stored.profile, stored.nimg, run, [])
+        state, notes = {name: file.read(name) for name in list(file.keys())}, []
+    else:
+        state, notes = _load_torch_file(path)
+    found = _detect_format(path, state, run)
+    said = [f"{name}: {text}" for name, text in found.notes.items() if name not in ("source", "resolution")]
+    resolution = found.inputs.resolution
+    if found.notes.get("resolution") == NOTE_ASSUMED_RESOLUTION:
+        if run.init.resolution is None:
+            raise UsageError(
+                f"init.source={path}: its weights do not tell at what resolution they were trained: say it in pixels, such as "
+                "init.resolution=256"
+            )
+    elif run.init.resolution not in (None, resolution * run.downsample_factor):
+        raise UsageError(
+            f"init.resolution={run.init.resolution}, but {path} was trained at {resolution * run.downsample_factor} pixels: leave it out"
+        )
+    called = f"{path} ({found.notes['source']})"
+    return InitSource(
+        called, found.cfg, found.inputs, found.weights, resolution, resolution, found.process, None, {}, [*notes, *said]
+    )
+
+
+def _detect_format(path: Path, state: Mapping[str, Tensor], run: RunConfig) -> ImportedModel:
+    heads = run.net.num_heads if isinstance(run.net, TransformerConfig) else None
+    resolution = run.init.resolution and run.init.resolution // run.downsample_factor
+    try:
+        try:
+            return interop.detect_format(state, None, resolution)
+        except UsageError:  # where neither shapes nor a published size tell the heads, ours are taken
+            if heads is None:
+                raise
+            return interop.detect_format(state, heads, resolution)
+    except (UsageError, RunError) as error:
+        raise type(error)(f"init.source={path}: {error}") from None
+
+
+def _load_torch_file(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a PyTorch file that holds nothing but data."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever pickle, zip and torch raise at a file that is damaged or carries code
+        raise RunError(
+            f"init.source={path} is damaged, no weight file, or carries code, which is not run "
+            f"({type(error).__name__}); convert it to safetensors where you trust it"
+        ) from None
+    notes = []
+    for name in CHECKPOINT_KEYS:
+        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
+            loaded, notes = loaded[name], [f"of the file's parts {name!r} was taken"]
+            break
+    tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, dict) else {}
+    if not tensors:
+        raise UsageError(f"init.source={path} holds no named weights")
+    return tensors, notes
+
+
+def _check_source(run: RunConfig, source: InitSource) -> None:
+    """Raise UsageError where the network is another, RunError where its weights are not whole."""
+    ours, theirs = (cfg.model_dump() for cfg in (run.net, source.net_config))
+    differ = [k for k in ours | theirs if k not in TRANSFERABLE_DIFFERENCES and ours.get(k) != theirs.get(k)]
+    if ours["name"] != theirs["name"]:
+        differ = ["name"]
+    if differ:
+        settings, here = (" ".join(f"net.{k}={_format_value(v[k])}" for k in differ if k in v) for v in (theirs, ours))
+        raise UsageError(f"init.source={run.init.source} is another network: {settings} there, {here} here")
+    with torch.device("meta"):
+        net = models.build_network(source.net_config, source.input_spec)
+    if wrong := models.state_dict_mismatch(net, source.weights):
+        raise RunError(f"{source.description} is not whole: {wrong}")
+    bad = [k for k, v in source.weights.items() if not bool(v.isfinite().all())]
+    if bad:
+        raise RunError(f"{source.description} holds NaN or infinity in {', '.join(bad[:3])}")
+
+
+def _format_value(value: object) -> str:
+    """As a user types it."""
+    return json.dumps(value).replace(" ", "").strip('"')
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """sha256 of names, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        value = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()

@@ -1,0 +1,206 @@
+"""What is measured and drawn between steps, with a network of its own: that in training is left alone."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gesso import build_conditions, ema, rng, sampling
+from gesso.conditioning import Cond
+from gesso.config import RunConfig
+from gesso.data.base import Dataset
+from gesso.data.batching import Batcher
+from gesso.diffusion import denoiser as diffusion
+from gesso.diffusion.denoiser import Denoiser
+from gesso.ema import Profile
+from gesso.evaluation import toy_evaluation, validation
+from gesso.models import mp
+from gesso.training.logging import RunLog
+from gesso.training.magnitudes import Magnitudes
+from gesso.training.ranks import full_tensor
+from gesso.training.throughput import ThroughputMeter
+from gesso.training.trainer import Trainer
+
+
+def is_due(before: int, after: int, every: int | None) -> bool:
+    """Whether a multiple of `every` lies in (before, after]."""
+    return bool(every) and after // every > before // every
+
+
+def nearest_tracked_profile(run: RunConfig) -> Profile:
+    """Of the averages that are tracked the one next to that of sample.*."""
+    wanted, tracked = ema.sampling_profile(run.sample), ema.tracked_profiles(run.ema)
+    alike = [profile for profile in tracked if type(profile) is type(wanted)]
+    return min(alike, key=lambda p: abs(math.log(_length(p) / _length(wanted)))) if alike else tracked[0]
+
+
+def _length(profile: Profile) -> float:
+    return profile.sigma_rel if isinstance(profile, ema.PowerProfile) else float(profile.halflife)
+
+
+class EvalModel:
+    """A second network of a run, on the CPU while nobody needs it."""
+
+    def __init__(self, run: RunConfig, device: torch.device):
+        self.device = device
+        self.denoiser = diffusion.build_denoiser(run).to(getattr(torch, run.train.dtype)).eval().requires_grad_(False)
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[Denoiser]:
+        """The denoiser with these weights, put back on the sphere. All ranks take part."""
+        net = self.denoiser.to(self.device).net
+        for name, tensor in net.state_dict().items():
+            tensor.copy_(full_tensor(weights[name]))
+        mp.normalize_weights_(mp.sphere_weights(net))
+        try:
+            yield self.denoiser
+        finally:
+            self.denoiser.to("cpu")
+
+
+class Monitor:
+    """Writes to the log and to samples/ what run.watch asks for, after each step that comes to its time.
+
+    Draws from no stream of random numbers, and changes nothing of the trainer. Raises UsageError for what cannot be
+    measured, at once.
+    """
+
+    def __init__(self, trainer: Trainer, dataset: Dataset, out: Path, log: RunLog | None):
+        run = trainer.run
+        self.trainer, self.dataset, self.out, self.log = trainer, dataset, out, log
+        self.run, self.cfg, self.ranks, self.device = run, run.monitor, trainer.ranks, trainer.device
+        self.throughput = ThroughputMeter(run, trainer.ranks, trainer.device, trainer.nimg)
+        self.ema_profile = nearest_tracked_profile(run)
+        self.validation_set = validation.open_validation_set(run, dataset) if self.cfg.validate_every else None
+        end = run.train.total_images + run.train.batch_size - 1
+        if any(is_due(0, end, every) for every in (self.cfg.sample_every, self.cfg.evaluate_every)):
+            sampling.check_sampling(run)
+            sampling.check_device(run, self.device)
+            self.normalizer = sampling.open_decoder(run)
+            # Another time or length of this run is not stored yet.
+            alone = run.sample.model_copy(update={"guide_run": None, "guidance": 1.0, "guide_conditioning": "nothing",
+                                                  "guide_sigma_rel": None, "guide_nimg": None})  # fmt: skip
+            self.sample_run = run.model_copy(update={"sample": alone}) if run.sample.guide_run == "self" else run
+            self.guide = sampling.load_guide(out, self.sample_run)
+
+    @functools.cached_property
+    def eval_model(self) -> EvalModel:
+        return EvalModel(self.run, self.device)
+
+    @functools.cached_property
+    def validation_loss(self) -> tuple[validation.ValidationLoss, list[validation.ValidationBatch]]:
+        """And the pairs of this rank, read once."""
+        n = self.cfg.validation_pairs
+        found = validation.ValidationLoss(self.run, *self.validation_set, self.device, n)
+        mine = found.split(torch.arange(n))[self.ranks.rank :: self.ranks.world_size]
+        return found, [found.load_batch(part) for part in mine]
+
+    def on_step_end(self, before: int) -> None:
+        """What is due since image `before`. All ranks take part."""
+        cfg, now = self.cfg, self.trainer.nimg
+        jobs = {
+            self.log_validation_loss: cfg.validate_every if self.validation_set else None,
+            self.log_magnitudes: cfg.magnitude_every,
+            self.log_samples: cfg.sample_every,
+            self.log_metrics: cfg.evaluate_every,
+        }
+        due = [job for job, every in jobs.items() if is_due(before, now, every)]
+        if due:
+            # Building a network or a judge of pictures draws initial weights.
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                for job in due:
+                    job()
+
+    def _write(self, **values: object) -> None:
+        if self.log:
+            self.log.write(nimg=self.trainer.nimg, **values)
+
+    def log_validation_loss(self) -> None:
+        """Of the weights as they are, and of each average."""
+        net = self.trainer.denoiser.net
+        kinds = {
+            "weights": net.state_dict(),
+            **{f"ema{p.key}": average for p, average in self.trainer.ema.averages.items()},
+        }
+        found, (validated, pairs) = {}, self.validation_loss
+        for name, weights in kinds.items():
+            with self.eval_model.with_weights(weights) as denoiser:
+                losses = self.ranks.all_reduce(validated.losses(denoiser, pairs).to(self.device))
+            found[name] = validated.mean_losses(losses.cpu())
+        self._write(
+            validation={name: mean for name, (mean, _) in found.items()},
+            validation_by_noise={name: by_level for name, (_, by_level) in found.items()},
+        )
+
+    def log_magnitudes(self) -> None:
+        """Of the samples that come next, at their levels and with their noise; weights before they are put back."""
+        run, seed, first = self.run, self.run.train.seed, self.trainer.nimg
+        average, stop = self.trainer.ema.averages[self.ema_profile], self.trainer.nimg + self.cfg.magnitude_samples
+        batches = Batcher(self.dataset, run, self.trainer.process.sigma_data, self.device)
+        with (
+            self.eval_model.with_weights(average) as denoiser,
+            Magnitudes(denoiser.net, run.input_spec.resolution) as magnitudes,
+        ):
+            for start in range(first, stop, run.train.batch_size):
+                counter, counts = self.ranks.shard_batch(start, run.train.batch_size)
+                x0, cond = batches(counter)
+                s = denoiser.process.icdf(rng.uniform(seed, counter, "noise level")[:, 0]).to(x0)
+                for at in torch.arange(len(counter)).split(self.trainer.micro_batch_size):
+                    eps = rng.normal(seed, counter[at].to(self.device), "noise", x0.shape[1:], x0.dtype)
+                    level = s[at][:, None, None, None]
+                    magnitudes.valid = (counts[at] & (counter[at] < stop)).to(self.device)
+                    with diffusion.autocast_context(run.train, self.device):
+                        denoiser(denoiser.process.alpha(level) * x0[at] + level * eps, s[at], cond[at])
+            activations, main_path = magnitudes.activations(self.ranks), magnitudes.main_path(self.ranks)
+            weights = magnitudes.weights({name: full_tensor(tensor) for name, tensor in average.items()})
+        self._write(magnitudes={"activations": activations, "main_path": main_path, "weights": weights})
+
+    def generate_images(self, denoiser: Denoiser, cond: Cond, n: int) -> Tensor:
+        """Images of seeds 0 to n-1, (n, C, H, W) uint8 on the CPU; each rank draws its share."""
+        seed, counts = self.ranks.shard_batch(0, n)
+        made = torch.cat(
+            list(sampling.generate(denoiser, self.sample_run, seed.tolist(), cond[seed], self.guide, self.normalizer))
+        )
+        images = made.new_zeros(n, *made.shape[1:])
+        images[seed[counts]] = made[counts]
+        return self.ranks.all_reduce(images.to(self.device)).cpu()
+
+    @functools.cached_property
+    def sample_cond(self) -> Cond:
+        """What the images of a grid are to show."""
+        n = self.cfg.num_samples
+        labels, prompts = (
+            build_conditions.expand_labels(self.run, None, n),
+            build_conditions.expand_prompts(self.run, (), n),
+        )
+        return build_conditions.build_cond(self.run, range(n), self.trainer.control_rows, labels, prompts)[0]
+
+    def log_samples(self) -> None:
+        n = self.cfg.num_samples
+        with self.eval_model.with_weights(self.trainer.ema.averages[self.ema_profile]) as denoiser:
+            images = self.generate_images(denoiser, self.sample_cond, n)
+        if self.log:
+            picture = sampling.image_grid(images, columns=max(1, round(n**0.5)))
+            sampling.save_png(picture, self.out / "samples" / f"nimg{self.trainer.nimg:012d}.png")
+            self.log.log_image(self.trainer.nimg, picture)
+
+    @functools.cached_property
+    def metric_setup(self) -> tuple[Cond, toy_evaluation.MetricFn]:
+        """What the images to be scored are to show, and how they are scored."""
+        count = toy_evaluation.num_samples(self.run, self.dataset)
+        cond, labels = toy_evaluation.sample_conditions(self.run, self.dataset, count, self.trainer.control_rows)
+        real = toy_evaluation.reference_images(self.normalizer, self.dataset, self.run)
+        return cond, toy_evaluation.toy_metric_fn(self.run, self.dataset, real, labels, self.device)
+
+    def log_metrics(self) -> None:
+        """At the settings of sample.*, as many images as `gesso evaluate` takes."""
+        cond, scored = self.metric_setup
+        with self.eval_model.with_weights(self.trainer.ema.averages[self.ema_profile]) as denoiser:
+            images = self.generate_images(denoiser, cond, toy_evaluation.num_samples(self.run, self.dataset))
+        if self.log:
+            self._write(metrics={name: float(f"{value:.6g}") for name, value in scored(images).items()})

@@ -1,0 +1,89 @@
+"""What goes over the ranks: the losses of samples, with every way to compute them faster or in less memory applied in one
+order: recompute, compile, shard or replicate."""
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from gesso import models
+from gesso.conditioning import Cond
+from gesso.config import MDTConfig, RunConfig, TrainConfig
+from gesso.diffusion import denoiser as diffusion
+from gesso.training.ranks import Ranks
+
+
+class LossModule(nn.Module):
+    """Losses (B,) of samples; `masked` is noise and tokens of MDT's second term."""
+
+    def __init__(self, denoiser: diffusion.Denoiser, uncertainty: diffusion.Uncertainty | None, weighting: str):
+        super().__init__()
+        self.denoiser, self.uncertainty, self.weighting = denoiser, uncertainty, weighting
+
+    def forward(
+        self, x0: Tensor, s: Tensor, eps: Tensor, cond: Cond, masked: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        def loss(eps: Tensor, keep: Tensor | None = None) -> Tensor:
+            return diffusion.loss(
+                self.denoiser, self.denoiser.process, x0, s, eps, cond, self.weighting, self.uncertainty, keep
+            )
+
+        return loss(eps) if masked is None else loss(eps) + loss(*masked)
+
+
+def parallelize(loss_module: LossModule, run: RunConfig, ranks: Ranks, device: torch.device) -> nn.Module:
+    """The objective as this rank calls it. Its parameters keep their names; sharded ones become DTensors."""
+    cfg, net = run.train, loss_module.denoiser.net
+    for block in models.list_blocks(net):
+        compile_and_checkpoint_block(block, cfg)
+    if ranks.world_size == 1:
+        return loss_module
+    if cfg.sharding == "ddp":
+        # Buffers are constants that every rank has made alike.
+        constants = [name for name, _ in loss_module.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(loss_module, constants)
+        return DistributedDataParallel(loss_module, gradient_as_bucket_view=True)
+    warnings.filterwarnings("ignore", message=".*returned a view tensor.*")  # what is done to it is out of place
+    mesh = ranks.build_mesh(cfg.sharding, device)
+    for block in models.list_blocks(net):
+        fully_shard(block, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    if isinstance(run.net, MDTConfig):
+        register_fsdp_forward_method(net, "masked")
+    if loss_module.uncertainty:
+        fully_shard(loss_module.uncertainty, mesh=mesh)
+    return loss_module
+
+
+def compile_and_checkpoint_block(block: nn.Module, cfg: TrainConfig) -> None:
+    """One block, compiled and computed again as the settings say: the compiled one is what is computed again (around that
+    torch compiles nothing, and says nothing)."""
+    if cfg.compile:
+        # Its fusion of reductions makes wrong gradients of modulations that a batch shares (torch 2.10 to 2.13,
+        # pytorch/pytorch#193061). Read when the compiler is first imported.
+        os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
+        # A graph for every width of a U-Net and every shape: after 8, torch's own bound, the rest would stay as they are.
+        torch._dynamo.config.recompile_limit = 256
+        block.forward = torch.compile(block.forward, dynamic=False)
+    if cfg.activation_checkpointing:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+@contextlib.contextmanager
+def gradient_sync(module: nn.Module, is_last: bool) -> Iterator[None]:
+    """Gradients are summed over the ranks after the last of several passes alone."""
+    if isinstance(module, DistributedDataParallel):
+        with contextlib.nullcontext() if is_last else module.no_sync():
+            yield
+        return
+    for inner in module.modules():
+        if isinstance(inner, FSDPModule):
+            inner.set_requires_gradient_sync(is_last, recurse=False)
+    yield

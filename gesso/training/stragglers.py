@@ -1,0 +1,64 @@
+"""Ranks that hold the others up, by name: what each waits for data and computes by itself, compared."""
+
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from gesso import models
+from gesso.training.trainer import Trainer
+
+SLOWDOWN_THRESHOLD, MIN_TIME_SHARE = 1.5, 0.05
+"""times the median rank, and share of the time between two lines of the log, from which a rank is named"""
+
+
+class StragglerDetector:
+    """Names ranks that took longer than others since it was last asked.
+
+    A rank's own time is that of data it waited for and of forward passes, in which it waits for nobody: those of the
+    network under DDP, those of its middle block where weights are gathered for each block. (Not measured of compiled blocks.)
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.ranks, cfg = trainer, trainer.ranks, trainer.run.train
+        self.pass_times: list[tuple] = []
+        self.last_time, self.last_data_wait_s = time.perf_counter(), trainer.data_wait_s
+        self.is_cuda = trainer.device.type == "cuda"
+        if self.ranks.world_size == 1:
+            return
+        net = trainer.denoiser.net
+        blocks = [*models.list_blocks(net)]
+        module = net if cfg.sharding == "ddp" else blocks[len(blocks) // 2]
+        if cfg.sharding == "ddp" or not cfg.compile:
+            module.register_forward_pre_hook(self._on_forward_start)
+            module.register_forward_hook(self._on_forward_end)
+
+    def _timestamp(self) -> "float | torch.cuda.Event":
+        if not self.is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _on_forward_start(self, module: nn.Module, arguments: object) -> None:
+        self.pass_start = self._timestamp()
+
+    def _on_forward_end(self, module: nn.Module, arguments: object, result: object) -> None:
+        self.pass_times.append((self.pass_start, self._timestamp()))
+
+    def __call__(self) -> dict[str, float]:
+        """Times the median by the name of the rank. All ranks take part."""
+        if self.ranks.world_size == 1:
+            return {}
+        elapsed = time.perf_counter() - self.last_time
+        computed = sum(a.elapsed_time(b) / 1000 if self.is_cuda else b - a for a, b in self.pass_times)
+        own = self.ranks.all_gather(computed + self.trainer.data_wait_s - self.last_data_wait_s, self.trainer.device)
+        self.pass_times.clear()
+        self.last_time, self.last_data_wait_s = time.perf_counter(), self.trainer.data_wait_s
+        median = statistics.median_low(own)
+        return {
+            name: round(seconds / median, 2)
+            for name, seconds in zip(self.ranks.names, own, strict=True)
+            if seconds > SLOWDOWN_THRESHOLD * median > 0 and seconds - median > MIN_TIME_SHARE * elapsed
+        }

@@ -1,0 +1,122 @@
+"""log.jsonl for TensorBoard and Weights & Biases as well: the same values, at the same times, each once.
+
+RUN/tensorboard/     event files; a resumed run tells its reader to forget what lies after the state it resumed from
+RUN/wandb/           what Weights & Biases keeps; RUN/wandb.json the id of the run there and the last time passed on
+"""
+
+import importlib.util
+import json
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from gesso import atomic_io, config
+from gesso.config import RunConfig
+from gesso.errors import UsageError
+
+
+class Tracker(Protocol):
+    def write(self, nimg: int, values: dict[str, float]) -> None:
+        """Numbers by name, at one time."""
+
+    def log_image(self, nimg: int, image: Image.Image) -> None:
+        """A grid of samples."""
+
+    def close(self) -> None: ...
+
+
+def check_trackers(run: RunConfig) -> None:
+    """Raise UsageError where the settings name a library that is not installed."""
+    wanted = {"tensorboard": run.monitor.tensorboard, "wandb": run.monitor.wandb != "no"}
+    for name, asked in wanted.items():
+        if asked and importlib.util.find_spec(name) is None:
+            raise UsageError(f"monitor.{name} needs {name}: pip install 'gesso[log]'")
+
+
+def open_trackers(run: RunConfig, out: Path, nimg: int) -> list[Tracker]:
+    """What the settings ask for, to go on from image nimg."""
+    found: list[Tracker] = []
+    if run.monitor.tensorboard:
+        found.append(TensorBoard(out, nimg))
+    if run.monitor.wandb != "no":
+        found.append(Wandb(run, out))
+    return found
+
+
+def flatten_numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in a line of the log by path: a/b for what is nested, a/0, a/1, ... for lists; not what is missing."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten_numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, list):
+            yield from flatten_numbers({str(i): part for i, part in enumerate(value)}, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            yield prefix + name, float(value)
+
+
+class TensorBoard:
+    """Steps are images seen."""
+
+    def __init__(self, out: Path, nimg: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=nimg + 1)
+
+    def write(self, nimg: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, nimg)
+        self.writer.flush()
+
+    def log_image(self, nimg: int, image: Image.Image) -> None:
+        self.writer.add_image("samples", np.asarray(image.convert("RGB")), nimg, dataformats="HWC")
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    """Steps are images seen. A resumed run repeats what lies after its state to the last bit: it is not passed on twice.
+
+    Raises UsageError where Weights & Biases refuses.
+    """
+
+    def __init__(self, run: RunConfig, out: Path):
+        import wandb
+
+        self.wandb, self.record_path = wandb, out / "wandb.json"
+        known = (
+            json.loads(self.record_path.read_text())
+            if self.record_path.is_file()
+            else {"id": secrets.token_hex(4), "nimg": -1}
+        )
+        self.id, self.recorded_nimg, self.current_nimg = known["id"], known["nimg"], -1
+        try:
+            self.run = wandb.init(
+                project=run.monitor.wandb_project, name=out.name, id=self.id, dir=str(out), config=config.to_dict(run),
+                mode=run.monitor.wandb, resume="allow", settings=wandb.Settings(console="off", silent=True),
+            )  # fmt: skip
+        except wandb.Error as error:
+            said = str(error).strip().splitlines()[0]
+            raise UsageError(f"monitor.wandb={run.monitor.wandb}: {said} (Or set monitor.wandb=offline.)") from None
+
+    def write(self, nimg: int, values: dict[str, float]) -> None:
+        self._log(nimg, values)
+
+    def log_image(self, nimg: int, image: Image.Image) -> None:
+        self._log(nimg, {"samples": self.wandb.Image(image)})
+
+    def _log(self, nimg: int, values: dict[str, Any]) -> None:
+        if nimg > max(self.recorded_nimg, self.current_nimg):
+            # Noted first: a kill in between loses a point, and doubles none.
+            self.current_nimg = nimg
+            atomic_io.write_json(self.record_path, {"id": self.id, "nimg": nimg})
+        if nimg == self.current_nimg:
+            self.run.log(values, step=nimg)
+
+    def close(self) -> None:
+        self.run.finish()

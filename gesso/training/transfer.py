@@ -1,0 +1,256 @@
+"""Moving weights to another data set, another condition or another resolution (Berrada et al. Sections 2.2, 3.4).
+
+By name and shape: what is equal is taken, what has a counterpart of another size adapted, the rest left as a new network
+has it. The account says which is which.
+
+    class tables      a row for each class, by name, number or a map; the null class stays the null class. A class
+                      without counterpart starts as the null class: the network then draws it as it draws an image of
+                      which it knows no class, which it can, where a random row is an input that it has never seen. The
+                      rows part at their first gradients. EDM2's null class is a zero vector, which would not leave the
+                      columns on the sphere: there a new class is random.
+    class <-> text    what reads the class or the tokens is fresh, what comes after it is taken.
+    channels          first and last layer are fresh, the last with F = 0 as in a new network.
+    control           the part of Eq. 1 whose variables are others is fresh, and adds nothing at the start.
+    resolution        k times the source's. Sine-cosine positions: net.pos_embed_base and positions_span; tables of positions: read at other
+                      places; process.resolution_scale: Proposition 1; sample.guidance_base_resolution: Proposition 2.
+
+Legend: k ratio of latent resolutions, g rows of the source's grid of tokens, n of the new one, D width.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from gesso import rng
+from gesso.config import DiTAttConfig, EDM2LadderConfig, MDTConfig, MMDiTConfig, RunConfig, UNetConfig
+from gesso.config.net import TransformerConfig
+from gesso.diffusion import denoiser as diffusion
+from gesso.diffusion.denoiser import Denoiser
+from gesso.models import mp
+from gesso.models.mdt import linear_interp_matrix
+from gesso.training.init_source import InitSource
+from gesso.training.transfer_config import apply_source_settings, class_mapping
+
+CLASS_TABLES = {"table.weight": 0, "semantic.table.weight": 0, "label.linear.weight": 1, "emb_label.weight": 1}
+"""of classes, and the dimension that counts them; the last is the null class but in EDM2's"""
+TENSOR_GROUPS = {
+    "first layer": r"patch_embed\.|conv_in\.|ways_in\.0\.",
+    "last layer": r"final\.|conv_out\.|out\.weight$|out_gain$|ways_out\.\d+\.2\.",
+    "control, both levels": r"(emb_)?control\.(first|second|gain)|control\.mlps\.all\.",
+    "control, high level": r"control\.mlps\.high\.",
+    "control, low level": r"control\.mlps\.low\.",
+    "pooled text": r"pooled\.",
+}
+"""tensors that are taken together or not at all; the others go by layer"""
+CONDITION_INPUT_LAYERS = r"semantic\.mlp\.0$|semantic\.mlp$|text\.linear$"
+"""layers that read the class table or the tokens"""
+
+
+@dataclass
+class TransferReport:
+    """What became of every tensor: (names, numbers in them, what to say)."""
+
+    copied: list[tuple[list[str], int, str]] = field(default_factory=list)
+    adapted: list[tuple[list[str], int, str]] = field(default_factory=list)
+    initialized: list[tuple[list[str], int, str]] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    """of the source"""
+
+    def lines(self) -> list[str]:
+        lines = []
+        for kind in ("taken", "adapted", "fresh"):
+            entries = getattr(self, kind)
+            tensors, numbers = sum(len(names) for names, _, _ in entries), sum(n for _, n, _ in entries)
+            what = list(dict.fromkeys(said for _, _, said in entries))
+            counts = f"{tensors} tensor{'s' * (tensors != 1)}, {numbers:,} parameters: " if what else "none"
+            lines.append(f"  {kind:12}{counts}{'; '.join(what)}")
+        if self.unused:
+            names = list(dict.fromkeys(_strip_block_numbers(name) for name in self.unused))
+            lines.append(
+                f"  left        {len(self.unused)} tensor{'s' * (len(self.unused) != 1)} of the source: {', '.join(names)}"
+            )
+        return lines
+
+
+def init_from_source(run: RunConfig, source: InitSource) -> tuple[RunConfig, Denoiser, list[str]]:
+    """The run with what the source settles recorded in it, its denoiser with the weights moved, and the account.
+
+    Raises UsageError where settings or what was recorded contradict the source.
+    """
+    run, said = apply_source_settings(run, source)
+    torch.manual_seed(rng.derive_seed(run.train.seed, 0, "initial weights"))
+    denoiser = diffusion.build_denoiser(run).to(getattr(torch, run.train.dtype))
+    account = transfer_weights(denoiser.net, source, run)
+    assert account.copied, "a network of the same settings shares its blocks"
+    notes = [f"  note        {note}" for note in source.notes]
+    if run.loss.learns_uncertainty:
+        notes.append("  note        the uncertainty u(s) of the loss is learned anew")
+    return run, denoiser, [f"weights from {source.description}", *account.lines(), *said, *notes]
+
+
+@torch.no_grad()
+def transfer_weights(net: nn.Module, source: InitSource, run: RunConfig) -> TransferReport:
+    """Put the source's weights into the new network of `run` in place, those of the sphere back on it."""
+    new, old, account = net.state_dict(), source.weights, TransferReport()
+    used: set[str] = set()
+    for unit, names in _group_tensors(new).items():
+        numbers = sum(new[name].numel() for name in names)
+        reason = _incompatibility(unit, run, source)
+        there = reason is None and all(name in old for name in names)
+        if there and (how := _adapt(names, new, source, run)):
+            account.adapted.append((names, numbers, f"{_strip_block_numbers(unit)} ({how})"))
+        elif there and all(new[name].shape == old[name].shape for name in names):
+            for name in names:
+                new[name].copy_(old[name])
+            account.copied.append((names, numbers, _top_level_module(unit)))
+        else:
+            account.initialized.append(
+                (names, numbers, f"{_strip_block_numbers(unit)} ({reason or _mismatch_reason(names, new, old)})")
+            )
+            continue
+        used.update(names)
+    account.unused = sorted(old.keys() - used)
+    mp.normalize_weights_(mp.sphere_weights(net))
+    return account
+
+
+def _group_tensors(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Names of tensors that go together."""
+    found: dict[str, list[str]] = {}
+    for name in state:
+        bare = name.removeprefix("trunk.")
+        named = next((unit for unit, pattern in TENSOR_GROUPS.items() if re.match(pattern, bare)), None)
+        layer = name if name in CLASS_TABLES else name.rpartition(".")[0]
+        found.setdefault(named or layer or name, []).append(name)
+    return found
+
+
+def _strip_block_numbers(name: str) -> str:
+    """Without the numbers of blocks, so that equal parts have one name."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
+
+
+def _top_level_module(group: str) -> str:
+    """The part of the network that a unit stands in."""
+    parts = group.split(".")
+    return ".".join(parts[:2]) if parts[0] == "trunk" else parts[0]
+
+
+def _mismatch_reason(tensor_names: list[str], new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> str:
+    for name in tensor_names:
+        if name in old and old[name].shape != new[name].shape:
+            return f"{'x'.join(map(str, old[name].shape))} there, {'x'.join(map(str, new[name].shape))} here"
+    return "not there"
+
+
+def _incompatibility(group: str, run: RunConfig, source: InitSource) -> str | None:
+    """Why a unit cannot be taken whatever its shape: it reads something else."""
+    here, there = run.input_spec, source.input_spec
+    classes = bool(here.num_classes) != bool(there.num_classes)
+    if re.match(CONDITION_INPUT_LAYERS, group) and classes and here.has_semantic and there.has_semantic:
+        return "reads text here, classes there" if here.text_dim else "reads classes here, text there"
+    shared = isinstance(run.net, UNetConfig) and run.net.pooled_mlp == "shared"
+    levels = {"control, high level": ("high",), "control, low level": ("low",)}
+    if source.run and (group.startswith("control") or group == "pooled text"):
+        for level in levels.get(group, ("high", "low")):
+            here, there = (r.control.column_names(level) for r in (run, source.run))
+            if here != there and (group != "pooled text" or shared):
+                return f"variables {','.join(here) or 'none'} here, {','.join(there) or 'none'} there"
+    return None
+
+
+def _adapt(tensor_names: list[str], new: Mapping[str, Tensor], source: InitSource, run: RunConfig) -> str | None:
+    """Fill the tensors of a unit from counterparts of another size or meaning, and say how; None where it is no such unit."""
+    old, cfg, name = source.weights, run.net, tensor_names[0]
+    if name in CLASS_TABLES:
+        if (
+            new[name].numel() // new[name].shape[CLASS_TABLES[name]]
+            != old[name].numel() // old[name].shape[CLASS_TABLES[name]]
+        ):
+            return None  # of another width
+        return _adapt_class_table(name, new[name], old[name], run, source)
+    kinds = [(bool(i.num_classes), bool(i.text_dim)) for i in (run.input_spec, source.input_spec)]
+    if isinstance(cfg, DiTAttConfig) and re.match(r"blocks\.\d+\.ada\.linear\.", name) and kinds[0] != kinds[1]:
+        # Shift, scale, gate of attention first and of the MLP last; between them those of the semantic condition.
+        for name in tensor_names:
+            for rows in (slice(3 * cfg.hidden_size), slice(-3 * cfg.hidden_size, None)):
+                new[name][rows] = old[name][rows].to(new[name])
+        return "attention and MLP taken, the condition's modulation fresh"
+    g, n = (
+        r // cfg.patch_size if isinstance(cfg, TransformerConfig) else r
+        for r in (source.resolution, run.input_spec.resolution)
+    )
+    if isinstance(cfg, MDTConfig) and re.search(r"position\.table$|bias\.table$", name) and g != n:
+        grid = resize_bias_table if name.endswith("bias.table") else resize_position_table
+        new[name].copy_(grid(old[name], new[name], g, n, run.init.pos_embed))
+        return f"{run.init.pos_embed}, {g}x{g} -> {n}x{n} tokens"
+    if isinstance(cfg, MMDiTConfig) and name == "position.table" and (g != n or old[name].shape != new[name].shape):
+        new[name].copy_(resize_cropped_position_table(old[name], new[name].shape[1], g, n, run.init.pos_embed))
+        return f"{run.init.pos_embed}, {g}x{g} -> {n}x{n} tokens"
+    return None
+
+
+def _adapt_class_table(name: str, new: Tensor, old: Tensor, run: RunConfig, source: InitSource) -> str | None:
+    rows = class_mapping(run, source)
+    if new.shape == old.shape and rows == tuple(range(len(rows))):
+        return None
+    axis, null = CLASS_TABLES[name], name != "emb_label.weight"
+    table, made = old.to(new).movedim(axis, 0), new.movedim(axis, 0)
+    if isinstance(run.net, EDM2LadderConfig) and run.net.config == "C":
+        table = table * (len(table) / len(made)) ** 0.5  # CONFIG C multiplies by the root of their number
+    known = [i for i, row in enumerate(rows) if row is not None]
+    unknown = [i for i, row in enumerate(rows) if row is None]
+    made[known] = table[[rows[i] for i in known]]
+    like_null = null and run.init.labels != "fresh"
+    if null:
+        made[-1] = table[-1]
+    if like_null:
+        made[unknown] = table[-1]
+    said = f"{len(known)} of {len(rows)} classes taken" + ", the null class kept" * null
+    if unknown:
+        names = [str(run.data.class_names[i]) if run.data.class_names else str(i) for i in unknown[:4]]
+        more = ", ..." * (len(unknown) > 4)
+        said += f", {len(unknown)} {'as the null class' if like_null else 'random'}: {', '.join(names)}{more}"
+    if axis == 1 and not (isinstance(run.net, EDM2LadderConfig) and run.net.config < "D"):
+        factor = 1 / new.square().mean(1).sqrt()
+        said += f"; rows times {float(factor.min()):.3g} to {float(factor.max()):.3g}, back on the sphere"
+    return said
+
+
+def resize_position_table(old: Tensor, new: Tensor, g: int, n: int, method: str) -> Tensor:
+    """Learned positions (1, g^2, D) -> (1, n^2, D): corner on corner, or the source's tokens and fresh ones beyond."""
+    square, made = old.unflatten(1, (g, g)), new.clone().unflatten(1, (n, n))
+    if method == "extrapolated":
+        m = min(g, n)
+        made[:, :m, :m] = square[:, :m, :m]
+        return made.flatten(1, 2)
+    at = linear_interp_matrix(torch.linspace(0, g - 1, n, dtype=torch.float64), g).to(square)
+    return torch.einsum("yi,bijd,xj->byxd", at, square, at).flatten(1, 2)
+
+
+def resize_bias_table(old: Tensor, new: Tensor, g: int, n: int, method: str) -> Tensor:
+    """Relative biases ((2g-1)^2 + 3, h) -> ((2n-1)^2 + 3, h): the largest offset on the largest, or the same offsets."""
+    old_side, side = 2 * g - 1, 2 * n - 1
+    square, made = old[: old_side**2].unflatten(0, (old_side, old_side)), new[: side**2].clone()
+    if method == "extrapolated":
+        m, made = min(g, n), made.unflatten(0, (side, side))
+        made[n - m : n + m - 1, n - m : n + m - 1] = square[g - m : g + m - 1, g - m : g + m - 1]
+        made = made.flatten(0, 1)
+    else:
+        at = linear_interp_matrix(torch.linspace(0, old_side - 1, side, dtype=torch.float64), old_side).to(square)
+        made = torch.einsum("yi,ijh,xj->yxh", at, square, at).flatten(0, 1)
+    return torch.cat([made, old[old_side**2 :].to(made)])
+
+
+def resize_cropped_position_table(old: Tensor, side: int, g: int, n: int, method: str) -> Tensor:
+    """SD3's positions (1, m, m, D) -> (1, side, side, D), of which a grid takes the centre: the new training grid's corners
+    on the source's, or the source's step. What would lie beyond the source's table has its edge."""
+    m, to = old.shape[1], torch.arange(side, dtype=torch.float64)
+    at = to + (m - side) // 2
+    if method == "resampled":
+        at = (m - g) // 2 + (to - (side - n) // 2) * ((g - 1) / max(n - 1, 1))
+    weights = linear_interp_matrix(at.clamp(0, m - 1), m).to(old)
+    return torch.einsum("yi,bijd,xj->byxd", weights, old, weights)

@@ -1,0 +1,62 @@
+"""Run folders with snapshots of random weights, for tests of sampling without training."""
+
+from pathlib import Path
+
+import torch
+from conftest import randomize_constants_
+from rich.console import Console
+
+from gesso import config, ema, recipes, snapshot
+from gesso.config import RunConfig
+from gesso.training.loop import Trainer
+from gesso.training.run_folder import open_dataset_for_run
+
+QUIET_CONSOLE = Console(quiet=True)
+SMALL_TRANSFORMER = {"net.hidden_size": 32, "net.depth": 2, "net.num_heads": 2}
+SMALL_UNET = {"net.channels": 16, "net.num_blocks": 1}
+SMALL_NETS = {
+    "digits": SMALL_TRANSFORMER,
+    "digits-dit": SMALL_TRANSFORMER,
+    "digits-dit-att": SMALL_TRANSFORMER,
+    "digits-pixart": SMALL_TRANSFORMER,
+    "digits-mdt": SMALL_TRANSFORMER | {"net.depth": 3, "net.decoder_layers": 1},
+    "digits-mmdit": SMALL_TRANSFORMER,
+    "digits-mp-dit": SMALL_TRANSFORMER,
+    "digits-mp-mmdit++": SMALL_TRANSFORMER,
+    "digits-unet": SMALL_UNET | {"net.channels_per_head": 8, "net.context_dim": 24},
+    "digits-edm2": SMALL_UNET | {"net.channels_per_head": 16},
+    "shapes": SMALL_TRANSFORMER | {"data.source": "shapes:64"},
+    "shapes-class": SMALL_TRANSFORMER | {"data.source": "shapes-class:64"},
+}
+SHORT_TRAINING = {
+    "train.total_images": 48, "train.batch_size": 16, "train.snapshot_every": 16, "train.checkpoint_every": 16,
+    "train.log_every": 16, "train.num_threads": 1, "optim.warmup_images": 16,
+    "sample.steps": 3, "sample.sigma_rel": 0.05,
+}  # fmt: skip
+
+
+def small_run(recipe: str = "digits", **settings: object) -> RunConfig:
+    """Return a recipe's run with a small network and short training, changed by settings as a user types them."""
+    values = SMALL_NETS[recipe] | SHORT_TRAINING | settings
+    return recipes.resolve(recipe, [f"{name}={value}" for name, value in values.items()])[0]
+
+
+def write_run(folder: Path, recipe: str = "digits", **settings: object) -> RunConfig:
+    """Write a run folder with snapshots of EMA lengths .05 and .1, with different nonzero weights; return the run."""
+    run, dataset = open_dataset_for_run(small_run(recipe, **settings), QUIET_CONSOLE)
+    trainer = Trainer(run, dataset)
+    weights = randomize_constants_(trainer.denoiser.net).state_dict()
+    generator = torch.Generator().manual_seed(1)
+    for profile in ema.tracked_profiles(run.ema):
+        path = snapshot.snapshot_path(folder / "snapshots", 640, profile)
+        snapshot.write(path, weights, 640, profile, run, trainer.control_rows)
+        weights = {
+            k: v + 0.2 * v.std(correction=0) * torch.randn(v.shape, generator=generator) for k, v in weights.items()
+        }
+    config.save_config(run, folder / "run.yaml")
+    return run
+
+
+def with_settings(run: RunConfig, **settings: object) -> RunConfig:
+    """Return the run with changed settings, as `gesso sample` does."""
+    return config.resolve(config.to_dict(run), [f"{name}={value}" for name, value in settings.items()])[0]

@@ -1,0 +1,288 @@
+"""Quality against EMA length: what is measured, kept, fitted, plotted and refused."""
+
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from helpers.run_factory import with_settings, write_run
+from PIL import Image
+from test_ema import gesso  # noqa: F401
+
+from gesso import config, models, recipes, sampling, snapshot
+from gesso.ema import PerTensorProfile, PowerProfile
+from gesso.errors import RunError, UsageError
+from gesso.evaluation import ema_curves, ema_sweep, toy_evaluation
+from gesso.evaluation.ema_curves import CurvePoint
+from gesso.evaluation.networks import toy_networks
+from gesso.interop import edm2
+from gesso.recipes.edm2 import FIGURE_5B
+
+QUICK = ["sample.steps=2", "sample.sampler=euler"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sweep") / "run"
+    write_run(path)
+    return path
+
+
+@pytest.fixture
+def folder(run_folder):
+    for name in ("ema_sweep.json", "ema_sweep.png"):
+        (run_folder / name).unlink(missing_ok=True)
+    return run_folder
+
+
+def record(folder):
+    return json.loads((folder / "ema_sweep.json").read_text())["sweeps"]
+
+
+def test_points_are_measured_once(gesso, folder, monkeypatch):  # noqa: F811
+    drawn = []
+    real = sampling.generate
+    monkeypatch.setattr(sampling, "generate", lambda *a: drawn.append(a[1].sample.guidance) or real(*a))
+    code, said = gesso("ema", folder, "--sweep", ".05:.2:3", *QUICK)
+    assert code == 0 and "Frechet distance" in said and drawn == [1.5] * 3, said
+    (one,) = record(folder)
+    assert [row["sigma_rel"] for row in one["rows"]] == [0.05, 0.1, 0.2]
+    assert {row["guidance"] for row in one["rows"]} == {1.5} and "best" in said
+    # The value is that of the weights, drawn and scored by hand.
+    run = with_settings(config.load_config(folder / "run.yaml"), **dict(s.split("=") for s in QUICK))
+    weights = snapshot.reconstruct_from_run(folder, [PowerProfile(0.1)])[0][0]
+    bench = ema_sweep.SweepRunner(folder, run, {1.5: run})
+    pictures = torch.cat(list(real(snapshot.denoiser_from_weights(weights, run), run, range(898), bench.cond)))
+    reals = toy_evaluation.reference_images(bench.normalizer, bench.dataset, run)
+    scorer = toy_evaluation.DigitMetrics(
+        toy_networks.load_digit_features("cpu"), run, reals, bench.dataset.labels, bench.labels, "cpu"
+    )
+    assert one["rows"][1].items() >= scorer(pictures).items()
+    # Again: nothing is drawn. Another guidance, another length: these alone.
+    before = (folder / "ema_sweep.json").read_text()
+    drawn.clear()
+    code, said = gesso("ema", folder, "--sweep", ".05:.2:3", "--metric", "agreement", *QUICK)
+    assert code == 0 and drawn == [] and "class agreement" in said and "3 points measured before" in said
+    assert "sample.guidance=1.5 sample.sigma_rel=" in said
+    assert record(folder)[0]["rows"] == json.loads(before)["sweeps"][0]["rows"]
+    gesso("ema", folder, "--sweep", ".05:.2:3", "--guidance", "1,1.5", *QUICK)
+    assert drawn == [1.0] * 3
+    gesso("ema", folder, "--sweep", ".05:.2:5", *QUICK)
+    assert drawn == [1.0] * 3 + [1.5] * 2 and len(record(folder)[0]["rows"]) == 8
+    # Another protocol begins anew and leaves the old one.
+    gesso("ema", folder, "--sweep", ".05:.2:3", "sample.steps=3", "sample.sampler=euler")
+    assert [len(one["rows"]) for one in record(folder)] == [8, 3]
+    with Image.open(folder / "ema_sweep.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 500
+
+
+def test_stopped_and_gone_on(gesso, folder, monkeypatch):  # noqa: F811
+    real, calls = sampling.generate, []
+
+    def stops(*a):
+        calls.append(a)
+        if len(calls) == 3:
+            raise RunError("stopped")
+        return real(*a)
+
+    monkeypatch.setattr(sampling, "generate", stops)
+    assert gesso("ema", folder, "--sweep", ".05:.2:4", *QUICK)[0] == 1
+    assert len(record(folder)[0]["rows"]) == 2
+    assert gesso("ema", folder, "--sweep", ".05:.2:4", *QUICK)[0] == 0
+    assert len(calls) == 5 and len(record(folder)[0]["rows"]) == 4
+
+
+def test_repetitions_have_other_seeds(gesso, folder):  # noqa: F811
+    code, _ = gesso("ema", folder, "--sweep", ".05:.2:3", "--num-repeats", "2", *QUICK)
+    rows = record(folder)[0]["rows"]
+    assert code == 0 and [(r["sigma_rel"], r["repeat"]) for r in rows] == [
+        (s, i) for s in (0.05, 0.1, 0.2) for i in (0, 1)
+    ]
+    assert all(a["frechet_distance"] != b["frechet_distance"] for a, b in zip(rows[::2], rows[1::2], strict=True))
+
+
+def test_some_tensors_alone(gesso, folder, monkeypatch):  # noqa: F811
+    asked = []
+    plan = snapshot.plan_reconstruction
+    monkeypatch.setattr(snapshot, "plan_reconstruction", lambda *a: asked.append(a[1]) or plan(*a))
+    names = [name for name in snapshot.read(snapshot.list_snapshots(folder)[0].path)[0] if name.endswith("weight")]
+    glob = names[0].rsplit(".", 1)[0] + ".*"
+    code, said = gesso(
+        "ema", folder, "--sweep", ".05:.2:3", "--tensors", glob, "--tensors", "*bias", "--sigma-rel", "0.09", *QUICK
+    )
+    assert code == 0, said
+    assert asked == [
+        [
+            PerTensorProfile(PowerProfile(0.09), ((g, PowerProfile(s)),))
+            for g in (glob, "*bias")
+            for s in (0.05, 0.1, 0.2)
+        ]
+    ]
+    rows = record(folder)[0]["rows"]
+    assert {(r["tensors"], r["rest"]) for r in rows} == {(glob, "sigma_rel 0.09"), ("*bias", "sigma_rel 0.09")}
+    assert f"guidance 1.5, {glob} beside sigma_rel 0.09: best" in said and "next:" not in said
+    assert len({r["frechet_distance"] for r in rows}) == 6
+
+
+def test_shapes_are_read_back(gesso, tmp_path):  # noqa: F811
+    write_run(tmp_path / "run", "shapes-class")
+    code, said = gesso("ema", tmp_path / "run", "--sweep", ".05:.2:3", "--metric", "kind", "sample.steps=1")
+    assert code == 0 and "share of pictures: kind" in said, said
+    assert all({"kind", "all"} <= row.keys() for row in record(tmp_path / "run")[0]["rows"])
+    code, said = gesso("ema", tmp_path / "run", "--sweep", ".05:.2:3", "--metric", "place")
+    assert code == 2 and "measures all, kind" in said
+
+
+@pytest.mark.parametrize("text", ["", "1", ".02:.25", "a:b:c", ".02:.25:2", ".25:.02:5", "0:.2:5", ".02:.3:5", ".02:.25:5.5",
+                                  ".1:.1001:9", "nan:.2:5"])  # fmt: skip
+def test_malformed_sweeps(text):
+    with pytest.raises(UsageError, match="--sweep"):
+        ema_sweep.parse_sweep(text)
+
+
+def test_lengths_lie_at_equal_ratios():
+    grid = ema_sweep.parse_sweep(".02:.25:12")
+    assert len(grid) == 12 and grid[0] == 0.02 and grid[-1] == 0.25
+    assert np.diff(np.log(grid)) == pytest.approx(np.full(11, math.log(12.5) / 11), abs=0.005)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--sweep", ".02-.25"], "write LOW:HIGH:COUNT"),
+        (["--sweep", ".05:.2:3", "--metric", "fid"], "eval.toy_metrics=digits measures fd, agreement"),
+        (["--sweep", ".05:.2:3", "--guidance", "1;2"], "write numbers such as 1,1.5,2"),
+        (["--sweep", ".05:.2:3", "--tensors", "a=0.1"], "write the GLOB alone"),
+        (["--sweep", ".05:.2:3", "--tensors", "nothing*"], "no tensor is named nothing*"),
+        (["--sweep", ".05:.2:3", "--sigma-rel", "0.1"], "is the length of the tensors that --tensors does not name"),
+        (["--sweep", ".05:.2:3", "--tensors", "*", "--sigma-rel", "0.1", "--sigma-rel", "0.2"], "say one"),
+        (["--sweep", ".05:.2:3", "--nimg", "10"], "no snapshot up to image 10"),
+        (["--sweep", ".05:.2:3", "train.seed=3"], "fixed by training"),
+        (["--sweep", ".05:.2:3", "eval.toy_metrics=none"], "measures nothing"),
+        (["--sweep", ".05:.2:3", "--files", "{nimg}"], "--files has no effect beside --sweep"),
+    ],
+)
+def test_refused(gesso, folder, words, said):  # noqa: F811
+    code, told = gesso("ema", folder, *words)
+    assert code == 2 and said in told and "Traceback" not in told and not (folder / "ema_sweep.json").exists()
+
+
+def test_a_strange_record_is_left_alone(gesso, folder):  # noqa: F811
+    for text in ("{}", "[", '{"format": "x", "sweeps": []}'):
+        (folder / "ema_sweep.json").write_text(text)
+        code, said = gesso("ema", folder, "--sweep", ".05:.2:3", *QUICK)
+        assert code == 1 and "was not written by gesso as a sweep" in said
+        assert (folder / "ema_sweep.json").read_text() == text
+
+
+def test_two_sweeps_at_once_lose_no_row(gesso, folder, monkeypatch):  # noqa: F811
+    """While one measures its first point, another begins and ends."""
+    real, nested = sampling.generate, []
+
+    def during(*a, **k):
+        if not nested:
+            nested.append(True)
+            nested.append(gesso("ema", folder, "--sweep", ".04:.1:3", *QUICK))
+        return real(*a, **k)
+
+    monkeypatch.setattr(sampling, "generate", during)
+    code, said = gesso("ema", folder, "--sweep", ".05:.2:3", *QUICK)
+    assert code == 0 and nested[1][0] == 0, said
+    (one,) = record(folder)
+    assert sorted(row["sigma_rel"] for row in one["rows"]) == [0.04, 0.05, 0.0632, 0.1, 0.2]  # .1 of both, once
+    assert one["optima"] and "(2 points measured before)" in said
+
+
+def test_processes_that_write_one_record(tmp_path):
+    def add(worker: int) -> None:
+        mine = ema_sweep.SweepRecord(tmp_path / "r.json", {"of": worker % 2})
+        for i in range(10):
+            mine.add({"sigma_rel": worker + i / 10, "tensors": None, "rest": None, "guidance": 1.0, "repeat": 0})
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(add, range(6)))
+    content = json.loads((tmp_path / "r.json").read_text())["sweeps"]
+    assert sorted(one["protocol"]["of"] for one in content) == [0, 1]
+    assert all(len(one["rows"]) == 30 for one in content)
+
+
+def test_the_layers_of_figure_5b_by_name(gesso, folder):  # noqa: F811
+    run = recipes.resolve("edm2-img512-s", ["data.num_classes=1000"])[0]
+    with torch.device("meta"):
+        net = models.build_network(run.net, run.input_spec)
+    shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    layers = {name: edm2.name_of_paper_layer(name, run.net, run.input_spec) for name in FIGURE_5B}
+    assert len(set(layers.values())) == 28 and set(layers.values()) <= shapes.keys()
+    c = run.net.channels
+    assert shapes[layers["enc-64x64-conv"]] == (c, 5, 3, 3) and shapes[layers["enc-8x8-block0-skip"]] == (
+        4 * c,
+        3 * c,
+        1,
+        1,
+    )
+    assert shapes[layers["dec-64x64-up-affine"]] == (2 * c, 4 * c) and shapes[layers["map-label"]] == (4 * c, 1000)
+    assert edm2.name_of_paper_layer("dec-8x8-block0-conv", run.net, run.input_spec) is None
+    wanted = ema_sweep.sweep_points(run, ema_sweep.EmaSweepArgs(".05:.2:3", tensors=["figure5b"], sigma_rels=[0.13]))
+    assert len(wanted) == 28 * 3
+    assert wanted[3].row == {"sigma_rel": 0.05, "tensors": "enc-64x64-block0-conv0", "rest": "sigma_rel 0.13"}
+    assert wanted[3].target == PerTensorProfile(
+        PowerProfile(0.13), (("encoder.0.conv_res0.weight", PowerProfile(0.05)),)
+    )
+    code, said = gesso("ema", folder, "--sweep", ".05:.2:3", "--tensors", "figure5b", *QUICK)
+    assert code == 2 and "layers of EDM2's U-Net" in said
+
+
+# The optimum.
+
+GRID = np.geomspace(0.02, 0.25, 12)
+
+
+def curve(f, repeats=1, noise=0.0, shift=0.0, seed=0):
+    """f of ln sigma_rel, with noise of each point, and a shift along it of each repetition."""
+    rng = np.random.default_rng(seed)
+    shifts = shift * rng.normal(size=repeats)
+    return {
+        float(s): CurvePoint(tuple(f(math.log(s) - d) + noise * rng.normal() for d in shifts), 0.0, 0.0) for s in GRID
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("at", [0.03, 0.0777, 0.13])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_parabola_is_fitted_exactly(at, sign):
+    found = ema_curves.find_optimum(
+        curve(lambda x: sign * (3 + 2 * (x - math.log(at)) ** 2)), lower_is_better=sign == 1
+    )
+    assert found.sigma_rel == pytest.approx(at, rel=1e-9) and found.value == pytest.approx(sign * 3)
+    assert found.low == pytest.approx(at, rel=1e-6) and found.high == pytest.approx(at, rel=1e-6)
+
+
+@pytest.mark.parametrize("repeats, noise, shift", [(1, 0.02, 0.0), (4, 0.0, 0.1), (4, 0.02, 0.05)])
+def test_the_error_is_as_large_as_it_says(repeats, noise, shift):
+    """One standard error holds the truth in about two of three cases, the estimate being of few numbers."""
+    at, inside = 0.075, []
+    for seed in range(300):
+        found = ema_curves.find_optimum(
+            curve(lambda x: 3 + (x - math.log(at)) ** 2, repeats, noise, shift, seed), lower_is_better=True
+        )
+        if found.low and found.high:
+            inside.append(found.low <= at <= found.high)
+    assert len(inside) > 250 and 0.5 < np.mean(inside) < 0.75, np.mean(inside)
+
+
+def test_where_there_is_no_inner_optimum():
+    assert "may lie below" in ema_curves.find_optimum(curve(lambda x: x), True).note
+    assert "may lie above" in ema_curves.find_optimum(curve(lambda x: x), False).note
+    assert "alike" in ema_curves.find_optimum(curve(lambda x: 1.0), True).note
+    values = [3, 3, 1, 3, 3.0, 2, 1.1, 2, 3, 3, 3, 3]
+    spiky = {float(s): CurvePoint((v,), 0.0, 0.0) for s, v in zip(GRID, [1.0, 0.0, 0.9, -0.5, *[0.9] * 8], strict=True)}
+    assert ema_curves.find_optimum(spiky, True).sigma_rel == pytest.approx(GRID[3], rel=0.2)
+    narrow = {float(s): CurvePoint((v,), 0.0, 0.0) for s, v in zip(GRID[:3], values[1:4], strict=True)}
+    assert "no error known" in ema_curves.find_optimum(narrow, True).note
+
+
+def test_the_table_marks_the_best():
+    found = {"guidance 1": curve(lambda x: (x - math.log(GRID[4])) ** 2), "guidance 2": curve(lambda x: -x)}
+    lines = ema_curves.curve_table(found, lower_is_better=True)
+    assert len(lines) == 13 and lines[5].count("*") == 1 and lines[12].count("*") == 1

@@ -1,0 +1,474 @@
+"""Averages of any trainer: kept by PostHocEMA, as a traditional EMA, or raw; made into others through files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.run_factory import small_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_ema import gesso, interval_weights  # noqa: F401
+from torch import nn
+
+from gesso import ema, snapshot
+from gesso.ema import PerTensorProfile, PowerProfile, RawProfile, TraditionalProfile, export
+from gesso.ema.safetensors_io import SafetensorsFile, stream_writer
+from gesso.errors import RunError, UsageError
+from gesso.snapshot import PostHocEMA
+
+
+def make_module(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).double()
+
+
+def train_random_walk(net: nn.Module, folder: Path, ends: list[int], save_every: int, seed: int = 0, **how):
+    """Train by random steps: at each of `ends` the weights move, are averaged, and now and then saved; all weights seen."""
+    g = torch.Generator().manual_seed(seed)
+    kept = PostHocEMA(net, **how)
+    seen = [{k: v.clone() for k, v in net.state_dict().items()}]
+    for i, end in enumerate(ends, 1):
+        with torch.no_grad():
+            for p in net.parameters():
+                p += 0.1 * torch.randn(p.shape, generator=g, dtype=torch.float64)
+            net[1].num_batches_tracked += 1
+        kept.update(end)
+        seen.append({k: v.clone() for k, v in net.state_dict().items()})
+        if i % save_every == 0:
+            kept.save(folder)
+    return kept, seen
+
+
+@settings(max_examples=8, deadline=None)
+@given(steps=st.lists(st.integers(1, 400), min_size=8, max_size=60), sigma_rel=st.sampled_from([0.05, 0.1, 0.2]))
+def test_matches_the_continuous_profile_at_any_update_interval(tmp_path_factory, steps, sigma_rel):
+    """Kept in three lines, through files: int p(tau) theta(tau) dtau with theta constant between updates."""
+    folder = tmp_path_factory.mktemp("any")
+    ends = np.cumsum(steps).tolist()
+    _, seen = train_random_walk(make_module(), folder, ends, len(ends), sigma_rels=(sigma_rel,), halflives=(300,))
+    exact = {PowerProfile(sigma_rel): PostHocEMA.reconstruct(folder, sigma_rel)}
+    exact[TraditionalProfile(300)] = snapshot.reconstruct(
+        snapshot.plan_reconstruction(snapshot.list_snapshots(folder), [TraditionalProfile(300)])
+    )[0]
+    for profile, weights in exact.items():
+        part = torch.from_numpy(interval_weights(profile, np.r_[0.0, ends]))
+        for name, value in weights.items():
+            if value.is_floating_point():
+                wanted = torch.einsum("t,t...->...", part, torch.stack([one[name] for one in seen]))
+                torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-12)
+    assert exact[TraditionalProfile(300)]["1.num_batches_tracked"] == len(ends)
+
+
+def test_other_lengths_and_earlier_times(tmp_path):
+    net = make_module()
+    ends = list(range(10, 6401, 10))
+    _, seen = train_random_walk(net, tmp_path, ends, 20)
+    for sigma_rel, until in ((0.03, 6400), (0.075, 6400), (0.2, 6400), (0.15, 3200)):
+        ours = PostHocEMA.reconstruct(tmp_path, sigma_rel, until)
+        edges = np.r_[0.0, [end for end in ends if end <= until]]
+        part = torch.from_numpy(interval_weights(PowerProfile(sigma_rel), edges))
+        for name in ("0.weight", "2.bias"):
+            wanted = torch.einsum("t,t...->...", part, torch.stack([one[name] for one in seen[: len(edges)]]))
+            assert float((ours[name] - wanted).norm() / wanted.norm()) < 1e-2, (sigma_rel, name)
+    net.load_state_dict(ours)
+
+
+def test_resume_from_state_dict(tmp_path):
+    ends = [10, 30, 60, 100]
+    whole, _ = train_random_walk(make_module(), tmp_path / "a", ends, 4)
+    net = make_module()
+    half, _ = train_random_walk(net, tmp_path / "b", ends[:2], 4)
+    state = {"net": net.state_dict(), "ema": half.state_dict()}
+    torch.save(state, tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    again = PostHocEMA(net)
+    again.load_state_dict(state["ema"])
+    assert again.nimg == 30 and again.run_id == half.run_id
+    for profile, average in again.tracker.averages.items():
+        assert all(value.equal(half.tracker.averages[profile][name]) for name, value in average.items())
+    with pytest.raises(UsageError, match="of other tensors or lengths"):
+        PostHocEMA(net, sigma_rels=(0.2,)).load_state_dict(state["ema"])
+    assert whole.nimg == 100
+
+
+def test_tracks_reassigned_parameters():
+    net = make_module()
+    kept = PostHocEMA(net, sigma_rels=(0.1,))
+    net.load_state_dict({k: v.clone() + 1 for k, v in net.state_dict().items()}, assign=True)
+    kept.update(10)
+    assert kept.tracker.averages[PowerProfile(0.1)]["0.weight"].equal(net[0].weight.detach())
+
+
+def test_time_must_increase(tmp_path):
+    kept = PostHocEMA(make_module())
+    with pytest.raises(UsageError, match="nothing is averaged yet"):
+        kept.save(tmp_path)
+    kept.update(10)
+    with pytest.raises(UsageError, match="no average to keep"):
+        PostHocEMA(make_module(), sigma_rels=())
+    for nimg in (10, 5):
+        with pytest.raises(UsageError, match="stand at image 10: they cannot be moved on"):
+            kept.update(nimg)
+
+
+SHARDED_SCRIPT = """
+import sys, torch, torch.distributed as dist
+from pathlib import Path
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from gesso.snapshot import PostHocEMA
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 7), nn.Linear(7, 3), nn.Linear(3, 1)).double()
+plain, net = build(), build()
+for part in net: fully_shard(part)
+fully_shard(net)
+one, parts = PostHocEMA(plain, halflives=(50,)), PostHocEMA(net, halflives=(50,))
+held = [a.to_local().numel() for a in parts.tracker.averages[list(parts.tracker.averages)[0]].values()]
+# Uneven: 7 rows are 4 and 3, and the one row of the last layer lies on the first rank.
+assert held == ([16, 4, 14, 2, 3, 1] if rank == 0 else [12, 3, 7, 1, 0, 0]), held
+optimizers = [torch.optim.Adam(m.parameters(), lr=0.1) for m in (plain, net)]
+g, nimg = torch.Generator().manual_seed(1), 0
+for step in (3, 40, 1, 500, 7):
+    x = torch.randn(6, 4, generator=g, dtype=torch.float64)
+    for m, o in zip((plain, net), optimizers):
+        o.zero_grad(); m(x).square().mean().backward(); o.step()
+    nimg += step
+    one.update(nimg); parts.update(nimg)
+for profile, average in one.tracker.averages.items():
+    for name, value in average.items():
+        got = parts.tracker.averages[profile][name].full_tensor()
+        torch.testing.assert_close(got, value, rtol=1e-12, atol=1e-12)
+parts.save(folder / "parts")
+if rank == 0:
+    one.save(folder / "one")
+dist.barrier(); dist.destroy_process_group()
+"""
+
+
+def test_sharded_averages_equal_unsharded_ones(tmp_path):
+    """Two gloo ranks under FSDP2: every rank moves its own part on; what is saved is whole."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARDED_SCRIPT, str(r), str(tmp_path)], env=env, stderr=subprocess.PIPE, text=True
+        )
+        for r in range(2)
+    ]
+    said = [rank.communicate(timeout=180)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    for path in sorted((tmp_path / "one" / "snapshots").iterdir()):
+        ours, wanted = load_file(tmp_path / "parts" / "snapshots" / path.name), load_file(path)
+        assert ours.keys() == wanted.keys()
+        for name, value in wanted.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-12, atol=1e-12)
+
+
+# Files.
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+
+
+@settings(max_examples=25, deadline=None)
+@given(shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_files_match_safetensors(tmp_path_factory, shapes, seed):
+    g, folder = torch.Generator().manual_seed(seed), tmp_path_factory.mktemp("files")
+    tensors = {
+        f"t{i}": (3 * torch.randn(shape, generator=g)).to(DTYPES[(i + seed) % len(DTYPES)])
+        for i, shape in enumerate(shapes)
+    }
+    save_file(tensors, folder / "theirs", {"k": "v"})
+    with stream_writer(folder / "ours", tensors, {"k": "v"}) as put:
+        for name in reversed(tensors):
+            put(name, tensors[name])
+    again = load_file(folder / "ours")
+    for path in ("theirs", "ours"):
+        file = SafetensorsFile(folder / path)
+        assert set(file.keys()) == set(tensors) and file.metadata == {"k": "v"}
+        for name, value in tensors.items():
+            assert file.read(name).equal(value) and again[name].equal(value)
+            assert file.read_slice(name, value.numel() // 3, value.numel()).equal(
+                value.reshape(-1)[value.numel() // 3 :]
+            )
+
+
+def test_damaged_files(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"w": torch.ones(100)}, path)
+    whole = path.read_bytes()
+    for content in (
+        b"",
+        b"ab",
+        whole[:20],
+        whole[:-4],
+        whole + b"1234",
+        b"\xff" * 64,
+        (2).to_bytes(8, "little") + b"[]",
+    ):
+        path.write_bytes(content)
+        with pytest.raises(RunError, match="damaged"):
+            SafetensorsFile(path)
+    with pytest.raises(RunError, match="damaged or no safetensors"):
+        SafetensorsFile(tmp_path / "none")
+
+
+def write_snapshots(folder: Path, seed: int = 0, **how) -> Path:
+    train_random_walk(make_module(seed), folder, list(range(10, 801, 10)), 10, seed, **how)
+    return folder
+
+
+def test_one_pass_reads_each_number_once(tmp_path, monkeypatch):
+    read = []
+    part = SafetensorsFile.read_slice
+    monkeypatch.setattr(
+        SafetensorsFile, "read_slice", lambda self, n, a, b: read.append((self.path, n, b - a)) or part(self, n, a, b)
+    )
+    available = snapshot.list_snapshots(write_snapshots(tmp_path))
+    targets = [PowerProfile(s) for s in np.geomspace(0.03, 0.2, 8)]
+    weights = snapshot.reconstruct(snapshot.plan_reconstruction(available, targets))
+    floats = {n: v.numel() for n, v in weights[0].items() if v.is_floating_point() and not n.startswith("1.running")}
+    assert sum(n for _, name, n in read if name in floats) == len(available) * sum(floats.values())
+    # What is stored is read from its own file alone.
+    read.clear()
+    snapshot.reconstruct(snapshot.plan_reconstruction(available, [PowerProfile(0.1)]))
+    assert {path for path, _, _ in read} == {available[-1].path}
+
+
+MEMORY_SCRIPT = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from gesso import snapshot
+from gesso.ema import PowerProfile
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+def write(at, n):
+    for i in range(12):
+        snapshot.write(snapshot.snapshot_path(at / "snapshots", 100 * (i + 1), PowerProfile(0.1)), {f"w{j}": torch.ones(n) for j in range(32)}, 100 * (i + 1), PowerProfile(0.1), "any")
+targets = [PowerProfile(0.05 + 0.01 * i) for i in range(8)]
+write(folder / "small", 1000); write(folder / "large", 2**18)
+def held():  # in kB, without the pages of files, which the system takes back when it needs them
+    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1])
+peak = []
+snapshot.reconstruct_to_files(snapshot.plan_reconstruction(snapshot.list_snapshots(folder / "small"), targets), folder / "a")
+before, sums = held(), snapshot._reconstruct_tensors
+def watch(*a):
+    for one in sums(*a):
+        peak.append(held())
+        yield one
+snapshot._reconstruct_tensors = watch
+paths = snapshot.reconstruct_to_files(snapshot.plan_reconstruction(snapshot.list_snapshots(folder / "large"), targets), folder / "b")
+assert len(peak) == 32
+print(max(peak) - before, sum(p.stat().st_size for p in paths) // 1024)
+"""
+
+
+def test_memory_is_bounded(tmp_path):
+    """Eight averages of 32 MB from twelve files of 32 MB: memory for one tensor of 1 MB for each, not 256 MB."""
+    made = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT, tmp_path], capture_output=True, text=True, timeout=180)
+    assert made.returncode == 0, made.stderr
+    grown, size = map(int, made.stdout.split())
+    assert size > 256 * 1024 and grown < 80 * 1024
+
+
+def test_per_tensor_lengths(tmp_path):
+    """The tensors that a glob names are those of the other length; the rest stay."""
+    available = snapshot.list_snapshots(write_snapshots(tmp_path))
+    target = PerTensorProfile(PowerProfile(0.15), (("0.*", PowerProfile(0.03)), ("*.bias", PowerProfile(0.2))))
+    how = snapshot.plan_reconstruction(available, [target, PowerProfile(0.15), PowerProfile(0.03), PowerProfile(0.2)])
+    mixed, rest, first, biases = snapshot.reconstruct(how)
+    for name, value in mixed.items():
+        wanted = first if name.startswith("0.") else biases if name.endswith("bias") else rest
+        torch.testing.assert_close(value, wanted[name], rtol=1e-13, atol=1e-14)
+    assert not mixed["0.weight"].equal(rest["0.weight"])
+    assert how.worst_fit(target) == max((how.fits[p] for p in target.profiles), key=lambda fit: fit.squared_error)
+    (path,) = snapshot.reconstruct_to_files(snapshot.plan_reconstruction(available, [target]), tmp_path / "out")
+    for name, value in load_file(path).items():
+        torch.testing.assert_close(value, mixed[name], rtol=1e-13, atol=1e-14)
+    described = json.loads(SafetensorsFile(path).metadata["gesso"])
+    assert described["tensors"] == {"0.*": {"sigma_rel": 0.03}, "*.bias": {"sigma_rel": 0.2}}
+    assert path != snapshot.snapshot_path(tmp_path / "out", how.nimg, PowerProfile(0.15))
+
+
+# Runs of other trainers.
+
+
+def write_raw_snapshots(folder: Path, every: int = 100) -> list[dict[str, torch.Tensor]]:
+    """Raw weights of a smooth path at steps of 8 images, and all of them."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 6, generator=g, dtype=torch.float64)
+    path = [{"w": (a * np.sin(step / 2000) + b * step / 3000)} for step in range(4001)]
+    for step in range(every, 4001, every):
+        (folder / f"step-{step}").mkdir(parents=True)
+        save_file(path[step], folder / f"step-{step}" / "model.safetensors")
+    return path
+
+
+def test_revisiting_raw_checkpoints(gesso, tmp_path):  # noqa: F811
+    path = write_raw_snapshots(tmp_path / "theirs")
+    files = ["--files", "step-{step}/model.safetensors", "--batch-size", "8"]
+    code, said = gesso("ema", tmp_path / "theirs", "--sigma-rel", "0.1", "--sigma-rel", "0.2", *files)
+    assert code == 0 and "sigma_rel 0.1 at image 32,000" in said and "load_file" in said, said
+    for sigma_rel in (0.1, 0.2):
+        made = load_file(tmp_path / "theirs" / "ema" / f"nimg000000032000-ema{sigma_rel:.4f}.safetensors")
+        part = torch.from_numpy(interval_weights(PowerProfile(sigma_rel), np.arange(4001.0)))
+        wanted = torch.einsum("t,t...->...", part, torch.stack([one["w"] for one in path]))
+        assert float((made["w"] - wanted).norm() / wanted.norm()) < 1e-3
+    # A past time, in images; the same file named by its time.
+    code, said = gesso("ema", tmp_path / "theirs", "--sigma-rel", "0.1", "--nimg", "16k", *files)
+    assert code == 0 and "at image 16,000" in said
+    code, said = gesso("ema", tmp_path / "theirs", "--sigma-rel", ".1", "--files", "step-100/model.safetensors=5k")
+    assert code == 0 and "at image 5,000" in said and "hardly makes" in said
+    assert load_file(tmp_path / "theirs" / "ema" / "nimg000000005000-ema0.1000.safetensors")["w"].equal(path[100]["w"])
+
+
+def test_revisiting_a_traditional_ema(tmp_path):
+    """Another trainer's EMA, decay .99 a step of 8 images: any length from its files."""
+    path = write_raw_snapshots(tmp_path / "raw")
+    average = path[0]["w"].clone()
+    for step in range(1, 4001):
+        average.lerp_(path[step]["w"], 0.01)
+        if step % 50 == 0:
+            save_file({"w": average}, tmp_path / f"ema_{8 * step}.safetensors")
+    asked = export.EmaArgs((0.1,), files=["ema_{nimg}.safetensors"], batch_size=8, decay=0.99)
+    lines = export.export_ema(tmp_path, asked, tmp_path / "out", {})
+    made = load_file(tmp_path / "out" / "nimg000000032000-ema0.1000.safetensors")["w"]
+    part = torch.from_numpy(interval_weights(PowerProfile(0.1), np.arange(4001.0)))
+    wanted = torch.einsum("t,t...->...", part, torch.stack([one["w"] for one in path]))
+    assert float((made - wanted).norm() / wanted.norm()) < 1e-3, lines
+    (kept,) = {
+        s.profile
+        for s in export.external_snapshots(tmp_path, ["ema_{nimg}.safetensors"], None, TraditionalProfile(552))
+    }
+    assert kept == TraditionalProfile(552)  # 8 ln 2 / -ln .99
+
+
+def test_snapshots_of_any_trainer_on_the_command_line(gesso, tmp_path):  # noqa: F811
+    folder = write_snapshots(tmp_path / "mine")
+    code, said = gesso("ema", folder, "--sigma-rel", "0.07", "--tensors", "0.*=0.15")
+    assert code == 0 and "module.load_state_dict(safetensors.torch.load_file(" in said
+    code, said = gesso("ema", folder / "snapshots", "--sigma-rel", "0.07", "--out", tmp_path / "out")
+    made = load_file(tmp_path / "out" / "nimg000000000800-ema0.0700.safetensors")
+    wanted = PostHocEMA.reconstruct(folder, 0.07)
+    assert code == 0 and made.keys() == wanted.keys() and all(made[k].equal(wanted[k]) for k in made)
+    make_module().load_state_dict(made)
+    code, said = gesso("ema", folder, "--sweep", ".05:.2:3")
+    assert code == 2 and "no run.yaml: any length can be made (--sigma-rel), none measured" in said
+    with pytest.raises(UsageError, match="kept by another trainer"):
+        snapshot.reconstruct_from_run(folder, [PowerProfile(0.1)])
+    with pytest.raises(UsageError, match="kept by another trainer"):
+        snapshot.read(next((folder / "snapshots").iterdir()))
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--sigma-rel", "0.1", "--nimg", "801"], "image 801 lies after the last snapshot"),
+        (["--sigma-rel", "0.1", "--nimg", "99"], "no snapshot up to image 99; the first is"),
+        (["--sigma-rel", "0.1", "--nimg", "soon"], "--nimg soon: write a number of images"),
+        (["--sigma-rel", "0.3"], "lies between 0 and 0.2887"),
+        (["--sigma-rel", "0.1", "--tensors", "7.*=0.1"], "no tensor is named 7.*; there are: 0.bias"),
+        (["--sigma-rel", "0.1", "--tensors", "0.*"], "write GLOB=LENGTH"),
+        (["--sigma-rel", "0.1", "--tensors", "0.*=long"], "write GLOB=LENGTH"),
+        (["--sigma-rel", "0.1", "--tensors", "0.*=0.5"], "lies between 0 and 0.2887"),
+        (["--sigma-rel", "0.1", "--metric", "fd"], "--metric has no effect without --sweep"),
+        (["--sigma-rel", "0.1", "sample.steps=3"], "a.b=c has no effect without --sweep"),
+        (["--sigma-rel", "0.1", "--decay", "0.9"], "name them by --files"),
+        (["--sigma-rel", "0.1", "--files", "a.safetensors"], "say where the time stands"),
+        (["--sigma-rel", "0.1", "--files", "a-{step}.safetensors"], "steps become images by --batch-size"),
+        (["--sigma-rel", "0.1", "--files", "a-{nimg}.safetensors"], "fits no safetensors file in"),
+        (["--sigma-rel", "0.1", "--files", "a.safetensors=7"], "write FILE=IMAGES"),
+        (["--sigma-rel", "0.1", "--files", "{nimg}", "--decay", "2", "--batch-size", "1"], "lies between 0 and 1"),
+    ],
+)
+def test_invalid_arguments(gesso, tmp_path, words, said):  # noqa: F811
+    folder = write_snapshots(tmp_path / "mine")
+    code, told = gesso("ema", folder, *words, "--out", tmp_path / "out")
+    assert code == 2 and said in told and "Traceback" not in told and not (tmp_path / "out").exists()
+
+
+def test_two_files_of_one_time(tmp_path):
+    for name in ("a-1k", "b-1000"):
+        save_file({"w": torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(UsageError, match="are both of image 1,000"):
+        export.external_snapshots(tmp_path, ["a-{nimg}.safetensors", "b-{nimg}.safetensors"])
+
+
+def test_inaccurate_lengths_warn(gesso, tmp_path):  # noqa: F811
+    code, said = gesso("ema", write_snapshots(tmp_path), "--sigma-rel", "0.002")
+    assert code == 0 and "warning: what is stored hardly makes one of sigma_rel 0.002: relative error" in said
+    assert "can be made" in said
+
+
+def corrupt_snapshot(folder: Path, change) -> Path:
+    """One of many snapshots, changed."""
+    path = snapshot.list_snapshots(write_snapshots(folder))[3].path
+    file = SafetensorsFile(path)
+    tensors = {name: file.read(name) for name in list(file.keys())}
+    path.unlink()
+    save_file(change(tensors), path, file.metadata)
+    return path
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda t: {k: v for k, v in t.items() if k != "0.bias"}, r"holds other tensors than .*: lacks \['0.bias'\]"),
+        (lambda t: t | {"more": torch.ones(1)}, r"has \['more'\] beside"),
+        (lambda t: t | {"0.bias": torch.ones(6).double()}, r"0.bias has shape \(6,\) in .*, \(5,\) in"),
+        (lambda t: t | {"0.bias": torch.full((5,), float("nan")).double()}, "holds NaN or infinity in 0.bias"),
+    ],
+)
+def test_incompatible_snapshot(tmp_path, change, said):
+    path = corrupt_snapshot(tmp_path, change)
+    for way in (snapshot.reconstruct, lambda plan: snapshot.reconstruct_to_files(plan, tmp_path / "out")):
+        with pytest.raises(RunError, match=said) as caught:
+            way(snapshot.plan_reconstruction(snapshot.list_snapshots(tmp_path), [PowerProfile(0.07)]))
+        assert str(path) in str(caught.value)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_snapshots_of_another_run(tmp_path):
+    write_snapshots(tmp_path / "a")
+    write_snapshots(tmp_path / "b", seed=1)
+    strange = tmp_path / "a" / "snapshots" / "strange.safetensors"
+    snapshot.list_snapshots(tmp_path / "b")[0].path.rename(strange)
+    with pytest.raises(RunError, match="belong to different runs"):
+        PostHocEMA.reconstruct(tmp_path / "a", 0.07)
+    # Of gesso's own runs the setting is named.
+    for i, (name, seed) in enumerate((("a", 0), ("b", 0), ("c", 5))):
+        run = small_run(**{"train.seed": seed, "sample.steps": 3 + i})
+        snapshot.write(tmp_path / "c" / f"{name}.safetensors", {"w": torch.ones(2)}, 10 + i, PowerProfile(0.1), run)
+    available = snapshot.list_snapshots(tmp_path / "c")
+    assert (
+        snapshot.plan_reconstruction(available, [PowerProfile(0.07)], 11).nimg == 11
+    )  # how samples are drawn is no other run
+    with pytest.raises(RunError, match=r"a.safetensors belongs to another run: train.seed is 0 there, 5 in"):
+        snapshot.plan_reconstruction(available, [PowerProfile(0.07)])
+
+
+def test_raw_snapshots_of_a_tracker(tmp_path):
+    snapshot.write(tmp_path / "x.safetensors", {"w": torch.ones(2)}, 10, RawProfile(), "any")
+    assert [s.profile for s in snapshot.list_snapshots(tmp_path)] == [RawProfile()]
+
+
+def test_the_example_runs(tmp_path):
+    script = Path(__file__).parents[2] / "examples" / "any_trainer.py"
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, script, tmp_path], env=env, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    rows = dict(line.split("%")[0].rsplit(maxsplit=1) for line in done.stdout.splitlines())
+    assert float(rows["sigma_rel 0.15"]) < float(rows["last weights"])
+    assert ema.PowerProfile(0.15) not in {s.profile for s in snapshot.list_snapshots(tmp_path)}

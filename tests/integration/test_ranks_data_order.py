@@ -1,0 +1,85 @@
+"""Resumed in the middle of an epoch on other numbers of ranks: the samples, bit by bit, and the weights of the whole run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.distributed import launch, logged_losses, max_weight_difference
+from safetensors.torch import load_file
+from test_cached_training import gesso
+from test_on_the_fly import photos, vae  # noqa: F401
+
+BATCH, EPOCH = 5, 16  # which BATCH does not divide, nor 2 BATCH
+STEPS = 14
+# Writes down every sample that training is given: pixels or latents, label, control, what is dropped.
+SEEN = """
+import os
+from pathlib import Path
+from safetensors.torch import save_file
+from gesso.data.batching import Batches
+finish = Batches.finish
+def seen(self, counter, samples):
+    x0, cond = finish(self, counter, samples)
+    for i, k in enumerate(counter.tolist()):
+        fields = {{name: t[i].contiguous() for name, t in vars(cond).items() if t is not None}}
+        kept = Path({folder!r}) / f"{{os.getpid()}}"
+        save_file({{"x0": x0[i].contiguous()}} | fields, kept)
+        os.replace(kept, kept.with_name(str(k)))
+    return x0, cond
+Batches.finish = seen
+"""
+
+
+def samples(folder: Path) -> dict[int, dict[str, torch.Tensor]]:
+    return {int(path.name): load_file(path) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "cached latents",
+        "folder",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("cached pixels", "folder through a VAE")),
+    ],
+)
+def test_other_ranks_see_the_same_samples(photos, vae, tmp_path, kind):  # noqa: F811
+    views = ["--views", 2, "--crop-scale", ".5,1", "--flip", "--batch-size", 8]
+    source, settings = photos, {"data.crop_scale": "[0.5,1]", "data.flip": "true"}
+    if kind.startswith("cached"):
+        source, settings = tmp_path / "cache", {}
+        through = ["--resolution", 32, "--vae", vae] if "latents" in kind else ["--resolution", 16]
+        gesso("cache", photos, source, *through, *views)
+    elif "VAE" in kind:
+        settings |= {"latent.vae": vae, "data.resolution": 32}
+    settings |= {
+        "control.variables": "flip,crop", "dropout.control": 0.3, "train.dtype": "float64", "train.batch_size": BATCH,
+        "train.total_images": STEPS * BATCH, "train.snapshot_every": STEPS * BATCH, "train.log_every": BATCH,
+        "train.checkpoint_every": 2 * BATCH,
+    }  # fmt: skip
+    said = {"data.source": source, "data.channels": 3, "net.hidden_size": 32, "net.depth": 1, "net.num_heads": 2, "net.patch_size": 1,
+            "data.resolution": 16, "train.num_threads": 1, "eval.toy_metrics": "none", "optim.warmup_images": 0}  # fmt: skip
+
+    def train(name: str, world: int, **more) -> None:
+        seen = tmp_path / f"seen {name}"
+        seen.mkdir(exist_ok=True)
+        job = {
+            "out": str(tmp_path / name),
+            "settings": {k: str(v) for k, v in (said | settings).items()},
+            "resume": True,
+        }
+        launch(world, [job | {"prelude": SEEN.format(folder=str(seen))} | more])
+
+    train("whole", 1)
+    train("parts", 1, stop_at=4 * BATCH)  # states are those of 2, 4, ... batches
+    train("parts", 2, stop_at=9 * BATCH)
+    train("parts", 1)
+    one, other = samples(tmp_path / "seen whole"), samples(tmp_path / "seen parts")
+    assert [*range(STEPS * BATCH)] == sorted(k for k in one if k < STEPS * BATCH)
+    assert STEPS * BATCH > 4 * EPOCH and 4 * BATCH % EPOCH and 8 * BATCH % EPOCH
+    for k in range(STEPS * BATCH):
+        assert one[k].keys() == other[k].keys() >= {"x0", "label", "has_semantic", "has_control", "control_high"}
+        assert all(one[k][name].equal(other[k][name]) for name in one[k]), k
+    assert len({str(sample["control_high"]) for sample in one.values()}) > 20  # crops differ
+    assert len({bool(sample["has_control"]) for sample in one.values()}) == 2
+    assert max_weight_difference(tmp_path / "whole", tmp_path / "parts") < 1e-10
+    assert logged_losses(tmp_path / "parts") == pytest.approx(logged_losses(tmp_path / "whole"), rel=1e-10)

@@ -1,0 +1,244 @@
+"""Pages on runs: what is on them, that they stand alone, and that they say what is wrong."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from conftest import tiny_run
+from PIL import Image
+from typer.testing import CliRunner
+
+from gesso import config, report
+from gesso.cli import app
+from gesso.errors import UsageError
+from gesso.report import figures, several
+from gesso.report import folder as folders
+from gesso.training.run_folder import open_dataset_for_run
+
+MEASURED = {"class_agreement": 0.9, "frechet_distance": 1.5, "frechet_distance_std": 0.1}
+
+
+def written(out: Path, lines: list[dict], metrics: dict | None = None, **settings) -> Path:
+    """A run folder as training leaves it, made up."""
+    from rich.console import Console
+
+    run, _ = open_dataset_for_run(tiny_run(**settings), Console(quiet=True))
+    out.mkdir(parents=True)
+    config.save_config(run, out / "run.yaml")
+    (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if metrics:
+        (out / "metrics.json").write_text(json.dumps(metrics))
+    (out / "samples").mkdir()
+    for nimg in (1000, 2000, 3000, 4000, 5000):
+        Image.new("L", (8, 8), nimg // 20).save(out / "samples" / f"nimg{nimg:012d}.png")
+    return out
+
+
+def log(scale: float = 1.0, n: int = 40) -> list[dict]:
+    lines: list[dict] = [{"nimg": 0, "unreadable": [["bad <name>.png", "truncated"]]}]
+    for i in range(1, n + 1):
+        loss = scale / i
+        lines.append({
+            "nimg": 100 * i, "loss": loss, "lr": 1e-3, "loss_by_noise": [None] + [loss * (b + 1) for b in range(1, 10)],
+            "grad_norm": 1.0 + i % 3, "images_per_second": 50.0, "waiting": 0.01, "utilisation": 0.3, "product_teraflops": 0.1,
+        })  # fmt: skip
+        if i % 10 == 0:
+            by = [loss] * 10
+            lines.append({"nimg": 100 * i, "validation": {"weights": 2 * loss, "ema0.05": loss},
+                          "validation_by_noise": {"weights": by, "ema0.05": by}})  # fmt: skip
+            pair = [2.0 + scale * i, 1.0 + scale * i]
+            lines.append(
+                {
+                    "nimg": 100 * i,
+                    "magnitudes": {k: {"block 1": pair, "blocks 2-3": pair} for k in ("activations", "weights")},
+                }
+            )
+            lines.append({"nimg": 100 * i, "metrics": MEASURED})
+    return lines
+
+
+class Checker(HTMLParser):
+    """Raises when elements are not closed in order; collects what would be loaded."""
+
+    VOID = {"meta", "img", "link", "br", "path", "use", "image"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.loaded, self.headings, self.text = [], [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href") and not (value or "").startswith(("data:", "#")):
+                self.loaded.append((tag, value))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open and self.open.pop() == tag, tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+        self.text.append(data)
+
+
+def checked(page: Path) -> Checker:
+    found = Checker()
+    found.feed(page.read_text())
+    assert found.open == [] and found.loaded == []
+    assert "@import" not in page.read_text() and "<script" not in page.read_text()
+    return found
+
+
+def test_a_page_on_one_run(tmp_path):
+    out = written(tmp_path / "one & <only>", log())
+    assert report.write(out) == out / "report.html"
+    found = checked(out / "report.html")
+    assert found.headings == [
+        "Samples", "Samples on the way", "Training", "Loss by noise level", "Magnitudes", "Speed", "Made with", "Recipe",
+    ]  # fmt: skip
+    text = " ".join(found.text)
+    assert "one & <only>" in text and "bad <name>.png" in text and "4,000" in text
+    assert (out / "report.html").read_text().count("data:image/png") == 4  # of five, evenly
+    assert "image 1,000" in text and "image 5,000" in text
+    # The same bytes again.
+    before = (out / "report.html").read_bytes()
+    report.write(out)
+    assert (out / "report.html").read_bytes() == before
+
+
+def test_a_log_of_an_older_run_and_one_without_lines(tmp_path):
+    plain = [
+        {"nimg": 100 * i, "loss": 1 / i, "lr": 1e-3, "grad_norm": None, "images_per_second": 5.0} for i in (1, 2, 3)
+    ]
+    checked(report.write(written(tmp_path / "old", plain)))
+    checked(report.write(written(tmp_path / "none", [])))
+    checked(report.write([tmp_path / "old", tmp_path / "none"], tmp_path / "both.html"))
+
+
+def test_comparison_of_runs(tmp_path):
+    protocol = {"steps": 20, "images": 10}
+    a = written(tmp_path / "a", log(), MEASURED | {"protocol": protocol, "floor": {"frechet_distance": 0.5}})
+    b = written(
+        tmp_path / "b",
+        log(2.0),
+        MEASURED | {"protocol": protocol | {"steps": 32}},
+        **{"optim.lr": 0.5, "train.seed": 3},
+    )
+    found = checked(report.write([a, b], tmp_path / "page.html"))
+    assert found.headings == ["Scores", "Samples", "Training", "Magnitudes", "Speed", "Settings that differ"]
+    page = (tmp_path / "page.html").read_text()
+    cells = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", page)
+    assert ("optim.lr", "0.002", "0.5") in cells and ("train.seed", "0", "3") in cells
+    assert ("frechet distance", "1.5 \u00b1 0.1", "1.5 \u00b1 0.1") in cells
+    assert ("floor frechet distance", "0.5", "\u2013") in cells and ("steps", "20", "32") in cells
+    assert not [row for row in cells if row[0] in ("net.hidden_size", "images")]
+    assert page.count("data:image/png") == 2
+
+
+def test_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b/a"):
+        written(tmp_path / name, log(n=3))
+    done = CliRunner().invoke(app, ["report", "a", "b/a"])
+    assert done.exit_code == 0 and "wrote report.html" in done.output
+    assert "b/a" in checked(tmp_path / "report.html").text  # equal names are told apart by their paths
+    with pytest.raises(UsageError, match="a run is named twice"):
+        report.write([Path("a"), tmp_path / "a"])
+    with pytest.raises(UsageError, match="nowhere holds no trained run"):
+        report.write([Path("a"), Path("nowhere")])
+
+
+def test_long_curves_are_averaged_in_groups(tmp_path):
+    lines = [{"nimg": i, "loss": float(i)} for i in range(1, 1001)]
+    found = folders.Folder(tmp_path, "x", None, lines, {})
+    x, y = found.curve("loss")
+    assert len(x) <= folders.MOST and x[-1] == 1000 and y[0] == 2.5 and x[0] == 4  # of 1, 2, 3, 4
+    assert sum(y) / len(y) == pytest.approx(500.5)
+    assert found.curve("loss_by_noise", 3) == ([], []) and found.last("none", 2) is None
+
+
+def test_what_is_late(tmp_path):
+    lines = [{"nimg": i, "by": [None, float(i)]} for i in range(1, 21)]
+    assert folders.Folder(tmp_path, "x", None, lines, {}).late("by") == [None, 19.5]
+    assert folders.Folder(tmp_path, "x", None, [], {}).late("by") == []
+
+
+def test_growth_is_relative_to_the_first(tmp_path):
+    lines = [{"nimg": n, "magnitudes": {"weights": {"a": [n, 1.0], "b": [3 * n, 3.0]}}} for n in (1, 2)]
+    found = folders.Folder(tmp_path, "x", None, lines, {})
+    assert several.growth(found, "weights", 0) == ([1, 2], [1.0, 2.0])
+    assert several.growth(found, "weights", 1) == ([1, 2], [1.0, 1.0])
+
+
+def test_strokes_of_many_runs_differ():
+    assert len({figures.stroke(i) for i in range(8)}) == 8
+    svg = figures.lines({f"run {i}": ([1.0, 2.0], [i, i + 1.0]) for i in range(6)}, "loss")
+    assert svg.startswith("<svg") and all(colour in svg for colour in figures.COLOURS[:6])
+    assert figures.lines({"a": ([1.0], [1.0])}, "loss") == "" == figures.lines({}, "loss")
+
+
+def test_no_figure_without_matplotlib(tmp_path, monkeypatch):
+    from gesso.report import write  # the function: the module of that name stands behind it
+
+    out = written(tmp_path / "run", log(n=2))
+    monkeypatch.setattr(write.__globals__["importlib"].util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"reports need matplotlib: pip install 'gesso\[plots\]'"):
+        report.write(out)
+
+
+def measurement(fid: float, name: str = "berrada", **protocol) -> dict:
+    told = {
+        "name": name,
+        "images": 50_000,
+        "repeats": 1,
+        "steps": 250,
+        "nimg": 4000,
+        "sigma_rel": 0.05,
+        "labels": None,
+        "networks": {"inception": "x"},
+    }
+    return {"scores": {"fid": {"values": [fid], "best": fid, "mean": fid}}, "protocol": told | protocol}
+
+
+def test_one_table_per_protocol(tmp_path):
+    a, b = written(tmp_path / "a", log()), written(tmp_path / "b", log())
+    least = measurement(2.5, "edm2", repeats=3)
+    (a / "scores.json").write_text(json.dumps({"1": measurement(7.25), "2": least}))
+    (b / "scores.json").write_text(
+        json.dumps({"1": measurement(6.75, nimg=9000, sigma_rel=0.1), "2": measurement(8.5, steps=50)})
+    )
+    one = checked(report.write([a], None))
+    assert "Measured" in one.headings and {"7.25", "2.5", "best of 3", "berrada: 50,000 samples, image 4,000"} <= set(
+        one.text
+    )
+    lossy = {"loss": 0.5, **{f"loss_{10 * i}_{10 * i + 10}": i + 0.125 for i in range(10)}}
+    told = {"networks": {}, "loss_pairs": 700, "sigma_rel": 0.1, "name": None}
+    pairs = measurement(0, **told) | {
+        "scores": {name: {"values": [v], "least": v, "mean": v} for name, v in lossy.items()}
+    }
+    (a / "scores.json").write_text(json.dumps({"1": measurement(7.25), "2": least, "3": pairs}))
+    text = " ".join(checked(report.write([a], None)).text)
+    assert (
+        "berrada: 50,000 samples, image 4,000, sigma_rel 0.05" in text
+        and "scores: 700 pairs, image 4,000, sigma_rel 0.1" in text
+    )
+    assert "by noise, clean to noise 0.125 1.12 2.12" in text and "loss_0_10" not in text
+    both = checked(report.write([a, b], tmp_path / "both.html"))
+    text = " ".join(both.text)
+    # Three ways: at 250 steps both runs, in one table; the others alone.
+    assert "7.25 6.75" in text and both.text.count("berrada: 50,000 samples") == 2 and "8.5" in both.text
+    assert both.text.count("edm2: 50,000 samples") == 1
+    # Several lengths of one run are told apart.
+    lengths = {str(s): measurement(10 * s, sigma_rel=s) for s in (0.05, 0.2)}
+    (a / "scores.json").write_text(json.dumps(lengths))
+    text = " ".join(checked(report.write([a, b], tmp_path / "both.html")).text)
+    assert "sigma_rel 0.05" in text and "sigma_rel 0.2" in text and " 0.5 " in text and " 2 " in text
