@@ -37,8 +37,8 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "from nothing": ("", []),
     "all on": ("whole", []),
     "positions extrapolated": ("whole", ["init.pos_embed=extrapolated"]),
-    "noise kept": ("whole", ["init.noise_levels=kept"]),
-    "both off": ("whole", ["init.pos_embed=extrapolated", "init.noise_levels=kept"]),
+    "noise kept": ("whole", ["init.noise_levels=keep"]),
+    "both off": ("whole", ["init.pos_embed=extrapolated", "init.noise_levels=keep"]),
     "all on, local crops before": ("local", []),
 }
 

@@ -18,16 +18,16 @@ class InitConfig(Settings):
     snapshot file, or a weight file of another project. init=RUN is short for init.source=RUN. null: random
     initialization"""
     labels: str | None = None
-    """mapping from the classes of this run to those of the source: names (equal names), index (equal numbers), fresh
+    """mapping from the classes of this run to those of the source: names (equal names), index (equal numbers), random
     (random embeddings), or a JSON or YAML file {class: source class}. null: names if both have names, otherwise
     index"""
     pos_embed: Literal["resampled", "extrapolated"] = "resampled"
     """position grid at another resolution: resampled puts more tokens into the source's range (Berrada et al.
     Pseudocode 1); extrapolated keeps the source's spacing and extends the range (Figure 8a). net.pos_embed=interpolated
     resizes the source's table bicubically (Figure 4)"""
-    noise_levels: Literal["scaled", "kept"] = "scaled"
-    """process.resolution_scale at k times the source's resolution: scaled is k times the source's value (Proposition
-    1); kept is the source's value (Figure 8b)"""
+    noise_levels: Literal["scale", "keep"] = "scale"
+    """process.resolution_scale at k times the source's resolution: scale is k times the source's value (Proposition
+    1); keep is the source's value (Figure 8b)"""
     process: Literal["source", "run"] = "source"
     """noise process for weights of another project: source is the one they were trained with (DiT: linear betas); run
     is the one set by process.*"""

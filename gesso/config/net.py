@@ -34,7 +34,7 @@ class InputSpec(NamedTuple):
     text_dim: channels of a text token; 0: no text condition.
     pooled_dim: channels of the pooled text embedding; 0: none.
     pos_embed_base: height and width of the x whose token grid position embeddings refer to; None: resolution.
-    positions_span: height and width of the x whose token grid spans that one; None: any.
+    pos_embed_span: height and width of the x whose token grid spans that one; None: any.
     """
 
     channels: int
@@ -44,7 +44,7 @@ class InputSpec(NamedTuple):
     pooled_dim: int = 0
     control: ControlSpec = ControlSpec()
     pos_embed_base: int | None = None
-    positions_span: int | None = None
+    pos_embed_span: int | None = None
 
     @property
     def has_semantic(self) -> bool:
@@ -176,7 +176,7 @@ class TransformerConfig(Settings):
     pos_embed_base: PositiveInt | None = None
     """resolution in pixels whose token grid is the training grid of net.pos_embed. Set when weights are transferred to
     another data.resolution: base_size = grid_size / scale (Berrada et al. Pseudocode 1). null: data.resolution"""
-    positions_span: PositiveInt | None = None
+    pos_embed_span: PositiveInt | None = None
     """resolution in pixels whose token grid spans that of net.pos_embed_base: resampled keeps its step, interpolated
     resizes its table. Set when weights with resampled positions are transferred. null: the current grid"""
 
@@ -188,8 +188,8 @@ class TransformerConfig(Settings):
             raise ValueError(
                 f"net.hidden_size={self.hidden_size} is not a multiple of 4, which 2-D sine-cosine positions need"
             )
-        if self.positions_span is not None and self.pos_embed not in ("resampled", "interpolated"):
-            raise ValueError(f"net.positions_span is not for net.pos_embed={self.pos_embed}: set it to null")
+        if self.pos_embed_span is not None and self.pos_embed not in ("resampled", "interpolated"):
+            raise ValueError(f"net.pos_embed_span is not for net.pos_embed={self.pos_embed}: set it to null")
         return self
 
     @property
@@ -255,9 +255,9 @@ class MDTConfig(TransformerConfig):
     def _check_depth(self) -> "MDTConfig":
         if self.pos_embed != "resampled":
             raise ValueError(f"net.pos_embed={self.pos_embed} is not for mdt, which learns its positions: leave it out")
-        if self.pos_embed_base is not None or self.positions_span is not None:
+        if self.pos_embed_base is not None or self.pos_embed_span is not None:
             raise ValueError(
-                "net.pos_embed_base and net.positions_span are not for mdt, which learns its positions: leave them out"
+                "net.pos_embed_base and net.pos_embed_span are not for mdt, which learns its positions: leave them out"
             )
         if self.mask_ratio[0] > self.mask_ratio[1] or self.mask_ratio[1] == 1:
             raise ValueError(f"net.mask_ratio={self.mask_ratio} must be in ascending order and below 1")
@@ -296,7 +296,7 @@ class MMDiTConfig(TransformerConfig):
                 f"net.pos_embed_max_size={size} uses SD3's position table, net.pos_embed={self.pos_embed} another: "
                 "set one of them"
             )
-        for name in ("pos_embed_base", "positions_span"):
+        for name in ("pos_embed_base", "pos_embed_span"):
             if size is not None and getattr(self, name) is not None:
                 raise ValueError(f"net.pos_embed_max_size={size} uses SD3's position table: leave {name} out")
         if dual and self.separate_text_weights != "all":

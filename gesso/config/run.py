@@ -213,7 +213,7 @@ class RunConfig(Settings):
     def _check(self) -> "RunConfig":
         for block in ("data", "sample"):
             self._check_resolution(block, getattr(self, block).resolution)
-        for name in ("pos_embed_base", "positions_span"):
+        for name in ("pos_embed_base", "pos_embed_span"):
             pixels, unit = getattr(self.net, name, None), self.net.size_multiple * self.downsample_factor
             if pixels and pixels % unit:
                 raise ValueError(f"net.{name}={pixels} is not a multiple of {unit}, the pixels of a token")
@@ -395,7 +395,7 @@ class RunConfig(Settings):
         `control.step_threshold` is still a sigma; `diffusion.denoiser` converts it to progress of the process.
         """
         control, semantic, factor = self.control, self.semantic, self.downsample_factor
-        text, span = semantic.kind == "text", getattr(self.net, "positions_span", None)
+        text, span = semantic.kind == "text", getattr(self.net, "pos_embed_span", None)
         pooled = text and isinstance(self.net, MMDiTConfig | UNetConfig) and self.net.pooled_mlp != "none"
         return InputSpec(
             channels=self.x0_channels,
@@ -412,5 +412,5 @@ class RunConfig(Settings):
                 step_threshold=control.step_sigma,
             ),
             pos_embed_base=self.pos_embed_base // factor if self.pos_embed_base else None,
-            positions_span=span // factor if span else None,
+            pos_embed_span=span // factor if span else None,
         )

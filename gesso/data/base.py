@@ -1,9 +1,9 @@
-"""What training reads: samples by image and by sample counter, whatever lies behind them.
+"""Interface between training and its data: `Dataset` returns batches by image index and sample index.
 
-images.Images holds a small source in memory, live.Live decodes a large one as it goes, cache.Cache reads what
-`gesso cache` wrote.
+Implementations: `in_memory.InMemoryDataset` holds a small source in memory, `on_the_fly.OnTheFlyDataset` decodes a
+large source during training, and `cache.read.CachedDataset` reads files that `gesso cache` wrote.
 
-Legend: N images, B samples; C channels of pixels, H W of their size; c channels of latents, h w of theirs.
+Legend: N images, B samples; C channels of pixels, H W their size; c channels of latents, h w their size.
 """
 
 import abc
@@ -21,15 +21,17 @@ from gesso.errors import UsageError
 
 
 class SampleBatch(NamedTuple):
-    """B samples, on the CPU.
+    """B samples on the CPU.
 
-    x       pixels (B, C, H, W) uint8, or latents (B, 2c, h, w) float: means, then standard deviations
-    sizes   (B, 2) height and width of the whole picture; boxes (B, 4) float32 crops.View of it as it is stored, not
-            mirrored (`columns` states them in the frame that is shown); flips (B,) bool
-    tone    (B, 2) float32, mean and standard deviation of the pixels of the view
-    labels  (B,) int64
-    index   (B,) int64, which images they are
-    texts   tokens of the captions, where the data set keeps them; else they are encoded as they come
+    Attributes:
+        x: Pixels (B, C, H, W) uint8, or latents (B, 2c, h, w) float: means, then standard deviations.
+        original_sizes: (B, 2) height and width in pixels of the uncropped image.
+        crop_boxes: (B, 4) float32 top, left, bottom, right as shares of the stored, unmirrored image.
+        flips: (B,) bool, true where the sample is mirrored left to right.
+        pixel_stats: (B, 2) float32 mean and standard deviation of the pixels of the sample, in 0..255.
+        labels: (B,) int64 class indices.
+        indices: (B,) int64 image indices.
+        encoded_text: Tokens of the captions if the dataset stores them; None if they are encoded during training.
     """
 
     x: Tensor
@@ -42,16 +44,25 @@ class SampleBatch(NamedTuple):
     encoded_text: EncodedText | None = None
 
     def control_columns(self) -> dict[str, Tensor]:
-        """Columns of control by name, (B,) float32 each, in the units of config.CONTROLS."""
+        """Return the control variables by name, (B,) float32 each, in the units of config.CONTROLS."""
         return crops.control_columns(self.original_sizes, self.crop_boxes, self.flips, self.pixel_stats)
 
 
 class Dataset(abc.ABC):
-    """N images. Any thread may call `take` at any time; it depends on nothing but its arguments.
+    """N images. Methods are thread-safe, and their results depend only on their arguments.
 
-    labels (N,) int64; captions N, empty where there is none; class_names empty where there are no classes; notes for
-    the user; unreadable (name, reason) of images that were left out; latents: x is latents; immediate: `take` costs next
-    to nothing; far: files are fetched as they are needed, few at a time.
+    Attributes:
+        uri: The setting data.source.
+        labels: (N,) int64 class indices.
+        captions: N captions; "" for an image without a caption.
+        class_names: Names of the classes; empty without classes.
+        notes: Messages for the user.
+        unreadable: (name, reason) of each image that was left out.
+        has_latents: Whether `SampleBatch.x` holds latents.
+        is_cheap: Whether `get` is so fast that prefetching does not pay.
+        is_remote: Whether files are fetched from an address during training.
+        text_config: Settings of the stored tokens; None if `get` returns no tokens.
+        validation_indices: (k,) int64, ascending: images that `sample_order` never returns.
     """
 
     uri: str
@@ -64,45 +75,49 @@ class Dataset(abc.ABC):
     is_cheap = False
     is_remote = False
     text_config: SemanticConfig | None = None
-    """how the captions were encoded, where `take` gives their tokens"""
     validation_indices = torch.zeros(0, dtype=torch.int64)
-    """(k,) rising: images that `order` never comes to"""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @abc.abstractmethod
     def get(self, indices: Tensor, sample_index: Tensor) -> SampleBatch:
-        """Samples `counter` (B,) of the images `index` (B,): what is drawn of a view is keyed to the counter."""
+        """Return augmented samples.
+
+        Args:
+            indices: (B,) int64 image indices.
+            sample_index: (B,) int64 sample indices, the keys of all random draws.
+        """
 
     @abc.abstractmethod
     def get_unaugmented(self, indices: Tensor) -> SampleBatch:
-        """The images `index` (B,) with nothing drawn: the middle, not mirrored."""
+        """Return the images `indices` (B,) without augmentation: centre crop, not mirrored."""
 
     def reference_images(self, indices: Tensor) -> Tensor:
-        """x of the images `index` (B,) as they are compared with generated ones."""
+        """Return x of the images `indices` (B,) in the form that generated images are compared with."""
         return self.get_unaugmented(indices).x
 
     @abc.abstractmethod
     def channel_stats(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation per channel, float64: of pixels in [-1, 1], or of raw latents."""
+        """Return mean and standard deviation per channel, float64: of pixels in [-1, 1], or of raw latents."""
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """16 hex digits that change with the images."""
+        """Return 16 hex digits that change with the images."""
 
     def indices_of_size(self, height: int, width: int) -> Tensor:
-        """(n,) images whose views have that size in pixels."""
+        """Return the indices (n,) of images whose samples have this size in pixels."""
         return torch.arange(len(self))
 
     def implied_settings(self, run: RunConfig) -> dict[str, dict[str, object]]:
-        """Fields of the run's blocks `data` and `latent` that the images themselves settle."""
+        """Return the settings of the sections `data` and `latent` that the dataset determines."""
         return {}
 
     def hold_out_validation(self, count: int) -> None:
-        """Keep `count` images from training, the same ones whatever its seed. To be called before `order`.
+        """Exclude `count` images from training; the choice does not depend on the seed. Call before `sample_order`.
 
-        Raises UsageError when none would be left.
+        Raises:
+            UsageError: No training image would remain.
         """
         if count >= len(self):
             raise UsageError(
@@ -111,18 +126,21 @@ class Dataset(abc.ABC):
         self.validation_indices = select_validation(len(self), count) if count else self.validation_indices
 
     def sample_order(self, seed: int, batch_size: int) -> EpochShuffle | ExcludeIndices:
-        """Which image a sample counter stands for."""
+        """Return the function that maps sample indices (B,) to image indices (B,)."""
         order = EpochShuffle(len(self) - len(self.validation_indices), seed)
         return ExcludeIndices(order, self.validation_indices) if len(self.validation_indices) else order
 
 
 def pixel_channel_stats(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel, float64, of uint8 (B, C, H, W) as numbers in [-1, 1]."""
+    """Return mean and standard deviation per channel, (C,) float64, of uint8 (B, C, H, W) scaled to [-1, 1]."""
     values = pixels.double().transpose(0, 1).flatten(1)
     return values.mean(dim=1) / 127.5 - 1, values.std(dim=1, correction=0) / 127.5
 
 
 def latent_channel_stats(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """As `pixel_moments`, of raw latents drawn from (B, 2c, h, w): the variance of means and the mean of variances."""
+    """Return mean and standard deviation per channel, (c,) float64, of samples of the posteriors (B, 2c, h, w).
+
+    The variance is that of the means plus the mean of the variances.
+    """
     mean, std = (half.double().transpose(0, 1).flatten(1) for half in latents.chunk(2, dim=1))
     return mean.mean(dim=1), torch.sqrt(mean.var(dim=1, correction=0) + std.square().mean(dim=1))

@@ -1,10 +1,10 @@
-"""The batch that a run of sample counters makes.
+"""Make training batches: x0 and conditions for given sample indices.
 
-The counter k = 0, 1, 2, ... counts samples since the beginning of training, over all ranks. Everything
-about sample k is a function of (seed, k): order, crop, flip, withheld conditions, latent noise, and in the loop noise
-level and noise. The state of the data is therefore one integer, `nimg`.
+The sample index k = 0, 1, 2, ... counts samples since the start of training, over all ranks. Everything about sample k
+is a function of (seed, k): image, crop, flip, condition dropout, latent noise, and in the training loop noise level and
+noise. So the state of the data is one integer, `nimg`.
 
-Legend: B samples, n numbers of control; x0 (B, C, H, W).
+Legend: B samples, n control variables; x0 (B, C, H, W).
 """
 
 import functools
@@ -22,11 +22,11 @@ from gesso.data.encoders import text
 from gesso.data.normalization import Normalizer
 
 MAX_CACHED_TEXT_BYTES = 2**30
-"""bytes of text tokens that are kept once they were encoded; where all would take more, none are"""
+"""Maximum bytes of the cache of encoded captions; if all captions need more, nothing is cached."""
 
 
 class Batcher:
-    """x0 and conditions for any run of sample counters, on `device`; x0 of standard deviation sd."""
+    """Function from sample indices (B,) to x0, of standard deviation `sigma_data`, and conditions on `device`."""
 
     def __init__(self, dataset: Dataset, run: RunConfig, sigma_data: float, device: torch.device):
         self.dataset, self.run, self.device = dataset, run, device
@@ -39,35 +39,35 @@ class Batcher:
 
     @functools.cached_property
     def sample_order(self) -> Callable[[Tensor], Tensor]:
-        """Which image a sample counter stands for."""
+        """Return the function that maps sample indices (B,) to image indices (B,)."""
         return self.dataset.sample_order(self.run.train.seed, self.run.train.batch_size)
 
     def __call__(self, sample_index: Tensor) -> tuple[Tensor, Cond]:
-        """x0 and the conditions of the samples `counter` (B,)."""
+        """Return x0 (B, C, H, W) and the conditions of the samples `sample_index` (B,)."""
         return self.to_device(sample_index, self.fetch(sample_index))
 
     def fetch(self, sample_index: Tensor) -> SampleBatch:
-        """What comes from disk and processor; any thread may do it."""
+        """Read the samples `sample_index` (B,) on the CPU; thread-safe."""
         samples = self.dataset.get(self.sample_order(sample_index), sample_index)
         return samples._replace(x=samples.x.pin_memory()) if self.device.type == "cuda" else samples
 
     def prefetch(self, sample_indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Cond]]:
-        """(counter, x0, conditions) of each; while one is used, the next is fetched."""
+        """Yield (sample_index, x0, conditions) of each batch; the next batch is read in a thread meanwhile."""
         if self.dataset.is_cheap:
-            yield from ((counter, *self(counter)) for counter in sample_indices)
+            yield from ((sample_index, *self(sample_index)) for sample_index in sample_indices)
             return
         with ThreadPoolExecutor(1, "fetch") as pool:
-            waiting = None
-            for counter in sample_indices:
-                following = counter, pool.submit(self.fetch, counter)
-                if waiting:
-                    yield waiting[0], *self.to_device(waiting[0], waiting[1].result())
-                waiting = following
-            if waiting:
-                yield waiting[0], *self.to_device(waiting[0], waiting[1].result())
+            pending = None
+            for sample_index in sample_indices:
+                following = sample_index, pool.submit(self.fetch, sample_index)
+                if pending:
+                    yield pending[0], *self.to_device(pending[0], pending[1].result())
+                pending = following
+            if pending:
+                yield pending[0], *self.to_device(pending[0], pending[1].result())
 
     def to_device(self, sample_index: Tensor, samples: SampleBatch) -> tuple[Tensor, Cond]:
-        """x0 and conditions on the device."""
+        """Return x0 and the conditions of `samples` on the device, with condition dropout applied."""
         seed = self.run.train.seed
         x0 = self.normalizer.to_x0(samples.x.to(self.device, non_blocking=True), seed, sample_index, self.dtype)
         has_semantic, has_control = shown(self.run, sample_index)
@@ -85,9 +85,9 @@ class Batcher:
         return {"label": samples.labels} if cfg.kind == "label" and self.run.data.num_classes else {}
 
     def control_rows(self, sample_index: Tensor) -> Tensor:
-        """(B, n) control variables of the samples, in the order of `columns`."""
-        parts = sample_index.split(self.run.train.batch_size)  # what is taken at once has one size
-        return torch.cat([self._stack_columns(self.dataset.get(self.sample_order(some), some)) for some in parts])
+        """Return the control variables (B, n) of the samples, in the order of `control_names`."""
+        batches = sample_index.split(self.run.train.batch_size)  # images of one batch have one size
+        return torch.cat([self._stack_columns(self.dataset.get(self.sample_order(k), k)) for k in batches])
 
     def _stack_columns(self, samples: SampleBatch) -> Tensor:
         columns = samples.control_columns()
@@ -98,7 +98,7 @@ class Batcher:
 
 
 class _TextTokenCache:
-    """Tokens of the captions of samples: encoded when they first come, and kept where there is room."""
+    """Encode captions at their first use, and cache the tokens if all fit into MAX_CACHED_TEXT_BYTES."""
 
     def __init__(self, encoder: text.TextEncoder, dataset: Dataset):
         self.encoder, self.captions, n = encoder, dataset.captions, len(dataset)
@@ -116,8 +116,8 @@ class _TextTokenCache:
         if self.cached is None:
             return self._encode(index)
         if len(new := index[~self.is_cached[index]].unique()):
-            for kept, some in zip(self.cached, self._encode(new), strict=True):
-                kept[new] = some
+            for stored, values in zip(self.cached, self._encode(new), strict=True):
+                stored[new] = values
             self.is_cached[new] = True
         return text.EncodedText(*(field[index] for field in self.cached))
 
@@ -126,7 +126,7 @@ class _TextTokenCache:
 
 
 def shown(run: RunConfig, counter: Tensor) -> tuple[Tensor, Tensor]:
-    """Return has_semantic and has_control (B,) of the samples `counter`: one draw by the shares of run.dropout."""
+    """Draw condition dropout: return has_semantic and has_control, (B,) bool, with the probabilities of run.dropout."""
     d, u = run.dropout, rng.uniform(run.train.seed, counter, "label dropout")[:, 0]
     neither, lacks_semantic = u < d.both, u < d.both + d.semantic
     lacks_control = ~lacks_semantic & (u < d.both + d.semantic + d.control)
@@ -134,7 +134,7 @@ def shown(run: RunConfig, counter: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def control_tensors(run: RunConfig, rows: Tensor) -> dict[str, Tensor]:
-    """Rows (B, n) as the two fields of Cond; a level without variables is absent."""
+    """Split control variables (B, n) into the fields control_high and control_low of Cond; empty ones are left out."""
     high = len(run.control.column_names("high"))
     fields = {"control_high": rows[:, :high], "control_low": rows[:, high:]}
     return {name: values for name, values in fields.items() if values.shape[1]}
@@ -143,7 +143,7 @@ def control_tensors(run: RunConfig, rows: Tensor) -> dict[str, Tensor]:
 def text_tensors(
     cfg: SemanticConfig, encoded: text.EncodedText, seed: int, sample_index: Tensor
 ) -> dict[str, Tensor | None]:
-    """B texts as the fields of Cond; the noise of the padding is keyed to the sample (B,)."""
+    """Return encoded captions as fields of Cond; the padding noise is keyed to `sample_index` (B,)."""
     tokens, lengths, pooled = encoded
     eps = rng.normal(seed, sample_index, "text padding", tokens.shape[1:]) if cfg.padding == "noisy" else None
     padded, mask = pad_text(tokens, lengths, cfg.padding, cfg.padding_noise, eps)

@@ -1,10 +1,10 @@
-"""Which part of a picture a sample shows, and what control variables say of it (Berrada et al. Sections 2.1, 2.2).
+"""Crops of images, and the control variables that describe them (Berrada et al. Sections 2.1, 2.2).
 
-A box is four shares of the whole picture: top, left, bottom, right.
+A box is top, left, bottom, right as shares of the uncropped image.
 
-What the paper leaves open of its crop scales (.9 to 1 global, .4 to .6 local, .4 to 1 mix), and what they are here:
-shares of the area, of the largest box of the output's aspect that fits into the picture. So a crop never distorts,
-.9 to 1 is nearly all of an oblong picture too, and .5 halves the area, not the side.
+The paper does not define its crop scales (.9 to 1 global, .4 to .6 local, .4 to 1 mix). gesso reads them as shares of
+the area of the largest box with the aspect ratio of the output that fits into the image. So a crop never distorts,
+.9 to 1 covers most of a wide image too, and .5 halves the area, not the side.
 
 Legend: B samples, C channels.
 """
@@ -21,13 +21,13 @@ from torch import Tensor
 from gesso.config import DataConfig, Resize
 
 BOX = ("crop_top", "crop_left", "crop_bottom", "crop_right")
-"""columns of control that state the box"""
+"""Control variables of the crop box."""
 UNIFORMS_PER_VIEW = 4
-"""draws of a view: scale, top, left, flip"""
+"""Uniform draws per view: scale, top, left, flip."""
 
 
 class View(NamedTuple):
-    """A box in shares of the picture, and whether it is mirrored."""
+    """Crop box in shares of the image, and whether the crop is mirrored left to right."""
 
     top: float
     left: float
@@ -37,16 +37,17 @@ class View(NamedTuple):
 
 
 def center_view(height: int, width: int, aspect: float = 1.0) -> View:
-    """The largest box of aspect width / height in the middle."""
+    """Return the largest centred box whose width / height is `aspect`."""
     h, w = min(1.0, width / (height * aspect)), min(1.0, height * aspect / width)
     return View((1 - h) / 2, (1 - w) / 2, (1 + h) / 2, (1 + w) / 2)
 
 
 def largest(data: DataConfig, height: int, width: int, aspect: float = 1.0) -> View:
-    """Return the largest centred box that training shows of a picture: `centred`, but of local crops their largest share.
+    """Return the largest centred box of training: `center_view`, scaled by the upper end of data.crop_scale.
 
-    A network that has only seen crops of .4 to .6 of the area extrapolates to the whole picture: on drawn shapes the
-    Frechet distance to whole pictures was 87 with the box (0, 0, 1, 1), 64 with the whole centred box, 54 with this one.
+    A network that has only seen crops of .4 to .6 of the area extrapolates when it samples full images: on the
+    shapes dataset the Frechet distance to full images is 87 with the box (0, 0, 1, 1), 64 with `center_view`, 54 with
+    this box.
     """
     view, side = center_view(height, width, aspect), math.sqrt(data.crop_scale[1] if data.crop_scale else 1.0)
     h, w = side * (view.bottom - view.top), side * (view.right - view.left)
@@ -54,7 +55,7 @@ def largest(data: DataConfig, height: int, width: int, aspect: float = 1.0) -> V
 
 
 def random_view(data: DataConfig, height: int, width: int, uniforms: Sequence[float], aspect: float = 1.0) -> View:
-    """The view that `data` and the UNIFORMS draws u say; width / height of the output is `aspect`."""
+    """Return the view that UNIFORMS_PER_VIEW draws in [0, 1) select; `aspect` is width / height of the output."""
     flip = data.flip and uniforms[3] < 0.5
     view = center_view(height, width, aspect)
     if data.crop_scale is None:
@@ -67,9 +68,9 @@ def random_view(data: DataConfig, height: int, width: int, uniforms: Sequence[fl
 
 
 def crop_resize(image: Image.Image, view: View, height: int, width: int, resize: Resize = "lanczos") -> np.ndarray:
-    """Return the view of a picture at the size of the output: (C, height, width) uint8.
+    """Return the view resized to (C, height, width) uint8.
 
-    Every filter looks beyond the box where there is picture, so that the edge of a crop is as sharp as its middle.
+    Filters read pixels beyond the box, so that the border of a crop is as sharp as its middle.
     """
     image = FILTERS[resize](image, view, height, width)
     pixels = np.asarray(image).reshape(height, width, -1).transpose(2, 0, 1)
@@ -77,7 +78,7 @@ def crop_resize(image: Image.Image, view: View, height: int, width: int, resize:
 
 
 def lanczos(image: Image.Image, view: View, height: int, width: int) -> Image.Image:
-    """Resize the box with Pillow's Lanczos filter in one step."""
+    """Resize the box with the Lanczos filter of Pillow."""
     box = _pixels(image, view)
     if (width, height) == image.size and box == (0, 0, *image.size):
         return image
@@ -87,10 +88,10 @@ def lanczos(image: Image.Image, view: View, height: int, width: int) -> Image.Im
 def adm(image: Image.Image, view: View, height: int, width: int) -> Image.Image:
     """Resize and crop as ADM's code (guided-diffusion, image_datasets.py), which EDM2 and DiT use on ImageNet.
 
-    The picture is halved with a box filter while its shorter edge is at least twice too large, then resized to its final size
-    with a bicubic filter, then cropped at whole pixels. Too large is measured on the largest box of the output's aspect; a view
-    whose box is s times as wide and high needs a picture 1/s times as large, as ADM's own random crops do. In the middle the
-    crop begins at (size - output) // 2; elsewhere at the nearest pixel, so that a box is met within half an output pixel.
+    The image is halved with a box filter while it is at least twice too large, resized to its final size with a
+    bicubic filter, and cropped at integer pixels. A view of side s (share of the largest box of the output's aspect)
+    needs an image 1/s times as large, as in ADM's random crops. A centre crop starts at (size - output) // 2; other
+    crops start at the nearest pixel, within half an output pixel of the box.
     """
     side = max(view.bottom - view.top, view.right - view.left)
     while min(image.width / width, image.height / height) >= 2 / side:
@@ -103,7 +104,7 @@ def adm(image: Image.Image, view: View, height: int, width: int) -> Image.Image:
 
 
 def bicubic(image: Image.Image, view: View, height: int, width: int) -> Image.Image:
-    """Resize the box with Pillow's antialiased bicubic filter in float32, clipped to 0..255, rounded once (clean-fid)."""
+    """Resize the box with the antialiased bicubic filter of Pillow in float32, rounded once, as clean-fid does."""
     size, box = (width, height), _pixels(image, view)
     planes = [
         np.asarray(plane.convert("F").resize(size, Image.Resampling.BICUBIC, box=box)).clip(0, 255)
@@ -114,24 +115,25 @@ def bicubic(image: Image.Image, view: View, height: int, width: int) -> Image.Im
 
 
 FILTERS = {"lanczos": lanczos, "adm": adm, "bicubic": bicubic}
-"""by data.resize: (picture, view, height, width) -> picture of that size, not mirrored"""
+"""Resize functions by data.resize: (image, view, height, width) -> image of that size, not mirrored."""
 
 
 def _pixels(image: Image.Image, view: View) -> tuple[float, float, float, float]:
-    """Return the box of a view in pixels: left, upper, right, lower, within the picture."""
+    """Return the box of a view in pixels: left, upper, right, lower, clipped to the image."""
     W, H = image.size
     box = (view.left * W, view.top * H, view.right * W, view.bottom * H)
-    return tuple(min(max(edge, 0.0), float(most)) for edge, most in zip(box, (W, H, W, H), strict=True))
+    left, upper, right, lower = (min(max(v, 0.0), float(limit)) for v, limit in zip(box, (W, H, W, H), strict=True))
+    return left, upper, right, lower
 
 
 def _start(room: int, low: float, high: float) -> int:
-    """Return the first pixel of a crop that leaves `room` pixels free, of a box from `low` to `high`; halves round down."""
+    """Return the first pixel of a crop with `room` spare pixels, for a box from `low` to `high`; halves round down."""
     free = 1 - (high - low)
     return 0 if room <= 0 or free <= 0 else min(max(math.ceil(room * low / free - 0.5 - 1e-6), 0), room)
 
 
 def mirrored(boxes: Tensor) -> Tensor:
-    """Return boxes (B, 4) as they lie in the picture mirrored left to right."""
+    """Return the boxes (B, 4) in the coordinates of the image mirrored left to right."""
     top, left, bottom, right = boxes.unbind(1)
     return torch.stack([top, 1 - right, bottom, 1 - left], dim=1)
 
@@ -139,11 +141,15 @@ def mirrored(boxes: Tensor) -> Tensor:
 def control_columns(
     original_sizes: Tensor, crop_boxes: Tensor, flips: Tensor, pixel_stats: Tensor
 ) -> Mapping[str, Tensor]:
-    """Return the columns of control by name, (B,) float32 each, in the units of config.CONTROLS.
+    """Return the control variables by name, (B,) float32 each, in the units of config.CONTROLS.
 
-    sizes (B, 2) height and width of the whole picture; boxes (B, 4) in the picture as it is stored; flips (B,) bool;
-    tone (B, 2) mean and standard deviation of the pixels of the view. The crop columns state the box in the frame that
-    is shown: of a mirrored view in the mirrored picture, left -> 1 - right and right -> 1 - left.
+    The crop of a mirrored sample is given in the mirrored image: left -> 1 - right, right -> 1 - left.
+
+    Args:
+        original_sizes: (B, 2) height and width of the uncropped image.
+        crop_boxes: (B, 4) boxes in the stored, unmirrored image.
+        flips: (B,) bool.
+        pixel_stats: (B, 2) mean and standard deviation of the pixels of the sample.
     """
     height, width = original_sizes.float().unbind(1)
     shown = torch.where(flips[:, None], mirrored(crop_boxes), crop_boxes)
@@ -154,6 +160,6 @@ def control_columns(
 
 
 def compute_pixel_stats(pixels: Tensor) -> Tensor:
-    """(B, C, H, W) uint8 -> (B, 2) float32, mean and standard deviation of all values of a picture."""
+    """Return (B, 2) float32, mean and standard deviation over all values of each image of (B, C, H, W) uint8."""
     values = pixels.flatten(1).float()
     return torch.stack([values.mean(1), values.std(1, correction=0)], dim=1)

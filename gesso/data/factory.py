@@ -1,4 +1,4 @@
-"""Opening what data.source names for training, and what a run learns from it."""
+"""Open the dataset that data.source names, and complete the settings of a run with its statistics."""
 
 import torch
 
@@ -17,7 +17,7 @@ from gesso.errors import RunError, UsageError
 
 PIXEL_SPACE = LatentConfig()
 MAX_IN_MEMORY_BYTES = 2**31
-"""bytes of pixels; a larger source is decoded as training comes to it"""
+"""Maximum bytes of pixels held in memory; a larger source is decoded during training."""
 
 
 def open_dataset(
@@ -26,11 +26,20 @@ def open_dataset(
     seed: int = 0,
     progress: ProgressCallback = lambda done, total: None,
 ) -> Dataset:
-    """The images that `data` names: a cache, read from its files; else a source, held in memory where every visit shows the same pixels and there are few, else decoded as
-    they are needed. `progress(done, total)` is called as images are read into memory.
+    """Open the dataset of a run.
 
-    Raises UsageError when the source is missing, empty or of another shape; RunError when too many images are
-    unreadable.
+    A cache is read from its files. A source is held in memory if it is small and its crops are fixed, and is decoded
+    during training otherwise.
+
+    Args:
+        data: Settings of the data; `data.source` names a cache or a source.
+        latent: Settings of the VAE.
+        seed: Seed of crops and flips.
+        progress: Called as progress(done, total) while images are read into memory.
+
+    Raises:
+        UsageError: The source is missing, is empty, or does not fit the settings.
+        RunError: Too many images are unreadable.
     """
     dataset = _open(data, latent, seed, progress)
     dataset.hold_out_validation(data.num_validation)
@@ -43,8 +52,8 @@ def _open(data: DataConfig, latent: LatentConfig, seed: int, progress: ProgressC
     source = open_source(data.source)
     if data.source in ("digits", "digits-mixed-resolution") and (data.resolution < 8 or data.channels != 1):
         raise UsageError(
-            f"data.source={data.source} has grey 8x8 images, but data.resolution={data.resolution}, data.channels={data.channels}; "
-            "set them to 8 (or more, enlarged) and 1, or choose another source"
+            f"data.source={data.source} has grey 8x8 images, but data.resolution={data.resolution}, "
+            f"data.channels={data.channels}; set them to 8 (or more, enlarged) and 1, or choose another source"
         )
     if source.has_latents:
         _check_latents(source, data, latent)
@@ -55,31 +64,37 @@ def _open(data: DataConfig, latent: LatentConfig, seed: int, progress: ProgressC
 
 
 def is_cache_uri(uri: str) -> bool:
-    """Whether `where` is a cache, in a folder or at an address."""
+    """Return whether `uri` is a cache, in a folder or at a remote address."""
     return remote.is_remote(uri) or is_cache(uri)
 
 
 def _check_latents(source: Source, data: DataConfig, latent: LatentConfig) -> None:
-    """Raise UsageError where latents (2c, h, w) are not what the settings say."""
-    where = f"data.source={data.source} holds latents"
+    """Raise UsageError if the shape (2c, h, w) of stored latents does not fit the settings."""
+    prefix = f"data.source={data.source} holds latents"
     if latent.vae is None:
         raise UsageError(
-            f"{where}: say which VAE made them, such as latent.vae=stabilityai/sd-vae-ft-mse latent.convention=edm2"
+            f"{prefix}: say which VAE made them, such as latent.vae=stabilityai/sd-vae-ft-mse latent.convention=edm2"
         )
     if data.flip or data.crop_scale:
-        raise UsageError(f"{where}, which cannot be mirrored or cropped: set data.flip=false data.crop_scale=null")
-    has, due = source.item(0).image.shape, (2 * latent.channels, *2 * (data.resolution // latent.downsample_factor,))
-    if has != due:
+        raise UsageError(f"{prefix}, which cannot be mirrored or cropped: set data.flip=false data.crop_scale=null")
+    edge = data.resolution // latent.downsample_factor
+    shape, expected = source.item(0).image.shape, (2 * latent.channels, edge, edge)
+    if shape != expected:
         raise UsageError(
-            f"{where} of {has[0] // 2} channels, {has[1]}x{has[2]}, where latent.channels={latent.channels}, "
-            f"latent.downsample_factor={latent.downsample_factor}, data.resolution={data.resolution} make {due[0] // 2}, {due[1]}x{due[2]}"
+            f"{prefix} of {shape[0] // 2} channels, {shape[1]}x{shape[2]}, where latent.channels={latent.channels}, "
+            f"latent.downsample_factor={latent.downsample_factor}, data.resolution={data.resolution} make "
+            f"{latent.channels}, {edge}x{edge}"
         )
 
 
 def with_dataset_info(
     data: DataConfig, dataset: Dataset, latent: LatentConfig = PIXEL_SPACE, seed: int = 0
 ) -> DataConfig:
-    """`data` with all that opening its source tells: counts, names, fingerprint, mean and std."""
+    """Return `data` completed with the counts, names, fingerprint, mean and standard deviation of the dataset.
+
+    Raises:
+        RunError: A channel is constant over all images.
+    """
     mean, std = _channel_stats(data, dataset, latent, seed)
     if not all(value > 0 for value in std):
         raise RunError(
@@ -102,18 +117,18 @@ def with_dataset_info(
 def _channel_stats(
     data: DataConfig, dataset: Dataset, latent: LatentConfig, seed: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of each channel: as the settings say, by the VAE's convention, or measured."""
+    """Return mean and standard deviation per channel: from the settings, the VAE's convention, or measured."""
     if data.mean and data.std:
         return data.mean, data.std
     if latent.vae and latent.normalization == "vae":
-        # Those of edm2 are fixed: latents of that convention train without their VAE.
+        # The statistics of edm2 are fixed constants: latents of that convention train without their VAE.
         mean, std = (EDM2_MEAN, EDM2_STD) if latent.convention == "edm2" else open_vae(latent, "cpu").channel_stats()
     elif latent.vae and not dataset.has_latents:
-        counter = torch.arange(min(len(dataset), 1024))
+        sample_index = torch.arange(min(len(dataset), 1024))
         vae, order = open_vae(latent, "cpu"), dataset.sample_order(seed, 1)
-        parts = [dataset.get(order(some), some).x for some in counter.split(32)]
-        found = latent_channel_stats(torch.cat([torch.cat(vae.encode(x), dim=1) for x in parts]))
-        mean, std = (tuple(value.tolist()) for value in found)
+        batches = [dataset.get(order(k), k).x for k in sample_index.split(32)]
+        stats = latent_channel_stats(torch.cat([torch.cat(vae.encode(x), dim=1) for x in batches]))
+        mean, std = (tuple(value.tolist()) for value in stats)
     else:
         mean, std = (tuple(value.tolist()) for value in dataset.channel_stats())
     return data.mean or mean, data.std or std

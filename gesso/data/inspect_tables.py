@@ -161,8 +161,8 @@ def cache_tables(cache: CachedDataset, limit: int = DEFAULT_LIMIT) -> list[Table
         ("faces", f"{manifest.num_faces:,} blurred" if cache.plan.blur_faces else "as they are"),
         ("fingerprint", manifest.fingerprint),
     ]
-    # "images" stands above; how text is withheld and padded is the training's business.
-    silent = ["images", "semantic.padding", "semantic.padding_noise"]
+    # num_source_images is listed above; padding of text is a setting of training, not of the cache.
+    silent = ["num_source_images", "semantic.padding", "semantic.padding_noise"]
     silent += [] if cache.has_latents else ["latent."]
     silent += [] if cache.plan.semantic.kind == "text" else ["semantic."]
     told = [

@@ -1,6 +1,6 @@
-"""Between what data sets hold, pixels or latents, and the x0 of a run.
+"""Convert between stored pixels or latents and the normalized x0 of a run.
 
-Legend: B samples; C channels of pixels, c of latents; H W and h w their sizes.
+Legend: B samples; C channels of pixels, H W their size; c channels of latents, h w their size.
 """
 
 import torch
@@ -13,10 +13,16 @@ from gesso.errors import UsageError
 
 
 class Normalizer:
-    """x0 = (raw - data.mean) * sd / data.std per channel, raw being pixels in [-1, 1] or raw latents.
+    """Conversion x0 = (raw - data.mean) * sigma_data / data.std per channel; raw is pixels in [-1, 1] or raw latents.
 
-    The VAE is opened when it is first needed: to encode pixels, or to show an image. to_uint8: of samples in pixels, round or
-    truncate.
+    The VAE is loaded at its first use.
+
+    Args:
+        data: Settings with `mean` and `std` per channel.
+        latent: Settings of the VAE; `latent.vae` is None for runs on pixels.
+        sigma_data: Standard deviation of x0.
+        device: Device of the VAE and of the statistics.
+        to_uint8: "round" or "truncate", the conversion of generated pixels to integers.
     """
 
     def __init__(
@@ -36,13 +42,20 @@ class Normalizer:
 
     @property
     def vae(self) -> VAE:
-        """Raises UsageError where there is none, or none that fits."""
+        """Return the VAE of the run; raise UsageError if it cannot be loaded or does not fit the settings."""
         if self._vae is None:
             self._vae = open_vae(self.latent, self.device)
         return self._vae
 
     def to_x0(self, x: Tensor, seed: int, sample_index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Samples.x of the samples `counter` (B,) -> x0. Noise of latents is keyed to the counter."""
+        """Convert SampleBatch.x to x0 (B, C, H, W) or (B, c, h, w).
+
+        Args:
+            x: Pixels uint8, or means and standard deviations of latents.
+            seed: Seed of the posterior noise of latents.
+            sample_index: (B,) sample indices, the keys of that noise.
+            dtype: Type of the result.
+        """
         if x.dtype == torch.uint8 and not self.latent.vae:
             raw = x.to(dtype) / 127.5 - 1
         else:
@@ -52,16 +65,16 @@ class Normalizer:
         return (raw - self.mean.to(dtype)) * (self.sigma_data / self.std.to(dtype))
 
     def to_pixels(self, x: Tensor) -> Tensor:
-        """Samples.x as pixels (B, C, H, W) uint8, on the CPU; of latents the means."""
+        """Convert SampleBatch.x to pixels (B, C, H, W) uint8 on the CPU; latents are decoded from their means."""
         return x if x.dtype == torch.uint8 else self.vae.decode(x.float().chunk(2, dim=1)[0]).cpu()
 
     def ends(self) -> tuple[Tensor, Tensor]:
-        """The x0 of black and of white, (C, 1, 1) float64 each."""
+        """Return the x0 of black and of white, (C, 1, 1) float64 each."""
         low, high = ((raw - self.mean) * (self.sigma_data / self.std) for raw in (-1, 1))
         return low, high
 
     def x0_to_pixels(self, x0: Tensor) -> Tensor:
-        """Convert x0 to (B, C, H, W) uint8, clipped."""
+        """Convert x0 to pixels (B, C, H, W) uint8, clipped to 0..255."""
         raw = x0 * (self.std.to(x0.dtype) / self.sigma_data) + self.mean.to(x0.dtype)
         if self.latent.vae:
             return self.vae.decode(raw)
@@ -70,10 +83,12 @@ class Normalizer:
 
 
 def open_vae(latent: LatentConfig, device: torch.device | str) -> VAE:
-    """The VAE of a run. Raises UsageError when it cannot be opened or is not as the settings say."""
+    """Load the VAE of a run; raise UsageError if it cannot be loaded or differs from the settings."""
     vae = VAE(latent.vae, device, getattr(torch, latent.dtype), latent.convention)
-    for name, has in (("channels", vae.latent_channels), ("downsample_factor", vae.downsample_factor)):
-        said = getattr(latent, name)
-        if said != has:
-            raise UsageError(f"latent.{name}={said}, but latent.vae={latent.vae} has {has}: set latent.{name}={has}")
+    for name, actual in (("channels", vae.latent_channels), ("downsample_factor", vae.downsample_factor)):
+        value = getattr(latent, name)
+        if value != actual:
+            raise UsageError(
+                f"latent.{name}={value}, but latent.vae={latent.vae} has {actual}: set latent.{name}={actual}"
+            )
     return vae

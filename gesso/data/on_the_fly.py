@@ -1,4 +1,4 @@
-"""A source of any size, decoded and cropped as training comes to it; each sample has a crop and a flip of its own.
+"""Dataset that decodes and crops the images of a source during training; each sample has a new crop and flip.
 
 Legend: N images, B samples, C channels, R resolution.
 """
@@ -20,13 +20,18 @@ from gesso.data.sources.base import Source
 from gesso.errors import RunError, UnreadableImageError
 
 NUM_STATS_SAMPLES = 4096
-"""samples whose moments stand for all"""
+"""Number of samples from which the channel statistics are estimated."""
 
 
 class OnTheFlyDataset(Dataset):
-    """Samples of a source, x being pixels, or latents where the source holds them.
+    """Dataset of pixels, or of latents if the source stores them.
 
-    An image that cannot be read is counted once, and the next one of the source takes its place wherever it is due.
+    An unreadable image is reported once and replaced by the next readable image of the source.
+
+    Args:
+        source: Source of the images.
+        data: Settings of crops, flips and resolution.
+        seed: Seed of crops and flips.
     """
 
     def __init__(self, source: Source, data: DataConfig, seed: int = 0):
@@ -40,32 +45,38 @@ class OnTheFlyDataset(Dataset):
         self._pool = ThreadPoolExecutor(os.cpu_count(), "decode")
 
     def hold_out_validation(self, count: int) -> None:
+        """Exclude `count` images from training, as `Dataset.hold_out_validation` does."""
         super().hold_out_validation(count)
         self._validation_set = frozenset(self.validation_indices.tolist())
 
     def get(self, indices: Tensor, sample_index: Tensor) -> SampleBatch:
-        """Raises RunError when too many images turn out to be unreadable."""
+        """Return augmented samples, as `Dataset.get` does; raise RunError if too many images are unreadable."""
         u = rng.uniform(self.seed, sample_index, "view", crops.UNIFORMS_PER_VIEW)
         return self._to_batch(indices, list(self._pool.map(self._load_view, indices.tolist(), u.tolist())))
 
     def get_unaugmented(self, indices: Tensor) -> SampleBatch:
+        """Return the images `indices` (B,), centre-cropped and not mirrored."""
         plain = self.data.model_copy(update={"flip": False, "crop_scale": None})
         views = self._pool.map(lambda i: self._load_view(i, [0.0] * crops.UNIFORMS_PER_VIEW, plain), indices.tolist())
         return self._to_batch(indices, list(views))
 
     def channel_stats(self) -> tuple[Tensor, Tensor]:
-        """Of the first MEASURED samples."""
-        counter = torch.arange(min(len(self), NUM_STATS_SAMPLES))
-        x = self.get(self.sample_order(self.seed, 1)(counter), counter).x
+        """Return mean and standard deviation per channel, float64, of the first NUM_STATS_SAMPLES samples."""
+        sample_index = torch.arange(min(len(self), NUM_STATS_SAMPLES))
+        x = self.get(self.sample_order(self.seed, 1)(sample_index), sample_index).x
         return latent_channel_stats(x) if self.has_latents else pixel_channel_stats(x)
 
     def fingerprint(self) -> str:
+        """Return the fingerprint of the source."""
         return self.source.fingerprint()
 
     def _load_view(
         self, i: int, u: list[float], data: DataConfig | None = None
     ) -> tuple[int, Tensor, crops.View, tuple[int, int]]:
-        """Number, x, view and size of the first image from i on that can be read; held out where i is, and only then."""
+        """Return index, x, view and original size of the first readable image from `i` on.
+
+        A validation image is replaced only by validation images, a training image only by training images.
+        """
         data = data or self.data
         for j in (*range(i, len(self)), *range(i)):
             if j in self._unreadable_by_index or (j in self._validation_set) != (i in self._validation_set):
@@ -73,24 +84,20 @@ class OnTheFlyDataset(Dataset):
             try:
                 item = self.source.item(j)
                 if self.has_latents:
-                    return (
-                        j,
-                        torch.from_numpy(item.image),
-                        crops.View(0.0, 0.0, 1.0, 1.0),
-                        item.original_size or (data.resolution,) * 2,
-                    )
-                image, whole = item.decode(data.channels, self._min_decode_edge(), data.resize)
+                    size = item.original_size or (data.resolution, data.resolution)
+                    return j, torch.from_numpy(item.image), crops.View(0.0, 0.0, 1.0, 1.0), size
+                image, full_size = item.decode(data.channels, self._min_decode_edge(), data.resize)
             except UnreadableImageError as error:
                 self._record_unreadable(j, error.name, error.reason)
                 continue
-            size = item.original_size or whole
-            view = crops.random_view(data, *whole, u)
+            size = item.original_size or full_size
+            view = crops.random_view(data, *full_size, u)
             x = crops.crop_resize(image, view, data.resolution, data.resolution, data.resize)
             return j, torch.from_numpy(x), view, size
         raise RunError(f"no image of {self.uri} can be read")
 
     def _min_decode_edge(self) -> int:
-        """The shorter edge that any crop needs, so that its pixels are not enlarged by the decoder's shortcut."""
+        """Return the shorter edge in pixels below which a reduced JPEG decode would have to be enlarged."""
         scale = self.data.crop_scale
         return int(np.ceil(self.data.resolution / (scale[0] ** 0.5 if scale else 1)))
 
@@ -102,7 +109,7 @@ class OnTheFlyDataset(Dataset):
         check_unreadable(self.unreadable, len(self), self.data)
 
     def _to_batch(self, indices: Tensor, loaded: list[tuple[int, Tensor, crops.View, tuple[int, int]]]) -> SampleBatch:
-        taken = torch.tensor([i for i, _, _, _ in loaded], dtype=torch.int64)
+        image_indices = torch.tensor([i for i, _, _, _ in loaded], dtype=torch.int64)
         x = torch.stack([view for _, view, _, _ in loaded])
         return SampleBatch(
             x,
@@ -110,6 +117,6 @@ class OnTheFlyDataset(Dataset):
             torch.tensor([view[:4] for _, _, view, _ in loaded]),
             torch.tensor([view.flip for _, _, view, _ in loaded]),
             torch.zeros(len(x), 2) if self.has_latents else crops.compute_pixel_stats(x),
-            self.labels[taken],
-            taken,
+            self.labels[image_indices],
+            image_indices,
         )

@@ -1,13 +1,13 @@
-"""Which image a sample counter stands for: pure functions of (seed, epoch, position in the epoch).
+"""Samplers that map sample indices to image indices: pure functions of (seed, epoch, position in the epoch).
 
-    Order      any image after any other
-    Windowed   only the images of a few shards of a cache at a time, for shards that are fetched from afar
-    Grouped    batches of one group each, for pictures of several sizes
-    Without    one of these over all images but those that are held out
+    EpochShuffle        shuffles all images
+    ShardWindowShuffle  shuffles within a few shards of a cache at a time, for shards that are fetched remotely
+    BucketSampler       makes batches of images of one bucket, for images of several sizes
+    ExcludeIndices      applies one of these to all images except the validation images
 
-All take counters (B,) int64, which may lie in several epochs, and return indices (B,). Any thread may call them.
+All take sample indices (B,) int64, which may span epochs, and return image indices (B,). They are thread-safe.
 
-Legend: n images, B counters, G groups.
+Legend: n images, B samples, S shards.
 """
 
 import functools
@@ -21,66 +21,65 @@ from gesso import rng
 from gesso.errors import UsageError
 
 MAX_STORED_PERMUTATION = 2**22
-"""images; the permutation of more of them is not held in memory"""
+"""Number of images above which the permutation is computed per position instead of stored."""
 FEISTEL_ROUNDS = 6
-"""Luby and Rackoff 1988: 4 make a permutation that no test of few pairs tells from a random one"""
+"""Luby and Rackoff 1988: 4 rounds give a permutation that few pairs cannot distinguish from a random one."""
 
 
 class KeyedPermutations:
-    """Permutations of 0..n-1 keyed to (seed, purpose). The last `kept` that were sorted stay in memory."""
+    """Permutations of 0..n-1 keyed to (seed, purpose); the last `cache_size` of them stay in memory."""
 
     def __init__(self, seed: int, cache_size: int = 2):
         self.seed = seed
         self._cached = functools.lru_cache(maxsize=cache_size)(self._compute)
 
     def __call__(self, n: int, purpose: str, position: Tensor) -> Tensor:
-        """What stands at `position` (B,) of the permutation of 0..n-1."""
+        """Return the elements (B,) at `position` (B,) of the permutation of 0..n-1."""
         if n > MAX_STORED_PERMUTATION:
             return feistel_permutation(n, self.seed, purpose, position)
         return self._cached(n, purpose)[position]
 
     def _compute(self, n: int, purpose: str) -> Tensor:
-        # Sorting random 64-bit keys; a tie (n^2 / 2^64) falls to the lower index.
+        # Sort random 64-bit keys; in a tie (probability n^2 / 2^64) the lower index comes first.
         high, low = rng.random_bits(self.seed, torch.arange(n), purpose, 2).unbind(1)
         return ((high << 32) | low).argsort(stable=True)
 
 
 def feistel_permutation(n: int, seed: int, purpose: str, position: Tensor) -> Tensor:
-    """As `Permutations`, computed for these positions alone; n from a few hundred to 2^61.
+    """Return the elements (B,) at `position` (B,) of a permutation of 0..n-1 without storing it.
 
-    A Feistel network on pairs (left, right) of an a x b rectangle of at least n places, with addition modulo a and b for
-    exclusive or; what falls outside of 0..n-1 goes through it again (Black and Rogaway 2002, "Ciphers with arbitrary
-    finite domains": generalized Feistel, cycle walking).
+    A Feistel network on pairs (left, right) in a x b >= n, with addition modulo a and b in place of exclusive or.
+    Values outside 0..n-1 pass through it again (Black and Rogaway 2002, "Ciphers with arbitrary finite domains":
+    generalized Feistel, cycle walking). n is from a few hundred to 2^61.
     """
     root = math.isqrt(n - 1) + 1
-    a = min(
-        range(root, root + 64), key=lambda a: -n % a
-    )  # few places outside: a second turn takes as long as the first
+    a = min(range(root, root + 64), key=lambda a: -n % a)  # few values outside: a second pass costs as much
     b = -(-n // a)
-    place, outside = position, torch.ones_like(position, dtype=torch.bool)
+    value, outside = position, torch.ones_like(position, dtype=torch.bool)
     while outside.any():
-        left, right = place[outside] // b, place[outside] % b
+        left, right = value[outside] // b, value[outside] % b
         for r in range(0, FEISTEL_ROUNDS, 2):
             left = (left + _feistel_round(a, seed, purpose, r, right)) % a
             right = (right + _feistel_round(b, seed, purpose, r + 1, left)) % b
-        place = place.masked_scatter(outside, left * b + right)
-        outside = place >= n
-    return place
+        value = value.masked_scatter(outside, left * b + right)
+        outside = value >= n
+    return value
 
 
 def _feistel_round(m: int, seed: int, purpose: str, r: int, half: Tensor) -> Tensor:
-    """Uniform on 0..m-1 but for m / 2^32, a function of `half`; m below 2^31."""
+    """Return a keyed function of `half`, uniform on 0..m-1 up to a bias of m / 2^32; m < 2^31."""
     return rng.random_bits(seed, half | r << 32, purpose, 1)[:, 0] * m >> 32
 
 
 class EpochShuffle:
-    """Every epoch a permutation of 0..n-1."""
+    """Shuffle in which every epoch is a new permutation of 0..n-1."""
 
     def __init__(self, n: int, seed: int):
         self.n = n
         self._permutation = KeyedPermutations(seed)
 
     def __call__(self, sample_index: Tensor) -> Tensor:
+        """Map sample indices (B,) to image indices (B,)."""
         epoch, position = sample_index // self.n, sample_index % self.n
         out = torch.empty_like(sample_index)
         for e in epoch.unique().tolist():
@@ -108,13 +107,14 @@ class ShardWindowShuffle:
         self._epoch_plan = functools.lru_cache(maxsize=2)(self._plan_epoch)
 
     def _plan_epoch(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Shards as the epoch comes to them, (S,); where each of them and where each window ends in the epoch."""
+        """Return the order of the shards (S,), and the positions where each shard and each window of it ends."""
         number = len(self.shard_sizes)
         shard = self._permutation(number, f"shards of epoch {epoch}", torch.arange(number))
         end = self.shard_sizes[shard].cumsum(0)
         return shard, end, torch.cat([end[self.window - 1 : -1 : self.window], end[-1:]])
 
     def __call__(self, sample_index: Tensor) -> Tensor:
+        """Map sample indices (B,) to image indices (B,)."""
         epoch, position = sample_index // self.n, sample_index % self.n
         out = torch.empty_like(sample_index)
         for e in epoch.unique().tolist():
@@ -124,33 +124,41 @@ class ShardWindowShuffle:
                 here = (epoch == e) & (window == w)
                 start = int(window_end[w - 1]) if w else 0
                 size = int(window_end[w]) - start
-                # The place in the epoch were only shards permuted, not images.
+                # Position in the epoch before images are shuffled within the window.
                 place = start + self._permutation(size, f"order of epoch {e}, window {w}", position[here] - start)
                 slot = torch.searchsorted(end, place, right=True)
                 out[here] = self._shard_start[shard[slot]] + place - (end[slot] - self.shard_sizes[shard[slot]])
         return out
 
     def shards_for(self, first: int, stop: int) -> list[int]:
-        """Shards of the windows in which the samples first..stop-1 lie, those of the earlier windows first."""
-        found: dict[int, None] = {}
+        """Return the shards of the windows that contain the samples first..stop-1, in order of use."""
+        shards: dict[int, None] = {}
         while first < stop:
             epoch, position = divmod(first, self.n)
             shard, _, window_end = self._epoch_plan(epoch)
             w = int(torch.searchsorted(window_end, position, right=True))
-            found |= dict.fromkeys(shard[w * self.window : (w + 1) * self.window].tolist())
+            shards |= dict.fromkeys(shard[w * self.window : (w + 1) * self.window].tolist())
             first = epoch * self.n + int(window_end[w])
-        return list(found)
+        return list(shards)
 
 
 class BucketSampler:
-    """Batches of one group each: the counters j * batch_size ... (j + 1) * batch_size - 1 are images of one group.
+    """Sampler whose batches, samples j * batch_size to (j + 1) * batch_size - 1, are images of one bucket.
 
-    group: (N,) int, the group of each image. An epoch permutes each group, cuts it into whole batches, and permutes the
-    batches of all. What is less than a batch sits out the epoch, other images each time.
+    An epoch shuffles each bucket, cuts it into full batches, and shuffles all batches. The remainder of a bucket is
+    skipped in this epoch; it differs between epochs.
 
-    n: samples of an epoch. left_out: group -> its images, of the groups that never fill a batch.
+    Args:
+        bucket: (n,) int, the bucket of each image.
+        batch_size: Samples of a batch.
+        seed: Seed of the shuffle.
 
-    Raises UsageError when no group fills a batch.
+    Attributes:
+        n: Number of samples of an epoch.
+        left_out: Number of images of each bucket that is smaller than a batch.
+
+    Raises:
+        UsageError: No bucket fills a batch.
     """
 
     def __init__(self, bucket: Tensor | Sequence[int], batch_size: int, seed: int):
@@ -159,26 +167,27 @@ class BucketSampler:
         self.left_out = {g: size for g, size in enumerate(sizes.tolist()) if 0 < size < batch_size}
         if sizes.max() < batch_size:
             raise UsageError(
-                f"no bucket fills a batch: train.batch_size={batch_size}, and the largest has {int(sizes.max())} images; "
-                "choose smaller batches, or fewer buckets"
+                f"no bucket fills a batch: train.batch_size={batch_size}, and the largest has {int(sizes.max())} "
+                "images; choose smaller batches, or fewer buckets"
             )
         self.batch_size = batch_size
         self._members = bucket.argsort(stable=True).split(sizes.tolist())
         self._batch_end = (sizes // batch_size).cumsum(0)
         self.num_batches = int(self._batch_end[-1])
         self.n = self.num_batches * batch_size
-        # Every group comes in turn, so each keeps its permutation of this epoch and the next.
+        # Batches alternate between buckets: keep the permutations of two epochs for each.
         self._permutation = KeyedPermutations(seed, cache_size=2 * len(sizes) + 2)
 
     def __call__(self, sample_index: Tensor) -> Tensor:
+        """Map sample indices (B,) to image indices (B,)."""
         epoch, batch = sample_index // self.n, sample_index % self.n // self.batch_size
         out = torch.empty_like(sample_index)
         for e in epoch.unique().tolist():
             now = epoch == e
-            drawn = self._permutation(self.num_batches, f"batches of epoch {e}", batch[now])
-            group = torch.searchsorted(self._batch_end, drawn, right=True)
+            batch_position = self._permutation(self.num_batches, f"batches of epoch {e}", batch[now])
+            group = torch.searchsorted(self._batch_end, batch_position, right=True)
             before = torch.cat([torch.zeros_like(self._batch_end[:1]), self._batch_end])[group]
-            position = (drawn - before) * self.batch_size + sample_index[now] % self.batch_size
+            position = (batch_position - before) * self.batch_size + sample_index[now] % self.batch_size
             image = torch.empty_like(position)
             for g in group.unique().tolist():
                 members, here = self._members[g], group == g
@@ -188,17 +197,18 @@ class BucketSampler:
 
 
 def select_validation(n: int, count: int) -> Tensor:
-    """(count,) int64, rising: which of n images are kept from training, whatever its seed."""
+    """Return the `count` of n images that form the validation set, int64, ascending; independent of the seed."""
     return KeyedPermutations(0)(n, "held out", torch.arange(count)).sort().values
 
 
 class ExcludeIndices:
-    """An order of n - k images as one of all n without those that are held (k,), rising."""
+    """Sampler that applies `base`, over n - k images, to all n images except `excluded` (k,), ascending."""
 
     def __init__(self, base: EpochShuffle | ShardWindowShuffle | BucketSampler, excluded: Tensor):
         self.base = base
         self._shift_thresholds = excluded - torch.arange(len(excluded))
 
     def __call__(self, sample_index: Tensor) -> Tensor:
+        """Map sample indices (B,) to image indices (B,)."""
         place = self.base(sample_index)
         return place + torch.searchsorted(self._shift_thresholds, place, right=True)

@@ -1,4 +1,4 @@
-"""Random samples in the place of a source that is not there yet: what a run costs does not depend on what it sees."""
+"""Random data in place of a missing source, to estimate the cost of a run."""
 
 import os
 
@@ -12,11 +12,11 @@ from gesso.data.factory import is_cache_uri
 from gesso.data.sources import NAMED_SOURCES
 
 NUM_CLASSES, TEXT_DIM = 1000, 768
-"""ImageNet's classes; channels of CLIP ViT-L/14's tokens"""
+"""Number of classes of ImageNet; channels of the tokens of CLIP ViT-L/14."""
 
 
 class SyntheticDataset(Dataset):
-    """Random samples of the shape that the settings say, in the place of a source that is not there yet."""
+    """Dataset of random samples with the shapes that the settings of a run imply."""
 
     notes, unreadable = [], []
 
@@ -30,43 +30,48 @@ class SyntheticDataset(Dataset):
         self.text_config = run.semantic if text else None
 
     def get(self, indices: Tensor, sample_index: Tensor) -> SampleBatch:
+        """Return random samples of len(indices)."""
         n, run, side = len(indices), self.run, self.run.input_spec.resolution
         x = torch.randint(256, (n, run.x0_channels, side, side), dtype=torch.uint8)
         if self.has_latents:
             x = torch.cat(
                 [torch.randn(n, run.x0_channels, side, side), torch.full((n, run.x0_channels, side, side), 0.1)], 1
             )
-        whole = torch.tensor([0.0, 0.0, 1000.0, 1000.0]).expand(n, 4)
+        boxes = torch.tensor([0.0, 0.0, 1000.0, 1000.0]).expand(n, 4)
         texts, cfg = None, run.semantic
         if self.text_config:
             tokens, pooled = torch.randn(n, cfg.max_tokens, cfg.embed_dim), torch.randn(n, cfg.pooled_dim)
             texts = EncodedText(tokens, torch.full((n,), -(-cfg.max_tokens // 4)), pooled)
         sizes, flips = torch.full((n, 2), run.data.resolution), torch.zeros(n, dtype=torch.bool)
-        return SampleBatch(x, sizes, whole, flips, torch.full((n, 2), 99.0), self.labels[indices], indices, texts)
+        return SampleBatch(x, sizes, boxes, flips, torch.full((n, 2), 99.0), self.labels[indices], indices, texts)
 
     def get_unaugmented(self, indices: Tensor) -> SampleBatch:
+        """Return random samples, as `get` does."""
         return self.get(indices, indices)
 
     def channel_stats(self) -> tuple[Tensor, Tensor]:
+        """Raise NotImplementedError: random data have no statistics."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:
+        """Return a constant."""
         return "imagined"
 
 
 def with_synthetic_data(run: RunConfig) -> tuple[RunConfig, Dataset]:
-    """A run completed by what a usual source would tell."""
+    """Return the run, completed as a typical dataset would complete it, and its random dataset."""
     width = run.semantic.embed_dim or (DEFAULT_WORD_DIM if run.semantic.encoder == "words" else TEXT_DIM)
-    told = dict(embed_dim=width, pooled_dim=run.semantic.pooled_dim or width) if run.semantic.kind == "text" else {}
+    dims = dict(embed_dim=width, pooled_dim=run.semantic.pooled_dim or width) if run.semantic.kind == "text" else {}
     channels = run.x0_channels
     classes = NUM_CLASSES if run.semantic.kind == "label" else 0
     data = dict(num_classes=classes, num_images=4096, mean=(0.0,) * channels, std=(1.0,) * channels)
-    changes = {"semantic": run.semantic.model_copy(update=told), "data": run.data.model_copy(update=data)}
+    changes = {"semantic": run.semantic.model_copy(update=dims), "data": run.data.model_copy(update=data)}
     run = run.model_copy(update=changes)
     return run, SyntheticDataset(run)
 
 
 def source_exists(source: str) -> bool:
+    """Return whether data.source names a toy source, a cache, a pattern or an existing path."""
     return (
         source.partition(":")[0] in NAMED_SOURCES
         or is_cache_uri(source)

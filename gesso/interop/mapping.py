@@ -211,7 +211,7 @@ def has_other_base_grid(cfg: DiTConfig | PixArtConfig, inputs: InputSpec) -> boo
         None,
         inputs.resolution,
     )
-    return counted or inputs.positions_span is not None
+    return counted or inputs.pos_embed_span is not None
 
 
 def num_control(inputs: InputSpec) -> int:

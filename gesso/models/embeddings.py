@@ -115,7 +115,7 @@ class SinCosPosEmbed(nn.Module):
 def build_pos_embed(inputs: InputSpec, width: int, patch_size: int, mode: str) -> SinCosPosEmbed:
     """Return the position embedding of a network for images of inputs.resolution."""
     grid, base = (side // patch_size for side in (inputs.resolution, inputs.pos_embed_base or inputs.resolution))
-    source = inputs.positions_span // patch_size if inputs.positions_span else None
+    source = inputs.pos_embed_span // patch_size if inputs.pos_embed_span else None
     return SinCosPosEmbed(width, (base, base), mode, (grid, grid), (source, source) if source else None)
 
 

@@ -231,7 +231,7 @@ def cc12m(name: str, resolution: int) -> RunConfig:
 
 def init_settings_512(run: RunConfig) -> tuple[str, ...]:
     """Return the settings with which a run at 512x512 starts from one at 256x256, as in the network's own paper."""
-    noise = ("init.noise_levels=kept",) if run.process.resolution_scale == 1 else ()
+    noise = ("init.noise_levels=keep",) if run.process.resolution_scale == 1 else ()
     extrapolated = isinstance(run.net, DiTConfig | DiTAttConfig) and run.net.pos_embed == "extrapolated"
     return (*noise, "init.pos_embed=extrapolated") if extrapolated else noise
 

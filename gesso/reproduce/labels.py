@@ -82,5 +82,6 @@ def _method_label(method: str, name: str) -> str:
         label = key
     else:
         summary = (measurements.MEASUREMENT_METHODS[method].__doc__ or method).strip().splitlines()[0].rstrip(".")
+        summary = summary.removeprefix("Return ")
         label = f"{key} ({summary[0].lower()}{summary[1:]})"
     return label if key == name else f"one minus the {label}"

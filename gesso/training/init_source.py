@@ -19,7 +19,7 @@ from gesso.errors import RunError, UsageError
 from gesso.interop.mapping import NOTE_ASSUMED_RESOLUTION, ImportedModel
 from gesso.sampling import MAX_PROFILE_ERROR
 
-TRANSFERABLE_DIFFERENCES = ("pos_embed", "pos_embed_base", "positions_span", "pos_embed_max_size", "dropout", "mask_ratio", "context_dim", "text_projection", "pooled_mlp",
+TRANSFERABLE_DIFFERENCES = ("pos_embed", "pos_embed_base", "pos_embed_span", "pos_embed_max_size", "dropout", "mask_ratio", "context_dim", "text_projection", "pooled_mlp",
         "learned_variance")  # fmt: skip
 """settings of a network that may differ: positions are moved, and what tensors they change is told tensor by tensor"""
 CHECKPOINT_KEYS = ("ema", "state_dict", "model")
@@ -30,7 +30,7 @@ class InitSource(NamedTuple):
     """Weights and their network.
 
     called: one line on where they come from; resolution, base: height and width of x in training, and of the x on whose
-    grid positions are counted (inputs.positions_span: of that which spans it); process: the one that the weights were trained
+    grid positions are counted (inputs.pos_embed_span: of that which spans it); process: the one that the weights were trained
     under; run: None of another project; record: what config.Init keeps of it.
     """
 
@@ -67,7 +67,7 @@ def open_init_source(run: RunConfig) -> InitSource:
         if sigma_rel or nimg:
             raise UsageError(f"init.source={run.init.source}: {path.name} is one average at one time; leave @ out")
     _check_source(run, source)
-    record = source.record | {"file": str(path.resolve()), "fingerprint": fingerprint(source.weights)}
+    record = source.record | {"path": str(path.resolve()), "fingerprint": fingerprint(source.weights)}
     return source._replace(record=record | {"resolution": source.resolution * run.downsample_factor})
 
 

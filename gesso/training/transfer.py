@@ -11,7 +11,7 @@ has it. The account says which is which.
     class <-> text    what reads the class or the tokens is fresh, what comes after it is taken.
     channels          first and last layer are fresh, the last with F = 0 as in a new network.
     control           the part of Eq. 1 whose variables are others is fresh, and adds nothing at the start.
-    resolution        k times the source's. Sine-cosine positions: net.pos_embed_base and positions_span; tables of positions: read at other
+    resolution        k times the source's. Sine-cosine positions: net.pos_embed_base and pos_embed_span; tables of positions: read at other
                       places; process.resolution_scale: Proposition 1; sample.guidance_base_resolution: Proposition 2.
 
 Legend: k ratio of latent resolutions, g rows of the source's grid of tokens, n of the new one, D width.
@@ -37,8 +37,8 @@ from gesso.training.transfer_config import apply_source_settings, class_mapping
 CLASS_TABLES = {"table.weight": 0, "semantic.table.weight": 0, "label.linear.weight": 1, "emb_label.weight": 1}
 """of classes, and the dimension that counts them; the last is the null class but in EDM2's"""
 TENSOR_GROUPS = {
-    "first layer": r"patch_embed\.|conv_in\.|ways_in\.0\.",
-    "last layer": r"final\.|conv_out\.|out\.weight$|out_gain$|ways_out\.\d+\.2\.",
+    "first layer": r"patch_embed\.|conv_in\.|downsamplers\.0\.",
+    "last layer": r"final\.|conv_out\.|out\.weight$|out_gain$|upsamplers\.\d+\.2\.",
     "control, both levels": r"(emb_)?control\.(first|second|gain)|control\.mlps\.all\.",
     "control, high level": r"control\.mlps\.high\.",
     "control, low level": r"control\.mlps\.low\.",
@@ -61,16 +61,16 @@ class TransferReport:
 
     def lines(self) -> list[str]:
         lines = []
-        for kind in ("taken", "adapted", "fresh"):
+        for kind in ("copied", "adapted", "initialized"):
             entries = getattr(self, kind)
             tensors, numbers = sum(len(names) for names, _, _ in entries), sum(n for _, n, _ in entries)
             what = list(dict.fromkeys(said for _, _, said in entries))
             counts = f"{tensors} tensor{'s' * (tensors != 1)}, {numbers:,} parameters: " if what else "none"
-            lines.append(f"  {kind:12}{counts}{'; '.join(what)}")
+            lines.append(f"  {kind:13}{counts}{'; '.join(what)}")
         if self.unused:
             names = list(dict.fromkeys(_strip_block_numbers(name) for name in self.unused))
             lines.append(
-                f"  left        {len(self.unused)} tensor{'s' * (len(self.unused) != 1)} of the source: {', '.join(names)}"
+                f"  unused       {len(self.unused)} tensor{'s' * (len(self.unused) != 1)} of the source: {', '.join(names)}"
             )
         return lines
 
@@ -85,9 +85,9 @@ def init_from_source(run: RunConfig, source: InitSource) -> tuple[RunConfig, Den
     denoiser = diffusion.build_denoiser(run).to(getattr(torch, run.train.dtype))
     account = transfer_weights(denoiser.net, source, run)
     assert account.copied, "a network of the same settings shares its blocks"
-    notes = [f"  note        {note}" for note in source.notes]
+    notes = [f"  note         {note}" for note in source.notes]
     if run.loss.learns_uncertainty:
-        notes.append("  note        the uncertainty u(s) of the loss is learned anew")
+        notes.append("  note         the uncertainty u(s) of the loss is learned anew")
     return run, denoiser, [f"weights from {source.description}", *account.lines(), *said, *notes]
 
 
@@ -178,7 +178,7 @@ def _adapt(tensor_names: list[str], new: Mapping[str, Tensor], source: InitSourc
         for name in tensor_names:
             for rows in (slice(3 * cfg.hidden_size), slice(-3 * cfg.hidden_size, None)):
                 new[name][rows] = old[name][rows].to(new[name])
-        return "attention and MLP taken, the condition's modulation fresh"
+        return "attention and MLP copied, the condition's modulation initialized"
     g, n = (
         r // cfg.patch_size if isinstance(cfg, TransformerConfig) else r
         for r in (source.resolution, run.input_spec.resolution)
@@ -204,12 +204,12 @@ def _adapt_class_table(name: str, new: Tensor, old: Tensor, run: RunConfig, sour
     known = [i for i, row in enumerate(rows) if row is not None]
     unknown = [i for i, row in enumerate(rows) if row is None]
     made[known] = table[[rows[i] for i in known]]
-    like_null = null and run.init.labels != "fresh"
+    like_null = null and run.init.labels != "random"
     if null:
         made[-1] = table[-1]
     if like_null:
         made[unknown] = table[-1]
-    said = f"{len(known)} of {len(rows)} classes taken" + ", the null class kept" * null
+    said = f"{len(known)} of {len(rows)} classes copied" + ", and the null class" * null
     if unknown:
         names = [str(run.data.class_names[i]) if run.data.class_names else str(i) for i in unknown[:4]]
         more = ", ..." * (len(unknown) > 4)

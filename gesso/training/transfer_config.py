@@ -27,7 +27,7 @@ def apply_source_settings(run: RunConfig, source: InitSource) -> tuple[RunConfig
     k = run.input_spec.resolution / source.resolution
     here, there = run.data.resolution, source.resolution * run.downsample_factor
     lines = [
-        f"  resolution  {there} -> {here} pixels (k = {k:g})" if k != 1 else f"  resolution  {here} pixels, as there"
+        f"  resolution   {there} -> {here} pixels (k = {k:g})" if k != 1 else f"  resolution   {here} pixels, as there"
     ]
     lines += process
     lines += [
@@ -37,11 +37,11 @@ def apply_source_settings(run: RunConfig, source: InitSource) -> tuple[RunConfig
     ]
     if source.run and source.run.data.crop_scale != run.data.crop_scale:
         crops = " -> ".join(str(r.data.crop_scale or "whole") for r in (source.run, run))
-        lines.append(f"  crops       data.crop_scale {crops}")
-    record = source.record | {"rows": class_mapping(run, source)}
+        lines.append(f"  crops        data.crop_scale {crops}")
+    record = source.record | {"class_mapping": class_mapping(run, source)}
     for name, value in record.items():
         kept = getattr(run.init, name)
-        if name != "file" and kept not in (None, value):
+        if name != "path" and kept not in (None, value):
             if name == "fingerprint":
                 kept, value = kept[:12], value[:12]
             raise UsageError(
@@ -54,15 +54,15 @@ def apply_source_settings(run: RunConfig, source: InitSource) -> tuple[RunConfig
 
 
 def _apply_positions(run: RunConfig, source: InitSource, k: float, tree: dict[str, Any]) -> list[str]:
-    """net.pos_embed_base and positions_span: the grid that the source counts on, and that which fixes its distance."""
+    """net.pos_embed_base and pos_embed_span: the grid that the source counts on, and that which fixes its distance."""
     net, how = run.net, run.init.pos_embed
     if not isinstance(net, TransformerConfig):
         return []
     if isinstance(net, MDTConfig) or (isinstance(net, MMDiTConfig) and net.pos_embed_max_size):
-        return [f"  positions   {how} table"] if k != 1 else []
+        return [f"  positions    {how} table"] if k != 1 else []
     at, span = (side and side * run.downsample_factor for side in _position_grids(run, source, k))
     at = None if at == run.data.resolution or net.pos_embed == "extrapolated" else at
-    for name, value in (("positions_at", at), ("positions_span", span)):
+    for name, value in (("pos_embed_base", at), ("pos_embed_span", span)):
         given = getattr(net, name)
         if given not in (None, value):
             raise UsageError(
@@ -72,17 +72,17 @@ def _apply_positions(run: RunConfig, source: InitSource, k: float, tree: dict[st
     if k == 1 and at is None and span is None:
         return []
     word = "as there" if k == 1 else net.pos_embed if how == "resampled" else how
-    spans = f", net.positions_span={span}" if span else ""
-    return [f"  positions   {word}, net.pos_embed_base={at or 'null'}{spans}"]
+    spans = f", net.pos_embed_span={span}" if span else ""
+    return [f"  positions    {word}, net.pos_embed_base={at or 'null'}{spans}"]
 
 
 def _position_grids(run: RunConfig, source: InitSource, k: float) -> tuple[float | None, int | None]:
-    """Return positions_at and positions_span in the units of x, None: those of a run from random weights.
+    """Return pos_embed_base and pos_embed_span in the units of x, None: those of a run from random weights.
 
     Raises UsageError where net.pos_embed cannot have positions such as init.pos_embed asks for.
     """
     new, old, how = run.net.pos_embed, source.net_config.pos_embed, run.init.pos_embed
-    base, span, there = source.pos_embed_base, source.input_spec.positions_span, source.resolution
+    base, span, there = source.pos_embed_base, source.input_spec.pos_embed_span, source.resolution
     step_1 = old == "extrapolated" or (old != "resampled" and base == there and span is None)
     if k == 1 and new == old:
         return base, span
@@ -134,24 +134,24 @@ def _apply_source_process(run: RunConfig, source: InitSource, tree: dict[str, An
     differ = [name for name in PARAMETERIZATION_SETTINGS if name in there and here.get(name) != there[name]]
     if not differ:
         return []
-    kept = here if here["name"] == there["name"] else there | {"scale": here["scale"]}
+    kept = here if here["name"] == there["name"] else there | {"resolution_scale": here["resolution_scale"]}
     tree["process"] = kept | {name: there[name] for name in PARAMETERIZATION_SETTINGS if name in there}
     settings = " ".join(f"process.{name}={there[name]}" for name in differ)
-    return [f"  process     {settings}, as the weights were trained (init.process=run keeps the run's own)"]
+    return [f"  process      {settings}, as the weights were trained (init.process=run keeps the run's own)"]
 
 
 def _apply_resolution_scale(run: RunConfig, source: InitSource, k: float, tree: dict[str, Any]) -> list[str]:
     """process.resolution_scale: that of the source, times k (Proposition 1)."""
     there = source.process.resolution_scale
-    how, scale = run.init.noise_levels, there * (k if run.init.noise_levels == "scaled" else 1)
+    how, scale = run.init.noise_levels, there * (k if run.init.noise_levels == "scale" else 1)
     if run.process.resolution_scale not in (1, scale):
         raise UsageError(
             f"process.resolution_scale={run.process.resolution_scale:g}, but init.noise_levels={how} makes it {scale:g} ({there:g} in the source, "
             f"k = {k:g}): say process.resolution_scale={scale:g}, or leave it out"
         )
-    tree["process"]["scale"] = scale
+    tree["process"]["resolution_scale"] = scale
     return (
-        [f"  noise       {how}, process.resolution_scale={scale:g}"]
+        [f"  noise        {how}, process.resolution_scale={scale:g}"]
         if k != 1 or scale != run.process.resolution_scale
         else []
     )
@@ -163,12 +163,12 @@ def _apply_guidance_base(run: RunConfig, source: InitSource, k: float, tree: dic
     if k == 1 or cfg.guidance == 1:
         return []
     if cfg.guidance_base_resolution is None and there and there.guidance == cfg.guidance:
-        tree["sample"]["tuned_at"] = there.guidance_base_resolution or source.run.data.resolution
+        tree["sample"]["guidance_base_resolution"] = there.guidance_base_resolution or source.run.data.resolution
         return [
-            f"  guidance    {cfg.guidance:g} was the source's: sample.guidance_base_resolution={tree['sample']['tuned_at']}"
+            f"  guidance     {cfg.guidance:g} was the source's: sample.guidance_base_resolution={tree['sample']['guidance_base_resolution']}"
         ]
     return [
-        f"  guidance    sample.guidance={cfg.guidance:g}, sample.guidance_base_resolution={cfg.guidance_base_resolution or 'null'} as set"
+        f"  guidance     sample.guidance={cfg.guidance:g}, sample.guidance_base_resolution={cfg.guidance_base_resolution or 'null'} as set"
     ]
 
 
@@ -176,7 +176,7 @@ def _describe_differences(run: RunConfig, source: InitSource) -> list[str]:
     """What the weights are told otherwise than in the source."""
     here, there = run.net.model_dump(), source.net_config.model_dump()
     found = [
-        (f"net.{name}", there[name], here[name]) for name in here if name not in ("positions_at", "positions_span")
+        (f"net.{name}", there[name], here[name]) for name in here if name not in ("pos_embed_base", "pos_embed_span")
     ]
     if source.run:
         told = [
@@ -189,7 +189,7 @@ def _describe_differences(run: RunConfig, source: InitSource) -> list[str]:
         found += told
     shown = [(path, _round(old), _round(new)) for path, old, new in found]
     found = [f"{path} {old} -> {new}" for path, old, new in shown if old != new]
-    return [f"  otherwise   {', '.join(found)}"] if found else []
+    return [f"  changed      {', '.join(found)}"] if found else []
 
 
 def _round(value: Any) -> Any:
@@ -201,8 +201,8 @@ def restore_recorded_settings(run: RunConfig, recorded: RunConfig) -> RunConfig:
     if run.init.source is None or run.init.source != recorded.init.source or run.net.name != recorded.net.name:
         return run
     tree, then = config.to_dict(run), config.to_dict(recorded)
-    settled_there = [("init", name) for name in RECORDED_FIELDS] + [("sample", "tuned_at"), ("process", "scale")]
-    for block, name in [*settled_there, ("net", "positions_at"), ("net", "positions_span")]:
+    settled_there = [("init", name) for name in RECORDED_FIELDS] + [("sample", "guidance_base_resolution"), ("process", "resolution_scale")]
+    for block, name in [*settled_there, ("net", "pos_embed_base"), ("net", "pos_embed_span")]:
         if name in tree[block] and tree[block][name] in (None, 1):
             tree[block][name] = then[block].get(name)
     foreign = recorded.init.fingerprint and recorded.init.nimg is None
@@ -227,7 +227,7 @@ def class_mapping(run: RunConfig, source: InitSource) -> tuple[int | None, ...] 
     theirs = list(source.run.data.class_names or ()) if source.run else []
     if how is None:
         how = "names" if names and theirs else "index"
-    if how == "fresh":
+    if how == "random":
         return (None,) * n
     if how == "index":
         return tuple(i if i < m else None for i in range(n))
@@ -244,7 +244,7 @@ def class_mapping(run: RunConfig, source: InitSource) -> tuple[int | None, ...] 
 def _read_class_mapping(path: Path, target_names: list[str], source_names: list[str]) -> tuple[int | None, ...]:
     said = f"init.labels={path}"
     if not path.is_file():
-        raise UsageError(f"{said}: neither names, index, fresh nor a file")
+        raise UsageError(f"{said}: neither names, index, random nor a file")
     try:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -186,12 +186,12 @@ def test_ddim_spacing_of_dit():
             {"sample": {"sampler": "euler", "eta": 0.5, "variance": "large"}, "process": {"name": "vp"}},
             "sample.sampler=euler sample.eta=1",
         ),
-        ({"sample": {"sampler": "euler", "eta": 1, "variance": "large"}}, "process.name=edm does not have"),
+        ({"sample": {"sampler": "euler", "eta": 1, "variance": "large"}}, "is for process.name=vp, not edm"),
         (
             {"sample": {"clip": True}, "latent": {"vae": "some"}, "data": {"resolution": 64}},
-            "which latents do not have",
+            "clips to the range of pixels, not of latents",
         ),
-        ({"sample": {"multistep": "log_s"}}, "is dpm..2m's, not that of sample.sampler=heun"),
+        ({"sample": {"multistep": "log_s"}}, "is for dpm..2m, not for sample.sampler=heun"),
         ({"sample": {"guided_channels": 4}}, "above the 3 channels of x0"),
     ],
 )

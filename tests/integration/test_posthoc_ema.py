@@ -17,9 +17,10 @@ from test_ema import gesso, interval_weights  # noqa: F401
 from torch import nn
 
 from gesso import ema, snapshot
-from gesso.ema import PerTensorProfile, PowerProfile, RawProfile, TraditionalProfile, export
+from gesso.ema import PerTensorProfile, PowerProfile, RawProfile, TraditionalProfile
 from gesso.ema.safetensors_io import SafetensorsFile, stream_writer
 from gesso.errors import RunError, UsageError
+from gesso.evaluation import ema_export
 from gesso.snapshot import PostHocEMA
 
 
@@ -339,15 +340,15 @@ def test_revisiting_a_traditional_ema(tmp_path):
         average.lerp_(path[step]["w"], 0.01)
         if step % 50 == 0:
             save_file({"w": average}, tmp_path / f"ema_{8 * step}.safetensors")
-    asked = export.EmaArgs((0.1,), files=["ema_{nimg}.safetensors"], batch_size=8, decay=0.99)
-    lines = export.export_ema(tmp_path, asked, tmp_path / "out", {})
+    asked = ema_export.EmaArgs((0.1,), files=["ema_{nimg}.safetensors"], batch_size=8, decay=0.99)
+    lines = ema_export.export_ema(tmp_path, asked, tmp_path / "out", {})
     made = load_file(tmp_path / "out" / "nimg000000032000-ema0.1000.safetensors")["w"]
     part = torch.from_numpy(interval_weights(PowerProfile(0.1), np.arange(4001.0)))
     wanted = torch.einsum("t,t...->...", part, torch.stack([one["w"] for one in path]))
     assert float((made - wanted).norm() / wanted.norm()) < 1e-3, lines
     (kept,) = {
         s.profile
-        for s in export.external_snapshots(tmp_path, ["ema_{nimg}.safetensors"], None, TraditionalProfile(552))
+        for s in ema_export.external_snapshots(tmp_path, ["ema_{nimg}.safetensors"], None, TraditionalProfile(552))
     }
     assert kept == TraditionalProfile(552)  # 8 ln 2 / -ln .99
 
@@ -403,7 +404,7 @@ def test_two_files_of_one_time(tmp_path):
     for name in ("a-1k", "b-1000"):
         save_file({"w": torch.ones(1)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(UsageError, match="are both of image 1,000"):
-        export.external_snapshots(tmp_path, ["a-{nimg}.safetensors", "b-{nimg}.safetensors"])
+        ema_export.external_snapshots(tmp_path, ["a-{nimg}.safetensors", "b-{nimg}.safetensors"])
 
 
 def test_inaccurate_lengths_warn(gesso, tmp_path):  # noqa: F811

@@ -222,7 +222,7 @@ def test_a_page(tmp_path, known):
     )
     assert str(tmp_path) not in text + html and "tables/trained/digits-" in text
     assert 'class="tag"' in html and "src=" not in html and "The paper says nothing of it." in html
-    assert "A row and seed took 1.8 minutes (cpu, 1 thread, torch 2.13); expected of a row: a second." in text
+    assert "A row and seed took 1.8 minutes (cpu, 1 thread, torch 2.13); expected for a row: a second." in text
     told = json.loads((tmp_path / "test-1-tiny.json").read_text())
     assert (
         told["rows"]["slow"]["FID"]["ours"] == {"0": 9, "1": 10, "2": 11}
@@ -420,7 +420,7 @@ def test_column_descriptions():
     assert told == {
         **told,
         "right": "not made at this scale",
-        "size": "parameters (counts of the network as a run builds it, without training it)",
+        "size": "parameters (counts of the network that a run builds, without training it)",
     }
 
 
@@ -521,7 +521,7 @@ def test_what_is_stopped_names_the_command_that_goes_on(tmp_path, known, monkeyp
         runner.measurements.MEASUREMENT_METHODS, "counts", lambda job: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     todo[1].path.unlink()
-    with pytest.raises(StoppedError, match=r"what is made is kept\. Go on with\n  gesso reproduce test/1"):
+    with pytest.raises(StoppedError, match=r"finished work is stored\. Resume with\n  gesso reproduce test/1"):
         list(runner.run_jobs(todo, QUIET, lambda text: None, "gesso reproduce test/1"))
 
 
@@ -633,7 +633,7 @@ def test_hub_models_are_located_in_the_cache(tmp_path, monkeypatch):
     assert requirements.hub_requirement("some/vae", "a", "the VAE", "latent.vae=DIR") == (
         "the VAE some/vae",
         True,
-        "fetched from the hub when first used, or latent.vae=DIR",
+        "downloaded from the hub at first use, or set latent.vae=DIR",
     )
 
 

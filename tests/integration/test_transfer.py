@@ -92,8 +92,8 @@ def test_the_same_function_at_equal_resolution_and_data(tmp_path, name, kind):
     state, wanted = denoiser.net.state_dict(), there.net.state_dict()
     assert state.keys() == wanted.keys() and all((state[k] - wanted[k]).abs().max() < 1e-12 for k in state)
     found = kinds(said)
-    assert found["taken"].startswith(f"{len(state)} tensors, {sum(v.numel() for v in state.values()):,} parameters")
-    assert (found["adapted"], found["fresh"]) == ("none", "none") and "left" not in found and "otherwise" not in found
+    assert found["copied"].startswith(f"{len(state)} tensors, {sum(v.numel() for v in state.values()):,} parameters")
+    assert (found["adapted"], found["initialized"]) == ("none", "none") and "unused" not in found and "changed" not in found
     assert (new.process.resolution_scale, new.pos_embed_base, new.init.nimg, new.init.sigma_rel) == (
         1.0,
         None,
@@ -134,7 +134,7 @@ def test_at_twice_the_resolution_it_is_the_source_on_the_larger_grid(tmp_path, n
     assert kinds(said)["resolution"] == "16 -> 32 pixels (k = 2)"
     by_setting = name in TRANSFORMERS and name not in ("mdt", "mmdit SD3")
     assert run.pos_embed_base == (16 if by_setting else None)
-    assert kinds(said)["fresh"] == "none"
+    assert kinds(said)["initialized"] == "none"
 
 
 @pytest.mark.parametrize("name", [n for n in TRANSFORMERS if n not in ("mdt", "mmdit SD3")])
@@ -142,10 +142,10 @@ def test_tokens_are_at_most_half_a_step_from_where_the_source_had_them(tmp_path,
     """i g/(g-1) there; 2i g/(2g-1) and (2i+1) g/(2g-1) here: at most g/(2g-1) apart."""
     path = write_snapshot(tmp_path, make_run(name))
     _, denoiser, _ = transfer_to(make_run(name, "none", 32, source=str(path)))
-    module = next(m for m in denoiser.net.modules() if type(m).__name__ == "GridPosition")
+    module = next(m for m in denoiser.net.modules() if type(m).__name__ == "SinCosPosEmbed")
     g = 8
-    assert (module.base, module.grid) == ((g, g), (2 * g, 2 * g))
-    here = torch.linspace(0, module.base[0], 2 * g, dtype=torch.float64)
+    assert (module.base_grid, module.grid) == ((g, g), (2 * g, 2 * g))
+    here = torch.linspace(0, module.base_grid[0], 2 * g, dtype=torch.float64)
     there = torch.linspace(0, g, g, dtype=torch.float64).repeat_interleave(2)
     assert (here - there).abs().max() == pytest.approx(g / (2 * g - 1), rel=1e-12)
 
@@ -169,13 +169,13 @@ def four_times(net, there) -> None:
     """Give every token of the doubled grid the position of the source's."""
     for module, other in zip(net.modules(), there.modules(), strict=True):
         match type(module).__name__:
-            case "GridPosition" | "LearnedPosition":
+            case "SinCosPosEmbed" | "LearnedPosEmbed":
                 square = other.table.detach().unflatten(1, (8, 8)).permute(0, 3, 1, 2)
                 module.table.data = up(square).flatten(2).transpose(1, 2)
-            case "CroppedPosition":
+            case "CroppedPosEmbed":
                 own = other(8, 8).unflatten(1, (8, 8)).permute(0, 3, 1, 2)
                 module.table[:, 2:18, 2:18] = up(own).permute(0, 2, 3, 1)
-            case "RelativeBias":  # offsets of 16 tokens have no place in offsets of 8: with none they are equal
+            case "RelativePositionBias":  # offsets of 16 tokens have no place in offsets of 8: with none they are equal
                 module.table.data.zero_()
                 other.table.data.zero_()
 
@@ -316,12 +316,12 @@ def test_three_switches_and_what_they_settle(tmp_path):
     run, _, said = transfer_to(make_run("mmdit++", "label", 32, **more))
     assert (run.pos_embed_base, run.process.resolution_scale, run.sample.guidance_base_resolution) == (16, 2.0, 16)
     assert guidance_scale(run) == pytest.approx(2.0)  # Prop. 2: 1 + 2 (1.5 - 1)
-    assert kinds(said)["positions"].startswith("resampled") and kinds(said)["noise"].startswith("scaled")
+    assert kinds(said)["positions"].startswith("resampled") and kinds(said)["noise"].startswith("scale")
     run, _, said = transfer_to(make_run("mmdit++", "label", 32, pos_embed="extrapolated", **more))
-    assert (run.pos_embed_base, run.net.positions_span, run.process.resolution_scale) == (16, 16, 2.0)
+    assert (run.pos_embed_base, run.net.pos_embed_span, run.process.resolution_scale) == (16, 16, 2.0)
     assert "extrapolated" in kinds(said)["positions"]
-    run, _, said = transfer_to(make_run("mmdit++", "label", 32, noise="kept", **more))
-    assert (run.pos_embed_base, run.process.resolution_scale) == (16, 1.0) and "kept" in kinds(said)["noise"]
+    run, _, said = transfer_to(make_run("mmdit++", "label", 32, noise_levels="keep", **more))
+    assert (run.pos_embed_base, run.process.resolution_scale) == (16, 1.0) and "keep" in kinds(said)["noise"]
     other = {"source": str(path), "sample": SampleConfig(guidance=3.0)}
     run, _, said = transfer_to(make_run("mmdit++", "label", 32, **other))  # a number of its own
     assert run.sample.guidance_base_resolution is None and "as set" in kinds(said)["guidance"]
@@ -342,7 +342,7 @@ def test_twice_is_four_times_and_back(tmp_path):
 
 def grid_of(denoiser) -> torch.Tensor:
     """(h, w, D) positions of the training grid."""
-    module = next(m for m in denoiser.net.modules() if type(m).__name__ == "GridPosition")
+    module = next(m for m in denoiser.net.modules() if type(m).__name__ == "SinCosPosEmbed")
     return module(*module.grid)[0].unflatten(0, module.grid)
 
 
@@ -365,7 +365,7 @@ def test_extrapolated_leaves_the_sources_tokens_where_they_are(tmp_path, name):
 
 
 def positions_of(name: str, positions: str, **more):
-    return NETS[name].model_copy(update={"positions": positions} | more)
+    return NETS[name].model_copy(update={"pos_embed": positions} | more)
 
 
 def test_bicubic_positions_are_the_sources_table_resized(tmp_path):
@@ -373,11 +373,11 @@ def test_bicubic_positions_are_the_sources_table_resized(tmp_path):
     path = write_snapshot(tmp_path, make_run("mmdit++"))
     new = make_run("mmdit++", "none", 32, source=str(path), net=positions_of("mmdit++", "interpolated"))
     run, denoiser, said = transfer_to(new)
-    assert (run.pos_embed_base, run.net.positions_span) == (16, 16) and "interpolated" in kinds(said)["positions"]
+    assert (run.pos_embed_base, run.net.pos_embed_span) == (16, 16) and "interpolated" in kinds(said)["positions"]
     square = grid_of(load_source(path)).permute(2, 0, 1)[None]
     wanted = F.interpolate(square, size=(16, 16), mode="bicubic")[0].permute(1, 2, 0)
     assert (grid_of(denoiser) - wanted).abs().max() < 1e-6
-    assert transfer_config.restore_recorded_settings(new, run).net.positions_span == 16
+    assert transfer_config.restore_recorded_settings(new, run).net.pos_embed_span == 16
 
 
 def test_proportional_positions_on_the_way_to_another_resolution(tmp_path):
@@ -387,7 +387,7 @@ def test_proportional_positions_on_the_way_to_another_resolution(tmp_path):
     for how, at in (("resampled", 16), ("extrapolated", None)):
         net = positions_of("pixart", "proportional")
         run, denoiser, _ = transfer_to(make_run("pixart", "none", 32, source=str(path), pos_embed=how, net=net))
-        assert (run.pos_embed_base, run.net.positions_span) == (at, None)
+        assert (run.pos_embed_base, run.net.pos_embed_span) == (at, None)
         here = grid_of(denoiser)
         same = here[::2, ::2] if how == "resampled" else here[:8, :8]
         assert (same - there).abs().max() < 1e-6
@@ -416,7 +416,7 @@ def test_an_extrapolated_source_is_not_resampled(tmp_path):
     again, same, _ = transfer_to(
         make_run("mmdit++", "none", 32, source=str(source))
     )  # at its own resolution it stays as it is
-    assert again.net.positions_span == 16 and grid_of(same).equal(grid_of(denoiser))
+    assert again.net.pos_embed_span == 16 and grid_of(same).equal(grid_of(denoiser))
     with pytest.raises(UsageError, match="was itself moved"):
         transfer_to(make_run("mmdit++", "none", 64, source=str(source)))
 
@@ -433,11 +433,11 @@ def test_pretraining_crops_are_reported(tmp_path):
     [
         (
             {"process": EDMConfig(resolution_scale=3)},
-            "process.resolution_scale=3, but init.noise_levels=scaled makes it 2",
+            "process.resolution_scale=3, but init.noise_levels=scale makes it 2",
         ),
         (
-            {"process": EDMConfig(resolution_scale=2), "noise": "kept"},
-            "process.resolution_scale=2, but init.noise_levels=kept makes it 1",
+            {"process": EDMConfig(resolution_scale=2), "noise_levels": "keep"},
+            "process.resolution_scale=2, but init.noise_levels=keep makes it 1",
         ),
         (
             {"net": NETS["mmdit++"].model_copy(update={"pos_embed_base": 8})},
@@ -487,7 +487,7 @@ def test_classes_in_another_order_by_name(tmp_path, name):
     wanted = outputs(there, run, [2, 0, 1, None])
     assert (outputs(denoiser, run, [0, 1, 2, None]) - wanted).abs().max() < 1e-10
     assert (wanted[0] - wanted[1]).abs().max() > 1e-4
-    assert "3 of 3 classes taken" in kinds(said)["adapted"]
+    assert "3 of 3 classes copied" in kinds(said)["adapted"]
 
 
 @pytest.mark.parametrize("name", LABELLED)
@@ -509,7 +509,7 @@ def test_more_classes_some_of_them_new(tmp_path, name):
         assert (found[3:] - found[2]).abs().max() < 1e-12
     else:
         assert (found[3:] - found[2]).abs().min(0).values.max() > 1e-4  # random: its null class is a vector of zeros
-    assert "2 of 4 classes taken" in kinds(said)["adapted"] and "new, other" in kinds(said)["adapted"]
+    assert "2 of 4 classes copied" in kinds(said)["adapted"] and "new, other" in kinds(said)["adapted"]
 
 
 @pytest.mark.parametrize("name, axis, table", [("edm2", 1, "emb_label.weight"), ("mp-dit", 1, "label.linear.weight")])
@@ -535,7 +535,7 @@ def test_ways_to_map_classes(tmp_path):
         None: (None, None, 1),
         "names": (None, None, 1),
         "index": (0, 1, 2),
-        "fresh": (None, None, None),
+        "random": (None, None, None),
         **{str(tmp_path / name): (3, None, 0) for name in maps},
     }
     for how, rows in cases.items():
@@ -545,7 +545,7 @@ def test_ways_to_map_classes(tmp_path):
         assert made[3].equal(table[4])  # null stays null
         for row, there in zip(made, rows, strict=False):
             is_null = bool(row.equal(table[4]))
-            assert row.equal(table[there]) if there is not None else is_null == (how != "fresh")
+            assert row.equal(table[there]) if there is not None else is_null == (how != "random")
     # Without names on one side classes go by number.
     run, _, _ = transfer_to(make_run("dit", "label", classes=("x", "y", "b"), source=str(path)).model_copy())
     nameless = make_run("dit", "label", source=str(path))
@@ -561,7 +561,7 @@ def test_ways_to_map_classes(tmp_path):
         ("{x: a}", r"leaves out 2 of 3 classes \(y, b\)"),
         ("[a, b]", "holds no mapping"),
         ("{", "neither JSON nor YAML"),
-        (None, "neither names, index, fresh nor a file"),
+        (None, "neither names, index, random nor a file"),
     ],
 )
 def test_maps_that_do_not_fit(tmp_path, text, words):
@@ -591,7 +591,7 @@ def test_pooled_text_that_shares_its_mlp_with_control(tmp_path):
     for variables, fresh in ((("flip", "size"), False), (("aspect", "size"), True)):
         here = make_run("unet", "text", net=net, source=str(path), seed=1)
         here = here.model_copy(update={"control": joint.model_copy(update={"variables": variables})})
-        assert ("pooled text (variables aspect here, flip there)" in kinds(transfer_to(here)[2])["fresh"]) == fresh
+        assert ("pooled text (variables aspect here, flip there)" in kinds(transfer_to(here)[2])["initialized"]) == fresh
 
 
 def test_labels_where_there_are_none(tmp_path):
@@ -627,15 +627,15 @@ def test_class_to_text_and_back(tmp_path, name):
     elif name == "unet":  # whose context is as wide in both by a setting
         assert {k for k in behind if "cross_attention" in k} <= same
     assert behind and behind <= same, sorted(behind - same)[:5]
-    fresh = kinds(said)["fresh"]
+    fresh = kinds(said)["initialized"]
     readers = {
         "mp-mmdit++": "text.linear",
         "pixart": "semantic.mlp.0",
         "unet": "semantic.mlp.0",
         "dit-att": "semantic.mlp.0",
     }
-    assert readers.get(name, "semantic.mlp") in fresh and "semantic.kind label -> text" in kinds(said)["otherwise"]
-    assert "label.linear" in kinds(said)["left"] or "semantic.table" in kinds(said)["left"]
+    assert readers.get(name, "semantic.mlp") in fresh and "semantic.kind label -> text" in kinds(said)["changed"]
+    assert "label.linear" in kinds(said)["unused"] or "semantic.table" in kinds(said)["unused"]
 
     again = tmp_path / "text.safetensors"
     snapshot.write(again, new, 640, snapshot.PowerProfile(0.1), run)
@@ -643,19 +643,19 @@ def test_class_to_text_and_back(tmp_path, name):
     state = back.net.state_dict()
     assert behind & state.keys() <= {k for k in state if k in old and torch.allclose(state[k], old[k], rtol=1e-12)}
     table = next(k for k in state if k.endswith("table.weight") or k == "label.linear.weight")
-    assert not state[table].equal(old[table]) and ("table" in kinds(said)["fresh"] or "label" in kinds(said)["fresh"])
+    assert not state[table].equal(old[table]) and ("table" in kinds(said)["initialized"] or "label" in kinds(said)["initialized"])
 
 
 def test_the_layer_that_reads_is_fresh_even_where_it_fits(tmp_path):
     """A class table as wide as the text tokens: the MLP's first matrix has one shape for both, and another meaning."""
-    net = NETS["pixart"].model_copy(update={"width": 12, "num_heads": 1})
+    net = NETS["pixart"].model_copy(update={"hidden_size": 12, "num_heads": 1})
     path = write_snapshot(tmp_path, make_run("pixart", "label", net=net))
     _, denoiser, said = transfer_to(make_run("pixart", "text", net=net, source=str(path), seed=1))
     old, new = load_source(path).net.state_dict(), denoiser.net.state_dict()
     assert new["semantic.mlp.2.weight"].equal(old["semantic.mlp.2.weight"])
     assert new["semantic.mlp.0.weight"].shape == old["semantic.mlp.0.weight"].shape
     assert not new["semantic.mlp.0.weight"].equal(old["semantic.mlp.0.weight"])
-    assert "semantic.mlp.0 (reads text here, classes there)" in kinds(said)["fresh"]
+    assert "semantic.mlp.0 (reads text here, classes there)" in kinds(said)["initialized"]
 
 
 @pytest.mark.parametrize(
@@ -669,7 +669,7 @@ def test_a_condition_that_is_new_changes_nothing_at_first(tmp_path, name, kind):
     wanted, found = F_of(load_source(path), make_run(name), x, Cond()), F_of(denoiser, run, x, cond)
     if name == "dit-att" and kind == "label":  # one token more to attend to
         assert 1e-6 < (found - wanted).abs().max() / wanted.abs().max() < 1
-        assert "attention and MLP taken, the condition's modulation fresh" in kinds(said)["adapted"]
+        assert "attention and MLP copied, the condition's modulation initialized" in kinds(said)["adapted"]
     else:
         assert (found - wanted).abs().max() < 1e-12
 
@@ -682,11 +682,11 @@ def test_control_variables_that_are_others_add_nothing(tmp_path, name):
     given = inputs_of(run)[3]
     absent = F_of(denoiser, run, cond=Cond())
     assert (absent - F_of(load_source(path), run, cond=Cond())).abs().max() < 1e-12
-    assert "aspect here, flip there" in kinds(said)["fresh"]
+    assert "aspect here, flip there" in kinds(said)["initialized"]
     if accepts(name, "text"):  # and with text, pooled too, which has an MLP of its own
         path = write_snapshot(tmp_path, make_run(name, "text", variables=("flip", "size")))
         said_too = transfer_to(make_run(name, "text", variables=("aspect", "size"), source=str(path)))[2]
-        assert "pooled" not in kinds(said_too)["fresh"]
+        assert "pooled" not in kinds(said_too)["initialized"]
     parts = {k: v for k, v in denoiser.net.state_dict().items() if "control" in k}
     if any(k.endswith("control.gain") for k in parts):
         assert F_of(denoiser, run, cond=given).equal(absent)  # one gain for both levels, 0 again
@@ -704,9 +704,9 @@ def test_latents_of_other_channels(tmp_path, name):
     run, denoiser, said = transfer_to(make_run(name, latents=16, resolution=128, source=str(path), seed=1))
     old, new = load_source(path).net.state_dict(), denoiser.net.state_dict()
     other = {k for k in new if not (new[k].shape == old[k].shape and torch.allclose(new[k], old[k], rtol=1e-12))}
-    ends = ("patch_embed.", "final.", "conv_in.", "conv_out.", "ways_in.0.", "ways_out.1.2.", "out.", "out_gain")
+    ends = ("patch_embed.", "final.", "conv_in.", "conv_out.", "downsamplers.0.", "upsamplers.1.2.", "out.", "out_gain")
     assert other and all(k.removeprefix("trunk.").startswith(ends) for k in other), other
-    assert kinds(said)["fresh"].count("there") == 2
+    assert kinds(said)["initialized"].count("there") == 2
     if name != "ladder C":  # which begins at random
         assert not F_of(denoiser, run).any()
     assert denoiser.net.state_dict()[sorted(other)[0]].isfinite().all()
@@ -714,7 +714,7 @@ def test_latents_of_other_channels(tmp_path, name):
 
 # --- Another project's weights ----------------------------------------------------------------------------------------
 
-SHAPE = {"width": 32, "depth": 3, "heads": 2}
+SHAPE = {"hidden_size": 32, "depth": 3, "num_heads": 2}
 LEVELS = dict(
     channels=32,
     channel_mult=(1, 2),
@@ -751,7 +751,7 @@ def peer_run(name: str, resolution: int = 128, **more):
     cfg, inputs, _ = PEERS[name]
     classes = tuple("abcde")[: inputs.num_classes] if inputs.num_classes else ("a",)
     kind = "label" if inputs.num_classes else "text"
-    return make_run(name, kind, resolution, classes, latents=4, pooled=inputs.pooled_width, net=cfg, **more)
+    return make_run(name, kind, resolution, classes, latents=4, pooled=inputs.pooled_dim, net=cfg, **more)
 
 
 @pytest.mark.parametrize("name", list(PEERS))
@@ -768,7 +768,7 @@ def test_a_file_of_diffusers(tmp_path, name):
     with torch.no_grad():
         wanted = net(*args)
         assert (denoiser.net(*args) - wanted).abs().max() < 1e-6 * wanted.abs().max()
-    assert "diffusers" in said[0] and any("process: " in line for line in said) and kinds(said)["fresh"] == "none"
+    assert "diffusers" in said[0] and any("process: " in line for line in said) and kinds(said)["initialized"] == "none"
     assert len(run.init.fingerprint) == 64 and run.init.resolution == 128 and run.init.nimg is None
 
 
@@ -780,7 +780,7 @@ def test_a_file_of_diffusers_at_twice_the_resolution(tmp_path):
     run = run.model_copy(update={"init": run.init.model_copy(update={"resolution": 128}), "net": net})
     run, _, said = transfer_to(run)
     assert (run.pos_embed_base, run.process.resolution_scale, run.input_spec.pos_embed_base) == (128, 2.0, 16)
-    assert "net.pos_embed proportional -> resampled" in kinds(said)["otherwise"]
+    assert "net.pos_embed proportional -> resampled" in kinds(said)["changed"]
 
 
 def test_the_process_of_another_projects_weights(tmp_path):
@@ -825,7 +825,7 @@ def test_a_learned_variance_is_taken_where_the_network_has_it(tmp_path):
         run = run.model_copy(update={"init": init, "net": run.net.model_copy(update={"learned_variance": learned})})
         run, denoiser, said = transfer_to(run)
         outputs.append(F_of(denoiser, run))
-        assert ("trunk.variance.weight" in kinds(said).get("left", "")) != learned
+        assert ("trunk.variance.weight" in kinds(said).get("unused", "")) != learned
         if learned:
             assert denoiser.net.trunk.variance.weight.equal(net.trunk.variance.weight.to(run_dtype(denoiser)))
     assert outputs[0].equal(outputs[1])
@@ -900,8 +900,8 @@ def test_another_network(tmp_path, there, here, words):
 
 def test_another_size_names_what_differs(tmp_path):
     path = write_snapshot(tmp_path, make_run("mmdit++"))
-    net = NETS["mmdit++"].model_copy(update={"width": 48, "depth": 3})
-    with pytest.raises(UsageError, match=r"net\.width=32 net\.depth=2 there, net\.width=48 net\.depth=3 here"):
+    net = NETS["mmdit++"].model_copy(update={"hidden_size": 48, "depth": 3})
+    with pytest.raises(UsageError, match=r"net\.hidden_size=32 net\.depth=2 there, net\.hidden_size=48 net\.depth=3 here"):
         transfer_to(make_run("mmdit++", net=net, source=str(path)))
     lists = NETS["unet"].model_copy(update={"channel_mult": (1, 3)})
     with pytest.raises(UsageError, match=r"net.channel_mult=\[1,2\] there, net.channel_mult=\[1,3\] here"):
@@ -936,11 +936,11 @@ def test_settings_on_the_command_line(tmp_path):
     run, _ = recipes.resolve("digits", ["init=runs/a@0.1", "init.labels=index"])
     assert (run.init.source, run.init.labels) == ("runs/a@0.1", "index")
     (tmp_path / "s.yaml").write_text("init: runs/b\n")
-    assert recipes.resolve("digits", [str(tmp_path / "s.yaml"), "init.noise_levels=kept"])[0].init.source == "runs/b"
+    assert recipes.resolve("digits", [str(tmp_path / "s.yaml"), "init.noise_levels=keep"])[0].init.source == "runs/b"
     assert recipes.resolve("digits", ["init=null"])[0].init == config.InitConfig()
     tree = config.to_dict(run)
-    tree["init"] |= {"fingerprint": "ab", "nimg": 3, "rows": [0]}
-    assert config.resolve(tree, ["init.noise_levels=kept"])[0].init.fingerprint == "ab"
+    tree["init"] |= {"fingerprint": "ab", "nimg": 3, "class_mapping": [0]}
+    assert config.resolve(tree, ["init.noise_levels=keep"])[0].init.fingerprint == "ab"
     new = config.resolve(tree, ["init=runs/c"])[0].init
     assert (new.fingerprint, new.nimg, new.class_mapping, new.labels) == (None, None, None, "index")
     with pytest.raises(UsageError, match=r"did you mean init\.labels"):
@@ -1083,9 +1083,9 @@ def test_from_classes_to_words_on_the_command_line(tmp_path):
     more = ["data.source=shapes:64", "control.variables=size", f"init={tmp_path / 'classes'}"]
     run, said = trained("shapes", tmp_path / "words", *more, *shapes)
     found = kinds([line for line in said if line.startswith(("weights", "  "))])
-    assert "control.variables [] -> ['size']" in found["otherwise"]
-    assert run.init.class_mapping is None and "semantic.mlp" in found["fresh"] and "semantic.table" in found["left"]
-    assert "semantic.kind label -> text" in found["otherwise"]
+    assert "control.variables [] -> ['size']" in found["changed"]
+    assert run.init.class_mapping is None and "semantic.mlp" in found["initialized"] and "semantic.table" in found["unused"]
+    assert "semantic.kind label -> text" in found["changed"]
     _, said = trained(
         "shapes-class",
         tmp_path / "back",
@@ -1095,7 +1095,7 @@ def test_from_classes_to_words_on_the_command_line(tmp_path):
         *shapes,
     )
     found = kinds([line for line in said if line.startswith(("weights", "  "))])
-    assert "semantic.table" in found["fresh"] and "semantic.mlp" in found["left"]
+    assert "semantic.table" in found["initialized"] and "semantic.mlp" in found["unused"]
 
 
 @pytest.mark.slow

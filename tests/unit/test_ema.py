@@ -334,7 +334,7 @@ def test_combined_averages_match_combined_profiles(profiles, target):
 
 
 @pytest.mark.parametrize("halflife", [100, N, 10 * N, 1000 * N])
-@pytest.mark.parametrize("beside", [(), (PowerProfile(0.034), PowerProfile(0.05))], ids=str)
+@pytest.mark.parametrize("other_profiles", [(), (PowerProfile(0.034), PowerProfile(0.05))], ids=str)
 @pytest.mark.parametrize("sigma_rel", [0.1, 0.25])
 def test_initial_weights_have_no_share_in_power_targets(halflife, other_profiles, sigma_rel):
     """Even where the stored averages are theta(0) almost alone, in a run much shorter than the half-life.

@@ -198,7 +198,7 @@ def test_what_starts_from_what():
         assert (before is not None) == (run.data.resolution == 512)
         if before:
             ours, sd3 = run.recipe.endswith("berrada"), run.recipe.endswith("sd3")
-            assert run.init.noise_levels == ("scaled" if ours or sd3 else "kept") and before.run.data.resolution == 256
+            assert run.init.noise_levels == ("scale" if ours or sd3 else "keep") and before.run.data.resolution == 256
             assert before.run.data.crop_scale == ((0.4, 0.6) if ours else (0.9, 1.0))
     mmdit = next(job.training for job in JOBS["berrada/4c", "paper"] if job.row == "mmDiT, 350k, then 150k")
     assert mmdit.parent.run.train.total_images == 350_000 * 2048 and mmdit.run.train.total_images == 150_000 * 384
@@ -208,7 +208,7 @@ def test_what_starts_from_what():
     assert late.parent.run.train.total_images == 300_000 * 384 and late.run.train.total_images == 50_000 * 384
     assert late.parent.run.data.source == "caches/imagenet-22k-512-0.9-1-flip" and late.run.semantic.kind == "text"
     for job in JOBS["berrada/fig8", "paper"][3:]:
-        assert job.training.run.init.noise_levels == ("kept" if "noise kept" in job.group.columns else "scaled")
+        assert job.training.run.init.noise_levels == ("keep" if "noise kept" in job.group.columns else "scale")
         assert job.training.run.process.resolution_scale == (1 if "noise kept" in job.group.columns else 2)
 
 

@@ -353,7 +353,7 @@ def test_one_weight_alone_has_its_length(tmp_path, monkeypatch):
     assert asked["average"] == ema.PerTensorProfile(
         ema.PowerProfile(0.1), (("encoder.2.conv_skip.weight", ema.PowerProfile(0.05)),)
     )
-    assert asked["run"].eval.scores == ("fd_digits",) and asked["run"].net == run.net
+    assert asked["run"].eval.metrics == ("fd_digits",) and asked["run"].net == run.net
     with pytest.raises(UsageError, match="no layer enc-8x8-block0-skip"):
         measurements.measure_tensors(job("tensor=enc-8x8-block0-skip=0.05", trained=trained))
 
@@ -393,7 +393,7 @@ def test_growth(tmp_path):
     assert found["activations_mean"] == pytest.approx(4.0) and found["activations_mean_late"] == pytest.approx(2.0)
     assert found["weights_max"] == pytest.approx(3.0) and found["main_path_mean"] == 1.0
     (tmp_path / "log.jsonl").write_text(json.dumps(lines[0]) + "\n")
-    with pytest.raises(UsageError, match="train with monitor"):
+    with pytest.raises(UsageError, match="set monitor.magnitude_every lower"):
         measurements.measure_growth(one)
 
 

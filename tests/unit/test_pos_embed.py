@@ -267,9 +267,9 @@ def test_pos_embed_base_in_a_run():
         (["net.name=mdt", "net.pos_embed_base=8"], "not for mdt"),
         (["net.name=mmdit", "net.pos_embed_max_size=16", "net.pos_embed_base=8"], "leave .* out"),
         (["net.name=edm2", "net.pos_embed_base=8"], "no such setting"),
-        (["net.positions_span=9"], "net.positions_span=9 is not a multiple of 2"),
-        (["net.positions_span=8", "net.pos_embed=proportional"], "positions_span is not for .*=proportional"),
-        (["net.name=mmdit", "net.pos_embed_max_size=16", "net.positions_span=8"], "leave positions_span out"),
+        (["net.pos_embed_span=9"], "net.pos_embed_span=9 is not a multiple of 2"),
+        (["net.pos_embed_span=8", "net.pos_embed=proportional"], "pos_embed_span is not for .*=proportional"),
+        (["net.name=mmdit", "net.pos_embed_max_size=16", "net.pos_embed_span=8"], "leave pos_embed_span out"),
     ]:
         with pytest.raises(UsageError, match=message):
             run(*arguments)

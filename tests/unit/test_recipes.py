@@ -48,7 +48,7 @@ def test_documented_command_at_512_starts_from_256(name):
     run = recipes.resolve(name, [command[1], *command[2].split()])[0]
     assert run.init.source.split("@")[0].removesuffix("-local") == f"runs/{name.replace('512', '256')}"
     # Only the changes at twice the resolution that the network's own paper makes.
-    assert run.init.noise_levels == ("scaled" if run.process.resolution_scale == 2 else "kept")
+    assert run.init.noise_levels == ("scale" if run.process.resolution_scale == 2 else "keep")
     assert run.init.pos_embed == ("extrapolated" if name.endswith(("dit-att", "-dit")) else "resampled")
 
 

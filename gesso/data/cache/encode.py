@@ -306,11 +306,11 @@ def add_sums(one: MomentSums, other: MomentSums) -> MomentSums:
         return other
     if not other.count:
         return one
-    found = {
+    totals = {
         name: tuple(a + b for a, b in zip(getattr(one, name), getattr(other, name), strict=True))
         for name in ("value_sum", "square_sum", "variance_sum")
     }
-    return MomentSums(count=one.count + other.count, **found)
+    return MomentSums(count=one.count + other.count, **totals)
 
 
 def _pixel_sums(x: Tensor, sums: np.ndarray) -> MomentSums:

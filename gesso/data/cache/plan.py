@@ -1,11 +1,11 @@
-"""What `gesso cache` is asked to write, and what its files say of it. No torch here.
+"""Settings of `gesso cache` and the records in its JSON files. This module does not import torch.
 
     gesso cache photos caches/photos --resolution 64                        pixels, for a run on pixels
     gesso cache photos caches/photos --resolution 256 --vae stabilityai/sd-vae-ft-mse --views 2 --flip
     gesso cache photos caches/photos --resolution 256 --vae ... --text openai/clip-vit-large-patch14 --max-tokens 77
     gesso train RECIPE data.source=caches/photos
 
-The same command goes on after whatever stopped it. Under torchrun the ranks share the work.
+The same command continues after an interruption. Under torchrun the ranks share the work.
 """
 
 import math
@@ -26,7 +26,8 @@ MAX_BUCKET_ASPECT = 2.0
 """aspect of the widest bucket; the tallest has its inverse"""
 FLAG_SETTINGS = {
     "--resolution": "data.resolution", "--channels": "data.channels", "--crop-scale": "data.crop_scale",
-    "--flip": "data.flip", "--resize": "data.resize", "--vae": "latent.vae", "--convention": "latent.convention", "--text": "semantic.encoder",
+    "--flip": "data.flip", "--resize": "data.resize", "--vae": "latent.vae", "--convention": "latent.convention",
+    "--text": "semantic.encoder",
     "--max-tokens": "semantic.max_tokens", "--views": "views", "--dtype": "dtype", "--blur-faces": "blur_faces",
     "--buckets": "buckets", "--images-per-shard": "images_per_shard", "--batch-size": "batch_size",
 }  # fmt: skip
@@ -41,7 +42,7 @@ EncoderIdentity = dict[str, str | int]
 
 
 class CachePlan(Settings):
-    """What a cache is to hold. What is null is filled in when source, VAE and text encoder are opened."""
+    """Settings of a cache; null values are completed when source, VAE and text encoder are opened."""
 
     data: DataConfig = DataConfig()
     latent: LatentConfig = LatentConfig()
@@ -96,11 +97,11 @@ class CachePlan(Settings):
             raise ValueError(f"--buckets {n}: --resolution {R} is no multiple of bucket_multiple={m}")
         edges = range(-(-R // 2 // m) * m, 2 * R + 1, m)
         wide = [(h, w) for w in edges if (h := round(R * R / w / m) * m) in edges and h <= w]
-        found = []
+        wide_sizes = []
         for k in range(1, n // 2 + 1):
             aspect = MAX_BUCKET_ASPECT ** (2 * k / (n - 1))
-            found.append(min(wide, key=lambda s: abs(math.log(s[1] / s[0] / aspect))))
-        sizes = [(w, h) for h, w in reversed(found)] + [(R, R)] + found
+            wide_sizes.append(min(wide, key=lambda s: abs(math.log(s[1] / s[0] / aspect))))
+        sizes = [(w, h) for h, w in reversed(wide_sizes)] + [(R, R)] + wide_sizes
         if len(set(sizes)) < n:
             raise ValueError(
                 f"--buckets {n}: at --resolution {R} only {len(set(sizes))} sizes differ by multiples of {m}: "
@@ -130,7 +131,7 @@ class ColumnFile(Settings):
 
 
 class MomentSums(Settings):
-    """Over all views: count of numbers per channel; per channel sum of pixels or means, of their squares, of variances."""
+    """Sums over all views: values per channel; per channel sums of pixels or means, their squares, and variances."""
 
     count: NonNegativeInt = 0
     value_sum: tuple[float, ...] = ()
@@ -183,10 +184,16 @@ class CacheManifest(CacheHeader):
 
 
 def parse_cache_args(source: str, out: object, options: Mapping[str, object], arguments: list[str]) -> CachePlan | None:
-    """The plan that the flags `said` (None and False where the user is silent) and the settings `arguments` make; None for
-    --check, which has no plan.
+    """Return the plan of a command line, or None for --check.
 
-    Raises UsageError with one line for each that is wrong, unknown, contradicts another, or has no effect.
+    Args:
+        source: The setting data.source.
+        out: Folder of the cache.
+        options: Values of the flags; None or False if not given.
+        arguments: Settings in the form name=value.
+
+    Raises:
+        UsageError: Flags or settings are wrong, unknown, contradictory, or without effect.
     """
     given = {
         flag: options[flag] for flag in FLAG_SETTINGS if options.get(flag) is not None and options[flag] is not False
@@ -235,24 +242,23 @@ def _check_ineffective_flags(given: Mapping[str, object], tree: Tree) -> None:
 
 
 def _flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def identity_settings(header: CacheHeader) -> dict[str, Any]:
-    """What decides on the bytes of a cache, by name: not where its source lies, how many unreadable images are borne, and how
-    it is read."""
+    """Return the settings that determine the bytes of a cache, by name; paths and settings of reading are left out."""
     fields = {name: getattr(header, name) for name in CacheHeader.model_fields}
-    found = _flatten(CacheHeader(**fields).model_dump(mode="json"))
+    settings = _flatten(CacheHeader(**fields).model_dump(mode="json"))
     for name in ("plan.data.source", "plan.data.max_unreadable", "plan.data.shuffle_window_shards", "format"):
-        del found[name]
-    return {name.removeprefix("plan."): value for name, value in found.items()}
+        del settings[name]
+    return {name.removeprefix("plan."): value for name, value in settings.items()}
 
 
 def cache_command(plan: CachePlan, out: object) -> str:
-    """The command line of a plan."""
+    """Return the command line that writes a cache of this plan to `out`."""
     ours, plain = _flatten(plan.model_dump(mode="json")), _flatten(CachePlan().model_dump(mode="json"))
     words, short = ["gesso", "cache", plan.data.source, str(out)], {path: flag for flag, path in FLAG_SETTINGS.items()}
     ours.pop("data.source")

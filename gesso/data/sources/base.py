@@ -23,7 +23,7 @@ from gesso.errors import GessoError, UnreadableImageError, UsageError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_LABEL = 999_999
-LISTING_VERSION = 1
+LISTING_VERSION = 2
 """of the kept lists; another one is made anew"""
 MIN_AGE_NS = 2 * 10**9
 """nanoseconds: what changed this recently may change again within one tick of its clock, so its list is not kept"""

@@ -66,7 +66,7 @@ class FolderSource(Source):
 
     def _read_caption(self, i: int) -> tuple[str, bool]:
         """Caption, and whether it is UTF-8."""
-        if self.listing["beside"][self.indices[i]]:
+        if self.listing["has_caption_file"][self.indices[i]]:
             return decode_text(Path(self.path(i)).with_suffix(".txt").read_bytes())
         return self.class_names[self.labels[i]] if self.class_names else "", True
 
@@ -94,7 +94,7 @@ class FolderSource(Source):
 def open_folder(uri: str) -> FolderSource:
     """A folder whose sub-folders, if there are any, are the classes. Raises UsageError when one is without images."""
     found = _list_folder(uri)
-    return FolderSource(uri, found, *labels_from_folders(uri, found["tops"], found["folders"]))
+    return FolderSource(uri, found, *labels_from_folders(uri, found["top_folders"], found["folders"]))
 
 
 def open_captioned_folder(uri: str, captions_file: str) -> FolderSource:
@@ -188,8 +188,8 @@ def _scan_tree(uri: str, stamps: FileStamps) -> Listing:
     return {
         "names": StringArray.from_strings("/".join(parts) for parts, _, _ in found),
         "sizes": np.array([size for _, size, _ in found], np.int64),
-        "beside": np.array([beside for _, _, beside in found], bool),
-        "tops": np.array([index[parts[0]] if len(parts) > 1 else -1 for parts, _, _ in found], np.int64),
+        "has_caption_file": np.array([has_caption for _, _, has_caption in found], bool),
+        "top_folders": np.array([index[parts[0]] if len(parts) > 1 else -1 for parts, _, _ in found], np.int64),
         "folders": StringArray.from_strings(sorted(folders)),
     }
 

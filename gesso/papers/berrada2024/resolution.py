@@ -36,7 +36,7 @@ TINY_MMDIT = (*SMALLER, "net.name=mmdit")
 AT_16 = ("data.resolution=16", "process.resolution_scale=.5")
 AT_32, UNET_AT_32 = (*LARGE, *LONG), (*UNET, *LONG)
 """half of small scale's resolution"""
-KEEP_NOISE = ("init.noise_levels=kept",)
+KEEP_NOISE = ("init.noise_levels=keep",)
 
 
 def tiny_after(settings: Settings, images: str, crops: Settings = (), how: Settings = ()) -> Training:

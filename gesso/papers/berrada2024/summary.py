@@ -46,7 +46,7 @@ def table_a3() -> Table:
     flips = cc12m("berrada", 256, "semantic.padding=zero")
     words = dict(zip(list(LADDER)[3:], (apart, apart, flips, cc12m("berrada", 256)), strict=True))
     plain = {row: ("sample.control_guidance=1",) for row in list(LADDER)[3:4]}
-    kept, local = ("process.resolution_scale=1", "init.noise_levels=kept"), Training("cc12m-256-berrada")
+    kept, local = ("process.resolution_scale=1", "init.noise_levels=keep"), Training("cc12m-256-berrada")
     steps = (
         Training("cc12m-512-berrada", kept[:1]),
         Training("cc12m-512-berrada", (*kept, "init.pos_embed=extrapolated"), cc12m("berrada", 256)),
