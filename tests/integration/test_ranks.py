@@ -198,12 +198,12 @@ def test_more_ranks_than_samples(monkeypatch):
 
 SAY_MESH = """
 from gesso.training.ranks import Ranks
-mesh = Ranks.mesh
+mesh = Ranks.build_mesh
 def spoken(*a):
     made = mesh(*a)
     print("mesh", tuple(made.shape), flush=True)
     return made
-Ranks.mesh = spoken
+Ranks.build_mesh = spoken
 """
 
 
@@ -255,8 +255,8 @@ def sleeping(self, *a):
 
 @pytest.mark.parametrize(
     "what, sharding",
-    [(("nets.mmdit", "JointTransformer", "forward"), "ddp"), (("data.batches", "Batches", "finish"), "fsdp"),
-     pytest.param(("nets.mmdit", "JointBlock", "forward"), "fsdp", marks=pytest.mark.slow)],
+    [(("models.mmdit", "JointTransformer", "forward"), "ddp"), (("data.batching", "Batcher", "to_device"), "fsdp"),
+     pytest.param(("models.mmdit", "JointBlock", "forward"), "fsdp", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_slow_rank_is_named(tmp_path, what, sharding):
     """Held up by its data, or by its own computing."""

@@ -16,8 +16,8 @@ SEEN = """
 import os
 from pathlib import Path
 from safetensors.torch import save_file
-from gesso.data.batching import Batches
-finish = Batches.finish
+from gesso.data.batching import Batcher
+finish = Batcher.to_device
 def seen(self, counter, samples):
     x0, cond = finish(self, counter, samples)
     for i, k in enumerate(counter.tolist()):
@@ -26,7 +26,7 @@ def seen(self, counter, samples):
         save_file({{"x0": x0[i].contiguous()}} | fields, kept)
         os.replace(kept, kept.with_name(str(k)))
     return x0, cond
-Batches.finish = seen
+Batcher.to_device = seen
 """
 
 

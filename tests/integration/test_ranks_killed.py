@@ -193,20 +193,20 @@ def test_a_rank_that_hangs(tmp_path):
 BEFORE_MEETING = """
 import os, signal
 from gesso.training.ranks import Ranks
-wait = Ranks.wait
+wait = Ranks.barrier
 def waiting(self):
     wait(self)
-    if self.rank == 1 and __import__("sys")._getframe(1).f_code.co_name == "beside":
+    if self.rank == 1 and __import__("sys")._getframe(1).f_code.co_name == "new_gloo_group":
         os.kill(os.getpid(), signal.SIGKILL)
-Ranks.wait = waiting
+Ranks.barrier = waiting
 import datetime
 from gesso.training import ranks
-ranks.MEETING = datetime.timedelta(seconds=2)
+ranks.RENDEZVOUS_TIMEOUT = datetime.timedelta(seconds=2)
 """
 
 
 def test_a_rank_that_dies_before_it_meets_the_others_in_a_group(tmp_path):
-    """There is no connection that could break: the others wait for a key of the store, for MEETING at most."""
+    """There is no connection that could break: the others wait for a key of the store, for RENDEZVOUS_TIMEOUT at most."""
     done = launch(2, [job(tmp_path / "run", BEFORE_MEETING)], check=False)
     assert done.codes == [1, -signal.SIGKILL] and re.search(
         r"gesso: rank 1 of 2 \(\S+, process \d+\) is gone", done.output

@@ -157,7 +157,7 @@ def test_inner_products_equal_integrals(a, b):
 @settings(max_examples=20, deadline=None)
 @given(a=densities)
 def test_all_weights_sum_to_1(a):
-    assert float(integrate_product(a)) + float(a.initial()) == pytest.approx(1, rel=1e-12)
+    assert float(integrate_product(a)) + float(a.initial_weight()) == pytest.approx(1, rel=1e-12)
 
 
 def test_inner_products_of_two_power_profiles_are_eq_151():
@@ -195,10 +195,10 @@ class InMemoryReader:
     def __init__(self, tensor):
         self.tensor = tensor
 
-    def like(self, name):
+    def meta_tensor(self, name):
         return self.tensor.to("meta")
 
-    def part(self, name, start, stop):
+    def read_slice(self, name, start, stop):
         return self.tensor.reshape(-1)[start:stop]
 
 
@@ -289,7 +289,7 @@ def test_other_profiles_from_one_halflife():
     """Power targets, and other half-lives, from many traditional snapshots: as in theory, so of weights."""
     _, average = random_walk()
     for target in (PowerProfile(0.05), PowerProfile(0.1), PowerProfile(0.2), TraditionalProfile(150)):
-        far, near = (reconstruct(average, target, (TraditionalProfile(100),), snapshot_dtype=n) for n in (16, 128))
+        far, near = (reconstruct(average, target, (TraditionalProfile(100),), snapshots=n) for n in (16, 128))
         assert near[1].squared_error < far[1].squared_error / 20 and near[1].squared_error < 2e-3
         assert relative_distance(near[0], average(target)) < 5e-3
         assert relative_distance(near[0], average(target)) < relative_distance(far[0], average(target))
@@ -343,7 +343,7 @@ def test_initial_weights_have_no_share_in_power_targets(halflife, other_profiles
     """
     _, average = random_walk()
     profiles = (*other_profiles, TraditionalProfile(halflife))
-    ours, fit = reconstruct(average, PowerProfile(sigma_rel), profiles, snapshot_dtype=128)
+    ours, fit = reconstruct(average, PowerProfile(sigma_rel), profiles, snapshots=128)
     assert abs(fit.initial_weight) < 2e-4 and fit.squared_error < 1e-3
     assert relative_distance(ours, average(PowerProfile(sigma_rel))) < 5e-3
 
@@ -382,8 +382,8 @@ def test_nearly_identical_snapshots(profiles, bound):
     """Coefficients stay small, so that float32 averages give what float64 ones would."""
     _, average = random_walk()
     for target in (PowerProfile(0.07), PowerProfile(0.15), TraditionalProfile(100)):
-        exact, _ = reconstruct(average, target, profiles, snapshot_dtype=256)
-        rounded, _ = reconstruct(average, target, profiles, snapshot_dtype=256, dtype=torch.float32)
+        exact, _ = reconstruct(average, target, profiles, snapshots=256)
+        rounded, _ = reconstruct(average, target, profiles, snapshots=256, dtype=torch.float32)
         assert relative_distance(rounded.double(), exact) < bound
         assert relative_distance(exact, average(target)) < 2e-3
 
@@ -473,10 +473,10 @@ def test_trained_average_is_the_sum_over_steps(monkeypatch, tmp_path):
     step = loop.Trainer.step
 
     def stepping(self):
-        before = {k: v.clone() for k, v in self.ema.live.items()}
+        before = {k: v.clone() for k, v in self.ema.tensors.items()}
         loss = step(self)
         seen.extend([before] if not seen else [])
-        seen.append({k: v.clone() for k, v in self.ema.live.items()})
+        seen.append({k: v.clone() for k, v in self.ema.tensors.items()})
         return loss
 
     monkeypatch.setattr(loop.Trainer, "step", stepping)
@@ -591,7 +591,7 @@ def test_evaluation_uses_the_halflife(folder, monkeypatch):
     "given, said",
     [
         (["ema.sigma_rels=[]"], "at least one length"),
-        (["ema.halflives=[5,5]"], "each once"),
+        (["ema.halflives=[5,5]"], "need at least one length and no duplicates"),
         (["ema.halflives=[0]"], "greater than 0"),
         (["ema.halflives=[1.5]"], "fractional part"),
     ],
