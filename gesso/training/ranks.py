@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import gc
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -144,6 +145,9 @@ def init_distributed(run: RunConfig) -> Iterator[tuple[Ranks, torch.device]]:
         ) from error
     finally:
         if ours:
+            # DDP modules sit in reference cycles and hold the process group. Its threads must end before the interpreter
+            # does: a gloo thread that waits for the GIL during finalization aborts the process.
+            gc.collect()
             dist.destroy_process_group()
 
 

@@ -127,13 +127,39 @@ def test_errors_are_those_of_training():
         estimate.estimate(recipes.resolve("digits", ['optim.param_groups=[{"match":"x.*"}]'])[0], QUIET)
 
 
+SCRIPT = """
+import atexit, os, sys
+from pathlib import Path
+from gesso import cli
+
+def print_threads():
+    names = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+    print("gloo threads at exit:", sum("gloo" in name for name in names), flush=True)
+
+atexit.register(print_threads)
+cli.main()
+"""
+
+
 def test_two_ranks(tmp_path):
+    """The estimate is printed once, nothing is written, and no gloo thread outlives the process group.
+
+    A gloo thread that waits for the GIL while the interpreter ends aborts the process.
+    """
+    script, cwd = tmp_path / "script.py", tmp_path / "cwd"
+    script.write_text(SCRIPT)
+    cwd.mkdir()
     settings = ["net.hidden_size=32", "net.depth=1", "net.num_heads=2", "train.batch_size=8", "train.total_images=64"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gesso", "train", "digits",
-         "--estimate", *settings],
-        cwd=tmp_path, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [*command, "train", "digits", "--estimate", *settings],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("on cpu, 2 ranks:") == 1 and "4 samples at once" in done.stdout
-    assert list(tmp_path.iterdir()) == []
+    assert done.stdout.count("gloo threads at exit: 0") == 2
+    assert list(cwd.iterdir()) == []
