@@ -13,6 +13,7 @@ import zipfile
 from gesso.data.sources.archives import TarSource, ZipSource
 from gesso.data.sources.base import IMAGE_SUFFIXES, Source, format_names
 from gesso.data.sources.folders import CAPTION_FILES, open_captioned_folder, open_folder
+from gesso.data.sources.idx import IdxSource, idx_files
 from gesso.data.sources.parquet import ParquetSource
 from gesso.data.sources.toy import DigitsSource, ShapesSource
 from gesso.errors import UsageError
@@ -25,7 +26,7 @@ NAMED_SOURCES = {
 }
 SOURCE_KINDS = (
     "a folder whose sub-folders are the classes, a folder of images with captions (.txt beside each, or "
-    "captions.jsonl), EDM2's zip, webdataset tars (a.tar, a folder of them, or a-{000..009}.tar), parquet files"
+    "captions.jsonl), EDM2's zip, webdataset tars (a.tar, a folder of them, or a-{000..009}.tar), parquet files, IDX files (MNIST, Fashion-MNIST)"
 )
 DEFAULT_NUM_SHAPES = 20_000
 MAX_PATTERN_FILES = 1_000_000
@@ -77,6 +78,8 @@ def _open_in_folder(uri: str) -> Source:
     if captions:
         return open_captioned_folder(uri, captions)
     if not any(name.lower().endswith(IMAGE_SUFFIXES) for name in names):
+        if idx_files(names):
+            return IdxSource(uri)
         # Tars first: img2dataset writes a parquet file next to each tar.
         for suffix, kind in ((".tar", TarSource), (".parquet", ParquetSource)):
             paths = [os.path.join(uri, name) for name in names if name.endswith(suffix)]
@@ -94,7 +97,9 @@ def _open_file(uri: str) -> Source:
         return ZipSource(uri)
     if uri.endswith(".tar"):
         return TarSource(uri, [uri])
-    raise UsageError(f"data.source={uri}: no zip, tar or parquet file; a source is the path of {SOURCE_KINDS}")
+    if idx_files([os.path.basename(uri)]):
+        return IdxSource(uri)
+    raise UsageError(f"data.source={uri}: no zip, tar, parquet or IDX file; a source is the path of {SOURCE_KINDS}")
 
 
 def _open_pattern(uri: str) -> Source:
