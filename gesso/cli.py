@@ -233,6 +233,26 @@ def reproduce_table(
     reproduce(args, TABLES, console, _print)
 
 
+@app.command("sweep")
+def sweep_settings(
+    recipe: Annotated[str, _argument("recipe, as for gesso train")],
+    settings: Overrides = None,
+    over: Annotated[
+        list[str] | None,
+        typer.Option("--over", help="setting with its values, such as optim.lr=1e-3,2e-3; may be repeated"),
+    ] = None,
+    metric: Annotated[str, typer.Option(help="metric to compare: loss, fd_digits, fid, ...")] = "loss",
+    num_seeds: Annotated[int, typer.Option(help="number of trainings per point")] = 1,
+    out: Annotated[Path, typer.Option("--out", help="folder of trainings, measurements and the page")] = Path("sweeps"),
+    name: Annotated[str | None, _option("name of the page (default: the recipe)")] = None,
+) -> None:
+    """Train a recipe at every point of a grid of settings and compare one metric. Continues if stopped."""
+    from gesso.reproduce.sweep import SweepArgs, sweep
+
+    args = SweepArgs(recipe, tuple(over or ()), tuple(settings or ()), metric, num_seeds, out, name)
+    sweep(args, console, _print)
+
+
 @app.command("inspect")
 def inspect_data(
     source: Annotated[str, _argument("source as in data.source, or a cache", metavar="SOURCE")],

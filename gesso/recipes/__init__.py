@@ -6,7 +6,7 @@ from pathlib import Path
 from gesso import config
 from gesso.config import RunConfig
 from gesso.errors import UsageError
-from gesso.recipes import berrada, digits, edm2, imagenet, shapes
+from gesso.recipes import berrada, digits, edm2, fashion, imagenet, shapes
 from gesso.recipes.folder import folder
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
@@ -14,6 +14,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     **berrada.RECIPES,
     **imagenet.RECIPES,
     **shapes.RECIPES,
+    **fashion.RECIPES,
     "folder": folder,
     **edm2.RECIPES,
 }

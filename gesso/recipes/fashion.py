@@ -1,0 +1,67 @@
+"""Recipes for Fashion-MNIST: 60,000 grey 28x28 photographs of clothes in ten classes (Xiao et al. 2017, MIT licence).
+
+    mkdir -p data/fashion-mnist && cd data/fashion-mnist
+    for f in train-images-idx3 train-labels-idx1 t10k-images-idx3 t10k-labels-idx1; do
+      curl -LO https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/$f-ubyte.gz
+    done
+
+Debian's package dataset-fashion-mnist has the same files. data.source names another folder.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from gesso.config import (
+    DataConfig,
+    DiTConfig,
+    EDM2Config,
+    EDMConfig,
+    EvalConfig,
+    LossConfig,
+    MMDiTppConfig,
+    MonitorConfig,
+    MPMMDiTppConfig,
+    NetConfig,
+    OptimConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+    UNetConfig,
+)
+
+FASHION_MNIST = "data/fashion-mnist"
+TEST_IMAGES = f"{FASHION_MNIST}/t10k-images-idx3-ubyte.gz"
+TRANSFORMER = dict(hidden_size=96, depth=4, num_heads=3, patch_size=4)
+
+
+def fashion(net: NetConfig | None = None, lr: float = 1e-3, name: str = "fashion") -> RunConfig:
+    """Train mmDiT++ (0.8 M parameters) on Fashion-MNIST; the 10,000 test images give the validation loss.
+
+    gesso train fashion           about 15 minutes on two CPU cores
+    """
+    sums_loss = isinstance(net, EDM2Config)
+    return RunConfig(
+        recipe=name,
+        data=DataConfig(source=FASHION_MNIST, resolution=28, channels=1),
+        net=net or MMDiTppConfig(**TRANSFORMER),
+        process=EDMConfig(sigma_min=0.01, sigma_max=40),
+        loss=LossConfig(weighting="uncertainty", reduction="sum" if sums_loss else "mean"),
+        optim=OptimConfig(lr=lr, betas=(0.9, 0.99), schedule="inverse_sqrt", ref_images=50_000, warmup_images=5_000),
+        train=TrainConfig(total_images=200_000, batch_size=32, snapshot_every=10_000, checkpoint_every=50_000),
+        sample=SampleConfig(sampler="heun", steps=16, guidance=1.0, sigma_rel=0.1),
+        eval=EvalConfig(num_samples=5_000, metrics=("loss",)),
+        monitor=MonitorConfig(validation_source=TEST_IMAGES, validate_every=50_000, magnitude_every=None),
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {"fashion": fashion}
+NETWORKS: tuple[tuple[NetConfig, float], ...] = (
+    (EDM2Config(channels=24, channel_mult=(1, 2, 2), num_blocks=1, attention_levels=(2,), channels_per_head=24), 1e-2),
+    (UNetConfig(channels=32, channel_mult=(1, 2, 2), transformer_depth=(0, 0, 1), num_blocks=1, channels_per_head=32, norm_num_groups=8), 1e-3),
+    (DiTConfig(**TRANSFORMER), 1e-3),
+    (MPMMDiTppConfig(**TRANSFORMER), 1e-2),
+)  # fmt: skip
+for net, lr in NETWORKS:
+    recipe = partial(fashion, net, lr, f"fashion-{net.name}")
+    recipe.__doc__ = f"Train {net.name} on Fashion-MNIST with the settings of `fashion`."
+    RECIPES[f"fashion-{net.name}"] = recipe
