@@ -31,13 +31,13 @@ from gesso.config import (
 
 FASHION_MNIST = "data/fashion-mnist"
 TEST_IMAGES = f"{FASHION_MNIST}/t10k-images-idx3-ubyte.gz"
-TRANSFORMER = dict(hidden_size=96, depth=4, num_heads=3, patch_size=4)
+TRANSFORMER = dict(hidden_size=64, depth=4, num_heads=2, patch_size=4)
 
 
 def fashion(net: NetConfig | None = None, lr: float = 1e-3, name: str = "fashion") -> RunConfig:
-    """Train mmDiT++ (0.8 M parameters) on Fashion-MNIST; the 10,000 test images give the validation loss.
+    """Train mmDiT++ (0.4 M parameters) on Fashion-MNIST; the 10,000 test images give the validation loss.
 
-    gesso train fashion           about 15 minutes on two CPU cores
+    gesso train fashion           about 3 minutes on one CPU core
     """
     sums_loss = isinstance(net, EDM2Config)
     return RunConfig(
@@ -46,11 +46,11 @@ def fashion(net: NetConfig | None = None, lr: float = 1e-3, name: str = "fashion
         net=net or MMDiTppConfig(**TRANSFORMER),
         process=EDMConfig(sigma_min=0.01, sigma_max=40),
         loss=LossConfig(weighting="uncertainty", reduction="sum" if sums_loss else "mean"),
-        optim=OptimConfig(lr=lr, betas=(0.9, 0.99), schedule="inverse_sqrt", ref_images=50_000, warmup_images=5_000),
-        train=TrainConfig(total_images=200_000, batch_size=32, snapshot_every=10_000, checkpoint_every=50_000),
+        optim=OptimConfig(lr=lr, betas=(0.9, 0.99), schedule="inverse_sqrt", ref_images=12_800, warmup_images=1_600),
+        train=TrainConfig(total_images=64_000, batch_size=16, snapshot_every=3_200, checkpoint_every=32_000),
         sample=SampleConfig(sampler="heun", steps=16, guidance=1.0, sigma_rel=0.1),
         eval=EvalConfig(num_samples=5_000, metrics=("loss",)),
-        monitor=MonitorConfig(validation_source=TEST_IMAGES, validate_every=50_000, magnitude_every=None),
+        monitor=MonitorConfig(validation_source=TEST_IMAGES, validate_every=16_000, magnitude_every=None),
     )
 
 

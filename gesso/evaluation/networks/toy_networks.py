@@ -17,6 +17,8 @@ from gesso.errors import RunError, UsageError
 
 DIGITS_FILE = "digits.safetensors"
 DIGITS_SHA256 = "27d7c9f06727feae0ebbea09cc4434690583994706ce5e1bbfe7bc8e0175f7a1"
+FASHION_FILE = "fashion.safetensors"
+FASHION_SHA256 = ""
 SHAPES_FILE = "shapes.safetensors"
 SHAPES_SHA256 = "69d0bbf4749f84b63abb77607ffe393d5c0892279e6c320dcce9ae86448cec8d"
 
@@ -42,7 +44,7 @@ class DigitFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features, float32 (B, D). Raises UsageError unless the images are uint8, grey and 8x8."""
-        x = _check_images(images, self.resolution).float() / 127.5 - 1
+        x = _check_images(images, self.resolution, self.name).float() / 127.5 - 1
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
             x = F.silu(conv(x))
         # SiLU has no upper bound: features of images far from the digits keep moving away.
@@ -54,10 +56,42 @@ class DigitFeatures(nn.Module):
         return features, self.head(features)
 
 
+class FashionFeatures(nn.Module):
+    """Classifier of Fashion-MNIST, trained on its 10,000 test images: uint8 (B, 1, 28, 28) -> float32 (B, D).
+
+    The training images, which runs learn from and are compared with, are unseen by it. No normalization layer, as in
+    DigitFeatures.
+    """
+
+    name = "fashion-cnn-v1"
+    resolution, num_features, num_classes = 28, 64, 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 24, 3, padding=1)
+        self.conv2 = nn.Conv2d(24, 32, 3, stride=2, padding=1)
+        self.conv3 = nn.Conv2d(32, 48, 3, padding=1)
+        self.conv4 = nn.Conv2d(48, 64, 3, stride=2, padding=1)
+        self.hidden = nn.Linear(64 * 7 * 7, self.num_features)
+        self.head = nn.Linear(self.num_features, self.num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features (B, D). Raises UsageError unless the images are uint8, grey and 28x28."""
+        x = _check_images(images, self.resolution, self.name).float() / 127.5 - 1
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            x = F.silu(conv(x))
+        return F.silu(self.hidden(x.flatten(1)))
+
+    def classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features (B, D) and class logits (B, K). Raises UsageError as `forward` does."""
+        features = self(images)
+        return features, self.head(features)
+
+
 class GreyFeatures(nn.Module):
     """Features of digits in RGB pictures that are grey. Raises UsageError for colour."""
 
-    def __init__(self, network: DigitFeatures):
+    def __init__(self, network: DigitFeatures | FashionFeatures):
         super().__init__()
         self.network, self.name, self.num_features = network, network.name, network.num_features
 
@@ -107,6 +141,13 @@ def load_digit_features(device: str | torch.device = "cpu") -> DigitFeatures:
     return network.requires_grad_(False).eval().to(device)
 
 
+def load_fashion_features(device: str | torch.device = "cpu") -> FashionFeatures:
+    """Return the frozen classifier of Fashion-MNIST. Raises RunError if its file is missing or altered."""
+    network = FashionFeatures()
+    network.load_state_dict(_load_weights(network.name, FASHION_FILE, FASHION_SHA256))
+    return network.requires_grad_(False).eval().to(device)
+
+
 def load_shape_features(device: str | torch.device = "cpu") -> ShapeFeatures:
     """As load_digit_features."""
     network = ShapeFeatures()
@@ -131,14 +172,14 @@ def _load_weights(name: str, file: str, sha256: str) -> dict[str, Tensor]:
     return {key: value.float() for key, value in safetensors.torch.load(content).items()}
 
 
-def _check_images(images: Tensor, resolution: int) -> Tensor:
+def _check_images(images: Tensor, resolution: int, name: str) -> Tensor:
     """(B, 1, R, R), or a UsageError."""
     x = images.unsqueeze(1) if images.ndim == 3 else images
     if x.ndim != 4 or tuple(x.shape[1:]) != (1, resolution, resolution):
         raise UsageError(
-            f"{DigitFeatures.name} reads (B, 1, {resolution}, {resolution}) or (B, {resolution}, {resolution}), "
+            f"{name} reads (B, 1, {resolution}, {resolution}) or (B, {resolution}, {resolution}), "
             f"one grey channel; got {tuple(images.shape)}"
         )
     if x.dtype != torch.uint8:
-        raise UsageError(f"{DigitFeatures.name} reads uint8 pixels from 0 to 255; got {images.dtype}")
+        raise UsageError(f"{name} reads uint8 pixels from 0 to 255; got {images.dtype}")
     return x
