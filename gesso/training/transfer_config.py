@@ -201,7 +201,10 @@ def restore_recorded_settings(run: RunConfig, recorded: RunConfig) -> RunConfig:
     if run.init.source is None or run.init.source != recorded.init.source or run.net.name != recorded.net.name:
         return run
     tree, then = config.to_dict(run), config.to_dict(recorded)
-    settled_there = [("init", name) for name in RECORDED_FIELDS] + [("sample", "guidance_base_resolution"), ("process", "resolution_scale")]
+    settled_there = [("init", name) for name in RECORDED_FIELDS] + [
+        ("sample", "guidance_base_resolution"),
+        ("process", "resolution_scale"),
+    ]
     for block, name in [*settled_there, ("net", "pos_embed_base"), ("net", "pos_embed_span")]:
         if name in tree[block] and tree[block][name] in (None, 1):
             tree[block][name] = then[block].get(name)

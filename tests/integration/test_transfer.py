@@ -93,7 +93,11 @@ def test_the_same_function_at_equal_resolution_and_data(tmp_path, name, kind):
     assert state.keys() == wanted.keys() and all((state[k] - wanted[k]).abs().max() < 1e-12 for k in state)
     found = kinds(said)
     assert found["copied"].startswith(f"{len(state)} tensors, {sum(v.numel() for v in state.values()):,} parameters")
-    assert (found["adapted"], found["initialized"]) == ("none", "none") and "unused" not in found and "changed" not in found
+    assert (
+        (found["adapted"], found["initialized"]) == ("none", "none")
+        and "unused" not in found
+        and "changed" not in found
+    )
     assert (new.process.resolution_scale, new.pos_embed_base, new.init.nimg, new.init.sigma_rel) == (
         1.0,
         None,
@@ -591,7 +595,9 @@ def test_pooled_text_that_shares_its_mlp_with_control(tmp_path):
     for variables, fresh in ((("flip", "size"), False), (("aspect", "size"), True)):
         here = make_run("unet", "text", net=net, source=str(path), seed=1)
         here = here.model_copy(update={"control": joint.model_copy(update={"variables": variables})})
-        assert ("pooled text (variables aspect here, flip there)" in kinds(transfer_to(here)[2])["initialized"]) == fresh
+        assert (
+            "pooled text (variables aspect here, flip there)" in kinds(transfer_to(here)[2])["initialized"]
+        ) == fresh
 
 
 def test_labels_where_there_are_none(tmp_path):
@@ -643,7 +649,9 @@ def test_class_to_text_and_back(tmp_path, name):
     state = back.net.state_dict()
     assert behind & state.keys() <= {k for k in state if k in old and torch.allclose(state[k], old[k], rtol=1e-12)}
     table = next(k for k in state if k.endswith("table.weight") or k == "label.linear.weight")
-    assert not state[table].equal(old[table]) and ("table" in kinds(said)["initialized"] or "label" in kinds(said)["initialized"])
+    assert not state[table].equal(old[table]) and (
+        "table" in kinds(said)["initialized"] or "label" in kinds(said)["initialized"]
+    )
 
 
 def test_the_layer_that_reads_is_fresh_even_where_it_fits(tmp_path):
@@ -901,7 +909,9 @@ def test_another_network(tmp_path, there, here, words):
 def test_another_size_names_what_differs(tmp_path):
     path = write_snapshot(tmp_path, make_run("mmdit++"))
     net = NETS["mmdit++"].model_copy(update={"hidden_size": 48, "depth": 3})
-    with pytest.raises(UsageError, match=r"net\.hidden_size=32 net\.depth=2 there, net\.hidden_size=48 net\.depth=3 here"):
+    with pytest.raises(
+        UsageError, match=r"net\.hidden_size=32 net\.depth=2 there, net\.hidden_size=48 net\.depth=3 here"
+    ):
         transfer_to(make_run("mmdit++", net=net, source=str(path)))
     lists = NETS["unet"].model_copy(update={"channel_mult": (1, 3)})
     with pytest.raises(UsageError, match=r"net.channel_mult=\[1,2\] there, net.channel_mult=\[1,3\] here"):
@@ -1084,7 +1094,11 @@ def test_from_classes_to_words_on_the_command_line(tmp_path):
     run, said = trained("shapes", tmp_path / "words", *more, *shapes)
     found = kinds([line for line in said if line.startswith(("weights", "  "))])
     assert "control.variables [] -> ['size']" in found["changed"]
-    assert run.init.class_mapping is None and "semantic.mlp" in found["initialized"] and "semantic.table" in found["unused"]
+    assert (
+        run.init.class_mapping is None
+        and "semantic.mlp" in found["initialized"]
+        and "semantic.table" in found["unused"]
+    )
     assert "semantic.kind label -> text" in found["changed"]
     _, said = trained(
         "shapes-class",

@@ -82,7 +82,9 @@ def test_sample_grid_uses_each_size_condition(tmp_path):
     )
     part, asked = ColumnGroup({}, {}, method="pictures"), ["eval.num_samples=3", "sample.steps=2"]
     trained = SimpleNamespace(folder=folder)
-    job = SimpleNamespace(training=trained, group=part, overrides=asked, params={"sizes": "4,8"}, path=tmp_path / "a.json")
+    job = SimpleNamespace(
+        training=trained, group=part, overrides=asked, params={"sizes": "4,8"}, path=tmp_path / "a.json"
+    )
     found = sample_grids.save_sample_grid(job)
     assert found["values"] == {"pictures": 6} and found["protocol"]["sizes"] == ["4", "8"]
     run = config.load_with_overrides(folder, asked, ("sample.", "eval."))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from gesso import cli, config, recipes, sampling, snapshot
+from gesso import cli, recipes, sampling, snapshot
 from gesso.conditioning import Cond
 from gesso.config import CONTROL_VARIABLES, ControlConfig, ControlSpec
 from gesso.data.batching import Batcher

@@ -48,7 +48,10 @@ CASES = {
     "sd3.5 medium": (MMDiTConfig(**SD3, dual_attention_layers=2), POOLED),
     "sd3 dual, no norm": (MMDiTConfig(**SD3, dual_attention_layers=3, qk_norm=False), POOLED),
     "unet": (UNetConfig(**LEVELS), TEXT),
-    "unet heads": (UNetConfig(**{**LEVELS, "num_heads": 4, "transformer_depth": (1, 0), "transformer_depth_middle": 2}), TEXT),
+    "unet heads": (
+        UNetConfig(**{**LEVELS, "num_heads": 4, "transformer_depth": (1, 0), "transformer_depth_middle": 2}),
+        TEXT,
+    ),
     "sdxl": (UNetConfig(**SDXL), WITH_SIZES),
 }
 CLASSES = {
@@ -146,7 +149,11 @@ def test_export_import_round_trip(name):
     assert save(state)  # which refuses tensors that share memory
     found, found_inputs = interop.detect_format(state, heads)[:2]
     untold = (
-        {"pos_embed"} if cfg.name in ("dit", "pixart") else {"num_heads", "channels_per_head"} if cfg.name == "unet" else set()
+        {"pos_embed"}
+        if cfg.name in ("dit", "pixart")
+        else {"num_heads", "channels_per_head"}
+        if cfg.name == "unet"
+        else set()
     )
     assert found.model_dump(exclude=untold) == cfg.model_dump(exclude=untold)
     assert found_inputs._replace(resolution=inputs.resolution) == inputs

@@ -421,9 +421,11 @@ def test_dual_attention_without_pooled_text(inputs):
 
 
 def test_invalid_dual_attention_layers():
-    with pytest.raises(ValidationError, match=r"dual_attention_layers=1 is for SD3\.5's block: set net.separate_text_weights=all"):
+    with pytest.raises(
+        ValidationError, match=r"dual_attention_layers=1 is for SD3\.5's block: set net.separate_text_weights=all"
+    ):
         MMDiTConfig(hidden_size=32, depth=3, num_heads=2, dual_attention_layers=1)
-    with pytest.raises(ValidationError, match="dual_attention_layers=4 is more than net.depth=3"):
+    with pytest.raises(ValidationError, match=r"dual_attention_layers=4 is more than net\.depth=3"):
         MMDiTConfig(hidden_size=32, depth=3, num_heads=2, separate_text_weights="all", dual_attention_layers=4)
 
 

@@ -393,7 +393,7 @@ def test_growth(tmp_path):
     assert found["activations_mean"] == pytest.approx(4.0) and found["activations_mean_late"] == pytest.approx(2.0)
     assert found["weights_max"] == pytest.approx(3.0) and found["main_path_mean"] == 1.0
     (tmp_path / "log.jsonl").write_text(json.dumps(lines[0]) + "\n")
-    with pytest.raises(UsageError, match="set monitor.magnitude_every lower"):
+    with pytest.raises(UsageError, match=r"set monitor\.magnitude_every lower"):
         measurements.measure_growth(one)
 
 

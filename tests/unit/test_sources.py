@@ -564,7 +564,9 @@ def test_parquet_reads_a_row_group_once(tmp_path, monkeypatch):
     source = open_source(parquet(tmp_path))
     read = []
     group = source._read_row_group
-    monkeypatch.setattr(source, "_cached_row_group", __import__("functools").lru_cache(4)(lambda g: read.append(g) or group(g)))
+    monkeypatch.setattr(
+        source, "_cached_row_group", __import__("functools").lru_cache(4)(lambda g: read.append(g) or group(g))
+    )
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(source.item, list(range(6)) * 4))
     assert sorted(read) == [0, 1, 2]
