@@ -118,7 +118,7 @@ class EmaConfig(Settings):
 
 MetricName = Literal[
     "fid", "kid", "is", "pr", "fd_dinov2", "kd_dinov2", "pr_dinov2", "clip", "lpips", "fd_digits",
-    "digits_feature_distance", "fd_shapes", "fd_clip", "agreement", "drawn", "loss",
+    "digits_feature_distance", "fd_fashion", "fd_shapes", "fd_clip", "agreement", "drawn", "loss",
 ]  # fmt: skip
 
 
@@ -135,7 +135,8 @@ class EvalConfig(Settings):
     metrics: Annotated[tuple[MetricName, ...], BeforeValidator(parse_list)] = ()
     """metrics of eval.num_samples samples. Inception: fid, kid, is, pr (precision, recall, density, coverage); DINOv2:
     fd_dinov2, kd_dinov2, pr_dinov2; CLIP: clip, fd_clip; lpips between samples conditioned on different sizes. Toy
-    data: fd_digits, digits_feature_distance (in place of lpips), agreement (digits), fd_shapes, drawn (shapes). loss:
+    data: fd_digits, digits_feature_distance (in place of lpips), fd_fashion (Fashion-MNIST), agreement (class of digits
+    and clothes as a classifier sees it), fd_shapes, drawn (shapes). loss:
     validation loss, needs no samples. Empty: eval.toy_metrics"""
     nimg: PositiveCount | None = None
     """number of images that the evaluated weights were trained on; null: the last snapshot"""

@@ -23,7 +23,7 @@ from gesso.evaluation.networks import clip_dino, downloads, inception, lpips, to
 METRIC_NETWORKS = {
     "fid": "inception", "kid": "inception", "is": "inception", "pr": "inception", "fd_dinov2": "dinov2",
     "kd_dinov2": "dinov2", "pr_dinov2": "dinov2", "clip": "clip", "lpips": "lpips", "agreement": "agreement", "drawn": "drawn", "fd_digits": "digits",
-    "digits_feature_distance": "told", "fd_shapes": "shapes", "fd_clip": "clip_images", "loss": "validation",
+    "digits_feature_distance": "told", "fd_shapes": "shapes", "fd_fashion": "fashion", "fd_clip": "clip_images", "loss": "validation",
 }  # fmt: skip
 """score -> network. pr: precision and recall at k = 3, density and coverage at k = 5"""
 NEEDS_FEATURES = ("kid", "is", "pr", "kd_dinov2", "pr_dinov2", "clip", "agreement", "drawn")
@@ -181,6 +181,8 @@ def load_network(name: str, args: ImageEvalArgs, device: torch.device | str) -> 
         return clip_dino.CLIPImageFeatures(args.clip, device)
     if name == "shapes":
         return toy_networks.load_shape_features(device)
+    if name == "fashion":
+        return toy_networks.GreyFeatures(toy_networks.load_fashion_features(device))
     return toy_networks.GreyFeatures(toy_networks.load_digit_features(device))
 
 

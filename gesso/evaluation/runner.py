@@ -29,7 +29,7 @@ from gesso.evaluation import feature_stats, image_sets, run_sampler, validation
 from gesso.evaluation.feature_stats import CachedReference, FeatureStats, Progress, ProgressCallback
 from gesso.evaluation.image_source import ImageSet, open_image_set
 from gesso.evaluation.metrics import functional, toy_metrics
-from gesso.evaluation.networks import lpips
+from gesso.evaluation.networks import lpips, toy_networks
 from gesso.evaluation.networks.toy_networks import load_digit_features
 from gesso.evaluation.run_sampler import DIVERSITY_SIZES, RunSampler
 from gesso.evaluation.tasks import EvalContext, ShardedTask, Timing, load_features, run_task
@@ -323,7 +323,9 @@ def _load_network(name: str, args: image_sets.ImageEvalArgs, run: RunConfig, dev
     if name == "agreement":
         if not run.input_spec.num_classes and run.semantic.kind != "text":
             raise UsageError("eval.metrics=agreement needs a run with classes or words; this one has neither")
-        return toy_metrics.ClassAccuracy(load_digit_features(str(device)))
+        is_fashion = run.sample_size == (toy_networks.FashionFeatures.resolution,) * 2
+        load = toy_networks.load_fashion_features if is_fashion else load_digit_features
+        return toy_metrics.ClassAccuracy(load(str(device)))
     if name == "told":
         return toy_metrics.FeatureDistance(load_digit_features(str(device)))
     return (

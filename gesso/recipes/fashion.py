@@ -55,13 +55,17 @@ def fashion(net: NetConfig | None = None, lr: float = 1e-3, name: str = "fashion
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {"fashion": fashion}
-NETWORKS: tuple[tuple[NetConfig, float], ...] = (
-    (EDM2Config(channels=24, channel_mult=(1, 2, 2), num_blocks=1, attention_levels=(2,), channels_per_head=24), 1e-2),
-    (UNetConfig(channels=32, channel_mult=(1, 2, 2), transformer_depth=(0, 0, 1), num_blocks=1, channels_per_head=32, norm_num_groups=8), 1e-3),
-    (DiTConfig(**TRANSFORMER), 1e-3),
-    (MPMMDiTppConfig(**TRANSFORMER), 1e-2),
+NETWORKS: tuple[tuple[NetConfig, float, str], ...] = (
+    (EDM2Config(channels=24, channel_mult=(1, 2, 2), num_blocks=1, attention_levels=(2,), channels_per_head=24), 1e-2, "half an hour"),
+    (UNetConfig(channels=32, channel_mult=(1, 2, 2), transformer_depth=(0, 0, 1), num_blocks=1, channels_per_head=32, norm_num_groups=8), 1e-3, "an hour"),
+    (DiTConfig(**TRANSFORMER), 1e-3, "3 minutes"),
+    (MPMMDiTppConfig(**TRANSFORMER), 1e-2, "4 minutes"),
 )  # fmt: skip
-for net, lr in NETWORKS:
-    recipe = partial(fashion, net, lr, f"fashion-{net.name}")
-    recipe.__doc__ = f"Train {net.name} on Fashion-MNIST with the settings of `fashion`."
-    RECIPES[f"fashion-{net.name}"] = recipe
+for net, lr, duration in NETWORKS:
+    name = f"fashion-{net.name}"
+    recipe = partial(fashion, net, lr, name)
+    recipe.__doc__ = (
+        f"Train {net.name} on Fashion-MNIST with the settings of `fashion`.\n\n"
+        f"    gesso train {name}   about {duration} on one CPU core"
+    )
+    RECIPES[name] = recipe

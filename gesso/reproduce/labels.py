@@ -19,8 +19,9 @@ METRIC_LABELS = {
     "fd_digits": "Frechet distance in the features of a small digit classifier; not FID",
     "digits_feature_distance": "distance in the features of a small digit classifier between samples conditioned on 4x4 and "
     "8x8; not LPIPS",
+    "fd_fashion": "Frechet distance in the features of a small classifier of Fashion-MNIST; not FID",
     "fd_shapes": "Frechet distance in the features of a small classifier of drawn shapes; not FID",
-    "class_agreement": "share of samples that a small digit classifier assigns to their class",
+    "class_agreement": "share of samples that a small classifier assigns to their class",
     "all": "share of samples in which every drawn shape matches the caption or class (exact reader)",
     "border": "share of drawn shapes that the border cuts",
     "flipped": "share of drawn shapes on the side opposite to their caption (exact reader)",
@@ -40,6 +41,7 @@ METRIC_LABELS = {
 SHORT_LABELS = {
     "fid": "FID",
     "fd_digits": "Frechet distance, digit features",
+    "fd_fashion": "Frechet distance, clothes features",
     "fd_shapes": "Frechet distance, shape features",
     "fd_dinov2": "Frechet distance, DINOv2",
     "alpha_bar": "share of the signal",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gesso.errors import UsageError
 from gesso.evaluation.metrics import shapes_reader
-from gesso.evaluation.networks.toy_networks import DigitFeatures
+from gesso.evaluation.networks.toy_networks import DigitFeatures, FashionFeatures
 
 CAPTION_CHECKS = ("colour", "kind", "pair", "place", "side", "relation", "all", "sided", "flipped", "border")
 CLASS_CHECKS = ("kind", "all", "border")
@@ -18,11 +18,11 @@ CLASS_CHECKS = ("kind", "all", "border")
 
 
 class ClassAccuracy(nn.Module):
-    """Whether digits are read as what they were to be: RGB (B, 3, 8, 8) uint8 and labels (B,) -> (B, 1) of 0 and 1."""
+    """Share of samples that a classifier assigns to their class: RGB (B, 3, H, W) uint8 and labels (B,) -> (B, 1) of 0 and 1."""
 
     num_features = 1
 
-    def __init__(self, network: DigitFeatures):
+    def __init__(self, network: DigitFeatures | FashionFeatures):
         super().__init__()
         self.network, self.name = network, network.name
         self.checks = ("class_agreement",)

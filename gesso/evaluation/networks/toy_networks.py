@@ -18,7 +18,7 @@ from gesso.errors import RunError, UsageError
 DIGITS_FILE = "digits.safetensors"
 DIGITS_SHA256 = "27d7c9f06727feae0ebbea09cc4434690583994706ce5e1bbfe7bc8e0175f7a1"
 FASHION_FILE = "fashion.safetensors"
-FASHION_SHA256 = ""
+FASHION_SHA256 = "8efad20e198d18db8ed92e57f9300c381254caafebbbf7392584d59a7e65072e"
 SHAPES_FILE = "shapes.safetensors"
 SHAPES_SHA256 = "69d0bbf4749f84b63abb77607ffe393d5c0892279e6c320dcce9ae86448cec8d"
 
