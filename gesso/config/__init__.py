@@ -22,6 +22,7 @@ from gesso.config.net import (
     mmditpp_config,
 )
 from gesso.config.overrides import (
+    build_net_config,
     differences,
     flatten,
     load_config,
@@ -75,6 +76,7 @@ __all__ = [
     "TrainConfig",
     "UNetConfig",
     "VPConfig",
+    "build_net_config",
     "differences",
     "edm2_config",
     "flatten",

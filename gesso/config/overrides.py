@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from gesso import atomic_io
 from gesso.config.initialization import RECORDED_FIELDS
+from gesso.config.net import NetConfig
 from gesso.config.process import LINEAR_ENDS
 from gesso.config.run import RunConfig
 from gesso.errors import UsageError
@@ -171,6 +172,15 @@ def validate(tree: Tree) -> RunConfig:
         lines = [format_error(e) for e in error.errors()]
     title = "1 setting is wrong" if len(lines) == 1 else f"{len(lines)} settings are wrong"
     raise UsageError("\n  ".join([title + ":", *lines])) from None
+
+
+def build_net_config(values: Tree) -> NetConfig:
+    """Return the settings of a network from its fields. Raises UsageError that lists the invalid fields."""
+    try:
+        return TypeAdapter(NetConfig).validate_python(values)
+    except ValidationError as error:
+        lines = [format_error({**e, "loc": ("net", *e["loc"])}) for e in error.errors()]
+    raise UsageError("\n  ".join(["the network is not valid:", *lines])) from None
 
 
 def format_error(error: Any) -> str:

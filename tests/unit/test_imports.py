@@ -14,7 +14,7 @@ ROOT = Path(gesso.__file__).parent
 ORDER = [
     {"errors"}, {"atomic_io", "torchrun"}, {"config", "rng", "devices"}, {"conditioning"}, {"models", "recipes"},
     {"diffusion", "data", "ema"}, {"snapshot", "interop", "build_conditions"}, {"sampling"}, {"evaluation"},
-    {"training"}, {"report"}, {"reproduce"}, {"papers"}, {"cli"}, {"__main__"},
+    {"training"}, {"report"}, {"api"}, {"reproduce"}, {"papers"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 LAYER_INDEX = {name: i for i, names in enumerate(ORDER) for name in names}
 UNRESTRICTED = {"cli", "__main__"}

@@ -1,0 +1,243 @@
+"""Public Python API: `import gesso` exports what is defined here.
+
+    import gesso
+
+    run = gesso.train(gesso.recipe("digits", {"train.total_images": 40_000}), out="runs/x")
+    images = run.sample(labels=[7], seeds=range(4), guidance=2.0, sigma_rel=0.1)  # uint8 (N, C, H, W)
+    values = run.evaluate(["fd_digits"], num_images=1_000)
+
+Settings are the ones of the command line (`gesso config RECIPE` lists them). Every function raises gesso.GessoError, or a
+class derived from it, for wrong arguments, with a message that says how to fix them.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from gesso import build_conditions, config, ema, models, recipes, sampling, snapshot
+from gesso.config import InputSpec, RunConfig
+from gesso.diffusion.denoiser import Denoiser
+from gesso.errors import UsageError
+from gesso.evaluation import runner
+from gesso.training.run_folder import start_training
+
+Settings = Mapping[str, Any]
+"""Settings by name, such as {"sample.steps": 32}; values as in Python or as typed on the command line."""
+Progress = Callable[[int, int], None]
+"""Callback with the number of finished and of all items."""
+
+
+class Run:
+    """A finished or running training in a run folder.
+
+    Args:
+        folder: The run folder, which holds run.yaml and snapshots.
+
+    Attributes:
+        folder: The run folder.
+        config: Settings of the run, with what was recorded when training started.
+
+    Raises:
+        UsageError: There is no run in the folder.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.config: RunConfig = config.load_with_overrides(self.folder, [], ())
+        self._denoisers: dict[tuple[str, int | None, str], Denoiser] = {}
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+    @property
+    def nimg(self) -> int:
+        """Number of images that the last snapshot was trained on."""
+        return snapshot.list_snapshots(self.folder)[-1].nimg
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes; empty without classes."""
+        return tuple(self.config.data.class_names or ())
+
+    def with_settings(self, settings: Settings | None) -> RunConfig:
+        """Return the settings of the run, changed by `settings`; only sample.* and eval.* may change."""
+        return config.load_with_overrides(self.folder, to_arguments(settings or {}), ("sample.", "eval."))
+
+    def denoiser(
+        self, sigma_rel: float | None = None, nimg: int | None = None, settings: Settings | None = None
+    ) -> Denoiser:
+        """Return the denoiser D(x, s, cond) with EMA weights of any length, reconstructed from the snapshots.
+
+        Args:
+            sigma_rel: Relative EMA length; None takes sample.sigma_rel or sample.halflife.
+            nimg: Number of images that the weights were trained on; None is the last snapshot.
+            settings: Changes of sample.*.
+
+        Returns:
+            A module in evaluation mode on the device of the run; the same object for the same arguments.
+        """
+        return self._denoiser(self.with_settings(self._sampling_settings(settings, None, sigma_rel)), nimg)
+
+    def sample(
+        self,
+        labels: Sequence[int | str] | None = None,
+        prompts: Sequence[str] | None = None,
+        seeds: Sequence[int] = range(16),
+        guidance: float | None = None,
+        sigma_rel: float | None = None,
+        control: Mapping[str, str] | None = None,
+        nimg: int | None = None,
+        settings: Settings | None = None,
+    ) -> Tensor:
+        """Sample one image per seed.
+
+        An image depends on its seed, its condition and the sampling settings, not on the other images.
+
+        Args:
+            labels: Classes, by index or name, repeated in turn over the seeds; None cycles through all classes.
+            prompts: Captions, repeated in turn over the seeds, for runs with text.
+            seeds: N seeds.
+            guidance: Guidance scale; None takes sample.guidance.
+            sigma_rel: Relative EMA length; None takes sample.sigma_rel or sample.halflife.
+            control: Values of control variables, such as {"size": "512x512", "flip": "no"}.
+            nimg: Number of images that the weights were trained on; None is the last snapshot.
+            settings: Further changes of sample.*, such as {"sample.steps": 50}.
+
+        Returns:
+            Images (N, C, H, W) uint8 on the CPU.
+
+        Raises:
+            UsageError: A setting or condition is invalid for this run.
+        """
+        run = self.with_settings(self._sampling_settings(settings, guidance, sigma_rel))
+        sampling.check_sampling(run)
+        sampling.check_device(run)
+        seeds = list(seeds)
+        indices = self._label_indices(run, labels, len(seeds))
+        captions = build_conditions.expand_prompts(run, tuple(prompts or ()), len(seeds))
+        rows = snapshot.load_control_rows(self.folder)
+        cond, _ = build_conditions.build_cond(run, seeds, rows, indices, captions, dict(control or {}))
+        guide, normalizer = sampling.load_guide(self.folder, run), sampling.open_decoder(run)
+        return torch.cat(list(sampling.generate(self._denoiser(run, nimg), run, seeds, cond, guide, normalizer)))
+
+    def evaluate(
+        self,
+        metrics: Sequence[str],
+        num_images: int | None = None,
+        settings: Settings | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, float]:
+        """Evaluate metrics of the run, as `gesso evaluate`; results are stored in the run folder too.
+
+        Args:
+            metrics: Names such as "fid", "fd_dinov2" or "loss" (eval.metrics).
+            num_images: Number of samples; None takes eval.num_samples.
+            settings: Further changes of sample.* and eval.*.
+            progress: Called with the number of finished and of all samples.
+
+        Returns:
+            The values by name; one metric may give several.
+
+        Raises:
+            UsageError: The run or this machine lacks something that a metric needs.
+        """
+        changes = {"eval.metrics": ",".join(metrics), **({"eval.num_samples": num_images} if num_images else {})}
+        run = self.with_settings({**changes, **(settings or {})})
+        context = runner.EvalContext(self.folder, run, sampling.run_device(run))
+        result, _ = runner.evaluate_metrics(context, progress or (lambda done, total: None))
+        return {name: entry["best"] for name, entry in result["scores"].items()}
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write a self-contained HTML page on the run; return its path (default: report.html in the run folder)."""
+        from gesso.report import write
+
+        return Path(write([self.folder], Path(out) if out else None))
+
+    def _denoiser(self, run: RunConfig, nimg: int | None) -> Denoiser:
+        profile, device = ema.sampling_profile(run.sample), sampling.run_device(run)
+        key = (str(profile), nimg or self.nimg, str(device))
+        if key not in self._denoisers:
+            weights, _, _, _ = snapshot.reconstruct_from_run(self.folder, [profile], nimg)
+            self._denoisers = {key: snapshot.denoiser_from_weights(weights[0], run, device)}  # only the last is kept
+        return self._denoisers[key]
+
+    @staticmethod
+    def _sampling_settings(settings: Settings | None, guidance: float | None, sigma_rel: float | None) -> Settings:
+        given = {"sample.guidance": guidance, "sample.sigma_rel": sigma_rel}
+        return {**(settings or {}), **{name: value for name, value in given.items() if value is not None}}
+
+    def _label_indices(self, run: RunConfig, labels: Sequence[int | str] | None, count: int) -> list[int] | None:
+        if labels is None:
+            return build_conditions.expand_labels(run, None, count)
+        names = list(self.class_names)
+        for label in labels:
+            if isinstance(label, str) and label not in names:
+                raise UsageError(f"labels: no class {label!r}; {config.suggest(label, names)}")
+        indices = [names.index(label) if isinstance(label, str) else int(label) for label in labels]
+        if not indices:
+            raise UsageError("labels is empty: name a class, or pass None for all classes in turn")
+        build_conditions.check_labels(run, indices)
+        return [indices[i % len(indices)] for i in range(count)]
+
+
+def load_run(folder: str | Path) -> Run:
+    """Open a run folder. Raises UsageError if there is no run."""
+    return Run(folder)
+
+
+def recipe(name: str, settings: Settings | None = None) -> RunConfig:
+    """Return the settings of a recipe, a run.yaml or a run folder, changed by `settings`.
+
+    Args:
+        name: As for `gesso train`: a recipe, folder:PATH, a run.yaml or a run folder.
+        settings: Changes by name, such as {"train.total_images": 200_000}.
+
+    Raises:
+        UsageError: There is no such recipe, or a setting is invalid.
+    """
+    return recipes.resolve(name, to_arguments(settings or {}))[0]
+
+
+def train(run: RunConfig | str, out: str | Path, resume: bool = False, log: Callable[[str], None] | None = None) -> Run:
+    """Train a run, or resume it, and return it.
+
+    Args:
+        run: Settings, or the name of a recipe.
+        out: The run folder, which must not hold a run unless `resume` is true.
+        resume: Resume from the last checkpoint if there is one.
+        log: Receives each line of information; None discards them.
+
+    Raises:
+        UsageError: Settings are invalid, or `out` holds a run and `resume` is false.
+        DivergenceError: The loss is not finite.
+    """
+    settings = recipe(run) if isinstance(run, str) else run
+    start_training(settings, Path(out), resume, Console(quiet=True), log or (lambda text: None))
+    return Run(out)
+
+
+def model(name: str, inputs: InputSpec, **fields: Any) -> nn.Module:
+    """Build a network, initialized from the global random state of torch.
+
+    Args:
+        name: Name of the network: one of gesso.config.NETS, such as "dit" or "edm2".
+        inputs: Shapes of its inputs: channels, latent resolution, classes, text.
+        **fields: Fields of its settings, such as hidden_size=384, depth=12, num_heads=6, patch_size=2.
+
+    Returns:
+        A module with the signature F(x, c_noise, progress, cond), see gesso.models.
+
+    Raises:
+        UsageError: There is no such network, or a field is invalid.
+    """
+    return models.build_network(config.build_net_config({"name": name, **fields}), inputs)
+
+
+def to_arguments(settings: Settings) -> list[str]:
+    """Return settings as typed on the command line: a.b=VALUE."""
+    return [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items()]
