@@ -13,7 +13,7 @@ from gesso import ema
 from gesso.ema import PowerProfile
 
 N, STEPS, SNAPSHOTS = 4_000, 20_000, 40
-TRACKED, MADE = (0.05, 0.10), (0.02, 0.075, 0.20)
+TRACKED, RECONSTRUCTED = (0.05, 0.10), (0.02, 0.075, 0.20)
 
 
 def to_nearest(x: torch.Tensor) -> torch.Tensor:
@@ -40,34 +40,34 @@ def walk() -> tuple[torch.Tensor, dict, dict]:
     """Final weights, averages by float64, and snapshots of each way."""
     torch.manual_seed(0)
     weights = torch.randn(N, dtype=torch.float64)
-    exact = {s: weights.clone() for s in (*TRACKED, *MADE)}
-    kept = {way: {s: weights.float() for s in TRACKED} for way in WAYS}
+    exact = {s: weights.clone() for s in (*TRACKED, *RECONSTRUCTED)}
+    remaining = {way: {s: weights.float() for s in TRACKED} for way in WAYS}
     stored = {way: [] for way in WAYS}
     for t in range(STEPS):
         weights += 0.02 * torch.randn(N, dtype=torch.float64) / max(1, t / 500) ** 0.5
         for s, average in exact.items():
             average.lerp_(weights, 1 - PowerProfile(s).beta(t, t + 1))
-        for way, averages in kept.items():
+        for way, averages in remaining.items():
             for s in TRACKED:
                 moved = averages[s].float().lerp(weights.float(), 1 - PowerProfile(s).beta(t, t + 1))
                 averages[s] = WAYS[way][0](moved)
         if (t + 1) % (STEPS // SNAPSHOTS) == 0:
-            for way, averages in kept.items():
+            for way, averages in remaining.items():
                 stored[way] += [(t + 1, PowerProfile(s), averages[s].to(WAYS[way][1])) for s in TRACKED]
     return weights, exact, stored
 
 
 def main() -> None:
     weights, exact, stored = walk()
-    print(f"{'':28}" + "".join(f"{s:>10}" for s in (*TRACKED, *MADE)))
+    print(f"{'':28}" + "".join(f"{s:>10}" for s in (*TRACKED, *RECONSTRUCTED)))
     for way, snapshots in stored.items():
         errors = []
-        for s in (*TRACKED, *MADE):
+        for s in (*TRACKED, *RECONSTRUCTED):
             times, profiles = [t for t, _, _ in snapshots], [p for _, p, _ in snapshots]
             x = ema.fit_profile(times, profiles, STEPS, PowerProfile(s)).coefficients
-            made = sum(float(c) * tensor.double() for c, (_, _, tensor) in zip(x, snapshots, strict=True))
+            created = sum(float(c) * tensor.double() for c, (_, _, tensor) in zip(x, snapshots, strict=True))
             apart = (exact[s] - weights).square().mean().sqrt()
-            errors.append(float((made - exact[s]).square().mean().sqrt() / apart))
+            errors.append(float((created - exact[s]).square().mean().sqrt() / apart))
         print(f"{way:28}" + "".join(f"{e:10.2g}" for e in errors))
 
 

@@ -40,20 +40,20 @@ class Tested:
         )
         self.network, self.images = toy_networks.load_digit_features(), open_dataset(self.run.data)
 
-    def made(self, count: int = COUNT, first: int = 0, sample: dict | None = None, **control: str) -> Tensor:
+    def created(self, count: int = COUNT, first: int = 0, sample: dict | None = None, **control: str) -> Tensor:
         run = self.run.model_copy(update={"sample": self.run.sample.model_copy(update=sample or {})})
         seeds, labels = range(first, first + count), [i % 10 for i in range(count)]
         cond, _ = build_conditions.build_cond(run, seeds, self.rows, labels, None, control)
         return torch.cat(list(sampling.generate(self.denoiser, run, seeds, cond)))
 
-    def quality(self, made: Tensor) -> dict[str, float]:
+    def quality(self, created: Tensor) -> dict[str, float]:
         """Frechet distance to a random half of the data, and class agreement."""
         half = rng.random_bits(0, torch.arange(len(self.images)), "half", 1)[:, 0].argsort(stable=True)[:COUNT]
         real, fake = functional.Moments(), functional.Moments()
         real.update(self.network.classify(self.images.pixels[half])[0])
-        found, logits = self.network.classify(made)
-        fake.update(found)
-        agreement = functional.class_accuracy(logits, torch.arange(len(made)) % 10)
+        actual, logits = self.network.classify(created)
+        fake.update(actual)
+        agreement = functional.class_accuracy(logits, torch.arange(len(created)) % 10)
         return {
             "frechet": functional.frechet_distance(fake.mean, fake.cov, real.mean, real.cov),
             "agreement": agreement,

@@ -53,16 +53,16 @@ def medians(rounds: int, **runs: Callable[[], None]) -> dict[str, float]:
 
 def feed(names: list[str], rounds: int) -> dict[str, float]:
     """By recipe: seconds of a training step over seconds of making its batch."""
-    found = {}
+    actual = {}
     for name in names:
         run, dataset = open_dataset_for_run(recipes.resolve(name, [])[0], QUIET)
         trainer = loop.Trainer(run, dataset)
         counter = torch.arange(run.train.batch_size)
         counters = (counter + len(counter) * i for i in itertools.count())
         took = medians(rounds, step=trainer.step, batch=lambda make=trainer.batcher, k=counters: make(next(k)))
-        found[name] = took["step"] / took["batch"]
-        print(f"{name:16} a step takes {found[name]:.1f} times as long as its batch")
-    return found
+        actual[name] = took["step"] / took["batch"]
+        print(f"{name:16} a step takes {actual[name]:.1f} times as long as its batch")
+    return actual
 
 
 def read(images: int, size: int, rounds: int, peers: bool) -> dict[str, float]:
@@ -98,10 +98,10 @@ def read(images: int, size: int, rounds: int, peers: bool) -> dict[str, float]:
         if peers:
             runs |= _peers(root, rows.astype(np.float16), some)
         took = medians(rounds, **runs)
-    found = {name: took["bare"] / (seconds / share.get(name, 1)) for name, seconds in took.items() if name != "bare"}
-    for name, ratio in found.items():
+    actual = {name: took["bare"] / (seconds / share.get(name, 1)) for name, seconds in took.items() if name != "bare"}
+    for name, ratio in actual.items():
         print(f"{name:16} {ratio:.3f} of a bare memmap gather")
-    return found
+    return actual
 
 
 def _peers(root: Path, rows: np.ndarray, some: list[torch.Tensor]) -> dict[str, Callable[[], None]]:
@@ -166,13 +166,13 @@ def decode(folder: str, resolution: int, rounds: int) -> dict[str, float]:
             write.write_cache(CachePlan(data=DataConfig(source=folder, resolution=resolution)), Path(out) / "c")
 
     took = medians(rounds, cache=cache, one=lambda: [plain(path) for path in files], pool=pool)
-    found = {
+    actual = {
         "over one core": took["one"] / took["cache"],
         "over a pool of threads": took["pool"] / took["cache"],
     }
-    for name, ratio in found.items():
+    for name, ratio in actual.items():
         print(f"gesso cache is {ratio:.2f} times as fast as a plain Pillow loop {name}")
-    return found
+    return actual
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def timed(
     contestants: dict[str, Callable[[], None]], rounds: int, device: str, before: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
     """Median seconds of each, taken in turn after one unmeasured round."""
-    found: dict[str, list[float]] = {name: [] for name in contestants}
+    actual: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(rounds + 1):
         for name, run in contestants.items():
             before()
@@ -44,8 +44,8 @@ def timed(
             if device == "cuda":
                 torch.cuda.synchronize()
             if i:
-                found[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in found.items()}
+                actual[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in actual.items()}
 
 
 def update(args: argparse.Namespace) -> dict[str, float]:
@@ -71,7 +71,7 @@ def update(args: argparse.Namespace) -> dict[str, float]:
         seen[0] += args.batch_size
 
     # A step takes long, an average little: the latter in more rounds of their own.
-    found = timed({"step": step}, args.rounds, device)
+    actual = timed({"step": step}, args.rounds, device)
     contestants: dict[str, Callable[[], None]] = {"gesso": ours}
     if args.peer:
         sys.path.append(args.peer)
@@ -86,11 +86,11 @@ def update(args: argparse.Namespace) -> dict[str, float]:
                 checkpoint_folder=folder,
             )
         contestants["ema-pytorch"] = peer.update
-    found |= timed(contestants, max(31, args.rounds), device)
-    found["gesso / step"] = found["gesso"] / found["step"]
+    actual |= timed(contestants, max(31, args.rounds), device)
+    actual["gesso / step"] = actual["gesso"] / actual["step"]
     if args.peer:
-        found["gesso / ema-pytorch"] = found["gesso"] / found["ema-pytorch"]
-    return found
+        actual["gesso / ema-pytorch"] = actual["gesso"] / actual["ema-pytorch"]
+    return actual
 
 
 def make(args: argparse.Namespace) -> dict[str, float]:
@@ -127,13 +127,13 @@ def make(args: argparse.Namespace) -> dict[str, float]:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
         contestants = {"once": once, "each": each, "tensors": tensors, "read": read}
-        found = timed(contestants, args.rounds, args.device, forget if args.cold else lambda: None)
+        actual = timed(contestants, args.rounds, args.device, forget if args.cold else lambda: None)
     finally:
         shutil.rmtree(folder)
-    found["each / once"] = found["each"] / found["once"]
-    found["once / tensors"] = found["once"] / found["tensors"]
-    found["once / read"] = found["once"] / found["read"]
-    return found
+    actual["each / once"] = actual["each"] / actual["once"]
+    actual["once / tensors"] = actual["once"] / actual["tensors"]
+    actual["once / read"] = actual["once"] / actual["read"]
+    return actual
 
 
 def _written(folder: Path, count: int, megabytes: int) -> list[snapshot.Snapshot]:
@@ -158,18 +158,18 @@ def main() -> None:
     parser.add_argument("--folder", help="where the snapshots are written")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    found = {"update": update, "make": make}[args.what](args)
+    actual = {"update": update, "make": make}[args.what](args)
     how = {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "device": args.device,
         "load": os.getloadavg()[0],
     }
-    for name, value in found.items():
+    for name, value in actual.items():
         print(f"{name:22} {value:10.4f}")
     print(how)
     if args.out:
-        args.out.write_text(json.dumps(vars(args) | how | found, indent=1, default=str) + "\n")
+        args.out.write_text(json.dumps(vars(args) | how | actual, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from gesso.training.trainer import Trainer
 
 def trainer_of(args: argparse.Namespace, *settings: str, **how: object) -> Trainer:
     """DiT-S/2 on drawn shapes, a thousand of them."""
-    said = [
+    output = [
         "eval.toy_metrics=none",
         "data.source=shapes:1000",
         "net.name=dit",
@@ -45,7 +45,7 @@ def trainer_of(args: argparse.Namespace, *settings: str, **how: object) -> Train
         f"train.batch_size={args.batch_size}",
         f"train.device={args.device}",
     ]
-    run, dataset = open_dataset_for_run(recipes.resolve("shapes-class", [*said, *settings])[0], Console(quiet=True))
+    run, dataset = open_dataset_for_run(recipes.resolve("shapes-class", [*output, *settings])[0], Console(quiet=True))
     return Trainer(run, dataset, **how)
 
 
@@ -59,13 +59,13 @@ def seconds(function: Callable[[], object], device: str) -> float:
 
 def timed(contestants: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
     """Median seconds of each, taken in turn after one unmeasured round."""
-    found: dict[str, list[float]] = {name: [] for name in contestants}
+    actual: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(rounds + 1):
         for name, function in contestants.items():
             elapsed = seconds(function, device)
             if i:
-                found[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in found.items()}
+                actual[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in actual.items()}
 
 
 def bare(trainer: Trainer) -> Callable[[], object]:
@@ -88,20 +88,20 @@ def step(args: argparse.Namespace) -> dict[str, float]:
     trainer = trainer_of(args)
     plain = bare(trainer)
     counter = torch.arange(args.batch, device=args.device)
-    found = timed({"bare": plain, "step": trainer.step}, args.rounds, args.device)
+    actual = timed({"bare": plain, "step": trainer.step}, args.rounds, args.device)
     parts = {
         "averages": lambda: trainer.ema.update(1000, 1000 + args.batch),
         "batch": lambda: trainer.batcher(counter),
         "optimizer": trainer.optimizer.step,
         "summary": trainer.pop_log_line,
     }
-    found |= {f"part: {name}": value for name, value in timed(parts, max(31, args.rounds), args.device).items()}
-    return found | {"step / bare": found["step"] / found["bare"]}
+    actual |= {f"part: {name}": value for name, value in timed(parts, max(31, args.rounds), args.device).items()}
+    return actual | {"step / bare": actual["step"] / actual["bare"]}
 
 
 def save(args: argparse.Namespace) -> dict[str, float]:
     trainer = trainer_of(args)
-    saver, waits, beside, alone = checkpoint.CheckpointWriter(), [], [], []
+    saver, waits, others, alone = checkpoint.CheckpointWriter(), [], [], []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         out = Path(folder)
 
@@ -115,20 +115,20 @@ def save(args: argparse.Namespace) -> dict[str, float]:
             saver.wait()
             if i:
                 waits.append(waited)
-                beside.append(first)
+                others.append(first)
                 alone.append(seconds(trainer.step, args.device))
         size = sum(file.stat().st_size for file in checkpoint.list_checkpoints(out / "state")[-1].iterdir())
         assert len(snapshot.list_snapshots(out)) == 2 * (args.rounds + 1)
     saver.close()
-    found = {
+    actual = {
         "step": statistics.median(alone),
         "wait": statistics.median(waits),
-        "step beside": statistics.median(beside),
+        "step beside": statistics.median(others),
     }
-    found |= {"longest wait": max(waits), "megabytes of a state": size / 1e6}
-    return found | {
-        "wait / step": found["wait"] / found["step"],
-        "step beside / step": found["step beside"] / found["step"],
+    actual |= {"longest wait": max(waits), "megabytes of a state": size / 1e6}
+    return actual | {
+        "wait / step": actual["wait"] / actual["step"],
+        "step beside / step": actual["step beside"] / actual["step"],
     }
 
 
@@ -146,10 +146,10 @@ def ranks(args: argparse.Namespace) -> dict[str, float]:
             if i:
                 times["alone"].append(elapsed)
                 times["together"].append(both)
-        found = {name: statistics.median(values) for name, values in times.items()}
-        found |= {f"{name}, images/s": args.batch / found[name] for name in times if found[name]}
-        found["ranks"] = here.world_size
-        return found | {"times as fast": found["alone"] / found["together"]} if here.is_main else {}
+        actual = {name: statistics.median(values) for name, values in times.items()}
+        actual |= {f"{name}, images/s": args.batch / actual[name] for name in times if actual[name]}
+        actual["ranks"] = here.world_size
+        return actual | {"times as fast": actual["alone"] / actual["together"]} if here.is_main else {}
 
 
 def main() -> None:
@@ -163,19 +163,19 @@ def main() -> None:
     parser.add_argument("--folder", help="where states are written")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    found = {"step": step, "save": save, "ranks": ranks}[args.what](args)
+    actual = {"step": step, "save": save, "ranks": ranks}[args.what](args)
     how = {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "device": args.device,
         "load": os.getloadavg()[0],
     }
-    for name, value in found.items():
+    for name, value in actual.items():
         print(f"{name:24} {value:10.4f}")
-    if found:
+    if actual:
         print(how)
-    if args.out and found:
-        args.out.write_text(json.dumps(vars(args) | how | found, indent=1, default=str) + "\n")
+    if args.out and actual:
+        args.out.write_text(json.dumps(vars(args) | how | actual, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

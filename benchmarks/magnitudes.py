@@ -43,13 +43,13 @@ def measured(run, dataset, path: Path) -> dict[str, Any]:
     tensors, _, _ = snapshot.read(path)
     denoiser = snapshot.denoiser_from_weights(tensors, run)
     batches = Batcher(dataset, run, denoiser.process.sigma_data, torch.device("cpu"))
-    with Magnitudes(denoiser.net, run.inputs.resolution) as found:
+    with Magnitudes(denoiser.net, run.inputs.resolution) as actual:
         for counter in torch.arange(SAMPLES).split(PASS):
             x0, cond = batches(counter)
             s = denoiser.process.icdf(rng.uniform(0, counter, "noise level")[:, 0]).to(x0)
             level, eps = s[:, None, None, None], rng.normal(0, counter, "noise", x0.shape[1:], x0.dtype)
             denoiser(denoiser.process.alpha(level) * x0 + level * eps, s, cond)
-    return {"activations": found.activations(), "main_path": found.main_path(), "weights": found.weights(tensors)}
+    return {"activations": actual.activations(), "main_path": actual.main_path(), "weights": actual.weights(tensors)}
 
 
 def main() -> None:
@@ -60,7 +60,9 @@ def main() -> None:
     traces = {run.name: trace(run) for run in options.runs}
     for name, rows in traces.items():
         for nimg in (min(rows), max(rows)):
-            means = {what: sum(pair[1] for pair in found.values()) / len(found) for what, found in rows[nimg].items()}
+            means = {
+                what: sum(pair[1] for pair in actual.values()) / len(actual) for what, actual in rows[nimg].items()
+            }
             print(f"{name} at image {nimg:,}: " + ", ".join(f"{what} {mean:.4g}" for what, mean in means.items()))
     if options.out:
         plot(traces, options.out)

@@ -32,27 +32,27 @@ CARD = 24
 
 def activations(run: RunConfig, samples: int, recompute: bool) -> tuple[int, int]:
     """Bytes that backward asks for besides the parameters: of the whole network, of its largest block."""
-    kept: dict[int, int] = {}
+    stored: dict[int, int] = {}
     largest, before = 0, 0
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, torch.nn.Parameter):
             storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
+            stored[storage._cdata] = storage.nbytes()
         return tensor
 
     def enter(*_: object) -> None:
         nonlocal before
-        before = sum(kept.values())
+        before = sum(stored.values())
 
     def leave(*_: object) -> None:
         nonlocal largest
-        largest = max(largest, sum(kept.values()) - before)
+        largest = max(largest, sum(stored.values()) - before)
 
     inputs, n = run.input_spec, samples
     with FakeTensorMode():
         net = models.build_network(run.net, inputs)
-        own = {p.untyped_storage()._cdata for p in net.parameters()}
+        local = {p.untyped_storage()._cdata for p in net.parameters()}
         for block in models.list_blocks(net):
             block.register_forward_pre_hook(enter)
             block.register_forward_hook(leave)
@@ -69,7 +69,7 @@ def activations(run: RunConfig, samples: int, recompute: bool) -> tuple[int, int
         with saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             out = net(x, torch.zeros(n), torch.zeros(n), cond)
         assert out.shape == x.shape
-    return sum(size for storage, size in kept.items() if storage not in own), largest
+    return sum(size for storage, size in stored.items() if storage not in local), largest
 
 
 def main() -> None:
@@ -78,8 +78,8 @@ def main() -> None:
     for name in CASES:
         run, _ = with_synthetic_data(recipes.resolve(name, [])[0])
         # Of a sample: what does not grow with their number is left out.
-        found = {how: [activations(run, n, how) for n in (2, 4)] for how in (False, True)}
-        slopes = {how: [(b - a) / 2 for a, b in zip(*pair, strict=True)] for how, pair in found.items()}
+        actual = {how: [activations(run, n, how) for n in (2, 4)] for how in (False, True)}
+        slopes = {how: [(b - a) / 2 for a, b in zip(*pair, strict=True)] for how, pair in actual.items()}
         # What is computed again is there one block at a time.
         each = slopes[False][0], slopes[True][0] + slopes[False][1]
         cells = []

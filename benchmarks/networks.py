@@ -47,7 +47,7 @@ class Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Contestant(NamedTuple):
+class Candidate(NamedTuple):
     """A network, its forward pass, and what its training step does after the optimizer."""
 
     net: nn.Module
@@ -95,7 +95,7 @@ def floor_of(step: Callable[[], None]) -> Callable[[], None]:
     return replay
 
 
-def ours(cfg, inputs: InputSpec, x: Tensor, cond: Cond, options: argparse.Namespace) -> Contestant:
+def gesso_candidate(cfg, inputs: InputSpec, x: Tensor, cond: Cond, options: argparse.Namespace) -> Candidate:
     """Our network, with projection onto the sphere where it has one; for sampling its constants are folded."""
     net = models.build_network(cfg, inputs).to(x.device)
     sphere = mp.sphere_weights(net)
@@ -109,15 +109,15 @@ def ours(cfg, inputs: InputSpec, x: Tensor, cond: Cond, options: argparse.Namesp
             mp.project_gradients(sphere)
             mp.normalize_weights_(sphere)
 
-    return Contestant(net, lambda: forward(x, 1000 * progress, progress, cond), after)
+    return Candidate(net, lambda: forward(x, 1000 * progress, progress, cond), after)
 
 
-def theirs(model: nn.Module, call: Callable[[nn.Module], Tensor], options: argparse.Namespace) -> Contestant:
+def peer_candidate(model: nn.Module, call: Callable[[nn.Module], Tensor], options: argparse.Namespace) -> Candidate:
     forward = torch.compile(model) if options.compile else model
-    return Contestant(model, lambda: call(forward))
+    return Candidate(model, lambda: call(forward))
 
 
-def case_dit(batch: int, device: str, options: argparse.Namespace) -> tuple[Contestant, Contestant]:
+def case_dit(batch: int, device: str, options: argparse.Namespace) -> tuple[Candidate, Candidate]:
     from diffusers import DiTTransformer2DModel
 
     cfg, inputs = config.DiTConfig(hidden_size=384, depth=12, num_heads=6, patch_size=2), InputSpec(4, 32, 1000)
@@ -128,10 +128,10 @@ def case_dit(batch: int, device: str, options: argparse.Namespace) -> tuple[Cont
     ).to(device)  # fmt: skip
     t = torch.randint(0, 1000, (batch,), device=device)
     call = lambda m: m(x, timestep=t, class_labels=label).sample  # noqa: E731
-    return ours(cfg, inputs, x, Cond(label=label), options), theirs(peer, call, options)
+    return gesso_candidate(cfg, inputs, x, Cond(label=label), options), peer_candidate(peer, call, options)
 
 
-def case_pixart(batch: int, device: str, options: argparse.Namespace) -> tuple[Contestant, Contestant]:
+def case_pixart(batch: int, device: str, options: argparse.Namespace) -> tuple[Candidate, Candidate]:
     from diffusers import PixArtTransformer2DModel
 
     cfg, inputs = (
@@ -146,10 +146,10 @@ def case_pixart(batch: int, device: str, options: argparse.Namespace) -> tuple[C
     t = torch.randint(0, 1000, (batch,), device=device)
     added = {"resolution": None, "aspect_ratio": None}
     call = lambda m: m(x, encoder_hidden_states=text, timestep=t, added_cond_kwargs=added).sample  # noqa: E731
-    return ours(cfg, inputs, x, Cond(text=text), options), theirs(peer, call, options)
+    return gesso_candidate(cfg, inputs, x, Cond(text=text), options), peer_candidate(peer, call, options)
 
 
-def case_mmdit(batch: int, device: str, options: argparse.Namespace) -> tuple[Contestant, Contestant]:
+def case_mmdit(batch: int, device: str, options: argparse.Namespace) -> tuple[Candidate, Candidate]:
     from diffusers import SD3Transformer2DModel
 
     cfg = config.MMDiTConfig(
@@ -163,11 +163,11 @@ def case_mmdit(batch: int, device: str, options: argparse.Namespace) -> tuple[Co
     ).to(device)  # fmt: skip
     t = torch.randint(0, 1000, (batch,), device=device)
     call = lambda m: m(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t).sample  # noqa: E731
-    mine = ours(cfg, InputSpec(4, 32, 0, 768, 768), x, Cond(text=text, pooled=pooled), options)
-    return mine, theirs(peer, call, options)
+    mine = gesso_candidate(cfg, InputSpec(4, 32, 0, 768, 768), x, Cond(text=text, pooled=pooled), options)
+    return mine, peer_candidate(peer, call, options)
 
 
-def case_unet(batch: int, device: str, options: argparse.Namespace) -> tuple[Contestant, Contestant]:
+def case_unet(batch: int, device: str, options: argparse.Namespace) -> tuple[Candidate, Candidate]:
     from diffusers import UNet2DConditionModel
 
     cfg = config.UNetConfig(
@@ -179,8 +179,8 @@ def case_unet(batch: int, device: str, options: argparse.Namespace) -> tuple[Con
     ).to(device)  # fmt: skip
     t = torch.randint(0, 1000, (batch,), device=device)
     call = lambda m: m(x, t, encoder_hidden_states=text).sample  # noqa: E731
-    mine = ours(cfg, InputSpec(4, 32, text_dim=768), x, Cond(text=text), options)
-    return mine, theirs(peer, call, options)
+    mine = gesso_candidate(cfg, InputSpec(4, 32, text_dim=768), x, Cond(text=text), options)
+    return mine, peer_candidate(peer, call, options)
 
 
 def plain_edm2(net: nn.Module) -> Callable[..., Tensor]:
@@ -202,13 +202,15 @@ def plain_edm2(net: nn.Module) -> Callable[..., Tensor]:
     return forward
 
 
-def case_edm2(batch: int, device: str, options: argparse.Namespace) -> tuple[Contestant, Contestant]:
+def case_edm2(batch: int, device: str, options: argparse.Namespace) -> tuple[Candidate, Candidate]:
     cfg, inputs = config.edm2_config("XS"), InputSpec(4, 64, 1000)
     x, label = torch.randn(batch, 4, 64, 64, device=device), torch.arange(batch, device=device)
     one_hot, progress = F.one_hot(label, 1000).to(x), torch.rand(batch, device=device)
     peer = models.build_network(cfg, inputs).to(device)
     forward = torch.compile(plain_edm2(peer)) if options.compile else plain_edm2(peer)
-    return ours(cfg, inputs, x, Cond(label=label), options), Contestant(peer, lambda: forward(x, progress, one_hot))
+    return gesso_candidate(cfg, inputs, x, Cond(label=label), options), Candidate(
+        peer, lambda: forward(x, progress, one_hot)
+    )
 
 
 CASES = {"dit": case_dit, "pixart": case_pixart, "mmdit": case_mmdit, "unet": case_unet, "edm2": case_edm2}

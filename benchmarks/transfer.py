@@ -47,9 +47,9 @@ class Measure:
     """Loss on unseen drawings."""
 
     def __init__(self, run: RunConfig):
-        whole = open_dataset(run.data.model_copy(update={"source": f"shapes-class:{SEEN + UNSEEN}"}))
+        full = open_dataset(run.data.model_copy(update={"source": f"shapes-class:{SEEN + UNSEEN}"}))
         index = torch.arange(SEEN, SEEN + UNSEEN)
-        samples = whole.get(index, index)
+        samples = full.get(index, index)
         self.x0 = Normalizer(run.data, run.latent, 0.5, "cpu").to_x0(samples.x, 0, index)
         self.cond = Cond(label=samples.labels)
         u = (torch.arange(LEVELS) + 0.5) / LEVELS
@@ -83,18 +83,18 @@ def row(name: str, folder: Path, seed: int, after: int, measure: Measure) -> lis
     """(scaled, kept) at 0, a quarter and all of `after` images."""
     before, settings = ROWS[name]
     settings = [*settings, f"init={folder / f'{before}-{seed}'}"] if before else settings
-    found = []
+    actual = []
     if before:
         run, _ = open_dataset_for_run(recipes.resolve("shapes-class", [*COMMON, *settings])[0], QUIET)
         run, denoiser, _ = transfer.init_from_source(run, init_source.open_init_source(run))
-        found.append(tuple(measure.losses(denoiser.eval()).values()))
+        actual.append(tuple(measure.losses(denoiser.eval()).values()))
     out = folder / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
     run = trained(out, seed, after, *settings)
     for nimg in (after // 4, after):
         at = min((s.nimg for s in snapshot.list_snapshots(out)), key=lambda n: abs(n - nimg))
         weights, _, _, _ = snapshot.reconstruct_from_run(out, [ema.PowerProfile(0.1)], at)
-        found.append(tuple(measure.losses(snapshot.denoiser_from_weights(weights[0], run)).values()))
-    return found if before else [(float("nan"),) * 2, *found]
+        actual.append(tuple(measure.losses(snapshot.denoiser_from_weights(weights[0], run)).values()))
+    return actual if before else [(float("nan"),) * 2, *actual]
 
 
 def main() -> None:

@@ -104,8 +104,8 @@ def optima() -> Iterator[Case]:
     """Best numbers of columns."""
     best, inside = claims.best_of("a", "b"), claims.optimum_inside("a")
     for a, ours in SHAPES.items():
-        for b, theirs in SHAPES.items():
-            yield Case("best_of", f"{a} against {b}", best, {"a": column(*ours), "b": column(*theirs)})
+        for b, reference in SHAPES.items():
+            yield Case("best_of", f"{a} against {b}", best, {"a": column(*ours), "b": column(*reference)})
     near = SHAPES["near"]
     for truth in (True, False):
         shift = EFFECT if truth else -EFFECT
@@ -118,8 +118,8 @@ def optima() -> Iterator[Case]:
         yield Case("optimum_inside", name, inside, {"a": column(*curve)})
     margin = claims.bests_within(["a", "b", "c"], 0.05)
     for a, ours in SHAPES.items():
-        for b, theirs in SHAPES.items():
-            worse = [LEVEL * 1.05 + v for v in theirs]
+        for b, reference in SHAPES.items():
+            worse = [LEVEL * 1.05 + v for v in reference]
             yield Case(
                 "bests_within",
                 f"{a} against {b}",
@@ -140,13 +140,13 @@ def ratios() -> Iterator[Case]:
     """Shares and factors, at a noise of 1 % of the numbers."""
     helps, narrow = claims.helps_more("a", "b", "r1"), claims.narrower("a", "b")
     for name, curve in {"flat": (0, -5, -5, -5, -5), "one": (0, -5, 0, 0, 0)}.items():
-        for other, theirs in {"flat": (0, -5, -5, -5, -5), "one": (0, -5, 0, 0, 0)}.items():
-            yield Case("helps_more", f"{name} against {other}", helps, {"a": column(*curve), "b": column(*theirs)})
+        for other, reference in {"flat": (0, -5, -5, -5, -5), "one": (0, -5, 0, 0, 0)}.items():
+            yield Case("helps_more", f"{name} against {other}", helps, {"a": column(*curve), "b": column(*reference)})
     yield Case("helps_more", "", helps, {"a": column(0, -2, -8, -2, 0), "b": column(0, -2, -4, -2, 0)}, True)
     yield Case("helps_more", "", helps, {"a": column(0, -2, -4, -2, 0), "b": column(0, -2, -8, -2, 0)}, False)
     for name, curve in {"wide": (10, 0, 0, 0, 10), "narrow": (5, 5, 0, 5, 5)}.items():
-        for other, theirs in {"wide": (10, 0, 0, 0, 10), "narrow": (5, 5, 0, 5, 5)}.items():
-            yield Case("narrower", f"{name} against {other}", narrow, {"a": column(*curve), "b": column(*theirs)})
+        for other, reference in {"wide": (10, 0, 0, 0, 10), "narrow": (5, 5, 0, 5, 5)}.items():
+            yield Case("narrower", f"{name} against {other}", narrow, {"a": column(*curve), "b": column(*reference)})
     yield Case("narrower", "", narrow, {"a": column(10, 5, 0, 5, 10), "b": column(5, 2, 0, 2, 5)}, True)
     yield Case("narrower", "", narrow, {"a": column(5, 2, 0, 2, 5), "b": column(10, 5, 0, 5, 10)}, False)
     spread = claims.less_spread(["a", "b", "c"], "r3")
@@ -221,12 +221,12 @@ def table(draws: int, seeds: Sequence[int], say: Callable[[str], None]) -> None:
     for kind in kinds:
         texts = []
         for n in seeds:
-            found = [(case, *rates(case, n, draws)) for case in cases() if case.kind == kind]
-            edge = [(r, c) for case, r, c in found if case.truth is None] or [(math.nan, math.nan)]
-            wrong_r = max([r for r, _ in edge] + [r for case, r, _ in found if case.truth is False])
-            wrong_c = max([c for _, c in edge] + [c for case, _, c in found if case.truth is True])
-            power_r = max((r for case, r, _ in found if case.truth is True), default=math.nan)
-            power_c = max((c for case, _, c in found if case.truth is False), default=math.nan)
+            actual = [(case, *rates(case, n, draws)) for case in cases() if case.kind == kind]
+            edge = [(r, c) for case, r, c in actual if case.truth is None] or [(math.nan, math.nan)]
+            wrong_r = max([r for r, _ in edge] + [r for case, r, _ in actual if case.truth is False])
+            wrong_c = max([c for _, c in edge] + [c for case, _, c in actual if case.truth is True])
+            power_r = max((r for case, r, _ in actual if case.truth is True), default=math.nan)
+            power_c = max((c for case, _, c in actual if case.truth is False), default=math.nan)
             texts += [f"{100 * value:.1f}" for value in (wrong_r, wrong_c, power_r, power_c)]
         say(f"| `{kind}` | " + " | ".join(texts) + " |")
 

@@ -62,8 +62,8 @@ def train(images: Tensor, there: Tensor) -> ShapeFeatures:
 @torch.no_grad()
 def accuracy(network: ShapeFeatures, images: Tensor, there: Tensor) -> float:
     """Share of pictures whose shapes are all named, and none besides."""
-    found = torch.cat([network.head(network(some)) for some in images.split(500)]) > 0
-    return float((found == (there > 0)).all(dim=1).double().mean())
+    actual = torch.cat([network.head(network(some)) for some in images.split(500)]) > 0
+    return float((actual == (there > 0)).all(dim=1).double().mean())
 
 
 def main() -> None:

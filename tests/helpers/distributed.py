@@ -75,10 +75,10 @@ def launch_torchrun(world_size: int, jobs: list[dict], *options: str) -> subproc
 
 def snapshot_weights(out: Path | str) -> dict[str, torch.Tensor]:
     """All averages of all snapshots."""
-    found = {}
+    actual = {}
     for stored in snapshot.list_snapshots(Path(out)):
-        found |= {f"{stored.path.name}:{k}": v for k, v in snapshot.read(stored.path)[0].items()}
-    return found
+        actual |= {f"{stored.path.name}:{k}": v for k, v in snapshot.read(stored.path)[0].items()}
+    return actual
 
 
 def load_last_checkpoint(out: Path | str) -> dict[str, torch.Tensor]:

@@ -101,8 +101,8 @@ def write_snapshot(folder: Path, run: RunConfig, name: str = "source") -> Path:
 
 
 def transfer_to(run: RunConfig) -> tuple[RunConfig, diffusion.Denoiser, list[str]]:
-    run, denoiser, said = transfer.init_from_source(run, init_source.open_init_source(run))
-    return run, denoiser.eval(), said
+    run, denoiser, output = transfer.init_from_source(run, init_source.open_init_source(run))
+    return run, denoiser.eval(), output
 
 
 def load_source(path: Path) -> diffusion.Denoiser:

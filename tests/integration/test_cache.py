@@ -97,10 +97,10 @@ def test_views_against_one_picture_at_a_time(scale, flip, K, channels, photos, t
         images_per_shard=7,
         seed=4,
     )
-    found = rows(tmp_path / "o")
+    actual = rows(tmp_path / "o")
     paths = sorted(photos.glob("*/*.png"))
     assert [shard.rows for shard in manifest.files] == [7, 7, 2] and manifest.num_images == len(paths) == 16
-    assert found["pixels"].shape == (16, K, channels, 16, 16) and found["index"].tolist() == list(range(16))
+    assert actual["pixels"].shape == (16, K, channels, 16, 16) and actual["index"].tolist() == list(range(16))
     low, high = scale or (1, 1)
     for i, path in enumerate(paths):
         picture = Image.open(path).convert("RGB" if channels == 3 else "L")
@@ -115,17 +115,17 @@ def test_views_against_one_picture_at_a_time(scale, flip, K, channels, photos, t
             crop = picture.resize((16, 16), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
             due = np.asarray(crop).reshape(16, 16, channels).transpose(2, 0, 1).astype(int)
             due = due[:, :, ::-1] if mirrored else due
-            assert np.abs(found["pixels"][i, v].numpy().astype(int) - due).max() <= 1
+            assert np.abs(actual["pixels"][i, v].numpy().astype(int) - due).max() <= 1
             box = torch.tensor([top / height, left / width, (top + side) / height, (left + side) / width])
-            torch.testing.assert_close(found["box"][i, v], box, atol=1e-6, rtol=0)
-            assert bool(found["flip"][i, v]) == mirrored
+            torch.testing.assert_close(actual["box"][i, v], box, atol=1e-6, rtol=0)
+            assert bool(actual["flip"][i, v]) == mirrored
         torch.testing.assert_close(
-            found["tone"][i], crops.compute_pixel_stats(found["pixels"][i]), atol=1e-3, rtol=1e-5
+            actual["tone"][i], crops.compute_pixel_stats(actual["pixels"][i]), atol=1e-3, rtol=1e-5
         )
-        assert found["size"][i].tolist() == [height, width] and int(found["label"][i]) == (path.parent.name == "wide")
+        assert actual["size"][i].tolist() == [height, width] and int(actual["label"][i]) == (path.parent.name == "wide")
     if flip and K > 1:
-        assert found["flip"].float().mean(1).sub(0.5).abs().max() < 0.2
-    mean, std = pixel_channel_stats(found["pixels"].flatten(0, 1))
+        assert actual["flip"].float().mean(1).sub(0.5).abs().max() < 0.2
+    mean, std = pixel_channel_stats(actual["pixels"].flatten(0, 1))
     torch.testing.assert_close(torch.tensor(manifest.mean, dtype=torch.float64), mean, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.tensor(manifest.std, dtype=torch.float64), std, rtol=1e-10, atol=0)
     assert manifest.class_names == ("tall", "wide") and (manifest.num_faces, manifest.unreadable) == (0, ())
@@ -185,8 +185,8 @@ def test_tokens_are_the_encoders(encoder, dtype, clip, photos, tmp_path):  # noq
     assert got.lengths.equal(due.lengths) and got.tokens.dtype == torch.float32
     stored = getattr(torch, dtype)
     assert got.tokens.equal(due.tokens.to(stored).float()) and got.pooled.equal(due.pooled.to(stored).float())
-    kept = rows(tmp_path / "o")
-    assert kept["tokens"].shape[0] == int(due.lengths.sum()) < 8 * 8, "only real tokens are stored"
+    remaining = rows(tmp_path / "o")
+    assert remaining["tokens"].shape[0] == int(due.lengths.sum()) < 8 * 8, "only real tokens are stored"
     assert cache.manifest.text_encoder == text.build_text_encoder(semantic).identity()
     assert (cache.text_config.encoder, cache.text_config.max_tokens) == (semantic.encoder, semantic.max_tokens)
     assert cache.text_config.embed_dim == due.tokens.shape[2] and cache.text_config.pooled_dim == due.pooled.shape[1]
@@ -204,9 +204,9 @@ def test_latents_of_a_zip_stay_as_they_are(latent_zip, tmp_path):  # noqa: F811
     path, moments = latent_zip
     latent = LatentConfig(vae="some/name", convention="edm2")
     manifest = write_test_cache(tmp_path / "o", path, 16, latent=latent, images_per_shard=5)
-    found = rows(tmp_path / "o")
-    assert found["moments"].dtype == torch.float32 and found["moments"][:, 0].equal(moments)
-    assert found["label"].tolist() == [i % 3 for i in range(12)] and found["size"].unique().tolist() == [16]
+    actual = rows(tmp_path / "o")
+    assert actual["moments"].dtype == torch.float32 and actual["moments"][:, 0].equal(moments)
+    assert actual["label"].tolist() == [i % 3 for i in range(12)] and actual["size"].unique().tolist() == [16]
     assert (manifest.plan.latent.channels, manifest.plan.latent.downsample_factor, manifest.plan.dtype) == (
         4,
         8,
@@ -226,8 +226,8 @@ def test_what_latents_cannot_do(latent_zip, tmp_path):  # noqa: F811
         ("--flip", {"data": {"flip": True}}), ("--crop-scale", {"data": {"crop_scale": (0.4, 1)}}),
         ("--blur-faces", {"blur_faces": True}), ("--views", {"data": {"flip": True}, "views": 2}),
     ):  # fmt: skip
-        said = refused(o, path, latent=latent, **more)
-        assert f"leave {flag} out" in said or (flag == "--views" and "--flip" in said)
+        output = refused(o, path, latent=latent, **more)
+        assert f"leave {flag} out" in output or (flag == "--views" and "--flip" in output)
     assert "of 2x2, which --resolution 15 is no multiple of" in refused(o, path, 15, latent=latent)
 
 
@@ -380,8 +380,8 @@ def test_killed_at_any_instant_and_gone_on_with(how, photos, tmp_path):  # noqa:
     if how == "times":
         folder, settings = photos, settings | {"buckets": 3, "bucket_multiple": 4, "images_per_shard": 3}
     write_test_cache(tmp_path / "whole", folder, **settings)
-    asked = plan(folder, **settings)
-    kills = driven(asked.model_dump(mode="json"), tmp_path / "o", how)
+    requested = plan(folder, **settings)
+    kills = driven(requested.model_dump(mode="json"), tmp_path / "o", how)
     assert kills > 25 or how == "times"  # a busy machine may be killed less often
     assert tree(tmp_path / "o") == tree(tmp_path / "whole")
     assert {p.name for p in (tmp_path / "o").iterdir()} == {".lock", "manifest.json", "shards"}
@@ -427,9 +427,9 @@ def test_any_number_of_ranks_writes_the_same_bytes(vae, photos, tmp_path):  # no
         semantic=semantic,
     )
     write_test_cache(tmp_path / "1", photos, **settings)
-    asked = json.dumps(plan(photos, **settings).model_dump(mode="json"))
+    requested = json.dumps(plan(photos, **settings).model_dump(mode="json"))
     ran = subprocess.run(
-        [sys.executable, "-c", RANKS, asked, tmp_path, free_port(), free_port()],
+        [sys.executable, "-c", RANKS, requested, tmp_path, free_port(), free_port()],
         capture_output=True, text=True, env=ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1"},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
@@ -494,14 +494,14 @@ def test_a_signal_on_the_command_line(tmp_path):
 def test_another_plan_is_refused_and_says_what_differs(photos, tmp_path):  # noqa: F811
     o = tmp_path / "o"
     before = write_test_cache(o, photos, data={"flip": True}, views=2)
-    for more, said in (
+    for more, output in (
         ({"data": {"flip": True}, "views": 1}, "views: 2 there, 1 here"),
         ({"data": {"flip": False}}, "data.flip: True there, False here"),
         ({"data": {"flip": True}, "views": 2, "seed": 1}, "seed: 0 there, 1 here"),
     ):
         with pytest.raises(UsageError, match="a cache of another plan") as error:
             write.write_cache(plan(photos, **more), o)
-        assert said in str(error.value) and cache_command(before.plan, o) in str(error.value)
+        assert output in str(error.value) and cache_command(before.plan, o) in str(error.value)
     write_test_cache(o, photos, data={"flip": True, "max_unreadable": 0.5}, views=2)  # decides nothing
     (o / "plan.json").write_text(
         json.dumps(write.CacheHeader(plan=before.plan, source_fingerprint="0", num_source_images=16).model_dump())
@@ -558,9 +558,9 @@ write.write_cache(plan, out)
 
 def test_a_full_disk(photos, tmp_path):  # noqa: F811
     write_test_cache(tmp_path / "whole", photos, images_per_shard=6)
-    asked = json.dumps(plan(photos, images_per_shard=6).model_dump(mode="json"))
+    requested = json.dumps(plan(photos, images_per_shard=6).model_dump(mode="json"))
     ran = subprocess.run(
-        [sys.executable, "-c", FULL, asked, tmp_path / "o", "3000"], capture_output=True, text=True, env=ENVIRONMENT
+        [sys.executable, "-c", FULL, requested, tmp_path / "o", "3000"], capture_output=True, text=True, env=ENVIRONMENT
     )
     assert ran.returncode == 0, ran.stderr
     assert "no space left to write" in ran.stdout and "else with the same command" in ran.stdout
@@ -606,11 +606,11 @@ def test_places_that_will_not_do(photos, tmp_path):  # noqa: F811
 def spoiled(root: Path, photos: Path) -> Path:  # noqa: F811
     """12 pictures, of which 5 cannot be read."""
     root.mkdir()
-    whole = sorted(photos.glob("*/*.png"))
+    full = sorted(photos.glob("*/*.png"))
     for i in range(12):
-        (root / f"{i:02d}.png").write_bytes(whole[i].read_bytes())
+        (root / f"{i:02d}.png").write_bytes(full[i].read_bytes())
     (root / "01.png").write_bytes(b"")
-    (root / "04.png").write_bytes(whole[4].read_bytes()[:100])
+    (root / "04.png").write_bytes(full[4].read_bytes()[:100])
     (root / "05.png").write_bytes(b"not an image")
     (root / "06.png").write_bytes(b"P6 60000 60000 255\n")
     return root
@@ -618,10 +618,10 @@ def spoiled(root: Path, photos: Path) -> Path:  # noqa: F811
 
 def test_unreadable_images_are_counted_and_listed(photos, tmp_path):  # noqa: F811
     folder, o = spoiled(tmp_path / "s", photos), tmp_path / "o"
-    said = refused(o, folder, data={"max_unreadable": 0.1}, images_per_shard=4, kind=RunError)
-    assert f"4 of 12 images in {folder} are unreadable, over the 10.0% of data.max_unreadable" in said
+    output = refused(o, folder, data={"max_unreadable": 0.1}, images_per_shard=4, kind=RunError)
+    assert f"4 of 12 images in {folder} are unreadable, over the 10.0% of data.max_unreadable" in output
     assert not (o / "shards" / "shard-000002.json").exists(), "it gives up where the share is passed"
-    assert "01.png (the file is empty)" in said and not (o / "manifest.json").exists()
+    assert "01.png (the file is empty)" in output and not (o / "manifest.json").exists()
     manifest = write_test_cache(o, folder, data={"max_unreadable": 0.4}, images_per_shard=4)
     assert [name for name, _ in manifest.unreadable] == ["01.png", "04.png", "05.png", "06.png"]
     assert "decompression bomb" in manifest.unreadable[3][1] and manifest.num_images == 8
@@ -630,8 +630,8 @@ def test_unreadable_images_are_counted_and_listed(photos, tmp_path):  # noqa: F8
     assert cache.unreadable == list(manifest.unreadable) and len(cache) == 8 and format.verify_cache(o) == []
     samples = cache.get(torch.arange(8), torch.arange(8))
     write_test_cache(tmp_path / "all", photos)
-    kept = rows(tmp_path / "all")["pixels"][[0, 2, 3, 7, 8, 9, 10, 11], 0]
-    assert samples.x.equal(kept) and samples.indices.tolist() == list(range(8))
+    stored = rows(tmp_path / "all")["pixels"][[0, 2, 3, 7, 8, 9, 10, 11], 0]
+    assert samples.x.equal(stored) and samples.indices.tolist() == list(range(8))
 
 
 def test_ranges_without_a_readable_image(photos, tmp_path):  # noqa: F811
@@ -703,9 +703,9 @@ def test_manifests_that_are_not_trusted(photos, tmp_path):  # noqa: F811
     manifest = write_test_cache(o, photos)
     path = o / "manifest.json"
     good = path.read_text()
-    told = json.loads(good)
-    (shard,) = told["files"]
-    for changes, said in (
+    recorded = json.loads(good)
+    (shard,) = recorded["files"]
+    for changes, output in (
         ({"format": "gesso cache 2"}, "written as 'gesso cache 2', where 'gesso cache 1' is read"),
         ({"format": None}, "written as 'None'"),
         ({"files": [shard | {"name": "../../secret.safetensors"}]}, r"refused, for it names a file '\.\./\.\./secret"),
@@ -721,13 +721,16 @@ def test_manifests_that_are_not_trusted(photos, tmp_path):  # noqa: F811
         ({"mean": [float("inf")]}, "damaged: mean"),
         ({"more": 1}, "damaged: more"),
         ({"plan": {}}, "its plan has gaps"),
-        ({"plan": told["plan"] | {"semantic": {"kind": "text"}}}, "its plan has gaps"),
-        ({"plan": told["plan"] | {"semantic": {"kind": "text", "embed_dim": 4, "pooled_dim": 4}}}, "its plan has gaps"),
-        ({"plan": told["plan"] | {"views": 2, "data": {"flip": True, "resolution": 16}}}, "is not what the plan"),
+        ({"plan": recorded["plan"] | {"semantic": {"kind": "text"}}}, "its plan has gaps"),
+        (
+            {"plan": recorded["plan"] | {"semantic": {"kind": "text", "embed_dim": 4, "pooled_dim": 4}}},
+            "its plan has gaps",
+        ),
+        ({"plan": recorded["plan"] | {"views": 2, "data": {"flip": True, "resolution": 16}}}, "is not what the plan"),
     ):
         path.write_text(good)
         edited(path, **changes)
-        with pytest.raises(UsageError, match=said) as error:
+        with pytest.raises(UsageError, match=output) as error:
             CachedDataset(o)
         assert "\n" not in str(error.value)
     for raw in (b"", b"{", b"[]", b"\xff", b"[" * 100_000, b"null", b'{"format": "gesso cache 1"}'):
@@ -764,51 +767,51 @@ def resaved(path: Path, manifest: Path, **changes: torch.Tensor | None) -> None:
     """A file with other tensors, and its size and checksum in the manifest: as if it had been written so."""
     tensors = load_file(path) | changes
     save_file({name: value for name, value in tensors.items() if value is not None}, path, {"format": "gesso cache 1"})
-    told = json.loads(manifest.read_text())
-    for shard in told["files"]:
+    recorded = json.loads(manifest.read_text())
+    for shard in recorded["files"]:
         if shard["name"] == path.name:
             shard |= {"bytes": path.stat().st_size, "sha256": hub.sha256_files([path])}
-    told["fingerprint"] = format.files_fingerprint([format.ShardFile(**shard) for shard in told["files"]])
-    manifest.write_text(json.dumps(told))
+    recorded["fingerprint"] = format.files_fingerprint([format.ShardFile(**shard) for shard in recorded["files"]])
+    manifest.write_text(json.dumps(recorded))
 
 
 def test_shards_that_are_not_what_they_should_be(photos, tmp_path):  # noqa: F811
     o = tmp_path / "o"
     write_test_cache(o, photos, images_per_shard=8, semantic=SemanticConfig(kind="text", max_tokens=3))
     path, manifest = o / "shards" / "shard-000001.safetensors", o / "manifest.json"
-    good, told = path.read_bytes(), manifest.read_text()
-    found = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    half = found["tokens"].clone()
+    good, recorded = path.read_bytes(), manifest.read_text()
+    actual = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    half = actual["tokens"].clone()
     half[0, 0] = float("nan")
-    for changes, said, opens in (
+    for changes, output, opens in (
         ({"label": None}, "label is None where", False),
-        ({"label": found["label"].int()}, "label is", False),
-        ({"box": found["box"][:, :, :3].clone()}, "box is", False),
+        ({"label": actual["label"].int()}, "label is", False),
+        ({"box": actual["box"][:, :, :3].clone()}, "box is", False),
         ({"extra": torch.zeros(3)}, "extra is", False),
-        ({"label": found["label"] + 5}, "wrong classes", True),
-        ({"index": found["index"].flip(0)}, "wrong places in the source", True),
-        ({"index": found["index"] - 8}, "wrong places in the source", True),
-        ({"caption_end": found["caption_end"] + 1}, "wrong ends of captions", True),
-        ({"token_end": found["token_end"] * 2}, "wrong ends of texts", True),
-        ({"size": found["size"] * 0}, "wrong sizes", True),
+        ({"label": actual["label"] + 5}, "wrong classes", True),
+        ({"index": actual["index"].flip(0)}, "wrong places in the source", True),
+        ({"index": actual["index"] - 8}, "wrong places in the source", True),
+        ({"caption_end": actual["caption_end"] + 1}, "wrong ends of captions", True),
+        ({"token_end": actual["token_end"] * 2}, "wrong ends of texts", True),
+        ({"size": actual["size"] * 0}, "wrong sizes", True),
         ({"tokens": half}, "wrong numbers in tokens", True),
     ):
         path.write_bytes(good)
-        manifest.write_text(told)
+        manifest.write_text(recorded)
         resaved(path, manifest, **changes)
         lines = format.verify_cache(o)
-        assert len(lines) == 2 and said in lines[0] and path.name in lines[0], lines
+        assert len(lines) == 2 and output in lines[0] and path.name in lines[0], lines
         if not opens:
             with pytest.raises(UsageError, match="is damaged: "):
                 CachedDataset(o)
-    manifest.write_text(told)
-    for raw, said in (
+    manifest.write_text(recorded)
+    for raw, output in (
         (good[:-1], "bytes instead of"),
         (good[:40], "bytes instead of"),
         (bytes(len(good)), "SHA-256 is another"),
     ):
         path.write_bytes(raw)
-        assert said in format.verify_cache(o)[0]
+        assert output in format.verify_cache(o)[0]
         with pytest.raises(UsageError, match=r"damaged|bytes instead of"):
             CachedDataset(o)
     path.write_bytes(good)
@@ -827,10 +830,10 @@ def test_check_names_bad_files_and_the_fix(photos, tmp_path):  # noqa: F811
     bad[2].unlink()
     done = runner.invoke(app, ["cache", "--check", str(o)])
     assert done.exit_code == 1
-    for path, said in zip(
+    for path, output in zip(
         bad, ("bytes instead of", "is damaged: its SHA-256 is another", "cannot be read"), strict=True
     ):
-        assert any(line.startswith(str(path)) and said in line for line in done.stdout.splitlines())
+        assert any(line.startswith(str(path)) and output in line for line in done.stdout.splitlines())
     *_, remove, again = done.stdout.splitlines()
     assert remove.split()[2:] == list(map(str, bad)) and again.split()[:2] == ["gesso", "cache"]
     for path in bad:
@@ -847,7 +850,7 @@ def test_check_names_bad_files_and_the_fix(photos, tmp_path):  # noqa: F811
 def test_a_sample_is_a_view_keyed_to_its_counter(photos, tmp_path):  # noqa: F811
     o = tmp_path / "o"
     write_test_cache(o, photos, data={"crop_scale": (0.4, 1), "flip": True}, views=3, images_per_shard=5)
-    cache, found = CachedDataset(o, 7), rows(o)
+    cache, actual = CachedDataset(o, 7), rows(o)
     counter = torch.arange(1000, 1200)
     index = cache.sample_order(7, 8)(counter)
     samples = cache.get(index, counter)
@@ -862,9 +865,9 @@ def test_a_sample_is_a_view_keyed_to_its_counter(photos, tmp_path):  # noqa: F81
             ("flip", samples.flips),
             ("tone", samples.pixel_stats),
         ):
-            assert value[b].equal(found[name][i, v].to(value.dtype)), name
-        assert samples.original_sizes[b].equal(found["size"][i].long()) and int(samples.labels[b]) == int(
-            found["label"][i]
+            assert value[b].equal(actual[name][i, v].to(value.dtype)), name
+        assert samples.original_sizes[b].equal(actual["size"][i].long()) and int(samples.labels[b]) == int(
+            actual["label"][i]
         )
     assert min(np.bincount(chosen)) > 40 and samples.indices.equal(index) and samples.encoded_text is None
     for some in (torch.arange(200)[::3], torch.tensor([199, 0, 0, 57])):
@@ -897,12 +900,12 @@ def test_what_a_cache_tells(vae, photos, tmp_path):  # noqa: F811
         o, photos, data={"flip": True, "crop_scale": (0.5, 1)}, latent=LatentConfig(vae=str(vae), dtype="bfloat16")
     )
     cache = CachedDataset(o)
-    told = cache.implied_settings(None)
-    assert told["data"] == {
+    recorded = cache.implied_settings(None)
+    assert recorded["data"] == {
         "resolution": 16, "channels": 3, "flip": True, "crop_scale": (0.5, 1.0), "resize": "lanczos", "buckets": None,
     }  # fmt: skip
-    assert told["latent"] == {"vae": str(vae), "convention": "dit", "channels": 4, "downsample_factor": 8}
-    assert cache.text_config is None and DataConfig(**told["data"]) and LatentConfig(**told["latent"])
+    assert recorded["latent"] == {"vae": str(vae), "convention": "dit", "channels": 4, "downsample_factor": 8}
+    assert cache.text_config is None and DataConfig(**recorded["data"]) and LatentConfig(**recorded["latent"])
     assert len(cache) == 16 and cache.class_names == ("tall", "wide") and cache.captions[0] == "tall"
     assert cache.fingerprint() == manifest.fingerprint
     assert cache.has_latents and cache.is_cheap and len(cache.fingerprint()) == 16 and int(cache.fingerprint(), 16)

@@ -45,8 +45,8 @@ def captioned(photos, folder):  # noqa: F811
 
 
 def test_two_commands_from_a_folder_to_a_run(photos, tmp_path):  # noqa: F811
-    said = gesso("cache", photos, tmp_path / "c", "--resolution", 16, "--views", 2, "--crop-scale", ".5,1", "--flip")
-    assert f"gesso train RECIPE data.source={tmp_path / 'c'}" in said
+    output = gesso("cache", photos, tmp_path / "c", "--resolution", 16, "--views", 2, "--crop-scale", ".5,1", "--flip")
+    assert f"gesso train RECIPE data.source={tmp_path / 'c'}" in output
     run = trained(tmp_path / "c", tmp_path / "run", **{"data.resolution": 32, "control.variables": "flip,crop,size"})
     assert run.data.resolution == 16 and run.data.flip and run.data.crop_scale == (0.5, 1.0)  # as the cache holds
     assert run.data.num_images == 16 and run.data.class_names == ("tall", "wide") and len(run.data.mean) == 3
@@ -60,8 +60,10 @@ def test_settings_that_contradict_the_cache_are_reported(photos, tmp_path):  # n
     gesso("cache", photos, tmp_path / "c", "--resolution", 16)
     console = Console(record=True, width=400)
     open_dataset_for_run(tiny(tmp_path / "c", **{"data.resolution": 32, "data.flip": "true"}), console)
-    said = console.export_text()
-    assert f"data.resolution=16 (not 32), as {tmp_path / 'c'} holds" in said and "data.flip=False (not True)" in said
+    output = console.export_text()
+    assert (
+        f"data.resolution=16 (not 32), as {tmp_path / 'c'} holds" in output and "data.flip=False (not True)" in output
+    )
 
 
 def test_latents_and_tokens_need_neither_vae_nor_encoder_in_training(photos, vae, tmp_path):  # noqa: F811
@@ -71,11 +73,11 @@ def test_latents_and_tokens_need_neither_vae_nor_encoder_in_training(photos, vae
         "--text", clip, "--max-tokens", 8,
     )  # fmt: skip
     text = {"semantic.kind": "text", "semantic.encoder": clip, "semantic.max_tokens": 8, "semantic.padding": "noisy"}
-    run, found = open_dataset_for_run(tiny(tmp_path / "c", **text), QUIET)
+    run, actual = open_dataset_for_run(tiny(tmp_path / "c", **text), QUIET)
     with_encoder, other = open_dataset_for_run(tiny(tmp_path / "c", **text), QUIET)
     other.text_config = None
     counter = torch.arange(12)
-    x0, cond = Batcher(found, run, 0.5, CPU)(counter)
+    x0, cond = Batcher(actual, run, 0.5, CPU)(counter)
     y0, same = Batcher(other, with_encoder, 0.5, CPU)(counter)
     assert x0.equal(y0) and x0.shape == (12, 4, 4, 4)
     torch.testing.assert_close(cond.text, same.text, atol=2e-3, rtol=1e-3)  # stored in 16 bits
@@ -110,11 +112,11 @@ def test_tokens_of_another_encoder_are_left_aside_with_a_note(photos, tmp_path):
         4,
     )
     console = Console(record=True, width=400)
-    run, found = open_dataset_for_run(
+    run, actual = open_dataset_for_run(
         tiny(tmp_path / "c", **{"semantic.kind": "text", "semantic.max_tokens": 6}), console
     )
-    assert found.text_config is None and "set semantic.encoder=words semantic.max_tokens=4" in console.export_text()
-    _, cond = Batcher(found, run, 0.5, CPU)(torch.arange(4))
+    assert actual.text_config is None and "set semantic.encoder=words semantic.max_tokens=4" in console.export_text()
+    _, cond = Batcher(actual, run, 0.5, CPU)(torch.arange(4))
     assert cond.text.shape[1] == 6
 
 
@@ -128,8 +130,8 @@ def test_buckets_train_and_sample(photos, tmp_path):  # noqa: F811
     }
     run = trained(tmp_path / "c", tmp_path / "run", **settings)
     assert run.data.buckets and len(run.data.buckets) == 3
-    found = CachedDataset(tmp_path / "c")
-    batches = Batcher(found, run, 0.5, CPU)
+    actual = CachedDataset(tmp_path / "c")
+    batches = Batcher(actual, run, 0.5, CPU)
     assert isinstance(batches.sample_order, BucketSampler)
     shapes = {tuple(batches(torch.arange(k, k + 4))[0].shape[2:]) for k in range(0, 40, 4)}
     assert len(shapes) > 1 and shapes <= set(run.data.buckets)
@@ -171,8 +173,8 @@ def test_drawings_in_a_cache_are_read_back(tmp_path):
     gesso("cache", "shapes:60", tmp_path / "c", "--resolution", 32)
     settings = {"semantic.kind": "text", "eval.toy_metrics": "shapes", "net.patch_size": 4, "data.resolution": 32}
     run = trained(tmp_path / "c", tmp_path / "run", **settings)
-    said = toy_evaluation.evaluate_run(tmp_path / "run", run, lambda done, total: None)
-    assert any("real pictures" in line and "100.0%" in line for line in said)
+    output = toy_evaluation.evaluate_run(tmp_path / "run", run, lambda done, total: None)
+    assert any("real pictures" in line and "100.0%" in line for line in output)
     with pytest.raises(UsageError, match="is a cache already: train on it"):
         gesso("cache", tmp_path / "c", tmp_path / "d", "--resolution", 32)
 

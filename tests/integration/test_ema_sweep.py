@@ -45,11 +45,11 @@ def test_points_are_measured_once(gesso, folder, monkeypatch):  # noqa: F811
     drawn = []
     real = sampling.generate
     monkeypatch.setattr(sampling, "generate", lambda *a: drawn.append(a[1].sample.guidance) or real(*a))
-    code, said = gesso("ema", folder, "--sweep", ".05:.2:3", *QUICK)
-    assert code == 0 and "Frechet distance" in said and drawn == [1.5] * 3, said
+    code, output = gesso("ema", folder, "--sweep", ".05:.2:3", *QUICK)
+    assert code == 0 and "Frechet distance" in output and drawn == [1.5] * 3, output
     (one,) = record(folder)
     assert [row["sigma_rel"] for row in one["rows"]] == [0.05, 0.1, 0.2]
-    assert {row["guidance"] for row in one["rows"]} == {1.5} and "best" in said
+    assert {row["guidance"] for row in one["rows"]} == {1.5} and "best" in output
     # The value is that of the weights, drawn and scored by hand.
     run = with_settings(config.load_config(folder / "run.yaml"), **dict(s.split("=") for s in QUICK))
     weights = snapshot.reconstruct_from_run(folder, [PowerProfile(0.1)])[0][0]
@@ -63,9 +63,9 @@ def test_points_are_measured_once(gesso, folder, monkeypatch):  # noqa: F811
     # Again: nothing is drawn. Another guidance, another length: these alone.
     before = (folder / "ema_sweep.json").read_text()
     drawn.clear()
-    code, said = gesso("ema", folder, "--sweep", ".05:.2:3", "--metric", "agreement", *QUICK)
-    assert code == 0 and drawn == [] and "class agreement" in said and "3 points measured before" in said
-    assert "sample.guidance=1.5 sample.sigma_rel=" in said
+    code, output = gesso("ema", folder, "--sweep", ".05:.2:3", "--metric", "agreement", *QUICK)
+    assert code == 0 and drawn == [] and "class agreement" in output and "3 points measured before" in output
+    assert "sample.guidance=1.5 sample.sigma_rel=" in output
     assert record(folder)[0]["rows"] == json.loads(before)["sweeps"][0]["rows"]
     gesso("ema", folder, "--sweep", ".05:.2:3", "--guidance", "1,1.5", *QUICK)
     assert drawn == [1.0] * 3
@@ -104,16 +104,16 @@ def test_repetitions_have_other_seeds(gesso, folder):  # noqa: F811
 
 
 def test_some_tensors_alone(gesso, folder, monkeypatch):  # noqa: F811
-    asked = []
+    requested = []
     plan = snapshot.plan_reconstruction
-    monkeypatch.setattr(snapshot, "plan_reconstruction", lambda *a: asked.append(a[1]) or plan(*a))
+    monkeypatch.setattr(snapshot, "plan_reconstruction", lambda *a: requested.append(a[1]) or plan(*a))
     names = [name for name in snapshot.read(snapshot.list_snapshots(folder)[0].path)[0] if name.endswith("weight")]
     glob = names[0].rsplit(".", 1)[0] + ".*"
-    code, said = gesso(
+    code, output = gesso(
         "ema", folder, "--sweep", ".05:.2:3", "--tensors", glob, "--tensors", "*bias", "--sigma-rel", "0.09", *QUICK
     )
-    assert code == 0, said
-    assert asked == [
+    assert code == 0, output
+    assert requested == [
         [
             PerTensorProfile(PowerProfile(0.09), ((g, PowerProfile(s)),))
             for g in (glob, "*bias")
@@ -122,17 +122,17 @@ def test_some_tensors_alone(gesso, folder, monkeypatch):  # noqa: F811
     ]
     rows = record(folder)[0]["rows"]
     assert {(r["tensors"], r["rest"]) for r in rows} == {(glob, "sigma_rel 0.09"), ("*bias", "sigma_rel 0.09")}
-    assert f"guidance 1.5, {glob} beside sigma_rel 0.09: best" in said and "next:" not in said
+    assert f"guidance 1.5, {glob} beside sigma_rel 0.09: best" in output and "next:" not in output
     assert len({r["frechet_distance"] for r in rows}) == 6
 
 
 def test_shapes_are_read_back(gesso, tmp_path):  # noqa: F811
     write_run(tmp_path / "run", "shapes-class")
-    code, said = gesso("ema", tmp_path / "run", "--sweep", ".05:.2:3", "--metric", "kind", "sample.steps=1")
-    assert code == 0 and "share of pictures: kind" in said, said
+    code, output = gesso("ema", tmp_path / "run", "--sweep", ".05:.2:3", "--metric", "kind", "sample.steps=1")
+    assert code == 0 and "share of pictures: kind" in output, output
     assert all({"kind", "all"} <= row.keys() for row in record(tmp_path / "run")[0]["rows"])
-    code, said = gesso("ema", tmp_path / "run", "--sweep", ".05:.2:3", "--metric", "place")
-    assert code == 2 and "measures all, kind" in said
+    code, output = gesso("ema", tmp_path / "run", "--sweep", ".05:.2:3", "--metric", "place")
+    assert code == 2 and "measures all, kind" in output
 
 
 @pytest.mark.parametrize("text", ["", "1", ".02:.25", "a:b:c", ".02:.25:2", ".25:.02:5", "0:.2:5", ".02:.3:5", ".02:.25:5.5",
@@ -149,7 +149,7 @@ def test_lengths_lie_at_equal_ratios():
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, output",
     [
         (["--sweep", ".02-.25"], "write LOW:HIGH:COUNT"),
         (["--sweep", ".05:.2:3", "--metric", "fid"], "eval.toy_metrics=digits measures fd, agreement"),
@@ -164,16 +164,16 @@ def test_lengths_lie_at_equal_ratios():
         (["--sweep", ".05:.2:3", "--files", "{nimg}"], "--files has no effect beside --sweep"),
     ],
 )
-def test_refused(gesso, folder, words, said):  # noqa: F811
-    code, told = gesso("ema", folder, *words)
-    assert code == 2 and said in told and "Traceback" not in told and not (folder / "ema_sweep.json").exists()
+def test_refused(gesso, folder, words, output):  # noqa: F811
+    code, recorded = gesso("ema", folder, *words)
+    assert code == 2 and output in recorded and "Traceback" not in recorded and not (folder / "ema_sweep.json").exists()
 
 
 def test_a_strange_record_is_left_alone(gesso, folder):  # noqa: F811
     for text in ("{}", "[", '{"format": "x", "sweeps": []}'):
         (folder / "ema_sweep.json").write_text(text)
-        code, said = gesso("ema", folder, "--sweep", ".05:.2:3", *QUICK)
-        assert code == 1 and "was not written by gesso as a sweep" in said
+        code, output = gesso("ema", folder, "--sweep", ".05:.2:3", *QUICK)
+        assert code == 1 and "was not written by gesso as a sweep" in output
         assert (folder / "ema_sweep.json").read_text() == text
 
 
@@ -188,11 +188,11 @@ def test_two_sweeps_at_once_lose_no_row(gesso, folder, monkeypatch):  # noqa: F8
         return real(*a, **k)
 
     monkeypatch.setattr(sampling, "generate", during)
-    code, said = gesso("ema", folder, "--sweep", ".05:.2:3", *QUICK)
-    assert code == 0 and nested[1][0] == 0, said
+    code, output = gesso("ema", folder, "--sweep", ".05:.2:3", *QUICK)
+    assert code == 0 and nested[1][0] == 0, output
     (one,) = record(folder)
     assert sorted(row["sigma_rel"] for row in one["rows"]) == [0.04, 0.05, 0.0632, 0.1, 0.2]  # .1 of both, once
-    assert one["optima"] and "(2 points measured before)" in said
+    assert one["optima"] and "(2 points measured before)" in output
 
 
 def test_processes_that_write_one_record(tmp_path):
@@ -230,8 +230,8 @@ def test_the_layers_of_figure_5b_by_name(gesso, folder):  # noqa: F811
     assert wanted[3].target == PerTensorProfile(
         PowerProfile(0.13), (("encoder.0.conv_res0.weight", PowerProfile(0.05)),)
     )
-    code, said = gesso("ema", folder, "--sweep", ".05:.2:3", "--tensors", "figure5b", *QUICK)
-    assert code == 2 and "layers of EDM2's U-Net" in said
+    code, output = gesso("ema", folder, "--sweep", ".05:.2:3", "--tensors", "figure5b", *QUICK)
+    assert code == 2 and "layers of EDM2's U-Net" in output
 
 
 # The optimum.
@@ -251,11 +251,11 @@ def curve(f, repeats=1, noise=0.0, shift=0.0, seed=0):
 @pytest.mark.parametrize("at", [0.03, 0.0777, 0.13])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_parabola_is_fitted_exactly(at, sign):
-    found = ema_curves.find_optimum(
+    actual = ema_curves.find_optimum(
         curve(lambda x: sign * (3 + 2 * (x - math.log(at)) ** 2)), lower_is_better=sign == 1
     )
-    assert found.sigma_rel == pytest.approx(at, rel=1e-9) and found.value == pytest.approx(sign * 3)
-    assert found.low == pytest.approx(at, rel=1e-6) and found.high == pytest.approx(at, rel=1e-6)
+    assert actual.sigma_rel == pytest.approx(at, rel=1e-9) and actual.value == pytest.approx(sign * 3)
+    assert actual.low == pytest.approx(at, rel=1e-6) and actual.high == pytest.approx(at, rel=1e-6)
 
 
 @pytest.mark.parametrize("repeats, noise, shift", [(1, 0.02, 0.0), (4, 0.0, 0.1), (4, 0.02, 0.05)])
@@ -263,11 +263,11 @@ def test_the_error_is_as_large_as_it_says(repeats, noise, shift):
     """One standard error holds the truth in about two of three cases, the estimate being of few numbers."""
     at, inside = 0.075, []
     for seed in range(300):
-        found = ema_curves.find_optimum(
+        actual = ema_curves.find_optimum(
             curve(lambda x: 3 + (x - math.log(at)) ** 2, repeats, noise, shift, seed), lower_is_better=True
         )
-        if found.low and found.high:
-            inside.append(found.low <= at <= found.high)
+        if actual.low and actual.high:
+            inside.append(actual.low <= at <= actual.high)
     assert len(inside) > 250 and 0.5 < np.mean(inside) < 0.75, np.mean(inside)
 
 
@@ -283,6 +283,6 @@ def test_where_there_is_no_inner_optimum():
 
 
 def test_the_table_marks_the_best():
-    found = {"guidance 1": curve(lambda x: (x - math.log(GRID[4])) ** 2), "guidance 2": curve(lambda x: -x)}
-    lines = ema_curves.curve_table(found, lower_is_better=True)
+    actual = {"guidance 1": curve(lambda x: (x - math.log(GRID[4])) ** 2), "guidance 2": curve(lambda x: -x)}
+    lines = ema_curves.curve_table(actual, lower_is_better=True)
     assert len(lines) == 13 and lines[5].count("*") == 1 and lines[12].count("*") == 1

@@ -51,9 +51,9 @@ def test_disk_is_what_a_run_writes(tmp_path):
     folders = list((tmp_path / "run" / "state").glob("nimg*"))
     assert int(states) >= len(folders) >= 2  # milestones that are among the last are counted twice
     room = {"kB": 1e3, "MB": 1e6}
-    for said, path in ((size, files[0]), (state, folders[0])):
+    for output, path in ((size, files[0]), (state, folders[0])):
         held = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.iterdir())
-        number, unit = said.split()
+        number, unit = output.split()
         assert float(number) * room[unit] == pytest.approx(held, rel=0.15)
 
 

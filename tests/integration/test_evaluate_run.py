@@ -56,8 +56,8 @@ def drawn(folder, run: config.RunConfig, seeds: range) -> torch.Tensor:
     cond, _ = build_conditions.build_cond(
         run, seeds, snapshot.load_control_rows(folder), run_sampler.sample_labels(run, seeds)
     )
-    made = torch.cat(list(sampling.generate(snapshot.denoiser_from_weights(tensors[0], run), run, seeds, cond)))
-    return made.expand(-1, 3, -1, -1)
+    created = torch.cat(list(sampling.generate(snapshot.denoiser_from_weights(tensors[0], run), run, seeds, cond)))
+    return created.expand(-1, 3, -1, -1)
 
 
 def frechet(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -98,32 +98,32 @@ def test_labels_are_drawn_by_seed(folder):
 
 def test_parts_are_shared_and_survive(folder, monkeypatch):
     run = recorded_run(folder, "eval.metrics=[fd_digits]", "sample.batch_size=11")
-    whole = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"]
+    full = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"]
     # Two ranks, one after the other: the last one to begin is the first rank, which waits for the other's parts.
     assert runner.evaluate_metrics(EvalContext(folder, run, CPU, 1, 2), SILENT) == ({}, [])
     (place,) = (folder / "evaluation").iterdir()
     assert [path.name for path in place.glob("*.safetensors")] == ["digits-0-000001.safetensors"]
-    assert runner.evaluate_metrics(EvalContext(folder, run, CPU, 0, 2), SILENT)[0]["scores"] == whole
+    assert runner.evaluate_metrics(EvalContext(folder, run, CPU, 0, 2), SILENT)[0]["scores"] == full
     # Stopped after the first part; then only what lacks is drawn.
-    made, drawn = sampling.generate, []
+    created, drawn = sampling.generate, []
 
     def stopping(denoiser, run, seeds, *rest):
         drawn.append(seeds[0])
         if len(drawn) == 2:
             raise KeyboardInterrupt
-        return made(denoiser, run, seeds, *rest)
+        return created(denoiser, run, seeds, *rest)
 
     monkeypatch.setattr(sampling, "generate", stopping)
     with pytest.raises(KeyboardInterrupt):
         runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)
-    assert runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"] == whole
+    assert runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"] == full
     assert drawn == [0, 30, 30, 60]
 
 
 def test_work_of_an_interrupted_command_is_resumed(folder, monkeypatch):
     """A part that is taken is left, and made after all where whoever took it has gone without it."""
     run = recorded_run(folder, "eval.metrics=[fd_digits]", "sample.batch_size=13")
-    whole = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"]
+    full = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"]
     claimed, taken = atomic_io.try_lock, []
 
     @contextlib.contextmanager
@@ -133,14 +133,14 @@ def test_work_of_an_interrupted_command_is_resumed(folder, monkeypatch):
             yield mine and (path.name != "digits-0-000001.safetensors" or taken.count(path.name) > 1)
 
     monkeypatch.setattr(atomic_io, "try_lock", once)
-    assert runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"] == whole
+    assert runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"] == full
     assert taken.count("digits-0-000001.safetensors") == 2 and taken.count("digits-0-000000.safetensors") == 1
 
 
 def test_a_reference_is_read_by_all_ranks_and_once(folder, monkeypatch):
     """In parts: whoever comes first leaves some to the other; a third time nothing is read, whatever machine has it kept."""
     run = recorded_run(folder, "eval.metrics=fd_digits")
-    whole = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"]
+    full = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"]
     read = []
     batches = ImageSet.batches
 
@@ -149,7 +149,7 @@ def test_a_reference_is_read_by_all_ranks_and_once(folder, monkeypatch):
         return batches(self, size, first, stop)
 
     monkeypatch.setattr(ImageSet, "batches", reading)
-    assert runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"] == whole and not read
+    assert runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"] == full and not read
     monkeypatch.setattr(runner, "REFERENCE_PART_SIZE", 500)  # 1,797 pictures: four parts
     for cache in ("other", "third"):
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / cache))
@@ -158,13 +158,13 @@ def test_a_reference_is_read_by_all_ranks_and_once(folder, monkeypatch):
         assert read == [(500, 1000), (1500, 1797)]
         if cache == "third":  # the other rank's machine has no cache, and it was killed before
             sorted((folder / "evaluation").glob("*/reference-digits-0-*.safetensors"))[-1].unlink()
-        found = runner.evaluate_metrics(EvalContext(folder, run, CPU, 0, 2), SILENT)[0]["scores"]
+        actual = runner.evaluate_metrics(EvalContext(folder, run, CPU, 0, 2), SILENT)[0]["scores"]
         assert read[2:] == [(0, 500), (1000, 1500)] + [(1500, 1797)] * (cache == "third")
-        assert found["fd_digits"]["mean"] == pytest.approx(whole["fd_digits"]["mean"], rel=1e-9)
+        assert actual["fd_digits"]["mean"] == pytest.approx(full["fd_digits"]["mean"], rel=1e-9)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "fourth"))
     monkeypatch.setattr(runner, "REFERENCE_PART_SIZE", 898)  # the last part is one picture
-    found = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"]
-    assert found["fd_digits"]["mean"] == pytest.approx(whole["fd_digits"]["mean"], rel=1e-9)
+    actual = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"]
+    assert actual["fd_digits"]["mean"] == pytest.approx(full["fd_digits"]["mean"], rel=1e-9)
     assert list((folder / "evaluation").iterdir()) == []
 
 
@@ -173,19 +173,19 @@ def test_loss_on_other_images_and_on_none(folder, tmp_path):
         UsageError, match=r"eval.metrics=loss needs images that were not trained on: .*eval.validation_source=DIR"
     ):
         runner.evaluate_metrics(EvalContext(folder, recorded_run(folder, "eval.metrics=loss"), CPU), SILENT)
-    said = ("eval.metrics=loss", "eval.validation_source=digits", "eval.validation_pairs=75")
-    found = [
-        runner.evaluate_metrics(EvalContext(folder, recorded_run(folder, *said), CPU), SILENT)[0] for _ in range(2)
+    output = ("eval.metrics=loss", "eval.validation_source=digits", "eval.validation_pairs=75")
+    actual = [
+        runner.evaluate_metrics(EvalContext(folder, recorded_run(folder, *output), CPU), SILENT)[0] for _ in range(2)
     ]
-    assert found[0]["scores"] == found[1]["scores"] and found[0]["speed"] == {}
+    assert actual[0]["scores"] == actual[1]["scores"] and actual[0]["speed"] == {}
     tensors, *_ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(recorded_run(folder).sample)])
-    run = recorded_run(folder, *said)
+    run = recorded_run(folder, *output)
     dataset = open_dataset(run.data, run.latent, 0)
     validated = validation.ValidationLoss(run, dataset, torch.arange(len(dataset)), CPU, 75)
     losses = validated.losses(snapshot.denoiser_from_weights(tensors[0], run), [validated.load_batch(torch.arange(75))])
-    assert found[0]["scores"]["loss"]["mean"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert actual[0]["scores"]["loss"]["mean"] == pytest.approx(float(losses.mean()), rel=1e-5)
     assert runner.evaluate_metrics(EvalContext(folder, run, CPU, 1, 2), SILENT) == ({}, [])
-    assert runner.evaluate_metrics(EvalContext(folder, run, CPU, 0, 2), SILENT)[0]["scores"] == found[0]["scores"]
+    assert runner.evaluate_metrics(EvalContext(folder, run, CPU, 0, 2), SILENT)[0]["scores"] == actual[0]["scores"]
     with pytest.raises(UsageError, match=r"eval.validation_source=/none: there is no such folder"):
         runner.evaluate_metrics(
             EvalContext(folder, recorded_run(folder, "eval.metrics=loss", "eval.validation_source=/none"), CPU), SILENT
@@ -209,8 +209,8 @@ def test_clip_score_of_a_run_with_words(tmp_path):
     tensors, *_ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(run.sample)])
     texts = [prompts[i].caption for i in range(40)]
     cond, _ = build_conditions.build_cond(run, range(40), snapshot.load_control_rows(folder), None, texts)
-    made = torch.cat(list(sampling.generate(snapshot.denoiser_from_weights(tensors[0], run), run, range(40), cond)))
-    expected = float(clip_dino.CLIPScore(str(clip))(made.expand(-1, 3, -1, -1), texts).mean())
+    created = torch.cat(list(sampling.generate(snapshot.denoiser_from_weights(tensors[0], run), run, range(40), cond)))
+    expected = float(clip_dino.CLIPScore(str(clip))(created.expand(-1, 3, -1, -1), texts).mean())
     assert result["scores"]["clip"]["mean"] == pytest.approx(expected, rel=1e-4) and "40 samples; clip" in lines[1]
     assert len(set(texts)) > 3
 
@@ -226,23 +226,23 @@ def test_shapes_are_read_back(recipe, tmp_path):
     labels = run_sampler.sample_labels(run, range(n))
     cond, _ = build_conditions.build_cond(run, range(n), rows, labels, captions)
     tensors, *_ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(run.sample)])
-    made = torch.cat(list(sampling.generate(snapshot.denoiser_from_weights(tensors[0], run), run, range(n), cond)))
+    created = torch.cat(list(sampling.generate(snapshot.denoiser_from_weights(tensors[0], run), run, range(n), cond)))
     if captions:
-        expected = shapes_reader.caption_accuracy(made, captions)
+        expected = shapes_reader.caption_accuracy(created, captions)
     else:
-        expected = shapes_reader.class_accuracy(made, torch.tensor(labels))
-    assert {name: found["mean"] for name, found in scores.items()} == pytest.approx(expected)
+        expected = shapes_reader.class_accuracy(created, torch.tensor(labels))
+    assert {name: actual["mean"] for name, actual in scores.items()} == pytest.approx(expected)
 
 
 def test_rates_are_those_of_real_pictures():
     """Real shapes are read rightly beside their own captions, and not beside others'."""
     source = open_source("shapes:60")
-    made = torch.stack([torch.from_numpy(shown(source, i)) for i in range(60)])
+    created = torch.stack([torch.from_numpy(shown(source, i)) for i in range(60)])
     judge, captions = toy_metrics.ShapeAccuracy(True), list(source.captions())
-    right = toy_metrics.mean_rates(judge, judge(made, None, captions))
-    wrong = toy_metrics.mean_rates(judge, judge(made, None, captions[1:] + captions[:1]))
+    right = toy_metrics.mean_rates(judge, judge(created, None, captions))
+    wrong = toy_metrics.mean_rates(judge, judge(created, None, captions[1:] + captions[:1]))
     assert right["all"] > 0.95 and right["relation"] > 0.95 and wrong["pair"] < 0.5
-    assert right == pytest.approx(shapes_reader.caption_accuracy(made, captions))
+    assert right == pytest.approx(shapes_reader.caption_accuracy(created, captions))
 
 
 def shown(source, i):
@@ -277,8 +277,8 @@ def test_diversity_under_other_sizes(tmp_path, monkeypatch):
         cond = [
             build_conditions.build_cond(run, [seed], rows, [seed % 6], None, {"size": f"{s}x{s}"})[0] for s in sizes
         ]
-        made = [next(iter(sampling.generate(denoiser, run, [seed], c))) for c in cond]
-        distance = {(i, j): float(network(made[i], made[j])) for j in range(5) for i in range(j)}
+        created = [next(iter(sampling.generate(denoiser, run, [seed], c))) for c in cond]
+        distance = {(i, j): float(network(created[i], created[j])) for j in range(5) for i in range(j)}
         every.append(sum(distance.values()) / 10)
         sharp.append(sum(v for (i, _), v in distance.items() if i >= 2) / 3)
     assert sizes[2] == run.data.resolution and min(every) > 1e-4 and every != pytest.approx(sharp)
@@ -373,18 +373,18 @@ def test_precision_and_recall_are_over_all_samples(monkeypatch):
     """As ADM's evaluator: 10k of the reference beside all samples; density and coverage over 10k of each."""
     monkeypatch.setattr(image_sets, "MAX_NEIGHBOUR_SAMPLES", 40)
     g = torch.Generator().manual_seed(0)
-    real, made = torch.randn(60, 2, generator=g), 1.2 * torch.randn(150, 2, generator=g)
-    sets = [FeatureStats(functional.Moments(), rows) for rows in (made, real)]
-    found = image_sets.compute_metric("pr", *sets, torch.nn.Linear(1, 1))
-    some, every = image_sets._shuffle(real)[:40].double(), made.double()
+    real, created = torch.randn(60, 2, generator=g), 1.2 * torch.randn(150, 2, generator=g)
+    sets = [FeatureStats(functional.Moments(), rows) for rows in (created, real)]
+    actual = image_sets.compute_metric("pr", *sets, torch.nn.Linear(1, 1))
+    some, every = image_sets._shuffle(real)[:40].double(), created.double()
     radius = {
         name: torch.cdist(x, x).kthvalue(4, dim=1).values for name, x in (("real", some), ("made", every))
     }  # 4: the sample itself is nearest
     distance = torch.cdist(every, some)
-    assert found["precision"] == pytest.approx(float((distance <= radius["real"]).any(1).double().mean()))
-    assert found["recall"] == pytest.approx(float((radius["made"] >= distance.T).any(1).double().mean()))
-    few = precision_recall(some, image_sets._shuffle(made)[:40], 5)
-    assert (found["density"], found["coverage"]) == (few.density, few.coverage)
+    assert actual["precision"] == pytest.approx(float((distance <= radius["real"]).any(1).double().mean()))
+    assert actual["recall"] == pytest.approx(float((radius["made"] >= distance.T).any(1).double().mean()))
+    few = precision_recall(some, image_sets._shuffle(created)[:40], 5)
+    assert (actual["density"], actual["coverage"]) == (few.density, few.coverage)
 
 
 def test_kernel_distance_of_few_samples_is_refused_before_any_is_drawn(folder, monkeypatch):
@@ -405,7 +405,7 @@ def test_captions_that_a_protocol_draws_for_again_are_noted(folder):
 
 def test_digits_with_two_size_conditions(tmp_path):
     """The mean distance between features of samples told 4x4 and 8x8; none where the size has no weight."""
-    found = {}
+    actual = {}
     for schedule in ("uniform", "zero"):
         folder = tmp_path / schedule
         write_run(
@@ -415,7 +415,7 @@ def test_digits_with_two_size_conditions(tmp_path):
         )
         run = recorded_run(folder, "eval.metrics=digits_feature_distance", "eval.diversity_prompts=7", "sample.steps=2")
         result = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]
-        found[schedule] = result["scores"]["digits_feature_distance"]["values"]
+        actual[schedule] = result["scores"]["digits_feature_distance"]["values"]
         assert result["protocol"]["networks"] == {"told": "digits-cnn-v1"}
         detail = result["scores"]["size_detail"]["values"]
         assert (detail == [1.0]) == (schedule == "zero")  # told nothing, samples are the same
@@ -426,12 +426,12 @@ def test_digits_with_two_size_conditions(tmp_path):
         snapshot.load_control_rows(tmp_path / "uniform"),
         load_digit_features(),
     )
-    seeds, made = list(range(7)), []
+    seeds, created = list(range(7)), []
     for size in ("4x4", "8x8"):
         cond, _ = build_conditions.build_cond(run, seeds, rows, seeds, None, {"size": size})
-        made.append(network(torch.cat(list(sampling.generate(denoiser, run, seeds, cond)))))
-    assert found["zero"] == [0] and found["uniform"][0] > 1e-3
-    assert found["uniform"] == pytest.approx([float((made[0] - made[1]).norm(dim=1).mean())], rel=1e-4)
+        created.append(network(torch.cat(list(sampling.generate(denoiser, run, seeds, cond)))))
+    assert actual["zero"] == [0] and actual["uniform"][0] > 1e-3
+    assert actual["uniform"] == pytest.approx([float((created[0] - created[1]).norm(dim=1).mean())], rel=1e-4)
 
 
 def test_scores_at_an_earlier_time(tmp_path):
@@ -472,7 +472,7 @@ def test_several_scores_of_one_drawing(folder, tmp_path, monkeypatch):
 
 def test_missing_requirements_are_reported_before_sampling(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "generate", None)
-    for settings, said in (
+    for settings, output in (
         (("eval.metrics=[fad]",), r"eval\.metrics\.0 = .fad.: allowed are 'fid'"),
         (("eval.metrics=[clip]",), "needs a run with words"),
         (("eval.metrics=lpips", f"eval.weights_dir={tmp_path}"), r"needs alexnet-owt-7be5be79\.pth"),
@@ -480,21 +480,21 @@ def test_missing_requirements_are_reported_before_sampling(folder, tmp_path, mon
         (("eval.metrics=[fd_digits]", f"eval.reference={tmp_path}"), str(tmp_path)),
         (("eval.metrics=[fd_digits]", "sample.aspect=2:1"), "are of squares"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=output):
             runner.evaluate_metrics(EvalContext(folder, recorded_run(folder, *settings), CPU), SILENT)
 
 
 def test_the_command(folder, gesso):
-    code, said, _ = gesso("evaluate", folder, "eval.metrics=[fd_digits]", "eval.num_samples=32", "sample.steps=2")
-    assert code == 0 and "fd_digits" in said and "scores.json" in said
+    code, output, _ = gesso("evaluate", folder, "eval.metrics=[fd_digits]", "eval.num_samples=32", "sample.steps=2")
+    assert code == 0 and "fd_digits" in output and "scores.json" in output
 
 
 def test_scores_of_several_averages(tmp_path, monkeypatch):
     """eval.halflives: each is a measurement of its own, equal to that with sample.halflife."""
     write_run(tmp_path / "run", "digits", **{"ema.halflives": "[1000]"})
-    said = ("eval.metrics=fd_digits", "eval.num_samples=40", "sample.steps=2")
+    output = ("eval.metrics=fd_digits", "eval.num_samples=40", "sample.steps=2")
     lines = runner.evaluate_metrics_of_run(
-        tmp_path / "run", recorded_run(tmp_path / "run", *said, "eval.halflives=[1000]"), SILENT
+        tmp_path / "run", recorded_run(tmp_path / "run", *output, "eval.halflives=[1000]"), SILENT
     )
     assert [line for line in lines if line.startswith("average")] == [
         "average: sigma_rel 0.05",
@@ -504,6 +504,6 @@ def test_scores_of_several_averages(tmp_path, monkeypatch):
     by = {result["protocol"]["halflife"]: result["scores"]["fd_digits"]["values"] for result in both.values()}
     assert set(by) == {None, 1000} and by[None] != by[1000]
     for halflife in (None, 1000):
-        alone = recorded_run(tmp_path / "run", *said, *([f"sample.halflife={halflife}"] if halflife else []))
-        found, _ = runner.evaluate_metrics(EvalContext(tmp_path / "run", alone, CPU), SILENT)
-        assert found["scores"]["fd_digits"]["values"] == by[halflife]
+        alone = recorded_run(tmp_path / "run", *output, *([f"sample.halflife={halflife}"] if halflife else []))
+        actual, _ = runner.evaluate_metrics(EvalContext(tmp_path / "run", alone, CPU), SILENT)
+        assert actual["scores"]["fd_digits"]["values"] == by[halflife]

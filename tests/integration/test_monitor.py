@@ -53,9 +53,9 @@ def test_bins_against_brute_force(seed, n):
         if counted:
             total[int(place * loss_bins.NUM_BINS)] += loss
             number[int(place * loss_bins.NUM_BINS)] += 1
-    found = loss_bins.bin_sums(torch.tensor(losses), torch.tensor(u), torch.tensor(counts))
-    torch.testing.assert_close(found, torch.tensor([*total, *number], dtype=torch.float64), rtol=1e-12, atol=1e-12)
-    for mean, t, k in zip(loss_bins.bin_means(found), total, number, strict=True):
+    actual = loss_bins.bin_sums(torch.tensor(losses), torch.tensor(u), torch.tensor(counts))
+    torch.testing.assert_close(actual, torch.tensor([*total, *number], dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    for mean, t, k in zip(loss_bins.bin_means(actual), total, number, strict=True):
         assert mean is None if k == 0 else mean == pytest.approx(t / k, rel=1e-5, abs=1e-9)
 
 
@@ -66,8 +66,8 @@ def test_places_in_the_draw_are_progress(name):
     process = processes.build_process(run.process)
     u = keyed.uniform(0, torch.arange(4000), "noise level")[:, 0]
     progress = process.progress(process.icdf(u))
-    bins, found = (u * 10).long(), (progress * 10 + 1e-6).long()
-    assert (bins == found).float().mean() > 0.999 and (progress - u).abs().max() < 2e-3
+    bins, actual = (u * 10).long(), (progress * 10 + 1e-6).long()
+    assert (bins == actual).float().mean() > 0.999 and (progress - u).abs().max() < 2e-3
 
 
 def test_the_log_has_the_losses_of_the_steps(tmp_path):
@@ -78,9 +78,9 @@ def test_the_log_has_the_losses_of_the_steps(tmp_path):
     passes = trainer.forward_backward
 
     def noted(*arguments):
-        found = passes(*arguments)
-        seen.append(found)
-        return found
+        actual = passes(*arguments)
+        seen.append(actual)
+        return actual
 
     trainer.forward_backward = noted
     trainer.step()
@@ -101,12 +101,12 @@ def test_the_log_has_the_losses_of_the_steps(tmp_path):
 @given(n=st.integers(2, 60), data=st.data(), seed=st.integers(0, 5))
 def test_orders_never_come_to_held_out_images(n, data, seed):
     held = select_validation(n, data.draw(st.integers(1, n - 1)))
-    kept = sorted(set(range(n)) - set(held.tolist()))
-    order = ExcludeIndices(EpochShuffle(len(kept), seed), held)
-    epoch = order(torch.arange(len(kept)))
-    assert sorted(epoch.tolist()) == kept
+    stored = sorted(set(range(n)) - set(held.tolist()))
+    order = ExcludeIndices(EpochShuffle(len(stored), seed), held)
+    epoch = order(torch.arange(len(stored)))
+    assert sorted(epoch.tolist()) == stored
     # Without gaps, in the same order, as if there were no others.
-    assert epoch.equal(torch.tensor(kept)[EpochShuffle(len(kept), seed)(torch.arange(len(kept)))])
+    assert epoch.equal(torch.tensor(stored)[EpochShuffle(len(stored), seed)(torch.arange(len(stored)))])
 
 
 def test_which_are_held_out_does_not_depend_on_the_seed():
@@ -135,13 +135,13 @@ def test_held_out_of_a_cache(photos, tmp_path, how):  # noqa: F811
     assert isinstance(order, ExcludeIndices) and isinstance(order.base, inner)
     n = order.base.n
     seen = [set(order(torch.arange(n * e, n * (e + 1))).tolist()) for e in range(6)]
-    kept = set(range(len(cache))) - set(cache.validation_indices.tolist())
-    assert len(kept) == len(cache) - 4 and set.union(*seen) == kept
+    stored = set(range(len(cache))) - set(cache.validation_indices.tolist())
+    assert len(stored) == len(cache) - 4 and set.union(*seen) == stored
     if "buckets" in how:
         for k in range(0, 2 * n, 2):  # of one size, which `take` asserts
             cache.get(order(torch.arange(k, k + 2)), torch.arange(k, k + 2))
     else:
-        assert all(epoch == kept for epoch in seen)
+        assert all(epoch == stored for epoch in seen)
     for i in cache.validation_indices.tolist():
         samples = cache.get_unaugmented(torch.tensor([i]))
         assert samples.x.equal(cache.reference_images(torch.tensor([i]))) and not samples.flips.any()
@@ -154,8 +154,8 @@ def test_an_unreadable_image_gives_way_to_one_of_its_side(photos, tmp_path):  # 
     data.hold_out_validation(len(data) // 2)
     held = set(data.validation_indices.tolist())
     for i in range(len(data)):
-        found = data.get(torch.tensor([i]), torch.tensor([i])).indices.item()
-        assert (found in held) == (i in held)
+        actual = data.get(torch.tensor([i]), torch.tensor([i])).indices.item()
+        assert (actual in held) == (i in held)
     assert {
         k: data.get_unaugmented(data.validation_indices).indices.tolist()[j] in held
         for j, k in enumerate(data.validation_indices.tolist())
@@ -194,31 +194,31 @@ def losses(validation_data: validation.ValidationLoss, denoiser, rank: int = 0, 
 
 
 def validated(**settings) -> validation.ValidationLoss:
-    said = {
+    output = {
         "data.num_validation": 70,
         "monitor.validate_every": 160,
         "monitor.validation_pairs": 150,
         "dropout.both": 0.5,
     }
-    run, dataset = open_dataset_for_run(tiny_run(**said | settings), QUIET)
+    run, dataset = open_dataset_for_run(tiny_run(**output | settings), QUIET)
     return of_held(run, dataset)
 
 
 def test_validation_of_a_known_network_against_a_slow_loop():
-    found = validated()
-    run, dataset = found.run, found.batcher.dataset
+    actual = validated()
+    run, dataset = actual.run, actual.batcher.dataset
     process = processes.build_process(run.process)
-    mean, by_level = found.mean_losses(losses(found, Known(process)))
-    assert sorted((found.u * 150).long().tolist()) == list(range(150))  # one pair in each stratum
+    mean, by_level = actual.mean_losses(losses(actual, Known(process)))
+    assert sorted((actual.u * 150).long().tolist()) == list(range(150))  # one pair in each stratum
     due, places = [], []
     for j in range(150):
         i = int(dataset.validation_indices[j % 70])
         x0 = (dataset.pixels[i].double() / 127.5 - 1 - run.data.mean[0]) * 0.5 / run.data.std[0]
-        s = float(process.icdf(found.u[j]))
+        s = float(process.icdf(actual.u[j]))
         eps = keyed.normal(0, torch.tensor([j]), "validation noise", (1, 8, 8))[0].double()
         error = float(((x0 + s * eps) / 2 - x0).square().mean())
         due.append(error * (s**2 + 0.25) / (0.5 * s) ** 2)
-        places.append(int(float(found.u[j]) * 10))
+        places.append(int(float(actual.u[j]) * 10))
     assert mean == pytest.approx(np.mean(due), rel=1e-5)
     for b in range(10):
         assert by_level[b] == pytest.approx(np.mean([x for x, p in zip(due, places, strict=True) if p == b]), rel=1e-5)
@@ -233,8 +233,8 @@ def test_validation_is_the_same_over_seeds_batches_and_ranks():
     due = losses(validated(), denoiser)
     for settings_ in ({"train.seed": 7}, {"train.batch_size": 9}, {"train.micro_batch_size": 5, "dropout.both": 0.1}):
         assert losses(validated(**settings_), denoiser).equal(due)
-    found = validated()
-    parts = [losses(found, denoiser, rank, 3) for rank in range(3)]
+    actual = validated()
+    parts = [losses(actual, denoiser, rank, 3) for rank in range(3)]
     assert all((part == 0).any() for part in parts) and (due > 0).all()
     assert sum(parts).equal(due)  # to the last bit: passes are of the same pairs
 
@@ -269,9 +269,9 @@ def test_validation_over_buckets_takes_pictures_of_one_size_together(photos, tmp
         "monitor.validation_pairs": 30,
     }
     run, dataset = open_dataset_for_run(tiny(tmp_path / "c", **settings_), QUIET)
-    found = of_held(run, dataset)
-    assert sorted(j for part in found.split(torch.arange(30)) for j in part.tolist()) == list(range(30))
-    assert losses(found, Known(processes.build_process(run.process))).isfinite().all()
+    actual = of_held(run, dataset)
+    assert sorted(j for part in actual.split(torch.arange(30)) for j in part.tolist()) == list(range(30))
+    assert losses(actual, Known(processes.build_process(run.process))).isfinite().all()
 
 
 def test_validation_that_would_never_be(tmp_path):
@@ -292,10 +292,10 @@ ALL = {name: NetworkCase(cfg, INPUT_SPECS[kinds[-1]], False) for name, (cfg, kin
 
 def run_once(row: NetworkCase, net: torch.nn.Module, counts=None, rows=slice(None)):
     x, c_noise, progress, cond = example_batch(row, dtype=torch.float32)
-    with Magnitudes(net, 8) as found, torch.no_grad():
-        found.valid = counts
+    with Magnitudes(net, 8) as actual, torch.no_grad():
+        actual.valid = counts
         net(x[rows], c_noise[rows], progress[rows], cond[rows])
-    return found
+    return actual
 
 
 def small(row: NetworkCase) -> torch.nn.Module:
@@ -311,22 +311,22 @@ def test_every_matrix_of_the_blocks_is_measured(name):
     """Constant weights and biases have constant magnitudes; nothing with rows is left out but tables and what never runs."""
     row = ALL[name]
     net = small(row)
-    found = run_once(row, net)
-    measured = {f"{layer}.weight" for layer in found._layer_sums}
-    prefixes = tuple(f"{block}." for block in found.blocks)
+    actual = run_once(row, net)
+    measured = {f"{layer}.weight" for layer in actual._layer_sums}
+    prefixes = tuple(f"{block}." for block in actual.blocks)
     rows = {n for n, p in net.named_parameters() if p.ndim > 1 and n.startswith(prefixes)}
     left_out = {n for n in rows - measured if not n.startswith("side.")}
     assert all(n.endswith(".table") or "_qkv" in n for n in left_out), left_out
     assert measured <= rows and len(measured) > 5
     tensors = {n: torch.full_like(p, -3.0) for n, p in net.state_dict().items()}
-    assert all(pair == [3.0, 3.0] for pair in found.weights(tensors).values())
+    assert all(pair == [3.0, 3.0] for pair in actual.weights(tensors).values())
     expected = {"enc 8x8", "enc 4x4", "dec 8x8", "dec 4x4"} if name.startswith(("edm2", "ladder", "unet")) else None
-    buckets = set(found.weights(tensors))
+    buckets = set(actual.weights(tensors))
     if expected:
         assert buckets == expected | ({"mid 4x4"} if name == "unet" else set())
     else:
         assert all(b.startswith("block") for b in buckets) and 2 <= len(buckets) <= 3
-    assert found.activations().keys() == buckets
+    assert actual.activations().keys() == buckets
 
 
 @pytest.mark.parametrize("name", ["dit", "mmdit all", "unet", "edm2", "ladder B"])
@@ -334,8 +334,8 @@ def test_activations_against_brute_force(name):
     """Every product within the blocks, caught where torch computes it; rms by feature and sample in a loop."""
     row = ALL[name]
     net = small(row)
-    found = run_once(row, net)
-    place = found._bucket_names()
+    actual = run_once(row, net)
+    place = actual._bucket_names()
     outs: dict[str, list[float]] = {}
     handles = []
     for block, bucket in place.items():
@@ -356,8 +356,8 @@ def test_activations_against_brute_force(name):
     with torch.no_grad():
         net(x, c_noise, progress, cond)
     due = {bucket: [max(values), sum(values) / len(values)] for bucket, values in outs.items()}
-    ours = found.activations()
-    twice = {n for n, s in found._layer_sums.items() if s[-1] > 3}  # layers that text and image share run twice
+    ours = actual.activations()
+    twice = {n for n, s in actual._layer_sums.items() if s[-1] > 3}  # layers that text and image share run twice
     assert ours.keys() == due.keys()
     for bucket, (largest, mean) in due.items():
         if not twice:
@@ -381,13 +381,16 @@ def test_normal_activations_have_magnitude_one():
             return self.layer(x)
 
     net = Net()
-    with Magnitudes(net, 8) as found:
-        found.blocks, found.layers = {"layer": layer}, {"layer": layer}
-        hook = layer.register_forward_hook(found._layer_hook("layer"))
+    with Magnitudes(net, 8) as actual:
+        actual.blocks, actual.layers = {"layer": layer}, {"layer": layer}
+        hook = layer.register_forward_hook(actual._layer_hook("layer"))
         net(torch.randn(50, 200, 64))
         hook.remove()
-    found._block_buckets = {"layer": None}
-    (largest, mean), (_, row_mean) = found.activations()["block 1"], found.weights({"layer.weight": weights})["block 1"]
+    actual._block_buckets = {"layer": None}
+    (largest, mean), (_, row_mean) = (
+        actual.activations()["block 1"],
+        actual.weights({"layer.weight": weights})["block 1"],
+    )
     assert abs(mean - 1) < 0.02 and 1 <= largest < 1.1 and abs(row_mean - 1) < 0.02
 
 
@@ -395,8 +398,8 @@ def test_normal_activations_have_magnitude_one():
 def test_the_main_path_is_what_blocks_put_out(name):
     row = ALL[name]
     net = small(row)
-    found, outs = run_once(row, net), {}
-    for block, bucket in found._bucket_names().items():
+    actual, outs = run_once(row, net), {}
+    for block, bucket in actual._bucket_names().items():
         net.get_submodule(block).register_forward_hook(
             lambda m, i, out, bucket=bucket: outs.setdefault(bucket, []).append(
                 out[0] if isinstance(out, tuple) else out
@@ -410,7 +413,7 @@ def test_the_main_path_is_what_blocks_put_out(name):
             p.double().movedim(1 if p.ndim == 4 else -1, 0).flatten(2).square().mean(2).sqrt().mean(1) for p in parts
         ]
         due = torch.cat(magnitudes)
-        assert found.main_path()[bucket] == pytest.approx([float(due.max()), float(due.mean())], rel=1e-4)
+        assert actual.main_path()[bucket] == pytest.approx([float(due.max()), float(due.mean())], rel=1e-4)
 
 
 def test_samples_that_do_not_count_and_ranks_in_parts():
@@ -449,10 +452,10 @@ DROPOUT = {
 
 
 def edm2_run(**update) -> config.RunConfig:
-    said = {k: v for k, v in update.items()} | DROPOUT
+    output = {k: v for k, v in update.items()} | DROPOUT
     base = ["train.total_images=640", "train.batch_size=32", "train.snapshot_every=160", "train.checkpoint_every=96",
             "train.log_every=128", "train.num_threads=1", "optim.warmup_images=64"]  # fmt: skip
-    return recipes.resolve("digits", base + [f"{k}={v}" for k, v in said.items()])[0]
+    return recipes.resolve("digits", base + [f"{k}={v}" for k, v in output.items()])[0]
 
 
 @pytest.fixture(scope="module")
@@ -515,10 +518,10 @@ def test_validation_in_the_log_is_that_of_the_stored_average(seen):
     run = config.load_config(seen / "run.yaml")
     line = next(line for line in read_log(seen / "log.jsonl") if line["nimg"] == 480 and "validation" in line)
     run, dataset = open_dataset_for_run(run, QUIET)
-    found = of_held(run, dataset)
+    actual = of_held(run, dataset)
     for sigma_rel in (0.05, 0.1):
         weights, _, _, _ = snapshot.reconstruct_from_run(seen, [ema.PowerProfile(sigma_rel)], 480)
-        mean, by_level = found.mean_losses(losses(found, snapshot.denoiser_from_weights(weights[0], run)))
+        mean, by_level = actual.mean_losses(losses(actual, snapshot.denoiser_from_weights(weights[0], run)))
         assert line["validation"][f"ema{sigma_rel}"] == pytest.approx(mean, rel=1e-4)
         assert line["validation_by_noise"][f"ema{sigma_rel}"] == pytest.approx(by_level, rel=1e-3)
 
@@ -531,11 +534,11 @@ def test_loss_in_the_log_is_that_of_evaluate(seen):
         seen, None, ["eval.metrics=loss", f"eval.validation_pairs={n}", "eval.nimg=480", "sample.sigma_rel=.1"]
     )
     result, lines = runner.evaluate_metrics(EvalContext(seen, run, CPU), lambda done, total: None)
-    found = {name: each["mean"] for name, each in result["scores"].items()}
-    assert found.pop("loss") == pytest.approx(line["validation"]["ema0.1"], rel=1e-4)
+    actual = {name: each["mean"] for name, each in result["scores"].items()}
+    assert actual.pop("loss") == pytest.approx(line["validation"]["ema0.1"], rel=1e-4)
     by_noise = line["validation_by_noise"]["ema0.1"]
-    assert list(found) == [f"loss_{10 * i}_{10 * (i + 1)}" for i in range(10)]
-    assert list(found.values()) == pytest.approx(by_noise, rel=1e-3) and min(by_noise) < 0.9 * max(by_noise)
+    assert list(actual) == [f"loss_{10 * i}_{10 * (i + 1)}" for i in range(10)]
+    assert list(actual.values()) == pytest.approx(by_noise, rel=1e-3) and min(by_noise) < 0.9 * max(by_noise)
     assert result["protocol"]["validation"] == "digits, held out" and result["protocol"]["reference"] is None
     assert (
         len(lines) == 3 and lines[0].startswith("loss") and f"{n:,} pairs of an image of digits, held out" in lines[2]
@@ -589,8 +592,8 @@ def test_watching_may_change_on_resume_and_holding_out_may_not(seen, tmp_path, m
 
 
 def test_the_average_next_to_that_of_samples():
-    def of(**said):
-        return watching.nearest_tracked_profile(tiny_run(**{f"{k.replace('__', '.')}": v for k, v in said.items()}))
+    def of(**output):
+        return watching.nearest_tracked_profile(tiny_run(**{f"{k.replace('__', '.')}": v for k, v in output.items()}))
 
     assert of(sample__sigma_rel=0.07) == ema.PowerProfile(0.05) and of(sample__sigma_rel=0.08) == ema.PowerProfile(0.1)
     assert of(ema__halflives="[100,5000]", sample__halflife=900) == ema.TraditionalProfile(5000)
@@ -678,14 +681,14 @@ def stopped_and_resumed(out: Path, monkeypatch, **settings_) -> list[dict]:
 def test_tensorboard_has_each_value_once(tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     lines = stopped_and_resumed(tmp_path / "run", monkeypatch, **{"monitor.tensorboard": "true"})
-    found = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    found.Reload()
+    actual = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    actual.Reload()
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 2  # two processes
-    assert [(e.step, e.value) for e in found.Scalars("loss")] == [
+    assert [(e.step, e.value) for e in actual.Scalars("loss")] == [
         (line["nimg"], pytest.approx(line["loss"], rel=1e-6)) for line in lines
     ]
-    assert [e.step for e in found.Scalars("loss_by_noise/9")] == [line["nimg"] for line in lines]
-    assert [e.step for e in found.Images("samples")] == [160, 320]
+    assert [e.step for e in actual.Scalars("loss_by_noise/9")] == [line["nimg"] for line in lines]
+    assert [e.step for e in actual.Images("samples")] == [160, 320]
 
 
 def records(file: bytes):
@@ -710,24 +713,24 @@ def test_wandb_offline_has_each_value_once(tmp_path, monkeypatch):
     lines = stopped_and_resumed(tmp_path / "run", monkeypatch, **{"monitor.wandb": "offline"})
     deadline = time.monotonic() + 60
     while True:  # a process of its own writes the files, which may end after the run
-        found = []
+        actual = []
         for path in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")):
             for data in records(path.read_bytes()):
-                found.append(wandb_internal_pb2.Record())
-                found[-1].ParseFromString(data)
-        if sum(record.HasField("exit") for record in found) == 2 or time.monotonic() > deadline:
+                actual.append(wandb_internal_pb2.Record())
+                actual[-1].ParseFromString(data)
+        if sum(record.HasField("exit") for record in actual) == 2 or time.monotonic() > deadline:
             break
         time.sleep(0.2)
-    histories = [{(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in r.history.item} for r in found]
+    histories = [{(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in r.history.item} for r in actual]
     values = [(items["_step"], items["loss"]) for items in histories if "loss" in items]
     assert values == [(line["nimg"], line["loss"]) for line in lines]
     known = json.loads((tmp_path / "run" / "wandb.json").read_text())
-    assert {record.run.run_id for record in found} - {""} == {known["id"]} and known["nimg"] == 320
+    assert {record.run.run_id for record in actual} - {""} == {known["id"]} and known["nimg"] == 320
 
 
 def test_config_g_reports_the_same_as_edm2_and_as_ladder():
     """At equal seeds, fresh and after some steps: coefficients of MP-sums that one of them folds into weights are taken out."""
-    found = []
+    actual = []
     for name in (["net.name=edm2"], ["net.name=edm2-ladder", "net.config=G"]):
         settings = [
             "net.channels=16",
@@ -746,11 +749,11 @@ def test_config_g_reports_the_same_as_edm2_and_as_ladder():
             with Magnitudes(net, 8) as magnitudes, torch.no_grad():
                 trainer.denoiser(x0 + s[:, None, None, None], s, cond)
             weights = magnitudes.weights(dict(net.state_dict()))
-            found.append((magnitudes.activations(), magnitudes.main_path(), weights, set(magnitudes._layer_sums)))
+            actual.append((magnitudes.activations(), magnitudes.main_path(), weights, set(magnitudes._layer_sums)))
             net.train()
-    for ours, theirs in zip(found[:2], found[2:], strict=True):
-        assert ours[3] == theirs[3] and any(name.endswith("attention.proj") for name in ours[3])
-        for a, b in zip(ours[:3], theirs[:3], strict=True):
+    for ours, reference in zip(actual[:2], actual[2:], strict=True):
+        assert ours[3] == reference[3] and any(name.endswith("attention.proj") for name in ours[3])
+        for a, b in zip(ours[:3], reference[:3], strict=True):
             assert a.keys() == b.keys()
             for bucket in a:
                 assert a[bucket] == pytest.approx(b[bucket], rel=1e-4)

@@ -32,18 +32,18 @@ def make_module(seed: int = 0) -> nn.Module:
 def train_random_walk(net: nn.Module, folder: Path, ends: list[int], save_every: int, seed: int = 0, **how):
     """Train by random steps: at each of `ends` the weights move, are averaged, and now and then saved; all weights seen."""
     g = torch.Generator().manual_seed(seed)
-    kept = PostHocEMA(net, **how)
+    stored = PostHocEMA(net, **how)
     seen = [{k: v.clone() for k, v in net.state_dict().items()}]
     for i, end in enumerate(ends, 1):
         with torch.no_grad():
             for p in net.parameters():
                 p += 0.1 * torch.randn(p.shape, generator=g, dtype=torch.float64)
             net[1].num_batches_tracked += 1
-        kept.update(end)
+        stored.update(end)
         seen.append({k: v.clone() for k, v in net.state_dict().items()})
         if i % save_every == 0:
-            kept.save(folder)
-    return kept, seen
+            stored.save(folder)
+    return stored, seen
 
 
 @settings(max_examples=8, deadline=None)
@@ -82,7 +82,7 @@ def test_other_lengths_and_earlier_times(tmp_path):
 
 def test_resume_from_state_dict(tmp_path):
     ends = [10, 30, 60, 100]
-    whole, _ = train_random_walk(make_module(), tmp_path / "a", ends, 4)
+    full, _ = train_random_walk(make_module(), tmp_path / "a", ends, 4)
     net = make_module()
     half, _ = train_random_walk(net, tmp_path / "b", ends[:2], 4)
     state = {"net": net.state_dict(), "ema": half.state_dict()}
@@ -95,27 +95,27 @@ def test_resume_from_state_dict(tmp_path):
         assert all(value.equal(half.tracker.averages[profile][name]) for name, value in average.items())
     with pytest.raises(UsageError, match="of other tensors or lengths"):
         PostHocEMA(net, sigma_rels=(0.2,)).load_state_dict(state["ema"])
-    assert whole.nimg == 100
+    assert full.nimg == 100
 
 
 def test_tracks_reassigned_parameters():
     net = make_module()
-    kept = PostHocEMA(net, sigma_rels=(0.1,))
+    stored = PostHocEMA(net, sigma_rels=(0.1,))
     net.load_state_dict({k: v.clone() + 1 for k, v in net.state_dict().items()}, assign=True)
-    kept.update(10)
-    assert kept.tracker.averages[PowerProfile(0.1)]["0.weight"].equal(net[0].weight.detach())
+    stored.update(10)
+    assert stored.tracker.averages[PowerProfile(0.1)]["0.weight"].equal(net[0].weight.detach())
 
 
 def test_time_must_increase(tmp_path):
-    kept = PostHocEMA(make_module())
+    stored = PostHocEMA(make_module())
     with pytest.raises(UsageError, match="nothing is averaged yet"):
-        kept.save(tmp_path)
-    kept.update(10)
+        stored.save(tmp_path)
+    stored.update(10)
     with pytest.raises(UsageError, match="no average to keep"):
         PostHocEMA(make_module(), sigma_rels=())
     for nimg in (10, 5):
         with pytest.raises(UsageError, match="stand at image 10: they cannot be moved on"):
-            kept.update(nimg)
+            stored.update(nimg)
 
 
 SHARDED_SCRIPT = """
@@ -165,8 +165,8 @@ def test_sharded_averages_equal_unsharded_ones(tmp_path):
         )
         for r in range(2)
     ]
-    said = [rank.communicate(timeout=180)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
+    output = [rank.communicate(timeout=180)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], output
     for path in sorted((tmp_path / "one" / "snapshots").iterdir()):
         ours, wanted = load_file(tmp_path / "parts" / "snapshots" / path.name), load_file(path)
         assert ours.keys() == wanted.keys()
@@ -205,13 +205,13 @@ def test_files_match_safetensors(tmp_path_factory, shapes, seed):
 def test_damaged_files(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"w": torch.ones(100)}, path)
-    whole = path.read_bytes()
+    full = path.read_bytes()
     for content in (
         b"",
         b"ab",
-        whole[:20],
-        whole[:-4],
-        whole + b"1234",
+        full[:20],
+        full[:-4],
+        full + b"1234",
         b"\xff" * 64,
         (2).to_bytes(8, "little") + b"[]",
     ):
@@ -275,9 +275,11 @@ print(max(peak) - before, sum(p.stat().st_size for p in paths) // 1024)
 
 def test_memory_is_bounded(tmp_path):
     """Eight averages of 32 MB from twelve files of 32 MB: memory for one tensor of 1 MB for each, not 256 MB."""
-    made = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT, tmp_path], capture_output=True, text=True, timeout=180)
-    assert made.returncode == 0, made.stderr
-    grown, size = map(int, made.stdout.split())
+    created = subprocess.run(
+        [sys.executable, "-c", MEMORY_SCRIPT, tmp_path], capture_output=True, text=True, timeout=180
+    )
+    assert created.returncode == 0, created.stderr
+    grown, size = map(int, created.stdout.split())
     assert size > 256 * 1024 and grown < 80 * 1024
 
 
@@ -317,18 +319,18 @@ def write_raw_snapshots(folder: Path, every: int = 100) -> list[dict[str, torch.
 def test_revisiting_raw_checkpoints(gesso, tmp_path):  # noqa: F811
     path = write_raw_snapshots(tmp_path / "theirs")
     files = ["--files", "step-{step}/model.safetensors", "--batch-size", "8"]
-    code, said = gesso("ema", tmp_path / "theirs", "--sigma-rel", "0.1", "--sigma-rel", "0.2", *files)
-    assert code == 0 and "sigma_rel 0.1 at image 32,000" in said and "load_file" in said, said
+    code, output = gesso("ema", tmp_path / "theirs", "--sigma-rel", "0.1", "--sigma-rel", "0.2", *files)
+    assert code == 0 and "sigma_rel 0.1 at image 32,000" in output and "load_file" in output, output
     for sigma_rel in (0.1, 0.2):
-        made = load_file(tmp_path / "theirs" / "ema" / f"nimg000000032000-ema{sigma_rel:.4f}.safetensors")
+        created = load_file(tmp_path / "theirs" / "ema" / f"nimg000000032000-ema{sigma_rel:.4f}.safetensors")
         part = torch.from_numpy(interval_weights(PowerProfile(sigma_rel), np.arange(4001.0)))
         wanted = torch.einsum("t,t...->...", part, torch.stack([one["w"] for one in path]))
-        assert float((made["w"] - wanted).norm() / wanted.norm()) < 1e-3
+        assert float((created["w"] - wanted).norm() / wanted.norm()) < 1e-3
     # A past time, in images; the same file named by its time.
-    code, said = gesso("ema", tmp_path / "theirs", "--sigma-rel", "0.1", "--nimg", "16k", *files)
-    assert code == 0 and "at image 16,000" in said
-    code, said = gesso("ema", tmp_path / "theirs", "--sigma-rel", ".1", "--files", "step-100/model.safetensors=5k")
-    assert code == 0 and "at image 5,000" in said and "hardly makes" in said
+    code, output = gesso("ema", tmp_path / "theirs", "--sigma-rel", "0.1", "--nimg", "16k", *files)
+    assert code == 0 and "at image 16,000" in output
+    code, output = gesso("ema", tmp_path / "theirs", "--sigma-rel", ".1", "--files", "step-100/model.safetensors=5k")
+    assert code == 0 and "at image 5,000" in output and "hardly makes" in output
     assert load_file(tmp_path / "theirs" / "ema" / "nimg000000005000-ema0.1000.safetensors")["w"].equal(path[100]["w"])
 
 
@@ -340,30 +342,30 @@ def test_revisiting_a_traditional_ema(tmp_path):
         average.lerp_(path[step]["w"], 0.01)
         if step % 50 == 0:
             save_file({"w": average}, tmp_path / f"ema_{8 * step}.safetensors")
-    asked = ema_export.EmaArgs((0.1,), files=["ema_{nimg}.safetensors"], batch_size=8, decay=0.99)
-    lines = ema_export.export_ema(tmp_path, asked, tmp_path / "out", {})
-    made = load_file(tmp_path / "out" / "nimg000000032000-ema0.1000.safetensors")["w"]
+    requested = ema_export.EmaArgs((0.1,), files=["ema_{nimg}.safetensors"], batch_size=8, decay=0.99)
+    lines = ema_export.export_ema(tmp_path, requested, tmp_path / "out", {})
+    created = load_file(tmp_path / "out" / "nimg000000032000-ema0.1000.safetensors")["w"]
     part = torch.from_numpy(interval_weights(PowerProfile(0.1), np.arange(4001.0)))
     wanted = torch.einsum("t,t...->...", part, torch.stack([one["w"] for one in path]))
-    assert float((made - wanted).norm() / wanted.norm()) < 1e-3, lines
-    (kept,) = {
+    assert float((created - wanted).norm() / wanted.norm()) < 1e-3, lines
+    (stored,) = {
         s.profile
         for s in ema_export.external_snapshots(tmp_path, ["ema_{nimg}.safetensors"], None, TraditionalProfile(552))
     }
-    assert kept == TraditionalProfile(552)  # 8 ln 2 / -ln .99
+    assert stored == TraditionalProfile(552)  # 8 ln 2 / -ln .99
 
 
 def test_snapshots_of_any_trainer_on_the_command_line(gesso, tmp_path):  # noqa: F811
     folder = write_snapshots(tmp_path / "mine")
-    code, said = gesso("ema", folder, "--sigma-rel", "0.07", "--tensors", "0.*=0.15")
-    assert code == 0 and "module.load_state_dict(safetensors.torch.load_file(" in said
-    code, said = gesso("ema", folder / "snapshots", "--sigma-rel", "0.07", "--out", tmp_path / "out")
-    made = load_file(tmp_path / "out" / "nimg000000000800-ema0.0700.safetensors")
+    code, output = gesso("ema", folder, "--sigma-rel", "0.07", "--tensors", "0.*=0.15")
+    assert code == 0 and "module.load_state_dict(safetensors.torch.load_file(" in output
+    code, output = gesso("ema", folder / "snapshots", "--sigma-rel", "0.07", "--out", tmp_path / "out")
+    created = load_file(tmp_path / "out" / "nimg000000000800-ema0.0700.safetensors")
     wanted = PostHocEMA.reconstruct(folder, 0.07)
-    assert code == 0 and made.keys() == wanted.keys() and all(made[k].equal(wanted[k]) for k in made)
-    make_module().load_state_dict(made)
-    code, said = gesso("ema", folder, "--sweep", ".05:.2:3")
-    assert code == 2 and "no run.yaml: any length can be made (--sigma-rel), none measured" in said
+    assert code == 0 and created.keys() == wanted.keys() and all(created[k].equal(wanted[k]) for k in created)
+    make_module().load_state_dict(created)
+    code, output = gesso("ema", folder, "--sweep", ".05:.2:3")
+    assert code == 2 and "no run.yaml: any length can be made (--sigma-rel), none measured" in output
     with pytest.raises(UsageError, match="kept by another trainer"):
         snapshot.reconstruct_from_run(folder, [PowerProfile(0.1)])
     with pytest.raises(UsageError, match="kept by another trainer"):
@@ -374,7 +376,7 @@ def test_snapshots_of_any_trainer_on_the_command_line(gesso, tmp_path):  # noqa:
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, output",
     [
         (["--sigma-rel", "0.1", "--nimg", "801"], "image 801 lies after the last snapshot"),
         (["--sigma-rel", "0.1", "--nimg", "99"], "no snapshot up to image 99; the first is"),
@@ -394,10 +396,10 @@ def test_snapshots_of_any_trainer_on_the_command_line(gesso, tmp_path):  # noqa:
         (["--sigma-rel", "0.1", "--files", "{nimg}", "--decay", "2", "--batch-size", "1"], "lies between 0 and 1"),
     ],
 )
-def test_invalid_arguments(gesso, tmp_path, words, said):  # noqa: F811
+def test_invalid_arguments(gesso, tmp_path, words, output):  # noqa: F811
     folder = write_snapshots(tmp_path / "mine")
-    code, told = gesso("ema", folder, *words, "--out", tmp_path / "out")
-    assert code == 2 and said in told and "Traceback" not in told and not (tmp_path / "out").exists()
+    code, recorded = gesso("ema", folder, *words, "--out", tmp_path / "out")
+    assert code == 2 and output in recorded and "Traceback" not in recorded and not (tmp_path / "out").exists()
 
 
 def test_two_files_of_one_time(tmp_path):
@@ -408,9 +410,9 @@ def test_two_files_of_one_time(tmp_path):
 
 
 def test_inaccurate_lengths_warn(gesso, tmp_path):  # noqa: F811
-    code, said = gesso("ema", write_snapshots(tmp_path), "--sigma-rel", "0.002")
-    assert code == 0 and "warning: what is stored hardly makes one of sigma_rel 0.002: relative error" in said
-    assert "can be made" in said
+    code, output = gesso("ema", write_snapshots(tmp_path), "--sigma-rel", "0.002")
+    assert code == 0 and "warning: what is stored hardly makes one of sigma_rel 0.002: relative error" in output
+    assert "can be made" in output
 
 
 def corrupt_snapshot(folder: Path, change) -> Path:
@@ -424,7 +426,7 @@ def corrupt_snapshot(folder: Path, change) -> Path:
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, output",
     [
         (lambda t: {k: v for k, v in t.items() if k != "0.bias"}, r"holds other tensors than .*: lacks \['0.bias'\]"),
         (lambda t: t | {"more": torch.ones(1)}, r"has \['more'\] beside"),
@@ -432,10 +434,10 @@ def corrupt_snapshot(folder: Path, change) -> Path:
         (lambda t: t | {"0.bias": torch.full((5,), float("nan")).double()}, "holds NaN or infinity in 0.bias"),
     ],
 )
-def test_incompatible_snapshot(tmp_path, change, said):
+def test_incompatible_snapshot(tmp_path, change, output):
     path = corrupt_snapshot(tmp_path, change)
     for way in (snapshot.reconstruct, lambda plan: snapshot.reconstruct_to_files(plan, tmp_path / "out")):
-        with pytest.raises(RunError, match=said) as caught:
+        with pytest.raises(RunError, match=output) as caught:
             way(snapshot.plan_reconstruction(snapshot.list_snapshots(tmp_path), [PowerProfile(0.07)]))
         assert str(path) in str(caught.value)
     assert not list((tmp_path / "out").glob("*"))

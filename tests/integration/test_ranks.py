@@ -310,10 +310,10 @@ def test_what_is_seen_does_not_depend_on_the_ranks(tmp_path):
     due = flat(tmp_path / "one")
     assert {"validation", "magnitudes", "metrics", "loss_by_noise"} <= {key[1] for key in due}
     for how in ("ddp", "fsdp"):
-        found = flat(tmp_path / how)
-        assert found.keys() == due.keys()
+        actual = flat(tmp_path / how)
+        assert actual.keys() == due.keys()
         for key, value in due.items():
-            assert found[key] == pytest.approx(value, rel=2e-5, abs=1e-9), key
+            assert actual[key] == pytest.approx(value, rel=2e-5, abs=1e-9), key
         pictures = sorted((tmp_path / how / "samples").iterdir())
         assert len(pictures) == 2
         for picture in pictures:

@@ -56,7 +56,7 @@ def test_other_ranks_see_the_same_samples(photos, vae, tmp_path, kind):  # noqa:
         "train.total_images": STEPS * BATCH, "train.snapshot_every": STEPS * BATCH, "train.log_every": BATCH,
         "train.checkpoint_every": 2 * BATCH,
     }  # fmt: skip
-    said = {"data.source": source, "data.channels": 3, "net.hidden_size": 32, "net.depth": 1, "net.num_heads": 2, "net.patch_size": 1,
+    output = {"data.source": source, "data.channels": 3, "net.hidden_size": 32, "net.depth": 1, "net.num_heads": 2, "net.patch_size": 1,
             "data.resolution": 16, "train.num_threads": 1, "eval.toy_metrics": "none", "optim.warmup_images": 0}  # fmt: skip
 
     def train(name: str, world: int, **more) -> None:
@@ -64,7 +64,7 @@ def test_other_ranks_see_the_same_samples(photos, vae, tmp_path, kind):  # noqa:
         seen.mkdir(exist_ok=True)
         job = {
             "out": str(tmp_path / name),
-            "settings": {k: str(v) for k, v in (said | settings).items()},
+            "settings": {k: str(v) for k, v in (output | settings).items()},
             "resume": True,
         }
         launch(world, [job | {"prelude": SEEN.format(folder=str(seen))} | more])

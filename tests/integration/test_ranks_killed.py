@@ -47,17 +47,17 @@ def job(out: Path, prelude: str = "", **settings) -> dict:
 
 def read_complete_files(out: Path) -> dict[str, int]:
     """Every file that a run may read by now, found whole: snapshots by their size, the newest state by its time."""
-    found = {}
+    actual = {}
     for path in (out / "snapshots").glob("*.safetensors"):
         assert all(t.isfinite().all() for t in load_file(path).values())
-        found[path.name] = path.stat().st_size
+        actual[path.name] = path.stat().st_size
     states = checkpoint.list_checkpoints(out / "state")
     for state in states:
         description = json.loads((state / "state.json").read_text())
         assert description["files"] and all(
             (state / name).stat().st_size == size for name, size in description["files"].items()
         )
-    return found | {"newest": max((int(state.name[4:]) for state in states), default=0)}
+    return actual | {"newest": max((int(state.name[4:]) for state in states), default=0)}
 
 
 def life(out: Path, world: int, rng: random.Random, harm: str = "kill", **settings) -> LaunchResult:
@@ -122,17 +122,17 @@ def assert_equal(one: Path, other: Path, exactly: bool) -> None:
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory) -> dict[tuple[int, str], Path]:
     """By number of ranks and sharding."""
-    root, made = tmp_path_factory.mktemp("uninterrupted"), {}
+    root, created = tmp_path_factory.mktemp("uninterrupted"), {}
 
-    class Made(dict):
+    class RecordingDict(dict):
         def __missing__(self, key: tuple[int, str]) -> Path:
             world, sharding = key
             self[key] = root / f"{world}{sharding}"
             finished(self[key], world, **{"train.sharding": sharding})
             return self[key]
 
-    made = Made()
-    return made
+    created = RecordingDict()
+    return created
 
 
 def test_killed_and_resumed_on_other_numbers_of_ranks(uninterrupted, tmp_path):

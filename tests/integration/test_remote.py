@@ -41,8 +41,8 @@ def tree(size: int = SIZE, names=NAMES) -> dict:
 
 
 def written(size: int = SIZE, names=NAMES) -> dict[str, bytes]:
-    found = {f"shards/{name}": content(i, size) for i, name in enumerate(names)}
-    return found | {"manifest.json": json.dumps(tree(size, names)).encode()}
+    actual = {f"shards/{name}": content(i, size) for i, name in enumerate(names)}
+    return actual | {"manifest.json": json.dumps(tree(size, names)).encode()}
 
 
 @pytest.fixture(autouse=True)
@@ -157,9 +157,9 @@ def test_s3_for_all_to_read(s3, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("FSSPEC_S3_ANON", "true")
-    found = {}
-    fsspec.config.set_conf_env(found)  # as fsspec does when it is imported
-    monkeypatch.setitem(fsspec.config.conf, "s3", found["s3"])
+    actual = {}
+    fsspec.config.set_conf_env(actual)  # as fsspec does when it is imported
+    monkeypatch.setitem(fsspec.config.conf, "s3", actual["s3"])
     assert remote.read_manifest(s3) == tree()
 
 
@@ -191,9 +191,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.split("?")[0].removeprefix("/bucket/cache/")
-        whole = self.command == "GET"
-        self.server.requests[path] += whole
-        faults = self.server.faults.get(path, []) if whole else []
+        full = self.command == "GET"
+        self.server.requests[path] += full
+        faults = self.server.faults.get(path, []) if full else []
         fault = faults.pop(0) if faults else None
         data = self.server.files.get(path)
         status = fault if isinstance(fault, int) else 404 if data is None else 200
@@ -209,7 +209,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", "binary/octet-stream")
         self.send_header("Last-Modified", "Sat, 21 Nov 2026 00:00:00 GMT")
         self.end_headers()
-        if not whole:
+        if not full:
             return
         with contextlib.suppress(ConnectionError):
             if fault in ("cut", "stall"):

@@ -102,12 +102,12 @@ def numbers(
     """Jobs of three seeds with made-up numbers by (row, name, seed), each with a protocol."""
     todo = plan.plan_jobs(table, "tiny", range(3), where)
     for job in todo:
-        found = {name: values.get((job.row, name, job.seed), 0.5) for name in job.group.columns.values()}
-        told = {"name": None, "images": 40, "diversity_seeds": 9, "reference": "digits", "reference_images": 1797,
+        actual = {name: values.get((job.row, name, job.seed), 0.5) for name in job.group.columns.values()}
+        recorded = {"name": None, "images": 40, "diversity_seeds": 9, "reference": "digits", "reference_images": 1797,
                 "reference_pictures": "abc", "networks": {"digits": "a"}, "nimg": 256, "guidance": 1.5, "sigma_rel": 0.1}  # fmt: skip
         atomic_io.write_json(job.path, {
-            "by": job.group.method, "row": job.row, "seed": job.seed, "evaluation": job.evaluation_args, "values": found,
-            "training": [one.command for one in plan.unique_trainings([job])], "protocol": told | protocol.get(job.row, {}),
+            "by": job.group.method, "row": job.row, "seed": job.seed, "evaluation": job.evaluation_args, "values": actual,
+            "training": [one.command for one in plan.unique_trainings([job])], "protocol": recorded | protocol.get(job.row, {}),
             "minutes": 0.25, "training_minutes": 1.5 * bool(job.training), "environment": {"device": "cpu", "threads": 1, "torch": "2.13"},
         })  # fmt: skip
     return todo
@@ -223,17 +223,17 @@ def test_a_page(tmp_path, known):
     assert str(tmp_path) not in text + html and "tables/trained/digits-" in text
     assert 'class="tag"' in html and "src=" not in html and "The paper says nothing of it." in html
     assert "A row and seed took 1.8 minutes (cpu, 1 thread, torch 2.13); expected for a row: a second." in text
-    told = json.loads((tmp_path / "test-1-tiny.json").read_text())
+    recorded = json.loads((tmp_path / "test-1-tiny.json").read_text())
     assert (
-        told["rows"]["slow"]["FID"]["ours"] == {"0": 9, "1": 10, "2": 11}
-        and told["rows"]["slow"]["FID"]["published"] == 9.5
+        recorded["rows"]["slow"]["FID"]["ours"] == {"0": 9, "1": 10, "2": 11}
+        and recorded["rows"]["slow"]["FID"]["published"] == 9.5
     )
     assert (
-        told["rows"]["fast"]["right"]["ours"]["1"] == "NaN"
-        and told["rows"]["fast, guided"]["FID"]["published"] == "diverged"
+        recorded["rows"]["fast"]["right"]["ours"]["1"] == "NaN"
+        and recorded["rows"]["fast, guided"]["FID"]["published"] == "diverged"
     )
-    assert told["claims"][0]["verdict"] == "reproduced" and told["claims"][0]["published_effect"] == 6.25
-    assert str(tmp_path) not in json.dumps(told)
+    assert recorded["claims"][0]["verdict"] == "reproduced" and recorded["claims"][0]["published_effect"] == 6.25
+    assert str(tmp_path) not in json.dumps(recorded)
 
 
 def test_stored_pages_are_judged_again(tmp_path, known, gesso, monkeypatch):
@@ -413,12 +413,12 @@ def test_column_descriptions():
     todo = plan.plan_jobs(
         table._replace(scales={"tiny": Scale((*lengths, *table.scales["tiny"].groups[1:]), "")}), "tiny", [0], Path("w")
     )
-    told = page.labels.describe_columns(table, todo)
-    assert told["FID"].startswith("one minus the share of samples") and told["FID"].endswith(
+    recorded = page.labels.describe_columns(table, todo)
+    assert recorded["FID"].startswith("one minus the share of samples") and recorded["FID"].endswith(
         ", the least over sample.sigma_rel"
     )
-    assert told == {
-        **told,
+    assert recorded == {
+        **recorded,
         "right": "not made at this scale",
         "size": "parameters (counts of the network that a run builds, without training it)",
     }
@@ -463,11 +463,11 @@ def test_what_is_measured_is_not_measured_again(tmp_path, known, monkeypatch):
     todo = plan.plan_jobs(fake(), "tiny", range(2), tmp_path)
     assert [job.row for job in runner.run_jobs(todo, QUIET, lambda text: None)] == [job.row for job in todo]
     assert len(calls) == 6
-    said = []
-    assert len(list(runner.run_jobs(todo, QUIET, said.append))) == 7 and len(calls) == 6 and said == []
+    output = []
+    assert len(list(runner.run_jobs(todo, QUIET, output.append))) == 7 and len(calls) == 6 and output == []
     todo[1].path.unlink()
-    list(runner.run_jobs(todo, QUIET, said.append))
-    assert calls[6:] == [("fast", 0)] and said[0] == "2 of 7: fast, FID, right, seed 0"
+    list(runner.run_jobs(todo, QUIET, output.append))
+    assert calls[6:] == [("fast", 0)] and output[0] == "2 of 7: fast, FID, right, seed 0"
 
 
 def test_a_row_that_diverges_is_a_result(tmp_path, known, monkeypatch):
@@ -487,8 +487,8 @@ def test_a_row_that_diverges_is_a_result(tmp_path, known, monkeypatch):
     todo = plan.plan_jobs(fake(), "tiny", [0], tmp_path)
     list(runner.run_jobs(todo, QUIET, lambda text: None))
     assert tried == [1e-4, 4e-3]  # two rows have the second: it is not tried again
-    found = runner.collect_values(todo)[0]
-    assert found["slow", "FID"] == 1 and found["fast", "FID"] == found["fast, guided", "right"] == DIVERGED
+    actual = runner.collect_values(todo)[0]
+    assert actual["slow", "FID"] == 1 and actual["fast", "FID"] == actual["fast, guided", "right"] == DIVERGED
     assert runner.read_record(todo[1].path)["diverged"] == "the loss is not finite at image 64"
 
 
@@ -511,8 +511,8 @@ def test_what_is_stopped_names_the_command_that_goes_on(tmp_path, known, monkeyp
     todo = plan.plan_jobs(fake(), "tiny", [0], tmp_path, ["slow"])
     with pytest.raises(StoppedError) as stopped:
         list(runner.run_jobs(todo, QUIET, lambda text: None, "gesso reproduce test/1"))
-    told = str(stopped.value).splitlines()
-    assert told == ["SIGINT at image 160: the state is saved. Resume with", "  gesso reproduce test/1"]
+    recorded = str(stopped.value).splitlines()
+    assert recorded == ["SIGINT at image 160: the state is saved. Resume with", "  gesso reproduce test/1"]
     assert stopped.value.exit_code == 130 and not todo[0].path.exists()
     console = Console(record=True, quiet=False, file=io.StringIO())
     list(runner.run_jobs(todo, console, lambda text: None))
@@ -534,11 +534,11 @@ def test_two_processes_share_the_work(tmp_path, known, monkeypatch):
         "scores",
         lambda job: {"values": {"fd_digits": 1.0, "class_agreement": 1.0}},
     )
-    todo, said = plan.plan_jobs(fake(), "tiny", [0], tmp_path), []
+    todo, output = plan.plan_jobs(fake(), "tiny", [0], tmp_path), []
     with atomic_io.try_lock(todo[0].training.folder) as mine:
         assert mine
         order = []
-        for job in runner.run_jobs(todo, QUIET, said.append):
+        for job in runner.run_jobs(todo, QUIET, output.append):
             order.append((job.row, job.group.method))
             if len(order) == 3:
                 break
@@ -547,14 +547,14 @@ def test_two_processes_share_the_work(tmp_path, known, monkeypatch):
     assert held.__enter__()
 
     def other(text):
-        said.append(text)
+        output.append(text)
         if text.startswith("waiting"):
             atomic_io.write_json(todo[0].path, {"values": {"fd_digits": 2.0, "class_agreement": 1.0}})
             held.__exit__(None, None, None)
 
     assert len(list(runner.run_jobs(todo, QUIET, other))) == 4
     assert (
-        said[-1] == "waiting for another process, which runs slow, seed 0"
+        output[-1] == "waiting for another process, which runs slow, seed 0"
         and runner.collect_values(todo)[0]["slow", "FID"] == 2
     )
 
@@ -641,8 +641,8 @@ def test_networks_of_the_hub_are_needed(tmp_path):
     run = plan.plan_training(
         Training("digits", ("eval.metrics=fd_dinov2,clip,fd_clip,fid", "eval.clip=a/b")), 0, tmp_path
     ).run
-    found = [need.label for need in requirements.measurement_requirements(run)]
-    assert "dinov2 facebook/dinov2-large" in found and found.count("clip a/b") == 2 and "pt_inception" in found[-1]
+    actual = [need.label for need in requirements.measurement_requirements(run)]
+    assert "dinov2 facebook/dinov2-large" in actual and actual.count("clip a/b") == 2 and "pt_inception" in actual[-1]
 
 
 def test_hours_by_hand(tmp_path):
@@ -660,16 +660,16 @@ def test_hours_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "passes"),
+    ("output", "passes"),
     [
         ((), 20 * 2), (("sample.guidance=1",), 20), (("sample.sampler=heun",), 39 * 2), (("eval.num_repeats=3",), 3 * 20 * 2),
         (("control.variables=size", "sample.control_guidance=1.4"), 20 * 3),
         (("control.variables=size", "eval.metrics=digits_feature_distance", "eval.diversity_prompts=50"), 20 * 2),
     ],
 )  # fmt: skip
-def test_passes_of_drawing(tmp_path, said, passes):
+def test_passes_of_drawing(tmp_path, output, passes):
     """Hours of 100 samples, in passes of the network."""
-    part = ColumnGroup({}, {"r": Measurement(Training("digits", tuple(s for s in said if s.startswith("control"))), tuple(s for s in said if not s.startswith("control")))},
+    part = ColumnGroup({}, {"r": Measurement(Training("digits", tuple(s for s in output if s.startswith("control"))), tuple(s for s in output if not s.startswith("control")))},
                 settings=("eval.metrics=fd_digits", "eval.num_samples=100"))  # fmt: skip
     table = fake(rows=(Row("r"),), scales={"tiny": Scale((part,), "")})
     (job,) = plan.plan_jobs(table, "tiny", [0], tmp_path)
@@ -714,8 +714,10 @@ def test_slurm_scripts(tmp_path, known):
         ["--parsable", "--array=0-2", "--dependency=afterany:1:2:3", measure],
     ]
     env |= {"SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "7"}
-    told = subprocess.run(["bash", measure], env=env, check=True, capture_output=True, text=True).stdout.splitlines()
-    assert told == [
+    recorded = subprocess.run(
+        ["bash", measure], env=env, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    assert recorded == [
         "gesso",
         "reproduce",
         "test/1",
@@ -728,10 +730,10 @@ def test_slurm_scripts(tmp_path, known):
         "--out",
         str(where),
     ]
-    told = subprocess.run(["bash", train], env=env, check=True, capture_output=True, text=True).stdout.splitlines()
+    recorded = subprocess.run(["bash", train], env=env, check=True, capture_output=True, text=True).stdout.splitlines()
     child = plan.unique_trainings(todo)[1]
-    assert told[:3] == ["gesso", "train", "digits"] and f"init={child.parent.folder}" in told
-    assert told[-3:] == ["--out", str(child.folder), "--resume"]
+    assert recorded[:3] == ["gesso", "train", "digits"] and f"init={child.parent.folder}" in recorded
+    assert recorded[-3:] == ["--out", str(child.folder), "--resume"]
 
 
 def test_slurm_on_many_gpus_is_torchrun(tmp_path):
@@ -755,29 +757,29 @@ def test_every_table_at_every_scale(name, tmp_path):
 def test_two_rows_and_two_seeds(tmp_path, known, gesso):
     """Really trained and measured, then found again."""
     where = tmp_path / "made here"
-    code, said, _ = gesso("reproduce", "test/1", "--rows", "slow", "--rows", "fast", "--seeds", 2, "--out", where)
-    assert code == 0 and "5 of 5" in said and said.count("gesso train digits") == 4
-    assert said.splitlines()[-1].startswith(f"wrote {where}/test-1-tiny.md")
+    code, output, _ = gesso("reproduce", "test/1", "--rows", "slow", "--rows", "fast", "--seeds", 2, "--out", where)
+    assert code == 0 and "5 of 5" in output and output.count("gesso train digits") == 4
+    assert output.splitlines()[-1].startswith(f"wrote {where}/test-1-tiny.md")
     assert len(list((where / "trained").glob("digits-*/snapshots/*"))) == 4 * 4 * 2
-    told = json.loads((where / "test-1-tiny.json").read_text())
+    recorded = json.loads((where / "test-1-tiny.json").read_text())
     for row in ("slow", "fast"):
-        values = list(told["rows"][row]["FID"]["ours"].values())
+        values = list(recorded["rows"][row]["FID"]["ours"].values())
         assert len(values) == 2 and all(value > 0 for value in values) and values[0] != values[1]
-        assert all(0 <= value <= 1 for value in told["rows"][row]["right"]["ours"].values())
-        assert told["minutes"][row]["training"] > 0
-    assert told["rows"]["fast, guided"]["FID"]["ours"] == {} and told["rows"]["slow"]["size"]["ours"] == {
+        assert all(0 <= value <= 1 for value in recorded["rows"][row]["right"]["ours"].values())
+        assert recorded["minutes"][row]["training"] > 0
+    assert recorded["rows"]["fast, guided"]["FID"]["ours"] == {} and recorded["rows"]["slow"]["size"]["ours"] == {
         "0": 17,
         "1": 17,
     }
-    assert told["protocols"]["FID"]["images"] == 40 and told["environment"][0].startswith("cpu, 1 thread")
+    assert recorded["protocols"]["FID"]["images"] == 40 and recorded["environment"][0].startswith("cpu, 1 thread")
     code, again, _ = gesso("reproduce", "test/1", "--rows", "slow", "--seeds", 2, "--out", where)
     assert code == 0 and again.count("\n") <= 2  # nothing but what is written
     assert gesso("reproduce", "test/1", "--rows", "slow", "--out", where)[0] == 0
     assert (
-        json.loads((where / "test-1-tiny.json").read_text())["rows"] == told["rows"]
+        json.loads((where / "test-1-tiny.json").read_text())["rows"] == recorded["rows"]
     )  # all rows and seeds that are there
     code, listed, _ = gesso("reproduce", "list", "--out", where)
-    assert "test/1" in listed and f"{index.count_verdicts(told)} (tiny, 2 seeds)" in listed
+    assert "test/1" in listed and f"{index.count_verdicts(recorded)} (tiny, 2 seeds)" in listed
 
 
 def test_bad_input(tmp_path, known, gesso, monkeypatch):

@@ -45,25 +45,25 @@ def test_trains_resumes_bit_equal_and_samples(recipe, padding, tmp_path):
     assert last.name.startswith("nimg000000000016")
     assert last.read_bytes() == (again / "snapshots" / last.name).read_bytes()
     run = snapshot.read(last)[1]
-    asked = sampling.SampleArgs(prompts=("the digit seven", "a zero in somebody's handwriting"), seeds="0-1")
-    lines = sampling.sample_to_folder(out, run, asked, tmp_path / "made")
+    requested = sampling.SampleArgs(prompts=("the digit seven", "a zero in somebody's handwriting"), seeds="0-1")
+    lines = sampling.sample_to_folder(out, run, requested, tmp_path / "made")
     assert lines[0].startswith("wrote 2 images") and (tmp_path / "made" / "seed000001.png").is_file()
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Denoisers of random weights by network and padding, made when asked for."""
-    made = {}
+    created = {}
 
     def get(recipe: str, padding: str):
-        if (recipe, padding) not in made:
+        if (recipe, padding) not in created:
             folder = tmp_path_factory.mktemp("text")
             run = write_run(folder, recipe, **TEXT | {"semantic.padding": padding})
-            made[recipe, padding] = (
+            created[recipe, padding] = (
                 snapshot.denoiser_from_weights(snapshot.reconstruct_from_run(folder, [PowerProfile(0.05)])[0][0], run),
                 run,
             )
-        return made[recipe, padding]
+        return created[recipe, padding]
 
     return get
 
@@ -99,8 +99,8 @@ def test_paddings_differ_where_there_is_padding(recipe, trained):
     for padding in PADDINGS:
         denoiser, run = trained(recipe, padding)
         denoiser.load_state_dict(weights)
-        for kept, prompts in ((short, ["the seven"] * 2), (full, ["a b c d e f"] * 2)):
-            kept.append(call(denoiser, build_conditions.build_cond(run, [3, 4], None, prompts=prompts)[0]))
+        for stored, prompts in ((short, ["the seven"] * 2), (full, ["a b c d e f"] * 2)):
+            stored.append(call(denoiser, build_conditions.build_cond(run, [3, 4], None, prompts=prompts)[0]))
     for i in range(4):
         torch.testing.assert_close(full[i], full[0], rtol=1e-4, atol=1e-4)  # T = length: no padding, m = 1, no noise
         for j in range(i):
@@ -116,20 +116,20 @@ def test_withheld_text_does_not_reach_the_network(recipe):
     trainer = Trainer(*open_dataset_for_run(text_run(recipe, "masked", **{"dropout.both": 0.5}), QUIET_CONSOLE))
     randomize_constants_(trainer.denoiser.net)
     x0, cond = trainer.batcher(torch.arange(8))
-    kept = cond.has_semantic
-    assert 0 < int(kept.sum()) < 8
+    stored = cond.has_semantic
+    assert 0 < int(stored.sum()) < 8
     other = dataclasses.replace(
         cond,
-        text=torch.where(kept[:, None, None], cond.text, 3.0),
-        text_mask=torch.where(kept[:, None], cond.text_mask, ~cond.text_mask),
-        pooled=torch.where(kept[:, None], cond.pooled, 3.0),
+        text=torch.where(stored[:, None, None], cond.text, 3.0),
+        text_mask=torch.where(stored[:, None], cond.text_mask, ~cond.text_mask),
+        pooled=torch.where(stored[:, None], cond.pooled, 3.0),
     )
     s = torch.full((8,), 0.5)
     with torch.no_grad():
         assert trainer.denoiser(x0, s, cond).equal(trainer.denoiser(x0, s, other))
-        all_kept = torch.ones_like(kept)
-        told = [trainer.denoiser(x0, s, dataclasses.replace(c, has_semantic=all_kept)) for c in (cond, other)]
-        assert (told[0] - told[1]).abs().amax((1, 2, 3))[~kept].min() > 1e-5
+        all_selected = torch.ones_like(stored)
+        recorded = [trainer.denoiser(x0, s, dataclasses.replace(c, has_semantic=all_selected)) for c in (cond, other)]
+        assert (recorded[0] - recorded[1]).abs().amax((1, 2, 3))[~stored].min() > 1e-5
 
 
 def batcher_for(run):
@@ -154,22 +154,22 @@ def test_noise_in_training_is_keyed_to_the_sample_and_the_seed():
     batches, _ = batcher_for(text_run("digits", "noisy", **longer))
     n = len(batches.dataset)
     counter = torch.tensor([5, 900, 5 + n, 17])
-    whole = batches(counter)[1].text
+    full = batches(counter)[1].text
     for i in range(4):
-        assert batches(counter[i : i + 1])[1].text[0].equal(whole[i])
+        assert batches(counter[i : i + 1])[1].text[0].equal(full[i])
     other, _ = batcher_for(text_run("digits", "noisy", **longer | {"train.seed": 1}))
     same_image = {int(k): i for i, k in enumerate(other.sample_order(torch.arange(n)))}
     k = torch.tensor([same_image[int(batches.sample_order(counter[:1]))]])
     captions = [batches.dataset.captions[int(b.sample_order(c))] for b, c in ((batches, counter[:1]), (other, k))]
-    assert captions[0] == captions[1] and not other(k)[1].text[0].equal(whole[0])
+    assert captions[0] == captions[1] and not other(k)[1].text[0].equal(full[0])
 
 
 def test_noise_in_sampling_is_keyed_to_the_seed():
     run = with_settings(text_run("digits", "noisy"), **{"data.num_classes": 10})
     prompts = ["the seven"] * 5
-    whole, _ = build_conditions.build_cond(run, range(5), None, prompts=prompts)
+    full, _ = build_conditions.build_cond(run, range(5), None, prompts=prompts)
     alone, _ = build_conditions.build_cond(run, [3], None, prompts=prompts[:1])
-    assert alone.text[0].equal(whole.text[3]) and not whole.text[2].equal(whole.text[3])
+    assert alone.text[0].equal(full.text[3]) and not full.text[2].equal(full.text[3])
     reseeded, _ = build_conditions.build_cond(with_settings(run, **{"train.seed": 9}), [3], None, prompts=prompts[:1])
     assert reseeded.text.equal(alone.text)
 

@@ -81,8 +81,8 @@ def killed_at_random(photos: Path, out: Path, rng: random.Random) -> bool:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "gesso", *arguments(photos, out)]
     with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        for said in process.stdout:
-            if b"training in" in said:
+        for output in process.stdout:
+            if b"training in" in output:
                 break
         time.sleep(rng.uniform(0.0, 0.6))
         alive = process.poll() is None
@@ -294,9 +294,9 @@ def test_nan_stops_the_run_and_reaches_nothing(tmp_path, monkeypatch, when):
     monkeypatch.setattr(loop.Trainer, "step", poisoned)
     with pytest.raises(RunError) as caught:
         trained(tmp_path)
-    said = str(caught.value)
-    assert f"not finite at image {when}" in said and "noise levels" in said and "optim.lr" in said
-    assert ("nimg000000000096" in said) if when else ("no state was saved" in said)
+    output = str(caught.value)
+    assert f"not finite at image {when}" in output and "noise levels" in output and "optim.lr" in output
+    assert ("nimg000000000096" in output) if when else ("no state was saved" in output)
     for file in (tmp_path / "run").rglob("*.safetensors"):
         assert all(t.isfinite().all() for t in load_file(file).values())
 

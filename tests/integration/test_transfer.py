@@ -64,8 +64,8 @@ def inputs_of(run, size=None):
 
 @torch.no_grad()
 def F_of(denoiser, run, x=None, cond=None, size=None) -> Tensor:
-    given, c_noise, progress, told = inputs_of(run, size)
-    return denoiser.net(given if x is None else x, c_noise, progress, told if cond is None else cond)
+    given, c_noise, progress, recorded = inputs_of(run, size)
+    return denoiser.net(given if x is None else x, c_noise, progress, recorded if cond is None else cond)
 
 
 def kinds(notes: list[str]) -> dict[str, str]:
@@ -82,7 +82,7 @@ def test_the_same_function_at_equal_resolution_and_data(tmp_path, name, kind):
     variables = ("flip", "size") if "control" in NETS[name].accepts else ()
     run = make_run(name, kind, variables=variables)
     path = write_snapshot(tmp_path, run)
-    new, denoiser, said = transfer_to(make_run(name, kind, variables=variables, seed=1, source=str(path)))
+    new, denoiser, output = transfer_to(make_run(name, kind, variables=variables, seed=1, source=str(path)))
     there = load_source(path)
     x, _, _, cond = inputs_of(run)
     s = denoiser.process.icdf(torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64))
@@ -91,12 +91,12 @@ def test_the_same_function_at_equal_resolution_and_data(tmp_path, name, kind):
     # A table of the training grid that is no parameter apart, all tensors are those of the source.
     state, wanted = denoiser.net.state_dict(), there.net.state_dict()
     assert state.keys() == wanted.keys() and all((state[k] - wanted[k]).abs().max() < 1e-12 for k in state)
-    found = kinds(said)
-    assert found["copied"].startswith(f"{len(state)} tensors, {sum(v.numel() for v in state.values()):,} parameters")
+    actual = kinds(output)
+    assert actual["copied"].startswith(f"{len(state)} tensors, {sum(v.numel() for v in state.values()):,} parameters")
     assert (
-        (found["adapted"], found["initialized"]) == ("none", "none")
-        and "unused" not in found
-        and "changed" not in found
+        (actual["adapted"], actual["initialized"]) == ("none", "none")
+        and "unused" not in actual
+        and "changed" not in actual
     )
     assert (new.process.resolution_scale, new.pos_embed_base, new.init.nimg, new.init.sigma_rel) == (
         1.0,
@@ -130,15 +130,17 @@ def flat_patches(run) -> Tensor:
 def test_at_twice_the_resolution_it_is_the_source_on_the_larger_grid(tmp_path, name, kind):
     """Resampled: positions and tables are those that the source's own network has there, for every network."""
     path = write_snapshot(tmp_path, make_run(name, kind))
-    run, denoiser, said = transfer_to(make_run(name, kind, 32, seed=1, source=str(path)))
+    run, denoiser, output = transfer_to(make_run(name, kind, 32, seed=1, source=str(path)))
     if name == "mmdit SD3":  # whose own network there goes on with its step
-        run, denoiser, said = transfer_to(make_run(name, kind, 32, seed=1, source=str(path), pos_embed="extrapolated"))
+        run, denoiser, output = transfer_to(
+            make_run(name, kind, 32, seed=1, source=str(path), pos_embed="extrapolated")
+        )
     there = load_source(path)
     assert (F_of(denoiser, run) - F_of(there, run)).abs().max() < 1e-10
-    assert kinds(said)["resolution"] == "16 -> 32 pixels (k = 2)"
+    assert kinds(output)["resolution"] == "16 -> 32 pixels (k = 2)"
     by_setting = name in TRANSFORMERS and name not in ("mdt", "mmdit SD3")
     assert run.pos_embed_base == (16 if by_setting else None)
-    assert kinds(said)["initialized"] == "none"
+    assert kinds(output)["initialized"] == "none"
 
 
 @pytest.mark.parametrize("name", [n for n in TRANSFORMERS if n not in ("mdt", "mmdit SD3")])
@@ -177,8 +179,8 @@ def four_times(net, there) -> None:
                 square = other.table.detach().unflatten(1, (8, 8)).permute(0, 3, 1, 2)
                 module.table.data = up(square).flatten(2).transpose(1, 2)
             case "CroppedPosEmbed":
-                own = other(8, 8).unflatten(1, (8, 8)).permute(0, 3, 1, 2)
-                module.table[:, 2:18, 2:18] = up(own).permute(0, 2, 3, 1)
+                local = other(8, 8).unflatten(1, (8, 8)).permute(0, 3, 1, 2)
+                module.table[:, 2:18, 2:18] = up(local).permute(0, 2, 3, 1)
             case "RelativePositionBias":  # offsets of 16 tokens have no place in offsets of 8: with none they are equal
                 module.table.data.zero_()
                 other.table.data.zero_()
@@ -233,7 +235,7 @@ def test_tables_of_positions():
     g, n, D = 3, 5, 4
     torch.manual_seed(0)
     old, fresh = torch.randn(1, g * g, D), torch.randn(1, n * n, D)
-    made = transfer.resize_position_table(old, fresh, g, n, "resampled").view(n, n, D)
+    created = transfer.resize_position_table(old, fresh, g, n, "resampled").view(n, n, D)
     square = old.view(g, g, D)
     for i in range(n):
         for j in range(n):
@@ -242,7 +244,7 @@ def test_tables_of_positions():
             a, b = y - y0, x - x0
             wanted = (1 - a) * (1 - b) * square[y0, x0] + (1 - a) * b * square[y0, x0 + 1]
             wanted = wanted + a * (1 - b) * square[y0 + 1, x0] + a * b * square[y0 + 1, x0 + 1]
-            assert torch.allclose(made[i, j], wanted, atol=1e-6)
+            assert torch.allclose(created[i, j], wanted, atol=1e-6)
     beyond = transfer.resize_position_table(old, fresh, g, n, "extrapolated").view(n, n, D)
     assert beyond[:g, :g].equal(square) and beyond[g:].equal(fresh.view(n, n, D)[g:])
     smaller = transfer.resize_position_table(fresh, old, n, g, "extrapolated").view(g, g, D)
@@ -254,11 +256,11 @@ def test_tables_of_relative_biases():
     torch.manual_seed(0)
     old, fresh = torch.randn((2 * g - 1) ** 2 + 3, h), torch.randn((2 * n - 1) ** 2 + 3, h)
     side, old_side = 2 * n - 1, 2 * g - 1
-    made = transfer.resize_bias_table(old, fresh, g, n, "resampled")
+    created = transfer.resize_bias_table(old, fresh, g, n, "resampled")
     at = lambda t, s, dy, dx, half: t[: s * s].view(s, s, h)[dy + half, dx + half]  # noqa: E731
     for dy, dx in [(0, 0), (4, 4), (-4, 2), (2, -2)]:  # offsets that fall on the source's
-        assert torch.allclose(at(made, side, dy, dx, n - 1), at(old, old_side, dy // 2, dx // 2, g - 1), atol=1e-6)
-    assert made[-3:].equal(old[-3:]) and len(made) == side**2 + 3
+        assert torch.allclose(at(created, side, dy, dx, n - 1), at(old, old_side, dy // 2, dx // 2, g - 1), atol=1e-6)
+    assert created[-3:].equal(old[-3:]) and len(created) == side**2 + 3
     beyond = transfer.resize_bias_table(old, fresh, g, n, "extrapolated")
     for dy, dx in [(0, 0), (2, -2), (-1, 1)]:
         assert at(beyond, side, dy, dx, n - 1).equal(at(old, old_side, dy, dx, g - 1))
@@ -271,14 +273,14 @@ def test_sd3s_table_puts_the_corners_of_the_new_grid_on_the_sources(side):
     g, n, m, D = 8, 16, 20, 16
     table = lambda where: torch.cat([where[:, None].sin(), where[:, None].cos()], 1)  # noqa: E731
     old = torch.arange(m, dtype=torch.float64)[None, :, None, None].expand(1, m, m, D).clone()  # its row
-    made = transfer.resize_cropped_position_table(old, side, g, n, "resampled")
+    created = transfer.resize_cropped_position_table(old, side, g, n, "resampled")
     top = (side - n) // 2
-    assert made.shape == (1, side, side, D) and table(made[0, :, 0, 0]).isfinite().all()
-    rows = made[0, top : top + n, 0, 0]
+    assert created.shape == (1, side, side, D) and table(created[0, :, 0, 0]).isfinite().all()
+    rows = created[0, top : top + n, 0, 0]
     assert torch.allclose(rows, torch.linspace(6, 13, n, dtype=torch.float64))
-    kept = transfer.resize_cropped_position_table(old, side, g, n, "extrapolated")[0, :, 0, 0]
+    stored = transfer.resize_cropped_position_table(old, side, g, n, "extrapolated")[0, :, 0, 0]
     first = (m - side) // 2
-    assert kept.equal((torch.arange(side, dtype=torch.float64) + first).clamp(0, m - 1))
+    assert stored.equal((torch.arange(side, dtype=torch.float64) + first).clamp(0, m - 1))
 
 
 # --- Another resolution: noise and guidance ---------------------------------------------------------------------------
@@ -291,10 +293,10 @@ def test_noise_by_proposition_1(tmp_path, process):
     """MATH.md's row "at k times the resolution": k^2 looks at a patch under k times the noise tell what one did."""
     path = write_snapshot(tmp_path, make_run("mmdit++", process=process))
     k = 2
-    run, _, said = transfer_to(make_run("mmdit++", "none", 32, process=process, source=str(path)))
+    run, _, output = transfer_to(make_run("mmdit++", "none", 32, process=process, source=str(path)))
     assert (
         run.process == process.model_copy(update={"resolution_scale": 2.0})
-        and "process.resolution_scale=2" in kinds(said)["noise"]
+        and "process.resolution_scale=2" in kinds(output)["noise"]
     )
     small, large = processes.build_process(process), processes.build_process(run.process)
     u = torch.linspace(0.01, 0.99, 23, dtype=torch.float64)
@@ -306,8 +308,8 @@ def test_noise_by_proposition_1(tmp_path, process):
         assert torch.allclose(large.c_noise(S, "sinusoidal"), 1000 * (k * s / (1 + (k - 1) * s)))
     else:
         for embedding in ("sinusoidal", "fourier"):
-            told = small.c_noise(s, embedding)
-            assert torch.allclose(large.c_noise(S, embedding), told, atol=1e-8 * float(told.abs().max()))
+            recorded = small.c_noise(s, embedding)
+            assert torch.allclose(large.c_noise(S, embedding), recorded, atol=1e-8 * float(recorded.abs().max()))
     # abar' = s^2 abar / (s'^2 + abar (s^2 - s'^2)), Eq. 3, in sigma^2 = (1 - abar) / abar
     abar = 1 / (1 + sigma**2)
     assert torch.allclose(1 / (1 + Sigma**2), abar / (k**2 + abar * (1 - k**2)), rtol=1e-9)
@@ -317,20 +319,20 @@ def test_three_switches_and_what_they_settle(tmp_path):
     """Figure 8: each alone, recorded in the run and said."""
     path = write_snapshot(tmp_path, make_run("mmdit++", "label", sample=SampleConfig(guidance=1.5)))
     more = {"source": str(path), "sample": SampleConfig(guidance=1.5)}
-    run, _, said = transfer_to(make_run("mmdit++", "label", 32, **more))
+    run, _, output = transfer_to(make_run("mmdit++", "label", 32, **more))
     assert (run.pos_embed_base, run.process.resolution_scale, run.sample.guidance_base_resolution) == (16, 2.0, 16)
     assert guidance_scale(run) == pytest.approx(2.0)  # Prop. 2: 1 + 2 (1.5 - 1)
-    assert kinds(said)["positions"].startswith("resampled") and kinds(said)["noise"].startswith("scale")
-    run, _, said = transfer_to(make_run("mmdit++", "label", 32, pos_embed="extrapolated", **more))
+    assert kinds(output)["positions"].startswith("resampled") and kinds(output)["noise"].startswith("scale")
+    run, _, output = transfer_to(make_run("mmdit++", "label", 32, pos_embed="extrapolated", **more))
     assert (run.pos_embed_base, run.net.pos_embed_span, run.process.resolution_scale) == (16, 16, 2.0)
-    assert "extrapolated" in kinds(said)["positions"]
-    run, _, said = transfer_to(make_run("mmdit++", "label", 32, noise_levels="keep", **more))
-    assert (run.pos_embed_base, run.process.resolution_scale) == (16, 1.0) and "keep" in kinds(said)["noise"]
+    assert "extrapolated" in kinds(output)["positions"]
+    run, _, output = transfer_to(make_run("mmdit++", "label", 32, noise_levels="keep", **more))
+    assert (run.pos_embed_base, run.process.resolution_scale) == (16, 1.0) and "keep" in kinds(output)["noise"]
     other = {"source": str(path), "sample": SampleConfig(guidance=3.0)}
-    run, _, said = transfer_to(make_run("mmdit++", "label", 32, **other))  # a number of its own
-    assert run.sample.guidance_base_resolution is None and "as set" in kinds(said)["guidance"]
-    own = {"source": str(path), "sample": SampleConfig(guidance=1.5, guidance_base_resolution=32)}
-    assert transfer_to(make_run("mmdit++", "label", 32, **own))[0].sample.guidance_base_resolution == 32
+    run, _, output = transfer_to(make_run("mmdit++", "label", 32, **other))  # a number of its own
+    assert run.sample.guidance_base_resolution is None and "as set" in kinds(output)["guidance"]
+    local = {"source": str(path), "sample": SampleConfig(guidance=1.5, guidance_base_resolution=32)}
+    assert transfer_to(make_run("mmdit++", "label", 32, **local))[0].sample.guidance_base_resolution == 32
 
 
 def test_twice_is_four_times_and_back(tmp_path):
@@ -354,7 +356,7 @@ def grid_of(denoiser) -> torch.Tensor:
 def test_extrapolated_leaves_the_sources_tokens_where_they_are(tmp_path, name):
     """At 2 and 4 times the resolution, from 16 directly and by way of 32: the first 8 x 8 tokens are the source's."""
     path = write_snapshot(tmp_path, make_run(name))
-    there, found = grid_of(load_source(path)), {}
+    there, actual = grid_of(load_source(path)), {}
     for resolutions in ((32,), (64,), (32, 64), (32, 16)):
         source = path
         for resolution in resolutions:
@@ -363,9 +365,9 @@ def test_extrapolated_leaves_the_sources_tokens_where_they_are(tmp_path, name):
             )
             source = tmp_path / f"{resolution}.safetensors"
             snapshot.write(source, denoiser.net.state_dict(), 10, snapshot.PowerProfile(0.1), run)
-        found[resolutions] = grid_of(denoiser)
-        assert (found[resolutions][:8, :8] - there).abs().max() < 1e-6
-    assert (found[32, 64] - found[64,]).abs().max() < 1e-6
+        actual[resolutions] = grid_of(denoiser)
+        assert (actual[resolutions][:8, :8] - there).abs().max() < 1e-6
+    assert (actual[32, 64] - actual[64,]).abs().max() < 1e-6
 
 
 def positions_of(name: str, positions: str, **more):
@@ -376,8 +378,8 @@ def test_bicubic_positions_are_the_sources_table_resized(tmp_path):
     """Figure 4: net.pos_embed=interpolated on weights of resampled positions; a run that goes on finds the same."""
     path = write_snapshot(tmp_path, make_run("mmdit++"))
     new = make_run("mmdit++", "none", 32, source=str(path), net=positions_of("mmdit++", "interpolated"))
-    run, denoiser, said = transfer_to(new)
-    assert (run.pos_embed_base, run.net.pos_embed_span) == (16, 16) and "interpolated" in kinds(said)["positions"]
+    run, denoiser, output = transfer_to(new)
+    assert (run.pos_embed_base, run.net.pos_embed_span) == (16, 16) and "interpolated" in kinds(output)["positions"]
     square = grid_of(load_source(path)).permute(2, 0, 1)[None]
     wanted = F.interpolate(square, size=(16, 16), mode="bicubic")[0].permute(1, 2, 0)
     assert (grid_of(denoiser) - wanted).abs().max() < 1e-6
@@ -428,8 +430,8 @@ def test_an_extrapolated_source_is_not_resampled(tmp_path):
 def test_pretraining_crops_are_reported(tmp_path):
     there = make_run("mmdit++")
     there = there.model_copy(update={"data": there.data.model_copy(update={"crop_scale": (0.4, 0.6)})})
-    _, _, said = transfer_to(make_run("mmdit++", "none", 32, source=str(write_snapshot(tmp_path, there))))
-    assert kinds(said)["crops"] == "data.crop_scale (0.4, 0.6) -> whole"
+    _, _, output = transfer_to(make_run("mmdit++", "none", 32, source=str(write_snapshot(tmp_path, there))))
+    assert kinds(output)["crops"] == "data.crop_scale (0.4, 0.6) -> whole"
 
 
 @pytest.mark.parametrize(
@@ -485,13 +487,13 @@ LABELLED = [name for name in [*FEW, "ladder D"] if accepts(name, "label")]
 @pytest.mark.parametrize("name", LABELLED)
 def test_classes_in_another_order_by_name(tmp_path, name):
     path = write_snapshot(tmp_path, make_run(name, "label"))
-    run, denoiser, said = transfer_to(make_run(name, "label", classes=("c", "a", "b"), source=str(path)))
+    run, denoiser, output = transfer_to(make_run(name, "label", classes=("c", "a", "b"), source=str(path)))
     there = load_source(path)
     assert run.init.class_mapping == (2, 0, 1)
     wanted = outputs(there, run, [2, 0, 1, None])
     assert (outputs(denoiser, run, [0, 1, 2, None]) - wanted).abs().max() < 1e-10
     assert (wanted[0] - wanted[1]).abs().max() > 1e-4
-    assert "3 of 3 classes copied" in kinds(said)["adapted"]
+    assert "3 of 3 classes copied" in kinds(output)["adapted"]
 
 
 @pytest.mark.parametrize("name", LABELLED)
@@ -499,33 +501,33 @@ def test_more_classes_some_of_them_new(tmp_path, name):
     """Mapped classes are exact (on the sphere, but for its rows' length), the null class stays, new ones start as it."""
     path = write_snapshot(tmp_path, make_run(name, "label"))
     classes = ("new", "b", "other", "a")
-    run, denoiser, said = transfer_to(make_run(name, "label", classes=classes, source=str(path)))
+    run, denoiser, output = transfer_to(make_run(name, "label", classes=classes, source=str(path)))
     there = load_source(path)
     assert run.init.class_mapping == (None, 1, None, 0)
-    found, wanted = outputs(denoiser, run, [1, 3, None, 0, 2]), outputs(there, run, [1, 0, None, None, None])
+    actual, wanted = outputs(denoiser, run, [1, 3, None, 0, 2]), outputs(there, run, [1, 0, None, None, None])
     if name not in ON_SPHERE:
-        assert (found[:3] - wanted[:3]).abs().max() < 1e-10
+        assert (actual[:3] - wanted[:3]).abs().max() < 1e-10
     else:
-        assert "back on the sphere" in kinds(said)["adapted"] or name == "ladder D"
+        assert "back on the sphere" in kinds(output)["adapted"] or name == "ladder D"
         has_null = name.startswith("mp-")
-        assert has_null or (found[2] - wanted[2]).abs().max() < 1e-10
+        assert has_null or (actual[2] - wanted[2]).abs().max() < 1e-10
     if not name.startswith(("edm2", "ladder")):
-        assert (found[3:] - found[2]).abs().max() < 1e-12
+        assert (actual[3:] - actual[2]).abs().max() < 1e-12
     else:
-        assert (found[3:] - found[2]).abs().min(0).values.max() > 1e-4  # random: its null class is a vector of zeros
-    assert "2 of 4 classes copied" in kinds(said)["adapted"] and "new, other" in kinds(said)["adapted"]
+        assert (actual[3:] - actual[2]).abs().min(0).values.max() > 1e-4  # random: its null class is a vector of zeros
+    assert "2 of 4 classes copied" in kinds(output)["adapted"] and "new, other" in kinds(output)["adapted"]
 
 
 @pytest.mark.parametrize("name, axis, table", [("edm2", 1, "emb_label.weight"), ("mp-dit", 1, "label.linear.weight")])
 def test_columns_on_the_sphere_keep_their_direction(tmp_path, name, axis, table):
     """Each row of a class layer has rms 1 over the classes: of others it is another factor for each, which is told."""
     path = write_snapshot(tmp_path, make_run(name, "label", classes=tuple("abcdef")))
-    _, denoiser, said = transfer_to(make_run(name, "label", classes=("f", "c"), source=str(path)))
+    _, denoiser, output = transfer_to(make_run(name, "label", classes=("f", "c"), source=str(path)))
     old, new = load_source(path).net.state_dict()[table], denoiser.net.state_dict()[table]
     assert torch.allclose(new.square().mean(1), torch.ones(len(new), dtype=torch.float64))
     ratio = new[:, :2] / old[:, [5, 2]]
     assert torch.allclose(ratio[:, 0], ratio[:, 1])
-    low, high = (float(v) for v in kinds(said)["adapted"].split("rows times ")[1].split(",")[0].split(" to "))
+    low, high = (float(v) for v in kinds(output)["adapted"].split("rows times ")[1].split(",")[0].split(" to "))
     assert (low, high) == pytest.approx((float(ratio.min()), float(ratio.max())), rel=5e-3)
 
 
@@ -545,9 +547,9 @@ def test_ways_to_map_classes(tmp_path):
     for how, rows in cases.items():
         run, denoiser, _ = transfer_to(make_run("dit", "label", classes=("x", "y", "b"), source=str(path), labels=how))
         assert run.init.class_mapping == rows
-        made = denoiser.net.state_dict()["table.weight"]
-        assert made[3].equal(table[4])  # null stays null
-        for row, there in zip(made, rows, strict=False):
+        created = denoiser.net.state_dict()["table.weight"]
+        assert created[3].equal(table[4])  # null stays null
+        for row, there in zip(created, rows, strict=False):
             is_null = bool(row.equal(table[4]))
             assert row.equal(table[there]) if there is not None else is_null == (how != "random")
     # Without names on one side classes go by number.
@@ -617,7 +619,7 @@ BOTH = [name for name in NETS if accepts(name, "text")]
 def test_class_to_text_and_back(tmp_path, name):
     """What stands behind the condition is the source's in both; its class table is not."""
     path = write_snapshot(tmp_path, make_run(name, "label"))
-    run, denoiser, said = transfer_to(make_run(name, "text", source=str(path), seed=1))
+    run, denoiser, output = transfer_to(make_run(name, "text", source=str(path), seed=1))
     old, new = load_source(path).net.state_dict(), denoiser.net.state_dict()
     same = {
         k
@@ -633,24 +635,24 @@ def test_class_to_text_and_back(tmp_path, name):
     elif name == "unet":  # whose context is as wide in both by a setting
         assert {k for k in behind if "cross_attention" in k} <= same
     assert behind and behind <= same, sorted(behind - same)[:5]
-    fresh = kinds(said)["initialized"]
+    fresh = kinds(output)["initialized"]
     readers = {
         "mp-mmdit++": "text.linear",
         "pixart": "semantic.mlp.0",
         "unet": "semantic.mlp.0",
         "dit-att": "semantic.mlp.0",
     }
-    assert readers.get(name, "semantic.mlp") in fresh and "semantic.kind label -> text" in kinds(said)["changed"]
-    assert "label.linear" in kinds(said)["unused"] or "semantic.table" in kinds(said)["unused"]
+    assert readers.get(name, "semantic.mlp") in fresh and "semantic.kind label -> text" in kinds(output)["changed"]
+    assert "label.linear" in kinds(output)["unused"] or "semantic.table" in kinds(output)["unused"]
 
     again = tmp_path / "text.safetensors"
     snapshot.write(again, new, 640, snapshot.PowerProfile(0.1), run)
-    _, back, said = transfer_to(make_run(name, "label", source=str(again), seed=2))
+    _, back, output = transfer_to(make_run(name, "label", source=str(again), seed=2))
     state = back.net.state_dict()
     assert behind & state.keys() <= {k for k in state if k in old and torch.allclose(state[k], old[k], rtol=1e-12)}
     table = next(k for k in state if k.endswith("table.weight") or k == "label.linear.weight")
     assert not state[table].equal(old[table]) and (
-        "table" in kinds(said)["initialized"] or "label" in kinds(said)["initialized"]
+        "table" in kinds(output)["initialized"] or "label" in kinds(output)["initialized"]
     )
 
 
@@ -658,12 +660,12 @@ def test_the_layer_that_reads_is_fresh_even_where_it_fits(tmp_path):
     """A class table as wide as the text tokens: the MLP's first matrix has one shape for both, and another meaning."""
     net = NETS["pixart"].model_copy(update={"hidden_size": 12, "num_heads": 1})
     path = write_snapshot(tmp_path, make_run("pixart", "label", net=net))
-    _, denoiser, said = transfer_to(make_run("pixart", "text", net=net, source=str(path), seed=1))
+    _, denoiser, output = transfer_to(make_run("pixart", "text", net=net, source=str(path), seed=1))
     old, new = load_source(path).net.state_dict(), denoiser.net.state_dict()
     assert new["semantic.mlp.2.weight"].equal(old["semantic.mlp.2.weight"])
     assert new["semantic.mlp.0.weight"].shape == old["semantic.mlp.0.weight"].shape
     assert not new["semantic.mlp.0.weight"].equal(old["semantic.mlp.0.weight"])
-    assert "semantic.mlp.0 (reads text here, classes there)" in kinds(said)["initialized"]
+    assert "semantic.mlp.0 (reads text here, classes there)" in kinds(output)["initialized"]
 
 
 @pytest.mark.parametrize(
@@ -672,29 +674,29 @@ def test_the_layer_that_reads_is_fresh_even_where_it_fits(tmp_path):
 def test_a_condition_that_is_new_changes_nothing_at_first(tmp_path, name, kind):
     """The new attention is closed: DiT's by its gate, PixArt's by its last layer."""
     path = write_snapshot(tmp_path, make_run(name))
-    run, denoiser, said = transfer_to(make_run(name, kind, source=str(path), seed=1))
+    run, denoiser, output = transfer_to(make_run(name, kind, source=str(path), seed=1))
     x, _, _, cond = inputs_of(run)
-    wanted, found = F_of(load_source(path), make_run(name), x, Cond()), F_of(denoiser, run, x, cond)
+    wanted, actual = F_of(load_source(path), make_run(name), x, Cond()), F_of(denoiser, run, x, cond)
     if name == "dit-att" and kind == "label":  # one token more to attend to
-        assert 1e-6 < (found - wanted).abs().max() / wanted.abs().max() < 1
-        assert "attention and MLP copied, the condition's modulation initialized" in kinds(said)["adapted"]
+        assert 1e-6 < (actual - wanted).abs().max() / wanted.abs().max() < 1
+        assert "attention and MLP copied, the condition's modulation initialized" in kinds(output)["adapted"]
     else:
-        assert (found - wanted).abs().max() < 1e-12
+        assert (actual - wanted).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("name", [name for name in NETS if "control" in NETS[name].accepts])
 def test_control_variables_that_are_others_add_nothing(tmp_path, name):
     """Of the same number as well: aspect in the place of flip."""
     path = write_snapshot(tmp_path, make_run(name, variables=("flip", "size")))
-    run, denoiser, said = transfer_to(make_run(name, variables=("aspect", "size"), source=str(path), seed=1))
+    run, denoiser, output = transfer_to(make_run(name, variables=("aspect", "size"), source=str(path), seed=1))
     given = inputs_of(run)[3]
     absent = F_of(denoiser, run, cond=Cond())
     assert (absent - F_of(load_source(path), run, cond=Cond())).abs().max() < 1e-12
-    assert "aspect here, flip there" in kinds(said)["initialized"]
+    assert "aspect here, flip there" in kinds(output)["initialized"]
     if accepts(name, "text"):  # and with text, pooled too, which has an MLP of its own
         path = write_snapshot(tmp_path, make_run(name, "text", variables=("flip", "size")))
-        said_too = transfer_to(make_run(name, "text", variables=("aspect", "size"), source=str(path)))[2]
-        assert "pooled" not in kinds(said_too)["initialized"]
+        other_output = transfer_to(make_run(name, "text", variables=("aspect", "size"), source=str(path)))[2]
+        assert "pooled" not in kinds(other_output)["initialized"]
     parts = {k: v for k, v in denoiser.net.state_dict().items() if "control" in k}
     if any(k.endswith("control.gain") for k in parts):
         assert F_of(denoiser, run, cond=given).equal(absent)  # one gain for both levels, 0 again
@@ -709,12 +711,12 @@ def test_control_variables_that_are_others_add_nothing(tmp_path, name):
 def test_latents_of_other_channels(tmp_path, name):
     """4 -> 16: first and last layer as in a new network, so that F = 0 where a new one begins so."""
     path = write_snapshot(tmp_path, make_run(name, latents=4, resolution=128))
-    run, denoiser, said = transfer_to(make_run(name, latents=16, resolution=128, source=str(path), seed=1))
+    run, denoiser, output = transfer_to(make_run(name, latents=16, resolution=128, source=str(path), seed=1))
     old, new = load_source(path).net.state_dict(), denoiser.net.state_dict()
     other = {k for k in new if not (new[k].shape == old[k].shape and torch.allclose(new[k], old[k], rtol=1e-12))}
     ends = ("patch_embed.", "final.", "conv_in.", "conv_out.", "downsamplers.0.", "upsamplers.1.2.", "out.", "out_gain")
     assert other and all(k.removeprefix("trunk.").startswith(ends) for k in other), other
-    assert kinds(said)["initialized"].count("there") == 2
+    assert kinds(output)["initialized"].count("there") == 2
     if name != "ladder C":  # which begins at random
         assert not F_of(denoiser, run).any()
     assert denoiser.net.state_dict()[sorted(other)[0]].isfinite().all()
@@ -765,18 +767,22 @@ def peer_run(name: str, resolution: int = 128, **more):
 @pytest.mark.parametrize("name", list(PEERS))
 def test_a_file_of_diffusers(tmp_path, name):
     path, net = peer_file(tmp_path, name)
-    told = {} if name == "mmdit" else {"resolution": 128}
-    if told:
+    recorded = {} if name == "mmdit" else {"resolution": 128}
+    if recorded:
         with pytest.raises(UsageError, match=r"init\.resolution=256"):
             transfer_to(peer_run(name, source=str(path)))
     run = peer_run(name, source=str(path), seed=1)
-    run = run.model_copy(update={"init": run.init.model_copy(update=told)})
-    run, denoiser, said = transfer_to(run)
+    run = run.model_copy(update={"init": run.init.model_copy(update=recorded)})
+    run, denoiser, output = transfer_to(run)
     args = inputs_of(run)
     with torch.no_grad():
         wanted = net(*args)
         assert (denoiser.net(*args) - wanted).abs().max() < 1e-6 * wanted.abs().max()
-    assert "diffusers" in said[0] and any("process: " in line for line in said) and kinds(said)["initialized"] == "none"
+    assert (
+        "diffusers" in output[0]
+        and any("process: " in line for line in output)
+        and kinds(output)["initialized"] == "none"
+    )
     assert len(run.init.fingerprint) == 64 and run.init.resolution == 128 and run.init.nimg is None
 
 
@@ -786,9 +792,9 @@ def test_a_file_of_diffusers_at_twice_the_resolution(tmp_path):
     run = peer_run("dit", 256, source=str(path))
     net = run.net.model_copy(update={"pos_embed": "resampled"})
     run = run.model_copy(update={"init": run.init.model_copy(update={"resolution": 128}), "net": net})
-    run, _, said = transfer_to(run)
+    run, _, output = transfer_to(run)
     assert (run.pos_embed_base, run.process.resolution_scale, run.input_spec.pos_embed_base) == (128, 2.0, 16)
-    assert "net.pos_embed proportional -> resampled" in kinds(said)["changed"]
+    assert "net.pos_embed proportional -> resampled" in kinds(output)["changed"]
 
 
 def test_the_process_of_another_projects_weights(tmp_path):
@@ -801,22 +807,24 @@ def test_the_process_of_another_projects_weights(tmp_path):
         return run.model_copy(update={"process": there, "init": run.init.model_copy(update=init)})
 
     for there in (VPConfig(), EDMConfig(P_mean=0.3)):
-        moved, denoiser, said = transfer_to(run_with(there))
+        moved, denoiser, output = transfer_to(run_with(there))
         assert moved.process == VPConfig(betas="linear") and denoiser.process.level_table.equal(
             processes.build_process(moved.process).level_table
         )
-        line = kinds(said)["process"]
+        line = kinds(output)["process"]
         assert "process.betas=linear" in line and "init.process=run" in line
         # Resuming takes what the source settled, also where the settings say the old process again.
         again = transfer_config.restore_recorded_settings(run_with(there), moved)
         assert again.process == moved.process
-        kept, _, said = transfer_to(run_with(there, process="run"))
-        assert kept.process == there and "process" not in kinds(said)
-        assert transfer_config.restore_recorded_settings(run_with(there, process="run"), kept).process == there
+        stored, _, output = transfer_to(run_with(there, process="run"))
+        assert stored.process == there and "process" not in kinds(output)
+        assert transfer_config.restore_recorded_settings(run_with(there, process="run"), stored).process == there
     scaled = transfer_to(run_with(VPConfig(betas="linear", resolution_scale=1.0)))[2]
     assert "process" not in kinds(scaled)
-    own = write_snapshot(tmp_path, make_run("dit"), "own")
-    moved, _, _ = transfer_to(make_run("dit", source=str(own)).model_copy(update={"process": VPConfig(betas="linear")}))
+    local = write_snapshot(tmp_path, make_run("dit"), "own")
+    moved, _, _ = transfer_to(
+        make_run("dit", source=str(local)).model_copy(update={"process": VPConfig(betas="linear")})
+    )
     assert moved.process.betas == "linear" and moved.process.beta_end == 0.02
 
 
@@ -831,9 +839,9 @@ def test_a_learned_variance_is_taken_where_the_network_has_it(tmp_path):
         run = peer_run("dit", source=str(tmp_path / "dit.safetensors"))
         init = run.init.model_copy(update={"resolution": 128})
         run = run.model_copy(update={"init": init, "net": run.net.model_copy(update={"learned_variance": learned})})
-        run, denoiser, said = transfer_to(run)
+        run, denoiser, output = transfer_to(run)
         outputs.append(F_of(denoiser, run))
-        assert ("trunk.variance.weight" in kinds(said).get("unused", "")) != learned
+        assert ("trunk.variance.weight" in kinds(output).get("unused", "")) != learned
         if learned:
             assert denoiser.net.trunk.variance.weight.equal(net.trunk.variance.weight.to(run_dtype(denoiser)))
     assert outputs[0].equal(outputs[1])
@@ -850,11 +858,11 @@ def test_pickles_of_tensors_and_of_code(tmp_path):
     state = load_file(path)
     for name, held in {"plain.pt": state, "nested.ckpt": {"ema": state, "step": 3}}.items():
         torch.save(held, tmp_path / name)
-        _, denoiser, said = transfer_to(peer_run("mmdit", source=str(tmp_path / name)))
+        _, denoiser, output = transfer_to(peer_run("mmdit", source=str(tmp_path / name)))
         assert denoiser.net.state_dict()["blocks.0.image_qkv.linear.weight"].equal(
             net.state_dict()["blocks.0.image_qkv.linear.weight"]
         )
-        assert any("'ema' was taken" in line for line in said) == (name == "nested.ckpt")
+        assert any("'ema' was taken" in line for line in output) == (name == "nested.ckpt")
 
     class Code:
         def __reduce__(self):
@@ -967,9 +975,9 @@ LARGE = ["data.resolution=16", "eval.toy_metrics=none"]
 
 
 def trained(recipe: str, out: Path, *settings: str, resume: bool = False) -> tuple[config.RunConfig, list[str]]:
-    said: list[str] = []
-    run = start_training(recipes.resolve(recipe, [*TINY, *settings])[0], out, resume, QUIET, said.append)
-    return run, said
+    output: list[str] = []
+    run = start_training(recipes.resolve(recipe, [*TINY, *settings])[0], out, resume, QUIET, output.append)
+    return run, output
 
 
 def bits(out: Path) -> dict[str, bytes]:
@@ -1031,8 +1039,8 @@ def test_it_resumes_without_its_source_and_repeats_with_it(digits, tmp_path):
             trained("digits", half, f"init={gone}", *LARGE)
     account = (half / "transfer.txt").read_text()
     moved = gone.rename(tmp_path / "elsewhere")
-    _, said = trained("digits", half, f"init={gone}", *LARGE, resume=True)
-    assert bits(half) == bits(out) and len(bits(out)) == 4 and not any("weights from" in line for line in said)
+    _, output = trained("digits", half, f"init={gone}", *LARGE, resume=True)
+    assert bits(half) == bits(out) and len(bits(out)) == 4 and not any("weights from" in line for line in output)
     assert (half / "transfer.txt").read_text() == account
     with pytest.raises(UsageError, match="there is no run folder or file"):
         trained(str(out / "run.yaml"), again)
@@ -1091,16 +1099,16 @@ def test_from_classes_to_words_on_the_command_line(tmp_path):
     shapes = ["data.resolution=16", "net.patch_size=4", "eval.toy_metrics=none"]
     trained("shapes-class", tmp_path / "classes", "data.source=shapes-class:64", *shapes)
     more = ["data.source=shapes:64", "control.variables=size", f"init={tmp_path / 'classes'}"]
-    run, said = trained("shapes", tmp_path / "words", *more, *shapes)
-    found = kinds([line for line in said if line.startswith(("weights", "  "))])
-    assert "control.variables [] -> ['size']" in found["changed"]
+    run, output = trained("shapes", tmp_path / "words", *more, *shapes)
+    actual = kinds([line for line in output if line.startswith(("weights", "  "))])
+    assert "control.variables [] -> ['size']" in actual["changed"]
     assert (
         run.init.class_mapping is None
-        and "semantic.mlp" in found["initialized"]
-        and "semantic.table" in found["unused"]
+        and "semantic.mlp" in actual["initialized"]
+        and "semantic.table" in actual["unused"]
     )
-    assert "semantic.kind label -> text" in found["changed"]
-    _, said = trained(
+    assert "semantic.kind label -> text" in actual["changed"]
+    _, output = trained(
         "shapes-class",
         tmp_path / "back",
         "data.source=shapes-class:64",
@@ -1108,8 +1116,8 @@ def test_from_classes_to_words_on_the_command_line(tmp_path):
         f"init={tmp_path / 'words'}",
         *shapes,
     )
-    found = kinds([line for line in said if line.startswith(("weights", "  "))])
-    assert "semantic.table" in found["initialized"] and "semantic.mlp" in found["unused"]
+    actual = kinds([line for line in output if line.startswith(("weights", "  "))])
+    assert "semantic.table" in actual["initialized"] and "semantic.mlp" in actual["unused"]
 
 
 @pytest.mark.slow

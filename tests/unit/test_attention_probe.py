@@ -49,9 +49,9 @@ def test_attention_that_sees_no_difference_is_even(tmp_path):
         weights, run, _ = snapshot.read(one.path)
         flat = {name: value * 0 if "qkv" in name else value for name, value in weights.items()}
         snapshot.write(one.path, flat, one.nimg, one.profile, run)
-    found = attention_probe.measure_padding_attention(even)["values"]
+    actual = attention_probe.measure_padding_attention(even)["values"]
     share = float((1 - lengths_of(run) / 8).mean())
-    assert found["entropy"] == pytest.approx(1, abs=1e-5) and found["padding_share"] == pytest.approx(share, abs=1e-5)
+    assert actual["entropy"] == pytest.approx(1, abs=1e-5) and actual["padding_share"] == pytest.approx(share, abs=1e-5)
     assert 0.3 < share < 0.9
 
 
@@ -80,23 +80,23 @@ def test_sample_grid_uses_each_size_condition(tmp_path):
     write_run(
         folder, "digits", **{"data.source": "digits-mixed-resolution", "control.variables": "size", "control.alpha": 1}
     )
-    part, asked = ColumnGroup({}, {}, method="pictures"), ["eval.num_samples=3", "sample.steps=2"]
+    part, requested = ColumnGroup({}, {}, method="pictures"), ["eval.num_samples=3", "sample.steps=2"]
     trained = SimpleNamespace(folder=folder)
     job = SimpleNamespace(
-        training=trained, group=part, overrides=asked, params={"sizes": "4,8"}, path=tmp_path / "a.json"
+        training=trained, group=part, overrides=requested, params={"sizes": "4,8"}, path=tmp_path / "a.json"
     )
-    found = sample_grids.save_sample_grid(job)
-    assert found["values"] == {"pictures": 6} and found["protocol"]["sizes"] == ["4", "8"]
-    run = config.load_with_overrides(folder, asked, ("sample.", "eval."))
+    actual = sample_grids.save_sample_grid(job)
+    assert actual["values"] == {"pictures": 6} and actual["protocol"]["sizes"] == ["4", "8"]
+    run = config.load_with_overrides(folder, requested, ("sample.", "eval."))
     weights, *_ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(run.sample)])
-    made = []
+    created = []
     for size in ("4x4", "8x8"):
         cond, _ = build_conditions.build_cond(
             run, range(3), snapshot.load_control_rows(folder), [0, 1, 2], None, {"size": size}
         )
-        made += sampling.generate(snapshot.denoiser_from_weights(weights[0], run), run, range(3), cond)
-    assert not made[0].equal(made[1])
-    due = np.asarray(sampling.image_grid(torch.cat(made).expand(-1, 3, -1, -1), 3))
+        created += sampling.generate(snapshot.denoiser_from_weights(weights[0], run), run, range(3), cond)
+    assert not created[0].equal(created[1])
+    due = np.asarray(sampling.image_grid(torch.cat(created).expand(-1, 3, -1, -1), 3))
     with Image.open(sample_grids.sample_grid(job)) as picture:
         assert (np.asarray(picture) == due).all()
     job.params, job.path = {}, tmp_path / "b.json"

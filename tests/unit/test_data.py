@@ -96,8 +96,8 @@ def test_no_folder():
 
 def test_a_corrupt_image_is_left_out_and_named(tmp_path):
     write_image_folders(tmp_path, {"a": 150})
-    whole = (tmp_path / "a" / "0.png").read_bytes()
-    (tmp_path / "a" / "0.png").write_bytes(whole[: len(whole) // 2])
+    full = (tmp_path / "a" / "0.png").read_bytes()
+    (tmp_path / "a" / "0.png").write_bytes(full[: len(full) // 2])
     loaded = load(tmp_path)
     assert len(loaded) == 149
     assert loaded.unreadable[0][0] == "a/0.png"

@@ -228,11 +228,11 @@ def test_cut_short_is_refused_or_nothing_is_missing(name):
     """At any byte: a picture comes out only if it is the whole one (a cut in what follows the pixels)."""
     kind, settings = WRITERS[name]
     image = encoded(SMOOTH, kind, **settings)
-    whole, refused = values(image), 0
+    full, refused = values(image), 0
     cuts = {*np.linspace(0, len(image) - 1, 60).astype(int).tolist(), *range(len(image) - 20, len(image))}
     for cut in cuts:
         try:
-            assert np.array_equal(values(image[:cut]), whole), f"half a picture from {cut} of {len(image)} bytes"
+            assert np.array_equal(values(image[:cut]), full), f"half a picture from {cut} of {len(image)} bytes"
         except UnreadableImageError as error:
             refused += 1
             assert error.reason and "\n" not in error.reason

@@ -421,16 +421,16 @@ def gesso(gesso):
 
 
 def test_snapshots_know_their_profile(folder):
-    found = snapshot.list_snapshots(folder)
-    assert [s.path.name for s in found] == [
+    actual = snapshot.list_snapshots(folder)
+    assert [s.path.name for s in actual] == [
         f"nimg000000000640-{name}.safetensors" for name in ("ema0.0500", "ema0.1000", "halflife1000")
     ]
-    assert [s.profile for s in found] == [PowerProfile(0.05), PowerProfile(0.1), TraditionalProfile(1000)]
-    for one in found:
+    assert [s.profile for s in actual] == [PowerProfile(0.05), PowerProfile(0.1), TraditionalProfile(1000)]
+    for one in actual:
         tensors, _, meta = snapshot.read(one.path)
-        (made,), _, time, (fit,) = snapshot.reconstruct_from_run(folder, [one.profile])
+        (created,), _, time, (fit,) = snapshot.reconstruct_from_run(folder, [one.profile])
         assert meta == one and time == 640 and fit.squared_error == 0
-        assert all(made[k].equal(tensors[k]) for k in tensors)
+        assert all(created[k].equal(tensors[k]) for k in tensors)
     assert fit.initial_weight == pytest.approx(2**-0.64)
 
 
@@ -494,15 +494,16 @@ def read_images(path):
 
 
 def test_sample_command_with_other_lengths(gesso, folder, tmp_path):
-    code, said = gesso("sample", folder, "sample.halflife=1k", "--seeds", "0-2", "--out", tmp_path / "half")
+    code, output = gesso("sample", folder, "sample.halflife=1k", "--seeds", "0-2", "--out", tmp_path / "half")
     assert (
-        code == 0 and "half-life 1,000, image 640 (relative error of the profile 0.0e+00, weight of the initial" in said
+        code == 0
+        and "half-life 1,000, image 640 (relative error of the profile 0.0e+00, weight of the initial" in output
     )
     assert gesso("sample", folder, "--seeds", "0-2", "--out", tmp_path / "power")[0] == 0
-    code, said = gesso("sample", folder, "sample.halflife=700", "--seeds", "0-2", "--out", tmp_path / "made")
-    assert code == 0 and "half-life 700" in said
-    half, power, made = (read_images(tmp_path / name) for name in ("half", "power", "made"))
-    assert len(half) == 3 and half != power and half != made
+    code, output = gesso("sample", folder, "sample.halflife=700", "--seeds", "0-2", "--out", tmp_path / "made")
+    assert code == 0 and "half-life 700" in output
+    half, power, created = (read_images(tmp_path / name) for name in ("half", "power", "made"))
+    assert len(half) == 3 and half != power and half != created
     # What was drawn is what the stored file says.
     tensors, run, _ = snapshot.read(folder / "snapshots" / "nimg000000000640-halflife1000.safetensors")
     drawn = with_settings(run, **{"sample.halflife": 1000})
@@ -517,16 +518,18 @@ def test_sample_command_with_other_lengths(gesso, folder, tmp_path):
 
 
 def test_ema_command_writes_other_lengths(gesso, folder, tmp_path):
-    code, said = gesso("ema", folder, "--halflife", "1k", "--halflife", "300", "--sigma-rel", "0.07", "--out", tmp_path)
-    assert code == 0 and "half-life 300 at image 640" in said and "sigma_rel 0.07 at image 640" in said
-    assert "sample.halflife=300" in said
-    made = {p.name: snapshot.read(p)[2].profile for p in tmp_path.iterdir()}
-    assert sorted(map(str, made.values())) == ["half-life 1,000", "half-life 300", "sigma_rel 0.07"]
-    assert "nimg000000000640-halflife300.safetensors" in made
+    code, output = gesso(
+        "ema", folder, "--halflife", "1k", "--halflife", "300", "--sigma-rel", "0.07", "--out", tmp_path
+    )
+    assert code == 0 and "half-life 300 at image 640" in output and "sigma_rel 0.07 at image 640" in output
+    assert "sample.halflife=300" in output
+    created = {p.name: snapshot.read(p)[2].profile for p in tmp_path.iterdir()}
+    assert sorted(map(str, created.values())) == ["half-life 1,000", "half-life 300", "sigma_rel 0.07"]
+    assert "nimg000000000640-halflife300.safetensors" in created
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, output",
     [
         (["ema", "--halflife", "soon"], "write a number of images above 0"),
         (["ema", "--halflife", "0"], "write a number of images above 0"),
@@ -539,18 +542,18 @@ def test_ema_command_writes_other_lengths(gesso, folder, tmp_path):
         (["sample", "ema.halflives=[5]"], "fixed by training"),
     ],
 )
-def test_ema_command_errors(gesso, folder, words, said, tmp_path):
-    code, told = gesso(words[0], folder, *words[1:], "--out", tmp_path / "out")
-    assert code == 2 and said in told and "Traceback" not in told and not (tmp_path / "out").exists()
+def test_ema_command_errors(gesso, folder, words, output, tmp_path):
+    code, recorded = gesso(words[0], folder, *words[1:], "--out", tmp_path / "out")
+    assert code == 2 and output in recorded and "Traceback" not in recorded and not (tmp_path / "out").exists()
 
 
 def test_sigma_rel_with_halflife_is_an_error(gesso, tmp_path):
     write_run(tmp_path / "run", **HALFLIFE_SETTINGS, **{"sample.halflife": 1000})
     assert "sample.sigma_rel=0.1 sample.halflife=null" in gesso("ema", tmp_path / "run", "--sigma-rel", "0.1")[1]
-    code, said = gesso("sample", tmp_path / "run", "sample.sigma_rel=0.1")
-    assert code == 2 and "no effect" in said and "sample.halflife=null" in said
-    code, said = gesso("sample", tmp_path / "run", "sample.sigma_rel=0.1", "sample.halflife=null", "--seeds", "0")
-    assert code == 0 and "sigma_rel 0.1" in said
+    code, output = gesso("sample", tmp_path / "run", "sample.sigma_rel=0.1")
+    assert code == 2 and "no effect" in output and "sample.halflife=null" in output
+    code, output = gesso("sample", tmp_path / "run", "sample.sigma_rel=0.1", "sample.halflife=null", "--seeds", "0")
+    assert code == 0 and "sigma_rel 0.1" in output
 
 
 def test_guide_with_halflife(folder, tmp_path, monkeypatch):
@@ -558,13 +561,13 @@ def test_guide_with_halflife(folder, tmp_path, monkeypatch):
     other = tmp_path / "other"
     write_run(other, **HALFLIFE_SETTINGS, **{"sample.halflife": 1000})
     run = config.load_config(folder / "run.yaml")
-    asked = []
+    requested = []
     synthesize = snapshot.reconstruct_from_run
-    monkeypatch.setattr(snapshot, "reconstruct_from_run", lambda *a: asked.append((a[0], a[1])) or synthesize(*a))
+    monkeypatch.setattr(snapshot, "reconstruct_from_run", lambda *a: requested.append((a[0], a[1])) or synthesize(*a))
     guide = {"sample.guidance": 3, "sample.guide_run": other}
     sampling.load_guide(folder, with_settings(run, **guide))
     sampling.load_guide(folder, with_settings(run, **guide, **{"sample.guide_sigma_rel": 0.1}))
-    assert asked == [(other, [TraditionalProfile(1000)]), (other, [PowerProfile(0.1)])]
+    assert requested == [(other, [TraditionalProfile(1000)]), (other, [PowerProfile(0.1)])]
     weak = {"sample.guidance": 3, "sample.guide_run": "self", "sample.guide_sigma_rel": 0.05}
     with pytest.raises(Exception, match="is the same network"):
         sampling.load_guide(folder, with_settings(run, **weak))
@@ -575,10 +578,10 @@ def test_evaluation_uses_the_halflife(folder, monkeypatch):
     class Enough(Exception):
         pass
 
-    def asked(place, profiles, nimg=None):
+    def requested(place, profiles, nimg=None):
         raise Enough(profiles)
 
-    monkeypatch.setattr(snapshot, "reconstruct_from_run", asked)
+    monkeypatch.setattr(snapshot, "reconstruct_from_run", requested)
     run = with_settings(
         config.load_config(folder / "run.yaml"), **{"sample.halflife": 1000, "eval.sweep_sigma_rels": "[0.07]"}
     )
@@ -588,7 +591,7 @@ def test_evaluation_uses_the_halflife(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "given, said",
+    "given, output",
     [
         (["ema.sigma_rels=[]"], "at least one length"),
         (["ema.halflives=[5,5]"], "need at least one length and no duplicates"),
@@ -596,8 +599,8 @@ def test_evaluation_uses_the_halflife(folder, monkeypatch):
         (["ema.halflives=[1.5]"], "fractional part"),
     ],
 )
-def test_invalid_ema_settings(given, said):
-    with pytest.raises(Exception, match=said):
+def test_invalid_ema_settings(given, output):
+    with pytest.raises(Exception, match=output):
         recipes.resolve("digits", given)
 
 
@@ -724,9 +727,9 @@ def test_linear_combination_in_chunks(shape, files, seed):
     # of a sum of up to BLOCK products, all relative to the sum of magnitudes; then that of the result.
     stored = [theta.float() for theta in thetas]
     single = ema.linear_combination([InMemoryReader(theta) for theta in stored], x, "w")
-    whole = torch.stack(stored).double()
-    wanted = torch.einsum("fm,f...->m...", torch.from_numpy(x), whole)
-    magnitudes = torch.einsum("fm,f...->m...", torch.from_numpy(abs(x)), (whole - whole[-1]).abs())
+    full = torch.stack(stored).double()
+    wanted = torch.einsum("fm,f...->m...", torch.from_numpy(x), full)
+    magnitudes = torch.einsum("fm,f...->m...", torch.from_numpy(abs(x)), (full - full[-1]).abs())
     bound = (min(files, combine.FILES_PER_BLOCK) + 3) * 2**-24 * magnitudes + 1.01 * 2**-24 * wanted.abs()
     assert single.dtype == torch.float32 and (single - wanted).abs().le(bound + 1e-40).all()
 
@@ -790,11 +793,11 @@ def test_float16_snapshots(tmp_path):
         a, b = snapshot.read(a)[0], snapshot.read(b)[0]
         assert all(b[name].equal(a[name].half()) for name in a)
     targets = [ema.PowerProfile(s) for s in (0.05, 0.075, 0.15)]
-    (exact, *_), (made, run, *_) = (snapshot.reconstruct_from_run(folder, targets) for folder in (wide, narrow))
-    for a, b in zip(exact, made, strict=True):
+    (exact, *_), (created, run, *_) = (snapshot.reconstruct_from_run(folder, targets) for folder in (wide, narrow))
+    for a, b in zip(exact, created, strict=True):
         error = sum(float((a[n].float() - b[n].float()).square().sum()) for n in a) ** 0.5
         assert error < 2e-3 * sum(float(v.float().square().sum()) for v in a.values()) ** 0.5
-    assert next(snapshot.denoiser_from_weights(made[0], run).parameters()).dtype == torch.float32
+    assert next(snapshot.denoiser_from_weights(created[0], run).parameters()).dtype == torch.float32
 
 
 def test_values_beyond_float16():

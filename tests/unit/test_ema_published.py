@@ -134,12 +134,12 @@ def test_inner_products_of_a_ramp_up(t, u, other):
     n = 2_000_000
     tau = (np.arange(n) + 0.5) * (min(t, u) / n)
     if isinstance(other, PowerProfile):
-        theirs = (other.gamma + 1) / u * (tau / u) ** other.gamma
+        reference = (other.gamma + 1) / u * (tau / u) ** other.gamma
     elif other.rampup is None:
-        theirs = other.decay_rate * np.exp(-other.decay_rate * (u - tau))
+        reference = other.decay_rate * np.exp(-other.decay_rate * (u - tau))
     else:
-        theirs = density(other, u, tau)
-    wanted = float((density(ours, t, tau) * theirs).mean() * min(t, u))
+        reference = density(other, u, tau)
+    wanted = float((density(ours, t, tau) * reference).mean() * min(t, u))
     assert float(a.inner_products(b)[0, 0]) == pytest.approx(wanted, rel=1e-6, abs=1e-12)
     # All weight is on images seen, none on the initial weights.
     assert a.initial_weight() == pytest.approx([0.0], abs=1e-15) and a.cdf(np.array([t])) == pytest.approx(
@@ -175,8 +175,8 @@ def test_raw_weights_make_a_ramp_up():
 
 def test_a_ramp_up_in_files_and_settings(tmp_path):
     walk(tmp_path, 40, halflives=(100,), rampup=0.05)
-    found = {s.profile for s in snapshot.list_snapshots(tmp_path)}
-    assert found == {PowerProfile(0.05), PowerProfile(0.1), TraditionalProfile(100, 0.05)}
+    actual = {s.profile for s in snapshot.list_snapshots(tmp_path)}
+    assert actual == {PowerProfile(0.05), PowerProfile(0.1), TraditionalProfile(100, 0.05)}
     assert any("halflife100-rampup0.05" in path.name for path in (tmp_path / "snapshots").iterdir())
     (weights,) = snapshot.reconstruct(
         snapshot.plan_reconstruction(snapshot.list_snapshots(tmp_path), [TraditionalProfile(100, 0.05)])

@@ -92,8 +92,8 @@ def write_full_clip(folder: Path) -> Path:
     seen = dict(
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
     )
-    told = clip_config(initializer_factor=5.0).to_dict()
-    return save(CLIPModel(CLIPConfig(text_config=told, vision_config=seen, projection_dim=10)), folder)
+    recorded = clip_config(initializer_factor=5.0).to_dict()
+    return save(CLIPModel(CLIPConfig(text_config=recorded, vision_config=seen, projection_dim=10)), folder)
 
 
 def write_t5_tokenizer(folder: Path) -> None:
@@ -166,15 +166,15 @@ def test_tokens_are_the_librarys(name, T, folders):
     assert tokens.shape == (len(CAPTIONS), T, ours.embed_dim) and pooled.shape == (len(CAPTIONS), ours.pooled_dim)
     assert tokens.dtype == pooled.dtype == torch.float32 and lengths.dtype == torch.int64
     assert not any(field.requires_grad or field.is_inference() for field in (tokens, pooled))
-    for caption, row, n, whole in zip(CAPTIONS, tokens, lengths.tolist(), pooled, strict=True):
+    for caption, row, n, full in zip(CAPTIONS, tokens, lengths.tolist(), pooled, strict=True):
         if not caption.strip():
-            assert n == 0 and not row.any() and not whole.any()  # no text
+            assert n == 0 and not row.any() and not full.any()  # no text
             continue
         with torch.no_grad():
             wanted, wanted_pooled = directly(name, folders[name], caption, T)
         assert n == len(wanted) > 1 and not row[n:].any()
         torch.testing.assert_close(row[:n], wanted, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(whole, wanted_pooled, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(full, wanted_pooled, rtol=1e-5, atol=1e-5)
     some = pooled[lengths > 0]
     assert (some[0] - some[1]).abs().max() > 0.05  # and the captions differ
 
@@ -185,9 +185,9 @@ def test_widths(folders):
         "clip": (16, 16), "clip with projection": (16, 10), "whole clip": (16, 16), "t5": (14, 14), "whole t5": (14, 14),
     }  # fmt: skip
     for name, (width, pooled_width) in has.items():
-        told = SemanticConfig(kind="text", encoder=str(folders[name]), max_tokens=8)
-        assert text.text_dims(told) == {"embed_dim": width, "pooled_dim": pooled_width}
-        assert text.text_dims(told.model_copy(update={"kind": "label"})) == {}
+        recorded = SemanticConfig(kind="text", encoder=str(folders[name]), max_tokens=8)
+        assert text.text_dims(recorded) == {"embed_dim": width, "pooled_dim": pooled_width}
+        assert text.text_dims(recorded.model_copy(update={"kind": "label"})) == {}
     assert text.text_dims(SemanticConfig(kind="text")) == {"embed_dim": 64, "pooled_dim": 64}
     assert text.text_dims(SemanticConfig(kind="text", embed_dim=7)) == {"embed_dim": 7, "pooled_dim": 7}
 
@@ -197,15 +197,15 @@ def test_tokens_do_not_depend_on_the_other_captions(name, folders):
     """Bit for bit: in another place, in another pass, alone, among captions of other lengths."""
     ours, shapes = encoder(folders[name]), set()
     hook = ours.loaded.model.register_forward_pre_hook(
-        lambda model, _, told: shapes.add(tuple(told["input_ids"].shape)), with_kwargs=True
+        lambda model, _, recorded: shapes.add(tuple(recorded["input_ids"].shape)), with_kwargs=True
     )
     captions = [f"{a} {b}" for a in ("a", "red", "the seven, ,") for b in [*LETTERS[:10], "", "cat", "asleep on a mat"]]
     assert len(captions) > 2 * text.ENCODER_BATCH_SIZE
-    whole, backwards = ours(captions), ours(captions[::-1])
-    for field, other in zip(whole, backwards, strict=True):
+    full, backwards = ours(captions), ours(captions[::-1])
+    for field, other in zip(full, backwards, strict=True):
         assert field.equal(other.flip(0))
     for i in range(0, len(captions), 5):
-        for field, alone in zip(whole, ours([captions[i]]), strict=True):
+        for field, alone in zip(full, ours([captions[i]]), strict=True):
             assert alone[0].equal(field[i])
     twice = ours([captions[3], captions[7], captions[3]])
     assert all(field[0].equal(field[2]) for field in twice) and ours([]).tokens.shape == (0, PLACES, ours.embed_dim)
@@ -223,16 +223,16 @@ def test_tokens_do_not_depend_on_how_many_there_may_be(name, folders):
     torch.testing.assert_close(long.pooled, short.pooled, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name, said", [
+@pytest.mark.parametrize("name, output", [
     ("clip", "of 8 pieces of words the first 5 are seen, cut from 'eep' on"),  # red cat a s l | e e p
     ("t5", "of 11 pieces of words the first 6 are seen, cut from 'sleep' on"),  # _red _ c a t _a | s l e e p
 ])  # fmt: skip
-def test_truncation_is_reported(name, said, folders, caplog):
+def test_truncation_is_reported(name, output, folders, caplog):
     """Of 7 places CLIP needs two and T5 one for marks."""
     captions = ["a", "red cat asleep", "", "red cat asleep"]
     logging.getLogger("transformers").addHandler(caplog.handler)
     encoder(folders[name], 7).truncation_notes([CAPTIONS[-1]])
-    assert encoder(folders[name], 7).truncation_notes(captions) == 2 * [f"'red cat asleep': {said}"]
+    assert encoder(folders[name], 7).truncation_notes(captions) == 2 * [f"'red cat asleep': {output}"]
     logging.getLogger("transformers").removeHandler(caplog.handler)
     assert caplog.messages == []  # the library would warn that the model cannot take so many
     assert (
@@ -276,38 +276,38 @@ def test_a_model_is_opened_once(folders, monkeypatch):
 def test_what_an_encoder_is(folders, tmp_path):
     """The identity follows settings, weights and tokenizer, not the name of the folder."""
 
-    def told(folder: Path) -> dict:
+    def recorded(folder: Path) -> dict:
         text._load_encoder.cache_clear()
         return {k: v for k, v in encoder(folder).identity().items() if k != "encoder"}
 
-    original = told(folders["clip"])
+    original = recorded(folders["clip"])
     copy = Path(shutil.copytree(folders["clip"], tmp_path / "copy"))
-    assert told(copy) == original and encoder(copy).identity()["encoder"] == str(copy)
+    assert recorded(copy) == original and encoder(copy).identity()["encoder"] == str(copy)
     about = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(about | {"transformers_version": "9", "_name_or_path": "x"}))
-    assert told(copy) == original
+    assert recorded(copy) == original
     (copy / "config.json").write_text(json.dumps(about | {"hidden_act": "gelu"}))
-    assert {k for k, v in told(copy).items() if v != original[k]} == {"config"}
+    assert {k for k, v in recorded(copy).items() if v != original[k]} == {"config"}
     shutil.copy(folders["clip"] / "config.json", copy)
     weights = load_file(copy / "model.safetensors")
     next(iter(weights.values())).view(-1)[0] += 1
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     (copy / "merges.txt").write_text("#version: 0.2\n")
-    assert {k for k, v in told(copy).items() if v != original[k]} == {"weights", "tokenizer"}
+    assert {k for k, v in recorded(copy).items() if v != original[k]} == {"weights", "tokenizer"}
 
 
 def test_half_precision_weights_run_in_float32(folders, tmp_path):
     """The weights are rounded, the arithmetic is not."""
-    half, whole = tmp_path / "half", tmp_path / "whole"
+    half, full = tmp_path / "half", tmp_path / "whole"
     with pretrained.quiet_logging("transformers"):
         model = CLIPTextModel.from_pretrained(folders["clip"]).half()
         model.save_pretrained(half)
-        model.float().save_pretrained(whole)
-    for folder in (half, whole):
+        model.float().save_pretrained(full)
+    for folder in (half, full):
         write_clip_tokenizer(folder)
     assert {value.dtype for value in load_file(half / "model.safetensors").values()} == {torch.float16}
     ours = encoder(half)(["red cat"]).tokens
-    assert ours.equal(encoder(whole)(["red cat"]).tokens) and not ours.equal(
+    assert ours.equal(encoder(full)(["red cat"]).tokens) and not ours.equal(
         encoder(folders["clip"])(["red cat"]).tokens
     )
 
@@ -331,9 +331,9 @@ def pipeline(folder: Path, folders: dict[str, Path]) -> Path:
 
 
 def test_a_pipelines_folder(folders, tmp_path):
-    whole = pipeline(tmp_path / "pipeline", folders)
-    for where, name in ((whole, "clip with projection"), (whole / "text_encoder", "clip with projection"),
-                        (whole / "text_encoder_2", "t5")):  # fmt: skip
+    full = pipeline(tmp_path / "pipeline", folders)
+    for where, name in ((full, "clip with projection"), (full / "text_encoder", "clip with projection"),
+                        (full / "text_encoder_2", "t5")):  # fmt: skip
         for ours, same in zip(encoder(where)(CAPTIONS), encoder(folders[name])(CAPTIONS), strict=True):
             assert ours.equal(same)
 
@@ -426,16 +426,16 @@ def at(monkeypatch, port: int) -> None:
 
 def test_hub_ids_fetch_what_is_needed_and_no_more(folders, hub, tmp_path, monkeypatch):
     text._load_encoder.cache_clear()
-    whole = pipeline(hub.root / "some" / "pipeline", folders)
-    write_vae(whole / "vae", 4)
+    full = pipeline(hub.root / "some" / "pipeline", folders)
+    write_vae(full / "vae", 4)
     single = Path(shutil.copytree(folders["clip"], hub.root / "some" / "clip"))
-    for folder, stem in ((whole / "text_encoder", "model"), (whole / "vae", vae.WEIGHTS_STEM), (single, "model")):
+    for folder, stem in ((full / "text_encoder", "model"), (full / "vae", vae.WEIGHTS_STEM), (single, "model")):
         (folder / "pytorch_model.bin").write_bytes(b"pickle")
         shutil.copy(folder / f"{stem}.safetensors", folder / f"{stem}.fp16.safetensors")
-    (whole / "v1-5-pruned.safetensors").write_bytes(b"everything in one")
+    (full / "v1-5-pruned.safetensors").write_bytes(b"everything in one")
     for name, where in (("clip with projection", "some/pipeline"), ("clip", "some/clip")):
         assert encoder(where)(CAPTIONS).tokens.equal(encoder(folders[name])(CAPTIONS).tokens)
-    assert vae.VAE("some/pipeline").identity()["weights"] == vae.VAE(str(whole / "vae")).identity()["weights"]
+    assert vae.VAE("some/pipeline").identity()["weights"] == vae.VAE(str(full / "vae")).identity()["weights"]
     assert set(hub.fetched) == {
         "model_index.json", "config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json",
         "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt",
@@ -447,10 +447,10 @@ def test_hub_ids_fetch_what_is_needed_and_no_more(folders, hub, tmp_path, monkey
         closed.bind(("127.0.0.1", 0))
         at(monkeypatch, closed.getsockname()[1])
         assert encoder("some/clip")(["a"]).lengths.tolist() == [3]  # from the cache, without a network
-        said = refused("some/other")
+        output = refused("some/other")
     assert len(hub.fetched) == count
-    assert said.startswith("semantic.encoder=some/other: there is no such folder, and the hub did not give it (")
-    assert "Connect" in said
+    assert output.startswith("semantic.encoder=some/other: there is no such folder, and the hub did not give it (")
+    assert "Connect" in output
 
 
 def test_a_hub_id_that_does_not_exist(hub):
@@ -469,8 +469,8 @@ def damaged(folders: dict[str, Path], folder: Path, name: str = "clip") -> Path:
 
 def test_encoders_that_cannot_be_opened(folders, tmp_path):
     for missing in ("/no/such/folder", "wrods", "a/b/c", "./x", ""):
-        said = refused(missing)
-        assert "there is no such folder, and a hub id is written OWNER/NAME" in said or "no config.json" in said
+        output = refused(missing)
+        assert "there is no such folder, and a hub id is written OWNER/NAME" in output or "no config.json" in output
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "which has no config.json" in refused(empty)
@@ -489,8 +489,8 @@ def test_pickled_weights_are_not_read(folders, tmp_path):
     folder = damaged(folders, tmp_path / "pickled")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
-    said = refused(folder)
-    assert "no model.safetensors in" in said and "pickles (.bin, .ckpt) are not read" in said
+    output = refused(folder)
+    assert "no model.safetensors in" in output and "pickles (.bin, .ckpt) are not read" in output
 
 
 def test_weights_that_do_not_fit(folders, tmp_path):
@@ -498,8 +498,8 @@ def test_weights_that_do_not_fit(folders, tmp_path):
     weights = load_file(lacking / "model.safetensors")
     names = sorted(weights)[:2]
     save_file({k: v for k, v in weights.items() if k not in names}, lacking / "model.safetensors", {"format": "pt"})
-    said = refused(lacking)
-    assert "its weights lack" in said and "and 1 more tensors" in said
+    output = refused(lacking)
+    assert "its weights lack" in output and "and 1 more tensors" in output
     cut = damaged(folders, tmp_path / "cut")
     content = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(content[: len(content) // 2])
@@ -577,9 +577,9 @@ def test_without_the_library(package, extra, folders, tmp_path, monkeypatch):
 )
 def test_trains_resumes_bit_equal_and_samples(recipe, name, folders, tmp_path):
     """mmDiT and the U-Net see pooled text, here of another width than the tokens."""
-    told = {"semantic.kind": "text", "semantic.encoder": folders[name], "semantic.max_tokens": 8}
+    recorded = {"semantic.kind": "text", "semantic.encoder": folders[name], "semantic.max_tokens": 8}
     short = {"train.total_images": 16, "train.batch_size": 8, "train.snapshot_every": 16, "train.checkpoint_every": 8}
-    run = small_run(recipe, **told | short)
+    run = small_run(recipe, **recorded | short)
     assert run.semantic.embed_dim is run.semantic.pooled_dim is None and run.input_spec.text_dim == 0
     out, again = tmp_path / "run", tmp_path / "again"
     run = start_training(run, out, False, QUIET_CONSOLE, print)
@@ -594,8 +594,8 @@ def test_trains_resumes_bit_equal_and_samples(recipe, name, folders, tmp_path):
     start_training(run, again, True, QUIET_CONSOLE, print)
     last = snapshot.list_snapshots(out)[-1].path
     assert last.read_bytes() == (again / "snapshots" / last.name).read_bytes()
-    asked = sampling.SampleArgs(prompts=("the seven", "a zero in somebody's handwriting", ""), seeds="0-2")
-    lines = sampling.sample_to_folder(out, snapshot.read(last)[1], asked, tmp_path / "made")
+    requested = sampling.SampleArgs(prompts=("the seven", "a zero in somebody's handwriting", ""), seeds="0-2")
+    lines = sampling.sample_to_folder(out, snapshot.read(last)[1], requested, tmp_path / "made")
     assert "in somebody's handwriting\": of" in lines[0] and lines[1].startswith("wrote 3 images")
 
 
@@ -625,12 +625,12 @@ def test_an_encoder_of_another_width_than_recorded_is_refused_when_sampling(fold
     shutil.rmtree(where)
     damaged(folders, where, "t5")
     text._load_encoder.cache_clear()
-    for told, said in (
+    for recorded, output in (
         (run, r"semantic\.embed_dim=16, but"),
         (with_settings(run, **{"semantic.embed_dim": 14}), "pooled_dim=16, but"),
     ):
-        with pytest.raises(UsageError, match=said):
-            build_conditions.build_cond(told, [0], None, prompts=["a"])
+        with pytest.raises(UsageError, match=output):
+            build_conditions.build_cond(recorded, [0], None, prompts=["a"])
 
 
 # VAE.
@@ -666,19 +666,19 @@ def pixels(n: int = 2, H: int = 16, W: int = 24) -> torch.Tensor:
 def test_latents_and_images_are_the_librarys(channels, convention, vaes):
     ours = vae.VAE(str(vaes[channels]), convention=convention)
     assert (ours.latent_channels, ours.downsample_factor, ours.convention) == (channels, 8, convention)
-    theirs = AutoencoderKL.from_pretrained(vaes[channels], low_cpu_mem_usage=False).eval()
+    reference = AutoencoderKL.from_pretrained(vaes[channels], low_cpu_mem_usage=False).eval()
     x = pixels().double()
     x = x / 255 if convention == "edm2" else x / 255 * 2 - 1
     mean, std = ours.encode(pixels())
     assert mean.shape == std.shape == (2, channels, 2, 3) and mean.dtype == std.dtype == torch.float32
     assert not mean.requires_grad and not mean.is_inference()
     with torch.no_grad():
-        latents = theirs.encode(x.float()).latent_dist
+        latents = reference.encode(x.float()).latent_dist
         torch.testing.assert_close(mean, latents.mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(std, latents.var.sqrt(), rtol=1e-4, atol=1e-5)
         z = vae.posterior_sample(mean, std, torch.full_like(mean, 0.5))
         torch.testing.assert_close(z, latents.mean + latents.std / 2)
-        decoded = theirs.decode(z).sample.double()
+        decoded = reference.decode(z).sample.double()
     decoded = decoded if convention == "edm2" else (decoded + 1) / 2
     image, wanted = ours.decode(z), (decoded * 255).clamp(0, 255)
     assert image.dtype == torch.uint8 and image.shape == pixels().shape
@@ -703,8 +703,8 @@ def test_constants_of_the_conventions(vaes, tmp_path):
     torch.testing.assert_close(x0(z[:, :4], sd1, 1), z[:, :4] * 0.18215, rtol=1e-12, atol=1e-12)
     sdxl = vae.VAE(str(write_vae(tmp_path / "sdxl", 4, scaling_factor=0.13025))).channel_stats()
     torch.testing.assert_close(x0(z[:, :4], sdxl, 1), z[:, :4] * 0.13025, rtol=1e-12, atol=1e-12)
-    own = dict(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[2.0, 4.0, 5.0, 8.0], scaling_factor=0.5)
-    means, stds = vae.VAE(str(write_vae(tmp_path / "own", 4, **own))).channel_stats()
+    local = dict(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[2.0, 4.0, 5.0, 8.0], scaling_factor=0.5)
+    means, stds = vae.VAE(str(write_vae(tmp_path / "own", 4, **local))).channel_stats()
     assert (means, stds) == ((1.0, 2.0, 3.0, 4.0), (4.0, 8.0, 10.0, 16.0))
     edm2 = vae.VAE(str(vaes[4]), convention="edm2").channel_stats()
     assert edm2 == ((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28))
@@ -717,17 +717,17 @@ def test_constants_of_the_conventions(vaes, tmp_path):
 def test_a_vae_in_bfloat16(vaes):
     mean, std = vae.VAE(str(vaes[4])).encode(pixels())
     ours = vae.VAE(str(vaes[4]), dtype=torch.bfloat16)
-    for half, whole in zip(ours.encode(pixels()), (mean, std), strict=True):
-        assert half.dtype == torch.float32 and not half.equal(whole)
-        torch.testing.assert_close(half, whole, rtol=0.1, atol=0.1)
+    for half, full in zip(ours.encode(pixels()), (mean, std), strict=True):
+        assert half.dtype == torch.float32 and not half.equal(full)
+        torch.testing.assert_close(half, full, rtol=0.1, atol=0.1)
     assert ours.decode(mean).dtype == torch.uint8 and ours.identity()["dtype"] == "bfloat16"
 
 
 def test_what_a_vae_is(vaes, tmp_path):
-    def told(folder: Path, **options: object) -> dict:
+    def recorded(folder: Path, **options: object) -> dict:
         return {k: v for k, v in vae.VAE(str(folder), **options).identity().items() if k != "vae"}
 
-    original = told(vaes[4])
+    original = recorded(vaes[4])
     assert (original["convention"], original["dtype"], original["channels"], original["downsample_factor"]) == (
         "dit",
         "float32",
@@ -736,18 +736,18 @@ def test_what_a_vae_is(vaes, tmp_path):
     )
     inner = tmp_path / "pipeline" / "vae"
     shutil.copytree(vaes[4], inner)
-    assert told(inner.parent) == original  # found in a pipeline
+    assert recorded(inner.parent) == original  # found in a pipeline
     assert vae.VAE(str(inner.parent)).identity()["vae"] == str(inner.parent)
-    changed_options = told(vaes[4], convention="edm2", dtype=torch.bfloat16)
+    changed_options = recorded(vaes[4], convention="edm2", dtype=torch.bfloat16)
     assert {k for k, v in changed_options.items() if v != original[k]} == {"convention", "dtype"}
     about = json.loads((inner / "config.json").read_text())
     (inner / "config.json").write_text(json.dumps(about | {"_diffusers_version": "9"}))
-    assert told(inner) == original
+    assert recorded(inner) == original
     (inner / "config.json").write_text(json.dumps(about | {"scaling_factor": 0.5}))
     weights = load_file(inner / f"{vae.WEIGHTS_STEM}.safetensors")
     weights["decoder.conv_in.bias"][0] += 1
     save_file(weights, inner / f"{vae.WEIGHTS_STEM}.safetensors", {"format": "pt"})
-    assert {k for k, v in told(inner).items() if v != original[k]} == {"config", "weights"}
+    assert {k for k, v in recorded(inner).items() if v != original[k]} == {"config", "weights"}
 
 
 def test_vaes_that_are_refused(folders, vaes, tmp_path):
@@ -790,8 +790,8 @@ def test_numbers_that_overflow_are_an_error(vaes, tmp_path):
     weights["encoder.conv_in.bias"] += 1e6
     weights["decoder.conv_in.bias"] += 1e6
     save_file(weights, folder / f"{vae.WEIGHTS_STEM}.safetensors", {"format": "pt"})
-    whole, half = vae.VAE(str(folder)), vae.VAE(str(folder), dtype=torch.float16)
-    mean, _ = whole.encode(pixels())
+    full, half = vae.VAE(str(folder)), vae.VAE(str(folder), dtype=torch.float16)
+    mean, _ = full.encode(pixels())
     for call in (lambda: half.encode(pixels()), lambda: half.decode(mean)):
         with pytest.raises(RunError, match="not finite in float16"):
             call()

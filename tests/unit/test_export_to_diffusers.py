@@ -76,12 +76,12 @@ class Sinusoids(nn.Module):
 def to_float64_(peer: nn.Module) -> None:
     """Replace what it computes in float32 whatever the dtype: sinusoids and the variances of RMSNorm."""
     for module in list(peer.modules()):
-        for name, theirs in list(module.named_children()):
-            if isinstance(theirs, diffusers.models.embeddings.Timesteps):
-                setattr(module, name, Sinusoids(theirs.num_channels))
-            elif isinstance(theirs, diffusers.models.normalization.RMSNorm):
-                norm = nn.RMSNorm(theirs.dim, eps=theirs.eps, dtype=torch.float64)
-                norm.load_state_dict(theirs.state_dict())
+        for name, reference in list(module.named_children()):
+            if isinstance(reference, diffusers.models.embeddings.Timesteps):
+                setattr(module, name, Sinusoids(reference.num_channels))
+            elif isinstance(reference, diffusers.models.normalization.RMSNorm):
+                norm = nn.RMSNorm(reference.dim, eps=reference.eps, dtype=torch.float64)
+                norm.load_state_dict(reference.state_dict())
                 setattr(module, name, norm)
 
 
@@ -132,8 +132,8 @@ def test_exported_model_is_the_same_function(name, dtype, tolerance):
     net, peer, inputs = pair(name, dtype)
     args, given = batch(inputs, dtype)
     with torch.no_grad():
-        ours, theirs = net(*args), call_diffusers(peer, given).sample
-    assert ours.std() > 1e-2 and (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+        ours, reference = net(*args), call_diffusers(peer, given).sample
+    assert ours.std() > 1e-2 and (ours - reference).abs().max() <= tolerance * reference.abs().max()
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -147,7 +147,7 @@ def test_export_import_round_trip(name):
     back, _ = interop.load_network(state, num_heads=heads)
     assert all(tensor.equal(back.state_dict()[key]) for key, tensor in net.state_dict().items())
     assert save(state)  # which refuses tensors that share memory
-    found, found_inputs = interop.detect_format(state, heads)[:2]
+    actual, actual_inputs = interop.detect_format(state, heads)[:2]
     untold = (
         {"pos_embed"}
         if cfg.name in ("dit", "pixart")
@@ -155,8 +155,8 @@ def test_export_import_round_trip(name):
         if cfg.name == "unet"
         else set()
     )
-    assert found.model_dump(exclude=untold) == cfg.model_dump(exclude=untold)
-    assert found_inputs._replace(resolution=inputs.resolution) == inputs
+    assert actual.model_dump(exclude=untold) == cfg.model_dump(exclude=untold)
+    assert actual_inputs._replace(resolution=inputs.resolution) == inputs
 
 
 XL = {"hidden_size": 1152, "depth": 28, "num_heads": 16, "pos_embed": "extrapolated"}

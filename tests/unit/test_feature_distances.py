@@ -88,8 +88,8 @@ def slow_manifold(real: np.ndarray, generated: np.ndarray, k: int) -> tuple[floa
     st.integers(6, 30), st.integers(6, 30), st.integers(1, 5), st.integers(1, 4), st.integers(1, 40), st.integers(0, 99)
 )
 def test_manifold_counts_balls(n, m, k, d, chunk, seed):
-    real, made = samples(n, d, seed), samples(m, d, seed + 1, 0.5)
-    assert precision_recall(real, made, k, chunk) == pytest.approx(slow_manifold(real.numpy(), made.numpy(), k))
+    real, created = samples(n, d, seed), samples(m, d, seed + 1, 0.5)
+    assert precision_recall(real, created, k, chunk) == pytest.approx(slow_manifold(real.numpy(), created.numpy(), k))
 
 
 def test_manifold_of_equal_and_of_distant_sets():

@@ -208,14 +208,14 @@ def test_lpips_is_the_sum_of_distances_of_unit_features(name, tmp_path):
         x = torch.stack(
             [(x[:, c] - m) / s for c, (m, s) in enumerate(zip(lpips.SHIFT, lpips.SCALE, strict=True))], dim=1
         )
-        found = []
+        actual = []
         for i, (stride, padding) in layers.items():
             x = F.max_pool2d(x, pools[i], 2) if i in pools else x
             weight, bias = trunk[f"features.{i}.weight"].double(), trunk[f"features.{i}.bias"].double()
             x = F.conv2d(x, weight, bias, stride, padding).clamp(min=0)
             if i in compared:
-                found.append(x / (x.norm(dim=1, keepdim=True) + 1e-10))
-        return found
+                actual.append(x / (x.norm(dim=1, keepdim=True) + 1e-10))
+        return actual
 
     expected = torch.zeros(2, dtype=torch.float64)
     for i, (x, y) in enumerate(zip(features(a), features(b), strict=True)):
@@ -274,11 +274,11 @@ def slow_hub_positions(table: torch.Tensor, m: int, n: int) -> torch.Tensor:
 
 def test_positions_of_dinov2_are_the_hubs():
     table = torch.randn(1, 1 + 37**2, 3, generator=torch.Generator().manual_seed(0))
-    found = clip_dino.resize_pos_embed(table, 16)
-    torch.testing.assert_close(found[0, 1:], slow_hub_positions(table[0, 1:], 37, 16), rtol=1e-4, atol=1e-4)
-    assert torch.equal(found[:, 0], table[:, 0]) and clip_dino.resize_pos_embed(table, 37) is table
+    actual = clip_dino.resize_pos_embed(table, 16)
+    torch.testing.assert_close(actual[0, 1:], slow_hub_positions(table[0, 1:], 37, 16), rtol=1e-4, atol=1e-4)
+    assert torch.equal(actual[:, 0], table[:, 0]) and clip_dino.resize_pos_embed(table, 37) is table
     plain = F.interpolate(table[:, 1:].reshape(1, 37, 37, 3).permute(0, 3, 1, 2), (16, 16), mode="bicubic")
-    assert (found[0, 1:] - plain.permute(0, 2, 3, 1).reshape(256, 3)).abs().max() > 0.1
+    assert (actual[0, 1:] - plain.permute(0, 2, 3, 1).reshape(256, 3)).abs().max() > 0.1
 
 
 def test_dinov2_gives_the_class_token(dinov2):
@@ -299,14 +299,14 @@ def test_clip_score_is_the_librarys(tmp_path):
     net, images, captions = clip_dino.CLIPScore(str(folder)), picture(20, 20, 3), ["a cat", "the dog", "a cat"]
     with hub.quiet_logging("transformers"):
         library = CLIPModel.from_pretrained(folder).eval().requires_grad_(False)
-    told = CLIPTokenizerFast.from_pretrained(folder)(captions, padding=True, return_tensors="pt")
-    out = library(pixel_values=pil(images, 8, clip_dino.CLIP_MEAN_STD), **told)
+    recorded = CLIPTokenizerFast.from_pretrained(folder)(captions, padding=True, return_tensors="pt")
+    out = library(pixel_values=pil(images, 8, clip_dino.CLIP_MEAN_STD), **recorded)
     cosines = (out.image_embeds * out.text_embeds).sum(dim=1)
-    found = net(images, captions)
-    torch.testing.assert_close(found, 100 * cosines.clamp(min=0), rtol=1e-3, atol=1e-3)
+    actual = net(images, captions)
+    torch.testing.assert_close(actual, 100 * cosines.clamp(min=0), rtol=1e-3, atol=1e-3)
     assert float(cosines.abs().min()) > 0.01
     # A caption has the same score beside longer ones, and in another batch.
-    torch.testing.assert_close(net(images[:1], captions[:1]), found[:1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(net(images[:1], captions[:1]), actual[:1], rtol=1e-5, atol=1e-5)
 
 
 def test_clip_images_are_the_librarys(tmp_path):

@@ -38,26 +38,26 @@ def grey(n: int, seed: int, high: int = 256) -> torch.Tensor:
 
 def test_compare_two_folders(tmp_path):
     a, b = grey(90, 0), grey(70, 1, 200)
-    asked = ImageEvalArgs(write(tmp_path / "a", a), write(tmp_path / "b", b), ("fd_digits",), batch_size=32)
-    result, lines = image_sets.compute_image_metrics(asked, "cpu", SILENT)
-    network = image_sets.load_network("digits", asked, "cpu")
+    requested = ImageEvalArgs(write(tmp_path / "a", a), write(tmp_path / "b", b), ("fd_digits",), batch_size=32)
+    result, lines = image_sets.compute_image_metrics(requested, "cpu", SILENT)
+    network = image_sets.load_network("digits", requested, "cpu")
     x, y = network(a).double(), network(b).double()
     expected = functional.frechet_distance(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
     assert result["scores"]["fd_digits"] == pytest.approx(expected, rel=1e-9) and expected > 1
     assert result["protocol"]["count"] == 90 and result["protocol"]["reference_count"] == 70
     assert lines[0].startswith("fd_digits") and "digits-cnn-v1" in lines[1] and len(lines) == 2
     # In any batches, and from what was kept of the reference.
-    again, _ = image_sets.compute_image_metrics(asked._replace(batch_size=7), "cpu", SILENT)
+    again, _ = image_sets.compute_image_metrics(requested._replace(batch_size=7), "cpu", SILENT)
     assert again["scores"]["fd_digits"] == pytest.approx(expected, rel=1e-9)
-    (kept,) = atomic_io.cache_dir("statistics").glob("*.safetensors")
-    kept.write_bytes(b"damaged")
+    (stored,) = atomic_io.cache_dir("statistics").glob("*.safetensors")
+    stored.write_bytes(b"damaged")
     with pytest.raises(RunError, match="is damaged"):
-        image_sets.compute_image_metrics(asked, "cpu", SILENT)
+        image_sets.compute_image_metrics(requested, "cpu", SILENT)
 
 
 def test_few_pictures_are_marked(tmp_path):
-    asked = ImageEvalArgs(write(tmp_path / "a", grey(20, 0)), write(tmp_path / "b", grey(20, 1)), ("fd_digits",))
-    _, lines = image_sets.compute_image_metrics(asked, "cpu", SILENT)
+    requested = ImageEvalArgs(write(tmp_path / "a", grey(20, 0)), write(tmp_path / "b", grey(20, 1)), ("fd_digits",))
+    _, lines = image_sets.compute_image_metrics(requested, "cpu", SILENT)
     assert "20 pictures do not fill a covariance of 64 features" in lines[-1]
 
 
@@ -65,7 +65,7 @@ def test_every_score_of_inception(tmp_path, monkeypatch):
     file = stored(public_inception(), tmp_path, "inception.pth")
     monkeypatch.setitem(downloads.INCEPTION_FILES, "torch-fidelity", file)
     a, b = picture(12, 12, 14), picture(12, 12, 16).flip(3)
-    asked = ImageEvalArgs(
+    requested = ImageEvalArgs(
         write(tmp_path / "a", a),
         write(tmp_path / "b", b),
         ("fid", "kid", "is", "pr"),
@@ -75,9 +75,9 @@ def test_every_score_of_inception(tmp_path, monkeypatch):
     with pytest.raises(
         UsageError, match=r"kid is a mean over subsets of 1,000 pictures, and one set has 14.*--kid-subset to 14"
     ):
-        image_sets.compute_image_metrics(asked, "cpu", SILENT)
-    asked = asked._replace(kid_subset=9)
-    result, lines = image_sets.compute_image_metrics(asked, "cpu", SILENT)
+        image_sets.compute_image_metrics(requested, "cpu", SILENT)
+    requested = requested._replace(kid_subset=9)
+    result, lines = image_sets.compute_image_metrics(requested, "cpu", SILENT)
     scores = result["scores"]
     assert result["protocol"]["kid_subset"] == 9 and any(
         "over subsets of 9; published ones have 1,000" in s for s in lines
@@ -89,21 +89,21 @@ def test_every_score_of_inception(tmp_path, monkeypatch):
     )
     assert scores["kid"] == pytest.approx(functional.kernel_distance(y, x, subset_size=9)[0], rel=1e-4)
     assert 1 <= scores["is"] < 14 and {"precision", "recall", "density", "coverage", "is_std", "kid_std"} <= set(scores)
-    again = image_sets.compute_image_metrics(asked, "cpu", SILENT)[0]["scores"]
+    again = image_sets.compute_image_metrics(requested, "cpu", SILENT)[0]["scores"]
     assert again == scores
     with pytest.raises(UsageError, match=r"needs inception\.pth, and it is not there.*download"):
-        image_sets.compute_image_metrics(asked._replace(weights_dir=tmp_path / "a"), "cpu", SILENT)
+        image_sets.compute_image_metrics(requested._replace(weights_dir=tmp_path / "a"), "cpu", SILENT)
 
 
 def test_inception_of_another_publisher(tmp_path, monkeypatch):
     monkeypatch.setitem(downloads.INCEPTION_FILES, "nvidia", scripted(tmp_path))
     a, b = write(tmp_path / "a", picture(12, 12, 14)), write(tmp_path / "b", picture(12, 12, 16))
-    asked = ImageEvalArgs(a, b, ("fid", "is"), weights_dir=tmp_path, inception="nvidia")
-    result, lines = image_sets.compute_image_metrics(asked, "cpu", SILENT)
+    requested = ImageEvalArgs(a, b, ("fid", "is"), weights_dir=tmp_path, inception="nvidia")
+    result, lines = image_sets.compute_image_metrics(requested, "cpu", SILENT)
     assert result["protocol"]["networks"] == {"inception": "inception-v3-2015-12-05 (nvidia)"} and "nvidia" in lines[2]
     assert result["scores"]["is"] >= 1 and result["scores"]["fid"] > 0
     with pytest.raises(UsageError, match="--inception nvida: there are torch-fidelity, pytorch-fid, nvidia"):
-        image_sets.compute_image_metrics(asked._replace(inception="nvida"), "cpu", SILENT)
+        image_sets.compute_image_metrics(requested._replace(inception="nvida"), "cpu", SILENT)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -139,7 +139,7 @@ def test_error_messages(tmp_path):
     a, big = write(tmp_path / "a", grey(5, 0)), write(tmp_path / "big", picture(16, 16, 5))
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "odd.npz", np.zeros((3, 4, 4)))
-    for asked, said in (
+    for requested, output in (
         (ImageEvalArgs(a, a, ("fad",)), "no score 'fad'; there are: fid"),
         (ImageEvalArgs(a), "compared with what"),
         (ImageEvalArgs(a, big), "a is 8x8, .*big 16x16: --resolution"),
@@ -149,20 +149,20 @@ def test_error_messages(tmp_path):
         (ImageEvalArgs(str(tmp_path / "odd.npz"), a), r"arr_0 is float64 \(3, 4, 4\)"),
         (ImageEvalArgs(big, big, ("fd_digits",)), "reads grey pictures; these have colour"),
     ):
-        with pytest.raises(UsageError, match=said):
-            image_sets.compute_image_metrics(asked, "cpu", SILENT)
+        with pytest.raises(UsageError, match=output):
+            image_sets.compute_image_metrics(requested, "cpu", SILENT)
 
 
 def test_the_command(tmp_path, gesso):
     a, b = write(tmp_path / "a", grey(70, 0)), write(tmp_path / "b", grey(70, 1))
     out = tmp_path / "scores.json"
-    code, said, _ = gesso("evaluate", "--images", a, "--ref", b, "--metrics", "fd_digits", "--out", out)
-    assert code == 0 and "fd_digits" in said
+    code, output, _ = gesso("evaluate", "--images", a, "--ref", b, "--metrics", "fd_digits", "--out", out)
+    assert code == 0 and "fd_digits" in output
     assert set(json.loads(out.read_text())) == {"scores", "protocol"}
     for arguments, wrong in (
         ((), "measure what?"),
         (("runs/x", "--ref", b), "--ref is for pictures"),
         (("--images", a, "--metrics", "fad", "--ref", b), "no score 'fad'"),
     ):
-        code, _, said = gesso("evaluate", *arguments)
-        assert code == 2 and wrong in said and "Traceback" not in said
+        code, _, output = gesso("evaluate", *arguments)
+        assert code == 2 and wrong in output and "Traceback" not in output

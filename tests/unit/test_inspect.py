@@ -120,8 +120,8 @@ def test_looking_decodes_nothing_and_counts_what_is_damaged(tmp_path, monkeypatc
 
 
 def table(tables, start: str):
-    (found,) = [one for one in tables if one.title.startswith(start)]
-    return found
+    (actual,) = [one for one in tables if one.title.startswith(start)]
+    return actual
 
 
 @example([(200, 100), (300, 200), (400, 300), (100, 100), (300, 400), (200, 300), (100, 200), (80, 100), (100, 80)])
@@ -152,22 +152,22 @@ def test_bars():
 
 
 def test_few_classes_are_all_listed():
-    (found,) = inspect_tables.class_tables(np.array([0, 2, 2, 2]), ("cat", "dog", "hen"))
-    assert [row[:2] for row in found.rows] == [("cat", "1"), ("hen", "3")]
-    assert found.title == "3 classes; 1 without an image"
+    (actual,) = inspect_tables.class_tables(np.array([0, 2, 2, 2]), ("cat", "dog", "hen"))
+    assert [row[:2] for row in actual.rows] == [("cat", "1"), ("hen", "3")]
+    assert actual.title == "3 classes; 1 without an image"
     assert inspect_tables.class_tables(np.zeros(4, np.int64), ()) == []
 
 
 def test_of_many_classes_the_largest_and_the_smallest():
     labels = np.repeat(np.arange(100), np.arange(100) + 1)
-    (found,) = inspect_tables.class_tables(labels, [f"c{i}" for i in range(100)])
-    assert [row[0] for row in found.rows] == [f"c{i}" for i in (99, 98, 97, 96, 95, 4, 3, 2, 1, 0)]
-    assert found.rows[0][1] == "100" and found.rows[-1][1] == "1" and "of 50 images" in found.title
+    (actual,) = inspect_tables.class_tables(labels, [f"c{i}" for i in range(100)])
+    assert [row[0] for row in actual.rows] == [f"c{i}" for i in (99, 98, 97, 96, 95, 4, 3, 2, 1, 0)]
+    assert actual.rows[0][1] == "100" and actual.rows[-1][1] == "1" and "of 50 images" in actual.title
 
 
 def test_captions():
-    told = ["a dog", "a dog", "a cat sits", "", "  ", "one two three four five six seven"]
-    lengths, shared = inspect_tables.caption_tables(told)
+    recorded = ["a dog", "a dog", "a cat sits", "", "  ", "one two three four five six seven"]
+    lengths, shared = inspect_tables.caption_tables(recorded)
     assert lengths.rows == [("2", "2", "2", "7", "7")]
     assert shared.rows == [("empty", "33.3 %"), ("shared by several", "50.0 %"), ('"a dog"', "2")]
     assert inspect_tables.caption_tables(["", " "]) == []
@@ -198,18 +198,18 @@ def row(source: str = "shapes:12", i: int = 3, K: int = 5, seed: int = 7, **data
     "data", [{}, {"flip": True}, {"crop_scale": (0.4, 0.6)}, {"flip": True, "crop_scale": (0.4, 1)}]
 )
 def test_views_are_drawn_as_the_settings_say(data):
-    found, picture = row(**data), Image.fromarray(open_source("shapes:12").read(3))
-    assert found.image == picture and found.views.original_sizes.tolist() == [[picture.height, picture.width]] * 5
-    flips = found.views.flips.tolist()
+    actual, picture = row(**data), Image.fromarray(open_source("shapes:12").read(3))
+    assert actual.image == picture and actual.views.original_sizes.tolist() == [[picture.height, picture.width]] * 5
+    flips = actual.views.flips.tolist()
     for v in range(5):
         u = rng.uniform(7, torch.tensor([3]), f"view {v}", crops.UNIFORMS_PER_VIEW)[0].tolist()
         view = crops.random_view(DataConfig(resolution=32, **data), picture.height, picture.width, u)._replace(
             flip=flips[v]
         )
-        assert np.array_equal(found.views.x[v].numpy(), crops.crop_resize(picture, view, 32, 32))
-        assert found.views.crop_boxes[v].tolist() == pytest.approx(view[:4])
+        assert np.array_equal(actual.views.x[v].numpy(), crops.crop_resize(picture, view, 32, 32))
+        assert actual.views.crop_boxes[v].tolist() == pytest.approx(view[:4])
     assert flips == ([v % 2 == (not flips[0]) for v in range(5)] if "flip" in data else [False] * 5)
-    assert found.title == "image 3" and found.text.startswith("class ")
+    assert actual.title == "image 3" and actual.text.startswith("class ")
 
 
 @pytest.mark.parametrize("flags", [["--flip"], ["--crop-scale", ".4,.6"], ["--crop-scale", ".4,1", "--flip"]])
@@ -217,9 +217,11 @@ def test_views_are_those_that_a_cache_would_hold(gesso, flags, tmp_path):
     views = 2 if flags == ["--flip"] else 3
     assert gesso("cache", "shapes:9", tmp_path / "c", "--resolution", 32, "--views", views, *flags)[0] == 0
     scale = inspect.parse_crop_scale(flags[1]) if "--crop-scale" in flags else None
-    asked = inspect.InspectArgs(num_rows=4, num_views=views, crop_scale=scale, flip="--flip" in flags, resolution=32)
-    before, _ = inspect.source_rows(open_source("shapes:9"), np.array([[64, 64]]), asked)
-    after, notes = inspect.cache_rows(CachedDataset(tmp_path / "c"), asked)
+    requested = inspect.InspectArgs(
+        num_rows=4, num_views=views, crop_scale=scale, flip="--flip" in flags, resolution=32
+    )
+    before, _ = inspect.source_rows(open_source("shapes:9"), np.array([[64, 64]]), requested)
+    after, notes = inspect.cache_rows(CachedDataset(tmp_path / "c"), requested)
     assert len(before) == len(after) == 4 and notes == []
     for one, other in zip(before, after, strict=True):
         assert (one.title, one.text) == (other.title, other.text) and other.image is None
@@ -229,23 +231,23 @@ def test_views_are_those_that_a_cache_would_hold(gesso, flags, tmp_path):
 
 
 def test_control_values_are_the_network_inputs():
-    found = row(flip=True, crop_scale=(0.4, 0.6))
-    columns = found.views.control_columns()
+    actual = row(flip=True, crop_scale=(0.4, 0.6))
+    columns = actual.views.control_columns()
     for v in range(5):
-        said = dict(line.split(" ", 1) for line in contact_sheet.control_lines(found.views, v) if " " in line)
+        output = dict(line.split(" ", 1) for line in contact_sheet.control_lines(actual.views, v) if " " in line)
         top_left, (bottom_right,) = (
-            said["crop"],
-            [x for x in contact_sheet.control_lines(found.views, v) if " " not in x],
+            output["crop"],
+            [x for x in contact_sheet.control_lines(actual.views, v) if " " not in x],
         )
         crop = [float(edge) for edge in (top_left + bottom_right).split(",")]
         names = ("crop_top", "crop_left", "crop_bottom", "crop_right")
         assert crop == pytest.approx([columns[name][v].item() / 1000 for name in names], abs=6e-4)
-        assert said["flip"] == ("yes" if columns["flip"][v] else "no") and said["view"] == str(v)
-        assert said["size"] == f"{columns['height'][v]:.0f}x{columns['width'][v]:.0f}"
-        assert float(said["aspect"]) == pytest.approx(columns["aspect"][v].item() / 1000, abs=6e-4)
-        x = found.views.x[v].double()
-        assert float(said["brightness"]) == pytest.approx(x.mean().item(), abs=0.06)
-        assert float(said["contrast"]) == pytest.approx(x.std(correction=0).item(), abs=0.06)
+        assert output["flip"] == ("yes" if columns["flip"][v] else "no") and output["view"] == str(v)
+        assert output["size"] == f"{columns['height'][v]:.0f}x{columns['width'][v]:.0f}"
+        assert float(output["aspect"]) == pytest.approx(columns["aspect"][v].item() / 1000, abs=6e-4)
+        x = actual.views.x[v].double()
+        assert float(output["brightness"]) == pytest.approx(x.mean().item(), abs=0.06)
+        assert float(output["contrast"]) == pytest.approx(x.std(correction=0).item(), abs=0.06)
 
 
 def test_the_sheet_shows_the_views_themselves():
@@ -275,11 +277,11 @@ def test_the_sheet_shows_the_views_themselves():
 
 
 def test_boxes_lie_where_the_views_are():
-    found = row(source="shapes:12", i=0, K=1, crop_scale=(0.4, 0.6))
-    strip, (H, W) = np.asarray(contact_sheet._draw_image(found)).astype(int), found.views.original_sizes[0].tolist()
+    actual = row(source="shapes:12", i=0, K=1, crop_scale=(0.4, 0.6))
+    strip, (H, W) = np.asarray(contact_sheet._draw_image(actual)).astype(int), actual.views.original_sizes[0].tolist()
     scale = min(contact_sheet.IMAGE_WIDTH / W, contact_sheet.VIEW_SIZE / H)
     ys, xs = np.nonzero((strip == contact_sheet.VIEW_COLOURS[0]).all(-1))
-    top, left, bottom, right = found.views.crop_boxes[0].tolist()
+    top, left, bottom, right = actual.views.crop_boxes[0].tolist()
     wanted = [top * H * scale, left * W * scale, bottom * H * scale - 1, right * W * scale - 1]
     assert [ys.min(), xs.min(), ys.max(), xs.max()] == pytest.approx(wanted, abs=1.01)
 
@@ -292,12 +294,12 @@ def test_views_alone_are_put_together_at_their_places():
     views = [crops.random_view(data, 144, 216, one) for one in u]
     x = torch.from_numpy(np.stack([crops.crop_resize(picture, view, 100, 100) for view in views]))
     taken = inspect.view_batch(x, (144, 216), views, 0, 0)
-    whole = np.asarray(contact_sheet._assemble_from_views(taken, 216, 144)).astype(float)
-    seen = (whole != contact_sheet.GREY).any(-1)
+    full = np.asarray(contact_sheet._assemble_from_views(taken, 216, 144)).astype(float)
+    seen = (full != contact_sheet.GREY).any(-1)
     assert [view.flip for view in views] == [False, True, True] and 0.3 < seen.mean() < 0.9
-    right = np.abs(whole - np.asarray(picture))[seen].mean()
+    right = np.abs(full - np.asarray(picture))[seen].mean()
     mirrored = np.abs(
-        whole - np.asarray(contact_sheet._assemble_from_views(taken._replace(flips=~taken.flips), 216, 144))
+        full - np.asarray(contact_sheet._assemble_from_views(taken._replace(flips=~taken.flips), 216, 144))
     )[seen].mean()
     assert right < 8 < 25 < mirrored
 
@@ -317,11 +319,11 @@ def test_what_the_font_lacks_is_named():
 
 @given(st.text("ab ,xW", max_size=200), st.integers(30, 400), st.integers(1, 4))
 def test_lines_fit(text, width, lines):
-    found = contact_sheet.wrap_text(text, width, lines)
-    assert len(found) <= lines
-    assert all(contact_sheet.load_font(13).getlength(line) <= width + 12 for line in found)
-    if not any(line.endswith("...") for line in found):
-        assert "".join(found).replace(" ", "") == text.replace(" ", "")
+    actual = contact_sheet.wrap_text(text, width, lines)
+    assert len(actual) <= lines
+    assert all(contact_sheet.load_font(13).getlength(line) <= width + 12 for line in actual)
+    if not any(line.endswith("...") for line in actual):
+        assert "".join(actual).replace(" ", "") == text.replace(" ", "")
 
 
 def test_unreadable_pictures_have_a_row(tmp_path):
@@ -401,8 +403,8 @@ def test_inspect_output_for_a_cache(tmp_path, gesso):
     stored = sum(file.stat().st_size for file in (tmp_path / "c" / "shards").glob("shard-*.safetensors"))
     assert about["images"] == "6 of 7, 2 views each" and inspect_tables.format_bytes(stored) in about["stored"]
     assert about["faces"] == "as they are" and len(about["mean"].split(", ")) == 3
-    said = dict(table(tables, "conventions").rows)
-    assert said["data.crop_scale"] == "0.5, 1" and said["views"] == "2" and "latent.vae" not in said
+    output = dict(table(tables, "conventions").rows)
+    assert output["data.crop_scale"] == "0.5, 1" and output["views"] == "2" and "latent.vae" not in output
     assert sum(int(count) for _, count, _ in table(tables, "buckets").rows) == 6
     assert table(tables, "pixels").rows[0] == ("height", "40", "60", "90")
     assert table(tables, "unreadable: 1 of 7").rows[0][0] == "bad.png"
@@ -424,9 +426,9 @@ def test_cache_views_are_fixed(gesso, tmp_path):
 
 def test_data_at_the_terminal(gesso, tmp_path):
     out = tmp_path / "deep" / "sheet.png"
-    code, said, _ = gesso("inspect", "digits", "--out", out, "--rows", 3)
-    assert code == 0 and f"wrote {out}" in said
-    assert "1,797" in said and "10 classes" in said and "the digit three" in said
+    code, output, _ = gesso("inspect", "digits", "--out", out, "--rows", 3)
+    assert code == 0 and f"wrote {out}" in output
+    assert "1,797" in output and "10 classes" in output and "the digit three" in output
     with Image.open(out) as picture:
         assert picture.format == "PNG" and picture.width > 400
 
@@ -439,9 +441,9 @@ def test_eighty_columns_whatever_the_names(gesso, tmp_path, monkeypatch):
         (tmp_path / "a" / name / "2.png").write_bytes(b"x")
         (tmp_path / "a" / name / "2.txt").write_text(f"{name} [red] caption " * 30)
     monkeypatch.setattr("conftest.Console", lambda **settings: Console(**settings | {"width": 80}))
-    code, said, _ = gesso("inspect", tmp_path / "a", "--out", tmp_path / "s.png", "--flip", "--crop-scale", ".4,.6")
-    assert code == 0 and "unreadable: 3 of 6" in said and "[bold]x[/bold]" in said
-    assert max(len(line) for line in said.splitlines() if not line.startswith("wrote")) <= 80
+    code, output, _ = gesso("inspect", tmp_path / "a", "--out", tmp_path / "s.png", "--flip", "--crop-scale", ".4,.6")
+    assert code == 0 and "unreadable: 3 of 6" in output and "[bold]x[/bold]" in output
+    assert max(len(line) for line in output.splitlines() if not line.startswith("wrote")) <= 80
 
 
 @pytest.mark.parametrize("scale", [".6,.4", "0,1", "1", "a,b", ".4,1.1", "nan,1", ".4,.5,.6", ""])

@@ -130,17 +130,17 @@ def test_published_edm2_weights(monkeypatch):
         "emb_noise.weight": "unet.emb_noise.weight", "emb_label.weight": "unet.emb_label.weight",
         "conv_in.weight": "unet.enc.16x16_conv.weight", "conv_out.weight": "unet.out_conv.weight",
     }  # fmt: skip
-    theirs = {ours: state[name].double() for ours, name in top.items()}
+    reference = {ours: state[name].double() for ours, name in top.items()}
     for side, blocks in ORDER.items():
         for i, block in enumerate(blocks):
             for name, tensor in state.items():
                 if name.startswith(f"unet.{block}."):
                     inner = name.removeprefix(f"unet.{block}.").replace("attn_", "attention.")
-                    theirs[f"{side}.{i}.{inner}"] = tensor.double()
+                    reference[f"{side}.{i}.{inner}"] = tensor.double()
     g = torch.Generator().manual_seed(1)
     x, c_noise = torch.randn(2, 3, 16, 16, generator=g, dtype=torch.float64), torch.randn(2, generator=g).double()
     one_hot = torch.eye(7, dtype=torch.float64)[[2, 5]]
-    wanted = reference_edm2.forward(theirs, x, c_noise, one_hot, levels=2, blocks=1, head_width=64)
+    wanted = reference_edm2.forward(reference, x, c_noise, one_hot, levels=2, blocks=1, head_width=64)
     ours = net.double()(x, c_noise, c_noise, Cond(label=torch.tensor([2, 5])))
     assert ours.std() > 0.05
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)  # the weights passed through float32
@@ -242,23 +242,23 @@ def test_import_diffusers_dit(out):
 def to_original_dit_names(state):
     """A diffusers DiT under facebookresearch/DiT's names."""
     emb = "transformer_blocks.0.norm1.emb"
-    own = {"y_embedder.embedding_table.weight": state[f"{emb}.class_embedder.embedding_table.weight"]}
+    local = {"y_embedder.embedding_table.weight": state[f"{emb}.class_embedder.embedding_table.weight"]}
     pairs = {
         "pos_embed.proj": "x_embedder.proj", "proj_out_1": "final_layer.adaLN_modulation.1",
         "proj_out_2": "final_layer.linear", f"{emb}.timestep_embedder.linear_1": "t_embedder.mlp.0",
         f"{emb}.timestep_embedder.linear_2": "t_embedder.mlp.2",
     }  # fmt: skip
     for i in range(2):
-        theirs = f"transformer_blocks.{i}"
+        reference = f"transformer_blocks.{i}"
         pairs |= {
-            f"{theirs}.attn1.to_out.0": f"blocks.{i}.attn.proj", f"{theirs}.ff.net.0.proj": f"blocks.{i}.mlp.fc1",
-            f"{theirs}.ff.net.2": f"blocks.{i}.mlp.fc2", f"{theirs}.norm1.linear": f"blocks.{i}.adaLN_modulation.1",
+            f"{reference}.attn1.to_out.0": f"blocks.{i}.attn.proj", f"{reference}.ff.net.0.proj": f"blocks.{i}.mlp.fc1",
+            f"{reference}.ff.net.2": f"blocks.{i}.mlp.fc2", f"{reference}.norm1.linear": f"blocks.{i}.adaLN_modulation.1",
         }  # fmt: skip
         for part in ("weight", "bias"):
-            qkv = [state[f"{theirs}.attn1.to_{x}.{part}"] for x in "qkv"]
-            own[f"blocks.{i}.attn.qkv.{part}"] = torch.cat(qkv)
-    own |= {f"{b}.{part}": state[f"{a}.{part}"] for a, b in pairs.items() for part in ("weight", "bias")}
-    return own
+            qkv = [state[f"{reference}.attn1.to_{x}.{part}"] for x in "qkv"]
+            local[f"blocks.{i}.attn.qkv.{part}"] = torch.cat(qkv)
+    local |= {f"{b}.{part}": state[f"{a}.{part}"] for a, b in pairs.items() for part in ("weight", "bias")}
+    return local
 
 
 def test_import_original_dit():
@@ -319,7 +319,7 @@ def test_pixart_on_other_grids(names, grid):
 def to_original_pixart_names(peer):
     """A diffusers PixArt under the names of PixArt-alpha/PixArt-alpha."""
     state = peer.state_dict()
-    own = {
+    local = {
         "pos_embed": peer.pos_embed.pos_embed, "final_layer.scale_shift_table": state["scale_shift_table"],
         "y_embedder.y_embedding": randn(120, 12),
     }  # fmt: skip
@@ -330,18 +330,18 @@ def to_original_pixart_names(peer):
         "caption_projection.linear_1": "y_embedder.y_proj.fc1", "caption_projection.linear_2": "y_embedder.y_proj.fc2",
     }  # fmt: skip
     for i in range(2):
-        theirs = f"transformer_blocks.{i}"
-        own[f"blocks.{i}.scale_shift_table"] = state[f"{theirs}.scale_shift_table"]
+        reference = f"transformer_blocks.{i}"
+        local[f"blocks.{i}.scale_shift_table"] = state[f"{reference}.scale_shift_table"]
         pairs |= {
-            f"{theirs}.attn1.to_out.0": f"blocks.{i}.attn.proj", f"{theirs}.ff.net.0.proj": f"blocks.{i}.mlp.fc1",
-            f"{theirs}.ff.net.2": f"blocks.{i}.mlp.fc2", f"{theirs}.attn2.to_q": f"blocks.{i}.cross_attn.q_linear",
-            f"{theirs}.attn2.to_out.0": f"blocks.{i}.cross_attn.proj",
+            f"{reference}.attn1.to_out.0": f"blocks.{i}.attn.proj", f"{reference}.ff.net.0.proj": f"blocks.{i}.mlp.fc1",
+            f"{reference}.ff.net.2": f"blocks.{i}.mlp.fc2", f"{reference}.attn2.to_q": f"blocks.{i}.cross_attn.q_linear",
+            f"{reference}.attn2.to_out.0": f"blocks.{i}.cross_attn.proj",
         }  # fmt: skip
         for attention, letters, stacked in (("attn1", "qkv", "attn.qkv"), ("attn2", "kv", "cross_attn.kv_linear")):
             for part in ("weight", "bias"):
-                parts = [state[f"{theirs}.{attention}.to_{x}.{part}"] for x in letters]
-                own[f"blocks.{i}.{stacked}.{part}"] = torch.cat(parts)
-    return own | {f"{b}.{part}": state[f"{a}.{part}"] for a, b in pairs.items() for part in ("weight", "bias")}
+                parts = [state[f"{reference}.{attention}.to_{x}.{part}"] for x in letters]
+                local[f"blocks.{i}.{stacked}.{part}"] = torch.cat(parts)
+    return local | {f"{b}.{part}": state[f"{a}.{part}"] for a, b in pairs.items() for part in ("weight", "bias")}
 
 
 def test_import_original_pixart():
@@ -380,8 +380,8 @@ SD3 = pytest.mark.parametrize("qk_norm, dual", [(None, ()), ("rms_norm", ()), ("
 def test_import_diffusers_sd3(qk_norm, dual):
     peer = diffusers_sd3(qk_norm, dual)
     net, notes = interop.load_network(peer.state_dict(), num_heads=None if qk_norm else 4)
-    args, theirs = sd3_forward(peer)
-    assert_close(net(*args), theirs)
+    args, reference = sd3_forward(peer)
+    assert_close(net(*args), reference)
     assert notes["process"].startswith("RF") and notes["c_noise"] == "1000*s"
     cfg, inputs = interop.sd3.infer_config(peer.state_dict(), 4)
     assert inputs == InputSpec(4, 8, text_dim=20, pooled_dim=12)
@@ -471,8 +471,8 @@ def test_import_original_sd3(qk_norm, dual):
     converted = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(dict(state))
     peer = diffusers_sd3(qk_norm, dual)
     peer.load_state_dict(converted)
-    args, theirs = sd3_forward(peer)
-    assert_close(net(*args), theirs)
+    args, reference = sd3_forward(peer)
+    assert_close(net(*args), reference)
 
 
 @pytest.mark.parametrize("sdxl", [False, True])
@@ -500,15 +500,15 @@ def to_compvis_names(state, levels=2, blocks=1):
         last = level * (blocks + 1) + blocks
         places[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{last}.{1 + attended}.conv"
     inner = {b: a for a, b in interop.unet.COMPVIS_RESIDUAL_NAMES.items()}
-    found = {}
+    actual = {}
     for name, tensor in state.items():
         place = max((p for p in places if name.startswith(f"{p}.")), key=len)
         rest = name.removeprefix(place)
         if ".resnets." in place:
             _, part, kind = rest.split(".")
             rest = f".{inner[part]}.{kind}"
-        found[f"model.diffusion_model.{places[place]}{rest}"] = tensor
-    return found
+        actual[f"model.diffusion_model.{places[place]}{rest}"] = tensor
+    return actual
 
 
 @pytest.mark.parametrize("sdxl", [False, True])

@@ -74,8 +74,8 @@ def test_frechet_of_one_dimension(m1, m2, s1, s2):
     def tensor(x, *shape):
         return torch.full(shape, x, dtype=F64)
 
-    found = frechet_distance(tensor(m1, 1), tensor(s1**2, 1, 1), tensor(m2, 1), tensor(s2**2, 1, 1))
-    assert found == pytest.approx((m1 - m2) ** 2 + (s1 - s2) ** 2, abs=1e-6)
+    actual = frechet_distance(tensor(m1, 1), tensor(s1**2, 1, 1), tensor(m2, 1), tensor(s2**2, 1, 1))
+    assert actual == pytest.approx((m1 - m2) ** 2 + (s1 - s2) ** 2, abs=1e-6)
 
 
 def test_frechet_of_commuting_covariances():
@@ -221,9 +221,9 @@ def test_nearest_is_exact_for_any_chunk(n, m, chunk, seed):
     # Few grey values and pixels: ties are common, and the first must win.
     a, b = (torch.randint(0, 3, (k, 1, 2, 2), generator=generator, dtype=torch.uint8) * 127 for k in (n, m))
     squares = (a.flatten(1).numpy()[:, None].astype(int) - b.flatten(1).numpy()[None].astype(int)) ** 2
-    found = nearest_images(a, b, chunk)
-    assert found.dtype == torch.int64
-    assert found.tolist() == squares.sum(-1).argmin(1).tolist()
+    actual = nearest_images(a, b, chunk)
+    assert actual.dtype == torch.int64
+    assert actual.tolist() == squares.sum(-1).argmin(1).tolist()
 
 
 def test_nearest_tells_large_images_one_step_apart():
@@ -266,22 +266,22 @@ def test_another_file_is_refused(monkeypatch, tmp_path):
 
 def test_shipped_classifier_knows_the_digits(network, digits):
     images, labels = digits
-    found, logits = network.classify(images)
-    assert found.shape == (1797, 64) and found.dtype == logits.dtype == torch.float32
-    assert not found.requires_grad and not network.training
+    actual, logits = network.classify(images)
+    assert actual.shape == (1797, 64) and actual.dtype == logits.dtype == torch.float32
+    assert not actual.requires_grad and not network.training
     assert class_accuracy(logits, labels) >= 0.99
 
 
 def test_features_do_not_depend_on_the_batch(network, digits):
     images = digits[0][:200]
-    whole = network(images)
+    full = network(images)
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(network(images[order]), whole[order], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(network(images[order]), full[order], rtol=1e-5, atol=1e-5)
     alone = torch.cat([network(image[None]) for image in images])
-    torch.testing.assert_close(alone, whole, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(network(images[:, 0]), whole, rtol=0, atol=0)
+    torch.testing.assert_close(alone, full, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(network(images[:, 0]), full, rtol=0, atol=0)
     network.train()
-    torch.testing.assert_close(network(images), whole, rtol=0, atol=0)
+    torch.testing.assert_close(network(images), full, rtol=0, atol=0)
     network.eval()
 
 
@@ -304,8 +304,8 @@ def test_distance_grows_with_noise(network, digits):
     # One of the 17 grey values of the scans is 16 apart from the next: noise below that is within the floor.
     for std in (0, 16, 32, 64):
         noisy = (images[898:1796] + std * noise).round().clamp(0, 255).to(torch.uint8)
-        found = moments_of(network(noisy))
-        distances.append(frechet_distance(real.mean, real.cov, found.mean, found.cov))
+        actual = moments_of(network(noisy))
+        distances.append(frechet_distance(real.mean, real.cov, actual.mean, actual.cov))
     assert distances == sorted(distances)
     assert distances[2] > 2 * distances[0]
 
@@ -321,9 +321,11 @@ def test_shape_features_name_the_shapes():
     there = torch.tensor([[pair in shapes_dataset.scene_facts(scene).shapes for pair in pairs] for scene in scenes])
     for side, least in ((16, 0.75), (32, 0.87), (64, 0.87)):
         images = [decode.decode_image(shapes_dataset.render_scene(scene), 3)[0] for scene in scenes]
-        made = [crops.crop_resize(image, crops.center_view(image.height, image.width), side, side) for image in images]
-        found = network.head(network(torch.from_numpy(numpy.stack(made)))) > 0
-        assert (found == there).all(dim=1).float().mean() > least
+        created = [
+            crops.crop_resize(image, crops.center_view(image.height, image.width), side, side) for image in images
+        ]
+        actual = network.head(network(torch.from_numpy(numpy.stack(created)))) > 0
+        assert (actual == there).all(dim=1).float().mean() > least
 
 
 def test_shape_features_refuse_other_pictures():

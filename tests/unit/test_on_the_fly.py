@@ -57,19 +57,19 @@ def vae(tmp_path_factory):
 
 
 def live(photos, seed=0, **settings) -> OnTheFlyDataset:
-    found = open_dataset(DataConfig(source=str(photos), resolution=16, crop_scale=(0.4, 0.6), **settings), seed=seed)
-    assert isinstance(found, OnTheFlyDataset)
-    return found
+    actual = open_dataset(DataConfig(source=str(photos), resolution=16, crop_scale=(0.4, 0.6), **settings), seed=seed)
+    assert isinstance(actual, OnTheFlyDataset)
+    return actual
 
 
 def tiny(source, **settings) -> config.RunConfig:
     """A run on 16x16 pixels, or 2x2 latents, of a few steps."""
-    said = {
+    output = {
         "data.source": source, "data.resolution": 16, "data.channels": 3, "net.hidden_size": 32, "net.depth": 1, "net.num_heads": 2,
         "net.patch_size": 1, "train.total_images": 64, "train.batch_size": 8, "train.snapshot_every": 32,
         "train.checkpoint_every": 16, "train.log_every": 32, "train.num_threads": 1, "sample.steps": 3, "eval.toy_metrics": "none",
     }  # fmt: skip
-    return recipes.resolve("digits", [f"{k}={v}" for k, v in (said | settings).items()])[0]
+    return recipes.resolve("digits", [f"{k}={v}" for k, v in (output | settings).items()])[0]
 
 
 def test_which_data_set_is_opened(photos, vae):
@@ -90,9 +90,9 @@ def test_too_large_for_memory_is_decoded_as_it_goes_to_the_same_pixels(photos, m
     plain = DataConfig(source=str(photos), resolution=16)
     for one, other in zip(open_dataset(plain).get(index, index), held.get(index, index), strict=True):
         assert one is None or one.shape == other.shape
-    ours, theirs = open_dataset(plain).get(index, index), OnTheFlyDataset(straight.source, plain).get(index, index)
+    ours, reference = open_dataset(plain).get(index, index), OnTheFlyDataset(straight.source, plain).get(index, index)
     for name in ("x", "original_sizes", "crop_boxes", "flips", "pixel_stats", "labels", "indices"):
-        assert getattr(ours, name).equal(getattr(theirs, name)), name
+        assert getattr(ours, name).equal(getattr(reference, name)), name
     torch.testing.assert_close(held.channel_stats()[0], pixel_channel_stats(held.pixels)[0])
 
 
@@ -148,9 +148,9 @@ def test_the_box_of_a_mirrored_view_is_stated_in_the_frame_that_is_shown(photos,
         some = CachedDataset(tmp_path / "c")
         samples = some.get(counter % len(some), counter)
     elif path == "sheet":
-        asked = inspect.InspectArgs(num_rows=4, num_views=4, crop_scale=(0.4, 0.6), flip=True, resolution=16)
-        found, _ = inspect.source_rows(open_source(str(photos)), np.array([[16, 16]]), asked)
-        shown = [row.views for row in found]
+        requested = inspect.InspectArgs(num_rows=4, num_views=4, crop_scale=(0.4, 0.6), flip=True, resolution=16)
+        actual, _ = inspect.source_rows(open_source(str(photos)), np.array([[16, 16]]), requested)
+        shown = [row.views for row in actual]
         samples = SampleBatch(*(torch.cat(parts) for parts in zip(*(view[:7] for view in shown), strict=True)))
     else:  # boxes off the centre, which the centred ones of training are not
         some = open_dataset(DataConfig(source=str(photos), resolution=16, flip=True))
@@ -183,8 +183,8 @@ def test_a_sample_depends_on_its_counter_alone(photos):
     run = tiny(
         photos, **{"data.flip": "true", "data.crop_scale": "[0.4,1]", "control.variables": "flip,crop,size,brightness"}
     )
-    run, found = open_dataset_for_run(run, QUIET)
-    batches = Batcher(found, run, 0.5, CPU)
+    run, actual = open_dataset_for_run(run, QUIET)
+    batches = Batcher(actual, run, 0.5, CPU)
     counter = torch.arange(10, 50)  # over three epochs
     x0, cond = batches(counter)
     for ranks in (2, 3):
@@ -198,8 +198,8 @@ def test_a_sample_depends_on_its_counter_alone(photos):
 
 
 def test_batches_fetched_ahead_are_the_same(photos):
-    run, found = open_dataset_for_run(tiny(photos, **{"data.crop_scale": "[0.4,1]"}), QUIET)
-    batches = Batcher(found, run, 0.5, CPU)
+    run, actual = open_dataset_for_run(tiny(photos, **{"data.crop_scale": "[0.4,1]"}), QUIET)
+    batches = Batcher(actual, run, 0.5, CPU)
     counters = [torch.arange(k, k + 8) for k in range(0, 40, 8)]
     ahead = list(batches.prefetch(iter(counters)))
     assert len(ahead) == 5
@@ -253,8 +253,8 @@ def test_captions_follow_the_image_that_is_shown(photos, tmp_path):
             "eval.toy_metrics": "none",
         },
     )
-    run, found = open_dataset_for_run(run, QUIET)
-    batches = Batcher(found, run, 0.5, CPU)
+    run, actual = open_dataset_for_run(run, QUIET)
+    batches = Batcher(actual, run, 0.5, CPU)
     counter = torch.arange(9)
     place = batches.sample_order(counter).tolist().index(4)
     _, cond = batches(counter)
@@ -299,14 +299,14 @@ EDM2_LATENTS = {"latent.vae": "no/such", "latent.convention": "edm2", "control.v
 
 def test_latents_are_drawn_afresh_at_each_visit_and_keyed_to_it(latent_zip):
     path, moments = latent_zip
-    run, found = open_dataset_for_run(tiny(path, **EDM2_LATENTS), QUIET)  # the VAE itself is not needed
+    run, actual = open_dataset_for_run(tiny(path, **EDM2_LATENTS), QUIET)  # the VAE itself is not needed
     assert (
         run.data.mean == EDM2_MEAN
         and run.data.std == EDM2_STD
         and run.input_spec.channels == 4
         and run.input_spec.resolution == 2
     )
-    batches = Batcher(found, run, 0.5, CPU)
+    batches = Batcher(actual, run, 0.5, CPU)
     counter = torch.arange(24)
     x0, cond = batches(counter)
     index = batches.sample_order(counter)
@@ -323,8 +323,8 @@ def test_latents_are_drawn_afresh_at_each_visit_and_keyed_to_it(latent_zip):
 def test_moments_of_latents(latent_zip):
     path, moments = latent_zip
     data, latent = DataConfig(source=str(path), resolution=16), LatentConfig(vae="x/y", normalization="measured")
-    found = open_dataset(data, latent)
-    measured = with_dataset_info(data, found, latent)
+    actual = open_dataset(data, latent)
+    measured = with_dataset_info(data, actual, latent)
     many = moments[:, :4] + moments[:, 4:] * torch.randn(
         20_000, 12, 4, 2, 2, generator=torch.Generator().manual_seed(0)
     )
@@ -333,7 +333,7 @@ def test_moments_of_latents(latent_zip):
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, output",
     [
         ({"latent.vae": "null"}, "holds latents: say which VAE made them"),
         ({"data.flip": "true"}, "cannot be mirrored or cropped: set data.flip=false"),
@@ -345,8 +345,8 @@ def test_moments_of_latents(latent_zip):
         ({"latent.convention": "dit", "latent.channels": 16}, "of 4 channels, 2x2, where latent.channels=16"),
     ],
 )
-def test_latents_that_do_not_fit(latent_zip, settings, said):
-    with pytest.raises(UsageError, match=said):
+def test_latents_that_do_not_fit(latent_zip, settings, output):
+    with pytest.raises(UsageError, match=output):
         open_dataset_for_run(tiny(latent_zip[0], **EDM2_LATENTS | settings), QUIET)
 
 
@@ -357,16 +357,16 @@ def test_a_vae_sees_rgb():
 
 @pytest.mark.parametrize("convention", ["dit", "edm2"])
 def test_pixels_are_encoded_as_training_comes_to_them(photos, vae, convention):
-    run, found = open_dataset_for_run(
+    run, actual = open_dataset_for_run(
         tiny(photos, **{"latent.vae": vae, "latent.convention": convention, "data.crop_scale": "[0.4,1]"}), QUIET
     )
     ours = VAE(str(vae), convention=convention)
     mean, std = ours.channel_stats()
     assert (run.data.mean, run.data.std) == (mean, std)
-    batches = Batcher(found, run, 0.5, CPU)
+    batches = Batcher(actual, run, 0.5, CPU)
     counter = torch.arange(6)
     x0, _ = batches(counter)
-    means, stds = ours.encode(found.get(batches.sample_order(counter), counter).x)
+    means, stds = ours.encode(actual.get(batches.sample_order(counter), counter).x)
     z = means + stds * keyed.normal(run.train.seed, counter, "latent", (4, 2, 2))
     torch.testing.assert_close(x0, (z - torch.tensor(mean)[:, None, None]) * 0.5 / torch.tensor(std)[:, None, None])
     assert batches.normalizer.x0_to_pixels(x0).equal(
@@ -375,8 +375,8 @@ def test_pixels_are_encoded_as_training_comes_to_them(photos, vae, convention):
 
 
 def test_measured_constants_of_encoded_pixels(photos, vae):
-    run, found = open_dataset_for_run(tiny(photos, **{"latent.vae": vae, "latent.normalization": "measured"}), QUIET)
-    parts = VAE(str(vae)).encode(found.reference_images(torch.arange(16)))
+    run, actual = open_dataset_for_run(tiny(photos, **{"latent.vae": vae, "latent.normalization": "measured"}), QUIET)
+    parts = VAE(str(vae)).encode(actual.reference_images(torch.arange(16)))
     mean, std = latent_channel_stats(torch.cat(parts, dim=1))
     torch.testing.assert_close(torch.tensor(run.data.mean, dtype=torch.float64), mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.tensor(run.data.std, dtype=torch.float64), std, rtol=1e-4, atol=1e-5)
@@ -411,8 +411,8 @@ def test_trains_on_latents_resumes_bit_equal_samples_and_evaluates(photos, vae, 
         start_training(run, tmp_path / "parts", False, QUIET, lambda text: None)
     monkeypatch.setattr(loop.Trainer, "step", step)
     start_training(run, tmp_path / "parts", True, QUIET, lambda text: None)
-    whole, parts = (snapshot.read(snapshot.list_snapshots(tmp_path / name)[-1].path)[0] for name in ("whole", "parts"))
-    assert all(whole[name].equal(parts[name]) for name in whole)
+    full, parts = (snapshot.read(snapshot.list_snapshots(tmp_path / name)[-1].path)[0] for name in ("whole", "parts"))
+    assert all(full[name].equal(parts[name]) for name in full)
 
     done = config.load_config(tmp_path / "whole" / "run.yaml")
     sampling.sample_to_folder(

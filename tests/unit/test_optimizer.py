@@ -21,10 +21,10 @@ QUIET = Console(quiet=True)
 
 
 def trainer(*groups: dict, **settings) -> loop.Trainer:
-    said = [{"match": "*", **group} for group in groups]
+    output = [{"match": "*", **group} for group in groups]
     run = tiny_run(**{"optim.warmup_images": 0} | settings)
     tree = config.to_dict(run)
-    tree["optim"]["param_groups"] = said
+    tree["optim"]["param_groups"] = output
     return loop.Trainer(*open_dataset_for_run(config.validate(tree), QUIET))
 
 
@@ -45,8 +45,8 @@ BASE = {"optim.weight_decay": 0.1, "optim.name": "adamw"}
 
 def test_the_first_glob_that_fits_decides():
     some = trainer(BIAS, FIRST, **BASE)
-    found = settings_of(some)
-    assert found.keys() == {name.removeprefix("net.") for name, _ in some.modules.named_parameters()}
+    actual = settings_of(some)
+    assert actual.keys() == {name.removeprefix("net.") for name, _ in some.modules.named_parameters()}
     for name, parameter in some.modules.named_parameters():
         name = name.removeprefix("net.")
         decay = 0.1 if parameter.ndim > 1 else 0.0
@@ -55,8 +55,8 @@ def test_the_first_glob_that_fits_decides():
             wanted = (2.0, (0.5, 0.6), 0.3)
         elif name.startswith("blocks.0."):
             wanted = (0.25, (0.9, 0.99), decay)
-        assert found[name] == wanted, name
-    assert len({*found.values()}) == 4  # biases; two of the first block, matrices of the rest
+        assert actual[name] == wanted, name
+    assert len({*actual.values()}) == 4  # biases; two of the first block, matrices of the rest
 
 
 def test_a_step_is_that_of_adamw_by_hand():
@@ -102,31 +102,31 @@ def test_the_sphere_never_decays():
         "param_groups": [{"match": "*gain", "weight_decay": 0.2}, {"match": "uncertainty.*", "lr_multiplier": 3}],
     }
     some = loop.Trainer(*open_dataset_for_run(config.validate(tree), QUIET))
-    found, sphere = settings_of(some), {id(w) for w in mp.sphere_weights(some.modules)}
+    actual, sphere = settings_of(some), {id(w) for w in mp.sphere_weights(some.modules)}
     for name, parameter in some.modules.named_parameters():
         if id(parameter) in sphere:
-            assert found[name.removeprefix("net.")][2] == 0
-    assert found["out_gain"][2] == 0.2 and found["uncertainty.linear.weight"][0] == 3
+            assert actual[name.removeprefix("net.")][2] == 0
+    assert actual["out_gain"][2] == 0.2 and actual["uncertainty.linear.weight"][0] == 3
     with pytest.raises(UsageError, match="all its weights are on the sphere"):
         tree["optim"]["param_groups"] = [{"match": "conv_*.weight", "weight_decay": 0.2}]
         loop.Trainer(*open_dataset_for_run(config.validate(tree), QUIET))
 
 
 @pytest.mark.parametrize(
-    "groups, said",
+    "groups, output",
     [
         ([{"match": "blocks.0.imag.*"}], "fits no parameter of this network; did you mean .*blocks.0.image"),
         ([{"match": "nothing-like-it"}], "fits no parameter"),
         ([{"match": "*"}, {"match": "*.bias"}], r"match=\*.bias comes after groups that take all its parameters"),
     ],
 )
-def test_globs_that_fit_nothing(groups, said):
-    with pytest.raises(UsageError, match=said):
+def test_globs_that_fit_nothing(groups, output):
+    with pytest.raises(UsageError, match=output):
         trainer(*groups)
 
 
 @pytest.mark.parametrize(
-    "argument, said",
+    "argument, output",
     [
         ('optim.param_groups=[{"match":"*","lr_multiplier": 0}]', "optim.param_groups.0.lr_multiplier"),
         ('optim.param_groups=[{"lr_multiplier": 1}]', "optim.param_groups.0.match is missing"),
@@ -137,8 +137,8 @@ def test_globs_that_fit_nothing(groups, said):
         ("optim.lr_scaling=sqrt", "needs the batch size that optim.lr was tuned for"),
     ],
 )
-def test_settings_that_are_wrong(argument, said):
-    with pytest.raises(UsageError, match=said):
+def test_settings_that_are_wrong(argument, output):
+    with pytest.raises(UsageError, match=output):
         recipes.resolve("digits", [argument])
 
 
@@ -274,15 +274,15 @@ def test_eight_bits_without_the_library():
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, output",
     [
         (["train.sharding=fsdp"], "does not work with train.sharding=fsdp"),
         (["train.dtype=float64"], "train.dtype=float64"),
         (["optim.weight_decay=0.1"], "decoupled weight decay only"),
     ],
 )
-def test_what_eight_bits_do_not_go_with(settings, said):
-    with pytest.raises(UsageError, match=said):
+def test_what_eight_bits_do_not_go_with(settings, output):
+    with pytest.raises(UsageError, match=output):
         recipes.resolve("digits", ["optim.state_dtype=8bit", *settings])
 
 

@@ -133,9 +133,9 @@ def test_claims_can_be_judged_on_reproduced_tables(name):
 @pytest.mark.parametrize("name, scale", PLACES)
 def test_every_job_is_valid(name, scale):
     """Recipe, settings, what it starts from (plan.jobs), and how it is measured."""
-    found = JOBS[name, scale]
-    assert bool(found) == (name != "berrada/A5")
-    for job in found:
+    actual = JOBS[name, scale]
+    assert bool(actual) == (name != "berrada/A5")
+    for job in actual:
         assert job.training is not None
         if job.group.method == "noise_levels":
             assert job.settings[0].startswith("t=")
@@ -152,8 +152,8 @@ def test_every_job_is_valid(name, scale):
 def test_what_trains_the_same_is_one_folder():
     """Over all tables: equal trainings lie in one place, whatever they are called."""
     folders: dict[str, set[Path]] = {}
-    for found in JOBS.values():
-        for one in plan.unique_trainings(found):
+    for actual in JOBS.values():
+        for one in plan.unique_trainings(actual):
             folders.setdefault(one.key, set()).add(one.folder)
     assert {key: at for key, at in folders.items() if len(at) > 1} == {}
 

@@ -129,10 +129,10 @@ def test_every_job_can_be_requested(name, scale):
     assert all(one.group.best for one in todo for column in one.group.columns if (one.row, column) in twice)
     for one in todo:
         assert one.group.method in measurements.MEASUREMENT_METHODS
-        said = tuple(one.overrides)
-        if one.training and (one.training.run.recipe, said) not in seen:
-            seen.add((one.training.run.recipe, said))
-            run = config.resolve(config.to_dict(one.training.run), list(said))[0]
+        output = tuple(one.overrides)
+        if one.training and (one.training.run.recipe, output) not in seen:
+            seen.add((one.training.run.recipe, output))
+            run = config.resolve(config.to_dict(one.training.run), list(output))[0]
             assert (
                 not run.eval.metrics
                 or one.group.method in UNTRAINED_METHODS
@@ -247,15 +247,15 @@ LARGER = [pytest.param(size, marks=pytest.mark.slow) for size in COST_512 if siz
 def test_counts_are_table_6s(size):
     """The paper's own count holds 1 % more (weight normalization, elementwise operations)."""
     table = TABLES["edm2/6"]()
-    found = {}
+    actual = {}
     for one in jobs("edm2/6", "paper"):
         if one.group.method == "counts" and one.row == f"512 {size}":
             numbers = compute_cost.measure_counts(one)["values"]
-            found |= {column: numbers[name] for column, name in one.group.columns.items()}
+            actual |= {column: numbers[name] for column, name in one.group.columns.items()}
     published = table.get_row(f"512 {size}").published
-    assert found["Mparams"] == pytest.approx(published["Mparams"], abs=0.06)
+    assert actual["Mparams"] == pytest.approx(published["Mparams"], abs=0.06)
     for column in ("Gflops", "Training, Zflops", "Sampling, Tflops", "Guided, Tflops"):
-        assert 0.984 < found[column] / published[column] < 1.0, column
+        assert 0.984 < actual[column] / published[column] < 1.0, column
 
 
 def test_costs_by_their_rules():
@@ -264,8 +264,8 @@ def test_costs_by_their_rules():
     guide = plan.plan_training(PAPER.guides["XS"], 0, WHERE)
     guided = ("sample.guidance=1.4", "sample.guide_run=somewhere")
     plain, both, half, alone = (
-        compute_cost.measure_counts(job(*said, trained=network, guide=by))["values"]
-        for said, by in (((), None), (guided, guide), (("eval.nimg=512M",), None), (("sample.guidance=2", "dropout.both=.1"), None))
+        compute_cost.measure_counts(job(*output, trained=network, guide=by))["values"]
+        for output, by in (((), None), (guided, guide), (("eval.nimg=512M",), None), (("sample.guidance=2", "dropout.both=.1"), None))
     )  # fmt: skip
     assert plain["nfe"] == 63 and plain["sampling"] == pytest.approx((63 * plain["gmacs"] + 1260.9) / 1000)
     assert plain["training"] == pytest.approx(3 * plain["gmacs"] * 1e9 * 2**31 / 1e21)
@@ -299,7 +299,7 @@ def test_gesso_networks_have_equal_compute():
 
 
 def test_both_papers_differ_by_what_a_row_says():
-    runs = {row: recipes.resolve("digits", [*MIXED_RESOLUTION, *said])[0] for row, said in tables.BOTH.items()}
+    runs = {row: recipes.resolve("digits", [*MIXED_RESOLUTION, *output])[0] for row, output in tables.BOTH.items()}
     assert runs["neither"] == runs["post-hoc EMA"]
     changed = {row: {path for path, _, _ in config.differences(runs["neither"], run)} for row, run in runs.items()}
     assert changed["control"] == {"control.variables", "control.alpha"} and changed["uncertainty"] == {"loss.weighting"}
@@ -342,20 +342,20 @@ def test_the_layers_of_figure_5b(step):
 
 def test_one_weight_alone_has_its_length(tmp_path, monkeypatch):
     run = write_run(tmp_path, "digits-edm2")
-    asked = {}
+    requested = {}
 
     def scores_of(work, tick):
-        asked["average"], asked["run"] = work.ema_target, work.run
+        requested["average"], requested["run"] = work.ema_target, work.run
         return {"scores": {"fd_digits": {"best": 1.0, "values": [2.0, 1.0]}}, "protocol": {"nimg": 1}}, []
 
     monkeypatch.setattr(measurements.runner, "evaluate_metrics", scores_of)
     trained = SimpleNamespace(folder=tmp_path, key="")
     one = job("eval.metrics=fd_digits", "sample.sigma_rel=0.1", "tensor=enc-32x32-block0-skip=0.05", trained=trained)
     assert measurements.measure_tensors(one)["values"] == {"fd_digits": 1.0}
-    assert asked["average"] == ema.PerTensorProfile(
+    assert requested["average"] == ema.PerTensorProfile(
         ema.PowerProfile(0.1), (("encoder.2.conv_skip.weight", ema.PowerProfile(0.05)),)
     )
-    assert asked["run"].eval.metrics == ("fd_digits",) and asked["run"].net == run.net
+    assert requested["run"].eval.metrics == ("fd_digits",) and requested["run"].net == run.net
     with pytest.raises(UsageError, match="no layer enc-8x8-block0-skip"):
         measurements.measure_tensors(job("tensor=enc-8x8-block0-skip=0.05", trained=trained))
 
@@ -363,15 +363,15 @@ def test_one_weight_alone_has_its_length(tmp_path, monkeypatch):
 def test_another_average_is_another_score_and_is_not_recorded(tmp_path):
     """With all weights at one length the score is that length's; scores.json has the run's own alone."""
     write_run(tmp_path, "digits-edm2")
-    said = ("eval.metrics=fd_digits", "eval.num_samples=24", "sample.guidance=1")
+    output = ("eval.metrics=fd_digits", "eval.num_samples=24", "sample.guidance=1")
     trained = SimpleNamespace(folder=tmp_path)
-    plain = measurements.measure_metrics(job(*said, "sample.sigma_rel=0.05", trained=trained))
+    plain = measurements.measure_metrics(job(*output, "sample.sigma_rel=0.05", trained=trained))
     before = (tmp_path / "scores.json").read_text()
     same = measurements.measure_tensors(
-        job(*said, "sample.sigma_rel=0.05", "tensor=enc-64x64-conv=0.05", trained=trained)
+        job(*output, "sample.sigma_rel=0.05", "tensor=enc-64x64-conv=0.05", trained=trained)
     )
     other = measurements.measure_tensors(
-        job(*said, "sample.sigma_rel=0.05", "tensor=enc-64x64-conv=0.1", trained=trained)
+        job(*output, "sample.sigma_rel=0.05", "tensor=enc-64x64-conv=0.1", trained=trained)
     )
     assert same["values"] == plain["values"] != other["values"]
     assert same["protocol"]["average"] == "sigma_rel 0.05, conv_in.weight sigma_rel 0.05"
@@ -390,10 +390,10 @@ def test_growth(tmp_path):
     lines = [line(10, 1, 1, 1), {"nimg": 20, "loss": 1.0}, line(50, 2, 1, 1), line(100, 4, 1, 9)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     one = job(trained=SimpleNamespace(folder=tmp_path))
-    found = measurements.measure_growth(one)["values"]
-    assert found["activations_max"] == pytest.approx(2.0)  # one level 4 times, one level not: their geometric mean
-    assert found["activations_mean"] == pytest.approx(4.0) and found["activations_mean_late"] == pytest.approx(2.0)
-    assert found["weights_max"] == pytest.approx(3.0) and found["main_path_mean"] == 1.0
+    actual = measurements.measure_growth(one)["values"]
+    assert actual["activations_max"] == pytest.approx(2.0)  # one level 4 times, one level not: their geometric mean
+    assert actual["activations_mean"] == pytest.approx(4.0) and actual["activations_mean_late"] == pytest.approx(2.0)
+    assert actual["weights_max"] == pytest.approx(3.0) and actual["main_path_mean"] == 1.0
     (tmp_path / "log.jsonl").write_text(json.dumps(lines[0]) + "\n")
     with pytest.raises(UsageError, match=r"set monitor\.magnitude_every lower"):
         measurements.measure_growth(one)
@@ -420,7 +420,7 @@ def test_responses_are_densities_of_their_length(sigma_rel):
 @pytest.mark.parametrize("n, target", [(4, 0.15), (8, 0.07)])
 def test_the_error_of_an_average_by_brute_force(n, target):
     """Least squares of densities on a fine grid of times."""
-    found = analytic.reconstruction(job("averages=.05,.1", f"snapshots={n}", f"target={target}"))["values"]["error"]
+    actual = analytic.reconstruction(job("averages=.05,.1", f"snapshots={n}", f"target={target}"))["values"]["error"]
     grid = (np.arange(200_000) + 0.5) / 200_000
 
     def density(length, t):
@@ -431,7 +431,7 @@ def test_the_error_of_an_average_by_brute_force(n, target):
     wanted = density(target, 1.0)
     x = np.linalg.lstsq(stored, wanted, rcond=None)[0]
     x /= x.sum()
-    assert found == pytest.approx(((stored @ x - wanted) ** 2).sum() / (wanted**2).sum(), rel=0.01)
+    assert actual == pytest.approx(((stored @ x - wanted) ** 2).sum() / (wanted**2).sum(), rel=0.01)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
@@ -442,12 +442,12 @@ def test_noise_levels_of_ddpm(k):
     bar = np.cumprod(1 - betas)
     for t in (0.0, 0.25, 0.5, 0.9995):
         sigma2 = k**2 * (1 - bar[int(t * 1000)]) / bar[int(t * 1000)]
-        found = analytic.noise_levels(job(f"t={t}", trained=trained))["values"]["alpha_bar"]
-        assert found == pytest.approx(1 / (1 + sigma2), rel=1e-9)
+        actual = analytic.noise_levels(job(f"t={t}", trained=trained))["values"]["alpha_bar"]
+        assert actual == pytest.approx(1 / (1 + sigma2), rel=1e-9)
     flow = plan.plan_training(Training("digits", ("process.name=rf",)), 0, WHERE)
     s = special.expit(special.ndtri(0.3))
-    found = analytic.noise_levels(job("t=0.3", trained=flow))["values"]["alpha_bar"]
-    assert found == pytest.approx((1 - s) ** 2 / ((1 - s) ** 2 + s**2))
+    actual = analytic.noise_levels(job("t=0.3", trained=flow))["values"]["alpha_bar"]
+    assert actual == pytest.approx((1 - s) ** 2 / ((1 - s) ** 2 + s**2))
 
 
 @pytest.mark.parametrize("normal", [0, 1, 8])
@@ -457,10 +457,12 @@ def test_step_sizes(normal):
     lost = integrate.quad(lambda w: normal * w**2 / math.sqrt(1 + (normal * w) ** 2) * math.exp(-w * w / 2), -12, 12)[
         0
     ] / math.sqrt(2 * math.pi)
-    found = {
+    actual = {
         p: analytic.step_sizes(job(f"normal={normal}", f"projected={p}"))["values"]["update"] for p in ("no", "yes")
     }
-    assert found["no"] == pytest.approx(math.sqrt(1 - lost**2), rel=0.05) and found["yes"] == pytest.approx(1, rel=0.01)
+    assert actual["no"] == pytest.approx(math.sqrt(1 - lost**2), rel=0.05) and actual["yes"] == pytest.approx(
+        1, rel=0.01
+    )
 
 
 def test_lambda_1_under_the_learned_uncertainty():
@@ -477,8 +479,8 @@ def test_lambda_1_under_the_learned_uncertainty():
     u = uncertainty(s)
     error = (0.3 * (x0 + s[:, None, None, None] * eps) - x0).square().mean(dim=(1, 2, 3))
     for weighting, factor in (("uncertainty-uniform", 1.0), ("uncertainty", proc.weight(s))):
-        found = denoiser.loss(net, proc, x0, s, eps, None, weighting, uncertainty)
-        assert torch.allclose(found, factor * error / u.exp() + u)
+        actual = denoiser.loss(net, proc, x0, s, eps, None, weighting, uncertainty)
+        assert torch.allclose(actual, factor * error / u.exp() + u)
         assert (
             config.LossConfig(weighting=weighting).learns_uncertainty
             and not config.LossConfig(weighting="uniform").learns_uncertainty
@@ -508,8 +510,10 @@ def test_a_cell_is_the_best_of_its_parts(tmp_path):
     numbers = [(3.0, 0.25), (2.0, 0.5), None, (math.nan, 0.75), (4.0, 0.125)]
     for one, values in zip(todo, numbers, strict=True):
         one.path.parent.mkdir(exist_ok=True)
-        found = {"n": 7} if values is None else {"fd": None if math.isnan(values[0]) else values[0], "share": values[1]}
-        one.path.write_text(json.dumps({"values": found}))
+        actual = (
+            {"n": 7} if values is None else {"fd": None if math.isnan(values[0]) else values[0], "share": values[1]}
+        )
+        one.path.write_text(json.dumps({"values": actual}))
     assert runner.collect_values(todo) == {
         0: {("r", "a"): 2.0, ("r", "b"): 0.5, ("s", "b"): 7},
         1: {("r", "a"): 4.0, ("r", "b"): 0.25, ("s", "b"): 7},

@@ -93,12 +93,12 @@ def test_published_samplers_of_dit_mdt_and_sd3(tmp_path):
 
 
 def test_error_messages(folder):
-    for name, said in (
+    for name, output in (
         ("sd3", "COCO's validation pictures with captions: name them by eval.reference"),
         ("berada", "did you mean berrada"),
         ("berrada-val", "the validation set: name them by eval.reference"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=output):
             protocols.apply_protocol(folder, name, [])
     with pytest.raises(UsageError, match="fixed by training"):
         protocols.apply_protocol(folder, "adm", ["net.hidden_size=64"])
@@ -107,15 +107,15 @@ def test_error_messages(folder):
 @pytest.mark.parametrize("name", ["berrada", "berrada-val", "berrada-in22k", "berrada-coco"])
 def test_the_papers_protocols_measure_both_averages(name, folder):
     """sigma_rel of the run, and .9999 per step: half of it is left after ln(1/2) / ln(.9999) steps."""
-    said = ["eval.reference=somewhere"]
-    run = protocols.apply_protocol(folder, name, said)
+    output = ["eval.reference=somewhere"]
+    run = protocols.apply_protocol(folder, name, output)
     steps = run.eval.halflives[0] / run.train.batch_size
     assert (
         len(run.eval.halflives) == 1 and 0.9999**steps == pytest.approx(0.5, rel=1e-5) and run.sample.halflife is None
     )
-    alone = protocols.apply_protocol(folder, name, [*said, "eval.halflives=[]"])
+    alone = protocols.apply_protocol(folder, name, [*output, "eval.halflives=[]"])
     assert alone.eval.halflives == () and alone.eval.protocol == f"{name}, but eval.halflives"
-    assert protocols.apply_protocol(folder, name, [*said, "sample.halflife=1000"]).sample.halflife == 1000
+    assert protocols.apply_protocol(folder, name, [*output, "sample.halflife=1000"]).sample.halflife == 1000
 
 
 @pytest.mark.parametrize("name", [n for n in recipes.RECIPES if n.startswith(("in1k", "cc12m", "in22k", "table-"))])

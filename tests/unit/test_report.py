@@ -91,21 +91,21 @@ class Checker(HTMLParser):
 
 
 def checked(page: Path) -> Checker:
-    found = Checker()
-    found.feed(page.read_text())
-    assert found.open == [] and found.loaded == []
+    actual = Checker()
+    actual.feed(page.read_text())
+    assert actual.open == [] and actual.loaded == []
     assert "@import" not in page.read_text() and "<script" not in page.read_text()
-    return found
+    return actual
 
 
 def test_a_page_on_one_run(tmp_path):
     out = written(tmp_path / "one & <only>", log())
     assert report.write(out) == out / "report.html"
-    found = checked(out / "report.html")
-    assert found.headings == [
+    actual = checked(out / "report.html")
+    assert actual.headings == [
         "Samples", "Samples on the way", "Training", "Loss by noise level", "Magnitudes", "Speed", "Made with", "Recipe",
     ]  # fmt: skip
-    text = " ".join(found.text)
+    text = " ".join(actual.text)
     assert "one & <only>" in text and "bad <name>.png" in text and "4,000" in text
     assert (out / "report.html").read_text().count("data:image/png") == 4  # of five, evenly
     assert "image 1,000" in text and "image 5,000" in text
@@ -133,8 +133,8 @@ def test_comparison_of_runs(tmp_path):
         MEASURED | {"protocol": protocol | {"steps": 32}},
         **{"optim.lr": 0.5, "train.seed": 3},
     )
-    found = checked(report.write([a, b], tmp_path / "page.html"))
-    assert found.headings == ["Scores", "Samples", "Training", "Magnitudes", "Speed", "Settings that differ"]
+    actual = checked(report.write([a, b], tmp_path / "page.html"))
+    assert actual.headings == ["Scores", "Samples", "Training", "Magnitudes", "Speed", "Settings that differ"]
     page = (tmp_path / "page.html").read_text()
     cells = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", page)
     assert ("optim.lr", "0.002", "0.5") in cells and ("train.seed", "0", "3") in cells
@@ -159,11 +159,11 @@ def test_the_command_line(tmp_path, monkeypatch):
 
 def test_long_curves_are_averaged_in_groups(tmp_path):
     lines = [{"nimg": i, "loss": float(i)} for i in range(1, 1001)]
-    found = folders.Folder(tmp_path, "x", None, lines, {})
-    x, y = found.curve("loss")
+    actual = folders.Folder(tmp_path, "x", None, lines, {})
+    x, y = actual.curve("loss")
     assert len(x) <= folders.MOST and x[-1] == 1000 and y[0] == 2.5 and x[0] == 4  # of 1, 2, 3, 4
     assert sum(y) / len(y) == pytest.approx(500.5)
-    assert found.curve("loss_by_noise", 3) == ([], []) and found.last("none", 2) is None
+    assert actual.curve("loss_by_noise", 3) == ([], []) and actual.last("none", 2) is None
 
 
 def test_what_is_late(tmp_path):
@@ -174,9 +174,9 @@ def test_what_is_late(tmp_path):
 
 def test_growth_is_relative_to_the_first(tmp_path):
     lines = [{"nimg": n, "magnitudes": {"weights": {"a": [n, 1.0], "b": [3 * n, 3.0]}}} for n in (1, 2)]
-    found = folders.Folder(tmp_path, "x", None, lines, {})
-    assert several.growth(found, "weights", 0) == ([1, 2], [1.0, 2.0])
-    assert several.growth(found, "weights", 1) == ([1, 2], [1.0, 1.0])
+    actual = folders.Folder(tmp_path, "x", None, lines, {})
+    assert several.growth(actual, "weights", 0) == ([1, 2], [1.0, 2.0])
+    assert several.growth(actual, "weights", 1) == ([1, 2], [1.0, 1.0])
 
 
 def test_strokes_of_many_runs_differ():
@@ -196,7 +196,7 @@ def test_no_figure_without_matplotlib(tmp_path, monkeypatch):
 
 
 def measurement(fid: float, name: str = "berrada", **protocol) -> dict:
-    told = {
+    recorded = {
         "name": name,
         "images": 50_000,
         "repeats": 1,
@@ -206,7 +206,7 @@ def measurement(fid: float, name: str = "berrada", **protocol) -> dict:
         "labels": None,
         "networks": {"inception": "x"},
     }
-    return {"scores": {"fid": {"values": [fid], "best": fid, "mean": fid}}, "protocol": told | protocol}
+    return {"scores": {"fid": {"values": [fid], "best": fid, "mean": fid}}, "protocol": recorded | protocol}
 
 
 def test_one_table_per_protocol(tmp_path):
@@ -221,8 +221,8 @@ def test_one_table_per_protocol(tmp_path):
         one.text
     )
     lossy = {"loss": 0.5, **{f"loss_{10 * i}_{10 * i + 10}": i + 0.125 for i in range(10)}}
-    told = {"networks": {}, "loss_pairs": 700, "sigma_rel": 0.1, "name": None}
-    pairs = measurement(0, **told) | {
+    recorded = {"networks": {}, "loss_pairs": 700, "sigma_rel": 0.1, "name": None}
+    pairs = measurement(0, **recorded) | {
         "scores": {name: {"values": [v], "least": v, "mean": v} for name, v in lossy.items()}
     }
     (a / "scores.json").write_text(json.dumps({"1": measurement(7.25), "2": least, "3": pairs}))

@@ -97,9 +97,12 @@ def test_a_box_under_adm_is_met_within_half_a_pixel(aspect):
         )
         centre = [(view.top + view.bottom) / 2, (view.left + view.right) / 2]
         tolerance = [0.5 * (view.bottom - view.top) / height, 0.5 * (view.right - view.left) / width]
-        found = [float(pixels[0].mean()), float(pixels[1].mean())]
+        actual = [float(pixels[0].mean()), float(pixels[1].mean())]
         # 1.5 / 255: pixels are 8 bits, cut down.
-        assert all(abs(f - c) <= t + 1.5 / 255 for f, c, t in zip(found, centre, tolerance, strict=True)), (view, found)
+        assert all(abs(f - c) <= t + 1.5 / 255 for f, c, t in zip(actual, centre, tolerance, strict=True)), (
+            view,
+            actual,
+        )
 
 
 def test_a_middle_box_of_any_aspect_begins_where_adm_begins():
@@ -140,11 +143,11 @@ def folder(tmp_path):
 
 def published(folder) -> torch.Tensor:
     """(n, 3, 32, 32), as the published loaders: decoded by PIL's convert("RGB"), in the order of names."""
-    found = []
+    actual = []
     for path in sorted(folder.glob("*/*")):
         image = Image.open(path).convert("RGB")
-        found.append(crops.crop_resize(image, crops.center_view(image.height, image.width), 32, 32, "adm"))
-    return torch.from_numpy(np.stack(found))
+        actual.append(crops.crop_resize(image, crops.center_view(image.height, image.width), 32, 32, "adm"))
+    return torch.from_numpy(np.stack(actual))
 
 
 def test_every_way_from_a_file_to_pixels_has_the_filter(folder, tmp_path):
@@ -223,7 +226,7 @@ def test_the_reference_of_a_cache_is_prepared_as_the_cache(tmp_path, monkeypatch
     (tmp_path / "in").mkdir()
     portrait(200, 240).save(tmp_path / "in" / "a.png")
     run = tiny_run().model_copy(update={"eval": EvalConfig()})
-    found = {}
+    actual = {}
     for name, blur in (("blurred", True), ("plain", False)):
         out = tmp_path / name
         data = DataConfig(source=str(tmp_path / "in"), resolution=64, resize="adm")
@@ -235,9 +238,9 @@ def test_the_reference_of_a_cache_is_prepared_as_the_cache(tmp_path, monkeypatch
             torch.equal(next(reference.batches(1)), cached.get_unaugmented(torch.arange(1)).x)
             and reference.blur_faces == blur
         )
-        found[name] = reference
-    assert found["blurred"].fingerprint != found["plain"].fingerprint
-    assert not torch.equal(*(next(reference.batches(1)) for reference in found.values()))
-    assert found["plain"].resize_description == "middle square, ADM's"
+        actual[name] = reference
+    assert actual["blurred"].fingerprint != actual["plain"].fingerprint
+    assert not torch.equal(*(next(reference.batches(1)) for reference in actual.values()))
+    assert actual["plain"].resize_description == "middle square, ADM's"
     other = runner._open_reference(some.model_copy(update={"eval": EvalConfig(resize="bicubic")}))
-    assert other.resize == "bicubic" and other.fingerprint != found["plain"].fingerprint
+    assert other.resize == "bicubic" and other.fingerprint != actual["plain"].fingerprint

@@ -183,12 +183,12 @@ def test_shards_are_those_of_the_samples(counts, window, seed, first, length):
     windowed = ShardWindowShuffle(counts, window, seed)
     shard_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     needed = list(dict.fromkeys(shard_of[windowed(first + torch.arange(length))].tolist()))
-    found = windowed.shards_for(first, first + length)
-    assert set(needed) <= set(found) and len(found) == len(set(found))
+    actual = windowed.shards_for(first, first + length)
+    assert set(needed) <= set(actual) and len(actual) == len(set(actual))
     # In order of need: a shard of a later window never stands before one of an earlier.
     by_sample = [windowed.shards_for(k, k + 1) for k in range(first, first + length)]
     expected = list(dict.fromkeys(itertools.chain(*by_sample)))
-    assert found == expected
+    assert actual == expected
     ahead = windowed.shards_for(first, first + 1 + windowed.max_window_size)
     assert set(windowed.shards_for(first, first + 1)) <= set(ahead) or len(counts) == 1
     assert windowed.shards_for(first, first) == []
@@ -196,12 +196,12 @@ def test_shards_are_those_of_the_samples(counts, window, seed, first, length):
 
 def test_windowed_depends_on_the_counter_seed_and_epoch_alone():
     counts = [40, 50, 60, 70, 80]
-    whole = ShardWindowShuffle(counts, 2, 5)(torch.arange(900))
+    full = ShardWindowShuffle(counts, 2, 5)(torch.arange(900))
     backwards = ShardWindowShuffle(counts, 2, 5)
-    assert torch.cat([backwards(part) for part in torch.arange(900).flip(0).split(37)]).flip(0).equal(whole)
-    assert (whole[:300] == whole[300:600]).sum() < 15
-    assert (ShardWindowShuffle(counts, 2, 6)(torch.arange(300)) == whole[:300]).sum() < 15
-    assert ShardWindowShuffle(counts, 2, 5)(torch.tensor([299, 0, 300, 5])).tolist() == whole[[299, 0, 300, 5]].tolist()
+    assert torch.cat([backwards(part) for part in torch.arange(900).flip(0).split(37)]).flip(0).equal(full)
+    assert (full[:300] == full[300:600]).sum() < 15
+    assert (ShardWindowShuffle(counts, 2, 6)(torch.arange(300)) == full[:300]).sum() < 15
+    assert ShardWindowShuffle(counts, 2, 5)(torch.tensor([299, 0, 300, 5])).tolist() == full[[299, 0, 300, 5]].tolist()
 
 
 def test_windowed_is_even():

@@ -111,13 +111,13 @@ def test_ranges(index):
 def test_captions_parse_back(index):
     scene = shapes_dataset.sample_scene(index)
     for wording in range(3):
-        said = scene_caption(replace(scene, wording=wording))
-        assert parse_caption(said) == scene_facts(scene) and len(said.split()) <= 12
-        assert parse_caption(said.upper() + ".") == scene_facts(scene)
+        output = scene_caption(replace(scene, wording=wording))
+        assert parse_caption(output) == scene_facts(scene) and len(output.split()) <= 12
+        assert parse_caption(output.upper() + ".") == scene_facts(scene)
 
 
 @pytest.mark.parametrize(
-    "said, pairs, place",
+    "output, pairs, place",
     [
         ("a blue cross", [("cross", "blue")], None),
         ("A photograph of one red circle, on the right", [("circle", "red")], "right"),
@@ -127,18 +127,18 @@ def test_captions_parse_back(index):
         ("a black ring and a white star below it", [("star", "white"), ("ring", "black")], "below"),
     ],
 )
-def test_captions_of_others(said, pairs, place):
-    assert parse_caption(said) == Facts(tuple(pairs), place)
+def test_captions_of_others(output, pairs, place):
+    assert parse_caption(output) == Facts(tuple(pairs), place)
 
 
 @pytest.mark.parametrize(
-    "said",
+    "output",
     ["", "a red dog", "an orange circle", "a red circle above", "a red star, a blue star and a red ring", "a circle, red",
      "a red circle at the top left", "a red circle and a red ring at the bottom"],
 )  # fmt: skip
-def test_captions_that_claim_nothing_certain(said):
+def test_captions_that_claim_nothing_certain(output):
     with pytest.raises(UsageError, match="it would read like"):
-        parse_caption(said)
+        parse_caption(output)
 
 
 def test_mirrored():
@@ -317,10 +317,10 @@ def test_blurred_and_pale_pictures_are_read(scenes):
 def test_detected_shapes_are_where_they_were_drawn(scenes):
     """At native sizes, without a crop; within 0.04 of the shorter edge, the shadow counting for a part of it."""
     for scene in scenes[:60]:
-        found = checker.detect_shapes(torch.from_numpy(render_scene(scene)).permute(2, 0, 1)[None])[0]
-        assert len(found) == len(scene.shapes)
+        actual = checker.detect_shapes(torch.from_numpy(render_scene(scene)).permute(2, 0, 1)[None])[0]
+        assert len(actual) == len(scene.shapes)
         for shape in scene.shapes:
-            near = min(found, key=lambda f: math.hypot(f.x - shape.x, f.y - shape.y))
+            near = min(actual, key=lambda f: math.hypot(f.x - shape.x, f.y - shape.y))
             assert math.hypot(near.x - shape.x, near.y - shape.y) < 0.04
             assert (near.kind, near.colour) == (shape.kind, shape.colour) and not near.touches_border
             area = 4 * (shapes_dataset.SIGNED_DISTANCES[shape.kind](AT, AT[:, None]) < 0).mean() * shape.radius**2
@@ -411,7 +411,7 @@ def test_crop_damage_is_seen(scenes):
             parts.append(torch.nn.functional.interpolate(part[None].float(), (64, 64), mode="bilinear")[0])
         cut = checker.detect_shapes(torch.stack(parts).round().to(torch.uint8))
         # the half of a ring is the worst: its two ends lie on the border
-        assert sum(any(found.touches_border for found in shapes_) for shapes_ in cut) >= 0.97 * len(cut)
+        assert sum(any(actual.touches_border for actual in shapes_) for shapes_ in cut) >= 0.97 * len(cut)
 
 
 def test_components_equal_scipy():
@@ -424,8 +424,8 @@ def test_components_equal_scipy():
         names = checker._connected_components(torch.from_numpy(labels)[None], background_index=0)[0].numpy()
         assert ((names == -1) == (labels == 0)).all()
         for colour in range(1, labels.max() + 1):
-            theirs, count = scipy.ndimage.label(labels == colour)
-            pairs = set(zip(theirs[labels == colour].tolist(), names[labels == colour].tolist(), strict=True))
+            reference, count = scipy.ndimage.label(labels == colour)
+            pairs = set(zip(reference[labels == colour].tolist(), names[labels == colour].tolist(), strict=True))
             assert len(pairs) == count == len({name for _, name in pairs})
 
 
@@ -443,23 +443,25 @@ def test_pictures_without_shapes():
     rates = checker.caption_accuracy(grey, ["a red star on the left", "a red star"])
     assert set(rates.values()) == {0, 0.5} and rates["sided"] == 0.5
     everywhere = torch.tensor(COLOURS["red"], dtype=torch.uint8)[None, :, None, None].expand(1, 3, 32, 32)
-    assert [(found.colour, found.touches_border) for found in checker.detect_shapes(everywhere)[0]] == [("red", True)]
+    assert [(actual.colour, actual.touches_border) for actual in checker.detect_shapes(everywhere)[0]] == [
+        ("red", True)
+    ]
 
 
 def test_who_is_spoken_of():
-    def found(kind, colour, x):
+    def actual(kind, colour, x):
         return checker.DetectedShape(kind, colour, x, 0.0, 0.1, False)
 
     claim = Facts((("circle", "red"), ("star", "red")), "left")
-    circle, star = found("circle", "red", -0.2), found("star", "red", 0.2)
+    circle, star = actual("circle", "red", -0.2), actual("star", "red", 0.2)
     assert (
         checker.match_shapes(claim, [star, circle]) == (circle, star)
         and checker.describe_place((circle, star)) == "left"
     )
-    assert checker.match_shapes(claim, [circle, found("circle", "red", 0.2)]) is None  # either could be the star
+    assert checker.match_shapes(claim, [circle, actual("circle", "red", 0.2)]) is None  # either could be the star
     assert checker.match_shapes(claim, [circle]) is None
-    assert checker.match_shapes(claim, [circle, found("ring", "blue", 0.2)]) is None
-    third = found("star", "blue", 0.0)
+    assert checker.match_shapes(claim, [circle, actual("ring", "blue", 0.2)]) is None
+    third = actual("star", "blue", 0.0)
     assert checker.match_shapes(claim, [third, star, circle]) == (circle, star)
 
 
@@ -490,8 +492,8 @@ def test_a_run_from_training_to_report(recipe, tmp_path):
     page = report.write(tmp_path).read_text()
     assert "What is drawn" in page and "real pictures" in page and "100.0%" in page
     prompt = "a red star to the left of a blue ring"
-    asked = sampling.SampleArgs(prompts=(prompt,)) if recipe == "shapes" else sampling.SampleArgs("star")
-    assert sampling.sample_to_folder(tmp_path, run, asked, tmp_path / "made")[-2].startswith("wrote 16 images")
+    requested = sampling.SampleArgs(prompts=(prompt,)) if recipe == "shapes" else sampling.SampleArgs("star")
+    assert sampling.sample_to_folder(tmp_path, run, requested, tmp_path / "made")[-2].startswith("wrote 16 images")
 
 
 def test_shapes_are_read_at_the_resolution_of_the_run():

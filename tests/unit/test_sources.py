@@ -80,8 +80,8 @@ def members(path: Path) -> list[tarfile.TarInfo]:
 
 def folder(root, texts=False):
     files = {path_of(i): png(i) for i in range(6)}
-    beside = {path_of(i)[:-3] + "txt": TEXTS[i].encode() for i in range(6)} if texts else {}
-    return write(root / "images", files | beside)
+    others = {path_of(i)[:-3] + "txt": TEXTS[i].encode() for i in range(6)} if texts else {}
+    return write(root / "images", files | others)
 
 
 def flat(root):
@@ -339,9 +339,9 @@ def test_other_zips_that_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_BZIP2) as archive:
         archive.writestr("a.png", png(0))
     refused("not packed by deflate")
-    whole = zipped(tmp_path / "a.zip", {f"{i}.png": png(0) for i in range(9)}).read_bytes()
-    for cut in (4, 30, len(whole) // 2, len(whole) - 30, len(whole) - 1):
-        (tmp_path / "a.zip").write_bytes(whole[:cut])
+    full = zipped(tmp_path / "a.zip", {f"{i}.png": png(0) for i in range(9)}).read_bytes()
+    for cut in (4, 30, len(full) // 2, len(full) - 30, len(full) - 1):
+        (tmp_path / "a.zip").write_bytes(full[:cut])
         refused("no zip that can be read")
     # The encryption bit of the central directory's entry.
     zipped(tmp_path / "a.zip", {"a.png": png(0)})
@@ -529,8 +529,8 @@ def test_other_parquets(tmp_path):
     with pytest.raises(UsageError, match=r"3 of 6 labels are wrong .*from 0 to 0"):
         open_source(where)
     path = where / "t-0.parquet"
-    whole = path.read_bytes()
-    for damaged in (whole[:-9], whole[:40]):
+    full = path.read_bytes()
+    for damaged in (full[:-9], full[:40]):
         path.write_bytes(damaged)
         with pytest.raises(UsageError, match="no parquet file that can be read"):
             open_source(where)
@@ -847,10 +847,10 @@ def test_damaged_listing_is_rebuilt(damage, tmp_path, temporary_cache_dir):
     set_old_mtime(where)
     open_source(where)
     (file,) = temporary_cache_dir.iterdir()
-    whole = file.read_bytes()
-    file.write_bytes(damage(whole))
+    full = file.read_bytes()
+    file.write_bytes(damage(full))
     assert open_source(where).item(3).image == png(3)
-    assert file.read_bytes() == whole
+    assert file.read_bytes() == full
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
@@ -871,12 +871,12 @@ def test_relative_paths_are_cached(tmp_path, monkeypatch, temporary_cache_dir):
     for where in ("tars", "flat", "tars/w-00.tar"):
         assert len(open_source(where)) == 6
     monkeypatch.chdir(tmp_path / "flat")
-    kept = {file: file.read_bytes() for file in temporary_cache_dir.iterdir()}
+    stored = {file: file.read_bytes() for file in temporary_cache_dir.iterdir()}
     monkeypatch.setattr(archives, "_list_tar", None)  # called, it would fail
     monkeypatch.setattr(folders, "_scan_tree", None)
     for where in ("../tars", "../flat", "../tars/w-00.tar"):
         assert len(open_source(where)) == 6
-    assert kept == {file: file.read_bytes() for file in temporary_cache_dir.iterdir()} and len(kept) == 2
+    assert stored == {file: file.read_bytes() for file in temporary_cache_dir.iterdir()} and len(stored) == 2
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=())), max_size=20))
