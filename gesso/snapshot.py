@@ -120,10 +120,10 @@ def list_snapshots(run_folder: Path) -> list[Snapshot]:
     """The snapshots of a run, by time, then name; of a folder of snapshots too. Raises UsageError when there are none."""
     inside = run_folder / "snapshots"
     folder = inside if inside.is_dir() else run_folder
-    found = [_from_header(path, _read_header(path)) for path in folder.glob("*.safetensors")]
-    if not found:
+    snapshots = [_from_header(path, _read_header(path)) for path in folder.glob("*.safetensors")]
+    if not snapshots:
         raise UsageError(f"{run_folder} holds no snapshots yet: train it first, or name another run folder")
-    return sorted(found, key=lambda s: (s.nimg, s.path.name))
+    return sorted(snapshots, key=lambda s: (s.nimg, s.path.name))
 
 
 class ReconstructionPlan(NamedTuple):
@@ -341,15 +341,15 @@ class PostHocEMA:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UsageError when the averages are others."""
-        ours = {profile.key: average for profile, average in self.tracker.averages.items()}
-        theirs = state["averages"]
-        if {k: set(v) for k, v in ours.items()} != {k: set(v) for k, v in theirs.items()}:
+        tracked = {profile.key: average for profile, average in self.tracker.averages.items()}
+        stored = state["averages"]
+        if {k: set(v) for k, v in tracked.items()} != {k: set(v) for k, v in stored.items()}:
             raise UsageError(
-                f"the state holds averages {sorted(theirs)} of other tensors or lengths than {sorted(ours)}"
+                f"the state holds averages {sorted(stored)} of other tensors or lengths than {sorted(tracked)}"
             )
-        for key, average in ours.items():
+        for key, average in tracked.items():
             for name, tensor in average.items():
-                tensor.copy_(theirs[key][name])
+                tensor.copy_(stored[key][name])
         self.nimg, self.run_id = state["nimg"], state["name"]
 
 

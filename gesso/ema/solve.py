@@ -221,6 +221,6 @@ def _normal_equations(
         b[raw] = (wanted.cdf(end) - wanted.cdf(start))[0] / (end - start)
         initial[raw] = times == 0
         if stored:
-            beside = (stored.cdf(end) - stored.cdf(start)) / (end - start)
-            A[np.ix_(~raw, raw)], A[np.ix_(raw, ~raw)] = beside, beside.T
+            mean_density = (stored.cdf(end) - stored.cdf(start)) / (end - start)
+            A[np.ix_(~raw, raw)], A[np.ix_(raw, ~raw)] = mean_density, mean_density.T
     return A, b, float(wanted.inner_products(wanted)[0, 0] + m_wanted[0] ** 2 / t_1), initial

@@ -49,13 +49,13 @@ def detect_format(
     keys = set(network)
     for reader in IMPORTERS:
         if reader.matches(keys):
-            found = reader.import_weights(network, num_heads)
+            imported = reader.import_weights(network, num_heads)
             if len(network) < len(state):
-                found.notes["left behind"] = f"{len(state) - len(network)} tensors outside {SINGLE_FILE_PREFIX}*"
+                imported.notes["left behind"] = f"{len(state) - len(network)} tensors outside {SINGLE_FILE_PREFIX}*"
             return (
-                _with_resolution(found, resolution)
-                if resolution and found.notes.get("resolution") == NOTE_ASSUMED_RESOLUTION
-                else found
+                _with_resolution(imported, resolution)
+                if resolution and imported.notes.get("resolution") == NOTE_ASSUMED_RESOLUTION
+                else imported
             )
     shown = ", ".join(sorted(keys)[:3])
     raise UsageError(f"weights of no project that gesso knows (tensors such as {shown})")
@@ -76,8 +76,8 @@ def load_network(
 
     Raises what `recognise` does, and RunError that lists what is missing or unknown.
     """
-    found = detect_format(state, num_heads, resolution)
-    return _build(found), found.notes
+    imported = detect_format(state, num_heads, resolution)
+    return _build(imported), imported.notes
 
 
 def load_denoiser(
@@ -87,10 +87,10 @@ def load_denoiser(
 
     Raises what `load` does.
     """
-    found = detect_format(state, num_heads, resolution)
-    net = _build(found).requires_grad_(False)
+    imported = detect_format(state, num_heads, resolution)
+    net = _build(imported).requires_grad_(False)
     mp.fold_gains_(net)
-    return Denoiser(net, processes.build_process(found.process), found.cfg.noise_embedding), found.notes
+    return Denoiser(net, processes.build_process(imported.process), imported.cfg.noise_embedding), imported.notes
 
 
 def _build(imported: ImportedModel) -> nn.Module:

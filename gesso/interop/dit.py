@@ -68,9 +68,9 @@ def original_block_mappings(foreign: str, name: str) -> list[TensorMapping]:
 def diffusers_mappings(depth: int) -> list[TensorMapping]:
     ties = map_layers({"pos_embed.proj": "trunk.patch_embed.proj", "proj_out_1": "final_ada.linear"})
     ties += map_layers({"proj_out_2": "trunk.final", "proj_out_2.variance": "trunk.variance"})
-    for theirs, ours in EMBEDDER_NAMES.items():
+    for foreign, ours in EMBEDDER_NAMES.items():
         ties.append(
-            TensorMapping(ours, tuple(f"transformer_blocks.{i}.norm1.emb.{theirs}" for i in range(depth)), "copies")
+            TensorMapping(ours, tuple(f"transformer_blocks.{i}.norm1.emb.{foreign}" for i in range(depth)), "copies")
         )
     for i in range(depth):
         ties += diffusers_block_mappings(f"transformer_blocks.{i}", f"blocks.{i}")
@@ -106,9 +106,9 @@ def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """facebookresearch/DiT's tensors under DiTNet's names; its position table is made, not carried."""
     _, channels, patch, _ = tensor_shape(state, "x_embedder.proj.weight")
-    kept = split_variance(state, "final_layer.linear", patch, channels)
-    kept.pop("pos_embed", None)
-    return import_tensors(kept, original_mappings(count_layers(state, "blocks")))
+    state_dict = split_variance(state, "final_layer.linear", patch, channels)
+    state_dict.pop("pos_embed", None)
+    return import_tensors(state_dict, original_mappings(count_layers(state, "blocks")))
 
 
 def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[DiTConfig, InputSpec]:
@@ -174,5 +174,5 @@ def to_diffusers(
         "out_channels": inputs.channels * (2 if cfg.learned_variance else 1),
         "patch_size": cfg.patch_size, "num_embeds_ada_norm": inputs.num_classes, "norm_eps": 1e-6,
     }  # fmt: skip
-    theirs = export_tensors(weights, diffusers_mappings(cfg.depth))
-    return peer, config, join_variance(theirs, "proj_out_2", cfg.patch_size, inputs.channels)
+    exported = export_tensors(weights, diffusers_mappings(cfg.depth))
+    return peer, config, join_variance(exported, "proj_out_2", cfg.patch_size, inputs.channels)

@@ -77,7 +77,7 @@ def published_names(cfg: EDM2Config | EDM2LadderConfig, inputs: InputSpec) -> di
     table[f"unet.enc.{resolutions[0]}x{resolutions[0]}_conv.weight"] = "conv_in.weight"
     for side, blocks in (("encoder", encoder), ("decoder", decoder)):
         for i, block in enumerate(blocks):
-            table |= {f"{block}.{theirs}": f"{side}.{i}.{ours}" for theirs, ours in BLOCK_NAMES.items()}
+            table |= {f"{block}.{foreign}": f"{side}.{i}.{ours}" for foreign, ours in BLOCK_NAMES.items()}
     return table
 
 

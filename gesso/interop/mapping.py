@@ -54,8 +54,8 @@ class TensorMapping(NamedTuple):
 def map_layers(pairs: Mapping[str, str], layout: Literal["rows", "swapped"] = "rows") -> list[TensorMapping]:
     """Weight and bias of layers: their name -> ours."""
     return [
-        TensorMapping(f"{ours}.{part}", (f"{theirs}.{part}",), layout)
-        for theirs, ours in pairs.items()
+        TensorMapping(f"{ours}.{part}", (f"{foreign}.{part}",), layout)
+        for foreign, ours in pairs.items()
         for part in PARAMETERS
     ]
 
@@ -80,13 +80,13 @@ def import_tensors(state: Mapping[str, Tensor], mappings: Iterable[TensorMapping
 
 def export_tensors(weights: Mapping[str, Tensor], mappings: Iterable[TensorMapping]) -> dict[str, Tensor]:
     """Our tensors under their names, none sharing memory with another."""
-    rest, theirs = dict(weights), {}
+    rest, exported = dict(weights), {}
     for tie in mappings:
         if tie.name in rest:
             parts = split_tensor(tie, rest.pop(tie.name))
-            theirs |= {name: part.clone() for name, part in zip(tie.foreign_names, parts, strict=True)}
+            exported |= {name: part.clone() for name, part in zip(tie.foreign_names, parts, strict=True)}
     assert not rest, f"no place for {sorted(rest)[:4]}"
-    return theirs
+    return exported
 
 
 def merge_tensors(mapping: TensorMapping, parts: list[Tensor]) -> Tensor:
@@ -134,16 +134,16 @@ def infer_num_heads(width: int, depth: int, num_heads: int | None, head_width: i
 
     Raises UsageError that asks for them, or says that those given do not fit.
     """
-    found = width // head_width if head_width else KNOWN_HEADS.get((width, depth))
-    if num_heads is None and found is None:
+    inferred = width // head_width if head_width else KNOWN_HEADS.get((width, depth))
+    if num_heads is None and inferred is None:
         raise UsageError(
             f"the heads of a network of width {width} and depth {depth} are not in its weights; say heads="
         )
     if num_heads is None:
-        return found
-    if width % num_heads or (head_width and num_heads != found):
-        said = f"the norms of its queries say {found}" if head_width else f"its width is {width}"
-        raise UsageError(f"heads={num_heads} does not fit the network: {said}")
+        return inferred
+    if width % num_heads or (head_width and num_heads != inferred):
+        reason = f"the norms of its queries say {inferred}" if head_width else f"its width is {width}"
+        raise UsageError(f"heads={num_heads} does not fit the network: {reason}")
     return num_heads
 
 

@@ -65,9 +65,9 @@ def original_mappings(encoder_layers: int, decoder_layers: int) -> list[TensorMa
         TensorMapping("decoder_position.table", ("decoder_pos_embed",)),
         TensorMapping("side.mask_token", ("mask_token",)),
     ]
-    for theirs, ours in BLOCK_LIST_NAMES.items():
+    for foreign, ours in BLOCK_LIST_NAMES.items():
         for i in range(decoder_layers if ours == "decoder" else encoder_layers):
-            ties += block_mappings(f"{theirs}.{i}", f"{ours}.{i}")
+            ties += block_mappings(f"{foreign}.{i}", f"{ours}.{i}")
     return ties + block_mappings("sideblocks.0", "side.block")
 
 
@@ -75,11 +75,11 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> t
     """The network's configuration, from names and shapes: the relative biases tell the heads."""
     width, channels, patch, _ = tensor_shape(state, "x_embedder.proj.weight")
     halves, decoder = count_layers(state, "en_inblocks"), count_layers(state, "de_blocks")
-    found = tensor_shape(state, f"en_inblocks.0.{BIAS_TABLE}")[1]
-    if num_heads not in (None, found):
-        raise UsageError(f"heads={num_heads} does not fit the network: its relative biases say {found}")
+    bias_heads = tensor_shape(state, f"en_inblocks.0.{BIAS_TABLE}")[1]
+    if num_heads not in (None, bias_heads):
+        raise UsageError(f"heads={num_heads} does not fit the network: its relative biases say {bias_heads}")
     cfg = MDTConfig(
-        hidden_size=width, depth=2 * halves + decoder, num_heads=found, patch_size=patch, decoder_layers=decoder, class_embed="table",
+        hidden_size=width, depth=2 * halves + decoder, num_heads=bias_heads, patch_size=patch, decoder_layers=decoder, class_embed="table",
         mlp_ratio=tensor_shape(state, "en_inblocks.0.mlp.fc1.weight")[0] / width,
         learned_variance=has_variance(tensor_shape(state, "final_layer.linear.weight")[0], patch, channels),
     )  # fmt: skip
@@ -97,7 +97,7 @@ def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> Import
         "latents": "SD VAE times 0.18215 when 4 channels",
     }
     notes |= variance_note(cfg.learned_variance)
-    kept = split_variance(state, "final_layer.linear", cfg.patch_size, inputs.channels)
-    kept = {name: tensor for name, tensor in kept.items() if not name.endswith(INDEX_SUFFIX)}
-    weights = import_tensors(kept, original_mappings((cfg.depth - cfg.decoder_layers) // 2, cfg.decoder_layers))
+    state_dict = split_variance(state, "final_layer.linear", cfg.patch_size, inputs.channels)
+    state_dict = {name: tensor for name, tensor in state_dict.items() if not name.endswith(INDEX_SUFFIX)}
+    weights = import_tensors(state_dict, original_mappings((cfg.depth - cfg.decoder_layers) // 2, cfg.decoder_layers))
     return ImportedModel(cfg, inputs, {name: tensor.float() for name, tensor in weights.items()}, notes, ADM_PROCESS)

@@ -62,8 +62,8 @@ SIZE_EMBEDDERS = ("csize_embedder.", "ar_embedder.", "adaln_single.emb.resolutio
 
 def matches(keys: set[str]) -> bool:
     peer = {"adaln_single.linear.weight", "scale_shift_table", "caption_projection.linear_1.weight"}
-    own = {"t_block.1.weight", "final_layer.scale_shift_table", "y_embedder.y_proj.fc1.weight"}
-    return keys >= peer or keys >= own
+    required = {"t_block.1.weight", "final_layer.scale_shift_table", "y_embedder.y_proj.fc1.weight"}
+    return keys >= peer or keys >= required
 
 
 def is_diffusers(state: Mapping[str, Tensor]) -> bool:
@@ -73,11 +73,13 @@ def is_diffusers(state: Mapping[str, Tensor]) -> bool:
 def diffusers_mappings(depth: int) -> list[TensorMapping]:
     ties = [*map_layers(DIFFUSERS_NAMES), TensorMapping("final_table", ("scale_shift_table",))]
     for i in range(depth):
-        theirs, ours = f"transformer_blocks.{i}", f"blocks.{i}"
-        ties += diffusers_block_mappings(theirs, ours)
-        ties.append(TensorMapping(f"{ours}.table", (f"{theirs}.scale_shift_table",)))
-        ties += map_layers({f"{theirs}.attn2.to_q": f"{ours}.cross.q", f"{theirs}.attn2.to_out.0": f"{ours}.cross.out"})
-        ties += map_stacked([f"{theirs}.attn2.to_{x}" for x in "kv"], f"{ours}.cross.kv")
+        foreign, ours = f"transformer_blocks.{i}", f"blocks.{i}"
+        ties += diffusers_block_mappings(foreign, ours)
+        ties.append(TensorMapping(f"{ours}.table", (f"{foreign}.scale_shift_table",)))
+        ties += map_layers(
+            {f"{foreign}.attn2.to_q": f"{ours}.cross.q", f"{foreign}.attn2.to_out.0": f"{ours}.cross.out"}
+        )
+        ties += map_stacked([f"{foreign}.attn2.to_{x}" for x in "kv"], f"{ours}.cross.kv")
     return ties
 
 
@@ -95,15 +97,17 @@ def original_mappings(depth: int) -> list[TensorMapping]:
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Under the names of PixArtNet with text."""
     _, channels, patch, _ = tensor_shape(state, "pos_embed.proj.weight")
-    kept = split_variance(state, "proj_out", patch, channels)
-    return import_tensors(drop_unused_tensors(kept), diffusers_mappings(count_layers(state, "transformer_blocks")))
+    state_dict = split_variance(state, "proj_out", patch, channels)
+    return import_tensors(
+        drop_unused_tensors(state_dict), diffusers_mappings(count_layers(state, "transformer_blocks"))
+    )
 
 
 def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """PixArt's own tensors under the names of PixArtNet with text. Its kv is stacked as ours is."""
     _, channels, patch, _ = tensor_shape(state, "x_embedder.proj.weight")
-    kept = split_variance(state, "final_layer.linear", patch, channels)
-    return import_tensors(drop_unused_tensors(kept), original_mappings(count_layers(state, "blocks")))
+    state_dict = split_variance(state, "final_layer.linear", patch, channels)
+    return import_tensors(drop_unused_tensors(state_dict), original_mappings(count_layers(state, "blocks")))
 
 
 def drop_unused_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -179,5 +183,5 @@ def to_diffusers(
         "patch_size": cfg.patch_size, "cross_attention_dim": cfg.hidden_size, "caption_channels": inputs.text_dim,
         "norm_eps": 1e-6, "interpolation_scale": 1, "use_additional_conditions": False,
     }  # fmt: skip
-    theirs = export_tensors(weights, diffusers_mappings(cfg.depth))
-    return peer, config, join_variance(theirs, "proj_out", cfg.patch_size, inputs.channels)
+    exported = export_tensors(weights, diffusers_mappings(cfg.depth))
+    return peer, config, join_variance(exported, "proj_out", cfg.patch_size, inputs.channels)

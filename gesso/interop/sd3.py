@@ -58,8 +58,8 @@ def diffusers_block_mappings(foreign: str, name: str, is_last: bool) -> list[Ten
 def diffusers_mappings(depth: int) -> list[TensorMapping]:
     ties = [TensorMapping("position.table", ("pos_embed.pos_embed",), "square")]
     ties += map_layers({"pos_embed.proj": "patch_embed.proj", "context_embedder": "semantic.mlp", "proj_out": "final"})
-    for theirs, ours in (("timestep_embedder", "time.mlp"), ("text_embedder", "pooled")):
-        ties += map_layers({f"time_text_embed.{theirs}.linear_{n}": f"{ours}.{i}" for n, i in ((1, 0), (2, 2))})
+    for foreign, ours in (("timestep_embedder", "time.mlp"), ("text_embedder", "pooled")):
+        ties += map_layers({f"time_text_embed.{foreign}.linear_{n}": f"{ours}.{i}" for n, i in ((1, 0), (2, 2))})
     ties += map_layers({"norm_out.linear": "final_ada.linear"}, "swapped")
     for i in range(depth):
         ties += diffusers_block_mappings(f"transformer_blocks.{i}", f"blocks.{i}", is_last=i == depth - 1)
@@ -74,25 +74,25 @@ def original_mappings(depth: int) -> list[TensorMapping]:
         ties += map_layers({f"t_embedder.mlp.{i}": f"time.mlp.{i}", f"y_embedder.mlp.{i}": f"pooled.{i}"})
     for i in range(depth):
         for kind, ours in (("x_block", "image"), ("context_block", "text")):
-            theirs, stream = f"joint_blocks.{i}.{kind}", f"blocks.{i}.{ours}"
+            foreign, stream = f"joint_blocks.{i}.{kind}", f"blocks.{i}.{ours}"
             attentions = {"attn": f"{stream}_qkv", "attn2": f"{stream}.second_qkv"}
             for attention, qkv in attentions.items():
-                ties += map_layers({f"{theirs}.{attention}.qkv": f"{qkv}.linear"})
+                ties += map_layers({f"{foreign}.{attention}.qkv": f"{qkv}.linear"})
                 ties += [
-                    TensorMapping(f"{qkv}.{x}_norm.weight", (f"{theirs}.{attention}.ln_{x}.weight",)) for x in "qk"
+                    TensorMapping(f"{qkv}.{x}_norm.weight", (f"{foreign}.{attention}.ln_{x}.weight",)) for x in "qk"
                 ]
             last_text = kind == "context_block" and i == depth - 1
             inner = {"attn.proj": "out", "attn2.proj": "second_out", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2"}
             inner["adaLN_modulation.1"] = "linear" if last_text else "ada.linear"
-            ties += map_layers({f"{theirs}.{a}": f"{stream}.{b}" for a, b in inner.items()})
+            ties += map_layers({f"{foreign}.{a}": f"{stream}.{b}" for a, b in inner.items()})
     return ties
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Under MMDiTNet's names."""
-    depth, kept = count_layers(state, "transformer_blocks"), dict(state)
-    kept.pop(unused_norm_name(depth), None)
-    return import_tensors(kept, diffusers_mappings(depth))
+    depth, state_dict = count_layers(state, "transformer_blocks"), dict(state)
+    state_dict.pop(unused_norm_name(depth), None)
+    return import_tensors(state_dict, diffusers_mappings(depth))
 
 
 def unused_norm_name(depth: int) -> str:
@@ -102,9 +102,9 @@ def unused_norm_name(depth: int) -> str:
 
 def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Stability's tensors under MMDiTNet's names."""
-    depth, kept = count_layers(state, "joint_blocks"), dict(state)
-    kept.pop(f"joint_blocks.{depth - 1}.context_block.attn.ln_q.weight", None)
-    return import_tensors(kept, original_mappings(depth))
+    depth, state_dict = count_layers(state, "joint_blocks"), dict(state)
+    state_dict.pop(f"joint_blocks.{depth - 1}.context_block.attn.ln_q.weight", None)
+    return import_tensors(state_dict, original_mappings(depth))
 
 
 def infer_training_grid(table: Tensor) -> int:
@@ -181,7 +181,7 @@ def to_diffusers(
         "pooled_projection_dim": inputs.pooled_dim, "pos_embed_max_size": cfg.pos_embed_max_size,
         "dual_attention_layers": tuple(range(cfg.dual_attention_layers)), "qk_norm": "rms_norm" if cfg.qk_norm else None,
     }  # fmt: skip
-    theirs = export_tensors(weights, diffusers_mappings(cfg.depth))
+    exported = export_tensors(weights, diffusers_mappings(cfg.depth))
     if cfg.qk_norm:
-        theirs[unused_norm_name(cfg.depth)] = torch.ones_like(weights["blocks.0.image_qkv.q_norm.weight"])
-    return peer, config, theirs
+        exported[unused_norm_name(cfg.depth)] = torch.ones_like(weights["blocks.0.image_qkv.q_norm.weight"])
+    return peer, config, exported

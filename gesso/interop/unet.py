@@ -47,8 +47,8 @@ COMPVIS_RESIDUAL_NAMES = {
 
 
 def matches(keys: set[str]) -> bool:
-    own = {"conv_in.weight", "time_embedding.linear_1.weight", "mid_block.resnets.0.conv1.weight"}
-    known = keys >= own or keys >= {COMPVIS_KEY, "time_embed.0.weight", "middle_block.0.in_layers.0.weight"}
+    required = {"conv_in.weight", "time_embedding.linear_1.weight", "mid_block.resnets.0.conv1.weight"}
+    known = keys >= required or keys >= {COMPVIS_KEY, "time_embed.0.weight", "middle_block.0.in_layers.0.weight"}
     return known and any(key.endswith(".attn2.to_k.weight") for key in keys)
 
 
@@ -68,18 +68,18 @@ def diffusers_mappings(levels: int, blocks: int, depth: int) -> list[TensorMappi
     """Of every tensor that such a network may have; depth: the most transformer blocks after a residual block."""
     last = f"upsamplers.{levels - 1}"
     ties = map_layers({"conv_in": "downsamplers.0", "conv_norm_out": f"{last}.0", "conv_out": f"{last}.2"})
-    for theirs, ours in EMBEDDING_NAMES.items():
-        ties += map_layers({f"{theirs}.linear_{n}": f"{ours}.{i}" for n, i in ((1, 0), (2, 2))})
+    for foreign, ours in EMBEDDING_NAMES.items():
+        ties += map_layers({f"{foreign}.linear_{n}": f"{ours}.{i}" for n, i in ((1, 0), (2, 2))})
     places = [("mid_block", "middle", 2)]
     for level in range(levels):
         ties += map_layers({f"down_blocks.{level}.downsamplers.0.conv": f"downsamplers.{level + 1}"})
         ties += map_layers({f"up_blocks.{level}.upsamplers.0.conv": f"upsamplers.{level}.1"})
         places += [(f"down_blocks.{level}", f"down.{level}", blocks), (f"up_blocks.{level}", f"up.{level}", blocks + 1)]
-    for theirs, ours, n in places:
+    for foreign, ours, n in places:
         for i in range(n):
-            parts = {f"{theirs}.resnets.{i}.{a}": f"{ours}.{i}.residual.{b}" for a, b in RESIDUAL_NAMES.items()}
+            parts = {f"{foreign}.resnets.{i}.{a}": f"{ours}.{i}.residual.{b}" for a, b in RESIDUAL_NAMES.items()}
             ties += map_layers(parts) + transformer_mappings(
-                f"{theirs}.attentions.{i}", f"{ours}.{i}.transformer", depth
+                f"{foreign}.attentions.{i}", f"{ours}.{i}.transformer", depth
             )
     return ties
 
@@ -134,13 +134,14 @@ def middle_transformer_depth(state: Mapping[str, Tensor]) -> int:
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Under UNetNet's names. SD1.5's 1x1 convolutions around a transformer are our linear layers."""
-    kept = dict(state)
-    for name, value in kept.items():
+    state_dict = dict(state)
+    for name, value in state_dict.items():
         if re.search(r"\.proj_(in|out)\.weight$", name) and value.ndim == 4:
-            kept[name] = value[:, :, 0, 0]
+            state_dict[name] = value[:, :, 0, 0]
     levels, blocks = count_layers(state, "down_blocks"), count_layers(state, "down_blocks.0.resnets")
     return import_tensors(
-        kept, diffusers_mappings(levels, blocks, max([*transformer_depths(state), middle_transformer_depth(state)]))
+        state_dict,
+        diffusers_mappings(levels, blocks, max([*transformer_depths(state), middle_transformer_depth(state)])),
     )
 
 

@@ -38,9 +38,9 @@ class Folder(NamedTuple):
 
     def curve(self, *keys: str | int) -> Points:
         """Values found under the keys, one within the other, over images seen; lines without them are left out."""
-        found = [(line["nimg"], value) for line in self.lines if (value := _under(line, keys)) is not None]
-        size = -(-len(found) // MOST) or 1
-        groups = [found[i : i + size] for i in range(0, len(found), size)]
+        points = [(line["nimg"], value) for line in self.lines if (value := _under(line, keys)) is not None]
+        size = -(-len(points) // MOST) or 1
+        groups = [points[i : i + size] for i in range(0, len(points), size)]
         return [g[-1][0] for g in groups], [sum(value for _, value in g) / len(g) for g in groups]
 
     def last(self, *keys: str | int) -> Any:
@@ -49,8 +49,8 @@ class Folder(NamedTuple):
 
     def late(self, key: str) -> list[float | None]:
         """Of lists under the key the mean of the last tenth, element by element, without what is missing."""
-        found = [line[key] for line in self.lines if key in line]
-        some = found[-max(1, len(found) // 10) :]
+        values = [line[key] for line in self.lines if key in line]
+        some = values[-max(1, len(values) // 10) :]
         columns = [[value for value in column if value is not None] for column in zip(*some, strict=True)]
         return [sum(column) / len(column) if column else None for column in columns]
 

@@ -72,7 +72,7 @@ def image(path: Path, caption: str) -> str:
     return figure(f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">', caption)
 
 
-def beside(figures: Iterable[str], kind: str = "pair") -> str:
+def row(figures: Iterable[str], kind: str = "pair") -> str:
     """Two to a row, or with "few" up to four; one on a phone."""
     joined = "".join(figures)
     return f'<div class="{kind}">{joined}</div>' if joined else ""

@@ -27,24 +27,24 @@ def sections(runs: Sequence[Folder]) -> Iterator[str]:
 def head(runs: Sequence[Folder]) -> str:
     """Names with the strokes of their curves."""
     rows = []
-    for i, found in enumerate(runs):
+    for i, run_data in enumerate(runs):
         colour, dash = figures.stroke(i)
         gaps = {"-": "", "--": "7 4", "-.": "9 3 2 3", ":": "2 3"}[dash]
         swatch = (
             f'<svg class="swatch" width="30" height="6"><line x1="0" y1="3" x2="30" y2="3" stroke="{colour}" '
             f'stroke-width="3" stroke-dasharray="{gaps}"/></svg>'
         )
-        run, loss = found.run, found.last("loss")
+        run, loss = run_data.run, run_data.last("loss")
         cells = [
             run.net.name,
             run.process.name,
-            f"{found.seen:,}",
+            f"{run_data.seen:,}",
             number(loss),
-            number(held(found)),
-            number(found.last("images_per_second")),
+            number(held(run_data)),
+            number(run_data.last("images_per_second")),
         ]
         body = "".join(f"<td>{page.escape(cell)}</td>" for cell in cells)
-        rows.append(f"<tr><td>{swatch}{page.escape(found.label)}</td>{body}</tr>")
+        rows.append(f"<tr><td>{swatch}{page.escape(run_data.label)}</td>{body}</tr>")
     names = ("run", "network", "process", "images seen", "loss", "validation", "images/s")
     top = "".join(f"<th>{name}</th>" for name in names)
     title = page.escape(title_of(runs))
@@ -52,13 +52,13 @@ def head(runs: Sequence[Folder]) -> str:
 
 
 def title_of(runs: Sequence[Folder]) -> str:
-    names = [found.label for found in runs]
+    names = [run_data.label for run_data in runs]
     return ", ".join(names[:-1]) + " and " + names[-1] if len(names) < 5 else f"{names[0]} and {len(names) - 1} others"
 
 
-def held(found: Folder) -> float | None:
+def held(run_data: Folder) -> float | None:
     """Newest validation loss, of the average that is listed last."""
-    newest = found.last("validation")
+    newest = run_data.last("validation")
     return list(newest.values())[-1] if newest else None
 
 
@@ -70,17 +70,17 @@ def number(value: object) -> str:
 
 def flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
     """The numbers of metrics.json by path, without how they were measured and the curve over lengths."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, dict) and (prefix or name not in ("protocol", "ema_sweep")):
-            found |= flat(value, f"{prefix}{name} ")
+            values |= flat(value, f"{prefix}{name} ")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[prefix + name.replace("_", " ")] = value
-    return found
+            values[prefix + name.replace("_", " ")] = value
+    return values
 
 
 def scores(runs: Sequence[Folder]) -> str:
-    measured = [flat(found.metrics) for found in runs]
+    measured = [flat(run_data.metrics) for run_data in runs]
     names = list(dict.fromkeys(name for one in measured for name in one if not name.endswith(" std")))
     rows = []
     for name in names:
@@ -89,10 +89,10 @@ def scores(runs: Sequence[Folder]) -> str:
         rows.append((name, *(scored(v, s) for v, s in zip(cells, spreads, strict=True))))
     if not rows:
         return ""
-    return page.section("Scores", page.table(("", *(found.label for found in runs)), rows), unlike(runs))
+    return page.section("Scores", page.table(("", *(run_data.label for run_data in runs)), rows), unlike(runs))
 
 
-OWN = ("nimg", "sigma_rel", "halflife")
+RUN_FIELDS = ("nimg", "sigma_rel", "halflife")
 """of a protocol: how far a run has come and its EMA length, which is the run's own, where it was measured at one alone"""
 
 
@@ -103,11 +103,13 @@ def _way(one: Mapping[str, Any], without: Sequence[str] = ()) -> str:
 def measured(runs: Sequence[Folder]) -> str:
     """One table for each way of measuring, so that numbers of two protocols never stand in one."""
     ways: dict[str, dict[str, dict[str, Any]]] = {}
-    several = {way for found in runs for way, n in Counter(_way(one, OWN) for one in found.measured).items() if n > 1}
-    for found in runs:
-        for one in found.measured:
-            way = _way(one, OWN)
-            ways.setdefault(_way(one) if way in several else way, {})[found.label] = one["scores"]
+    several = {
+        way for run_data in runs for way, n in Counter(_way(one, RUN_FIELDS) for one in run_data.measured).items() if n > 1
+    }
+    for run_data in runs:
+        for one in run_data.measured:
+            way = _way(one, RUN_FIELDS)
+            ways.setdefault(_way(one) if way in several else way, {})[run_data.label] = one["scores"]
     parts = []
     for way, by_run in ways.items():
         protocol = {name: value for name, value in json.loads(way).items() if value is not None}
@@ -115,10 +117,11 @@ def measured(runs: Sequence[Folder]) -> str:
         rows = [
             (name, *(scored(by_run.get(f.label, {}).get(name, {}).get("best"), None) for f in runs)) for name in names
         ]
-        own = "".join(f", {name} {protocol[name]}" for name in OWN if name in protocol)
-        title = f"{protocol.get('name', 'scores')}: {amount(protocol)}{own}"
+        run_fields = "".join(f", {name} {protocol[name]}" for name in RUN_FIELDS if name in protocol)
+        title = f"{protocol.get('name', 'scores')}: {amount(protocol)}{run_fields}"
         parts.append(
-            page.table((title, *(found.label for found in runs)), rows) + page.folded("protocol", page.terms(protocol))
+            page.table((title, *(run_data.label for run_data in runs)), rows)
+            + page.folded("protocol", page.terms(protocol))
         )
     return page.section("Measured", *parts)
 
@@ -131,41 +134,41 @@ def scored(value: float | None, spread: float | None) -> str:
 
 def unlike(runs: Sequence[Folder]) -> str:
     """Where the scores were not measured alike."""
-    protocols = [found.metrics["protocol"] for found in runs if "protocol" in found.metrics]
+    protocols = [run_data.metrics["protocol"] for run_data in runs if "protocol" in run_data.metrics]
     keys = dict.fromkeys(key for one in protocols for key in one)
     rows = [
-        (key, *(number(found.metrics.get("protocol", {}).get(key)) for found in runs))
+        (key, *(number(run_data.metrics.get("protocol", {}).get(key)) for run_data in runs))
         for key in keys
         if len({json.dumps(one.get(key)) for one in protocols}) > 1
     ]
     if not rows:
         return ""
     note = page.paragraph("The scores were not measured alike:")
-    return note + page.table(("", *(found.label for found in runs)), rows, "words")
+    return note + page.table(("", *(run_data.label for run_data in runs)), rows, "words")
 
 
 def samples(runs: Sequence[Folder]) -> str:
     pictures = []
-    for found in runs:
-        made, grids = found.path / "samples" / "by_class.png", found.grids()
-        if made.is_file():
-            nimg = found.metrics.get("protocol", {}).get("nimg", found.seen)
-            pictures.append(page.image(made, f"{found.label}, image {nimg:,}"))
+    for run_data in runs:
+        by_class, grids = run_data.path / "samples" / "by_class.png", run_data.grids()
+        if by_class.is_file():
+            nimg = run_data.metrics.get("protocol", {}).get("nimg", run_data.seen)
+            pictures.append(page.image(by_class, f"{run_data.label}, image {nimg:,}"))
         elif grids:
-            pictures.append(page.image(grids[-1][1], f"{found.label}, image {grids[-1][0]:,}, on the way"))
-    return page.section("Samples", page.beside(pictures, "few" if len(pictures) > 2 else "pair"))
+            pictures.append(page.image(grids[-1][1], f"{run_data.label}, image {grids[-1][0]:,}, on the way"))
+    return page.section("Samples", page.row(pictures, "few" if len(pictures) > 2 else "pair"))
 
 
 def overlaid(runs: Sequence[Folder], of: Callable[[Folder], Points], label: str, **how: Any) -> str:
-    styles = {found.label: figures.stroke(i) for i, found in enumerate(runs)}
-    return figures.lines({found.label: of(found) for found in runs}, label, styles=styles, **how)
+    styles = {run_data.label: figures.stroke(i) for i, run_data in enumerate(runs)}
+    return figures.lines({run_data.label: of(run_data) for run_data in runs}, label, styles=styles, **how)
 
 
 def training(runs: Sequence[Folder]) -> str:
-    def validation(found: Folder) -> Points:
-        return found.curve("validation", list(found.last("validation") or [""])[-1])
+    def validation(run_data: Folder) -> Points:
+        return run_data.curve("validation", list(run_data.last("validation") or [""])[-1])
 
-    weightings = {found.run.loss.weighting for found in runs}
+    weightings = {run_data.run.loss.weighting for run_data in runs}
     targets = {(f.run.process.name, config.flatten(f.run).get("process.prediction")) for f in runs}
     apart = " The runs weight it differently: it cannot be compared." if len(weightings | targets) > 2 else ""
     plots = [(overlaid(runs, lambda f: f.curve("loss"), "loss"), "Training loss between log lines." + apart)]
@@ -177,7 +180,7 @@ def training(runs: Sequence[Folder]) -> str:
     plots.append(
         (figures.over_bins(latest, "loss"), "Training loss by noise level, over the last tenth of the log." + apart)
     )
-    summed = {found.run.loss.reduction for found in runs} == {"mean", "sum"}
+    summed = {run_data.run.loss.reduction for run_data in runs} == {"mean", "sum"}
     note = " Of a summed loss it is C*H*W times that of a mean: runs of both are here." if summed else ""
     plots.append(
         (
@@ -193,14 +196,14 @@ def training(runs: Sequence[Folder]) -> str:
 
 def magnitudes(runs: Sequence[Folder]) -> str:
     plots = []
-    for what, said in (("activations", "what layers put out"), ("main_path", "what blocks put out")):
+    for what, title in (("activations", "what layers put out"), ("main_path", "what blocks put out")):
         for i, how in enumerate(("largest", "mean")):
             name = f"{what.replace('_', ' ')}, {how}"
             drawn = overlaid(runs, lambda f, what=what, i=i: over_buckets(f, what, i), name, from_zero=True)
             plots.append(
                 (
                     drawn,
-                    f"The {how} magnitude of {said}, over all blocks (EDM2 Eq. 3); 1 is that of unit-normal values.",
+                    f"The {how} magnitude of {title}, over all blocks (EDM2 Eq. 3); 1 is that of unit-normal values.",
                 )
             )
     for i, how in enumerate(("largest", "mean")):
@@ -209,15 +212,15 @@ def magnitudes(runs: Sequence[Folder]) -> str:
     return page.section("Magnitudes", single.shown(plots))
 
 
-def over_buckets(found: Folder, what: str, i: int) -> Points:
+def over_buckets(run_data: Folder, what: str, i: int) -> Points:
     """The largest of the buckets (i = 0), or their mean (i = 1)."""
-    lines = [line for line in found.lines if what in line.get("magnitudes", {})]
+    lines = [line for line in run_data.lines if what in line.get("magnitudes", {})]
     values = [[pair[i] for pair in line["magnitudes"][what].values()] for line in lines]
     return [line["nimg"] for line in lines], [max(v) if i == 0 else sum(v) / len(v) for v in values]
 
 
-def growth(found: Folder, what: str, i: int) -> Points:
-    x, y = over_buckets(found, what, i)
+def growth(run_data: Folder, what: str, i: int) -> Points:
+    x, y = over_buckets(run_data, what, i)
     return x, [value / y[0] for value in y]
 
 
@@ -232,11 +235,11 @@ def speed(runs: Sequence[Folder]) -> str:
 def differences(runs: Sequence[Folder]) -> str:
     """A row for each setting in which any two of the runs differ."""
     paths = dict.fromkeys(path for other in runs[1:] for path, _, _ in config.differences(runs[0].run, other.run))
-    values = [config.flatten(found.run) for found in runs]
+    values = [config.flatten(run_data.run) for run_data in runs]
     rows = [(path, *(short(one.get(path)) for one in values)) for path in paths]
     if not rows:
         return page.section("Settings that differ", page.paragraph("None."))
-    table = page.table(("", *(found.label for found in runs)), rows, "words")
+    table = page.table(("", *(run_data.label for run_data in runs)), rows, "words")
     return page.section(
         "Settings that differ", table if len(rows) <= FEW else page.folded(f"{len(rows)} settings", table)
     )

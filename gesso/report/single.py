@@ -25,10 +25,10 @@ def sections(run: Folder) -> Iterator[str]:
     yield recipe(run)
 
 
-def head(found: Folder) -> str:
-    run, metrics, data = found.run, found.metrics, found.run.data
+def head(run_data: Folder) -> str:
+    run, metrics, data = run_data.run, run_data.metrics, run_data.run.data
     classes = f"{data.num_classes} classes" if data.num_classes else "no classes"
-    cards = [page.card(f"{found.seen:,}", "images seen")]
+    cards = [page.card(f"{run_data.seen:,}", "images seen")]
     if "class_agreement" in metrics:
         guided = f"guidance {run.sample.guidance:g}"
         cards.append(page.card(f"{metrics['class_agreement']:.1%}", f"class agreement, {guided}"))
@@ -37,7 +37,7 @@ def head(found: Folder) -> str:
             cards.append(page.card(f"{metrics['unguided']['frechet_distance']:.2f}", "Frechet distance, unguided"))
         cards.append(page.card(f"{metrics['frechet_distance']:.2f}", f"Frechet distance, {guided}"))
         cards.append(page.card(f"{metrics['floor']['frechet_distance']:.2f}", "its floor, real against real"))
-    elif on_the_way := found.last("metrics"):
+    elif on_the_way := run_data.last("metrics"):
         cards += [
             page.card(f"{v:.4g}", k.replace("_", " ") + ", on the way")
             for k, v in on_the_way.items()
@@ -48,32 +48,32 @@ def head(found: Folder) -> str:
         f"{run.net.name} under {run.process.name}, recipe {run.recipe}: {data.num_images:,} images of "
         f"{data.resolution}\u00d7{data.resolution}\u00d7{data.channels}, {classes}{held}"
     )
-    return f'<h1>{page.escape(found.label)}</h1><p class="sub">{page.escape(sub)}</p><div class="cards">{"".join(cards)}</div>'
+    return f'<h1>{page.escape(run_data.label)}</h1><p class="sub">{page.escape(sub)}</p><div class="cards">{"".join(cards)}</div>'
 
 
-def samples(found: Folder) -> str:
-    run, cfg = found.run, found.run.sample
-    made, near = found.path / "samples" / "by_class.png", found.path / "samples" / "nearest.png"
-    if made.is_file():
+def samples(run_data: Folder) -> str:
+    run, cfg = run_data.run, run_data.run.sample
+    by_class, near = run_data.path / "samples" / "by_class.png", run_data.path / "samples" / "nearest.png"
+    if by_class.is_file():
         rows = "A row for each class. " if run.data.num_classes else ""
         length = f"half-life {cfg.halflife:,}" if cfg.halflife else f"sigma_rel {cfg.sigma_rel:g}"
         caption = f"Samples. {rows}{cfg.sampler}, {cfg.steps} steps, guidance {cfg.guidance:g}, EMA of {length}."
-        pictures = [page.image(made, caption)]
+        pictures = [page.image(by_class, caption)]
         if near.is_file():
             copied = "The training image nearest to each sample, in pixels: what it would look like to have copied."
             pictures.append(page.image(near, copied))
-        shown = page.beside(pictures)
+        shown = page.row(pictures)
     else:
-        shown = f"<p>None measured yet: <code>gesso evaluate {page.escape(str(found.path))}</code></p>"
-    return page.section("Samples", shown) + page.section("Samples on the way", on_the_way(found))
+        shown = f"<p>None measured yet: <code>gesso evaluate {page.escape(str(run_data.path))}</code></p>"
+    return page.section("Samples", shown) + page.section("Samples on the way", on_the_way(run_data))
 
 
-def on_the_way(found: Folder) -> str:
+def on_the_way(run_data: Folder) -> str:
     """Grids from the first to the last, evenly."""
-    grids = found.grids()
+    grids = run_data.grids()
     n = min(GRIDS, len(grids))
     chosen = [grids[round(i * (len(grids) - 1) / max(n - 1, 1))] for i in range(n)]
-    return page.beside((page.image(path, f"image {nimg:,}") for nimg, path in chosen), "few")
+    return page.row((page.image(path, f"image {nimg:,}") for nimg, path in chosen), "few")
 
 
 def distance(row: dict[str, float]) -> str:
@@ -121,11 +121,11 @@ APART = (
 """what a protocol is told by in its heading, where several differ in it"""
 
 
-def measured(found: Sequence[dict[str, Any]]) -> str:
+def measured(evaluations: Sequence[dict[str, Any]]) -> str:
     """A table for each way of measuring, its protocol beneath: numbers of two protocols never share a column."""
-    parts, told = [], [one["protocol"] for one in found]
-    varied = [name for name in APART if len({protocol.get(name) for protocol in told} - {None}) > 1]
-    for one in found:
+    parts, protocols = [], [one["protocol"] for one in evaluations]
+    varied = [name for name in APART if len({protocol.get(name) for protocol in protocols} - {None}) > 1]
+    for one in evaluations:
         protocol = {name: value for name, value in one["protocol"].items() if value is not None}
         apart = "".join(f", {name} {protocol[name]}" for name in varied if name in protocol)
         title = f"{protocol.get('name', 'scores')}: {amount(protocol)}, image {protocol['nimg']:,}{apart}"
@@ -152,55 +152,55 @@ def lengths(metrics: dict[str, Any]) -> str:
         "the band is the spread over halves of the real images."
     )
     drawn = figures.lengths(sweep["rows"], metrics["floor"]["frechet_distance"])
-    return page.section("Quality against EMA length", page.beside([page.figure(drawn, text)]))
+    return page.section("Quality against EMA length", page.row([page.figure(drawn, text)]))
 
 
-def training(found: Folder) -> str:
-    validated = list(found.last("validation") or {})
-    curves = {"training": found.curve("loss")}
+def training(run_data: Folder) -> str:
+    validated = list(run_data.last("validation") or {})
+    curves = {"training": run_data.curve("loss")}
     plots = [(figures.lines(curves, "loss"), "Mean training loss between log lines, in the weighting of the recipe.")]
     text = "Loss on images that are not trained on, at levels and with noise that never change; the MSE of the network's own target."
-    held = {said_of(name): found.curve("validation", name) for name in validated}
+    held = {describe_weights(name): run_data.curve("validation", name) for name in validated}
     plots.append((figures.lines(held, "validation loss"), text))
-    norm = figures.lines({"gradient norm": found.curve("grad_norm")}, "gradient norm", scale="log")
+    norm = figures.lines({"gradient norm": run_data.curve("grad_norm")}, "gradient norm", scale="log")
     plots.append(
         (norm, "Norm of the whole gradient at log lines, after the projection onto the sphere, before clipping.")
     )
-    rate = figures.lines({"learning rate": found.curve("lr")}, "learning rate", from_zero=True)
+    rate = figures.lines({"learning rate": run_data.curve("lr")}, "learning rate", from_zero=True)
     plots.append((rate, "Learning rate."))
-    named = list(found.last("metrics") or {})
+    named = list(run_data.last("metrics") or {})
     for name in named:
         if not name.endswith("_std"):
-            drawn = figures.lines({name: found.curve("metrics", name)}, name.replace("_", " "))
+            drawn = figures.lines({name: run_data.curve("metrics", name)}, name.replace("_", " "))
             plots.append((drawn, "Measured on the way, with the tracked average next to that of sample.*."))
-    skipped = next((line["unreadable"] for line in found.lines if "unreadable" in line), [])
+    skipped = next((line["unreadable"] for line in run_data.lines if "unreadable" in line), [])
     names = ", ".join(name for name, _ in skipped[:20])
     left_out = page.paragraph(f"{len(skipped)} unreadable images were left out: {names}") if skipped else ""
     return page.section("Training", shown(plots), left_out)
 
 
-def said_of(name: str) -> str:
+def describe_weights(name: str) -> str:
     """Of a name under `validation` in the log."""
     length = name.removeprefix("ema")
     return "weights as they are" if name == "weights" else f"average, {'sigma_rel ' * length[0].isdigit()}{length}"
 
 
 def shown(plots: list[tuple[str, str]]) -> str:
-    return page.beside(page.figure(drawn, caption) for drawn, caption in plots if drawn)
+    return page.row(page.figure(drawn, caption) for drawn, caption in plots if drawn)
 
 
-def by_noise(found: Folder) -> str:
-    trained = {b: found.curve("loss_by_noise", b) for b in range(NUM_BINS)}
-    newest = list(found.last("validation_by_noise") or {})
+def by_noise(run_data: Folder) -> str:
+    trained = {b: run_data.curve("loss_by_noise", b) for b in range(NUM_BINS)}
+    newest = list(run_data.last("validation_by_noise") or {})
     text = f"Training loss in {NUM_BINS} equal bins of progress, which are equally full: the draw of noise levels is uniform in it."
     plots = [(figures.by_noise(trained, "loss"), text)]
     if newest:
         name = newest[-1]
-        held = {b: found.curve("validation_by_noise", name, b) for b in range(NUM_BINS)}
-        plots.append((figures.by_noise(held, "validation loss"), f"The same of the held-out images, {said_of(name)}."))
-    latest = {"training": found.late("loss_by_noise")}
-    latest |= {said_of(name): found.last("validation_by_noise", name) for name in newest}
-    if found.run.loss.weighting == "native" or not newest:
+        held = {b: run_data.curve("validation_by_noise", name, b) for b in range(NUM_BINS)}
+        plots.append((figures.by_noise(held, "validation loss"), f"The same of the held-out images, {describe_weights(name)}."))
+    latest = {"training": run_data.late("loss_by_noise")}
+    latest |= {describe_weights(name): run_data.last("validation_by_noise", name) for name in newest}
+    if run_data.run.loss.weighting == "native" or not newest:
         plots.append(
             (
                 figures.over_bins(latest, "loss"),
@@ -210,17 +210,17 @@ def by_noise(found: Folder) -> str:
     return page.section("Loss by noise level", shown(plots))
 
 
-def magnitudes(found: Folder) -> str:
-    last = found.last("magnitudes")
+def magnitudes(run_data: Folder) -> str:
+    last = run_data.last("magnitudes")
     if not last:
         return ""
     plots = []
     for what in last:
-        said = what.replace("_", " ")
+        label = what.replace("_", " ")
         for i, how in enumerate(("largest", "mean")):
-            curves = {bucket: found.curve("magnitudes", what, bucket, i) for bucket in last[what]}
-            drawn = figures.lines(curves, f"{said}, {how}", from_zero=True)
-            plots.append((drawn, f"{said.capitalize()}: the {how} magnitude over the features of a bucket."))
+            curves = {bucket: run_data.curve("magnitudes", what, bucket, i) for bucket in last[what]}
+            drawn = figures.lines(curves, f"{label}, {how}", from_zero=True)
+            plots.append((drawn, f"{label.capitalize()}: the {how} magnitude over the features of a bucket."))
     text = (
         "Magnitudes of features (EDM2 Eq. 3) of the averaged network, by resolution or third of the blocks; 1 is what unit-normal "
         "values have. Activations are what layers put out, the main path what whole blocks do; weights are as they were "
@@ -229,19 +229,19 @@ def magnitudes(found: Folder) -> str:
     return page.section("Magnitudes", page.paragraph(text), shown(plots))
 
 
-def speed(found: Folder) -> str:
+def speed(run_data: Folder) -> str:
     texts = {
         "images_per_second": ("images/s", "All that happened between log lines included."),
         "waiting": ("share of time", "Share of time that steps waited for their batch."),
         "utilisation": ("model FLOP utilisation", "Of what a large matrix product reaches on this device, "
-                        f"{found.last('product_teraflops') or 0:g} TFLOP/s."),
+                        f"{run_data.last('product_teraflops') or 0:g} TFLOP/s."),
         "peak_gigabytes": ("GB", "Most memory that was allocated on the GPU so far."),
     }  # fmt: skip
-    plots = [(figures.lines({k: found.curve(k)}, label, from_zero=True), text) for k, (label, text) in texts.items()]
+    plots = [(figures.lines({k: run_data.curve(k)}, label, from_zero=True), text) for k, (label, text) in texts.items()]
     return page.section("Speed", shown(plots))
 
 
-def recipe(found: Folder) -> str:
-    settings = f"<pre>{page.escape(config.to_yaml(found.run))}</pre>"
-    made = page.section("Made with", page.terms(found.run.environment))
-    return made + page.section("Recipe", page.folded("run.yaml", settings, is_open=True))
+def recipe(run_data: Folder) -> str:
+    settings = f"<pre>{page.escape(config.to_yaml(run_data.run))}</pre>"
+    environment = page.section("Made with", page.terms(run_data.run.environment))
+    return environment + page.section("Recipe", page.folded("run.yaml", settings, is_open=True))

@@ -1,1 +1,1 @@
-"""The training loop and what it keeps on disk."""
+"""Training loop, run folders and checkpoints."""

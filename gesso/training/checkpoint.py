@@ -1,9 +1,9 @@
-"""States to resume from: torch.distributed.checkpoint through safetensors, one folder each.
+"""Checkpoints to resume from: torch.distributed.checkpoint in safetensors files, one folder each.
 
-state/nimg000000128000/state.json           nimg, sizes of the files
-state/nimg000000128000/*.safetensors        every tensor of the loop, by name; each rank writes its share
+state/nimg000000128000/state.json           nimg and the sizes of the files
+state/nimg000000128000/*.safetensors        all tensors of the loop by name; each rank writes its share
 
-Any number of ranks can read what any number wrote, sharded or not.
+Any number of ranks can read what any number of ranks wrote, sharded or not.
 """
 
 import contextlib
@@ -28,10 +28,11 @@ FORMAT = "gesso state 1"
 
 
 class CheckpointWriter:
-    """Writes states and whatever else beside the training, one after the other in the order of asking.
+    """Write checkpoints and other files in a background thread, in the order of the calls.
 
-    What is written is what the tensors held when it was asked. After an error of the disk nothing more is written, so
-    that the run folder never lacks what came before a thing it has; the next call raises it.
+    The values of the tensors at the time of the call are written. After a disk error nothing more is written, so that
+    a run
+    folder never lacks a file that precedes one it has; the next call raises the error.
     """
 
     def __init__(self, ranks: Ranks = SINGLE_PROCESS, timeout_s: float = 600):
@@ -42,12 +43,13 @@ class CheckpointWriter:
         self.stager = DefaultStager(StagingOptions(False, False, False, False))
 
     def save(self, folder: Path, nimg: int, tensors: dict[str, Tensor], keep: int, milestone: bool) -> None:
-        """As `save`. Waits for the state before this one."""
+        """Write a checkpoint as `save_checkpoint` does; waits for the previous checkpoint."""
         self.wait()
         staged = self.stager.stage(dict(tensors))
         self.submit(lambda: save_checkpoint(folder, nimg, staged, keep, milestone, self.ranks, self.group))
 
     def submit(self, write: Callable[[], None]) -> None:
+        """Call `write` in the background thread."""
         self.raise_errors()
         self.pending.append(self.executor.submit(self._write, write))
 
@@ -61,17 +63,17 @@ class CheckpointWriter:
             raise
 
     def raise_errors(self) -> None:
-        """Raise what went wrong so far."""
+        """Raise the first error of the background thread."""
         while self.pending and self.pending[0].done():
             self.pending.pop(0).result()
 
     def wait(self) -> None:
-        """Until all is written."""
+        """Wait until everything is written."""
         while self.pending:
             self.pending.pop(0).result()
 
     def close(self) -> None:
-        """After what was asked is written: it was good when it was asked, whatever went wrong since."""
+        """Finish the submitted writes and end the thread."""
         self.executor.shutdown(wait=True)
 
 
@@ -84,7 +86,7 @@ def save_checkpoint(
     ranks: Ranks = SINGLE_PROCESS,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Write a whole state or none, then drop all but the last `keep` and the milestones. All ranks take part."""
+    """Write a complete checkpoint, then delete all but the last `keep` and the milestones. All ranks take part."""
     target = folder / f"nimg{nimg:012d}"
     temporary = atomic_io.temporary_dir(target)
     with atomic_io.atomic_dir(target) if ranks.is_main else atomic_io.disk_errors(target):
@@ -119,17 +121,19 @@ def _is_milestone(state: Path) -> bool:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """State folders, oldest first."""
+    """Return the checkpoint folders, oldest first."""
     return sorted(folder.glob("nimg*"))
 
 
 def load_latest(
     folder: Path, tensors: dict[str, Tensor], warn: Callable[[str], None], ranks: Ranks = SINGLE_PROCESS
 ) -> int:
-    """Read the newest whole state into `tensors` in place and return its nimg; 0 when there is none.
+    """Read the newest complete checkpoint into `tensors` in place; return its nimg, 0 if there is none.
 
-    A damaged state is passed over with `warn(text)`: an older one leads to the same weights. Raises
-    RunError when all are damaged, or when the state is of another network (it lists the names).
+    A damaged checkpoint is skipped with `warn(text)`: training from an older one leads to the same weights.
+
+    Raises:
+        RunError: All checkpoints are damaged, or the checkpoint is of another network (the message lists the names).
     """
     states = list_checkpoints(folder)
     damage = []
@@ -147,7 +151,7 @@ def load_latest(
 
 
 def _find_damage(state: Path) -> str | None:
-    """What is wrong with a state folder, if anything."""
+    """Return a description of the damage to a checkpoint folder, or None."""
     try:
         description = json.loads((state / "state.json").read_text())
     except (OSError, ValueError) as error:
@@ -166,15 +170,16 @@ def _find_damage(state: Path) -> str | None:
 def _load_checkpoint(state: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     reader = HuggingFaceStorageReader(str(state))
     try:
-        found = {name: tuple(meta.size) for name, meta in reader.read_metadata().state_dict_metadata.items()}
+        stored_shapes = {name: tuple(meta.size) for name, meta in reader.read_metadata().state_dict_metadata.items()}
     except Exception as error:  # whatever the storage layer raises on a header it cannot parse
         raise RunError(f"{state} cannot be read ({type(error).__name__}: {error})") from None
     wanted = {name: tuple(t.shape) for name, t in tensors.items()}
-    if found != wanted:
-        missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-        shapes = [n for n in found.keys() & wanted.keys() if found[n] != wanted[n]]
+    if stored_shapes != wanted:
+        missing, unknown = sorted(wanted.keys() - stored_shapes.keys()), sorted(stored_shapes.keys() - wanted.keys())
+        shapes = [n for n in stored_shapes.keys() & wanted.keys() if stored_shapes[n] != wanted[n]]
         raise RunError(
-            f"{state} is the state of another network: missing {missing[:3]}, unknown {unknown[:3]}, other shape {shapes[:3]}"
+            f"{state} is the state of another network: missing {missing[:3]}, unknown {unknown[:3]}, other shape "
+            f"{shapes[:3]}"
         )
     with _ignore_single_process_warning():
         dcp.load(dict(tensors), storage_reader=reader, no_dist=ranks.world_size == 1)
@@ -182,7 +187,7 @@ def _load_checkpoint(state: Path, tensors: dict[str, Tensor], ranks: Ranks) -> N
 
 @contextlib.contextmanager
 def _ignore_single_process_warning() -> Iterator[None]:
-    """One process saves for itself; torch's remark on that is no news here."""
+    """Suppress torch's warning about checkpoints of a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
         yield

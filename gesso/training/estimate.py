@@ -1,4 +1,4 @@
-"""What a run will need, from some real steps on the real device: memory, images a second, days, disk. Nothing is written."""
+"""Estimate memory, speed, duration and disk space of a run from a few real steps. Nothing is written."""
 
 import os
 import resource
@@ -26,14 +26,14 @@ from gesso.training.run_folder import configure_backends, open_dataset_for_run
 from gesso.training.trainer import Trainer
 
 NUM_STEPS, NUM_WARMUP_STEPS, MAX_SECONDS = 20, 2, 60.0
-"""timed steps; steps before them; what all of them together may take, but for one"""
+"""Timed steps, warm-up steps, and seconds that all of them together may take."""
 LOG_LINE_BYTES = 200
-"""bytes of a line of the log, about"""
+"""Approximate bytes of a log line."""
 
 
 @dataclass
 class StepMeasurements:
-    """Of steps of `batch` images, all in seconds and bytes; peaks: of a rank, by the samples that went through at once."""
+    """Measured steps of one batch size, in seconds and bytes; peaks are per rank, by micro-batch size."""
 
     batch_size: int = 0
     step_seconds: list[float] = field(default_factory=list)
@@ -41,13 +41,13 @@ class StepMeasurements:
     peak_bytes: dict[int, int] = field(default_factory=dict)
 
     def scaled_step_seconds(self, batch_size: int) -> list[float]:
-        """Of steps of another size: passes take their time for every image, the update takes it once."""
+        """Return step times at another batch size: passes scale with the number of images, the update does not."""
         return [
             t - p + p * batch_size / self.batch_size for t, p in zip(self.step_seconds, self.pass_seconds, strict=True)
         ]
 
     def predict_peak(self, static_bytes: int, micro_batch_size: int) -> int:
-        """With so many samples at once: what is held, and activations, which grow with their number."""
+        """Return the peak memory in bytes at a micro-batch size: static memory, and activations proportional to it."""
         if micro_batch_size in self.peak_bytes:
             return self.peak_bytes[micro_batch_size]
         (fewer, low), (most, high) = (
@@ -59,9 +59,11 @@ class StepMeasurements:
 
 
 def estimate(run: RunConfig, console: Console, seconds: float = MAX_SECONDS) -> list[str]:
-    """Lines for the user. Under torchrun all ranks take part, and the largest of their memories is said.
+    """Return the estimate as lines. Under torchrun all ranks take part, and the largest memory of a rank counts.
 
-    Raises UsageError as training does, RunError where not one sample fits into memory.
+    Raises:
+        UsageError: As for training.
+        RunError: A single sample does not fit into memory.
     """
     configure_backends(run)
     with init_distributed(run) as (ranks, device):
@@ -71,32 +73,34 @@ def estimate(run: RunConfig, console: Console, seconds: float = MAX_SECONDS) -> 
         run, dataset = open_dataset_for_run(run, quiet) if real else with_synthetic_data(run)
         optim.check_optimizer_config(run)
         state, least = static_memory(run), sum(per_rank_memory(run, device, ranks.world_size).values())
-        # Of a processor's memory half, for what lies beside and for other programs, which would be the ones to be killed.
+        # Half of the host memory: other programs need the rest, and would be killed first.
         room = available_memory(device) / (1 if device.type == "cuda" else 2 * ranks.local_world_size)
         if least > room:
             return [
-                f"{run.recipe}: not measured, as {format_bytes(least)} of a rank are more than the {format_bytes(room)} that are free here",
+                f"{run.recipe}: not measured, as {format_bytes(least)} of a rank are more than the "
+                f"{format_bytes(room)} that are free here",
                 f"  memory   {format_memory(per_rank_memory(run, device, ranks.world_size))}, and activations",
                 disk_line(run, state["weights"], sum(state.values()) - state["gradients"]),
             ]
-        found = run_trial_steps(run, dataset, ranks, device, seconds)
+        trial = run_trial_steps(run, dataset, ranks, device, seconds)
     where = (
         f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, {ranks.world_size} rank"
         + "s" * (ranks.world_size > 1)
     )
-    head = f"{run.recipe} on {where}: {len(found.measurements.step_seconds)} steps of {found.measurements.batch_size:,} images"
+    steps = len(trial.measurements.step_seconds)
+    head = f"{run.recipe} on {where}: {steps} steps of {trial.measurements.batch_size:,} images"
     if not real:
         head += f", random ones (data.source={run.data.source or '(none)'} is not there)"
     return [
         head,
-        *memory_lines(run, found.memory, found.peak_bytes, found.micro_batch_size, found.measurements, device),
-        *time_lines(run, found.measurements),
-        disk_line(run, found.weights_bytes, found.state_bytes),
+        *memory_lines(run, trial.memory, trial.peak_bytes, trial.micro_batch_size, trial.measurements, device),
+        *time_lines(run, trial.measurements),
+        disk_line(run, trial.weights_bytes, trial.state_bytes),
     ]
 
 
 class TrialResult(NamedTuple):
-    """What some real steps showed: memory by part and its peak in bytes, samples at once; bytes of weights and of a state."""
+    """Result of the measured steps: memory in bytes by category and its peak, sizes of weights and checkpoint."""
 
     measurements: StepMeasurements
     memory: dict[str, int]
@@ -109,7 +113,7 @@ class TrialResult(NamedTuple):
 def run_trial_steps(
     run: RunConfig, dataset: Dataset, ranks: Ranks, device: torch.device, seconds: float
 ) -> TrialResult:
-    """Take the steps. The trainer ends with this function, before the ranks part."""
+    """Run the steps. The trainer is released on return, before the process group ends."""
     before = peak_memory(device)
     trainer = Trainer(run, dataset, ranks, device)
     measured = measure_steps(trainer, seconds)
@@ -127,7 +131,7 @@ def run_trial_steps(
 
 
 def static_memory(run: RunConfig) -> dict[str, int]:
-    """Bytes of all that is held of a run whose data have been opened, by what it is, without activations."""
+    """Return the bytes of everything a run holds except activations, by category. The data set must be open."""
     itemsize = getattr(torch, run.train.dtype).itemsize
     with torch.device("meta"):
         sizes = [p.numel() for p in models.build_network(run.net, run.input_spec).parameters()]
@@ -147,7 +151,7 @@ def static_memory(run: RunConfig) -> dict[str, int]:
 
 
 def per_rank_memory(run: RunConfig, device: torch.device, world_size: int) -> dict[str, int]:
-    """Of one rank; averages in the host's memory take none of a GPU's."""
+    """Return the bytes by category on one rank; EMAs in host memory do not count on a GPU."""
     parts = {
         name: size // (1 if run.train.sharding == "ddp" else world_size) for name, size in static_memory(run).items()
     }
@@ -155,7 +159,7 @@ def per_rank_memory(run: RunConfig, device: torch.device, world_size: int) -> di
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that are free."""
+    """Return the free memory of a device in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:  # what the system would give, files that it keeps in memory included
@@ -166,13 +170,14 @@ def available_memory(device: torch.device) -> int:
 
 
 def format_memory(parts: dict[str, int]) -> str:
+    """Return memory by category as text, largest first."""
     return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
 
 
 def measure_steps(trainer: Trainer, seconds: float) -> StepMeasurements:
-    """Steps of more and more images until a whole batch, or as many as time and memory allow; then some of that size."""
-    whole, world, cfg = trainer.run.train.batch_size, trainer.ranks.world_size, trainer.run.train
-    found, until, passes = StepMeasurements(), time.monotonic() + seconds, trainer.forward_backward
+    """Measure steps of growing batch size, up to the full batch or the limits of time and memory."""
+    batch_size, world, cfg = trainer.run.train.batch_size, trainer.ranks.world_size, trainer.run.train
+    measurements, until, passes = StepMeasurements(), time.monotonic() + seconds, trainer.forward_backward
     inside: list[float] = []
 
     def timed(*arguments: object) -> object:
@@ -183,7 +188,7 @@ def measure_steps(trainer: Trainer, seconds: float) -> StepMeasurements:
 
     trainer.forward_backward = timed
     # A compiler makes each size anew.
-    size = min(whole, world * (cfg.micro_batch_size or 8)) if cfg.compile else min(whole, world)
+    size = min(batch_size, world * (cfg.micro_batch_size or 8)) if cfg.compile else min(batch_size, world)
     while True:
         if trainer.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.device)
@@ -191,32 +196,32 @@ def measure_steps(trainer: Trainer, seconds: float) -> StepMeasurements:
         started = synchronized_time(trainer.device)
         trainer.step()
         took = trainer.ranks.all_gather(synchronized_time(trainer.device) - started, trainer.device)
-        found.peak_bytes[min(trainer.micro_batch_size, -(-size // world))] = peak_memory(trainer.device)
+        measurements.peak_bytes[min(trainer.micro_batch_size, -(-size // world))] = peak_memory(trainer.device)
         # All ranks must decide alike.
         late = (
             max(took) * 2 * (NUM_STEPS / 4) > seconds
             or trainer.ranks.all_gather(float(time.monotonic() > until - seconds / 2), trainer.device)[0] > 0
         )
-        if size == whole or cfg.compile or late or exceeds_memory_when_doubled(trainer, found):
+        if size == batch_size or cfg.compile or late or exceeds_memory_when_doubled(trainer, measurements):
             break
-        size = min(2 * size, whole)
-    found.batch_size = size
+        size = min(2 * size, batch_size)
+    measurements.batch_size = size
     inside.clear()
     for i in range(NUM_WARMUP_STEPS + NUM_STEPS):
         started = synchronized_time(trainer.device)
         trainer.step()
-        found.step_seconds.append(synchronized_time(trainer.device) - started)
+        measurements.step_seconds.append(synchronized_time(trainer.device) - started)
         stop = i >= NUM_WARMUP_STEPS + 2 and time.monotonic() > until
         if trainer.ranks.all_gather(float(stop), trainer.device)[0]:
             break
-    found.pass_seconds = inside[-len(found.step_seconds) :][NUM_WARMUP_STEPS:]
-    found.step_seconds = found.step_seconds[NUM_WARMUP_STEPS:]
-    found.peak_bytes[min(trainer.micro_batch_size, -(-size // world))] = peak_memory(trainer.device)
-    return found
+    measurements.pass_seconds = inside[-len(measurements.step_seconds) :][NUM_WARMUP_STEPS:]
+    measurements.step_seconds = measurements.step_seconds[NUM_WARMUP_STEPS:]
+    measurements.peak_bytes[min(trainer.micro_batch_size, -(-size // world))] = peak_memory(trainer.device)
+    return measurements
 
 
 def set_batch_size(trainer: Trainer, size: int) -> None:
-    """Go on with batches of that many images."""
+    """Continue with batches of another number of images."""
     train = trainer.run.train.model_copy(update={"batch_size": size})
     trainer.run = trainer.run.model_copy(update={"train": train})
     trainer.batcher = Batcher(trainer.batcher.dataset, trainer.run, trainer.process.sigma_data, trainer.device)
@@ -225,7 +230,7 @@ def set_batch_size(trainer: Trainer, size: int) -> None:
 
 
 def exceeds_memory_when_doubled(trainer: Trainer, measurements: StepMeasurements) -> bool:
-    """Whether twice as many samples at once may exceed a processor's memory; a GPU says so itself."""
+    """Return True if doubling the micro-batch may exceed host memory; a GPU raises an error instead."""
     if trainer.device.type == "cuda":
         return False
     at_once = max(measurements.peak_bytes)
@@ -239,20 +244,21 @@ def exceeds_memory_when_doubled(trainer: Trainer, measurements: StepMeasurements
 
 
 def synchronized_time(device: torch.device) -> float:
+    """Return the time in seconds after all work of the device is finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.monotonic()
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU what tensors took at most since the counter was reset, else what this process ever took."""
+    """Return the peak memory in bytes: of tensors since the last reset on a GPU, otherwise of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def memory_by_category(trainer: Trainer) -> dict[str, int]:
-    """Bytes that a rank holds all the time on the device, by what they are."""
+    """Return the bytes that a rank holds permanently on the device, by category."""
 
     def size(tensors: list[Tensor]) -> int:
         return sum(local_shard(t).nbytes for t in tensors if local_shard(t).device.type == trainer.device.type)
@@ -274,11 +280,12 @@ def memory_lines(
     measurements: StepMeasurements,
     device: torch.device,
 ) -> list[str]:
+    """Return the lines on memory."""
     rest = max(0, peak_bytes - sum(memory.values()))
-    made_of = format_memory(memory | {"activations and the rest": rest})
+    breakdown = format_memory(memory | {"activations and the rest": rest})
     how = "" if micro_batch_size in measurements.peak_bytes else f" (extrapolated from {max(measurements.peak_bytes)})"
     lines = [
-        f"  memory   {format_bytes(peak_bytes)} of a rank with {micro_batch_size:,} samples at once{how}: {made_of}"
+        f"  memory   {format_bytes(peak_bytes)} of a rank with {micro_batch_size:,} samples at once{how}: {breakdown}"
     ]
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else physical_memory()
     if peak_bytes > 0.95 * total:
@@ -287,13 +294,15 @@ def memory_lines(
         cure = (
             f"train.micro_batch_size={fits} would fit"
             if fits > 0
-            else "nor does one sample: train.activation_checkpointing=true, ema.device=cpu, optim.state_dtype=8bit or train.sharding=fsdp"
+            else "nor does one sample: train.activation_checkpointing=true, ema.device=cpu, optim.state_dtype=8bit or "
+            "train.sharding=fsdp"
         )
         lines.append(f"           that is more than the {format_bytes(total)} there are; {cure}")
     return lines
 
 
 def time_lines(run: RunConfig, measurements: StepMeasurements) -> list[str]:
+    """Return the lines on speed and duration."""
     batch = run.train.batch_size
     times = sorted(measurements.scaled_step_seconds(batch))
     middle = statistics.median(times)
@@ -303,14 +312,15 @@ def time_lines(run: RunConfig, measurements: StepMeasurements) -> list[str]:
         1 - p / t for p, t in zip(measurements.pass_seconds, measurements.step_seconds, strict=True)
     )
     return [
-        f"  speed    {batch / middle:,.3g} images/s ({batch / slow:,.3g} to {batch / fast:,.3g} in eight tenths of the steps); "
+        f"  speed    {batch / middle:,.3g} images/s ({batch / slow:,.3g} to {batch / fast:,.3g} in eight tenths of "
+        "the steps); "
         f"optimizer and averages took {100 * share:.0f} % of them",
         f"  time     {format_duration(middle * steps)} for {run.train.total_images:,} images in {steps:,} steps",
     ]
 
 
 class DiskUsage(NamedTuple):
-    """What a run leaves: how many files of how many bytes."""
+    """Numbers and sizes in bytes of the files of a run."""
 
     num_snapshots: int
     snapshot_bytes: int
@@ -320,11 +330,12 @@ class DiskUsage(NamedTuple):
 
     @property
     def total_bytes(self) -> int:
+        """Return the total size in bytes."""
         return self.num_snapshots * self.snapshot_bytes + self.num_checkpoints * self.checkpoint_bytes + self.log_bytes
 
 
 def estimate_disk(run: RunConfig, weights_bytes: int, state_bytes: int) -> DiskUsage:
-    """weights: bytes of one average in memory; state: of all that a state holds."""
+    """Return the disk usage of a run, given the bytes of one EMA in memory and of all tensors of a checkpoint."""
     cfg = run.train
     last = -(-cfg.total_images // cfg.batch_size) * cfg.batch_size
 
@@ -341,23 +352,28 @@ def estimate_disk(run: RunConfig, weights_bytes: int, state_bytes: int) -> DiskU
 
 
 def disk_line(run: RunConfig, weights_bytes: int, state_bytes: int) -> str:
-    found = estimate_disk(run, weights_bytes, state_bytes)
+    """Return the line on disk space."""
+    usage = estimate_disk(run, weights_bytes, state_bytes)
     free = shutil.disk_usage(".").free
-    more = found.total_bytes > free
+    more = usage.total_bytes > free
     room = (
         f", more than the {format_bytes(free)} that are free here" if more else f" ({format_bytes(free)} are free here)"
     )
     return (
-        f"  disk     {format_bytes(found.total_bytes)}{room}: {found.num_snapshots:,} snapshots of {format_bytes(found.snapshot_bytes)}, "
-        f"{found.num_checkpoints} states of {format_bytes(found.checkpoint_bytes)}, log {format_bytes(found.log_bytes)}; one state more while one is written"
+        f"  disk     {format_bytes(usage.total_bytes)}{room}: {usage.num_snapshots:,} snapshots of "
+        f"{format_bytes(usage.snapshot_bytes)}, "
+        f"{usage.num_checkpoints} states of {format_bytes(usage.checkpoint_bytes)}, log "
+        f"{format_bytes(usage.log_bytes)}; one state more while one is written"
     )
 
 
 def physical_memory() -> int:
+    """Return the physical memory of this machine in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def format_duration(seconds: float) -> str:
+    """Return a duration as text, such as "3 min" or "2.5 days"."""
     minutes, hours, days = round(seconds / 60), seconds / 3600, seconds / 86400
     if minutes < 60:
         return f"{max(minutes, 1)} min"

@@ -1,4 +1,4 @@
-"""Who the ranks of a run are, and who of them is gone: kept in torch.distributed's store."""
+"""Identity of the ranks of a run, and which of them have failed, stored in torch.distributed's key-value store."""
 
 import contextlib
 import os
@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 REPORT_TIMEOUT_S = 10.0
-"""seconds in which a rank that lost the others hears from each that is there"""
+"""Seconds that a rank waits for the reports of the others."""
 EXITED_SILENTLY = "is gone (killed, or out of memory, where it said nothing)"
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Whether torch.distributed raised it because another rank is gone or late. gloo's errors have no class of their own."""
+    """Return True if torch.distributed raised `error` because another rank is gone or late."""
     gloo = ("gloo/transport", "caused pair closure")
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in gloo)
@@ -23,9 +23,9 @@ def is_peer_failure(error: BaseException) -> bool:
 
 
 class RankRegistry:
-    """Host and process of every rank, and the last word of each that ends: why, or nothing where it lost the others too.
+    """Host and process of every rank, and the reason of each rank that ends; empty if it ended because of another rank.
 
-    The store ends with the process that keeps it: rank 0, or torchrun.
+    The store ends with the process that holds it: rank 0, or torchrun.
     """
 
     def __init__(self, rank: int, world_size: int):
@@ -36,29 +36,34 @@ class RankRegistry:
         self.processes = [self.store.get(f"gesso at {other}").decode().split() for other in range(world_size)]
 
     def describe(self, rank: int) -> str:
+        """Return the rank with its host and process, such as "rank 1 of 4 (node7, process 123)"."""
         host, process = self.processes[rank]
         return f"rank {rank} of {len(self.processes)} ({host}, process {process})"
 
     def report_exit(self, reason: str) -> None:
+        """Store the reason for which this rank ends."""
         with contextlib.suppress(RuntimeError):  # the store may be gone
             self.store.set(f"gesso end {self.rank}", reason)
             if reason:
                 self.store.set(f"gesso read {self.rank}", "")
 
     def failed_ranks(self) -> str:
-        """Which ranks ended the run, and why: those that gave a reason, or are no more; else those that stay silent."""
+        """Return which ranks ended the run and why.
+
+        Those with a reason or without a process are named, otherwise those that do not answer.
+        """
         try:
-            said: list[str] = []
-            silent = self._collect_reports("end", said)
+            reasons: list[str] = []
+            silent = self._collect_reports("end", reasons)
             self.store.set(f"gesso read {self.rank}", "")
             if self.rank == 0:  # with which the store may end
                 self._collect_reports("read", [])
         except RuntimeError:
             return f"{self.describe(0)} {EXITED_SILENTLY}"
-        return "; ".join(said or [f"{self.describe(rank)} does not answer" for rank in sorted(silent)])
+        return "; ".join(reasons or [f"{self.describe(rank)} does not answer" for rank in sorted(silent)])
 
     def _collect_reports(self, key: str, messages: list[str]) -> set[int]:
-        """Wait for the word of each other rank. Returns those of which nothing was heard in time."""
+        """Wait for the report of every other rank; return those that did not answer in time."""
         waiting, end = set(self.peers), time.monotonic() + REPORT_TIMEOUT_S
         while waiting and time.monotonic() < end:
             for rank in sorted(waiting):
@@ -75,7 +80,7 @@ class RankRegistry:
         return waiting
 
     def _has_exited(self, rank: int) -> bool:
-        """Told of processes of this machine alone."""
+        """Return True if a rank on this machine has no process any more; always False for other machines."""
         host, process = self.processes[rank]
         if host != socket.gethostname() or not Path("/proc/self/stat").exists():
             return False

@@ -1,4 +1,4 @@
-"""What init.source names: weights to start from, and all that is known of the network that they belong to."""
+"""Open init.source: weights to start from, with all that is known of their network."""
 
 import hashlib
 import json
@@ -19,19 +19,23 @@ from gesso.errors import RunError, UsageError
 from gesso.interop.mapping import NOTE_ASSUMED_RESOLUTION, ImportedModel
 from gesso.sampling import MAX_PROFILE_ERROR
 
-TRANSFERABLE_DIFFERENCES = ("pos_embed", "pos_embed_base", "pos_embed_span", "pos_embed_max_size", "dropout", "mask_ratio", "context_dim", "text_projection", "pooled_mlp",
-        "learned_variance")  # fmt: skip
-"""settings of a network that may differ: positions are moved, and what tensors they change is told tensor by tensor"""
+TRANSFERABLE_DIFFERENCES = (
+    "pos_embed", "pos_embed_base", "pos_embed_span", "pos_embed_max_size", "dropout", "mask_ratio", "context_dim",
+    "text_projection", "pooled_mlp", "learned_variance",
+)  # fmt: skip
+"""Settings of a network that may differ from those of the source."""
 CHECKPOINT_KEYS = ("ema", "state_dict", "model")
-"""where a training checkpoint of PyTorch keeps the weights, the averages first"""
+"""Keys of the weights in a PyTorch checkpoint, EMA weights first."""
 
 
 class InitSource(NamedTuple):
     """Weights and their network.
 
-    called: one line on where they come from; resolution, base: height and width of x in training, and of the x on whose
-    grid positions are counted (inputs.pos_embed_span: of that which spans it); process: the one that the weights were trained
-    under; run: None of another project; record: what config.Init keeps of it.
+    description: one line on their origin. resolution, pos_embed_base: height and width of x in training, and of the x
+    whose
+    grid positions refer to. process: the process they were trained under. run: None for weights of another project.
+    record:
+    fields of InitConfig to record.
     """
 
     description: str
@@ -47,17 +51,19 @@ class InitSource(NamedTuple):
 
 
 def open_init_source(run: RunConfig) -> InitSource:
-    """The source that run.init names; what it records where it is, how long an average and from when goes first.
+    """Open the source that run.init names; recorded path, EMA length and nimg take precedence.
 
-    Raises UsageError where there is none, it is of another network than run.net (it lists the settings) or of no known
-    project, RunError where it is damaged.
+    Raises:
+        UsageError: There is no source, it is another network than run.net (the message lists the settings), or of no
+            known project.
+        RunError: The source is damaged.
     """
     path, sigma_rel, nimg = parse_init_source(run.init.source)
     recorded = Path(run.init.path) if run.init.path else path
     path = recorded if recorded.exists() else path
-    for name, said, kept in (("sigma_rel", sigma_rel, run.init.sigma_rel), ("nimg", nimg, run.init.nimg)):
-        if said is not None and kept not in (None, said):
-            raise UsageError(f"init.source={run.init.source}, but init.{name}={kept}: say one of them")
+    for name, given, recorded_value in (("sigma_rel", sigma_rel, run.init.sigma_rel), ("nimg", nimg, run.init.nimg)):
+        if given is not None and recorded_value not in (None, given):
+            raise UsageError(f"init.source={run.init.source}, but init.{name}={recorded_value}: say one of them")
     if not path.exists():
         raise UsageError(f"init.source={run.init.source}: there is no run folder or file {path}{_suggest_path(path)}")
     if path.is_dir():
@@ -72,7 +78,7 @@ def open_init_source(run: RunConfig) -> InitSource:
 
 
 def parse_init_source(text: str) -> tuple[Path, float | None, int | None]:
-    """Path, EMA length and time of PATH[@0.1][@100k], in either order. Raises UsageError for what is neither."""
+    """Return path, EMA length and nimg of PATH[@0.1][@100k], in either order. Raises UsageError for other text."""
     path, length, nimg = text, None, None
     while "@" in path and not Path(path).exists():
         path, _, part = path.rpartition("@")
@@ -124,7 +130,8 @@ def _from_run(
         source_run.data.resolution // source_run.downsample_factor * run.downsample_factor,
     ):
         raise UsageError(
-            f"init.resolution={run.init.resolution}, but {description} was trained at {source_run.data.resolution}: leave it out"
+            f"init.resolution={run.init.resolution}, but {description} was trained at {source_run.data.resolution}: "
+            "leave it out"
         )
     inputs = source_run.input_spec
     record = {"nimg": nimg, "sigma_rel": None, "halflife": None}
@@ -156,22 +163,33 @@ def _from_file(path: Path, run: RunConfig) -> InitSource:
         state, notes = {name: file.read(name) for name in list(file.keys())}, []
     else:
         state, notes = _load_torch_file(path)
-    found = _detect_format(path, state, run)
-    said = [f"{name}: {text}" for name, text in found.notes.items() if name not in ("source", "resolution")]
-    resolution = found.inputs.resolution
-    if found.notes.get("resolution") == NOTE_ASSUMED_RESOLUTION:
+    imported = _detect_format(path, state, run)
+    notes_text = [f"{name}: {text}" for name, text in imported.notes.items() if name not in ("source", "resolution")]
+    resolution = imported.inputs.resolution
+    if imported.notes.get("resolution") == NOTE_ASSUMED_RESOLUTION:
         if run.init.resolution is None:
             raise UsageError(
-                f"init.source={path}: its weights do not tell at what resolution they were trained: say it in pixels, such as "
+                f"init.source={path}: its weights do not tell at what resolution they were trained: say it in pixels, "
+                "such as "
                 "init.resolution=256"
             )
     elif run.init.resolution not in (None, resolution * run.downsample_factor):
         raise UsageError(
-            f"init.resolution={run.init.resolution}, but {path} was trained at {resolution * run.downsample_factor} pixels: leave it out"
+            f"init.resolution={run.init.resolution}, but {path} was trained at {resolution * run.downsample_factor} "
+            "pixels: leave it out"
         )
-    called = f"{path} ({found.notes['source']})"
+    called = f"{path} ({imported.notes['source']})"
     return InitSource(
-        called, found.cfg, found.inputs, found.weights, resolution, resolution, found.process, None, {}, [*notes, *said]
+        called,
+        imported.cfg,
+        imported.inputs,
+        imported.weights,
+        resolution,
+        resolution,
+        imported.process,
+        None,
+        {},
+        [*notes, *notes_text],
     )
 
 
@@ -190,7 +208,7 @@ def _detect_format(path: Path, state: Mapping[str, Tensor], run: RunConfig) -> I
 
 
 def _load_torch_file(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of a PyTorch file that holds nothing but data."""
+    """Return the tensors of a PyTorch file that contains only data."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever pickle, zip and torch raise at a file that is damaged or carries code
@@ -210,13 +228,19 @@ def _load_torch_file(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _check_source(run: RunConfig, source: InitSource) -> None:
-    """Raise UsageError where the network is another, RunError where its weights are not whole."""
-    ours, theirs = (cfg.model_dump() for cfg in (run.net, source.net_config))
-    differ = [k for k in ours | theirs if k not in TRANSFERABLE_DIFFERENCES and ours.get(k) != theirs.get(k)]
-    if ours["name"] != theirs["name"]:
+    """Raise UsageError if the network differs, RunError if its weights are incomplete or not finite."""
+    target_fields, source_fields = (cfg.model_dump() for cfg in (run.net, source.net_config))
+    differ = [
+        k
+        for k in target_fields | source_fields
+        if k not in TRANSFERABLE_DIFFERENCES and target_fields.get(k) != source_fields.get(k)
+    ]
+    if target_fields["name"] != source_fields["name"]:
         differ = ["name"]
     if differ:
-        settings, here = (" ".join(f"net.{k}={_format_value(v[k])}" for k in differ if k in v) for v in (theirs, ours))
+        settings, here = (
+            " ".join(f"net.{k}={_format_value(v[k])}" for k in differ if k in v) for v in (source_fields, target_fields)
+        )
         raise UsageError(f"init.source={run.init.source} is another network: {settings} there, {here} here")
     with torch.device("meta"):
         net = models.build_network(source.net_config, source.input_spec)
@@ -228,12 +252,12 @@ def _check_source(run: RunConfig, source: InitSource) -> None:
 
 
 def _format_value(value: object) -> str:
-    """As a user types it."""
+    """Return a value as typed on the command line."""
     return json.dumps(value).replace(" ", "").strip('"')
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """sha256 of names, shapes and values."""
+    """Return the SHA-256 of names, shapes and values of weights."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         value = weights[name].detach().cpu().contiguous()

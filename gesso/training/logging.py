@@ -1,4 +1,4 @@
-"""log.jsonl, and what the terminal shows of a run."""
+"""The log file log.jsonl and the progress bar of a run."""
 
 import json
 import os
@@ -15,24 +15,25 @@ from gesso import atomic_io
 from gesso.training.trackers import Tracker, flatten_numbers
 
 HARDWARE_KEYS = ("images_per_second", "waiting", "utilisation", "product_teraflops", "peak_gigabytes", "slow_ranks")
-"""what a line says of the machine: all else is equal to the last bit when a run is repeated"""
+"""Log values that depend on the machine; all others are bit-equal when a run is repeated."""
 
 
 class RunLog:
-    """One JSON object a line, appended and flushed, and passed on to trackers. Lines with `nimg` belong to that time."""
+    """Append one JSON object per line to the log and pass it to trackers. Lines with `nimg` belong to that time."""
 
     def __init__(self, path: Path):
         self.path = path
         self.trackers: list[Tracker] = []
 
     def rewind(self, nimg: int) -> None:
-        """Drop what was logged after nimg images (a resumed run logs it again; all of it from 0), and a torn line."""
+        """Delete the lines after nimg images, which a resumed run logs again, and an incomplete last line."""
         if not self.path.exists():
             return
-        kept = [line for line in read_log(self.path) if line["nimg"] <= nimg] if nimg else []
-        atomic_io.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        remaining = [line for line in read_log(self.path) if line["nimg"] <= nimg] if nimg else []
+        atomic_io.write_text(self.path, "".join(json.dumps(line) + "\n" for line in remaining))
 
     def write(self, **values: Any) -> None:
+        """Write one line."""
         with atomic_io.disk_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
             file.flush()
@@ -41,16 +42,18 @@ class RunLog:
             tracker.write(values["nimg"], dict(flatten_numbers({k: v for k, v in values.items() if k != "nimg"})))
 
     def log_image(self, nimg: int, image: Image.Image) -> None:
+        """Pass a sample grid to the trackers."""
         for tracker in self.trackers:
             tracker.log_image(nimg, image)
 
     def close(self) -> None:
+        """Close the log and the trackers."""
         for tracker in self.trackers:
             tracker.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, without a last one that a crash cut short."""
+    """Return the lines of a log, without a last one that a crash cut short."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -62,12 +65,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
+        """Return the rate as text."""
         rate = task.finished_speed or task.speed
         return Text(f"{rate:,.0f} img/s" if rate else "- img/s")
 
 
 class ProgressBar:
-    """Images seen, images/s, loss and time left; plain lines now and then where there is no terminal."""
+    """Show images seen, images/s, loss and remaining time; without a terminal, print a plain line now and then."""
 
     def __init__(self, console: Console, total: int, start: int, title: str):
         self.console, self.total, self.title = console, total, title
@@ -97,7 +101,7 @@ class ProgressBar:
             self.progress.stop()
 
     def update(self, done: int, note: str = "", total: int | None = None) -> None:
-        """`total` where it is only known on the way."""
+        """Set the number of finished items; `total` if it becomes known later."""
         self.total = total or self.total
         if self.is_interactive:
             self.progress.update(self.task, completed=min(done, self.total), total=self.total, note=note)

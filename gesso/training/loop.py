@@ -1,4 +1,4 @@
-"""The training loop: steps, and what is logged and stored between them."""
+"""The training loop: steps, and the logging and snapshots between them."""
 
 import functools
 import signal
@@ -25,7 +25,7 @@ from gesso.training.trainer import STOP_SIGNALS, Trainer
 
 @contextmanager
 def capture_signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGUSR1 and SIGTERM for the loop to see between steps; a second SIGINT interrupts at once."""
+    """Collect SIGINT, SIGUSR1 and SIGTERM for the loop to check; a second SIGINT interrupts immediately."""
     caught: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -50,11 +50,22 @@ def train(
     device: torch.device | None = None,
     denoiser: Denoiser | None = None,
 ) -> None:
-    """Train `run` in the folder `out` from its newest state, or from the beginning (the weights of
-    `denoiser`, or random ones), to train.total_images.
+    """Train `run` in the folder `out` to train.total_images, from its newest checkpoint if there is one.
 
-    Writes log.jsonl, state/ and snapshots/. Raises Stopped on SIGINT, SIGUSR1 and SIGTERM with the state
-    saved, RunError when the loss diverges, the disk refuses or another rank is gone.
+    Writes log.jsonl, state/ and snapshots/.
+
+    Args:
+        run: Settings of the run, with the data set open.
+        dataset: The training images.
+        out: The run folder.
+        console: For the progress bar.
+        ranks: The ranks of the run.
+        device: Device of this rank; None takes train.device.
+        denoiser: Denoiser with the initial weights; None for random ones.
+
+    Raises:
+        StoppedError: On SIGINT, SIGUSR1 and SIGTERM, after a checkpoint is written.
+        RunError: The loss diverges, the disk is full or not writable, or another rank is gone.
     """
     trainer = Trainer(run, dataset, ranks, device, denoiser)
     trainer.nimg = checkpoint.load_latest(
@@ -131,7 +142,7 @@ def _run_steps(
 
 
 def _write_snapshots(trainer: Trainer, out: Path, writer: checkpoint.CheckpointWriter) -> None:
-    """One for each average; the first rank writes it."""
+    """Write a snapshot of each EMA on the first rank."""
     nimg, run, rows = trainer.nimg, trainer.run, trainer.control_rows
     learned = {name for name, _ in trainer.denoiser.net.named_parameters()}  # constants stay as they are
     for profile, average in trainer.ema.averages.items():
@@ -147,7 +158,7 @@ def _write_snapshots(trainer: Trainer, out: Path, writer: checkpoint.CheckpointW
 
 
 def _to_cpu_dtype(tensor: Tensor, name: str, dtype: str) -> Tensor:
-    """A copy on the CPU. Raises RunError for numbers that 16 bits do not hold."""
+    """Return a copy on the CPU. Raises RunError for values that 16 bits cannot represent."""
     if dtype == "same":
         return tensor.to("cpu", copy=True)
     small = tensor.to("cpu", torch.float16)

@@ -1,13 +1,13 @@
-"""Magnitudes of activations and weights, by resolution or depth, largest and mean (EDM2 Eq. 3, Appendix A.6, Figures 3, 15).
+"""Magnitudes of activations and weights by resolution or depth, largest and mean (EDM2 Eq. 3, A.6, Figures 3, 15).
 
-What is looked at are the layers in a network's blocks: matrices and kernels, without biases, gains and tables, and what
-they put out, biases and gains included, before any nonlinearity; not a layer that is used in part, as that of the text in
-the last block of an mmDiT. Beside them the main path, which is what the blocks themselves put out: in a standard network
-norms hide its growth from the layers. The magnitude of a feature is the rms over the positions
-of a sample (Eq. 3), of activations its mean over samples; of an output feature's weights it is the rms of their row.
+Measured are the layers in a network's blocks: matrices and kernels without biases, gains and tables, and their outputs
+including biases and gains, before any nonlinearity. Layers that are only partly used are left out, such as those of the
+text in the last block of an mmDiT. The main path is the output of the blocks themselves: in a standard network, norms
+hide its growth from the layers. The magnitude of a feature is the RMS over the positions of a sample (Eq. 3), averaged
+over samples for activations; the magnitude of an output feature's weights is the RMS of their row.
 
-U-Nets have a bucket for each resolution on the way down (enc), at the bottom (mid) and on the way up (dec); of transformers,
-which have one resolution, each third of the blocks is one.
+U-Nets have one bucket for each resolution of the encoder (enc), the bottom (mid) and the decoder (dec); transformers,
+which have one resolution, have one for each third of their blocks.
 
 Legend: B samples, N features of a layer, M positions.
 """
@@ -19,16 +19,18 @@ from gesso import models
 from gesso.training.ranks import SINGLE_PROCESS, Ranks
 
 STAGE_NAMES = {"encoder": "enc", "down": "enc", "middle": "mid", "decoder": "dec", "up": "dec"}
-"""by the first part of the name of a U-Net's block"""
+"""Section of a U-Net by the first part of a block's name."""
 
 MagnitudeBuckets = dict[str, list[float]]
 """[largest, mean] by bucket"""
 
 
 class Magnitudes:
-    """Of a network that is run within `with`; `counts` (B,) bool says which samples of the next pass count, None: all.
+    """Measure magnitudes of a network in all passes within `with`.
 
-    resolution: of the images (latents) that a U-Net was built for, after which buckets are named, whatever is run.
+    `counts` (B,) bool selects the samples of the next pass that count; None: all. resolution: training resolution of
+    x, by
+    which the buckets of a U-Net are named.
     """
 
     def __init__(self, net: nn.Module, resolution: int):
@@ -73,30 +75,41 @@ class Magnitudes:
         return note
 
     def _accumulate(self, sums: dict[str, Tensor], name: str, out: Tensor, is_image: bool, share: float = 1.0) -> None:
-        """out: (B, N, H, W) of an image, (B, ..., N) of tokens and vectors; share: a factor in it that is taken out."""
+        """Add the magnitudes of one output.
+
+        Args:
+            sums: Sums by layer, changed in place.
+            name: Name of the layer.
+            out: (B, N, H, W) for images, (B, ..., N) for tokens and vectors.
+            is_image: True for (B, N, H, W).
+            share: Constant factor in `out` that is divided out.
+        """
         wide = out.detach().to(torch.promote_types(out.dtype, torch.float32))
         wide = wide.flatten(2) if is_image else wide.reshape(len(wide), -1, wide.shape[-1]).mT
-        found = wide.square().mean(dim=2).sqrt() / share  # Eq. 3
+        magnitude = wide.square().mean(dim=2).sqrt() / share  # Eq. 3
         if self.valid is not None:
-            found = found[self.valid]
-        found = torch.cat([found.sum(dim=0), found.new_tensor([len(found)])]).double()
-        sums[name] = sums.get(name, 0) + found
+            magnitude = magnitude[self.valid]
+        magnitude = torch.cat([magnitude.sum(dim=0), magnitude.new_tensor([len(magnitude)])]).double()
+        sums[name] = sums.get(name, 0) + magnitude
 
     def activations(self, ranks: Ranks = SINGLE_PROCESS) -> MagnitudeBuckets:
-        """What layers put out, in all passes so far, of all ranks."""
+        """Return the magnitudes of layer outputs over all passes so far and all ranks."""
         return self._group_by_bucket(_reduce_means(self._layer_sums, ranks))
 
     def main_path(self, ranks: Ranks = SINGLE_PROCESS) -> MagnitudeBuckets:
-        """What blocks put out."""
+        """Return the magnitudes of block outputs over all passes so far and all ranks."""
         return self._group_by_bucket(_reduce_means(self._block_sums, ranks))
 
     def weights(self, tensors: dict[str, Tensor]) -> MagnitudeBuckets:
-        """Of tensors by name, as they are: averages of weights on the sphere lie inside it. After a pass at least."""
+        """Return the magnitudes of weights by name, without normalization; needs at least one pass.
+
+        EMAs of normalized weights have a smaller norm than the weights.
+        """
         rows = {name: tensors[f"{name}.weight"].detach().flatten(1).double() for name in self._layer_sums}
         return self._group_by_bucket({name: row.square().mean(dim=1).sqrt() for name, row in rows.items()})
 
     def _group_by_bucket(self, magnitudes: dict[str, Tensor]) -> MagnitudeBuckets:
-        """found: (N,) magnitudes by layer."""
+        """Return magnitudes (N,) by layer as largest and mean by bucket."""
         buckets: dict[str, list[Tensor]] = {}
         for block, place in self._bucket_names().items():
             parts = [values for layer, values in magnitudes.items() if layer == block or layer.startswith(f"{block}.")]
@@ -105,15 +118,15 @@ class Magnitudes:
         return {place: [_round(values.max()), _round(values.mean())] for place, values in joined.items()}
 
     def _bucket_names(self) -> dict[str, str]:
-        """Bucket of each block that ran."""
+        """Return the bucket of each block that ran."""
         ran = list(self._block_buckets)
         if any(self._block_buckets.values()):
             return {name: place for name, place in self._block_buckets.items() if place}
         edges = [round(i * len(ran) / 3) for i in range(4)]
         names = {}
         for first, stop in zip(edges, edges[1:], strict=False):
-            said = f"block {stop}" if stop - first == 1 else f"blocks {first + 1}-{stop}"
-            names |= dict.fromkeys(ran[first:stop], said)
+            label = f"block {stop}" if stop - first == 1 else f"blocks {first + 1}-{stop}"
+            names |= dict.fromkeys(ran[first:stop], label)
         return names
 
 

@@ -1,4 +1,4 @@
-"""What is measured and drawn between steps, with a network of its own: that in training is left alone."""
+"""Measurements and samples between steps, computed on a second network."""
 
 import contextlib
 import functools
@@ -27,12 +27,12 @@ from gesso.training.trainer import Trainer
 
 
 def is_due(before: int, after: int, every: int | None) -> bool:
-    """Whether a multiple of `every` lies in (before, after]."""
+    """Return True if a multiple of `every` lies in (before, after]."""
     return bool(every) and after // every > before // every
 
 
 def nearest_tracked_profile(run: RunConfig) -> Profile:
-    """Of the averages that are tracked the one next to that of sample.*."""
+    """Return the tracked EMA profile closest to the one that sample.* selects."""
     wanted, tracked = ema.sampling_profile(run.sample), ema.tracked_profiles(run.ema)
     alike = [profile for profile in tracked if type(profile) is type(wanted)]
     return min(alike, key=lambda p: abs(math.log(_length(p) / _length(wanted)))) if alike else tracked[0]
@@ -43,7 +43,7 @@ def _length(profile: Profile) -> float:
 
 
 class EvalModel:
-    """A second network of a run, on the CPU while nobody needs it."""
+    """A second network of a run, on the CPU while it is not used."""
 
     def __init__(self, run: RunConfig, device: torch.device):
         self.device = device
@@ -52,7 +52,7 @@ class EvalModel:
     @contextlib.contextmanager
     @torch.no_grad()
     def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[Denoiser]:
-        """The denoiser with these weights, put back on the sphere. All ranks take part."""
+        """Yield the denoiser with the given weights, normalized. All ranks take part."""
         net = self.denoiser.to(self.device).net
         for name, tensor in net.state_dict().items():
             tensor.copy_(full_tensor(weights[name]))
@@ -64,10 +64,11 @@ class EvalModel:
 
 
 class Monitor:
-    """Writes to the log and to samples/ what run.watch asks for, after each step that comes to its time.
+    """Write to the log and to samples/ what the settings monitor.* select, whenever it is due.
 
-    Draws from no stream of random numbers, and changes nothing of the trainer. Raises UsageError for what cannot be
-    measured, at once.
+    It draws from no random stream of the training and changes nothing in the trainer. The constructor raises
+    UsageError for
+    anything that cannot be measured.
     """
 
     def __init__(self, trainer: Trainer, dataset: Dataset, out: Path, log: RunLog | None):
@@ -90,18 +91,19 @@ class Monitor:
 
     @functools.cached_property
     def eval_model(self) -> EvalModel:
+        """The second network, built when it is first used."""
         return EvalModel(self.run, self.device)
 
     @functools.cached_property
     def validation_loss(self) -> tuple[validation.ValidationLoss, list[validation.ValidationBatch]]:
-        """And the pairs of this rank, read once."""
+        """The validation loss, and the batches of this rank, read once."""
         n = self.cfg.validation_pairs
-        found = validation.ValidationLoss(self.run, *self.validation_set, self.device, n)
-        mine = found.split(torch.arange(n))[self.ranks.rank :: self.ranks.world_size]
-        return found, [found.load_batch(part) for part in mine]
+        validation_loss = validation.ValidationLoss(self.run, *self.validation_set, self.device, n)
+        mine = validation_loss.split(torch.arange(n))[self.ranks.rank :: self.ranks.world_size]
+        return validation_loss, [validation_loss.load_batch(part) for part in mine]
 
     def on_step_end(self, before: int) -> None:
-        """What is due since image `before`. All ranks take part."""
+        """Run all measurements that became due since image `before`. All ranks take part."""
         cfg, now = self.cfg, self.trainer.nimg
         jobs = {
             self.log_validation_loss: cfg.validate_every if self.validation_set else None,
@@ -121,24 +123,24 @@ class Monitor:
             self.log.write(nimg=self.trainer.nimg, **values)
 
     def log_validation_loss(self) -> None:
-        """Of the weights as they are, and of each average."""
+        """Log the validation loss of the current weights and of each EMA."""
         net = self.trainer.denoiser.net
         kinds = {
             "weights": net.state_dict(),
             **{f"ema{p.key}": average for p, average in self.trainer.ema.averages.items()},
         }
-        found, (validated, pairs) = {}, self.validation_loss
+        entry, (validated, pairs) = {}, self.validation_loss
         for name, weights in kinds.items():
             with self.eval_model.with_weights(weights) as denoiser:
                 losses = self.ranks.all_reduce(validated.losses(denoiser, pairs).to(self.device))
-            found[name] = validated.mean_losses(losses.cpu())
+            entry[name] = validated.mean_losses(losses.cpu())
         self._write(
-            validation={name: mean for name, (mean, _) in found.items()},
-            validation_by_noise={name: by_level for name, (_, by_level) in found.items()},
+            validation={name: mean for name, (mean, _) in entry.items()},
+            validation_by_noise={name: by_level for name, (_, by_level) in entry.items()},
         )
 
     def log_magnitudes(self) -> None:
-        """Of the samples that come next, at their levels and with their noise; weights before they are put back."""
+        """Log magnitudes over the next training samples with their noise; EMA weights before normalization."""
         run, seed, first = self.run, self.run.train.seed, self.trainer.nimg
         average, stop = self.trainer.ema.averages[self.ema_profile], self.trainer.nimg + self.cfg.magnitude_samples
         batches = Batcher(self.dataset, run, self.trainer.process.sigma_data, self.device)
@@ -161,18 +163,18 @@ class Monitor:
         self._write(magnitudes={"activations": activations, "main_path": main_path, "weights": weights})
 
     def generate_images(self, denoiser: Denoiser, cond: Cond, n: int) -> Tensor:
-        """Images of seeds 0 to n-1, (n, C, H, W) uint8 on the CPU; each rank draws its share."""
+        """Return images of the seeds 0 to n-1, (n, C, H, W) uint8 on the CPU; each rank samples its share."""
         seed, counts = self.ranks.shard_batch(0, n)
-        made = torch.cat(
+        generated = torch.cat(
             list(sampling.generate(denoiser, self.sample_run, seed.tolist(), cond[seed], self.guide, self.normalizer))
         )
-        images = made.new_zeros(n, *made.shape[1:])
-        images[seed[counts]] = made[counts]
+        images = generated.new_zeros(n, *generated.shape[1:])
+        images[seed[counts]] = generated[counts]
         return self.ranks.all_reduce(images.to(self.device)).cpu()
 
     @functools.cached_property
     def sample_cond(self) -> Cond:
-        """What the images of a grid are to show."""
+        """Return the conditions of a sample grid."""
         n = self.cfg.num_samples
         labels, prompts = (
             build_conditions.expand_labels(self.run, None, n),
@@ -181,6 +183,7 @@ class Monitor:
         return build_conditions.build_cond(self.run, range(n), self.trainer.control_rows, labels, prompts)[0]
 
     def log_samples(self) -> None:
+        """Write a sample grid."""
         n = self.cfg.num_samples
         with self.eval_model.with_weights(self.trainer.ema.averages[self.ema_profile]) as denoiser:
             images = self.generate_images(denoiser, self.sample_cond, n)
@@ -191,14 +194,14 @@ class Monitor:
 
     @functools.cached_property
     def metric_setup(self) -> tuple[Cond, toy_evaluation.MetricFn]:
-        """What the images to be scored are to show, and how they are scored."""
+        """Return the conditions of the samples for metrics, and the metric function."""
         count = toy_evaluation.num_samples(self.run, self.dataset)
         cond, labels = toy_evaluation.sample_conditions(self.run, self.dataset, count, self.trainer.control_rows)
         real = toy_evaluation.reference_images(self.normalizer, self.dataset, self.run)
         return cond, toy_evaluation.toy_metric_fn(self.run, self.dataset, real, labels, self.device)
 
     def log_metrics(self) -> None:
-        """At the settings of sample.*, as many images as `gesso evaluate` takes."""
+        """Log eval.toy_metrics over as many samples as `gesso evaluate` uses, with the settings sample.*."""
         cond, scored = self.metric_setup
         with self.eval_model.with_weights(self.trainer.ema.averages[self.ema_profile]) as denoiser:
             images = self.generate_images(denoiser, cond, toy_evaluation.num_samples(self.run, self.dataset))

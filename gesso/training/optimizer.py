@@ -1,4 +1,4 @@
-"""Adam and AdamW, in 32 or 8 bits, by groups of parameters, with the learning rate as a function of images seen."""
+"""Adam and AdamW, in 32 or 8 bits, with parameter groups and a learning rate that depends on images seen."""
 
 import difflib
 import math
@@ -17,7 +17,7 @@ from gesso.models import mp
 
 
 def learning_rate(config: OptimConfig, train: TrainConfig, nimg: int) -> float:
-    """The rate of the step that starts at nimg images. With warm-up the first step has rate 0, as EDM2's."""
+    """Return the learning rate of the step at nimg images. With warm-up the first step has rate 0, as in EDM2."""
     rate = config.peak_lr(train.batch_size)
     if config.schedule == "inverse_sqrt":
         rate /= math.sqrt(max(nimg / config.ref_images, 1))  # EDM2 Eq. 67
@@ -29,34 +29,37 @@ def learning_rate(config: OptimConfig, train: TrainConfig, nimg: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Of every group, by its own factor."""
+    """Set the learning rate of every group, times the multiplier of the group."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]
 
 
 def build_optimizer(config: OptimConfig, modules: nn.ModuleDict) -> torch.optim.Optimizer:
-    """The optimizer with its state made at once, so that a stored state can be read into it.
+    """Return the optimizer with initialized state, so that a stored state can be loaded into it.
 
-    Decay goes to matrices and kernels; weights on the sphere, gains, biases and norms have none. `optim.param_groups` say
-    otherwise of some. Raises UsageError for a group that no parameter belongs to, or whose decay none takes, and where
-    bitsandbytes is missing.
+    Weight decay applies to matrices and kernels; normalized weights, gains, biases and norms have none.
+    optim.param_groups
+    overrides this.
+
+    Raises:
+        UsageError: No parameter belongs to a group, none of its parameters takes its decay, or bitsandbytes is missing.
     """
     groups = param_groups(config, modules)
     if config.state_dtype == "8bit":
         return adamw_8bit(config, groups)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    made = kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    optimizer = kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     for parameter in modules.parameters():
-        made.state[parameter] = {
+        optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
-    return made
+    return optimizer
 
 
 def adamw_8bit(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW with 8-bit averages of every tensor of 4,096 values or more, by bitsandbytes, whose state is plain tensors."""
+    """Return bitsandbytes' AdamW with 8-bit state for every tensor of 4,096 values or more."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
@@ -65,24 +68,25 @@ def adamw_8bit(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim
         ) from None
 
     class Counted(AdamW8bit):
-        """Its number of steps is a tensor, which is stored and read in place, as the rest of its state."""
+        """AdamW8bit whose step count is a tensor, which is stored and loaded like the rest of its state."""
 
         def update_step(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
+            """Update one parameter."""
             state = self.state[p]
             state["step"] = int(state["count"])
             super().update_step(group, p, gindex, pindex)
             state["count"] += 1
 
-    made = Counted(groups, lr=config.lr, betas=config.betas, eps=config.eps)
-    for i, group in enumerate(made.param_groups):
+    optimizer = Counted(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    for i, group in enumerate(optimizer.param_groups):
         for j, parameter in enumerate(group["params"]):
-            made.init_state(group, parameter, i, j)
-            made.state[parameter]["count"] = torch.zeros(())
-    return made
+            optimizer.init_state(group, parameter, i, j)
+            optimizer.state[parameter]["count"] = torch.zeros(())
+    return optimizer
 
 
 def check_optimizer_config(run: RunConfig) -> None:
-    """Raise UsageError for settings of the optimizer that do not fit the network of a run whose data have been opened."""
+    """Raise UsageError for optimizer settings that do not fit the network. The data set must be open."""
     if run.optim.param_groups:
         process = processes.build_process(run.process)
         with torch.device("meta"):
@@ -95,9 +99,9 @@ def check_optimizer_config(run: RunConfig) -> None:
 
 
 def param_groups(config: OptimConfig, modules: nn.ModuleDict) -> list[dict[str, Any]]:
-    """Parameters that have all settings in common, those of no group first."""
+    """Return groups of parameters with equal settings; parameters of no configured group come first."""
     on_sphere = {id(w) for w in mp.sphere_weights(modules)}
-    found: dict[tuple, list[nn.Parameter]] = {}
+    groups: dict[tuple, list[nn.Parameter]] = {}
     used: dict[ParamGroupConfig, list[bool]] = {group: [] for group in config.param_groups}
     for name, parameter in modules.named_parameters():
         name, sphere = name.removeprefix("net."), id(parameter) in on_sphere
@@ -109,37 +113,37 @@ def param_groups(config: OptimConfig, modules: nn.ModuleDict) -> list[dict[str, 
             factor, betas = group.lr_multiplier, group.betas or betas
             decay = decay if group.weight_decay is None else group.weight_decay
         key = (group is not None, factor, betas, 0.0 if sphere else decay)
-        found.setdefault(key, []).append(parameter)
+        groups.setdefault(key, []).append(parameter)
     for group, spheres in used.items():
         _check_group(group, spheres, [name.removeprefix("net.") for name, _ in modules.named_parameters()])
     return [
-        {"params": found[key], "factor": key[1], "betas": key[2], "weight_decay": key[3]}
-        for key in sorted(found, key=lambda key: key[0])
+        {"params": groups[key], "factor": key[1], "betas": key[2], "weight_decay": key[3]}
+        for key in sorted(groups, key=lambda key: key[0])
     ]
 
 
 def _check_group(group: ParamGroupConfig, on_sphere: list[bool], names: list[str]) -> None:
-    """Raise UsageError where a group has no effect."""
-    said = f"optim.param_groups: match={group.match}"
+    """Raise UsageError if a group has no effect."""
+    prefix = f"optim.param_groups: match={group.match}"
     if not on_sphere:
         if any(fnmatchcase(name, group.match) for name in names):
-            raise UsageError(f"{said} comes after groups that take all its parameters: put it before them")
-        raise UsageError(f"{said} fits no parameter of this network; {suggest_names(group.match, names)}")
+            raise UsageError(f"{prefix} comes after groups that take all its parameters: put it before them")
+        raise UsageError(f"{prefix} fits no parameter of this network; {suggest_names(group.match, names)}")
     if group.weight_decay and all(on_sphere):
         raise UsageError(
-            f"{said}, weight_decay={group.weight_decay:g}: all its weights are on the sphere, which has no decay"
+            f"{prefix}, weight_decay={group.weight_decay:g}: all its weights are on the sphere, which has no decay"
         )
 
 
 def suggest_names(glob: str, names: list[str]) -> str:
-    """The names that a glob may have meant."""
+    """Return the parameter names that a glob may have meant."""
     bare = glob.strip("*.?")
     close = difflib.get_close_matches(bare, names, n=3, cutoff=0.4) or names[:3]
     return f"did you mean {' or '.join(close)}?"
 
 
 def named_optimizer_state(optimizer: torch.optim.Optimizer, modules: nn.ModuleDict) -> dict[str, Tensor]:
-    """The optimizer's tensors under the names of their parameters, without the table of 8-bit numbers, a constant."""
+    """Return the optimizer's tensors by parameter name, without the constant table of 8-bit values."""
     return {
         f"{name}.{key}": value
         for name, parameter in modules.named_parameters()

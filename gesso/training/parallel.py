@@ -1,5 +1,4 @@
-"""What goes over the ranks: the losses of samples, with every way to compute them faster or in less memory applied in one
-order: recompute, compile, shard or replicate."""
+"""The training loss as a module, with activation checkpointing, compilation and sharding applied in this order."""
 
 import contextlib
 import functools
@@ -21,7 +20,7 @@ from gesso.training.ranks import Ranks
 
 
 class LossModule(nn.Module):
-    """Losses (B,) of samples; `masked` is noise and tokens of MDT's second term."""
+    """Losses (B,) of samples; `masked` is the noise and the token mask of MDT's second term."""
 
     def __init__(self, denoiser: diffusion.Denoiser, uncertainty: diffusion.Uncertainty | None, weighting: str):
         super().__init__()
@@ -30,6 +29,8 @@ class LossModule(nn.Module):
     def forward(
         self, x0: Tensor, s: Tensor, eps: Tensor, cond: Cond, masked: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
+        """Return the losses (B,) of x0 at noise levels s with noise eps."""
+
         def loss(eps: Tensor, keep: Tensor | None = None) -> Tensor:
             return diffusion.loss(
                 self.denoiser, self.denoiser.process, x0, s, eps, cond, self.weighting, self.uncertainty, keep
@@ -39,7 +40,7 @@ class LossModule(nn.Module):
 
 
 def parallelize(loss_module: LossModule, run: RunConfig, ranks: Ranks, device: torch.device) -> nn.Module:
-    """The objective as this rank calls it. Its parameters keep their names; sharded ones become DTensors."""
+    """Return the loss module as this rank calls it. Its parameters keep their names; sharded ones become DTensors."""
     cfg, net = run.train, loss_module.denoiser.net
     for block in models.list_blocks(net):
         compile_and_checkpoint_block(block, cfg)
@@ -63,13 +64,15 @@ def parallelize(loss_module: LossModule, run: RunConfig, ranks: Ranks, device: t
 
 
 def compile_and_checkpoint_block(block: nn.Module, cfg: TrainConfig) -> None:
-    """One block, compiled and computed again as the settings say: the compiled one is what is computed again (around that
-    torch compiles nothing, and says nothing)."""
+    """Compile a block and checkpoint its activations by the settings.
+
+    The compiled block is inside the checkpoint: torch silently compiles nothing around one.
+    """
     if cfg.compile:
         # Its fusion of reductions makes wrong gradients of modulations that a batch shares (torch 2.10 to 2.13,
         # pytorch/pytorch#193061). Read when the compiler is first imported.
         os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
-        # A graph for every width of a U-Net and every shape: after 8, torch's own bound, the rest would stay as they are.
+        # One graph per width of a U-Net and per shape: torch's default limit of 8 would leave the rest uncompiled.
         torch._dynamo.config.recompile_limit = 256
         block.forward = torch.compile(block.forward, dynamic=False)
     if cfg.activation_checkpointing:
@@ -78,7 +81,7 @@ def compile_and_checkpoint_block(block: nn.Module, cfg: TrainConfig) -> None:
 
 @contextlib.contextmanager
 def gradient_sync(module: nn.Module, is_last: bool) -> Iterator[None]:
-    """Gradients are summed over the ranks after the last of several passes alone."""
+    """Reduce gradients over ranks only after the last of several passes."""
     if isinstance(module, DistributedDataParallel):
         with contextlib.nullcontext() if is_last else module.no_sync():
             yield

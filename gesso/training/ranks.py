@@ -1,4 +1,4 @@
-"""Ranks: processes that train one network together, started by torchrun; alone, rank 0 of 1."""
+"""Ranks: processes that train one network together, started by torchrun; otherwise rank 0 of 1."""
 
 import contextlib
 import datetime
@@ -21,12 +21,12 @@ from gesso.sampling import run_device
 from gesso.training.failure_report import RankRegistry, is_peer_failure
 
 RENDEZVOUS_TIMEOUT = datetime.timedelta(seconds=60)
-"""for ranks that are there to meet in another group"""
+"""Time for all ranks to join another group."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank of world; `local` of `per_node` on this machine. names: of all ranks, with host and process."""
+    """This rank, its index on this machine, and the names of all ranks with host and process."""
 
     rank: int = 0
     world_size: int = 1
@@ -36,27 +36,28 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
+        """Return True on rank 0."""
         return self.rank == 0
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Over all ranks."""
+        """Sum a tensor over all ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
     def all_gather(self, value: float, device: torch.device) -> list[float]:
-        """That of every rank."""
+        """Return the values of all ranks."""
         values = torch.zeros(self.world_size, dtype=torch.float64, device=device)
         values[self.rank] = value
         return self.all_reduce(values).tolist()
 
     def barrier(self) -> None:
-        """Until all ranks are here."""
+        """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
 
     def new_gloo_group(self, timeout_s: float) -> dist.ProcessGroup | None:
-        """A group of all ranks by itself (gloo): what a thread exchanges must not mix with what the step does."""
+        """Return a separate gloo group of all ranks for use in a thread, apart from the communication of the step."""
         if self.world_size == 1:
             return None
         # Whoever dies now, before it has met the others, is waited for; later its connection breaks.
@@ -66,17 +67,16 @@ class Ranks:
         return group
 
     def shard_batch(self, start: int, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Counters of this rank's part of the batch first .. first + size - 1, and which of them count.
+        """Return the sample indices of this rank's part of the batch from `start`, and which of them count.
 
-        All ranks have equally many, so that they keep step; where the world does not divide the batch, the last ones
-        have copies that do not count.
+        All ranks have the same number; if the batch is not divisible, the last ranks have copies that do not count.
         """
         n = -(-batch_size // self.world_size)
         place = torch.arange(self.rank * n, (self.rank + 1) * n)
         return start + place.clamp(max=batch_size - 1), place < batch_size
 
     def build_mesh(self, sharding: str, device: torch.device) -> DeviceMesh:
-        """Of fsdp one dimension; of hsdp nodes and the ranks of each."""
+        """Return a device mesh: one dimension for fsdp; nodes and ranks of a node for hsdp."""
         self.barrier()
         if sharding == "fsdp":
             return init_device_mesh(device.type, (self.world_size,))
@@ -91,16 +91,18 @@ SINGLE_PROCESS = Ranks()
 
 
 def from_env() -> Ranks:
-    """Of this process."""
+    """Return the ranks by the environment variables of torchrun."""
     return Ranks(*torchrun.rank_from_env())
 
 
 @contextlib.contextmanager
 def init_distributed(run: RunConfig) -> Iterator[tuple[Ranks, torch.device]]:
-    """The ranks of this run, connected (NCCL between GPUs, gloo between CPUs), and this one's device.
+    """Connect the ranks of this run (NCCL between GPUs, gloo between CPUs); yield them and this rank's device.
 
-    Raises UsageError where there are more ranks than images in a batch, or than GPUs. What torch.distributed raises when
-    a rank is gone or late becomes a RunError that names it.
+    Errors of torch.distributed because a rank is gone or late become a RunError that names the rank.
+
+    Raises:
+        UsageError: There are more ranks than images in a batch, or than GPUs.
     """
     ranks = from_env()
     if ranks.world_size == 1:
@@ -112,7 +114,8 @@ def init_distributed(run: RunConfig) -> Iterator[tuple[Ranks, torch.device]]:
         )
     if run.train.sharding == "hsdp" and ranks.world_size % ranks.local_world_size:
         raise UsageError(
-            f"train.sharding=hsdp: {ranks.world_size} ranks on nodes of {ranks.local_world_size}; start equally many on each"
+            f"train.sharding=hsdp: {ranks.world_size} ranks on nodes of {ranks.local_world_size}; start equally many "
+            "on each"
         )
     device = run_device(run)
     if device.type == "cuda":
@@ -145,14 +148,14 @@ def init_distributed(run: RunConfig) -> Iterator[tuple[Ranks, torch.device]]:
         ) from error
     finally:
         if ours:
-            # DDP modules sit in reference cycles and hold the process group. Its threads must end before the interpreter
-            # does: a gloo thread that waits for the GIL during finalization aborts the process.
+            # DDP modules in reference cycles hold the process group. Its threads must end before the interpreter:
+            # a gloo thread that waits for the GIL during finalization aborts the process.
             gc.collect()
             dist.destroy_process_group()
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that this rank holds, and of its gradient; the tensor itself where it is whole."""
+    """Return this rank's part of a sharded tensor, with its gradient; other tensors unchanged."""
     if not isinstance(tensor, DTensor):
         return tensor
     part = tensor.detach().to_local()
@@ -161,6 +164,6 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together; all ranks take part."""
+    """Return a sharded tensor in full; all ranks take part. Other tensors are returned unchanged."""
     # Shards in the host's memory go back to where ranks exchange them.
     return tensor.to(tensor.device_mesh.device_type).full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""Opening a run folder: new, or resumed; never overwritten."""
+"""Open a run folder, new or resumed; an existing run is never overwritten."""
 
 import contextlib
 import os
@@ -24,11 +24,11 @@ from gesso.training.logging import ProgressBar
 from gesso.training.ranks import SINGLE_PROCESS, Ranks, init_distributed
 
 MAX_CHECKED_CAPTIONS = 100_000
-"""captions that are looked through for long ones"""
+"""Number of captions checked for truncation."""
 
 
 def default_run_folder(name: str, run: RunConfig, resume: bool) -> Path:
-    """runs/RECIPE; runs/NAME for a folder of images; beside the original for a repeated run.yaml."""
+    """Return runs/RECIPE, runs/NAME for a folder of images, or a folder next to a run.yaml that is repeated."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_dir():
         origin = path if path.is_dir() else path.parent
@@ -40,7 +40,7 @@ def default_run_folder(name: str, run: RunConfig, resume: bool) -> Path:
 
 
 def git_commit() -> str:
-    """The git commit of the gesso checkout in use, with + when there are changes; 'none' elsewhere."""
+    """Return the git commit of the gesso checkout, with + if it has changes; "none" outside of one."""
     here = Path(gesso.__file__).parent
 
     def git(*arguments: str) -> str:
@@ -53,7 +53,7 @@ def git_commit() -> str:
 
 
 def environment(device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> dict[str, str | int]:
-    """What decides the last bits besides the settings."""
+    """Return versions and devices, which influence the last bits of the result."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "gesso": gesso.__version__,
@@ -66,7 +66,7 @@ def environment(device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> dict[str
 
 
 def open_dataset_for_run(run: RunConfig, console: Console) -> tuple[RunConfig, Dataset]:
-    """Open the images and complete the run with what they and the text encoder tell; check again that it all fits."""
+    """Open the images and record what they and the text encoder determine in the run; validate the result."""
     check_sampling(run)
     trackers.check_trackers(run)
     widths = {} if is_cache_uri(run.data.source) else text.text_dims(run.semantic)  # before any image is read
@@ -80,25 +80,30 @@ def open_dataset_for_run(run: RunConfig, console: Console) -> tuple[RunConfig, D
     widths = widths or _use_stored_text(run, dataset, console) or text.text_dims(run.semantic)
     if dataset.text_config is None:
         _check_captions(run, dataset, console)
-    told = run.semantic.kind == "text" or (run.semantic.kind == "label" and dataset.class_names)
+    has_semantic = run.semantic.kind == "text" or (run.semantic.kind == "label" and dataset.class_names)
     tree = config.to_dict(run)
     data = with_dataset_info(run.data, dataset, run.latent, run.train.seed)
     tree["data"] = config.to_dict(run.model_copy(update={"data": data}))["data"]
     tree["semantic"] |= widths
-    if not told and run.sample.guidance != 1 and run.sample.guide_run is None:
+    if not has_semantic and run.sample.guidance != 1 and run.sample.guide_run is None:
         tree["sample"]["guidance"] = 1.0
         console.print("note: sample.guidance=1, as there are no classes to guide towards", highlight=False)
     return config.validate(tree), dataset
 
 
 def _apply_dataset_settings(run: RunConfig, dataset: Dataset, console: Console) -> RunConfig:
-    """The run with what its images settle, and a note for what it said otherwise. Raises UsageError for another data.resize."""
+    """Return the run with the settings that its images determine; print a note for each overridden setting.
+
+    Raises:
+        UsageError: The images were prepared with another data.resize.
+    """
     tree = config.to_dict(run)
     for block, fields in dataset.implied_settings(run).items():
         for name, value in fields.items():
             if name == "resize" and tree[block][name] not in (DataConfig().resize, value):
                 raise UsageError(
-                    f"data.resize={tree[block][name]}, but {run.data.source} was written with {value}: write it anew with "
+                    f"data.resize={tree[block][name]}, but {run.data.source} was written with {value}: write it anew "
+                    "with "
                     f"gesso cache --resize {tree[block][name]}, or set data.resize={value}"
                 )
             if tree[block][name] not in (None, value):
@@ -111,25 +116,26 @@ def _apply_dataset_settings(run: RunConfig, dataset: Dataset, console: Console) 
 
 
 def _use_stored_text(run: RunConfig, dataset: Dataset, console: Console) -> dict[str, int]:
-    """Widths of the tokens that the data set keeps. Where they are of another encoder, they are left aside, with a note."""
-    ours, theirs = run.semantic, dataset.text_config
-    if ours.kind != "text" or theirs is None:
+    """Return the dimensions of the text tokens in the data set; tokens of another encoder are ignored with a note."""
+    configured, stored = run.semantic, dataset.text_config
+    if configured.kind != "text" or stored is None:
         return {}
-    widths = {"embed_dim": theirs.embed_dim, "pooled_dim": theirs.pooled_dim}
-    same = (ours.encoder, ours.max_tokens) == (theirs.encoder, theirs.max_tokens)
-    if same and all(getattr(ours, name) in (None, width) for name, width in widths.items()):
+    widths = {"embed_dim": stored.embed_dim, "pooled_dim": stored.pooled_dim}
+    same = (configured.encoder, configured.max_tokens) == (stored.encoder, stored.max_tokens)
+    if same and all(getattr(configured, name) in (None, width) for name, width in widths.items()):
         return widths
     dataset.text_config = None
     console.print(
-        f"note: captions are encoded by {ours.encoder}, {ours.max_tokens} tokens; for the tokens that {run.data.source} keeps "
-        f"set semantic.encoder={theirs.encoder} semantic.max_tokens={theirs.max_tokens}",
+        f"note: captions are encoded by {configured.encoder}, {configured.max_tokens} tokens; for the tokens that "
+        f"{run.data.source} keeps "
+        f"set semantic.encoder={stored.encoder} semantic.max_tokens={stored.max_tokens}",
         highlight=False, markup=False,
     )  # fmt: skip
     return {}
 
 
 def _check_captions(run: RunConfig, dataset: Dataset, console: Console) -> None:
-    """Say how many captions are cut, and which. Raises UsageError when there are no words to learn."""
+    """Print how many captions are truncated, with examples. Raises UsageError if there are no captions."""
     if run.semantic.kind != "text":
         return
     if not any(dataset.captions):
@@ -147,15 +153,19 @@ def _check_captions(run: RunConfig, dataset: Dataset, console: Console) -> None:
         )  # fmt: skip
 
 
-RESUMABLE_SETTINGS = ("environment", "init.path", "train.device", "train.num_threads", "train.sharding", "train.micro_batch_size", "train.activation_checkpointing", "train.compile",
-       "train.rank_timeout_s", "train.keep_checkpoints", "train.milestone_every", "train.deterministic", "train.tf32", "monitor.", "ema.device")  # fmt: skip
-"""settings that may change when a run goes on: they do not change what it computes, but for rounding"""
+RESUMABLE_SETTINGS = (
+    "environment", "init.path", "train.device", "train.num_threads", "train.sharding", "train.micro_batch_size",
+    "train.activation_checkpointing", "train.compile", "train.rank_timeout_s", "train.keep_checkpoints",
+    "train.milestone_every", "train.deterministic", "train.tf32", "monitor.", "ema.device",
+)  # fmt: skip
+"""Settings that may change when a run is resumed: they change its result by rounding only."""
 
 
 def prepare_run_folder(out: Path, run: RunConfig, device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> RunConfig:
-    """The run to go on with: `run` in a new folder, the recorded one, as it is computed now, when resuming.
+    """Return the run to train: `run` in a new folder, or the recorded one when resuming.
 
-    Raises UsageError when the folder holds another run, or other things.
+    Raises:
+        UsageError: The folder holds another run, or other files.
     """
     record = out / "run.yaml"
     if not record.exists():
@@ -176,7 +186,7 @@ def prepare_run_folder(out: Path, run: RunConfig, device: torch.device, ranks: R
 
 
 def start_training(run: RunConfig, out: Path, resume: bool, console: Console, log: Callable[[str], None]) -> RunConfig:
-    """Open the data and the folder and train, on every rank; the first one speaks. Returns the run as it was recorded."""
+    """Open the data and the run folder and train, on every rank; only the first prints. Returns the recorded run."""
     configure_backends(run)
     with init_distributed(run) as (ranks, device):
         devices.check_precision(device, "train.precision", run.train.precision)
@@ -225,7 +235,7 @@ def start_training(run: RunConfig, out: Path, resume: bool, console: Console, lo
 
 
 def configure_backends(run: RunConfig) -> None:
-    """Process-wide switches of torch."""
+    """Set the process-wide options of torch that the run selects."""
     if run.train.num_threads:
         torch.set_num_threads(run.train.num_threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.train.tf32

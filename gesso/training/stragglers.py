@@ -1,4 +1,4 @@
-"""Ranks that hold the others up, by name: what each waits for data and computes by itself, compared."""
+"""Name slow ranks by comparing the time that each spends waiting for data and computing."""
 
 import statistics
 import time
@@ -10,14 +10,17 @@ from gesso import models
 from gesso.training.trainer import Trainer
 
 SLOWDOWN_THRESHOLD, MIN_TIME_SHARE = 1.5, 0.05
-"""times the median rank, and share of the time between two lines of the log, from which a rank is named"""
+"""Thresholds of a slow rank: busy time over the median's, and its excess as a share of the interval."""
 
 
 class StragglerDetector:
-    """Names ranks that took longer than others since it was last asked.
+    """Find ranks that were slower than the others since the last call.
 
-    A rank's own time is that of data it waited for and of forward passes, in which it waits for nobody: those of the
-    network under DDP, those of its middle block where weights are gathered for each block. (Not measured of compiled blocks.)
+    The busy time of a rank is its waiting for data and its forward passes, in which it waits for no other rank: those
+    of the
+    network under DDP, those of its middle block under FSDP, which gathers weights for each block. Compiled blocks are
+    not
+    measured.
     """
 
     def __init__(self, trainer: Trainer):
@@ -48,17 +51,19 @@ class StragglerDetector:
         self.pass_times.append((self.pass_start, self._timestamp()))
 
     def __call__(self) -> dict[str, float]:
-        """Times the median by the name of the rank. All ranks take part."""
+        """Return the busy time relative to the median by name of each slow rank. All ranks take part."""
         if self.ranks.world_size == 1:
             return {}
         elapsed = time.perf_counter() - self.last_time
         computed = sum(a.elapsed_time(b) / 1000 if self.is_cuda else b - a for a, b in self.pass_times)
-        own = self.ranks.all_gather(computed + self.trainer.data_wait_s - self.last_data_wait_s, self.trainer.device)
+        busy_seconds = self.ranks.all_gather(
+            computed + self.trainer.data_wait_s - self.last_data_wait_s, self.trainer.device
+        )
         self.pass_times.clear()
         self.last_time, self.last_data_wait_s = time.perf_counter(), self.trainer.data_wait_s
-        median = statistics.median_low(own)
+        median = statistics.median_low(busy_seconds)
         return {
             name: round(seconds / median, 2)
-            for name, seconds in zip(self.ranks.names, own, strict=True)
+            for name, seconds in zip(self.ranks.names, busy_seconds, strict=True)
             if seconds > SLOWDOWN_THRESHOLD * median > 0 and seconds - median > MIN_TIME_SHARE * elapsed
         }

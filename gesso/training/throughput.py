@@ -1,4 +1,4 @@
-"""How fast training goes: images/s, time spent waiting for data, model FLOP utilisation, memory."""
+"""Training speed: images/s, time spent waiting for data, model FLOP utilization, memory."""
 
 import time
 
@@ -9,16 +9,17 @@ from gesso.models.flops import training_macs
 from gesso.training.ranks import Ranks
 
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
-"""of the square matrices that a device's speed is measured with"""
+"""Side of the square matrices that measure the speed of a device."""
 
 
 class ThroughputMeter:
-    """Speed since the last time it was asked for, of all ranks together; waiting and memory are this rank's.
+    """Measure the speed of all ranks since the last call; waiting and memory are those of this rank.
 
-    Utilisation is model FLOPs over what a product of large square matrices reaches on this device in the precision of
-    training, times the number of ranks. Model FLOPs: 6 per multiply-accumulate of a forward pass, two thirds of them in
-    backward; what recompute repeats, the optimizer and the encoders do not count. The product is timed once per process,
-    at the first call.
+    Utilization is model FLOPs relative to the rate of large square matrix products in the training precision, times
+    the number
+    of ranks. Model FLOPs are 6 per multiply-accumulate of a forward pass; recomputation, the optimizer and the
+    encoders do not
+    count. The product is timed once per process, at the first call.
     """
 
     def __init__(self, run: RunConfig, ranks: Ranks, device: torch.device, nimg: int):
@@ -28,26 +29,26 @@ class ThroughputMeter:
         self.last_time, self.last_nimg, self.last_data_wait_s = time.perf_counter(), nimg, 0.0
 
     def __call__(self, nimg: int, data_wait_s: float) -> dict[str, float]:
-        """A line's values. nimg: images seen; waited: seconds spent waiting for data since training began."""
+        """Return the values of a log line, given images seen and seconds of waiting for data since the start."""
         _synchronize(self.device)
         seconds = time.perf_counter() - self.last_time
         rate = (nimg - self.last_nimg) / seconds
         self.matmul_flops = self.matmul_flops or measure_matmul_flops(self.run, self.device)
-        found = {
+        values = {
             "images_per_second": round(rate, 1),
             "waiting": round((data_wait_s - self.last_data_wait_s) / seconds, 4),
             "utilisation": round(rate * self.flops_per_image / (self.matmul_flops * self.ranks.world_size), 4),
             "product_teraflops": round(self.matmul_flops / 1e12, 3),
         }
         if self.device.type == "cuda":
-            found["peak_gigabytes"] = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 2)
+            values["peak_gigabytes"] = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 2)
         self.last_time, self.last_nimg, self.last_data_wait_s = time.perf_counter(), nimg, data_wait_s
-        return found
+        return values
 
 
 @torch.no_grad()
 def measure_matmul_flops(run: RunConfig, device: torch.device) -> float:
-    """FLOPs per second of the best of a few products of large matrices, as training computes them."""
+    """Return the FLOPs per second of the fastest of a few large matrix products in the training precision."""
     n = MATMUL_SIZE.get(device.type, MATMUL_SIZE["cpu"])
     dtype = getattr(torch, run.train.dtype if run.train.precision == "full" else run.train.precision)
     generator = torch.Generator(device).manual_seed(0)  # numbers, not ones: a GPU that does not toggle bits runs faster

@@ -1,7 +1,7 @@
-"""log.jsonl for TensorBoard and Weights & Biases as well: the same values, at the same times, each once.
+"""Write log.jsonl to TensorBoard and Weights & Biases too: the same values at the same times, each once.
 
-RUN/tensorboard/     event files; a resumed run tells its reader to forget what lies after the state it resumed from
-RUN/wandb/           what Weights & Biases keeps; RUN/wandb.json the id of the run there and the last time passed on
+RUN/tensorboard/     event files; a resumed run purges the events after its checkpoint
+RUN/wandb/           files of Weights & Biases; RUN/wandb.json holds the id of the run there and the last time sent
 """
 
 import importlib.util
@@ -20,35 +20,38 @@ from gesso.errors import UsageError
 
 
 class Tracker(Protocol):
+    """Interface of a tracker."""
+
     def write(self, nimg: int, values: dict[str, float]) -> None:
-        """Numbers by name, at one time."""
+        """Write numbers by name at one time."""
 
     def log_image(self, nimg: int, image: Image.Image) -> None:
-        """A grid of samples."""
+        """Write a sample grid."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Finish."""
 
 
 def check_trackers(run: RunConfig) -> None:
-    """Raise UsageError where the settings name a library that is not installed."""
+    """Raise UsageError if a selected library is not installed."""
     wanted = {"tensorboard": run.monitor.tensorboard, "wandb": run.monitor.wandb != "no"}
-    for name, asked in wanted.items():
-        if asked and importlib.util.find_spec(name) is None:
+    for name, enabled in wanted.items():
+        if enabled and importlib.util.find_spec(name) is None:
             raise UsageError(f"monitor.{name} needs {name}: pip install 'gesso[log]'")
 
 
 def open_trackers(run: RunConfig, out: Path, nimg: int) -> list[Tracker]:
-    """What the settings ask for, to go on from image nimg."""
-    found: list[Tracker] = []
+    """Return the trackers that the settings select, resumed at image nimg."""
+    trackers: list[Tracker] = []
     if run.monitor.tensorboard:
-        found.append(TensorBoard(out, nimg))
+        trackers.append(TensorBoard(out, nimg))
     if run.monitor.wandb != "no":
-        found.append(Wandb(run, out))
-    return found
+        trackers.append(Wandb(run, out))
+    return trackers
 
 
 def flatten_numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in a line of the log by path: a/b for what is nested, a/0, a/1, ... for lists; not what is missing."""
+    """Yield the numbers of a log line by path: a/b for nested values, a/0, a/1, ... for lists."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from flatten_numbers(value, f"{prefix}{name}/")
@@ -59,7 +62,7 @@ def flatten_numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[
 
 
 class TensorBoard:
-    """Steps are images seen."""
+    """Write TensorBoard events; steps are images seen."""
 
     def __init__(self, out: Path, nimg: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -67,22 +70,27 @@ class TensorBoard:
         self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=nimg + 1)
 
     def write(self, nimg: int, values: dict[str, float]) -> None:
+        """Write numbers by name."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, nimg)
         self.writer.flush()
 
     def log_image(self, nimg: int, image: Image.Image) -> None:
+        """Write a sample grid."""
         self.writer.add_image("samples", np.asarray(image.convert("RGB")), nimg, dataformats="HWC")
         self.writer.flush()
 
     def close(self) -> None:
+        """Close the event file."""
         self.writer.close()
 
 
 class Wandb:
-    """Steps are images seen. A resumed run repeats what lies after its state to the last bit: it is not passed on twice.
+    """Write to Weights & Biases; steps are images seen.
 
-    Raises UsageError where Weights & Biases refuses.
+    A resumed run repeats the values after its checkpoint to the last bit; they are not sent twice. The constructor
+    raises
+    UsageError if Weights & Biases refuses the run.
     """
 
     def __init__(self, run: RunConfig, out: Path):
@@ -101,13 +109,15 @@ class Wandb:
                 mode=run.monitor.wandb, resume="allow", settings=wandb.Settings(console="off", silent=True),
             )  # fmt: skip
         except wandb.Error as error:
-            said = str(error).strip().splitlines()[0]
-            raise UsageError(f"monitor.wandb={run.monitor.wandb}: {said} (Or set monitor.wandb=offline.)") from None
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(f"monitor.wandb={run.monitor.wandb}: {reason} (Or set monitor.wandb=offline.)") from None
 
     def write(self, nimg: int, values: dict[str, float]) -> None:
+        """Send numbers by name."""
         self._log(nimg, values)
 
     def log_image(self, nimg: int, image: Image.Image) -> None:
+        """Send a sample grid."""
         self._log(nimg, {"samples": self.wandb.Image(image)})
 
     def _log(self, nimg: int, values: dict[str, Any]) -> None:
@@ -119,4 +129,5 @@ class Wandb:
             self.run.log(values, step=nimg)
 
     def close(self) -> None:
+        """Finish the run."""
         self.run.finish()

@@ -1,4 +1,4 @@
-"""Network, optimizer and averages of one run, and the step that moves them on. Time is nimg, the number of images seen."""
+"""Network, optimizer and EMAs of one run, and the training step. Time is nimg, the number of images seen."""
 
 import itertools
 import math
@@ -24,18 +24,20 @@ from gesso.training import optimizer, parallel
 from gesso.training.ranks import SINGLE_PROCESS, Ranks, full_tensor, local_shard
 
 MAX_NONFINITE_STEPS = 20
-"""steps whose gradient is not finite"""
+"""Maximum number of consecutive steps with a non-finite gradient."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
-"""signals that stop a run with its state saved; schedulers send the latter two"""
+"""Signals that stop a run after a checkpoint; schedulers send the latter two."""
 
 
 class Trainer:
-    """The data state is nimg and nothing else.
+    """State of a training; the state of the data is nimg alone.
 
-    nimg: images seen; running: (2,) float64, sum of losses and number of images since the last log line, levels the same
-    by noise level; scaling: (3,) float64, loss scale, good steps since it last changed, and steps in a row whose
-    gradient was not finite; waited: seconds that steps waited for their batch. denoiser: with weights to start from;
-    None: random ones.
+    nimg: images seen. loss_sums: (2,) float64, sum of losses and number of images since the last log line;
+    loss_bin_sums the
+    same by noise level. loss_scale_state: (3,) float64, loss scale, good steps since it changed, consecutive steps with
+    non-finite gradients. data_wait_s: seconds that steps waited for their batch. denoiser: denoiser with initial
+    weights;
+    None for random ones.
     """
 
     def __init__(
@@ -62,8 +64,8 @@ class Trainer:
         )
         self.sphere_parameters = mp.sphere_weights(self.modules)
         self.optimizer = optimizer.build_optimizer(run.optim, self.modules)
-        kept = "cpu" if run.ema.device == "cpu" else None
-        self.ema = ema.Tracker(net.state_dict(), ema.tracked_profiles(run.ema), kept)
+        ema_device = "cpu" if run.ema.device == "cpu" else None
+        self.ema = ema.Tracker(net.state_dict(), ema.tracked_profiles(run.ema), ema_device)
         self.batcher = Batcher(dataset, run, self.process.sigma_data, self.device)
         rows = torch.arange(min(4096, run.train.total_images))
         self.control_rows = self.batcher.control_rows(rows) if run.control.variables else None
@@ -85,7 +87,7 @@ class Trainer:
         self.stop_signal = 0
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs besides nimg, by name."""
+        """Return all tensors that a resumed run needs besides nimg, by name."""
         averages = {f"ema.{p.key}.{name}": t for p, average in self.ema.averages.items() for name, t in average.items()}
         return {
             **{f"modules.{name}": t for name, t in self.modules.state_dict().items()},
@@ -100,7 +102,7 @@ class Trainer:
         }
 
     def pop_log_line(self) -> dict[str, float | int]:
-        """A line of the log: what happened since the last one."""
+        """Return the values of a log line since the last call, and reset them."""
         total, n = self.loss_sums.tolist()
         line = {"nimg": self.nimg, "loss": total / n if n else None, "lr": self.optimizer.param_groups[0]["lr"]}
         line["loss_by_noise"] = loss_bins.bin_means(self.loss_bin_sums)
@@ -114,19 +116,23 @@ class Trainer:
         return line
 
     def step(self) -> float:
-        """One batch. Returns its loss, a mean over elements whatever loss.reduction says. A signal that any rank has `caught` is `stopping` on all of them.
+        """Train on one batch and return its loss, a mean over elements for any loss.reduction.
 
-        Raises RunError, with nothing changed, when loss or gradient is not finite and the settings say stop, or for the
-        20th time in a row.
+        A signal that any rank has received is in `stop_signal` of all of them.
+
+        Raises:
+            RunError: Loss or gradient is not finite and train.on_nonfinite is stop, or for the 20th time in a row;
+            nothing is
+                changed then.
         """
         run, size = self.run, self.run.train.batch_size
         counts, counter, x0, cond = self.next_batch()
         self.optimizer.zero_grad(set_to_none=True)
         losses, u = self._forward_backward_with_retry(counter, counts, x0, cond)
         stops = losses.new_tensor([number in self.received_signals for number in STOP_SIGNALS])
-        said = torch.cat([losses.sum()[None], stops, loss_bins.bin_sums(losses, u, counts)])
+        reduced = torch.cat([losses.sum()[None], stops, loss_bins.bin_sums(losses, u, counts)])
         total, heard, by_level = (
-            self.ranks.all_reduce(said).double().cpu().split([1, len(STOP_SIGNALS), len(self.loss_bin_sums)])
+            self.ranks.all_reduce(reduced).double().cpu().split([1, len(STOP_SIGNALS), len(self.loss_bin_sums)])
         )
         value, self.stop_signal = (
             float(total) / size,
@@ -155,24 +161,24 @@ class Trainer:
         return value
 
     def next_batch(self) -> tuple[Tensor, Tensor, Tensor, Cond]:
-        """Of this rank's share of the batch that begins at nimg: which samples count, counters, x0 and conditions."""
+        """Return this rank's share of the batch at nimg: sample indices, which of them count, x0 and conditions."""
         size = self.run.train.batch_size
         if self._batch_iterator is None:
             firsts = itertools.count(self.nimg, size)
             self._batch_iterator = self.batcher.prefetch(self.ranks.shard_batch(first, size)[0] for first in firsts)
         due, counts = self.ranks.shard_batch(self.nimg, size)
-        asked = time.perf_counter()
+        started = time.perf_counter()
         counter, x0, cond = next(self._batch_iterator)
-        self.data_wait_s += time.perf_counter() - asked
+        self.data_wait_s += time.perf_counter() - started
         assert counter.equal(due), "nimg was moved after the first step"
         return counts, counter, x0, cond
 
     def _forward_backward_with_retry(
         self, counter: Tensor, valid: Tensor, x0: Tensor, cond: Cond
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of this rank's samples, in passes of `micro`; their losses and their places in the training draw.
+        """Compute gradients in micro-batches; return the losses and quantiles of noise level of this rank's samples.
 
-        On a GPU whose memory they exceed, and where the settings leave it open, passes are halved.
+        If a GPU runs out of memory and the settings leave the micro-batch size open, it is halved.
         """
         while True:
             try:
@@ -186,6 +192,7 @@ class Trainer:
                 torch.cuda.empty_cache()
 
     def forward_backward(self, counter: Tensor, valid: Tensor, x0: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """Compute gradients in micro-batches; return losses (B,) and quantiles of noise level (B,)."""
         run, seed = self.run, self.run.train.seed
         u = rng.uniform(seed, counter, "noise level")[:, 0]
         s = self.process.icdf(u).to(x0)
@@ -193,7 +200,7 @@ class Trainer:
         factor = self.ranks.world_size / run.train.batch_size * float(self.loss_scale_state[0])
         if run.loss.reduction == "sum":  # losses are means over the elements of a sample
             factor *= x0[0].numel()
-        found, starts = [], range(0, len(counter), self.micro_batch_size)
+        losses_of_batches, starts = [], range(0, len(counter), self.micro_batch_size)
         for j, start in enumerate(starts):
             at = slice(start, start + self.micro_batch_size)
             k = counter[at].to(self.device)
@@ -209,11 +216,11 @@ class Trainer:
                 if not bool(valid[at].all()):
                     losses = losses * valid[at].to(losses)
                 (losses.sum() * factor).backward()
-            found.append(losses.detach())
-        return torch.cat(found), u
+            losses_of_batches.append(losses.detach())
+        return torch.cat(losses_of_batches), u
 
     def mdt_mask(self, counter: Tensor, x0: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Of MDT's second term: the same images and levels, noise of its own, most tokens seen."""
+        """Return noise and token mask of MDT's second term (same images and levels), None for other networks."""
         run = self.run
         if not isinstance(run.net, MDTConfig):
             return None
@@ -222,7 +229,7 @@ class Trainer:
         return eps, sample_keep_ids(run.train.seed, counter, self.nimg, tokens, run.net.mask_ratio)
 
     def check_finite_and_update_scale(self, value: float, u: Tensor, losses: Tensor, gradients: list[Tensor]) -> bool:
-        """Whether this step's gradient may move the weights; counts, and adapts the loss scale."""
+        """Return True if the gradient of this step may change the weights; count failures and adapt the loss scale."""
         cfg = self.run.train
         scaled, dynamic = cfg.precision == "float16", cfg.loss_scale == "dynamic"
         if math.isfinite(value) and math.isfinite(self.grad_norm):
@@ -251,14 +258,19 @@ class Trainer:
         clip = self.run.elements if self.run.loss.reduction == "sum" else 1
         often = f" for the {int(self.loss_scale_state[2])}th time in a row" if self.loss_scale_state[2] > 1 else ""
         return (
-            f"the {what} is not finite{often} at image {self.nimg:,} (step {self.nimg // self.run.train.batch_size:,}), "
-            f"noise levels {float(s.min()):.3g} to {float(s.max()):.3g}; weights and averages are as before that step.\n"
-            f"Try a lower optim.lr (now {self.run.optim.lr:g}), a longer optim.warmup_images, or optim.max_grad_norm={clip:g}."
+            f"the {what} is not finite{often} at image {self.nimg:,} (step "
+            f"{self.nimg // self.run.train.batch_size:,}), "
+            f"noise levels {float(s.min()):.3g} to {float(s.max()):.3g}; weights and averages are as before that "
+            "step.\n"
+            f"Try a lower optim.lr (now {self.run.optim.lr:g}), a longer optim.warmup_images, or "
+            f"optim.max_grad_norm={clip:g}."
         )
 
     def _out_of_memory_message(self) -> str:
         share = -(-self.run.train.batch_size // self.ranks.world_size)
         return (
-            f"{self.micro_batch_size} samples at once are too many for the memory of {self.device}: set train.micro_batch_size below {self.micro_batch_size} "
-            f"(of this rank's {share}), train.activation_checkpointing=true, train.precision=bfloat16 or train.sharding=fsdp"
+            f"{self.micro_batch_size} samples at once are too many for the memory of {self.device}: set "
+            f"train.micro_batch_size below {self.micro_batch_size} "
+            f"(of this rank's {share}), train.activation_checkpointing=true, train.precision=bfloat16 or "
+            "train.sharding=fsdp"
         )

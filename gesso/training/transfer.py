@@ -1,20 +1,20 @@
-"""Moving weights to another data set, another condition or another resolution (Berrada et al. Sections 2.2, 3.4).
+"""Transfer weights to another data set, condition or resolution (Berrada et al. Sections 2.2, 3.4).
 
-By name and shape: what is equal is taken, what has a counterpart of another size adapted, the rest left as a new network
-has it. The account says which is which.
+Tensors are matched by name and shape: equal ones are copied, counterparts of another size are adapted, the others keep
+their initialization. A report lists each group.
 
-    class tables      a row for each class, by name, number or a map; the null class stays the null class. A class
-                      without counterpart starts as the null class: the network then draws it as it draws an image of
-                      which it knows no class, which it can, where a random row is an input that it has never seen. The
-                      rows part at their first gradients. EDM2's null class is a zero vector, which would not leave the
-                      columns on the sphere: there a new class is random.
-    class <-> text    what reads the class or the tokens is fresh, what comes after it is taken.
-    channels          first and last layer are fresh, the last with F = 0 as in a new network.
-    control           the part of Eq. 1 whose variables are others is fresh, and adds nothing at the start.
-    resolution        k times the source's. Sine-cosine positions: net.pos_embed_base and pos_embed_span; tables of positions: read at other
-                      places; process.resolution_scale: Proposition 1; sample.guidance_base_resolution: Proposition 2.
+    class tables      one row per class, matched by name, index or a map; the null class stays the null class. A class
+                      without counterpart starts as the null class: the network then generates it like an image of
+                      unknown class, whereas a random row would be an unseen input. EDM2's null class is a zero vector,
+                      which cannot be normalized: there, new classes are random.
+    class <-> text    layers that read the class or the tokens are initialized, the following ones copied.
+    channels          first and last layer are initialized, the last with F = 0 as in a new network.
+    control           the part of Eq. 1 with other variables is initialized, and contributes nothing at the start.
+    resolution        k times that of the source. Sine-cosine positions: net.pos_embed_base and net.pos_embed_span.
+                      Tables of positions: resampled. Noise: process.resolution_scale (Proposition 1). Guidance:
+                      sample.guidance_base_resolution (Proposition 2).
 
-Legend: k ratio of latent resolutions, g rows of the source's grid of tokens, n of the new one, D width.
+Legend: k ratio of latent resolutions, g side of the source's token grid, n of the new one, D width.
 """
 
 import re
@@ -35,7 +35,7 @@ from gesso.training.init_source import InitSource
 from gesso.training.transfer_config import apply_source_settings, class_mapping
 
 CLASS_TABLES = {"table.weight": 0, "semantic.table.weight": 0, "label.linear.weight": 1, "emb_label.weight": 1}
-"""of classes, and the dimension that counts them; the last is the null class but in EDM2's"""
+"""Class tables and their class dimension; the last row is the null class, except in EDM2."""
 TENSOR_GROUPS = {
     "first layer": r"patch_embed\.|conv_in\.|downsamplers\.0\.",
     "last layer": r"final\.|conv_out\.|out\.weight$|out_gain$|upsamplers\.\d+\.2\.",
@@ -44,14 +44,14 @@ TENSOR_GROUPS = {
     "control, low level": r"control\.mlps\.low\.",
     "pooled text": r"pooled\.",
 }
-"""tensors that are taken together or not at all; the others go by layer"""
+"""Tensors that are copied together or not at all; all others are grouped by layer."""
 CONDITION_INPUT_LAYERS = r"semantic\.mlp\.0$|semantic\.mlp$|text\.linear$"
-"""layers that read the class table or the tokens"""
+"""Layers that read the class table or the tokens."""
 
 
 @dataclass
 class TransferReport:
-    """What became of every tensor: (names, numbers in them, what to say)."""
+    """Result for every tensor: (names, number of parameters, note) by kind."""
 
     copied: list[tuple[list[str], int, str]] = field(default_factory=list)
     adapted: list[tuple[list[str], int, str]] = field(default_factory=list)
@@ -60,27 +60,30 @@ class TransferReport:
     """of the source"""
 
     def lines(self) -> list[str]:
+        """Return the report as lines."""
         lines = []
         for kind in ("copied", "adapted", "initialized"):
             entries = getattr(self, kind)
             tensors, numbers = sum(len(names) for names, _, _ in entries), sum(n for _, n, _ in entries)
-            what = list(dict.fromkeys(said for _, _, said in entries))
+            what = list(dict.fromkeys(note for _, _, note in entries))
             counts = f"{tensors} tensor{'s' * (tensors != 1)}, {numbers:,} parameters: " if what else "none"
             lines.append(f"  {kind:13}{counts}{'; '.join(what)}")
         if self.unused:
             names = list(dict.fromkeys(_strip_block_numbers(name) for name in self.unused))
             lines.append(
-                f"  unused       {len(self.unused)} tensor{'s' * (len(self.unused) != 1)} of the source: {', '.join(names)}"
+                f"  unused       {len(self.unused)} tensor{'s' * (len(self.unused) != 1)} of the source: "
+                f"{', '.join(names)}"
             )
         return lines
 
 
 def init_from_source(run: RunConfig, source: InitSource) -> tuple[RunConfig, Denoiser, list[str]]:
-    """The run with what the source settles recorded in it, its denoiser with the weights moved, and the account.
+    """Return the run with its source's settings recorded, the denoiser with transferred weights, and the report.
 
-    Raises UsageError where settings or what was recorded contradict the source.
+    Raises:
+        UsageError: Settings or recorded values contradict the source.
     """
-    run, said = apply_source_settings(run, source)
+    run, setting_lines = apply_source_settings(run, source)
     torch.manual_seed(rng.derive_seed(run.train.seed, 0, "initial weights"))
     denoiser = diffusion.build_denoiser(run).to(getattr(torch, run.train.dtype))
     account = transfer_weights(denoiser.net, source, run)
@@ -88,12 +91,12 @@ def init_from_source(run: RunConfig, source: InitSource) -> tuple[RunConfig, Den
     notes = [f"  note         {note}" for note in source.notes]
     if run.loss.learns_uncertainty:
         notes.append("  note         the uncertainty u(s) of the loss is learned anew")
-    return run, denoiser, [f"weights from {source.description}", *account.lines(), *said, *notes]
+    return run, denoiser, [f"weights from {source.description}", *account.lines(), *setting_lines, *notes]
 
 
 @torch.no_grad()
 def transfer_weights(net: nn.Module, source: InitSource, run: RunConfig) -> TransferReport:
-    """Put the source's weights into the new network of `run` in place, those of the sphere back on it."""
+    """Copy the source's weights into the new network of `run` in place; normalize those on the sphere."""
     new, old, account = net.state_dict(), source.weights, TransferReport()
     used: set[str] = set()
     for unit, names in _group_tensors(new).items():
@@ -118,23 +121,23 @@ def transfer_weights(net: nn.Module, source: InitSource, run: RunConfig) -> Tran
 
 
 def _group_tensors(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Names of tensors that go together."""
-    found: dict[str, list[str]] = {}
+    """Return groups of tensors that are copied together or not at all."""
+    groups: dict[str, list[str]] = {}
     for name in state:
         bare = name.removeprefix("trunk.")
         named = next((unit for unit, pattern in TENSOR_GROUPS.items() if re.match(pattern, bare)), None)
         layer = name if name in CLASS_TABLES else name.rpartition(".")[0]
-        found.setdefault(named or layer or name, []).append(name)
-    return found
+        groups.setdefault(named or layer or name, []).append(name)
+    return groups
 
 
 def _strip_block_numbers(name: str) -> str:
-    """Without the numbers of blocks, so that equal parts have one name."""
+    """Replace block numbers by *, so that equal layers share a name."""
     return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def _top_level_module(group: str) -> str:
-    """The part of the network that a unit stands in."""
+    """Return the top-level module that contains a group."""
     parts = group.split(".")
     return ".".join(parts[:2]) if parts[0] == "trunk" else parts[0]
 
@@ -147,7 +150,7 @@ def _mismatch_reason(tensor_names: list[str], new: Mapping[str, Tensor], old: Ma
 
 
 def _incompatibility(group: str, run: RunConfig, source: InitSource) -> str | None:
-    """Why a unit cannot be taken whatever its shape: it reads something else."""
+    """Return why a group cannot be copied even if its shape fits (it reads another input); None if it can."""
     here, there = run.input_spec, source.input_spec
     classes = bool(here.num_classes) != bool(there.num_classes)
     if re.match(CONDITION_INPUT_LAYERS, group) and classes and here.has_semantic and there.has_semantic:
@@ -163,7 +166,7 @@ def _incompatibility(group: str, run: RunConfig, source: InitSource) -> str | No
 
 
 def _adapt(tensor_names: list[str], new: Mapping[str, Tensor], source: InitSource, run: RunConfig) -> str | None:
-    """Fill the tensors of a unit from counterparts of another size or meaning, and say how; None where it is no such unit."""
+    """Fill a group from counterparts of another size or meaning; return a note, None if that does not apply."""
     old, cfg, name = source.weights, run.net, tensor_names[0]
     if name in CLASS_TABLES:
         if (
@@ -194,60 +197,65 @@ def _adapt(tensor_names: list[str], new: Mapping[str, Tensor], source: InitSourc
 
 
 def _adapt_class_table(name: str, new: Tensor, old: Tensor, run: RunConfig, source: InitSource) -> str | None:
+    """Fill a class table row by row; return a note, None if it can be copied unchanged."""
     rows = class_mapping(run, source)
     if new.shape == old.shape and rows == tuple(range(len(rows))):
         return None
     axis, null = CLASS_TABLES[name], name != "emb_label.weight"
-    table, made = old.to(new).movedim(axis, 0), new.movedim(axis, 0)
+    table, target = old.to(new).movedim(axis, 0), new.movedim(axis, 0)
     if isinstance(run.net, EDM2LadderConfig) and run.net.config == "C":
-        table = table * (len(table) / len(made)) ** 0.5  # CONFIG C multiplies by the root of their number
+        table = table * (len(table) / len(target)) ** 0.5  # CONFIG C multiplies by the root of their number
     known = [i for i, row in enumerate(rows) if row is not None]
     unknown = [i for i, row in enumerate(rows) if row is None]
-    made[known] = table[[rows[i] for i in known]]
+    target[known] = table[[rows[i] for i in known]]
     like_null = null and run.init.labels != "random"
     if null:
-        made[-1] = table[-1]
+        target[-1] = table[-1]
     if like_null:
-        made[unknown] = table[-1]
-    said = f"{len(known)} of {len(rows)} classes copied" + ", and the null class" * null
+        target[unknown] = table[-1]
+    note = f"{len(known)} of {len(rows)} classes copied" + ", and the null class" * null
     if unknown:
         names = [str(run.data.class_names[i]) if run.data.class_names else str(i) for i in unknown[:4]]
         more = ", ..." * (len(unknown) > 4)
-        said += f", {len(unknown)} {'as the null class' if like_null else 'random'}: {', '.join(names)}{more}"
+        note += f", {len(unknown)} {'as the null class' if like_null else 'random'}: {', '.join(names)}{more}"
     if axis == 1 and not (isinstance(run.net, EDM2LadderConfig) and run.net.config < "D"):
         factor = 1 / new.square().mean(1).sqrt()
-        said += f"; rows times {float(factor.min()):.3g} to {float(factor.max()):.3g}, back on the sphere"
-    return said
+        note += f"; rows times {float(factor.min()):.3g} to {float(factor.max()):.3g}, back on the sphere"
+    return note
 
 
 def resize_position_table(old: Tensor, new: Tensor, g: int, n: int, method: str) -> Tensor:
-    """Learned positions (1, g^2, D) -> (1, n^2, D): corner on corner, or the source's tokens and fresh ones beyond."""
-    square, made = old.unflatten(1, (g, g)), new.clone().unflatten(1, (n, n))
+    """Resize learned positions (1, g^2, D) to (1, n^2, D): corners on corners, or the source's tokens extended."""
+    square, resized = old.unflatten(1, (g, g)), new.clone().unflatten(1, (n, n))
     if method == "extrapolated":
         m = min(g, n)
-        made[:, :m, :m] = square[:, :m, :m]
-        return made.flatten(1, 2)
+        resized[:, :m, :m] = square[:, :m, :m]
+        return resized.flatten(1, 2)
     at = linear_interp_matrix(torch.linspace(0, g - 1, n, dtype=torch.float64), g).to(square)
     return torch.einsum("yi,bijd,xj->byxd", at, square, at).flatten(1, 2)
 
 
 def resize_bias_table(old: Tensor, new: Tensor, g: int, n: int, method: str) -> Tensor:
-    """Relative biases ((2g-1)^2 + 3, h) -> ((2n-1)^2 + 3, h): the largest offset on the largest, or the same offsets."""
+    """Resize relative biases ((2g-1)^2 + 3, h) to ((2n-1)^2 + 3, h): largest offset on largest, or equal offsets."""
     old_side, side = 2 * g - 1, 2 * n - 1
-    square, made = old[: old_side**2].unflatten(0, (old_side, old_side)), new[: side**2].clone()
+    square, resized = old[: old_side**2].unflatten(0, (old_side, old_side)), new[: side**2].clone()
     if method == "extrapolated":
-        m, made = min(g, n), made.unflatten(0, (side, side))
-        made[n - m : n + m - 1, n - m : n + m - 1] = square[g - m : g + m - 1, g - m : g + m - 1]
-        made = made.flatten(0, 1)
+        m, resized = min(g, n), resized.unflatten(0, (side, side))
+        resized[n - m : n + m - 1, n - m : n + m - 1] = square[g - m : g + m - 1, g - m : g + m - 1]
+        resized = resized.flatten(0, 1)
     else:
         at = linear_interp_matrix(torch.linspace(0, old_side - 1, side, dtype=torch.float64), old_side).to(square)
-        made = torch.einsum("yi,ijh,xj->yxh", at, square, at).flatten(0, 1)
-    return torch.cat([made, old[old_side**2 :].to(made)])
+        resized = torch.einsum("yi,ijh,xj->yxh", at, square, at).flatten(0, 1)
+    return torch.cat([resized, old[old_side**2 :].to(resized)])
 
 
 def resize_cropped_position_table(old: Tensor, side: int, g: int, n: int, method: str) -> Tensor:
-    """SD3's positions (1, m, m, D) -> (1, side, side, D), of which a grid takes the centre: the new training grid's corners
-    on the source's, or the source's step. What would lie beyond the source's table has its edge."""
+    """Resize SD3's positions (1, m, m, D) to (1, side, side, D), of which a grid takes the center.
+
+    Resampled: corners of the new training grid on those of the source. Extrapolated: the step of the source. Positions
+    beyond
+    the source's table take its edge.
+    """
     m, to = old.shape[1], torch.arange(side, dtype=torch.float64)
     at = to + (m - side) // 2
     if method == "resampled":
