@@ -6,8 +6,8 @@
     images = run.sample(labels=[7], seeds=range(4), guidance=2.0, sigma_rel=0.1)  # uint8 (N, C, H, W)
     values = run.evaluate(["fd_digits"], num_images=1_000)
 
-Settings are the ones of the command line (`gesso config RECIPE` lists them). Every function raises gesso.GessoError, or a
-class derived from it, for wrong arguments, with a message that says how to fix them.
+Settings are the ones of the command line (`gesso config RECIPE` lists them). Every function raises gesso.GessoError, or
+a class derived from it, for wrong arguments, with a message that says how to fix them.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Snapshots: averaged weights with their time, length and run. The only reader and writer of them."""
+"""Snapshots: EMA weights in safetensors files with their time, length and run."""
 
 import contextlib
 import hashlib
@@ -31,7 +31,7 @@ CONTROL_ROWS = "control rows"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One stored average: file, images seen, profile."""
+    """One stored EMA: its file, images seen and profile."""
 
     path: Path
     nimg: int
@@ -54,10 +54,16 @@ def write(
     control_rows: Tensor | None = None,
     buffers: Collection[str] = (),
 ) -> None:
-    """Store named weights in safetensors with all that is needed to use them alone.
+    """Write named weights with all that is needed to use the file alone.
 
-    rows (M, n): control variables of training samples, from which sampling draws. run: of another trainer a name.
-    buffers: names of tensors that are copies at this time and no averages.
+    Args:
+        path: The file.
+        tensors: Weights by name.
+        nimg: Images seen.
+        profile: Profile of the EMA.
+        run: Settings of the run, or the name of a run of another trainer.
+        control_rows: (M, n) control variables of training samples, which sampling draws from.
+        buffers: Names of tensors that are copies at this time, not averages.
     """
     if control_rows is not None:
         tensors = tensors | {CONTROL_ROWS: control_rows}
@@ -82,11 +88,12 @@ def _metadata(
 
 
 def _profile_params(profile: Profile) -> dict[str, float]:
-    """The key sigma_rel or halflife, with rampup where there is one; none of raw weights."""
+    """Return the profile as sigma_rel or halflife, with rampup if it has one; empty for raw weights."""
     return {name: value for name, value in asdict(profile).items() if value is not None}
 
 
 def snapshot_path(folder: Path, nimg: int, target: TargetProfile) -> Path:
+    """Return the path of a snapshot."""
     rest = target.default if isinstance(target, PerTensorProfile) else target
     name = f"ema{rest.sigma_rel:.4f}" if isinstance(rest, PowerProfile) else rest.key
     if isinstance(target, PerTensorProfile):
@@ -117,7 +124,7 @@ def _from_header(path: Path, header: dict[str, Any]) -> Snapshot:
 
 
 def list_snapshots(run_folder: Path) -> list[Snapshot]:
-    """The snapshots of a run, by time, then name; of a folder of snapshots too. Raises UsageError when there are none."""
+    """Return the snapshots of a run folder or a folder of snapshots, by time and name. Raises UsageError if empty."""
     inside = run_folder / "snapshots"
     folder = inside if inside.is_dir() else run_folder
     snapshots = [_from_header(path, _read_header(path)) for path in folder.glob("*.safetensors")]
@@ -127,7 +134,7 @@ def list_snapshots(run_folder: Path) -> list[Snapshot]:
 
 
 class ReconstructionPlan(NamedTuple):
-    """What to read, and how to sum it, for targets at one time. fits: of every profile among the targets."""
+    """Files and coefficients that give the targets at one time. fits: by profile."""
 
     sources: list[Snapshot]
     nimg: int
@@ -135,12 +142,12 @@ class ReconstructionPlan(NamedTuple):
     fits: dict[Profile, Fit]
 
     def worst_fit(self, target: TargetProfile) -> Fit:
-        """Of the profile that is made worst."""
+        """Return the fit with the largest error among the profiles of a target."""
         profiles = target.profiles if isinstance(target, PerTensorProfile) else [target]
         return max((self.fits[profile] for profile in profiles), key=lambda fit: fit.squared_error)
 
     def coefficients(self, name: str) -> np.ndarray:
-        """(used, targets), those of one tensor."""
+        """Return the coefficients (files, targets) of one tensor."""
         profiles = [t.profile_for(name) if isinstance(t, PerTensorProfile) else t for t in self.targets]
         return np.stack([self.fits[profile].coefficients for profile in profiles], axis=1)
 
@@ -148,9 +155,11 @@ class ReconstructionPlan(NamedTuple):
 def plan_reconstruction(
     available: Sequence[Snapshot], targets: Sequence[TargetProfile], nimg: int | None = None
 ) -> ReconstructionPlan:
-    """How to make averages at time nimg (the last, when None) from all snapshots up to then.
+    """Plan the reconstruction of EMAs at time nimg (None: the last) from all snapshots up to then.
 
-    Raises UsageError for a time outside of what is stored, RunError for snapshots of different runs.
+    Raises:
+        UsageError: No snapshot covers the time.
+        RunError: The snapshots belong to different runs.
     """
     first, last = available[0], available[-1]
     nimg = last.nimg if nimg is None else nimg
@@ -168,8 +177,17 @@ def plan_reconstruction(
 
 
 IDENTITY_SETTINGS = (
-    "data.fingerprint", "data.num_validation", "latent.", "net.", "process.", "semantic.kind", "loss.", "optim.", "train.seed", "train.batch_size"
-)  # fmt: skip
+    "data.fingerprint",
+    "data.num_validation",
+    "latent.",
+    "net.",
+    "process.",
+    "semantic.kind",
+    "loss.",
+    "optim.",
+    "train.seed",
+    "train.batch_size",
+)
 """settings by which snapshots are told to be of one run"""
 
 
@@ -186,7 +204,7 @@ def _check_same_run(snapshots: Sequence[Snapshot]) -> None:
 
 
 def _open_files(plan: ReconstructionPlan) -> list[SafetensorsFile]:
-    """Files of equal tensors. Raises RunError that names what differs, UsageError for a glob that fits none."""
+    """Open the files. Raises RunError if their tensors do not match, UsageError for a glob without a match."""
     readers = [SafetensorsFile(s.path) for s in plan.sources]
     last = readers[-1]
     wanted = set(last.keys()) - {CONTROL_ROWS}
@@ -209,7 +227,11 @@ def _open_files(plan: ReconstructionPlan) -> list[SafetensorsFile]:
 def _reconstruct_tensors(
     plan: ReconstructionPlan, tensor_files: Sequence[SafetensorsFile], device: torch.device | str
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and values for each target (targets, *shape), one pass over the files. Raises RunError for what is not finite."""
+    """Yield each name with its values for all targets (targets, *shape), in one pass over the files.
+
+    Raises:
+        RunError: A value is not finite.
+    """
     buffers = set(plan.sources[-1].buffers)
     for name in sorted(set(tensor_files[-1].keys()) - {CONTROL_ROWS}):
         if name in buffers:
@@ -228,10 +250,7 @@ def _reconstruct_tensors(
 
 
 def reconstruct_to_files(plan: ReconstructionPlan, folder: Path, device: torch.device | str = "cpu") -> list[Path]:
-    """Write every target of a plan in one pass over the files, tensor by tensor: memory for one tensor of each.
-
-    Returns the path of each.
-    """
+    """Write every target of a plan in one pass over the files, holding one tensor at a time; return the paths."""
     paths, last = [snapshot_path(folder, plan.nimg, target) for target in plan.targets], plan.sources[-1]
     readers = _open_files(plan)
     with contextlib.ExitStack() as stack:
@@ -248,7 +267,7 @@ def reconstruct_to_files(plan: ReconstructionPlan, folder: Path, device: torch.d
 
 
 def reconstruct(plan: ReconstructionPlan, device: torch.device | str = "cpu") -> list[dict[str, Tensor]]:
-    """As `make`, in memory: named weights of each target."""
+    """Return the named weights of each target of a plan."""
     weights: list[dict[str, Tensor]] = [{} for _ in plan.targets]
     for name, values in _reconstruct_tensors(plan, _open_files(plan), device):
         for target, value in zip(weights, values, strict=True):
@@ -259,11 +278,12 @@ def reconstruct(plan: ReconstructionPlan, device: torch.device | str = "cpu") ->
 def reconstruct_from_run(
     run_folder: Path, profiles: Sequence[TargetProfile], nimg: int | None = None
 ) -> tuple[list[dict[str, Tensor]], RunConfig, int, list[Fit]]:
-    """Weights for each profile at time nimg (the last, when None), from all snapshots up to then.
+    """Return the weights of each profile at time nimg (None: the last), the run, nimg and the fits, in one pass.
 
-    Returns (weights per profile, run, nimg, fit per profile: its error, and the weight of the initial weights in
-    it). What is stored comes out as stored. One pass over the files. Raises UsageError for a time outside of what is
-    stored, and where snapshots are of no run.
+    A stored EMA is returned unchanged.
+
+    Raises:
+        UsageError: No snapshot covers the time, or the snapshots belong to another trainer.
     """
     how = plan_reconstruction(list_snapshots(run_folder), profiles, nimg)
     run = config_of(how.sources[-1])
@@ -271,27 +291,34 @@ def reconstruct_from_run(
 
 
 def config_of(snapshot: Snapshot) -> RunConfig:
-    """Its run. Raises UsageError where another trainer kept it."""
+    """Return the run of a snapshot. Raises UsageError if another trainer wrote it."""
     if not snapshot.config_dict or "net" not in snapshot.config_dict:
         raise UsageError(f"{snapshot.path} was kept by another trainer: gesso knows its weights, not its network")
     return config.validate(snapshot.config_dict)
 
 
 class PostHocEMA:
-    """Averages of any PyTorch module, kept by any training loop, from which other lengths can be made afterwards.
+    """Track EMAs of any PyTorch module in any training loop; reconstruct EMAs of other lengths afterwards.
 
         ema = PostHocEMA(module)
         ema.update(nimg)                                # after an optimizer step, or every few: images seen so far
         ema.save("runs/mine")                           # now and then; a few dozen times in all
-        weights = PostHocEMA.synthesize("runs/mine", sigma_rel=0.07)
+        weights = PostHocEMA.reconstruct("runs/mine", sigma_rel=0.07)
         module.load_state_dict(weights)
 
-    Averages are those of the continuous-time profile with weights that stay as they are between updates. A sharded
-    module (FSDP2) has sharded averages; all processes call `save`, and the first writes.
+    The averages are those of the continuous-time profile with weights that are constant between updates. A sharded
+    module
+    (FSDP2) has sharded averages; all processes call `save`, and the first writes.
 
-    Parameters are averaged. Buffers (the statistics and counts of a BatchNorm, constants) are copied as they are at the last
-    update, as EDM2's published classes do, and synthesized weights have those of the last snapshot. rampup: that of all
-    half-lives (ema.Traditional).
+    Parameters are averaged. Buffers (statistics of a BatchNorm, constants) are copied at each update, as EDM2's
+    classes do, and
+    reconstructed weights have those of the last snapshot.
+
+    Args:
+        module: The module, whose state dict is tracked.
+        sigma_rels: Relative lengths of the tracked EMAs; two of them allow any other length.
+        halflives: Half-lives in images of traditional EMAs to track too.
+        rampup: Maximum half-life as a share of the images seen.
     """
 
     def __init__(
@@ -310,7 +337,7 @@ class PostHocEMA:
         self.tracker = ema.Tracker(tensors, profiles, copied_names=tensors.keys() - learned)
 
     def update(self, nimg: int) -> None:
-        """Move on to nimg images seen. Raises UsageError when time does not go on."""
+        """Update the averages to nimg images seen. Raises UsageError unless nimg increases."""
         if not nimg > self.nimg:
             raise UsageError(f"averages stand at image {self.nimg:,}: they cannot be moved on to {nimg:,}")
         self.tracker.rebind(self.module.state_dict())  # a module may have been moved since
@@ -318,7 +345,7 @@ class PostHocEMA:
         self.nimg = nimg
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write a snapshot of each average to FOLDER/snapshots. Raises UsageError before the first update."""
+        """Write a snapshot of each EMA to FOLDER/snapshots; return paths. Raises UsageError before the first update."""
         if not self.nimg:
             raise UsageError("nothing is averaged yet: call update(nimg) before save")
         paths = [snapshot_path(Path(folder) / "snapshots", self.nimg, profile) for profile in self.tracker.averages]
@@ -330,17 +357,17 @@ class PostHocEMA:
 
     @staticmethod
     def reconstruct(folder: str | Path, sigma_rel: float, nimg: int | None = None) -> dict[str, Tensor]:
-        """Named weights of any length at any time (the last, when None) up to which snapshots are stored."""
+        """Return named weights of any length, at any time up to the last snapshot (None)."""
         return reconstruct(plan_reconstruction(list_snapshots(Path(folder)), [PowerProfile(sigma_rel)], nimg))[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs."""
+        """Return the state that a resumed training needs."""
         averages = {profile.key: dict(average) for profile, average in self.tracker.averages.items()}
         return {"nimg": self.nimg, "name": self.run_id, "averages": averages}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UsageError when the averages are others."""
+        """Load a state. Raises UsageError if it has other averages or tensors."""
         tracked = {profile.key: average for profile, average in self.tracker.averages.items()}
         stored = state["averages"]
         if {k: set(v) for k, v in tracked.items()} != {k: set(v) for k, v in stored.items()}:
@@ -354,7 +381,7 @@ class PostHocEMA:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], RunConfig, Snapshot]:
-    """One file as it is."""
+    """Return the weights, run and header of one file."""
     snapshot = _from_header(path, _read_header(path))
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in list(file.keys()) if name != CONTROL_ROWS}
@@ -362,15 +389,16 @@ def read(path: Path) -> tuple[dict[str, Tensor], RunConfig, Snapshot]:
 
 
 def load_control_rows(run_folder: Path) -> Tensor | None:
-    """Control variables of training samples (M, n) float32 that the last snapshot carries; None without control."""
+    """Return the control variables (M, n) float32 of training samples in the last snapshot; None without control."""
     with safe_open(list_snapshots(run_folder)[-1].path, "pt") as file:
         return file.get_tensor(CONTROL_ROWS) if CONTROL_ROWS in set(file.keys()) else None
 
 
 def denoiser_from_weights(weights: dict[str, Tensor], run: RunConfig, device: torch.device | str = "cpu") -> Denoiser:
-    """The denoiser of `run` with these weights, put back on the sphere, for sampling: constants are folded into them.
+    """Return the denoiser of `run` with these weights, normalized, with constant gains folded into them, for sampling.
 
-    Raises RunError that lists what does not fit when the weights are of another network.
+    Raises:
+        RunError: The weights are of another network; the message lists the mismatches.
     """
     built = build_denoiser(run)
     if wrong := models.state_dict_mismatch(built.net, weights):

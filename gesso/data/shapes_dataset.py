@@ -243,7 +243,8 @@ def parse_caption(caption: str) -> Facts:
     allowed = SIDES if len(shapes) == 1 else RELATIONS
     if len(shapes) not in (1, 2) or len(places) > 1 or any(place[0] not in allowed for place in places):
         raise UsageError(
-            f"caption {caption!r}: not one or two shapes and one place; it would read like 'a red circle on the left' or "
+            f"caption {caption!r}: not one or two shapes and one place; it would read like 'a red circle on the "
+            "left' or "
             f"'a red circle above a blue star' ({', '.join(COLOURS)}; {', '.join(KINDS)})"
         )
     if not places:

@@ -1,4 +1,4 @@
-"""Averages of weights: tracked in training, any other rebuilt from them afterwards (EDM2 Section 3, Appendix C)."""
+"""EMAs of weights: tracked in training, and reconstructed at any length afterwards (EDM2 Section 3, Appendix C)."""
 
 from gesso.ema.combine import TensorReader, linear_combination
 from gesso.ema.profiles import (

@@ -1,4 +1,4 @@
-"""Sums of stored weights, tensor by tensor and part by part, in one pass over the files."""
+"""Linear combinations of stored weights, tensor by tensor, in one pass over the files."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class TensorReader(Protocol):
-    """One stored average."""
+    """Interface of one stored set of weights."""
 
     def meta_tensor(self, name: str) -> Tensor:
-        """Shape and dtype of a tensor, without its values."""
+        """Return the shape and dtype of a tensor as a meta tensor."""
 
     def read_slice(self, name: str, start: int, stop: int) -> Tensor:
-        """Some of its values, in order (stop - start,)."""
+        """Return the values start to stop of the flattened tensor."""
 
 
 CHUNK_ELEMENTS, FILES_PER_BLOCK = 2**14, 32
@@ -25,13 +25,21 @@ CHUNK_ELEMENTS, FILES_PER_BLOCK = 2**14, 32
 def linear_combination(
     readers: Sequence[TensorReader], coefficients: np.ndarray, name: str, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """sum_i x_i theta_i of one tensor for M targets, (M, *shape) on the CPU; each file is read once.
+    """Return sum_i x_i theta_i of one tensor for M targets, (M, *shape) on the CPU; each file is read once.
 
-    coefficients (readers, M). The sum is theta_N sum_i x_i + sum_i x_i (theta_i - theta_N): at short lengths the
-    coefficients are large and of both signs, and differences between weights of one run are small. Products of up to
-    BLOCK differences are summed in the precision of the weights (32 bits at least), all else in float64. A target that
-    is one of the files is that file's, bit by bit. Files whose coefficients are 0 are not read. Whole numbers are those
-    of the last file that is.
+    The sum is theta_N sum_i x_i + sum_i x_i (theta_i - theta_N): at short lengths the coefficients are large and of
+    both signs,
+    while differences between weights of one run are small. Up to FILES_PER_BLOCK products are summed in the precision
+    of the
+    weights (32 bits at least), the rest in float64. A target that is one of the files is returned bit by bit. Files
+    with
+    coefficients 0 are not read. Integer tensors are those of the last file that is.
+
+    Args:
+        readers: The stored weights.
+        coefficients: (readers, M).
+        name: Name of the tensor.
+        device: Device of the sum.
     """
     x = np.asarray(coefficients, np.float64)
     used = np.flatnonzero(x.any(axis=1))

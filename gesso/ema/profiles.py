@@ -1,10 +1,12 @@
-"""Profiles of averages (EDM2 Section 3.1, Appendix C).
+"""EMA profiles (EDM2 Section 3.1, Appendix C).
 
-An average at time t is int_0^t p(tau) theta(tau) dtau + m theta(0), where p integrates to 1 - m.
+An EMA at time t is int_0^t p(tau) theta(tau) dtau + m theta(0), where p integrates to 1 - m.
 
 Legend: t, tau times in images, theta weights, p density of a profile on (0, t], m weight of the initial theta(0).
 Power profile: p ~ tau^gamma, m = 0, sigma_rel its relative standard deviation. Traditional profile: p ~ e^(k tau),
-m = e^(-k t), k = ln 2 / h, h its half-life; with a ramp-up a power profile first. Raw weights are no average: each stands for the times around its own.
+m = e^(-k t), k = ln 2 / h, h its half-life; with a ramp-up it is a power profile first. Raw weights are not averaged:
+each
+represents the times around its own.
 """
 
 import math
@@ -18,9 +20,10 @@ from gesso import config
 
 
 def sigma_rel_to_gamma(sigma_rel: float) -> float:
-    """Exponent of the power profile of a relative length (EDM2 Eq. 126, Algorithm 2).
+    """Return the exponent of the power profile of a relative length (EDM2 Eq. 126, Algorithm 2).
 
-    Raises ValueError outside (0, 12^-1/2), where no profile with gamma > 0 exists.
+    Raises:
+        ValueError: sigma_rel is outside (0, 12^-1/2), where no profile with gamma > 0 exists.
     """
     if not 0 < sigma_rel < 12**-0.5:
         raise ValueError(f"an EMA length sigma_rel lies between 0 and {12**-0.5:.4f}, not {sigma_rel}")
@@ -30,9 +33,10 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
 
 @dataclass(frozen=True)
 class PowerProfile:
-    """Profile of a relative length, which stretches with training (Eq. 121). theta(0) has no part in it.
+    """Power-function profile of a relative length, which scales with training time (Eq. 121); theta(0) has no weight.
 
-    Raises ValueError for a sigma_rel outside (0, 12^-1/2).
+    Raises:
+        ValueError: sigma_rel is outside (0, 12^-1/2).
     """
 
     sigma_rel: float
@@ -43,33 +47,40 @@ class PowerProfile:
 
     @cached_property
     def gamma(self) -> float:
+        """Exponent of the profile."""
         return sigma_rel_to_gamma(self.sigma_rel)
 
     @property
     def key(self) -> str:
-        """Its name among the averages of a run."""
+        """Name among the EMAs of a run."""
         return repr(self.sigma_rel)
 
     def __str__(self) -> str:
         return f"sigma_rel {self.sigma_rel:g}"
 
     def beta(self, t: float, t_next: float) -> float:
-        """Weight that the old average keeps when time goes from t to t_next, any step apart (Eq. 127)."""
+        """Return the weight of the previous EMA when time advances from t to t_next (Eq. 127)."""
         return (t / t_next) ** (self.gamma + 1)
 
 
 @dataclass(frozen=True)
 class TraditionalProfile:
-    """Profile of a fixed half-life in images (Eq. 110): CONFIG A of EDM2 has 50M (B.1), about sigma_rel .034 at its end.
+    """Exponential profile of a fixed half-life in images (Eq. 110).
 
-    The mass of times before 0 is deposited at 0 (C.2), as an average that starts at theta(0) does: theta(0) has weight
-    2^(-t/h), most of the average until t = h.
+    CONFIG A of EDM2 has 50M (B.1), about sigma_rel .034 at its end. The mass of times before 0 is placed at 0 (C.2),
+    as in an
+    EMA that starts at theta(0), which has weight 2^(-t/h), most of the EMA until t = h.
 
-    rampup: the half-life is at most this share of the images seen (EDM's ema_rampup_ratio, .05 by default there, .09 in EDM2's
-    TraditionalEMA); None: the half-life is the same from the first image on. Until t = h/rampup the average is a power profile
-    of exponent ln 2/rampup - 1, in which theta(0) has no part; from there on that power profile decays as the rest does.
-    `beta` takes the half-life at the end of a step, as the published loops do. Raises ValueError for a half-life that is
-    not above 0, or a ramp-up outside (0, ln 2).
+    rampup: the half-life is at most this share of the images seen (EDM's ema_rampup_ratio, .05 by default there, .09
+    in EDM2's
+    TraditionalEMA); None: constant half-life. Until t = h/rampup the EMA is a power profile of exponent ln 2/rampup -
+    1, in
+    which theta(0) has no weight; afterwards that part decays exponentially. `beta` takes the half-life at the end of a
+    step, as
+    the published loops do.
+
+    Raises:
+        ValueError: The half-life is not above 0, or the ramp-up is outside (0, ln 2).
     """
 
     halflife: int
@@ -84,25 +95,26 @@ class TraditionalProfile:
 
     @property
     def decay_rate(self) -> float:
+        """Decay rate k = ln 2 / h."""
         return math.log(2) / self.halflife
 
     @property
     def key(self) -> str:
-        """Its name among the averages of a run."""
+        """Name among the EMAs of a run."""
         return f"halflife{self.halflife}" + ("" if self.rampup is None else f"-rampup{self.rampup:g}")
 
     def __str__(self) -> str:
         return f"half-life {self.halflife:,}" + ("" if self.rampup is None else f" with ramp-up {self.rampup:g}")
 
     def beta(self, t: float, t_next: float) -> float:
-        """Weight that the old average keeps when time goes from t to t_next, any step apart (Eq. 120)."""
+        """Return the weight of the previous EMA when time advances from t to t_next (Eq. 120)."""
         halflife = self.halflife if self.rampup is None else min(self.halflife, self.rampup * t_next)
         return 2.0 ** (-(t_next - t) / halflife)
 
 
 @dataclass(frozen=True)
 class RawProfile:
-    """No average: the weights themselves. Stands for all times that are nearer to it than to another such."""
+    """The weights themselves; represents all times that are nearer to it than to other raw weights."""
 
     key = "raw"
     gamma = decay_rate = 0.0
@@ -111,7 +123,7 @@ class RawProfile:
         return "raw weights"
 
     def beta(self, t: float, t_next: float) -> float:
-        """Nothing of the old is kept."""
+        """Return 0: previous weights are discarded."""
         return 0.0
 
 
@@ -120,7 +132,7 @@ Profile = PowerProfile | TraditionalProfile | RawProfile
 
 @dataclass(frozen=True)
 class PerTensorProfile:
-    """One profile for all tensors but those that a glob names; the first glob that fits decides (EDM2 Figure 5b)."""
+    """One profile for all tensors except those that a glob matches; the first match decides (EDM2 Figure 5b)."""
 
     default: Profile
     overrides: tuple[tuple[str, Profile], ...]
@@ -130,15 +142,16 @@ class PerTensorProfile:
 
     @property
     def profiles(self) -> list[Profile]:
+        """All profiles, the default first."""
         return list(dict.fromkeys([self.default, *(profile for _, profile in self.overrides)]))
 
     def profile_for(self, name: str) -> Profile:
-        """That of a tensor."""
+        """Return the profile of a tensor."""
         return next((profile for glob, profile in self.overrides if fnmatchcase(name, glob)), self.default)
 
 
 def tracked_profiles(cfg: config.EmaConfig) -> list[Profile]:
-    """The averages that a run tracks."""
+    """Return the profiles that a run tracks."""
     return [
         *map(PowerProfile, cfg.sigma_rels),
         *(TraditionalProfile(halflife, cfg.rampup) for halflife in cfg.halflives),
@@ -146,5 +159,5 @@ def tracked_profiles(cfg: config.EmaConfig) -> list[Profile]:
 
 
 def sampling_profile(cfg: config.SampleConfig) -> Profile:
-    """The average that a run samples with."""
+    """Return the profile that a run samples with."""
     return TraditionalProfile(cfg.halflife, cfg.rampup) if cfg.halflife else PowerProfile(cfg.sigma_rel)

@@ -1,4 +1,4 @@
-"""Safetensors files read and written tensor by tensor: mapped into memory, of which only what is in use is held."""
+"""Read and write safetensors files tensor by tensor, mapped into memory."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class SafetensorsFile:
-    """The tensors of one file. Raises RunError when it is no whole safetensors file."""
+    """Tensors of one file. Raises RunError if it is not a complete safetensors file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -42,23 +42,24 @@ class SafetensorsFile:
         self._flat = {k: _view_as(content[start:end], self._meta[k].dtype) for k, (start, end) in places.items()}
 
     def keys(self) -> list[str]:
+        """Return the tensor names."""
         return list(self._meta)
 
     def meta_tensor(self, name: str) -> Tensor:
-        """Shape and dtype of a tensor, without its values."""
+        """Return the shape and dtype of a tensor as a meta tensor."""
         return self._meta[name]
 
     def read_slice(self, name: str, start: int, stop: int) -> Tensor:
-        """Some of its values, in order (stop - start,)."""
+        """Return the values start to stop of the flattened tensor."""
         return self._flat[name][start:stop]
 
     def read(self, name: str) -> Tensor:
-        """A copy of a tensor."""
+        """Return a copy of a tensor."""
         return self._flat[name].view(self._meta[name].shape).clone()
 
 
 def _view_as(content: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes as numbers; copied where they are not aligned, which only other writers leave them."""
+    """Return bytes as numbers; copied if they are not aligned, as some writers leave them."""
     return (content if content.storage_offset() % dtype.itemsize == 0 else content.clone()).view(dtype)
 
 
@@ -66,7 +67,7 @@ def _view_as(content: Tensor, dtype: torch.dtype) -> Tensor:
 def stream_writer(
     path: Path, meta_tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> Iterator[Callable[[str, Tensor], None]]:
-    """Yield put(name, tensor), to be called once for each of `likes`, in any order. The file is whole or absent."""
+    """Yield put(name, tensor), to be called once for each tensor in any order; the file is complete or absent."""
     header: dict[str, object] = {"__metadata__": metadata}
     places, at = {}, 0
     # The largest numbers first, as safetensors does: each tensor is aligned.

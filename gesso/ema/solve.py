@@ -1,4 +1,4 @@
-"""The combination of stored averages that comes nearest to another (EDM2 Appendix C.5).
+"""Least-squares combination of stored EMAs for a target profile (EDM2 Appendix C.5).
 
 Legend: as in profiles.py; A inner products of the stored profiles, b those with the target's, x coefficients.
 """
@@ -13,23 +13,23 @@ from gesso.ema.profiles import Profile, RawProfile, TraditionalProfile
 
 
 class Density(NamedTuple):
-    """Densities p(tau) ~ tau^gamma e^(k tau) on (0, t]; arrays that broadcast. Of power profiles k is 0, else gamma."""
+    """Densities p(tau) ~ tau^gamma e^(k tau) on (0, t], as arrays that broadcast; either k or gamma is 0."""
 
     t: np.ndarray
     gamma: np.ndarray
     decay_rate: np.ndarray
 
     def pdf(self, tau: np.ndarray) -> np.ndarray:
-        """p(tau) for tau up to t: p(t), at most which it is, times ratios that cannot overflow."""
+        """Return p(tau) for tau up to t, computed as p(t) times ratios that cannot overflow."""
         end = np.where(self.decay_rate > 0, self.decay_rate, (self.gamma + 1) / self.t)
         return end * (tau / self.t) ** self.gamma * np.exp(-self.decay_rate * (self.t - tau))
 
     def initial_weight(self) -> np.ndarray:
-        """m, the weight of theta(0)."""
+        """Return m, the weight of theta(0)."""
         return np.where(self.decay_rate > 0, np.exp(-self.decay_rate * self.t), 0.0)
 
     def cdf(self, tau: np.ndarray) -> np.ndarray:
-        """Weight of theta(0) and of all theta up to tau; 0 for tau < 0."""
+        """Return the weight of theta(0) and of all theta up to tau; 0 for tau < 0."""
         near = np.minimum(tau, self.t)
         power, exponential = (
             np.maximum(near / self.t, 0) ** (self.gamma + 1),
@@ -39,10 +39,11 @@ class Density(NamedTuple):
 
 
 def density_components(t: float, profile: Profile) -> list[tuple[float, float, Profile]]:
-    """A profile at time t as a sum of densities of two parameters: (factor, time, profile) of each.
+    """Return a profile at time t as a sum of two-parameter densities: (factor, time, profile) of each.
 
-    With a ramp-up the half-life h is reached at s = h/rampup. Until then the profile is Power's with exponent
-    ln 2/rampup - 1. After it, with c = e^(-k (t-s)), it is the exponential of time t less c times that of time s, which is
+    With a ramp-up the half-life h is reached at s = h/rampup. Until then the profile is a power profile with exponent
+    ln 2/rampup - 1. Afterwards, with c = e^(-k (t-s)), it is the exponential of time t less c times that of time s,
+    which is
     its part before s, plus c times the power profile of time s. Its parts of theta(0) cancel.
     """
     rampup = getattr(profile, "rampup", None)
@@ -69,22 +70,22 @@ class Mixture(NamedTuple):
     factors: np.ndarray
 
     def inner_products(self, other: "Mixture") -> np.ndarray:
-        """<p_a, p_b>, (N, N') of the two."""
+        """Return <p_a, p_b>, (N, N')."""
         column = Density(*(values[:, None] for values in self.density))
         return self.factors @ inner_products(column, other.density) @ other.factors.T
 
     def initial_weight(self) -> np.ndarray:
-        """m, the weight of theta(0), (N,)."""
+        """Return m, the weight of theta(0), (N,)."""
         return self.factors @ self.density.initial_weight()
 
     def cdf(self, tau: np.ndarray) -> np.ndarray:
-        """Weight of theta(0) and of all theta up to tau (K,), (N, K)."""
+        """Return the weight of theta(0) and of all theta up to tau (K,), as (N, K)."""
         column = Density(*(values[:, None] for values in self.density))
         return self.factors @ column.cdf(tau)
 
 
 def build_mixture(t: Sequence[float], profiles: Sequence[Profile], unit: float) -> Mixture:
-    """Profiles at times t, in units of `unit` images."""
+    """Return profiles at times t as a mixture, in units of `unit` images."""
     parts = [density_components(time, profile) for time, profile in zip(t, profiles, strict=True)]
     flat = [part for some in parts for part in some]
     factors = np.zeros((len(parts), len(flat)))
@@ -96,16 +97,16 @@ def build_mixture(t: Sequence[float], profiles: Sequence[Profile], unit: float) 
 
 
 def densities(t: Sequence[float], profiles: Sequence[Profile], unit: float = 1.0) -> Density:
-    """Of N profiles at times t, in units of `unit` images; arrays (N,)."""
+    """Return the densities (N,) of profiles at times t, in units of `unit` images."""
     rows = [(time / unit, profile.gamma, profile.decay_rate * unit) for time, profile in zip(t, profiles, strict=True)]
     return Density(*np.array(rows, np.float64).T)
 
 
 def inner_products(a: Density, b: Density) -> np.ndarray:
-    """<p_a, p_b> = int_0^T p_a p_b dtau, T = min(t_a, t_b), of any two profiles; the arguments broadcast.
+    """Return <p_a, p_b> = int_0^T p_a p_b dtau, T = min(t_a, t_b), of any two profiles; the arguments broadcast.
 
-    p_a p_b is again of the form tau^gamma e^(k tau), so that the integral is its value at T times the integral
-    of u^gamma e^(-k T (1-u)) over u = tau/T from 0 to 1. For two power profiles this is Eq. 151.
+    p_a p_b has again the form tau^gamma e^(k tau), so that the integral is its value at T times the integral of
+    u^gamma e^(-k T (1-u)) over u = tau/T from 0 to 1. For two power profiles this is Eq. 151.
     """
     T, gamma, k = np.minimum(a.t, b.t), a.gamma + b.gamma, a.decay_rate + b.decay_rate
     return a.pdf(T) * b.pdf(T) * T / (gamma + 1) * kummer(gamma, k * T)
@@ -120,10 +121,11 @@ QUADRATURE_WEIGHTS = _STEP * QUADRATURE_NODES * (1 + np.exp(-_X))
 
 
 def kummer(gamma: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """(gamma+1) int_0^1 u^gamma e^(-z(1-u)) du = M(1, gamma+2, -z), Kummer's function; between 0 and 1. gamma, z >= 0.
+    """Return Kummer's function M(1, gamma+2, -z) = (gamma+1) int_0^1 u^gamma e^(-z(1-u)) du, in (0, 1]; gamma, z >= 0.
 
-    Closed for gamma = 0 or z = 0. Otherwise by quadrature in y = (gamma+1+z) v with u = e^-v, where the integrand
-    starts as e^-y.
+    It is closed for gamma = 0 or z = 0. Otherwise it is computed by quadrature in y = (gamma+1+z) v with u = e^-v,
+    where the
+    integrand starts as e^-y.
     """
     gamma, z = np.broadcast_arrays(gamma, z)
     result = np.ones(z.shape)
@@ -144,9 +146,10 @@ beside rounding, is not worth a large coefficient"""
 
 
 class Fit(NamedTuple):
-    """An average as a combination of stored ones.
+    """An EMA as a combination of stored ones.
 
-    x: (N,) its coefficients, of sum 1; error: squared relative error of its profile; initial: weight of theta(0) in it.
+    coefficients: (N,) with sum 1. squared_error: squared relative error of its profile. initial_weight: weight of
+    theta(0).
     """
 
     coefficients: np.ndarray
@@ -159,31 +162,41 @@ class Fit(NamedTuple):
 
 
 def raw_intervals(t: np.ndarray, end: float, before: float) -> tuple[np.ndarray, np.ndarray]:
-    """Times (N,), rising, for which raw weights stand: from midpoint to midpoint, the first from 0, the last to `end`.
+    """Return the intervals (start (N,), end (N,)) that raw weights at rising times represent, midpoint to midpoint.
 
-    Weights of time 0 stand for those before it too, from -before on.
+    The first begins at 0 and the last stops at `end`. Weights of time 0 also represent the times before it, from
+    -before on.
     """
     middle = (t[1:] + t[:-1]) / 2
     return np.r_[-before if t[0] == 0 else 0.0, middle], np.r_[middle, max(end, t[-1])]
 
 
 def fit_profile(t: Sequence[float], profiles: Sequence[Profile], t_target: float, target: Profile) -> Fit:
-    """The combination of what is stored, of `profiles` at times t, that comes nearest to the target at t_target.
+    """Return the combination of stored EMAs, of `profiles` at times t, that is closest to the target at t_target.
 
     Least squares between profiles (Eq. 141), then rescaled to sum to 1, as the published code does. A target that is
-    stored comes out as stored.
+    stored is
+    returned exactly.
 
-    The weight of theta(0) is a part of the profile: p integrates to 1 - m, so that all weights sum to 1. A point mass
-    has no square integral; m counts as the density m / t_1 on (-t_1, 0], as if theta had stayed at theta(0) for as
-    long as until the first snapshot t_1. Without this, averages that are mostly theta(0) would enter for the
-    sake of their small remainder, and theta(0) with them. Where the stored averages cannot give the target's m,
-    `initial` tells what the result has instead.
+    The weight of theta(0) is part of the profile: p integrates to 1 - m, so that all weights sum to 1. A point mass
+    has no
+    square integral; m counts as the density m / t_1 on (-t_1, 0], as if theta had stayed at theta(0) for as long as
+    until the
+    first snapshot t_1. Without this, EMAs that are mostly theta(0) would be used for the sake of their small
+    remainder, and
+    theta(0) with them. If the stored EMAs cannot give the target's m, `initial_weight` tells what the result has
+    instead.
 
-    Raw weights count as a constant density on their interval. Where nothing else is stored, least squares makes their
-    coefficients what the target's profile integrates to over it.
+    Raw weights count as a constant density on their interval. If nothing else is stored, least squares sets their
+    coefficients
+    to the integral of the target's profile over it.
 
-    Averages that nearly coincide (RIDGE) share their coefficient, rather than have large ones of either sign.
-    error is |p* - p|^2 / |p|^2 after rescaling. Raises ValueError when nothing is stored up to t_target.
+    EMAs that nearly coincide (RIDGE) share their coefficient instead of having large ones of either sign.
+    squared_error is
+    |p* - p|^2 / |p|^2 after rescaling.
+
+    Raises:
+        ValueError: Nothing is stored up to t_target.
     """
     if not len(t) or min(t) > t_target or t_target <= 0:
         raise ValueError(f"nothing is stored up to image {t_target:,.0f}")
@@ -201,7 +214,7 @@ def fit_profile(t: Sequence[float], profiles: Sequence[Profile], t_target: float
 def _normal_equations(
     pairs: Sequence[tuple[float, Profile]], t_target: float, target: Profile
 ) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
-    """<p_i, p_j> (N, N), <p_i, p> (N,), <p, p>, and the weight of theta(0) in each (N,)."""
+    """Return <p_i, p_j> (N, N), <p_i, p> (N,), <p, p>, and the weight of theta(0) in each (N,)."""
     # Times in units of the target time: the products then lie near 1, whatever the length of training.
     t_1 = min((time for time, _ in pairs if time > 0), default=t_target) / t_target
     raw = np.array([isinstance(profile, RawProfile) for _, profile in pairs])

@@ -1,4 +1,4 @@
-"""Averages that training keeps (EDM2 Eq. 119)."""
+"""EMAs tracked during training (EDM2 Eq. 119)."""
 
 from collections.abc import Collection, Sequence
 
@@ -9,7 +9,7 @@ from gesso.ema.profiles import Profile
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor (FSDP2's DTensor) that this process holds; any other as it is."""
+    """Return this process's part of a sharded tensor (FSDP2's DTensor); other tensors unchanged."""
     if type(tensor) in (Tensor, torch.nn.Parameter):
         return tensor.detach()
     from torch.distributed.tensor import DTensor  # slow to import, and loaded already where there is one
@@ -18,7 +18,7 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, in which all processes take part; any other as it is."""
+    """Return a sharded tensor in full, in which all processes take part; other tensors unchanged."""
     if type(tensor) in (Tensor, torch.nn.Parameter):
         return tensor
     from torch.distributed.tensor import DTensor
@@ -28,13 +28,15 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 class Tracker:
-    """Averages of named tensors, one for each profile, held beside them and updated in place.
+    """EMAs of named tensors, one per profile, updated in place.
 
-    Usable in any training loop: after each optimizer step, or every few, call `update(t, t_next)` with
-    the images seen at the last call and now. Averages start at the weights given, theta(0), and are of at least 32 bits.
-    Sharded tensors have sharded averages: every process moves its own part on. Whole numbers are copied, and so are the
-    tensors named `copied` (buffers such as the statistics of a BatchNorm). device: where averages are kept; None: beside the
-    tensors.
+    Usable in any training loop: after each optimizer step, or every few, call `update(t, t_next)` with the images seen
+    at the
+    last call and now. EMAs start at the given weights theta(0) and have at least 32 bits. Sharded tensors have sharded
+    EMAs:
+    every process updates its own part. Integer tensors are copied, and so are those in `copied_names` (buffers such as
+    the
+    statistics of a BatchNorm). device: device of the EMAs; None: that of the tensors.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Tracker:
         return tensor.is_floating_point() and name not in self.copied_names
 
     def rebind(self, tensors: dict[str, Tensor]) -> None:
-        """Average these from now on: the same names, at another place in memory."""
+        """Track other tensors from now on, with the same names."""
         self.tensors = {k: v.detach() for k, v in tensors.items()}
         self._source_floats, self._source_ints = (
             [
@@ -79,7 +81,7 @@ class Tracker:
 
     @torch.no_grad()
     def update(self, t: int, t_next: int) -> None:
-        """Move every average on from t to t_next images, with the live weights as they are now (Eq. 119)."""
+        """Advance every EMA from t to t_next images with the current weights (Eq. 119)."""
         weights = [1 - profile.beta(t, t_next) for profile in self.averages]
         # A live tensor itself where device and dtype are those of its average; one copy for all averages where not.
         n = len(weights)
@@ -91,6 +93,6 @@ class Tracker:
 
 
 def _average_buffer(tensor: Tensor, device: torch.device | str | None) -> Tensor:
-    """A copy; 16 bits would lose the small steps of an average."""
+    """Return a copy with at least 32 bits: 16 bits would lose the small steps of an EMA."""
     small = tensor.is_floating_point() and tensor.dtype.itemsize < 4
     return tensor.to(device or tensor.device, torch.float32 if small else tensor.dtype, copy=True)

@@ -1,8 +1,8 @@
-"""Other projects' weights, as plain dicts of tensors, in and out of our networks.
+"""Import and export weights of other projects, as plain dicts of tensors.
 
-net, notes = gesso.interop.load(state_dict)  # heads=..., resolution=... where the weights do not tell them
-denoiser, notes = gesso.interop.denoiser(state_dict)  # the same under the process that the weights were trained under
-cfg, inputs, weights, notes, process = gesso.interop.recognise(state_dict)  # the same, not yet built
+net, notes = gesso.interop.load_network(state_dict)  # num_heads=..., resolution=... if the weights do not tell them
+denoiser, notes = gesso.interop.load_denoiser(state_dict)  # the same with the process the weights were trained under
+imported = gesso.interop.detect_format(state_dict)  # the same, not yet built
 name, config, state_dict = gesso.interop.to_diffusers(net, cfg, inputs)
 """
 
@@ -35,12 +35,17 @@ SINGLE_FILE_PREFIX = "model.diffusion_model."
 def detect_format(
     state: Mapping[str, Tensor], num_heads: int | None = None, resolution: int | None = None
 ) -> ImportedModel:
-    """Whose weights these are: settings of our network, its tensors as far as they are there, and notes.
+    """Return settings, tensors under gesso's names, and notes, for the weights of a known project.
 
-    heads: attention heads of a network, which no shape tells without qk-norm; None: those of the published
-    size. resolution: height and width of x in training, which is used where the weights do not tell it; of PixArt and
-    diffusers' DiT it makes positions on other grids theirs. Raises UsageError when the source is unknown, or heads are needed or do not fit; RunError where a tensor
-    that tells the settings is missing.
+    Args:
+        state: The state dict.
+        num_heads: Attention heads, which no shape tells without qk-norm; None: those of the published size.
+        resolution: Height and width of x in training, for weights that do not tell it. For PixArt and diffusers' DiT it
+            makes positions on other grids those of the source.
+
+    Raises:
+        UsageError: The project is unknown, or num_heads is needed or does not fit.
+        RunError: A tensor that defines the settings is missing.
     """
     inside = {
         name.removeprefix(SINGLE_FILE_PREFIX): v for name, v in state.items() if name.startswith(SINGLE_FILE_PREFIX)
@@ -72,9 +77,11 @@ def _with_resolution(imported: ImportedModel, resolution: int) -> ImportedModel:
 def load_network(
     state: Mapping[str, Tensor], num_heads: int | None = None, resolution: int | None = None
 ) -> tuple[nn.Module, dict[str, str]]:
-    """Our network with these weights, in evaluation mode, and notes.
+    """Return the network with these weights, in evaluation mode, and notes.
 
-    Raises what `recognise` does, and RunError that lists what is missing or unknown.
+    Raises:
+        UsageError: As `detect_format`.
+        RunError: Tensors are missing or unknown; the message lists them.
     """
     imported = detect_format(state, num_heads, resolution)
     return _build(imported), imported.notes
@@ -83,10 +90,7 @@ def load_network(
 def load_denoiser(
     state: Mapping[str, Tensor], num_heads: int | None = None, resolution: int | None = None
 ) -> tuple[Denoiser, dict[str, str]]:
-    """The denoiser of these weights, under their own process, for sampling, and notes.
-
-    Raises what `load` does.
-    """
+    """Return the denoiser of these weights with their own process, and notes; raises as `load_network`."""
     imported = detect_format(state, num_heads, resolution)
     net = _build(imported).requires_grad_(False)
     mp.fold_gains_(net)
@@ -102,11 +106,13 @@ def _build(imported: ImportedModel) -> nn.Module:
 
 
 def to_diffusers(net: nn.Module, cfg: NetConfig, inputs: InputSpec) -> tuple[str, dict, dict[str, Tensor]]:
-    """Name of a diffusers class, its configuration, and the state dict of such a model that is the same function.
+    """Return the class name, configuration and state dict of an equivalent diffusers model.
 
-    The same at the training resolution, and on other grids where net.pos_embed=proportional: so diffusers has the
-    positions of DiT and PixArt. Its DiT computes with other time frequencies (`dit.SPACING`). No two tensors share memory. Raises
-    UsageError that names what diffusers cannot hold.
+    It is equivalent at the training resolution, and on other grids with net.pos_embed=proportional, the positions of
+    diffusers' DiT and PixArt. diffusers' DiT has other time frequencies (`dit.SPACING`). No two tensors share memory.
+
+    Raises:
+        UsageError: diffusers cannot represent a setting; the message names it.
     """
     if type(cfg) not in EXPORTERS:
         known = ", ".join(sorted(kind().name for kind in EXPORTERS))

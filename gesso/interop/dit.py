@@ -1,7 +1,7 @@
-"""DiT's weights, of diffusers' DiTTransformer2DModel and of facebookresearch/DiT (facts about its names), and ours.
+"""Weights of DiT: diffusers' DiTTransformer2DModel and facebookresearch/DiT (facts about its names).
 
-Both stack (patch, patch, channels) in the last layer and shift, scale, gate of attention, then MLP, in adaLN:
-so do we. diffusers keeps a copy of the time and class embedders in every block.
+Both order the last layer as (patch, patch, channels) and adaLN as shift, scale, gate of attention, then of the MLP, as
+gesso does. diffusers has a copy of the time and class embedders in every block.
 """
 
 from collections.abc import Mapping
@@ -49,23 +49,25 @@ NOTE_TIME_FREQUENCIES = (
 
 
 def matches(keys: set[str]) -> bool:
+    """Return True if these are the tensor names of this format."""
     return DIFFUSERS_KEY in keys or (keys >= ORIGINAL_KEYS and "blocks.0.attn.qkv.weight" in keys)
 
 
 def diffusers_block_mappings(foreign: str, name: str) -> list[TensorMapping]:
-    """Self-attention and MLP of a diffusers block, which its DiT and PixArt name alike."""
+    """Return the mappings of self-attention and MLP of a diffusers block, equal in DiT and PixArt."""
     names = {"attn1.to_out.0": "out", "ff.net.0.proj": "mlp.0", "ff.net.2": "mlp.2"}
     inner = map_layers({f"{foreign}.{a}": f"{name}.branches.{b}" for a, b in names.items()})
     return inner + map_stacked([f"{foreign}.attn1.to_{x}" for x in "qkv"], f"{name}.branches.qkv.linear")
 
 
 def original_block_mappings(foreign: str, name: str) -> list[TensorMapping]:
-    """The same where qkv is stacked as ours is: DiT's and PixArt's own names."""
+    """Return the mappings of a block of the original DiT and PixArt, whose qkv is stacked."""
     names = {"attn.qkv": "qkv.linear", "attn.proj": "out", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2"}
     return map_layers({f"{foreign}.{a}": f"{name}.branches.{b}" for a, b in names.items()})
 
 
 def diffusers_mappings(depth: int) -> list[TensorMapping]:
+    """Return the mappings of all tensors of diffusers' model."""
     ties = map_layers({"pos_embed.proj": "trunk.patch_embed.proj", "proj_out_1": "final_ada.linear"})
     ties += map_layers({"proj_out_2": "trunk.final", "proj_out_2.variance": "trunk.variance"})
     for foreign, ours in EMBEDDER_NAMES.items():
@@ -79,6 +81,7 @@ def diffusers_mappings(depth: int) -> list[TensorMapping]:
 
 
 def original_mappings(depth: int) -> list[TensorMapping]:
+    """Return the mappings of all tensors of the original model."""
     ties = map_layers(
         {
             "x_embedder.proj": "trunk.patch_embed.proj",
@@ -97,14 +100,14 @@ def original_mappings(depth: int) -> list[TensorMapping]:
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Under DiTNet's names. Raises RunError where its copies of the embedders differ."""
+    """Return tensors under gesso's names. Raises RunError if the copies of the embedders differ."""
     _, channels, patch, _ = tensor_shape(state, "pos_embed.proj.weight")
     state = split_variance(state, "proj_out_2", patch, channels)
     return import_tensors(state, diffusers_mappings(count_layers(state, "transformer_blocks")))
 
 
 def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """facebookresearch/DiT's tensors under DiTNet's names; its position table is made, not carried."""
+    """Return facebookresearch/DiT's tensors under gesso's names, without the position table, which is computed."""
     _, channels, patch, _ = tensor_shape(state, "x_embedder.proj.weight")
     state_dict = split_variance(state, "final_layer.linear", patch, channels)
     state_dict.pop("pos_embed", None)
@@ -112,7 +115,7 @@ def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[DiTConfig, InputSpec]:
-    """The network's configuration, from names and shapes. One row of the class table is the null class."""
+    """Return the network's settings, from names and shapes. The last row of the class table is the null class."""
     if DIFFUSERS_KEY in state:
         patches, blocks, fc, last = "pos_embed.proj.weight", "transformer_blocks", "ff.net.0.proj.weight", "proj_out_2"
         table = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
@@ -124,14 +127,19 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> t
     stored = state.get("pos_embed")
     resolution = 32 if stored is None else patch * unit_step_grid_side("pos_embed", stored, width)
     cfg = DiTConfig(
-        hidden_size=width, depth=depth, num_heads=infer_num_heads(width, depth, num_heads), patch_size=patch,
-        mlp_ratio=tensor_shape(state, f"{blocks}.0.{fc}")[0] / width, pos_embed="proportional" if DIFFUSERS_KEY in state and stored is not None else "extrapolated",
+        hidden_size=width,
+        depth=depth,
+        num_heads=infer_num_heads(width, depth, num_heads),
+        patch_size=patch,
+        mlp_ratio=tensor_shape(state, f"{blocks}.0.{fc}")[0] / width,
+        pos_embed="proportional" if DIFFUSERS_KEY in state and stored is not None else "extrapolated",
         learned_variance=has_variance(tensor_shape(state, f"{last}.weight")[0], patch, channels),
-    )  # fmt: skip
+    )
     return cfg, InputSpec(channels, resolution, tensor_shape(state, table)[0] - 1)
 
 
 def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> ImportedModel:
+    """Return the imported model of a state dict in this format."""
     cfg, inputs = infer_config(state, num_heads)
     peer = DIFFUSERS_KEY in state
     weights = from_diffusers(state) if peer else from_original(state)
@@ -155,7 +163,7 @@ def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> Import
 def to_diffusers(
     weights: Mapping[str, Tensor], cfg: DiTConfig, inputs: InputSpec
 ) -> tuple[str, dict, dict[str, Tensor]]:
-    """Class name, configuration and weights. Raises UsageError where the class has no place for a setting."""
+    """Return class name, configuration and weights. Raises UsageError for settings that the class does not have."""
     peer = "DiTTransformer2DModel"
     check_exportable(
         peer,
@@ -169,10 +177,15 @@ def to_diffusers(
         },
     )
     config = {
-        "num_attention_heads": cfg.num_heads, "attention_head_dim": cfg.hidden_size // cfg.num_heads, "num_layers": cfg.depth,
-        "in_channels": inputs.channels, "sample_size": inputs.resolution,
+        "num_attention_heads": cfg.num_heads,
+        "attention_head_dim": cfg.hidden_size // cfg.num_heads,
+        "num_layers": cfg.depth,
+        "in_channels": inputs.channels,
+        "sample_size": inputs.resolution,
         "out_channels": inputs.channels * (2 if cfg.learned_variance else 1),
-        "patch_size": cfg.patch_size, "num_embeds_ada_norm": inputs.num_classes, "norm_eps": 1e-6,
-    }  # fmt: skip
+        "patch_size": cfg.patch_size,
+        "num_embeds_ada_norm": inputs.num_classes,
+        "norm_eps": 1e-6,
+    }
     exported = export_tensors(weights, diffusers_mappings(cfg.depth))
     return peer, config, join_variance(exported, "proj_out_2", cfg.patch_size, inputs.channels)

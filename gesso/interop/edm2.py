@@ -1,7 +1,7 @@
-"""EDM2's published U-Nets (facts about NVlabs/edm2's state dicts; no line of theirs) as ours.
+"""Weights of EDM2's published U-Nets (facts about the state dicts of NVlabs/edm2).
 
-Published names are `unet.enc.{R}x{R}_{conv|down|blockN}`, `unet.dec.{R}x{R}_{in0|in1|up|blockN}`; ours count
-encoder and decoder blocks. Published q, k and v are interleaved per channel, ours stand one after another.
+Published names are `unet.enc.{R}x{R}_{conv|down|blockN}`, `unet.dec.{R}x{R}_{in0|in1|up|blockN}`; gesso numbers encoder
+and decoder blocks. Published q, k and v are interleaved per channel, gesso's are concatenated.
 """
 
 import math
@@ -36,11 +36,12 @@ UNCERTAINTY_PREFIX = "logvar_"  # trained alongside, discarded for sampling
 
 
 def matches(keys: set[str]) -> bool:
+    """Return True if these are the tensor names of this format."""
     return "unet.out_gain" in keys and "unet.emb_noise.weight" in keys
 
 
 def infer_config(state: Mapping[str, Tensor]) -> tuple[EDM2Config, InputSpec]:
-    """The network's configuration, from names and shapes."""
+    """Return the network's settings, from names and shapes."""
     resolutions = sorted({int(m[1]) for k in state if (m := re.match(r"unet\.enc\.(\d+)x", k))}, reverse=True)
     blocks = len([k for k in state if re.match(rf"unet\.enc\.{resolutions[0]}x\d+_block\d+\.conv_res0", k)])
     widths = [state[f"unet.enc.{r}x{r}_block0.conv_res1.weight"].shape[0] for r in resolutions]
@@ -48,7 +49,8 @@ def infer_config(state: Mapping[str, Tensor]) -> tuple[EDM2Config, InputSpec]:
     embedding = state["unet.emb_noise.weight"].shape[0]
     if embedding != max(widths):
         raise UsageError(
-            f"this EDM2 network's embedding has {embedding} channels (channel_mult_emb), its widest level {max(widths)}: "
+            f"this EDM2 network's embedding has {embedding} channels (channel_mult_emb), its widest level "
+            f"{max(widths)}: "
             "gesso builds the published default, where both are equal"
         )
     attention = [i for i, r in enumerate(resolutions) if f"unet.enc.{r}x{r}_block0.attn_qkv.weight" in state]
@@ -61,7 +63,7 @@ def infer_config(state: Mapping[str, Tensor]) -> tuple[EDM2Config, InputSpec]:
 
 
 def published_names(cfg: EDM2Config | EDM2LadderConfig, inputs: InputSpec) -> dict[str, str]:
-    """Published name -> our name of every tensor that such a network may have; CONFIGS A to F have CONFIG G's names."""
+    """Return published name -> gesso's name for every tensor of such a network; all CONFIGS have CONFIG G's names."""
     levels = len(cfg.channel_mult)
     resolutions = [inputs.resolution >> level for level in range(levels)]
     encoder, decoder = [], []
@@ -82,7 +84,7 @@ def published_names(cfg: EDM2Config | EDM2LadderConfig, inputs: InputSpec) -> di
 
 
 def name_of_paper_layer(name: str, cfg: EDM2Config | EDM2LadderConfig, inputs: InputSpec) -> str | None:
-    """Our name of a weight that the paper calls so in Appendix D.6 (enc-64x64-block0-conv0); None where there is none."""
+    """Return gesso's name of a weight in the notation of Appendix D.6 (enc-64x64-block0-conv0), or None."""
     if name in ("map-label", "map-layer0"):
         return {"map-label": "emb_label.weight", "map-layer0": "emb_noise.weight"}[name]
     side, _, rest = name.partition("-")
@@ -94,10 +96,11 @@ def name_of_paper_layer(name: str, cfg: EDM2Config | EDM2LadderConfig, inputs: I
 
 
 def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> ImportedModel:
-    """Their tensors under our names, rescaled to the weights that their forward pass uses.
+    """Return the imported model, with weights as the published forward pass uses them.
 
-    They divide a weight by 1e-4 + rms in every forward pass; here that happens once. The rows are then
-    not put on the sphere again until the network is trained.
+    It divides a weight by 1e-4 + RMS in every forward pass; here that happens once. The rows are normalized again only
+    when the
+    network is trained.
     """
     if num_heads is not None:
         raise UsageError("EDM2's heads are 64 channels wide; leave heads= out")
@@ -119,6 +122,7 @@ def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> Import
         "process": "EDM, sigma_data 0.5",
         "c_noise": "ln(sigma)/4",
         "adapted": "weights normalized once with eps 1e-4; q, k, v regrouped; uncertainty function left behind",
-        "latents": "SD VAE, input in [0, 1], mean (5.81, 3.25, 0.12, -2.15), std (4.17, 4.62, 3.71, 3.28) when 4 channels",
+        "latents": "SD VAE, input in [0, 1], mean (5.81, 3.25, 0.12, -2.15), std (4.17, 4.62, 3.71, 3.28) when 4 "
+        "channels",
     }
     return ImportedModel(cfg, inputs, weights, notes, EDMConfig())

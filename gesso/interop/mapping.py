@@ -1,4 +1,4 @@
-"""What readers and writers of other people's weights share: the map of names, in both directions, and settings."""
+"""Name maps between weights of other projects and gesso, in both directions, and inference of settings."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -26,10 +26,11 @@ NOTE_ASSUMED_RESOLUTION = "32 x 32, assumed: neither names nor shapes tell it"
 
 
 class ImportedModel(NamedTuple):
-    """Settings worked out from names and shapes, tensors under our names, and what a user should know.
+    """Settings inferred from names and shapes, tensors under gesso's names, and notes.
 
-    notes: source, process, c_noise convention, what was adapted. process: the one that the weights were trained under; of its
-    training draw gesso knows the published one at most.
+    notes: source, process, c_noise convention, adaptations. process: the process the weights were trained under; of
+    its noise
+    distribution in training, the published one at most.
     """
 
     cfg: NetConfig
@@ -40,10 +41,11 @@ class ImportedModel(NamedTuple):
 
 
 class TensorMapping(NamedTuple):
-    """One of our tensors and those of theirs with the same numbers: a list of them is a map in both directions.
+    """One tensor of gesso and its foreign counterparts; a list of them is a map in both directions.
 
-    how: "rows" theirs one after another; "copies" each of theirs is ours; "swapped" their scale, shift is our
-    shift, scale; "square" their (1, n^2, D) is our (1, n, n, D).
+    layout: "rows": the foreign tensors concatenated; "copies": each foreign tensor equals gesso's; "swapped": foreign
+    scale,
+    shift is gesso's shift, scale; "square": foreign (1, n^2, D) is gesso's (1, n, n, D).
     """
 
     name: str
@@ -52,7 +54,7 @@ class TensorMapping(NamedTuple):
 
 
 def map_layers(pairs: Mapping[str, str], layout: Literal["rows", "swapped"] = "rows") -> list[TensorMapping]:
-    """Weight and bias of layers: their name -> ours."""
+    """Return the mappings of weight and bias of layers, given foreign name -> gesso's name."""
     return [
         TensorMapping(f"{ours}.{part}", (f"{foreign}.{part}",), layout)
         for foreign, ours in pairs.items()
@@ -61,15 +63,15 @@ def map_layers(pairs: Mapping[str, str], layout: Literal["rows", "swapped"] = "r
 
 
 def map_stacked(foreign: Iterable[str], prefix: str) -> list[TensorMapping]:
-    """Weights and biases of several layers as one, the rows of each after those of the one before."""
+    """Return the mappings of several foreign layers that form one layer of gesso, concatenated by rows."""
     names = list(foreign)
     return [TensorMapping(f"{prefix}.{part}", tuple(f"{name}.{part}" for name in names)) for part in PARAMETERS]
 
 
 def import_tensors(state: Mapping[str, Tensor], mappings: Iterable[TensorMapping]) -> dict[str, Tensor]:
-    """Their tensors under our names. Raises RunError where copies differ.
+    """Return the tensors under gesso's names. Raises RunError if copies differ.
 
-    What has no place with us keeps its own name, and what is not there is left out: `nets.misfit` lists both.
+    Unknown tensors keep their name and missing ones are left out; `models.state_dict_mismatch` lists both.
     """
     rest, ours = dict(state), {}
     for tie in mappings:
@@ -79,7 +81,7 @@ def import_tensors(state: Mapping[str, Tensor], mappings: Iterable[TensorMapping
 
 
 def export_tensors(weights: Mapping[str, Tensor], mappings: Iterable[TensorMapping]) -> dict[str, Tensor]:
-    """Our tensors under their names, none sharing memory with another."""
+    """Return the tensors under foreign names, none sharing memory with another."""
     rest, exported = dict(weights), {}
     for tie in mappings:
         if tie.name in rest:
@@ -90,6 +92,7 @@ def export_tensors(weights: Mapping[str, Tensor], mappings: Iterable[TensorMappi
 
 
 def merge_tensors(mapping: TensorMapping, parts: list[Tensor]) -> Tensor:
+    """Return gesso's tensor from its foreign parts."""
     match mapping.layout:
         case "copies":
             if not all(part.equal(parts[0]) for part in parts):
@@ -105,6 +108,7 @@ def merge_tensors(mapping: TensorMapping, parts: list[Tensor]) -> Tensor:
 
 
 def split_tensor(mapping: TensorMapping, tensor: Tensor) -> list[Tensor]:
+    """Return the foreign parts of a tensor of gesso."""
     match mapping.layout:
         case "copies":
             return [tensor] * len(mapping.foreign_names)
@@ -117,22 +121,23 @@ def split_tensor(mapping: TensorMapping, tensor: Tensor) -> list[Tensor]:
 
 
 def tensor_shape(state: Mapping[str, Tensor], name: str) -> torch.Size:
-    """Raises RunError where the tensor is missing: without it the network's size is not known."""
+    """Return the shape of a tensor that defines the size of the network. Raises RunError if it is missing."""
     if name not in state:
         raise RunError(f"{name} is missing, and with it the network's settings")
     return state[name].shape
 
 
 def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
-    """How many N there are in `prefix.N.`, counted from 0 to the largest."""
+    """Return the number of N in `prefix.N.`, from 0 to the largest."""
     numbers = [int(name.removeprefix(f"{prefix}.").split(".")[0]) for name in state if name.startswith(f"{prefix}.")]
     return 1 + max(numbers, default=-1)
 
 
 def infer_num_heads(width: int, depth: int, num_heads: int | None, head_width: int | None = None) -> int:
-    """Heads as given, as the width of their norm says (qk-norm), or as a known size has them.
+    """Return the number of heads: as given, by the width of qk-norm, or of a known size.
 
-    Raises UsageError that asks for them, or says that those given do not fit.
+    Raises:
+        UsageError: The number must be given, or the given one does not fit.
     """
     inferred = width // head_width if head_width else KNOWN_HEADS.get((width, depth))
     if num_heads is None and inferred is None:
@@ -148,7 +153,7 @@ def infer_num_heads(width: int, depth: int, num_heads: int | None, head_width: i
 
 
 def grid_side(name: str, table: Tensor) -> int:
-    """n of a position table (1, n^2, D). Raises RunError where there is none."""
+    """Return n of a position table (1, n^2, D). Raises RunError if it is not square."""
     side = math.isqrt(table.shape[1]) if table.ndim == 3 else 0
     if side == 0 or side**2 != table.shape[1]:
         raise RunError(f"{name} of shape {tuple(table.shape)} is no table (1, side^2, width)")
@@ -156,9 +161,10 @@ def grid_side(name: str, table: Tensor) -> int:
 
 
 def unit_step_grid_side(name: str, table: Tensor, width: int) -> int:
-    """n of a sine-cosine table (1, n^2, width) with one step per token.
+    """Return n of a sine-cosine table (1, n^2, width) with one step per token.
 
-    Raises RunError where it is another: then it would have to travel with the weights, which it does not.
+    Raises:
+        RunError: The table has other values, which cannot be computed from n.
     """
     side = grid_side(name, table)
     wanted = sincos_pos_embed_2d(width, side, side, (side - 1, side - 1))
@@ -169,7 +175,7 @@ def unit_step_grid_side(name: str, table: Tensor, width: int) -> int:
 
 
 def split_variance(state: Mapping[str, Tensor], last: str, patch: int, channels: int) -> dict[str, Tensor]:
-    """The state with a last layer of patch x patch x 2 channels as two: `last` of the image, `last`.variance after it."""
+    """Split a last layer of patch x patch x 2 channels into `last` for the image and `last`.variance."""
     split = dict(state)
     for part in PARAMETERS:
         rows = split.get(f"{last}.{part}")
@@ -180,7 +186,7 @@ def split_variance(state: Mapping[str, Tensor], last: str, patch: int, channels:
 
 
 def join_variance(state: Mapping[str, Tensor], last: str, patch: int, channels: int) -> dict[str, Tensor]:
-    """Inverse of `split_variance`."""
+    """Invert `split_variance`."""
     joined = dict(state)
     for part in PARAMETERS:
         variance = joined.pop(f"{last}.variance.{part}", None)
@@ -191,22 +197,23 @@ def join_variance(state: Mapping[str, Tensor], last: str, patch: int, channels: 
 
 
 def has_variance(rows: int, patch: int, channels: int) -> bool:
-    """Whether a last layer of so many rows estimates a variance too."""
+    """Return True if a last layer with this number of rows also predicts a variance."""
     return rows == patch**2 * 2 * channels
 
 
 def variance_note(learned: bool) -> dict[str, str]:
+    """Return the note on a learned variance."""
     return {"variance": "of ancestral steps, kept: sample.variance=learned uses it"} if learned else {}
 
 
 def check_exportable(class_name: str, reasons: Mapping[str, bool]) -> None:
-    """Raises UsageError that names the settings that a class of diffusers has no place for."""
+    """Raise UsageError that names the settings that a class of diffusers does not have."""
     if wrong := [reason for reason, true in reasons.items() if true]:
         raise UsageError(f"diffusers' {class_name} cannot hold {', '.join(wrong)}")
 
 
 def has_other_base_grid(cfg: DiTConfig | PixArtConfig, inputs: InputSpec) -> bool:
-    """Return whether positions are counted on another grid than the training grid, for which diffusers has no setting."""
+    """Return True if positions refer to another grid than the training grid, for which diffusers has no setting."""
     counted = cfg.pos_embed in ("interpolated", "proportional") and inputs.pos_embed_base not in (
         None,
         inputs.resolution,
@@ -215,5 +222,5 @@ def has_other_base_grid(cfg: DiTConfig | PixArtConfig, inputs: InputSpec) -> boo
 
 
 def num_control(inputs: InputSpec) -> int:
-    """How many control variables there are."""
+    """Return the number of control variables."""
     return inputs.control.num_high + inputs.control.num_low

@@ -1,7 +1,8 @@
-"""MDTv2's weights (facts about the names of sail-sg/MDT) as ours.
+"""Weights of MDTv2 (facts about the names of sail-sg/MDT).
 
-Its class enters as the table's row, without the MLP that Table A1's size has. Positions and relative biases are
-parameters there as here; the table's three rows for a class token travel with it.
+Its class enters as the row of the table, without the MLP that the size of Table A1 includes. Positions and relative
+biases
+are parameters; the three rows of the bias table for a class token are kept.
 """
 
 from collections.abc import Mapping
@@ -38,10 +39,12 @@ INDEX_SUFFIX = ".relative_position_index"  # a constant that follows from the gr
 
 
 def matches(keys: set[str]) -> bool:
+    """Return True if these are the tensor names of this format."""
     return {"en_inblocks.0.attn.qkv.weight", "decoder_pos_embed", "y_embedder.embedding_table.weight"} <= keys
 
 
 def block_mappings(foreign: str, name: str) -> list[TensorMapping]:
+    """Return the mappings of a block."""
     return [
         *map_layers({f"{foreign}.{a}": f"{name}.{b}" for a, b in BLOCK_NAMES.items()}),
         TensorMapping(f"{name}.bias.table", (f"{foreign}.{BIAS_TABLE}",)),
@@ -49,6 +52,7 @@ def block_mappings(foreign: str, name: str) -> list[TensorMapping]:
 
 
 def original_mappings(encoder_layers: int, decoder_layers: int) -> list[TensorMapping]:
+    """Return the mappings of all tensors."""
     ties = map_layers(
         {
             "x_embedder.proj": "patch_embed.proj",
@@ -72,23 +76,29 @@ def original_mappings(encoder_layers: int, decoder_layers: int) -> list[TensorMa
 
 
 def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[MDTConfig, InputSpec]:
-    """The network's configuration, from names and shapes: the relative biases tell the heads."""
+    """Return the network's settings, from names and shapes; the relative biases tell the number of heads."""
     width, channels, patch, _ = tensor_shape(state, "x_embedder.proj.weight")
     halves, decoder = count_layers(state, "en_inblocks"), count_layers(state, "de_blocks")
     bias_heads = tensor_shape(state, f"en_inblocks.0.{BIAS_TABLE}")[1]
     if num_heads not in (None, bias_heads):
         raise UsageError(f"heads={num_heads} does not fit the network: its relative biases say {bias_heads}")
     cfg = MDTConfig(
-        hidden_size=width, depth=2 * halves + decoder, num_heads=bias_heads, patch_size=patch, decoder_layers=decoder, class_embed="table",
+        hidden_size=width,
+        depth=2 * halves + decoder,
+        num_heads=bias_heads,
+        patch_size=patch,
+        decoder_layers=decoder,
+        class_embed="table",
         mlp_ratio=tensor_shape(state, "en_inblocks.0.mlp.fc1.weight")[0] / width,
         learned_variance=has_variance(tensor_shape(state, "final_layer.linear.weight")[0], patch, channels),
-    )  # fmt: skip
+    )
     tensor_shape(state, "pos_embed")
     resolution = patch * grid_side("pos_embed", state["pos_embed"])
     return cfg, InputSpec(channels, resolution, tensor_shape(state, "y_embedder.embedding_table.weight")[0] - 1)
 
 
 def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> ImportedModel:
+    """Return the imported model of a state dict in this format."""
     cfg, inputs = infer_config(state, num_heads)
     notes = {
         "source": "MDTv2 (sail-sg/MDT)",

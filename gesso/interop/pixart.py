@@ -1,6 +1,6 @@
-"""PixArt-alpha's weights, of diffusers' PixArtTransformer2DModel and under their own names (facts), and ours.
+"""Weights of PixArt-alpha: diffusers' PixArtTransformer2DModel and the original names (facts).
 
-The model of 1024 pixels counts its positions in halves and embeds height, width and aspect ratio: it is refused.
+The model for 1024 pixels, whose positions have half steps and which embeds height, width and aspect ratio, is refused.
 """
 
 from collections.abc import Mapping
@@ -61,16 +61,19 @@ SIZE_EMBEDDERS = ("csize_embedder.", "ar_embedder.", "adaln_single.emb.resolutio
 
 
 def matches(keys: set[str]) -> bool:
+    """Return True if these are the tensor names of this format."""
     peer = {"adaln_single.linear.weight", "scale_shift_table", "caption_projection.linear_1.weight"}
     required = {"t_block.1.weight", "final_layer.scale_shift_table", "y_embedder.y_proj.fc1.weight"}
     return keys >= peer or keys >= required
 
 
 def is_diffusers(state: Mapping[str, Tensor]) -> bool:
+    """Return True for diffusers' names, False for the original ones."""
     return "adaln_single.linear.weight" in state
 
 
 def diffusers_mappings(depth: int) -> list[TensorMapping]:
+    """Return the mappings of all tensors of diffusers' model."""
     ties = [*map_layers(DIFFUSERS_NAMES), TensorMapping("final_table", ("scale_shift_table",))]
     for i in range(depth):
         foreign, ours = f"transformer_blocks.{i}", f"blocks.{i}"
@@ -84,6 +87,7 @@ def diffusers_mappings(depth: int) -> list[TensorMapping]:
 
 
 def original_mappings(depth: int) -> list[TensorMapping]:
+    """Return the mappings of all tensors of the original model."""
     ties = [*map_layers(ORIGINAL_NAMES), TensorMapping("final_table", ("final_layer.scale_shift_table",))]
     for i in range(depth):
         block = f"blocks.{i}"
@@ -95,7 +99,7 @@ def original_mappings(depth: int) -> list[TensorMapping]:
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Under the names of PixArtNet with text."""
+    """Return diffusers' tensors under gesso's names."""
     _, channels, patch, _ = tensor_shape(state, "pos_embed.proj.weight")
     state_dict = split_variance(state, "proj_out", patch, channels)
     return import_tensors(
@@ -104,21 +108,22 @@ def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """PixArt's own tensors under the names of PixArtNet with text. Its kv is stacked as ours is."""
+    """Return the original tensors under gesso's names. The original kv is stacked as gesso's."""
     _, channels, patch, _ = tensor_shape(state, "x_embedder.proj.weight")
     state_dict = split_variance(state, "final_layer.linear", patch, channels)
     return import_tensors(drop_unused_tensors(state_dict), original_mappings(count_layers(state, "blocks")))
 
 
 def drop_unused_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the position table, which is made, and the null caption, which is no part of our network."""
+    """Return the tensors without the position table, which is computed, and the null caption, which is unused."""
     return {name: tensor for name, tensor in state.items() if name not in POSITION_TABLES + NULL_CAPTIONS}
 
 
 def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[PixArtConfig, InputSpec]:
-    """The network's configuration, from names and shapes; a stored position table tells the resolution, else 32.
+    """Return the network's settings, from names and shapes; a stored position table tells the resolution, otherwise 32.
 
-    Raises UsageError for the model of 1024 pixels.
+    Raises:
+        UsageError: The model is the one for 1024 pixels.
     """
     if any(name.startswith(SIZE_EMBEDDERS) for name in state):
         raise UsageError(
@@ -141,6 +146,7 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> t
 
 
 def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> ImportedModel:
+    """Return the imported model of a state dict in this format."""
     cfg, inputs = infer_config(state, num_heads)
     peer = is_diffusers(state)
     stored = any(name in state for name in POSITION_TABLES)
@@ -163,7 +169,7 @@ def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> Import
 def to_diffusers(
     weights: Mapping[str, Tensor], cfg: PixArtConfig, inputs: InputSpec
 ) -> tuple[str, dict, dict[str, Tensor]]:
-    """Class name, configuration and weights. Raises UsageError where the class has no place for a setting."""
+    """Return class name, configuration and weights. Raises UsageError for settings that the class does not have."""
     peer = "PixArtTransformer2DModel"
     check_exportable(
         peer,
@@ -177,11 +183,18 @@ def to_diffusers(
         },
     )
     config = {
-        "num_attention_heads": cfg.num_heads, "attention_head_dim": cfg.hidden_size // cfg.num_heads, "num_layers": cfg.depth,
-        "in_channels": inputs.channels, "sample_size": inputs.resolution,
+        "num_attention_heads": cfg.num_heads,
+        "attention_head_dim": cfg.hidden_size // cfg.num_heads,
+        "num_layers": cfg.depth,
+        "in_channels": inputs.channels,
+        "sample_size": inputs.resolution,
         "out_channels": inputs.channels * (2 if cfg.learned_variance else 1),
-        "patch_size": cfg.patch_size, "cross_attention_dim": cfg.hidden_size, "caption_channels": inputs.text_dim,
-        "norm_eps": 1e-6, "interpolation_scale": 1, "use_additional_conditions": False,
-    }  # fmt: skip
+        "patch_size": cfg.patch_size,
+        "cross_attention_dim": cfg.hidden_size,
+        "caption_channels": inputs.text_dim,
+        "norm_eps": 1e-6,
+        "interpolation_scale": 1,
+        "use_additional_conditions": False,
+    }
     exported = export_tensors(weights, diffusers_mappings(cfg.depth))
     return peer, config, join_variance(exported, "proj_out", cfg.patch_size, inputs.channels)

@@ -1,8 +1,10 @@
-"""SD3's weights, of diffusers' SD3Transformer2DModel and under Stability's own names (facts), and ours.
+"""Weights of SD3: diffusers' SD3Transformer2DModel and Stability's names (facts).
 
-Where adaLN gives two vectors (last layer, last text block), diffusers has scale, shift; Stability and we shift, scale.
-The queries of the last block's text reach no output: their rows travel in our qkv, their norm has no counterpart.
-SD3.5 medium's first blocks have a second attention, of the image alone, and nine vectors of adaLN in one order.
+Where adaLN gives two vectors (last layer, last text block), diffusers has scale, shift; Stability and gesso shift,
+scale.
+The queries of the last block's text reach no output: their rows are kept in qkv, their norm has no counterpart. The
+first
+blocks of SD3.5 medium have a second attention, of the image alone, and nine vectors of adaLN in one order.
 """
 
 import math
@@ -32,10 +34,12 @@ ORIGINAL_KEY = "joint_blocks.0.x_block.attn.qkv.weight"
 
 
 def matches(keys: set[str]) -> bool:
+    """Return True if these are the tensor names of this format."""
     return (DIFFUSERS_KEY in keys and "time_text_embed.text_embedder.linear_1.weight" in keys) or ORIGINAL_KEY in keys
 
 
 def diffusers_block_mappings(foreign: str, name: str, is_last: bool) -> list[TensorMapping]:
+    """Return the mappings of a block of diffusers' model."""
     ties = [
         *map_stacked([f"{foreign}.attn.to_{x}" for x in "qkv"], f"{name}.image_qkv.linear"),
         *map_stacked([f"{foreign}.attn2.to_{x}" for x in "qkv"], f"{name}.image.second_qkv.linear"),
@@ -56,6 +60,7 @@ def diffusers_block_mappings(foreign: str, name: str, is_last: bool) -> list[Ten
 
 
 def diffusers_mappings(depth: int) -> list[TensorMapping]:
+    """Return the mappings of all tensors of diffusers' model."""
     ties = [TensorMapping("position.table", ("pos_embed.pos_embed",), "square")]
     ties += map_layers({"pos_embed.proj": "patch_embed.proj", "context_embedder": "semantic.mlp", "proj_out": "final"})
     for foreign, ours in (("timestep_embedder", "time.mlp"), ("text_embedder", "pooled")):
@@ -67,6 +72,7 @@ def diffusers_mappings(depth: int) -> list[TensorMapping]:
 
 
 def original_mappings(depth: int) -> list[TensorMapping]:
+    """Return the mappings of all tensors of Stability's model."""
     ties = [TensorMapping("position.table", ("pos_embed",), "square")]
     ties += map_layers({"x_embedder.proj": "patch_embed.proj", "context_embedder": "semantic.mlp"})
     ties += map_layers({"final_layer.linear": "final", "final_layer.adaLN_modulation.1": "final_ada.linear"})
@@ -89,29 +95,30 @@ def original_mappings(depth: int) -> list[TensorMapping]:
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Under MMDiTNet's names."""
+    """Return diffusers' tensors under gesso's names."""
     depth, state_dict = count_layers(state, "transformer_blocks"), dict(state)
     state_dict.pop(unused_norm_name(depth), None)
     return import_tensors(state_dict, diffusers_mappings(depth))
 
 
 def unused_norm_name(depth: int) -> str:
-    """Of the queries of the last block's text, in diffusers."""
+    """Return diffusers' name of the norm of the last block's text queries."""
     return f"transformer_blocks.{depth - 1}.attn.norm_added_q.weight"
 
 
 def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Stability's tensors under MMDiTNet's names."""
+    """Return Stability's tensors under gesso's names."""
     depth, state_dict = count_layers(state, "joint_blocks"), dict(state)
     state_dict.pop(f"joint_blocks.{depth - 1}.context_block.attn.ln_q.weight", None)
     return import_tensors(state_dict, original_mappings(depth))
 
 
 def infer_training_grid(table: Tensor) -> int:
-    """Tokens on a side in training, from the table (1, side^2, D).
+    """Return the number of tokens per side in training, from the position table (1, side^2, D).
 
-    One token is base/side apart from the next; of the column, the first channel is the sine and channel D/4 the
-    cosine, so the angle between columns 0 and 1 is that step.
+    Neighboring tokens are base/side apart; the first channel of a column is the sine and channel D/4 the cosine, so
+    that the
+    angle between columns 0 and 1 is that step.
     """
     side = math.isqrt(table.shape[1])
     if side == 1:
@@ -122,7 +129,7 @@ def infer_training_grid(table: Tensor) -> int:
 
 
 def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[MMDiTConfig, InputSpec]:
-    """The network's configuration, from names, shapes and the step of the position table."""
+    """Return the network's settings, from names, shapes and the step of the position table."""
     peer = DIFFUSERS_KEY in state
     blocks = "transformer_blocks" if peer else "joint_blocks"
     width, channels, patch, _ = tensor_shape(state, "pos_embed.proj.weight" if peer else "x_embedder.proj.weight")
@@ -135,16 +142,23 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> t
     tensor_shape(state, positions)
     table = state[positions]
     cfg = MMDiTConfig(
-        hidden_size=width, depth=depth, num_heads=infer_num_heads(width, depth, num_heads, head_width), patch_size=patch,
-        mlp_ratio=tensor_shape(state, f"{blocks}.0.{mlp}")[0] / width, qk_norm=norm is not None, separate_text_weights="all",
-        pos_embed_max_size=grid_side(positions, table), dual_attention_layers=sum(f"{blocks}.{i}.{second}" in state for i in range(depth)),
-    )  # fmt: skip
+        hidden_size=width,
+        depth=depth,
+        num_heads=infer_num_heads(width, depth, num_heads, head_width),
+        patch_size=patch,
+        mlp_ratio=tensor_shape(state, f"{blocks}.0.{mlp}")[0] / width,
+        qk_norm=norm is not None,
+        separate_text_weights="all",
+        pos_embed_max_size=grid_side(positions, table),
+        dual_attention_layers=sum(f"{blocks}.{i}.{second}" in state for i in range(depth)),
+    )
     pooled = "time_text_embed.text_embedder.linear_1.weight" if peer else "y_embedder.mlp.0.weight"
     text_width, pooled_width = tensor_shape(state, "context_embedder.weight")[1], tensor_shape(state, pooled)[1]
     return cfg, InputSpec(channels, patch * infer_training_grid(table), text_dim=text_width, pooled_dim=pooled_width)
 
 
 def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> ImportedModel:
+    """Return the imported model of a state dict in this format."""
     cfg, inputs = infer_config(state, num_heads)
     peer = DIFFUSERS_KEY in state
     name = "SD3.5" if cfg.qk_norm else "SD3"
@@ -161,7 +175,7 @@ def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> Import
 def to_diffusers(
     weights: Mapping[str, Tensor], cfg: MMDiTConfig, inputs: InputSpec
 ) -> tuple[str, dict, dict[str, Tensor]]:
-    """Class name, configuration and weights. Raises UsageError where the class has no place for a setting."""
+    """Return class name, configuration and weights. Raises UsageError for settings that the class does not have."""
     peer = "SD3Transformer2DModel"
     check_exportable(
         peer,
@@ -175,12 +189,20 @@ def to_diffusers(
         },
     )
     config = {
-        "num_attention_heads": cfg.num_heads, "attention_head_dim": cfg.hidden_size // cfg.num_heads, "num_layers": cfg.depth,
-        "in_channels": inputs.channels, "out_channels": inputs.channels, "sample_size": inputs.resolution,
-        "patch_size": cfg.patch_size, "joint_attention_dim": inputs.text_dim, "caption_projection_dim": cfg.hidden_size,
-        "pooled_projection_dim": inputs.pooled_dim, "pos_embed_max_size": cfg.pos_embed_max_size,
-        "dual_attention_layers": tuple(range(cfg.dual_attention_layers)), "qk_norm": "rms_norm" if cfg.qk_norm else None,
-    }  # fmt: skip
+        "num_attention_heads": cfg.num_heads,
+        "attention_head_dim": cfg.hidden_size // cfg.num_heads,
+        "num_layers": cfg.depth,
+        "in_channels": inputs.channels,
+        "out_channels": inputs.channels,
+        "sample_size": inputs.resolution,
+        "patch_size": cfg.patch_size,
+        "joint_attention_dim": inputs.text_dim,
+        "caption_projection_dim": cfg.hidden_size,
+        "pooled_projection_dim": inputs.pooled_dim,
+        "pos_embed_max_size": cfg.pos_embed_max_size,
+        "dual_attention_layers": tuple(range(cfg.dual_attention_layers)),
+        "qk_norm": "rms_norm" if cfg.qk_norm else None,
+    }
     exported = export_tensors(weights, diffusers_mappings(cfg.depth))
     if cfg.qk_norm:
         exported[unused_norm_name(cfg.depth)] = torch.ones_like(weights["blocks.0.image_qkv.q_norm.weight"])

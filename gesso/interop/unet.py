@@ -1,4 +1,4 @@
-"""SD1.5's and SDXL's U-Net, of diffusers' UNet2DConditionModel and under CompVis' names (facts), and ours."""
+"""Weights of the U-Net of SD1.5 and SDXL: diffusers' UNet2DConditionModel and CompVis' names (facts)."""
 
 import re
 from collections.abc import Mapping
@@ -47,12 +47,14 @@ COMPVIS_RESIDUAL_NAMES = {
 
 
 def matches(keys: set[str]) -> bool:
+    """Return True if these are the tensor names of this format."""
     required = {"conv_in.weight", "time_embedding.linear_1.weight", "mid_block.resnets.0.conv1.weight"}
     known = keys >= required or keys >= {COMPVIS_KEY, "time_embed.0.weight", "middle_block.0.in_layers.0.weight"}
     return known and any(key.endswith(".attn2.to_k.weight") for key in keys)
 
 
 def transformer_mappings(foreign: str, name: str, depth: int) -> list[TensorMapping]:
+    """Return the mappings of a transformer."""
     ties = map_layers({f"{foreign}.{part}": f"{name}.{part}" for part in ("norm", "proj_in", "proj_out")})
     for j in range(depth):
         a, b = f"{foreign}.transformer_blocks.{j}", f"{name}.blocks.{j}"
@@ -65,7 +67,7 @@ def transformer_mappings(foreign: str, name: str, depth: int) -> list[TensorMapp
 
 
 def diffusers_mappings(levels: int, blocks: int, depth: int) -> list[TensorMapping]:
-    """Of every tensor that such a network may have; depth: the most transformer blocks after a residual block."""
+    """Return the mappings of every tensor; depth: largest number of transformer blocks after a residual block."""
     last = f"upsamplers.{levels - 1}"
     ties = map_layers({"conv_in": "downsamplers.0", "conv_norm_out": f"{last}.0", "conv_out": f"{last}.2"})
     for foreign, ours in EMBEDDING_NAMES.items():
@@ -85,7 +87,7 @@ def diffusers_mappings(levels: int, blocks: int, depth: int) -> list[TensorMappi
 
 
 def compvis_block_names(levels: int, blocks: int) -> dict[str, str]:
-    """CompVis' numbering of blocks -> diffusers' names. What changes the resolution counts as a block on the way in."""
+    """Return CompVis' block names -> diffusers' names; CompVis counts downsampling layers as blocks."""
     places = dict(COMPVIS_NAMES)
     for level in range(levels):
         for i in range(blocks):
@@ -103,7 +105,7 @@ def compvis_block_names(levels: int, blocks: int) -> dict[str, str]:
 
 
 def compvis_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CompVis' tensors (SD1.5 and SDXL in one file); what has no place keeps its name."""
+    """Return CompVis' tensors (SD1.5, or SDXL in one file) under diffusers' names; unknown ones keep their name."""
     downs = [int(m[1]) for name in state if (m := re.fullmatch(r"input_blocks\.(\d+)\.0\.op\.weight", name))]
     blocks = min(downs, default=count_layers(state, "input_blocks")) - 1
     places = compvis_block_names(len(downs) + 1, blocks)
@@ -123,17 +125,18 @@ def compvis_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def transformer_depths(state: Mapping[str, Tensor]) -> list[int]:
-    """Transformer blocks after a residual block of each level."""
+    """Return the number of transformer blocks after a residual block, by level."""
     levels = range(count_layers(state, "down_blocks"))
     return [count_layers(state, f"down_blocks.{level}.attentions.0.transformer_blocks") for level in levels]
 
 
 def middle_transformer_depth(state: Mapping[str, Tensor]) -> int:
+    """Return the number of transformer blocks in the middle."""
     return count_layers(state, "mid_block.attentions.0.transformer_blocks")
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Under UNetNet's names. SD1.5's 1x1 convolutions around a transformer are our linear layers."""
+    """Return tensors under gesso's names. SD1.5's 1x1 convolutions around a transformer become linear layers."""
     state_dict = dict(state)
     for name, value in state_dict.items():
         if re.search(r"\.proj_(in|out)\.weight$", name) and value.ndim == 4:
@@ -146,11 +149,14 @@ def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[UNetConfig, InputSpec]:
-    """The network's configuration, from names and shapes.
+    """Return the network's settings, from names and shapes.
 
-    Linear layers around a transformer: SDXL, whose heads are 64 channels wide; convolutions: SD1.5, which
-    has 8 heads. The groups of its norms are in no shape: 32, as in both. `heads`: at every level.
-    Raises UsageError where a level's width is not a multiple of the first, or heads do not divide one.
+    Linear layers around a transformer mean SDXL, with heads of 64 channels; convolutions mean SD1.5, with 8 heads. The
+    number
+    of groups of the norms is in no shape: 32, as in both. num_heads: at every level.
+
+    Raises:
+        UsageError: The width of a level is not a multiple of the first, or is not divisible by the heads.
     """
     channels, image_channels, *_ = tensor_shape(state, "conv_in.weight")
     levels = count_layers(state, "down_blocks")
@@ -169,16 +175,22 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> t
         if pooled <= 0:
             raise UsageError("add_embedding takes less than SDXL's six sizes; this U-Net is none that gesso knows")
     cfg = UNetConfig(
-        channels=channels, channel_mult=tuple(width // channels for width in widths),
-        transformer_depth=tuple(transformer_depths(state)), num_blocks=count_layers(state, "down_blocks.0.resnets"), num_heads=num_heads,
-        text_projection="none", transformer_depth_middle=middle_transformer_depth(state), pooled_mlp="shared" if pooled else "own",
-    )  # fmt: skip
+        channels=channels,
+        channel_mult=tuple(width // channels for width in widths),
+        transformer_depth=tuple(transformer_depths(state)),
+        num_blocks=count_layers(state, "down_blocks.0.resnets"),
+        num_heads=num_heads,
+        text_projection="none",
+        transformer_depth_middle=middle_transformer_depth(state),
+        pooled_mlp="shared" if pooled else "own",
+    )
     text_width = next(value.shape[1] for name, value in state.items() if name.endswith(".attn2.to_k.weight"))
     control = SDXL_CONTROL if pooled else ControlSpec()
     return cfg, InputSpec(image_channels, 32, text_dim=text_width, pooled_dim=pooled, control=control)
 
 
 def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> ImportedModel:
+    """Return the imported model of a state dict in this format."""
     origin = "CompVis" if COMPVIS_KEY in state else "diffusers"
     if COMPVIS_KEY in state:
         state = compvis_to_diffusers(state)
@@ -200,7 +212,7 @@ def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> Import
 def to_diffusers(
     weights: Mapping[str, Tensor], cfg: UNetConfig, inputs: InputSpec
 ) -> tuple[str, dict, dict[str, Tensor]]:
-    """Class name, configuration and weights. Raises UsageError where the class has no place for a setting."""
+    """Return class name, configuration and weights. Raises UsageError for settings that the class does not have."""
     peer, n = "UNet2DConditionModel", num_control(inputs)
     deepest = cfg.transformer_depth[-1]
     check_exportable(
@@ -212,23 +224,31 @@ def to_diffusers(
             "control without pooled text": n > 0 and not inputs.pooled_dim,
             "pooled text without control": n == 0 and inputs.pooled_dim > 0,
             f"net.pooled_mlp={cfg.pooled_mlp} (shared it holds)": inputs.pooled_dim > 0 and cfg.pooled_mlp != "shared",
-            f"net.transformer_depth_middle={cfg.transformer_depth_middle} (its own is the lowest level's, {deepest})": cfg.transformer_depth_middle
-            == 0
-            or deepest not in (0, cfg.transformer_depth_middle),
+            f"net.transformer_depth_middle={cfg.transformer_depth_middle} (its own is the lowest level's, "
+            f"{deepest})": cfg.transformer_depth_middle == 0 or deepest not in (0, cfg.transformer_depth_middle),
         },
     )
     widths = [cfg.channels * multiplier for multiplier in cfg.channel_mult]
     down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in cfg.transformer_depth]
     up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(cfg.transformer_depth)]
     config = {
-        "in_channels": inputs.channels, "out_channels": inputs.channels, "sample_size": inputs.resolution,
-        "block_out_channels": tuple(widths), "layers_per_block": cfg.num_blocks, "down_block_types": tuple(down),
-        "up_block_types": tuple(up), "norm_num_groups": cfg.norm_num_groups, "use_linear_projection": True,
+        "in_channels": inputs.channels,
+        "out_channels": inputs.channels,
+        "sample_size": inputs.resolution,
+        "block_out_channels": tuple(widths),
+        "layers_per_block": cfg.num_blocks,
+        "down_block_types": tuple(down),
+        "up_block_types": tuple(up),
+        "norm_num_groups": cfg.norm_num_groups,
+        "use_linear_projection": True,
         # What this class calls attention_head_dim is the number of heads.
         "attention_head_dim": tuple(cfg.num_heads or max(width // cfg.channels_per_head, 1) for width in widths),
-        "transformer_layers_per_block": (*(max(depth, 1) for depth in cfg.transformer_depth[:-1]), cfg.transformer_depth_middle),
+        "transformer_layers_per_block": (
+            *(max(depth, 1) for depth in cfg.transformer_depth[:-1]),
+            cfg.transformer_depth_middle,
+        ),
         "cross_attention_dim": inputs.text_dim,
-    }  # fmt: skip
+    }
     if inputs.pooled_dim:
         config |= {
             "addition_embed_type": "text_time", "addition_time_embed_dim": 256,

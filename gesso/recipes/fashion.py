@@ -56,11 +56,26 @@ def fashion(net: NetConfig | None = None, lr: float = 1e-3, name: str = "fashion
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {"fashion": fashion}
 NETWORKS: tuple[tuple[NetConfig, float, str], ...] = (
-    (EDM2Config(channels=24, channel_mult=(1, 2, 2), num_blocks=1, attention_levels=(2,), channels_per_head=24), 1e-2, "half an hour"),
-    (UNetConfig(channels=32, channel_mult=(1, 2, 2), transformer_depth=(0, 0, 1), num_blocks=1, channels_per_head=32, norm_num_groups=8), 1e-3, "an hour"),
+    (
+        EDM2Config(channels=24, channel_mult=(1, 2, 2), num_blocks=1, attention_levels=(2,), channels_per_head=24),
+        1e-2,
+        "half an hour",
+    ),
+    (
+        UNetConfig(
+            channels=32,
+            channel_mult=(1, 2, 2),
+            transformer_depth=(0, 0, 1),
+            num_blocks=1,
+            channels_per_head=32,
+            norm_num_groups=8,
+        ),
+        1e-3,
+        "an hour",
+    ),
     (DiTConfig(**TRANSFORMER), 1e-3, "3 minutes"),
     (MPMMDiTppConfig(**TRANSFORMER), 1e-2, "4 minutes"),
-)  # fmt: skip
+)
 for net, lr, duration in NETWORKS:
     name = f"fashion-{net.name}"
     recipe = partial(fashion, net, lr, name)

@@ -104,7 +104,10 @@ def measured(runs: Sequence[Folder]) -> str:
     """One table for each way of measuring, so that numbers of two protocols never stand in one."""
     ways: dict[str, dict[str, dict[str, Any]]] = {}
     several = {
-        way for run_data in runs for way, n in Counter(_way(one, RUN_FIELDS) for one in run_data.measured).items() if n > 1
+        way
+        for run_data in runs
+        for way, n in Counter(_way(one, RUN_FIELDS) for one in run_data.measured).items()
+        if n > 1
     }
     for run_data in runs:
         for one in run_data.measured:

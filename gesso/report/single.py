@@ -197,7 +197,9 @@ def by_noise(run_data: Folder) -> str:
     if newest:
         name = newest[-1]
         held = {b: run_data.curve("validation_by_noise", name, b) for b in range(NUM_BINS)}
-        plots.append((figures.by_noise(held, "validation loss"), f"The same of the held-out images, {describe_weights(name)}."))
+        plots.append(
+            (figures.by_noise(held, "validation loss"), f"The same of the held-out images, {describe_weights(name)}.")
+        )
     latest = {"training": run_data.late("loss_by_noise")}
     latest |= {describe_weights(name): run_data.last("validation_by_noise", name) for name in newest}
     if run_data.run.loss.weighting == "native" or not newest:
@@ -222,8 +224,10 @@ def magnitudes(run_data: Folder) -> str:
             drawn = figures.lines(curves, f"{label}, {how}", from_zero=True)
             plots.append((drawn, f"{label.capitalize()}: the {how} magnitude over the features of a bucket."))
     text = (
-        "Magnitudes of features (EDM2 Eq. 3) of the averaged network, by resolution or third of the blocks; 1 is what unit-normal "
-        "values have. Activations are what layers put out, the main path what whole blocks do; weights are as they were "
+        "Magnitudes of features (EDM2 Eq. 3) of the averaged network, by resolution or third of the blocks; 1 is what "
+        "unit-normal "
+        "values have. Activations are what layers put out, the main path what whole blocks do; weights are as they "
+        "were "
         "averaged, not put back on the sphere."
     )
     return page.section("Magnitudes", page.paragraph(text), shown(plots))

@@ -35,7 +35,8 @@ class FileCache:
         self.max_bytes = total if max_bytes is None else max_bytes
         if self.max_bytes < largest:
             raise UsageError(
-                f"{format_gigabytes(self.max_bytes)} of shards are to be kept, where one file has {format_gigabytes(largest)}"
+                f"{format_gigabytes(self.max_bytes)} of shards are to be kept, where one file has "
+                f"{format_gigabytes(largest)}"
             )
         self._pinned: list[str] = []
         self._fetching: set[str] = set()
@@ -49,7 +50,8 @@ class FileCache:
                 free = shutil.disk_usage(folder).free + sum(sizes[name] for name in self._files_by_age())
         except OSError as error:
             raise UsageError(
-                f"copies of shards cannot be kept in {folder} ({error.strerror}): set XDG_CACHE_HOME to a folder that is "
+                f"copies of shards cannot be kept in {folder} ({error.strerror}): set XDG_CACHE_HOME to a folder "
+                "that is "
                 "writable"
             ) from None
         self.close = weakref.finalize(self, _remove_user, self._user_fd, path)
@@ -160,7 +162,8 @@ class FileCache:
 
     def _disk_full_error(self, required: int, free: int) -> UsageError:
         return UsageError(
-            f"shards need {format_gigabytes(required)} in {self.folder}, where {format_gigabytes(max(free, 0))} are free: free some, keep "
+            f"shards need {format_gigabytes(required)} in {self.folder}, where {format_gigabytes(max(free, 0))} are "
+            "free: free some, keep "
             "fewer, or set XDG_CACHE_HOME to a folder on a larger disk"
         )
 

@@ -256,14 +256,16 @@ def verify_cache(folder: str | Path, progress: ProgressCallback = lambda done, t
         lines.append(f"{folder}: an image of the source is there twice")
     if manifest.num_images + len(manifest.unreadable) != manifest.num_source_images:
         lines.append(
-            f"{folder / 'manifest.json'}: images and unreadable ones are not the {manifest.num_source_images} of the source"
+            f"{folder / 'manifest.json'}: images and unreadable ones are not the {manifest.num_source_images} of the "
+            "source"
         )
     if manifest.fingerprint != files_fingerprint(manifest.files):
         lines.append(f"{folder / 'manifest.json'}: its fingerprint is not that of its files")
     if lines:
         doomed = shlex.join(map(str, bad or [folder / "manifest.json"]))
         lines.append(
-            f"What is deleted is made again, and nothing else:\n  rm -f {doomed}\n  {cache_command(manifest.plan, folder)}"
+            f"What is deleted is made again, and nothing else:\n  rm -f {doomed}\n  "
+            f"{cache_command(manifest.plan, folder)}"
         )
     return lines
 

@@ -81,7 +81,8 @@ def weight_files(folder: Path, stem: str, label: str) -> list[Path]:
     found = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
     if not found:
         raise UsageError(
-            f"{label}: no {stem}.safetensors in {folder}; weights in pickles (.bin, .ckpt) are not read, as they can run "
+            f"{label}: no {stem}.safetensors in {folder}; weights in pickles (.bin, .ckpt) are not read, as they can "
+            "run "
             "code: save them once more as safetensors"
         )
     return found

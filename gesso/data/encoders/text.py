@@ -166,7 +166,8 @@ class TransformerTextEncoder:
         self.num_special_tokens = loaded.tokenizer.num_special_tokens_to_add()
         if self.max_tokens <= self.num_special_tokens:
             raise UsageError(
-                f"semantic.max_tokens={self.max_tokens} has no room for a word beside the {self.num_special_tokens} marks that "
+                f"semantic.max_tokens={self.max_tokens} has no room for a word beside the {self.num_special_tokens} "
+                "marks that "
                 f"semantic.encoder={cfg.encoder} puts around a caption"
             )
 

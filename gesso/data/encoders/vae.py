@@ -61,7 +61,8 @@ class VAE:
             raise UsageError(f"{what}: from {pixels[0]} channels to {pixels[1]}, where RGB has 3")
         if convention == "edm2" and self.latent_channels != len(EDM2_MEAN):
             raise UsageError(
-                f"{what}: {self.latent_channels} latent channels, where the convention edm2 has {len(EDM2_MEAN)}: use dit"
+                f"{what}: {self.latent_channels} latent channels, where the convention edm2 has {len(EDM2_MEAN)}: "
+                "use dit"
             )
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -328,6 +328,7 @@ def _parse_class(path: str, key: str, raw: bytes) -> int:
     text = decode_text(raw)[0]
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= MAX_LABEL):
         raise UsageError(
-            f"data.source={path}: {format_names([key])}.cls holds {text[:20]!r}; a class is a whole number from 0 to {MAX_LABEL}"
+            f"data.source={path}: {format_names([key])}.cls holds {text[:20]!r}; a class is a whole number from 0 to "
+            f"{MAX_LABEL}"
         )
     return int(text)

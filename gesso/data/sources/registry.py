@@ -26,7 +26,8 @@ NAMED_SOURCES = {
 }
 SOURCE_KINDS = (
     "a folder whose sub-folders are the classes, a folder of images with captions (.txt beside each, or "
-    "captions.jsonl), EDM2's zip, webdataset tars (a.tar, a folder of them, or a-{000..009}.tar), parquet files, IDX files (MNIST, Fashion-MNIST)"
+    "captions.jsonl), EDM2's zip, webdataset tars (a.tar, a folder of them, or a-{000..009}.tar), parquet files, IDX "
+    "files (MNIST, Fashion-MNIST)"
 )
 DEFAULT_NUM_SHAPES = 20_000
 MAX_PATTERN_FILES = 1_000_000
