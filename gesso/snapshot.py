@@ -307,12 +307,10 @@ class PostHocEMA:
         module.load_state_dict(weights)
 
     The averages are those of the continuous-time profile with weights that are constant between updates. A sharded
-    module
-    (FSDP2) has sharded averages; all processes call `save`, and the first writes.
+    module (FSDP2) has sharded averages; all processes call `save`, and the first writes.
 
-    Parameters are averaged. Buffers (statistics of a BatchNorm, constants) are copied at each update, as EDM2's
-    classes do, and
-    reconstructed weights have those of the last snapshot.
+    Parameters are averaged. Buffers (statistics of a BatchNorm, constants) are copied at each update, as EDM2's classes
+    do, and reconstructed weights have those of the last snapshot.
 
     Args:
         module: The module, whose state dict is tracked.

@@ -28,12 +28,9 @@ def linear_combination(
     """Return sum_i x_i theta_i of one tensor for M targets, (M, *shape) on the CPU; each file is read once.
 
     The sum is theta_N sum_i x_i + sum_i x_i (theta_i - theta_N): at short lengths the coefficients are large and of
-    both signs,
-    while differences between weights of one run are small. Up to FILES_PER_BLOCK products are summed in the precision
-    of the
-    weights (32 bits at least), the rest in float64. A target that is one of the files is returned bit by bit. Files
-    with
-    coefficients 0 are not read. Integer tensors are those of the last file that is.
+    both signs, while differences between weights of one run are small. Up to FILES_PER_BLOCK products are summed in the
+    precision of the weights (32 bits at least), the rest in float64. A target that is one of the files is returned bit
+    by bit. Files with coefficients 0 are not read. Integer tensors are those of the last file that is.
 
     Args:
         readers: The stored weights.

@@ -2,10 +2,9 @@
 
 An EMA at time t is int_0^t p(tau) theta(tau) dtau + m theta(0), where p integrates to 1 - m.
 
-Legend: t, tau times in images, theta weights, p density of a profile on (0, t], m weight of the initial theta(0).
-Power profile: p ~ tau^gamma, m = 0, sigma_rel its relative standard deviation. Traditional profile: p ~ e^(k tau),
-m = e^(-k t), k = ln 2 / h, h its half-life; with a ramp-up it is a power profile first. Raw weights are not averaged:
-each
+Legend: t, tau times in images, theta weights, p density of a profile on (0, t], m weight of the initial theta(0). Power
+profile: p ~ tau^gamma, m = 0, sigma_rel its relative standard deviation. Traditional profile: p ~ e^(k tau), m = e^(-k
+t), k = ln 2 / h, h its half-life; with a ramp-up it is a power profile first. Raw weights are not averaged: each
 represents the times around its own.
 """
 
@@ -67,17 +66,13 @@ class PowerProfile:
 class TraditionalProfile:
     """Exponential profile of a fixed half-life in images (Eq. 110).
 
-    CONFIG A of EDM2 has 50M (B.1), about sigma_rel .034 at its end. The mass of times before 0 is placed at 0 (C.2),
-    as in an
-    EMA that starts at theta(0), which has weight 2^(-t/h), most of the EMA until t = h.
+    CONFIG A of EDM2 has 50M (B.1), about sigma_rel .034 at its end. The mass of times before 0 is placed at 0 (C.2), as
+    in an EMA that starts at theta(0), which has weight 2^(-t/h), most of the EMA until t = h.
 
-    rampup: the half-life is at most this share of the images seen (EDM's ema_rampup_ratio, .05 by default there, .09
-    in EDM2's
-    TraditionalEMA); None: constant half-life. Until t = h/rampup the EMA is a power profile of exponent ln 2/rampup -
-    1, in
-    which theta(0) has no weight; afterwards that part decays exponentially. `beta` takes the half-life at the end of a
-    step, as
-    the published loops do.
+    rampup: the half-life is at most this share of the images seen (EDM's ema_rampup_ratio, .05 by default there, .09 in
+    EDM2's TraditionalEMA); None: constant half-life. Until t = h/rampup the EMA is a power profile of exponent ln
+    2/rampup - 1, in which theta(0) has no weight; afterwards that part decays exponentially. `beta` takes the half-life
+    at the end of a step, as the published loops do.
 
     Raises:
         ValueError: The half-life is not above 0, or the ramp-up is outside (0, ln 2).

@@ -43,8 +43,7 @@ def density_components(t: float, profile: Profile) -> list[tuple[float, float, P
 
     With a ramp-up the half-life h is reached at s = h/rampup. Until then the profile is a power profile with exponent
     ln 2/rampup - 1. Afterwards, with c = e^(-k (t-s)), it is the exponential of time t less c times that of time s,
-    which is
-    its part before s, plus c times the power profile of time s. Its parts of theta(0) cancel.
+    which is its part before s, plus c times the power profile of time s. Its parts of theta(0) cancel.
     """
     rampup = getattr(profile, "rampup", None)
     if rampup is None:
@@ -124,8 +123,7 @@ def kummer(gamma: np.ndarray, z: np.ndarray) -> np.ndarray:
     """Return Kummer's function M(1, gamma+2, -z) = (gamma+1) int_0^1 u^gamma e^(-z(1-u)) du, in (0, 1]; gamma, z >= 0.
 
     It is closed for gamma = 0 or z = 0. Otherwise it is computed by quadrature in y = (gamma+1+z) v with u = e^-v,
-    where the
-    integrand starts as e^-y.
+    where the integrand starts as e^-y.
     """
     gamma, z = np.broadcast_arrays(gamma, z)
     result = np.ones(z.shape)
@@ -175,25 +173,19 @@ def fit_profile(t: Sequence[float], profiles: Sequence[Profile], t_target: float
     """Return the combination of stored EMAs, of `profiles` at times t, that is closest to the target at t_target.
 
     Least squares between profiles (Eq. 141), then rescaled to sum to 1, as the published code does. A target that is
-    stored is
-    returned exactly.
+    stored is returned exactly.
 
-    The weight of theta(0) is part of the profile: p integrates to 1 - m, so that all weights sum to 1. A point mass
-    has no
-    square integral; m counts as the density m / t_1 on (-t_1, 0], as if theta had stayed at theta(0) for as long as
-    until the
-    first snapshot t_1. Without this, EMAs that are mostly theta(0) would be used for the sake of their small
-    remainder, and
-    theta(0) with them. If the stored EMAs cannot give the target's m, `initial_weight` tells what the result has
-    instead.
+    The weight of theta(0) is part of the profile: p integrates to 1 - m, so that all weights sum to 1. A point mass has
+    no square integral; m counts as the density m / t_1 on (-t_1, 0], as if theta had stayed at theta(0) for as long as
+    until the first snapshot t_1. Without this, EMAs that are mostly theta(0) would be used for the sake of their small
+    remainder, and theta(0) with them. If the stored EMAs cannot give the target's m, `initial_weight` tells what the
+    result has instead.
 
     Raw weights count as a constant density on their interval. If nothing else is stored, least squares sets their
-    coefficients
-    to the integral of the target's profile over it.
+    coefficients to the integral of the target's profile over it.
 
-    EMAs that nearly coincide (RIDGE) share their coefficient instead of having large ones of either sign.
-    squared_error is
-    |p* - p|^2 / |p|^2 after rescaling.
+    EMAs that nearly coincide (RIDGE) share their coefficient instead of having large ones of either sign. squared_error
+    is |p* - p|^2 / |p|^2 after rescaling.
 
     Raises:
         ValueError: Nothing is stored up to t_target.

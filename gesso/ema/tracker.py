@@ -31,12 +31,9 @@ class Tracker:
     """EMAs of named tensors, one per profile, updated in place.
 
     Usable in any training loop: after each optimizer step, or every few, call `update(t, t_next)` with the images seen
-    at the
-    last call and now. EMAs start at the given weights theta(0) and have at least 32 bits. Sharded tensors have sharded
-    EMAs:
-    every process updates its own part. Integer tensors are copied, and so are those in `copied_names` (buffers such as
-    the
-    statistics of a BatchNorm). device: device of the EMAs; None: that of the tensors.
+    at the last call and now. EMAs start at the given weights theta(0) and have at least 32 bits. Sharded tensors have
+    sharded EMAs: every process updates its own part. Integer tensors are copied, and so are those in `copied_names`
+    (buffers such as the statistics of a BatchNorm). device: device of the EMAs; None: that of the tensors.
     """
 
     def __init__(

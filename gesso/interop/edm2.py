@@ -99,8 +99,7 @@ def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> Import
     """Return the imported model, with weights as the published forward pass uses them.
 
     It divides a weight by 1e-4 + RMS in every forward pass; here that happens once. The rows are normalized again only
-    when the
-    network is trained.
+    when the network is trained.
     """
     if num_heads is not None:
         raise UsageError("EDM2's heads are 64 channels wide; leave heads= out")

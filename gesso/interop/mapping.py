@@ -28,9 +28,8 @@ NOTE_ASSUMED_RESOLUTION = "32 x 32, assumed: neither names nor shapes tell it"
 class ImportedModel(NamedTuple):
     """Settings inferred from names and shapes, tensors under gesso's names, and notes.
 
-    notes: source, process, c_noise convention, adaptations. process: the process the weights were trained under; of
-    its noise
-    distribution in training, the published one at most.
+    notes: source, process, c_noise convention, adaptations. process: the process the weights were trained under; of its
+    noise distribution in training, the published one at most.
     """
 
     cfg: NetConfig
@@ -44,8 +43,7 @@ class TensorMapping(NamedTuple):
     """One tensor of gesso and its foreign counterparts; a list of them is a map in both directions.
 
     layout: "rows": the foreign tensors concatenated; "copies": each foreign tensor equals gesso's; "swapped": foreign
-    scale,
-    shift is gesso's shift, scale; "square": foreign (1, n^2, D) is gesso's (1, n, n, D).
+    scale, shift is gesso's shift, scale; "square": foreign (1, n^2, D) is gesso's (1, n, n, D).
     """
 
     name: str

@@ -1,8 +1,7 @@
 """Weights of MDTv2 (facts about the names of sail-sg/MDT).
 
 Its class enters as the row of the table, without the MLP that the size of Table A1 includes. Positions and relative
-biases
-are parameters; the three rows of the bias table for a class token are kept.
+biases are parameters; the three rows of the bias table for a class token are kept.
 """
 
 from collections.abc import Mapping

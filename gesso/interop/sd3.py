@@ -1,10 +1,8 @@
 """Weights of SD3: diffusers' SD3Transformer2DModel and Stability's names (facts).
 
 Where adaLN gives two vectors (last layer, last text block), diffusers has scale, shift; Stability and gesso shift,
-scale.
-The queries of the last block's text reach no output: their rows are kept in qkv, their norm has no counterpart. The
-first
-blocks of SD3.5 medium have a second attention, of the image alone, and nine vectors of adaLN in one order.
+scale. The queries of the last block's text reach no output: their rows are kept in qkv, their norm has no counterpart.
+The first blocks of SD3.5 medium have a second attention, of the image alone, and nine vectors of adaLN in one order.
 """
 
 import math
@@ -117,8 +115,7 @@ def infer_training_grid(table: Tensor) -> int:
     """Return the number of tokens per side in training, from the position table (1, side^2, D).
 
     Neighboring tokens are base/side apart; the first channel of a column is the sine and channel D/4 the cosine, so
-    that the
-    angle between columns 0 and 1 is that step.
+    that the angle between columns 0 and 1 is that step.
     """
     side = math.isqrt(table.shape[1])
     if side == 1:

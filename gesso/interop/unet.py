@@ -152,8 +152,7 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> t
     """Return the network's settings, from names and shapes.
 
     Linear layers around a transformer mean SDXL, with heads of 64 channels; convolutions mean SD1.5, with 8 heads. The
-    number
-    of groups of the norms is in no shape: 32, as in both. num_heads: at every level.
+    number of groups of the norms is in no shape: 32, as in both. num_heads: at every level.
 
     Raises:
         UsageError: The width of a level is not a multiple of the first, or is not divisible by the heads.

@@ -30,9 +30,8 @@ FORMAT = "gesso state 1"
 class CheckpointWriter:
     """Write checkpoints and other files in a background thread, in the order of the calls.
 
-    The values of the tensors at the time of the call are written. After a disk error nothing more is written, so that
-    a run
-    folder never lacks a file that precedes one it has; the next call raises the error.
+    The values of the tensors at the time of the call are written. After a disk error nothing more is written, so that a
+    run folder never lacks a file that precedes one it has; the next call raises the error.
     """
 
     def __init__(self, ranks: Ranks = SINGLE_PROCESS, timeout_s: float = 600):

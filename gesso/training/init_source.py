@@ -32,10 +32,8 @@ class InitSource(NamedTuple):
     """Weights and their network.
 
     description: one line on their origin. resolution, pos_embed_base: height and width of x in training, and of the x
-    whose
-    grid positions refer to. process: the process they were trained under. run: None for weights of another project.
-    record:
-    fields of InitConfig to record.
+    whose grid positions refer to. process: the process they were trained under. run: None for weights of another
+    project. record: fields of InitConfig to record.
     """
 
     description: str

@@ -28,9 +28,8 @@ MagnitudeBuckets = dict[str, list[float]]
 class Magnitudes:
     """Measure magnitudes of a network in all passes within `with`.
 
-    `counts` (B,) bool selects the samples of the next pass that count; None: all. resolution: training resolution of
-    x, by
-    which the buckets of a U-Net are named.
+    `counts` (B,) bool selects the samples of the next pass that count; None: all. resolution: training resolution of x,
+    by which the buckets of a U-Net are named.
     """
 
     def __init__(self, net: nn.Module, resolution: int):

@@ -66,9 +66,8 @@ class EvalModel:
 class Monitor:
     """Write to the log and to samples/ what the settings monitor.* select, whenever it is due.
 
-    It draws from no random stream of the training and changes nothing in the trainer. The constructor raises
-    UsageError for
-    anything that cannot be measured.
+    It draws from no random stream of the training and changes nothing in the trainer. The constructor raises UsageError
+    for anything that cannot be measured.
     """
 
     def __init__(self, trainer: Trainer, dataset: Dataset, out: Path, log: RunLog | None):

@@ -38,8 +38,7 @@ def build_optimizer(config: OptimConfig, modules: nn.ModuleDict) -> torch.optim.
     """Return the optimizer with initialized state, so that a stored state can be loaded into it.
 
     Weight decay applies to matrices and kernels; normalized weights, gains, biases and norms have none.
-    optim.param_groups
-    overrides this.
+    optim.param_groups overrides this.
 
     Raises:
         UsageError: No parameter belongs to a group, none of its parameters takes its decay, or bitsandbytes is missing.

@@ -17,10 +17,8 @@ class StragglerDetector:
     """Find ranks that were slower than the others since the last call.
 
     The busy time of a rank is its waiting for data and its forward passes, in which it waits for no other rank: those
-    of the
-    network under DDP, those of its middle block under FSDP, which gathers weights for each block. Compiled blocks are
-    not
-    measured.
+    of the network under DDP, those of its middle block under FSDP, which gathers weights for each block. Compiled
+    blocks are not measured.
     """
 
     def __init__(self, trainer: Trainer):

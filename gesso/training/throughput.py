@@ -15,11 +15,9 @@ MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 class ThroughputMeter:
     """Measure the speed of all ranks since the last call; waiting and memory are those of this rank.
 
-    Utilization is model FLOPs relative to the rate of large square matrix products in the training precision, times
-    the number
-    of ranks. Model FLOPs are 6 per multiply-accumulate of a forward pass; recomputation, the optimizer and the
-    encoders do not
-    count. The product is timed once per process, at the first call.
+    Utilization is model FLOPs relative to the rate of large square matrix products in the training precision, times the
+    number of ranks. Model FLOPs are 6 per multiply-accumulate of a forward pass; recomputation, the optimizer and the
+    encoders do not count. The product is timed once per process, at the first call.
     """
 
     def __init__(self, run: RunConfig, ranks: Ranks, device: torch.device, nimg: int):

@@ -89,8 +89,7 @@ class Wandb:
     """Write to Weights & Biases; steps are images seen.
 
     A resumed run repeats the values after its checkpoint to the last bit; they are not sent twice. The constructor
-    raises
-    UsageError if Weights & Biases refuses the run.
+    raises UsageError if Weights & Biases refuses the run.
     """
 
     def __init__(self, run: RunConfig, out: Path):

@@ -33,11 +33,9 @@ class Trainer:
     """State of a training; the state of the data is nimg alone.
 
     nimg: images seen. loss_sums: (2,) float64, sum of losses and number of images since the last log line;
-    loss_bin_sums the
-    same by noise level. loss_scale_state: (3,) float64, loss scale, good steps since it changed, consecutive steps with
-    non-finite gradients. data_wait_s: seconds that steps waited for their batch. denoiser: denoiser with initial
-    weights;
-    None for random ones.
+    loss_bin_sums the same by noise level. loss_scale_state: (3,) float64, loss scale, good steps since it changed,
+    consecutive steps with non-finite gradients. data_wait_s: seconds that steps waited for their batch. denoiser:
+    denoiser with initial weights; None for random ones.
     """
 
     def __init__(

@@ -253,8 +253,7 @@ def resize_cropped_position_table(old: Tensor, side: int, g: int, n: int, method
     """Resize SD3's positions (1, m, m, D) to (1, side, side, D), of which a grid takes the center.
 
     Resampled: corners of the new training grid on those of the source. Extrapolated: the step of the source. Positions
-    beyond
-    the source's table take its edge.
+    beyond the source's table take its edge.
     """
     m, to = old.shape[1], torch.arange(side, dtype=torch.float64)
     at = to + (m - side) // 2
