@@ -196,7 +196,7 @@ def _check_same_run(snapshots: Sequence[Snapshot]) -> None:
     for s in snapshots:
         if s.config_dict == last.config_dict:
             continue
-        if not all(one and "net" in one for one in (s.config_dict, last.config_dict)):
+        if not (s.config_dict and last.config_dict and "net" in s.config_dict and "net" in last.config_dict):
             raise RunError(f"{s.path} and {last.path} belong to different runs")
         for what, there, here in config.differences(config.validate(s.config_dict), config.validate(last.config_dict)):
             if what.startswith(IDENTITY_SETTINGS):
@@ -329,7 +329,10 @@ class PostHocEMA:
         if not sigma_rels and not halflives:
             raise UsageError("no average to keep: name a length, such as sigma_rels=(0.05, 0.1)")
         self.module, self.nimg, self.run_id = module, 0, secrets.token_hex(8)
-        profiles = [*map(PowerProfile, sigma_rels), *(TraditionalProfile(halflife, rampup) for halflife in halflives)]
+        profiles: list[Profile] = [
+            *map(PowerProfile, sigma_rels),
+            *(TraditionalProfile(halflife, rampup) for halflife in halflives),
+        ]
         tensors = module.state_dict()
         learned = {name for name, _ in module.named_parameters(remove_duplicate=False)}
         self.tracker = ema.Tracker(tensors, profiles, copied_names=tensors.keys() - learned)

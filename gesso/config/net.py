@@ -56,7 +56,7 @@ class EDM2Config(Settings):
     """U-Net of EDM2, CONFIG G (Karras et al. 2024, Figure 22)."""
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "control"})
-    noise_embedding: ClassVar[str] = "fourier"
+    noise_embedding: ClassVar[Literal["fourier", "sinusoidal"]] = "fourier"
 
     name: Literal["edm2"] = "edm2"
     channels: PositiveInt = 192
@@ -115,7 +115,7 @@ class EDM2LadderConfig(Settings):
     """U-Nets of EDM2, CONFIGS A to G (Karras et al. 2024, Figures 16-22)."""
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label"})
-    noise_embedding: ClassVar[str] = "fourier"
+    noise_embedding: ClassVar[Literal["fourier", "sinusoidal"]] = "fourier"
 
     name: Literal["edm2-ladder"] = "edm2-ladder"
     config: Literal["A", "B", "C", "D", "E", "F", "G"] = "G"
@@ -156,7 +156,7 @@ class EDM2LadderConfig(Settings):
 class TransformerConfig(Settings):
     """Settings shared by all transformers: the shape of the DiT family."""
 
-    noise_embedding: ClassVar[str] = "sinusoidal"
+    noise_embedding: ClassVar[Literal["fourier", "sinusoidal"]] = "sinusoidal"
     dropout: ClassVar[float] = 0.0
 
     hidden_size: PositiveInt = 384
@@ -326,7 +326,7 @@ class MPDiTConfig(TransformerConfig):
     """DiT with magnitude-preserving layers and normalized weights."""
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "control"})
-    noise_embedding: ClassVar[str] = "fourier"
+    noise_embedding: ClassVar[Literal["fourier", "sinusoidal"]] = "fourier"
 
     name: Literal["mp-dit"] = "mp-dit"
     residual_balance: Fraction | None = None
@@ -338,7 +338,7 @@ class MPMMDiTppConfig(TransformerConfig):
     """mmDiT++ with magnitude-preserving layers and normalized weights."""
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "text", "control"})
-    noise_embedding: ClassVar[str] = "fourier"
+    noise_embedding: ClassVar[Literal["fourier", "sinusoidal"]] = "fourier"
 
     name: Literal["mp-mmdit++"] = "mp-mmdit++"
     residual_balance: Fraction | None = None
@@ -350,7 +350,7 @@ class UNetConfig(Settings):
     """U-Net of SDXL (Podell et al. 2024), SD1.5 and LDM."""
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "text", "pooled", "control"})
-    noise_embedding: ClassVar[str] = "sinusoidal"
+    noise_embedding: ClassVar[Literal["fourier", "sinusoidal"]] = "sinusoidal"
     dropout: ClassVar[float] = 0.0
 
     name: Literal["unet"] = "unet"

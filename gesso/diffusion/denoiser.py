@@ -83,7 +83,7 @@ def build_denoiser(run: RunConfig) -> Denoiser:
     s = sigma if float(process.alpha(sigma)) == 1 else sigma / (1 + sigma)
     control = inputs.control._replace(step_threshold=float(process.progress(s)))
     net = models.build_network(run.net, inputs._replace(control=control))
-    return Denoiser(net, process, run.net.noise_embedding)  # type: ignore[arg-type]  # a str in gesso.config
+    return Denoiser(net, process, run.net.noise_embedding)
 
 
 class Uncertainty(nn.Module):

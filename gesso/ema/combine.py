@@ -39,7 +39,7 @@ def linear_combination(
         device: Device of the sum.
     """
     x = np.asarray(coefficients, np.float64)
-    used = np.flatnonzero(x.any(axis=1))
+    used = np.flatnonzero(x.any(axis=1)).tolist()
     readers, x = [readers[i] for i in used], x[used].T
     others, last = readers[:-1], readers[-1]
     like = last.meta_tensor(name)

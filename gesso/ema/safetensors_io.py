@@ -85,7 +85,7 @@ def stream_writer(
         def put(name: str, tensor: Tensor) -> None:
             assert tensor.shape == meta_tensors[name].shape and tensor.dtype == meta_tensors[name].dtype, name
             file.seek(8 + len(text) + places.pop(name))
-            file.write(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
         yield put
         assert not places, f"not written: {list(places)}"

@@ -38,16 +38,16 @@ class Density(NamedTuple):
         return np.where(near < 0, 0.0, np.where(self.decay_rate > 0, exponential, power))
 
 
-def density_components(t: float, profile: Profile) -> list[tuple[float, float, Profile]]:
+def density_components(t: float, profile: Profile) -> "list[tuple[float, float, DensityProfile]]":
     """Return a profile at time t as a sum of two-parameter densities: (factor, time, profile) of each.
 
     With a ramp-up the half-life h is reached at s = h/rampup. Until then the profile is a power profile with exponent
     ln 2/rampup - 1. Afterwards, with c = e^(-k (t-s)), it is the exponential of time t less c times that of time s,
     which is its part before s, plus c times the power profile of time s. Its parts of theta(0) cancel.
     """
-    rampup = getattr(profile, "rampup", None)
-    if rampup is None:
+    if not isinstance(profile, TraditionalProfile) or profile.rampup is None:
         return [(1.0, t, profile)]
+    rampup = profile.rampup
     end, power = profile.halflife / rampup, _PowerDensity(math.log(2) / rampup - 1)
     if t <= end:
         return [(1.0, t, power)]
@@ -60,6 +60,9 @@ class _PowerDensity(NamedTuple):
 
     gamma: float
     decay_rate: float = 0.0
+
+
+DensityProfile = Profile | _PowerDensity
 
 
 class Mixture(NamedTuple):
@@ -86,16 +89,16 @@ class Mixture(NamedTuple):
 def build_mixture(t: Sequence[float], profiles: Sequence[Profile], unit: float) -> Mixture:
     """Return profiles at times t as a mixture, in units of `unit` images."""
     parts = [density_components(time, profile) for time, profile in zip(t, profiles, strict=True)]
-    flat = [part for some in parts for part in some]
+    flat = [component for components in parts for component in components]
     factors = np.zeros((len(parts), len(flat)))
     at = 0
-    for row, some in zip(factors, parts, strict=True):
-        row[at : at + len(some)] = [factor for factor, _, _ in some]
-        at += len(some)
+    for row, components in zip(factors, parts, strict=True):
+        row[at : at + len(components)] = [factor for factor, _, _ in components]
+        at += len(components)
     return Mixture(densities([time for _, time, _ in flat], [profile for _, _, profile in flat], unit), factors)
 
 
-def densities(t: Sequence[float], profiles: Sequence[Profile], unit: float = 1.0) -> Density:
+def densities(t: Sequence[float], profiles: Sequence[DensityProfile], unit: float = 1.0) -> Density:
     """Return the densities (N,) of profiles at times t, in units of `unit` images."""
     rows = [(time / unit, profile.gamma, profile.decay_rate * unit) for time, profile in zip(t, profiles, strict=True)]
     return Density(*np.array(rows, np.float64).T)
@@ -211,7 +214,7 @@ def _normal_equations(
     t_1 = min((time for time, _ in pairs if time > 0), default=t_target) / t_target
     raw = np.array([isinstance(profile, RawProfile) for _, profile in pairs])
     some = [pair for pair, is_raw in zip(pairs, raw, strict=True) if not is_raw]
-    stored = build_mixture(*zip(*some, strict=True), t_target) if some else None
+    stored = build_mixture([time for time, _ in some], [profile for _, profile in some], t_target) if some else None
     wanted = build_mixture([t_target], [target], t_target)
     m_wanted, initial = wanted.initial_weight(), np.zeros(len(pairs))
     A, b = np.zeros((len(pairs), len(pairs))), np.zeros(len(pairs))

@@ -1,6 +1,7 @@
 """EMAs tracked during training (EDM2 Eq. 119)."""
 
 from collections.abc import Collection, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ def local_shard(tensor: Tensor) -> Tensor:
         return tensor.detach()
     from torch.distributed.tensor import DTensor  # slow to import, and loaded already where there is one
 
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return cast(DTensor, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -24,7 +25,9 @@ def full_tensor(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     # Shards in the host's memory go back to where processes exchange them.
-    return tensor.to(tensor.device_mesh.device_type).full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return cast(DTensor, tensor.to(tensor.device_mesh.device_type)).full_tensor()
 
 
 class Tracker:

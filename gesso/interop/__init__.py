@@ -6,7 +6,7 @@ imported = gesso.interop.detect_format(state_dict)  # the same, not yet built
 name, config, state_dict = gesso.interop.to_diffusers(net, cfg, inputs)
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from gesso.models import mp
 
 IMPORTERS = (edm2, dit, mdt, pixart, sd3, unet)
 """Modules with `matches(keys)` and `convert(state, heads) -> Found`, asked in order."""
-EXPORTERS = {
+EXPORTERS: dict[type, Callable[..., tuple[str, dict, dict[str, Tensor]]]] = {
     DiTConfig: dit.to_diffusers,
     PixArtConfig: pixart.to_diffusers,
     MMDiTConfig: sd3.to_diffusers,

@@ -80,7 +80,7 @@ def import_tensors(state: Mapping[str, Tensor], mappings: Iterable[TensorMapping
 
 def export_tensors(weights: Mapping[str, Tensor], mappings: Iterable[TensorMapping]) -> dict[str, Tensor]:
     """Return the tensors under foreign names, none sharing memory with another."""
-    rest, exported = dict(weights), {}
+    rest, exported = dict(weights), dict[str, Tensor]()
     for tie in mappings:
         if tie.name in rest:
             parts = split_tensor(tie, rest.pop(tie.name))
@@ -143,6 +143,7 @@ def infer_num_heads(width: int, depth: int, num_heads: int | None, head_width: i
             f"the heads of a network of width {width} and depth {depth} are not in its weights; say heads="
         )
     if num_heads is None:
+        assert inferred is not None
         return inferred
     if width % num_heads or (head_width and num_heads != inferred):
         reason = f"the norms of its queries say {inferred}" if head_width else f"its width is {width}"

@@ -8,6 +8,7 @@ Legend: B batch, C channels, H W height and width, N fan-in (elements of one row
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +120,7 @@ def unit_rms(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def project_gradients(weights: list[nn.Parameter]) -> None:
+def project_gradients(weights: Sequence[Tensor]) -> None:
     """Remove from each row's gradient the component along the row: [I - w w^T / |w|^2] g (Eq. 59)."""
     for weight in weights:
         if weight.grad is None:
@@ -130,7 +131,7 @@ def project_gradients(weights: list[nn.Parameter]) -> None:
 
 
 @torch.no_grad()
-def normalize_weights_(weights: list[nn.Parameter]) -> None:
+def normalize_weights_(weights: Sequence[Tensor]) -> None:
     """Scale each row to rms 1 in place (Eq. 66)."""
     for weight in weights:
         weight.copy_(unit_rms(weight))

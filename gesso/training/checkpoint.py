@@ -12,12 +12,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from gesso import atomic_io
@@ -44,7 +46,7 @@ class CheckpointWriter:
     def save(self, folder: Path, nimg: int, tensors: dict[str, Tensor], keep: int, milestone: bool) -> None:
         """Write a checkpoint as `save_checkpoint` does; waits for the previous checkpoint."""
         self.wait()
-        staged = self.stager.stage(dict(tensors))
+        staged = cast(dict[str, Tensor], self.stager.stage(dict(tensors)))  # a future only if staged asynchronously
         self.submit(lambda: save_checkpoint(folder, nimg, staged, keep, milestone, self.ranks, self.group))
 
     def submit(self, write: Callable[[], None]) -> None:
@@ -169,7 +171,10 @@ def _find_damage(state: Path) -> str | None:
 def _load_checkpoint(state: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     reader = HuggingFaceStorageReader(str(state))
     try:
-        stored_shapes = {name: tuple(meta.size) for name, meta in reader.read_metadata().state_dict_metadata.items()}
+        metadata = reader.read_metadata().state_dict_metadata
+        stored_shapes = {
+            name: tuple(meta.size) for name, meta in metadata.items() if isinstance(meta, TensorStorageMetadata)
+        }
     except Exception as error:  # whatever the storage layer raises on a header it cannot parse
         raise RunError(f"{state} cannot be read ({type(error).__name__}: {error})") from None
     wanted = {name: tuple(t.shape) for name, t in tensors.items()}

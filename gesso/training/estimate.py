@@ -6,6 +6,7 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from gesso import devices, models
 from gesso.atomic_io import format_bytes
+from gesso.conditioning import Cond
 from gesso.config import RunConfig
 from gesso.data.base import Dataset
 from gesso.data.batching import Batcher
@@ -180,13 +182,13 @@ def measure_steps(trainer: Trainer, seconds: float) -> StepMeasurements:
     measurements, until, passes = StepMeasurements(), time.monotonic() + seconds, trainer.forward_backward
     inside: list[float] = []
 
-    def timed(*arguments: object) -> object:
+    def timed(sample_index: Tensor, valid: Tensor, x0: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         started = synchronized_time(trainer.device)
-        result = passes(*arguments)
+        result = passes(sample_index, valid, x0, cond)
         inside.append(synchronized_time(trainer.device) - started)
         return result
 
-    trainer.forward_backward = timed
+    trainer.forward_backward = timed  # type: ignore[method-assign]
     # A compiler makes each size anew.
     size = min(batch_size, world * (cfg.micro_batch_size or 8)) if cfg.compile else min(batch_size, world)
     while True:
@@ -260,7 +262,7 @@ def peak_memory(device: torch.device) -> int:
 def memory_by_category(trainer: Trainer) -> dict[str, int]:
     """Return the bytes that a rank holds permanently on the device, by category."""
 
-    def size(tensors: list[Tensor]) -> int:
+    def size(tensors: Sequence[Tensor]) -> int:
         return sum(local_shard(t).nbytes for t in tensors if local_shard(t).device.type == trainer.device.type)
 
     parameters = list(trainer.modules.parameters())

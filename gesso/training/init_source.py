@@ -56,6 +56,7 @@ def open_init_source(run: RunConfig) -> InitSource:
             known project.
         RunError: The source is damaged.
     """
+    assert run.init.source is not None
     path, sigma_rel, nimg = parse_init_source(run.init.source)
     recorded = Path(run.init.path) if run.init.path else path
     path = recorded if recorded.exists() else path
@@ -77,7 +78,9 @@ def open_init_source(run: RunConfig) -> InitSource:
 
 def parse_init_source(text: str) -> tuple[Path, float | None, int | None]:
     """Return path, EMA length and nimg of PATH[@0.1][@100k], in either order. Raises UsageError for other text."""
-    path, length, nimg = text, None, None
+    path = text
+    length: float | None = None
+    nimg: int | None = None
     while "@" in path and not Path(path).exists():
         path, _, part = path.rpartition("@")
         value = parse_count(part)
@@ -87,7 +90,7 @@ def parse_init_source(text: str) -> tuple[Path, float | None, int | None]:
             )
         if (length if value < 1 else nimg) is not None:
             raise UsageError(f"init.source={text} says two {'EMA lengths' if value < 1 else 'times'}")
-        if value >= 1:
+        if isinstance(value, int) and value >= 1:
             nimg = value
         elif 0 < value < 12**-0.5:
             length = value
@@ -132,11 +135,11 @@ def _from_run(
             "leave it out"
         )
     inputs = source_run.input_spec
-    record = {"nimg": nimg, "sigma_rel": None, "halflife": None}
-    if isinstance(target, ema.PowerProfile | ema.TraditionalProfile):
-        record |= (
-            {"sigma_rel": target.sigma_rel} if isinstance(target, ema.PowerProfile) else {"halflife": target.halflife}
-        )
+    record: dict[str, float | None] = {"nimg": nimg, "sigma_rel": None, "halflife": None}
+    if isinstance(target, ema.PowerProfile):
+        record["sigma_rel"] = target.sigma_rel
+    elif isinstance(target, ema.TraditionalProfile):
+        record["halflife"] = target.halflife
     base = inputs.pos_embed_base or inputs.resolution
     return InitSource(
         description,
@@ -158,7 +161,8 @@ def _from_file(path: Path, run: RunConfig) -> InitSource:
         if "gesso" in file.metadata:
             weights, there, stored = snapshot.read(path)
             return _from_run(f"{path} (image {stored.nimg:,})", there, weights, stored.profile, stored.nimg, run, [])
-        state, notes = {name: file.read(name) for name in list(file.keys())}, []
+        state = {name: file.read(name) for name in list(file.keys())}
+        notes: list[str] = []
     else:
         state, notes = _load_torch_file(path)
     imported = _detect_format(path, state, run)
@@ -260,5 +264,5 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     for name in sorted(weights):
         value = weights[name].detach().cpu().contiguous()
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from gesso import snapshot
+from gesso import ema, snapshot
 from gesso.config import RunConfig
 from gesso.data.base import Dataset
 from gesso.diffusion.denoiser import Denoiser
@@ -18,7 +18,7 @@ from gesso.errors import RunError, StoppedError
 from gesso.training import checkpoint, trackers
 from gesso.training.logging import ProgressBar, RunLog
 from gesso.training.monitor import Monitor, is_due
-from gesso.training.ranks import SINGLE_PROCESS, Ranks, full_tensor
+from gesso.training.ranks import SINGLE_PROCESS, Ranks
 from gesso.training.stragglers import StragglerDetector
 from gesso.training.trainer import STOP_SIGNALS, Trainer
 
@@ -104,7 +104,7 @@ def _run_steps(
     monitor: Monitor,
 ) -> None:
     cfg = trainer.run.train
-    slow, named = StragglerDetector(trainer), {}
+    slow, named = StragglerDetector(trainer), dict[str, float]()
     while trainer.nimg < cfg.total_images:
         before = trainer.nimg
         loss = trainer.step()
@@ -149,7 +149,7 @@ def _write_snapshots(trainer: Trainer, out: Path, writer: checkpoint.CheckpointW
         path = snapshot.snapshot_path(out / "snapshots", nimg, profile)
         tensors = {
             name: _to_cpu_dtype(
-                full_tensor(tensor).detach(), name, run.ema.snapshot_dtype if name in learned else "same"
+                ema.full_tensor(tensor).detach(), name, run.ema.snapshot_dtype if name in learned else "same"
             )
             for name, tensor in average.items()
         }

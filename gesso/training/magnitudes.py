@@ -12,6 +12,8 @@ which have one resolution, have one for each third of their blocks.
 Legend: B samples, N features of a layer, M positions.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -69,7 +71,8 @@ class Magnitudes:
     def _layer_hook(self, name: str):
         def note(layer: nn.Module, inputs: tuple, out: Tensor) -> None:
             # The coefficient of an MP-sum that is folded into the layer is no part of its output.
-            self._accumulate(self._layer_sums, name, out, layer.weight.ndim == 4, getattr(layer, "branch_weight", 1.0))
+            is_image = cast(Tensor, layer.weight).ndim == 4
+            self._accumulate(self._layer_sums, name, out, is_image, getattr(layer, "branch_weight", 1.0))
 
         return note
 
@@ -122,7 +125,7 @@ class Magnitudes:
         if any(self._block_buckets.values()):
             return {name: place for name, place in self._block_buckets.items() if place}
         edges = [round(i * len(ran) / 3) for i in range(4)]
-        names = {}
+        names: dict[str, str] = {}
         for first, stop in zip(edges, edges[1:], strict=False):
             label = f"block {stop}" if stop - first == 1 else f"blocks {first + 1}-{stop}"
             names |= dict.fromkeys(ran[first:stop], label)

@@ -21,14 +21,13 @@ from gesso.evaluation import toy_evaluation, validation
 from gesso.models import mp
 from gesso.training.logging import RunLog
 from gesso.training.magnitudes import Magnitudes
-from gesso.training.ranks import full_tensor
 from gesso.training.throughput import ThroughputMeter
 from gesso.training.trainer import Trainer
 
 
 def is_due(before: int, after: int, every: int | None) -> bool:
     """Return True if a multiple of `every` lies in (before, after]."""
-    return bool(every) and after // every > before // every
+    return every is not None and after // every > before // every
 
 
 def nearest_tracked_profile(run: RunConfig) -> Profile:
@@ -39,7 +38,8 @@ def nearest_tracked_profile(run: RunConfig) -> Profile:
 
 
 def _length(profile: Profile) -> float:
-    return profile.sigma_rel if isinstance(profile, ema.PowerProfile) else float(profile.halflife)
+    assert not isinstance(profile, ema.RawProfile)  # training tracks none
+    return profile.sigma_rel if isinstance(profile, ema.PowerProfile) else profile.halflife
 
 
 class EvalModel:
@@ -55,7 +55,7 @@ class EvalModel:
         """Yield the denoiser with the given weights, normalized. All ranks take part."""
         net = self.denoiser.to(self.device).net
         for name, tensor in net.state_dict().items():
-            tensor.copy_(full_tensor(weights[name]))
+            tensor.copy_(ema.full_tensor(weights[name]))
         mp.normalize_weights_(mp.sphere_weights(net))
         try:
             yield self.denoiser
@@ -96,6 +96,7 @@ class Monitor:
     @functools.cached_property
     def validation_loss(self) -> tuple[validation.ValidationLoss, list[validation.ValidationBatch]]:
         """The validation loss, and the batches of this rank, read once."""
+        assert self.validation_set is not None
         n = self.cfg.validation_pairs
         validation_loss = validation.ValidationLoss(self.run, *self.validation_set, self.device, n)
         mine = validation_loss.split(torch.arange(n))[self.ranks.rank :: self.ranks.world_size]
@@ -158,7 +159,7 @@ class Monitor:
                     with diffusion.autocast_context(run.train, self.device):
                         denoiser(denoiser.process.alpha(level) * x0[at] + level * eps, s[at], cond[at])
             activations, main_path = magnitudes.activations(self.ranks), magnitudes.main_path(self.ranks)
-            weights = magnitudes.weights({name: full_tensor(tensor) for name, tensor in average.items()})
+            weights = magnitudes.weights({name: ema.full_tensor(tensor) for name, tensor in average.items()})
         self._write(magnitudes={"activations": activations, "main_path": main_path, "weights": weights})
 
     def generate_images(self, denoiser: Denoiser, cond: Cond, n: int) -> Tensor:

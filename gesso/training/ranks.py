@@ -6,6 +6,7 @@ import gc
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -158,12 +159,6 @@ def local_shard(tensor: Tensor) -> Tensor:
     """Return this rank's part of a sharded tensor, with its gradient; other tensors unchanged."""
     if not isinstance(tensor, DTensor):
         return tensor
-    part = tensor.detach().to_local()
-    part.grad = None if tensor.grad is None else tensor.grad.to_local()
+    part = cast(DTensor, tensor.detach()).to_local()
+    part.grad = None if tensor.grad is None else cast(DTensor, tensor.grad).to_local()
     return part
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a sharded tensor in full; all ranks take part. Other tensors are returned unchanged."""
-    # Shards in the host's memory go back to where ranks exchange them.
-    return tensor.to(tensor.device_mesh.device_type).full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -69,7 +69,7 @@ def open_dataset_for_run(run: RunConfig, console: Console) -> tuple[RunConfig, D
     """Open the images and record what they and the text encoder determine in the run; validate the result."""
     check_sampling(run)
     trackers.check_trackers(run)
-    widths = {} if is_cache_uri(run.data.source) else text.text_dims(run.semantic)  # before any image is read
+    widths: Mapping[str, int | None] = {} if is_cache_uri(run.data.source) else text.text_dims(run.semantic)  # before any image is read
     with ProgressBar(console, 1, 0, f"reading {run.data.source}") as bar:
         dataset = open_dataset(run.data, run.latent, run.train.seed, lambda done, total: bar.update(done, total=total))
     for note in dataset.notes:
@@ -115,7 +115,7 @@ def _apply_dataset_settings(run: RunConfig, dataset: Dataset, console: Console) 
     return config.validate(tree)
 
 
-def _use_stored_text(run: RunConfig, dataset: Dataset, console: Console) -> dict[str, int]:
+def _use_stored_text(run: RunConfig, dataset: Dataset, console: Console) -> dict[str, int | None]:
     """Return the dimensions of the text tokens in the data set; tokens of another encoder are ignored with a note."""
     configured, stored = run.semantic, dataset.text_config
     if configured.kind != "text" or stored is None:

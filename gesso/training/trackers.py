@@ -96,16 +96,15 @@ class Wandb:
         import wandb
 
         self.wandb, self.record_path = wandb, out / "wandb.json"
-        known = (
-            json.loads(self.record_path.read_text())
-            if self.record_path.is_file()
-            else {"id": secrets.token_hex(4), "nimg": -1}
-        )
+        known: dict[str, Any] = {"id": secrets.token_hex(4), "nimg": -1}
+        if self.record_path.is_file():
+            known = json.loads(self.record_path.read_text())
         self.id, self.recorded_nimg, self.current_nimg = known["id"], known["nimg"], -1
         try:
             self.run = wandb.init(
                 project=run.monitor.wandb_project, name=out.name, id=self.id, dir=str(out), config=config.to_dict(run),
-                mode=run.monitor.wandb, resume="allow", settings=wandb.Settings(console="off", silent=True),
+                mode=None if run.monitor.wandb == "no" else run.monitor.wandb,
+                resume="allow", settings=wandb.Settings(console="off", silent=True),
             )  # fmt: skip
         except wandb.Error as error:
             reason = str(error).strip().splitlines()[0]
@@ -121,7 +120,7 @@ class Wandb:
 
     def _log(self, nimg: int, values: dict[str, Any]) -> None:
         if nimg > max(self.recorded_nimg, self.current_nimg):
-            # Noted first: a kill in between loses a point, and doubles none.
+            # Recorded first: a kill in between loses a point, but never sends one twice.
             self.current_nimg = nimg
             atomic_io.write_json(self.record_path, {"id": self.id, "nimg": nimg})
         if nimg == self.current_nimg:

@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from gesso.models import mp
 from gesso.models.mdt import sample_keep_ids
 from gesso.sampling import run_device
 from gesso.training import optimizer, parallel
-from gesso.training.ranks import SINGLE_PROCESS, Ranks, full_tensor, local_shard
+from gesso.training.ranks import SINGLE_PROCESS, Ranks, local_shard
 
 MAX_NONFINITE_STEPS = 20
 """Maximum number of consecutive steps with a non-finite gradient."""
@@ -99,7 +100,7 @@ class Trainer:
             "scaling": self.loss_scale_state,
         }
 
-    def pop_log_line(self) -> dict[str, float | int]:
+    def pop_log_line(self) -> dict[str, Any]:
         """Return the values of a log line since the last call, and reset them."""
         total, n = self.loss_sums.tolist()
         line = {"nimg": self.nimg, "loss": total / n if n else None, "lr": self.optimizer.param_groups[0]["lr"]}
@@ -124,9 +125,9 @@ class Trainer:
                 changed then.
         """
         run, size = self.run, self.run.train.batch_size
-        counts, counter, x0, cond = self.next_batch()
+        counts, sample_index, x0, cond = self.next_batch()
         self.optimizer.zero_grad(set_to_none=True)
-        losses, u = self._forward_backward_with_retry(counter, counts, x0, cond)
+        losses, u = self._forward_backward_with_retry(sample_index, counts, x0, cond)
         stops = losses.new_tensor([number in self.received_signals for number in STOP_SIGNALS])
         reduced = torch.cat([losses.sum()[None], stops, loss_bins.bin_sums(losses, u, counts)])
         total, heard, by_level = (
@@ -137,16 +138,16 @@ class Trainer:
             max((n for n, h in zip(STOP_SIGNALS, heard, strict=True) if h), default=0),
         )
         parameters = [p for p in self.modules.parameters() if p.grad is not None]
-        gradients = [local_shard(p).grad for p in parameters]
+        gradients = [cast(Tensor, local_shard(p).grad) for p in parameters]
         if self.loss_scale_state[0] != 1:
             torch._foreach_div_(gradients, float(self.loss_scale_state[0]))
         mp.project_gradients([local_shard(w) for w in self.sphere_parameters])
-        norm = full_tensor(nn.utils.get_total_norm([p.grad for p in parameters]))
+        norm = ema.full_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         self.grad_norm = float(norm)
         if self.check_finite_and_update_scale(value, u, losses, gradients):
             if run.optim.max_grad_norm:
                 if not math.isfinite(self.grad_norm):  # values that were not finite are 0 by now
-                    norm = full_tensor(nn.utils.get_total_norm([p.grad for p in parameters]))
+                    norm = ema.full_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
                 nn.utils.clip_grads_with_norm_(parameters, run.optim.max_grad_norm, norm)
             optimizer.set_learning_rate(self.optimizer, optimizer.learning_rate(run.optim, run.train, self.nimg))
             self.optimizer.step()
@@ -166,13 +167,13 @@ class Trainer:
             self._batch_iterator = self.batcher.prefetch(self.ranks.shard_batch(first, size)[0] for first in firsts)
         due, counts = self.ranks.shard_batch(self.nimg, size)
         started = time.perf_counter()
-        counter, x0, cond = next(self._batch_iterator)
+        sample_index, x0, cond = next(self._batch_iterator)
         self.data_wait_s += time.perf_counter() - started
-        assert counter.equal(due), "nimg was moved after the first step"
-        return counts, counter, x0, cond
+        assert sample_index.equal(due), "nimg was moved after the first step"
+        return counts, sample_index, x0, cond
 
     def _forward_backward_with_retry(
-        self, counter: Tensor, valid: Tensor, x0: Tensor, cond: Cond
+        self, sample_index: Tensor, valid: Tensor, x0: Tensor, cond: Cond
     ) -> tuple[Tensor, Tensor]:
         """Compute gradients in micro-batches; return the losses and quantiles of noise level of this rank's samples.
 
@@ -180,7 +181,7 @@ class Trainer:
         """
         while True:
             try:
-                return self.forward_backward(counter, valid, x0, cond)
+                return self.forward_backward(sample_index, valid, x0, cond)
             except torch.OutOfMemoryError:
                 # The first step alone: later, another rank may be past the same pass.
                 if self.run.train.micro_batch_size or self.micro_batch_size == 1 or self.ranks.world_size > 1:
@@ -189,19 +190,19 @@ class Trainer:
                 self.optimizer.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
 
-    def forward_backward(self, counter: Tensor, valid: Tensor, x0: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+    def forward_backward(self, sample_index: Tensor, valid: Tensor, x0: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """Compute gradients in micro-batches; return losses (B,) and quantiles of noise level (B,)."""
         run, seed = self.run, self.run.train.seed
-        u = rng.uniform(seed, counter, "noise level")[:, 0]
+        u = rng.uniform(seed, sample_index, "noise level")[:, 0]
         s = self.process.icdf(u).to(x0)
         # DDP and FSDP average over ranks; the loss is the sum over the batch divided by its size.
         factor = self.ranks.world_size / run.train.batch_size * float(self.loss_scale_state[0])
         if run.loss.reduction == "sum":  # losses are means over the elements of a sample
             factor *= x0[0].numel()
-        losses_of_batches, starts = [], range(0, len(counter), self.micro_batch_size)
+        losses_of_batches, starts = [], range(0, len(sample_index), self.micro_batch_size)
         for j, start in enumerate(starts):
             at = slice(start, start + self.micro_batch_size)
-            k = counter[at].to(self.device)
+            k = sample_index[at].to(self.device)
             eps = rng.normal(seed, k, "noise", x0.shape[1:], x0.dtype)
             if run.net.dropout:
                 # The one draw that is keyed to the step, not to the sample.
@@ -217,14 +218,14 @@ class Trainer:
             losses_of_batches.append(losses.detach())
         return torch.cat(losses_of_batches), u
 
-    def mdt_mask(self, counter: Tensor, x0: Tensor) -> tuple[Tensor, Tensor] | None:
+    def mdt_mask(self, sample_index: Tensor, x0: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return noise and token mask of MDT's second term (same images and levels), None for other networks."""
         run = self.run
         if not isinstance(run.net, MDTConfig):
             return None
-        eps = rng.normal(run.train.seed, counter, "masked noise", x0.shape[1:], x0.dtype)
+        eps = rng.normal(run.train.seed, sample_index, "masked noise", x0.shape[1:], x0.dtype)
         tokens = x0.shape[2] * x0.shape[3] // run.net.patch_size**2
-        return eps, sample_keep_ids(run.train.seed, counter, self.nimg, tokens, run.net.mask_ratio)
+        return eps, sample_keep_ids(run.train.seed, sample_index, self.nimg, tokens, run.net.mask_ratio)
 
     def check_finite_and_update_scale(self, value: float, u: Tensor, losses: Tensor, gradients: list[Tensor]) -> bool:
         """Return True if the gradient of this step may change the weights; count failures and adapt the loss scale."""

@@ -159,9 +159,9 @@ def _incompatibility(group: str, run: RunConfig, source: InitSource) -> str | No
     levels = {"control, high level": ("high",), "control, low level": ("low",)}
     if source.run and (group.startswith("control") or group == "pooled text"):
         for level in levels.get(group, ("high", "low")):
-            here, there = (r.control.column_names(level) for r in (run, source.run))
-            if here != there and (group != "pooled text" or shared):
-                return f"variables {','.join(here) or 'none'} here, {','.join(there) or 'none'} there"
+            new, old = run.control.column_names(level), source.run.control.column_names(level)
+            if new != old and (group != "pooled text" or shared):
+                return f"variables {','.join(new) or 'none'} here, {','.join(old) or 'none'} there"
     return None
 
 
@@ -199,6 +199,7 @@ def _adapt(tensor_names: list[str], new: Mapping[str, Tensor], source: InitSourc
 def _adapt_class_table(name: str, new: Tensor, old: Tensor, run: RunConfig, source: InitSource) -> str | None:
     """Fill a class table row by row; return a note, None if it can be copied unchanged."""
     rows = class_mapping(run, source)
+    assert rows is not None
     if new.shape == old.shape and rows == tuple(range(len(rows))):
         return None
     axis, null = CLASS_TABLES[name], name != "emb_label.weight"

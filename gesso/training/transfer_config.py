@@ -85,6 +85,7 @@ def _position_grids(run: RunConfig, source: InitSource, k: float) -> tuple[float
     Raises:
         UsageError: net.pos_embed cannot represent the positions that init.pos_embed selects.
     """
+    assert isinstance(run.net, TransformerConfig) and isinstance(source.net_config, TransformerConfig)
     new, old, how = run.net.pos_embed, source.net_config.pos_embed, run.init.pos_embed
     base, span, there = source.pos_embed_base, source.input_spec.pos_embed_span, source.resolution
     step_1 = old == "extrapolated" or (old != "resampled" and base == there and span is None)
@@ -170,15 +171,13 @@ def _apply_guidance_base(run: RunConfig, source: InitSource, k: float, tree: dic
 
     It is set only if lambda is the guidance of the source.
     """
-    cfg, there = run.sample, source.run.sample if source.run else None
+    cfg = run.sample
     if k == 1 or cfg.guidance == 1:
         return []
-    if cfg.guidance_base_resolution is None and there and there.guidance == cfg.guidance:
-        tree["sample"]["guidance_base_resolution"] = there.guidance_base_resolution or source.run.data.resolution
-        return [
-            f"  guidance     {cfg.guidance:g} was the source's: "
-            f"sample.guidance_base_resolution={tree['sample']['guidance_base_resolution']}"
-        ]
+    if cfg.guidance_base_resolution is None and source.run and source.run.sample.guidance == cfg.guidance:
+        base = source.run.sample.guidance_base_resolution or source.run.data.resolution
+        tree["sample"]["guidance_base_resolution"] = base
+        return [f"  guidance     {cfg.guidance:g} was the source's: sample.guidance_base_resolution={base}"]
     return [
         f"  guidance     sample.guidance={cfg.guidance:g}, "
         f"sample.guidance_base_resolution={cfg.guidance_base_resolution or 'null'} as set"
@@ -197,14 +196,14 @@ def _describe_differences(run: RunConfig, source: InitSource) -> list[str]:
             for d in config.differences(source.run, run)
             if d[0].startswith(REPORTED_SETTINGS) and d[0] != "process.resolution_scale"
         ]
-        if source.run.process.name != run.process.name:  # whose settings have no counterparts
+        if source.run.process.name != run.process.name:  # the settings of another process have no counterparts
             condition_changes = [
                 d for d in condition_changes if d[0] == "process.name" or not d[0].startswith("process.")
             ]
         changes += condition_changes
     shown = [(path, _round(old), _round(new)) for path, old, new in changes]
-    changes = [f"{path} {old} -> {new}" for path, old, new in shown if old != new]
-    return [f"  changed      {', '.join(changes)}"] if changes else []
+    texts = [f"{path} {old} -> {new}" for path, old, new in shown if old != new]
+    return [f"  changed      {', '.join(texts)}"] if texts else []
 
 
 def _round(value: Any) -> Any:
