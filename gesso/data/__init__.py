@@ -1,1 +1,1 @@
-"""From images on disk to batches of x0 and conditions."""
+"""Images on disk to batches of x0 and conditions."""

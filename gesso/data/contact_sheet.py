@@ -1,9 +1,9 @@
-"""Pictures and their views on one sheet, each view with what the control variables say of it.
+"""Contact sheet of images and their views, each view with its control variables.
 
-A row is one image: its title, its class and caption; the whole picture with the boxes of its views; the views. Where only
-the views are known, the whole is put together from them: what no view shows stays grey.
+A row is one image: its title, class and caption; the full image with the boxes of its views; the views. If only the
+views are known, the full image is assembled from them, grey where no view covers it.
 
-Legend: K views of an image; C channels; R resolution of a view; H W height and width of a whole picture.
+Legend: K views of an image; C channels; R resolution of a view; H W height and width of a full image.
 """
 
 import bisect
@@ -21,22 +21,22 @@ from torch import Tensor
 from gesso.data.base import SampleBatch
 
 VIEW_SIZE, IMAGE_WIDTH, TEXT_WIDTH, GAP = 144, 216, 108, 14
-"""pixels: edge of a view; width of a whole picture; of the text beside a view; between them"""
+"""Sizes in pixels: edge of a view, width of a full image, width of the text next to a view, gap."""
 FRAME_WIDTH = 3
 LINE_HEIGHT = 16
 MAX_CAPTION_LINES = 3
-"""of a caption"""
+"""Font size of a caption."""
 MAX_CAPTION_CHARS = 1000
-"""of a caption, at most"""
+"""Maximum number of lines of a caption."""
 INK, FAINT, GREY, PAPER = (20, 20, 20), (110, 110, 110), (200, 200, 200), (255, 255, 255)
 VIEW_COLOURS = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
-"""of the views; the colour-blind tell them apart (Okabe and Ito)"""
+"""Colors of the views, distinguishable by the color-blind (Okabe and Ito)."""
 
 
 class SheetRow(NamedTuple):
-    """An image: `text` is its class and caption; `whole` is not always known; `views` are K samples, none if unreadable.
+    """One image: title, text, full image if known, and K views; none if it is unreadable.
 
-    x of the views is uint8 (K, C, R, R); of another type it is latents that could not be decoded.
+    x of the views is uint8 (K, C, R, R); any other dtype is latents that could not be decoded.
     """
 
     title: str
@@ -46,7 +46,7 @@ class SheetRow(NamedTuple):
 
 
 def draw_contact_sheet(rows: Sequence[SheetRow]) -> Image.Image:
-    """All rows, one below another, RGB."""
+    """Return all rows, one below another, as an RGB image."""
     most = max((len(row.views.x) for row in rows if row.views), default=1)
     width = GAP + IMAGE_WIDTH + GAP + most * (VIEW_SIZE + TEXT_WIDTH + GAP)
     strips = [_draw_row(row, width) for row in rows]
@@ -74,7 +74,7 @@ def _draw_row(row: SheetRow, width: int) -> Image.Image:
 
 
 def _draw_image(row: SheetRow) -> Image.Image:
-    """(CELL, WHOLE) the whole picture, as large as it fits, with the boxes."""
+    """Return the full image, as large as it fits, with the boxes of its views."""
     H, W = row.views.original_sizes[0].tolist() if row.image is None else (row.image.height, row.image.width)
     scale = min(IMAGE_WIDTH / W, VIEW_SIZE / H)
     w, h = max(1, round(W * scale)), max(1, round(H * scale))
@@ -90,7 +90,7 @@ def _draw_image(row: SheetRow) -> Image.Image:
 
 
 def _assemble_from_views(views: SampleBatch, w: int, h: int) -> Image.Image:
-    """What the views show of the whole, at its place."""
+    """Return the parts of the full image that the views cover."""
     page = Image.new("RGB", (w, h), GREY)
     for v, (top, left, bottom, right) in enumerate(views.crop_boxes.tolist()):
         edges = (round(left * w), round(top * h))
@@ -102,7 +102,7 @@ def _assemble_from_views(views: SampleBatch, w: int, h: int) -> Image.Image:
 
 
 def _draw_view(views: SampleBatch, v: int) -> Image.Image:
-    """(CELL, CELL + NOTES) a view in the colour of its box, and its control variables."""
+    """Return a view framed in the color of its box, with its control variables."""
     page, colour = Image.new("RGB", (VIEW_SIZE + TEXT_WIDTH, VIEW_SIZE), PAPER), VIEW_COLOURS[v % len(VIEW_COLOURS)]
     draw = ImageDraw.Draw(page)
     if views.x.dtype == torch.uint8:
@@ -120,29 +120,29 @@ def _draw_view(views: SampleBatch, v: int) -> Image.Image:
 
 
 def control_lines(views: SampleBatch, v: int) -> list[str]:
-    """What the network is told of a view, as `gesso sample` takes it: thousandths are shares."""
-    said = {name: column[v].item() for name, column in views.control_columns().items()}
-    top, left, bottom, right = (f"{said[f'crop_{edge}'] / 1000:.3f}" for edge in ("top", "left", "bottom", "right"))
+    """Return the control variables of a view as `gesso sample` takes them; thousandths are shares."""
+    values = {name: column[v].item() for name, column in views.control_columns().items()}
+    top, left, bottom, right = (f"{values[f'crop_{edge}'] / 1000:.3f}" for edge in ("top", "left", "bottom", "right"))
     lines = [
         f"view {v}",
-        f"flip {'yes' if said['flip'] else 'no'}",
+        f"flip {'yes' if values['flip'] else 'no'}",
         f"crop {top},{left},",
         f"{bottom},{right}",
-        f"size {said['height']:.0f}x{said['width']:.0f}",
-        f"aspect {said['aspect'] / 1000:.3f}",
+        f"size {values['height']:.0f}x{values['width']:.0f}",
+        f"aspect {values['aspect'] / 1000:.3f}",
     ]
-    tone = [f"brightness {said['brightness']:.1f}", f"contrast {said['contrast']:.1f}"]
+    tone = [f"brightness {values['brightness']:.1f}", f"contrast {values['contrast']:.1f}"]
     return lines + (tone if views.pixel_stats.any() else [])
 
 
 def _to_pil(x: Tensor) -> Image.Image:
-    """(C, R, R) uint8"""
+    """Convert (C, R, R) uint8 to an image."""
     array = x.permute(1, 2, 0).numpy()
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).convert("RGB")
 
 
 def resize(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """Resized; what is enlarged shows its pixels as they are."""
+    """Resize an image; enlarged images show their pixels."""
     larger = width >= picture.width and height >= picture.height
     return picture.convert("RGB").resize(
         (width, height), Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS
@@ -151,19 +151,19 @@ def resize(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 @functools.lru_cache
 def load_font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own."""
+    """Return Pillow's built-in font."""
     return ImageFont.load_default(size)
 
 
 @functools.lru_cache(4096)
 def _has_glyph(char: str) -> bool:
-    """Whether the font has it: what it lacks is drawn as an empty box, as U+FFFF is."""
+    """Return True if the font has a character; missing ones are drawn as an empty box, like U+FFFF."""
     mask, lacking = (load_font(13).getmask(one) for one in (char, "\uffff"))
     return (mask.size, bytes(mask)) != (lacking.size, bytes(lacking))
 
 
 def to_drawable(text: str) -> str:
-    """Text for the font, which knows English: accents go, other scripts and signs are named in brackets."""
+    """Return text that the font can draw: accents are dropped, other scripts and signs are named in brackets."""
     return re.sub(r"(\[[^]]+\])(?:\s*\1)+", r"\1", "".join(map(_drawable_char, text)))
 
 
@@ -180,15 +180,15 @@ def _drawable_char(char: str) -> str:
 
 
 def wrap_text(text: str, width: int, max_lines: int) -> list[str]:
-    """At most so many lines of at most so many pixels; what is left out shows as three dots."""
-    found = []
-    while text and len(found) < max_lines:
+    """Return at most `max_lines` lines of at most `width` pixels; omitted text shows as three dots."""
+    lines = []
+    while text and len(lines) < max_lines:
         fits = bisect.bisect_right(range(len(text) + 1), width, key=lambda n: load_font(13).getlength(text[:n]))
         count = max(1, fits - 1)
         if count < len(text) and " " in text[:count]:
             count = text.rindex(" ", 0, count + 1)
-        found.append(text[:count])
+        lines.append(text[:count])
         text = text[count:].lstrip()
     if text:
-        found[-1] = found[-1][:-3] + "..."
-    return found
+        lines[-1] = lines[-1][:-3] + "..."
+    return lines

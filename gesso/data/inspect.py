@@ -1,6 +1,6 @@
-"""What `gesso inspect` does: a source or a cache is looked at, printed, and drawn.
+"""Implementation of `gesso inspect`: tables and a contact sheet of a source or a cache.
 
-Legend: K views of an image; c channels of latents, h w their size; R resolution of a view; H W of a whole picture.
+Legend: K views of an image; c channels of latents, h w their size; R resolution of a view; H W of a full image.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,11 +35,11 @@ from gesso.data.sources.base import Source
 from gesso.errors import UnreadableImageError, UsageError
 
 MAX_RESOLUTION = 256
-"""resolution of views where none is asked for"""
+"""Maximum default resolution of views."""
 
 
 class InspectArgs(NamedTuple):
-    """What the sheet is to show. resolution: of the views; None: the median shorter edge, at most MOST."""
+    """Options of the contact sheet. resolution: of the views; None: the median shorter edge, at most MAX_RESOLUTION."""
 
     num_rows: int = 8
     num_views: int = 4
@@ -53,7 +53,7 @@ class InspectArgs(NamedTuple):
 
 
 def parse_crop_scale(text: str) -> tuple[float, float]:
-    """.4,.6. Raises UsageError when it is no crop scale."""
+    """Parse a crop scale such as .4,.6. Raises UsageError for other text."""
     try:
         low, high = map(float, text.split(","))
     except ValueError:
@@ -64,9 +64,14 @@ def parse_crop_scale(text: str) -> tuple[float, float]:
 
 
 def inspect_source(uri: str, limit: int, args: InspectArgs, out: Path, console: Console) -> list[str]:
-    """Print the tables of a source of which at most `limit` headers are read, or of a cache; write its sheet.
+    """Print the tables of a source, reading at most `limit` headers, or of a cache; write its contact sheet.
 
-    Returns lines for the user. Raises UsageError as open_source and Cache, RunError when the sheet cannot be written.
+    Returns:
+        Lines to print.
+
+    Raises:
+        UsageError: The source or cache cannot be opened.
+        RunError: The sheet cannot be written.
     """
     if is_cache(uri):
         reject_cache_options(args)
@@ -85,14 +90,14 @@ def inspect_source(uri: str, limit: int, args: InspectArgs, out: Path, console: 
 
 
 def reject_cache_options(args: InspectArgs) -> None:
-    """Raise UsageError for what a cache has settled."""
+    """Raise UsageError for options that a cache determines."""
     for name in ("crop_scale", "flip", "resolution", "seed", "resize"):
         if getattr(args, name) != InspectArgs._field_defaults[name]:
             raise UsageError(f"--{name.replace('_', '-')} has no effect: the views of a cache are those that it holds")
 
 
 def cache_rows(cache: CachedDataset, args: InspectArgs) -> tuple[list[SheetRow], list[str]]:
-    """Rows of images spread evenly over a cache, with the first of their views, and notes."""
+    """Return rows of images spread evenly over a cache, with the first of their views, and notes."""
     latent = cache.plan.latent
     shown, notes = lambda x: x, []
     if cache.has_latents:
@@ -107,7 +112,7 @@ def cache_rows(cache: CachedDataset, args: InspectArgs) -> tuple[list[SheetRow],
 
 
 def source_rows(source: Source, sizes: np.ndarray, args: InspectArgs) -> tuple[list[SheetRow], list[str]]:
-    """Rows of images spread evenly over a source, and notes; sizes (m, 2) H W of some of them."""
+    """Return rows of images spread evenly over a source, and notes; sizes (m, 2) are H W of some of them."""
     shorter = int(np.median(sizes.min(axis=1))) if len(sizes) else MAX_RESOLUTION
     data = DataConfig(
         source=source.uri,
@@ -125,7 +130,7 @@ def source_rows(source: Source, sizes: np.ndarray, args: InspectArgs) -> tuple[l
 
 
 def open_decoder(vae: str | None, convention: str, channels: int) -> tuple[Callable[[Tensor], Tensor], list[str]]:
-    """Latents (K, 2c, h, w), c = channels -> pixels (K, 3, H, W) uint8; where no VAE does that, the latents and a note."""
+    """Return the decoder of latents (K, 2c, h, w) to pixels (K, 3, H, W) uint8 and notes; identity without a VAE."""
     if vae is None:
         return lambda x: x, ["the latents are not shown: say --vae and --convention"]
     try:
@@ -140,25 +145,25 @@ def open_decoder(vae: str | None, convention: str, channels: int) -> tuple[Calla
 def source_row(
     source: Source, i: int, data: DataConfig, K: int, seed: int, to_pixels: Callable[[Tensor], Tensor]
 ) -> SheetRow:
-    """Image i with views as a cache of that seed has them. `shown` decodes latents (1, 2c, h, w), or returns them."""
+    """Return the row of image i with the views of a cache of that seed; `to_pixels` decodes latents."""
     caption, label = source.caption(i), int(source.labels[i])
     text = label_text(caption, label, source.class_names)
     try:
         item = source.item(i)
         if source.has_latents:
-            x, whole = to_pixels(torch.from_numpy(item.image)[None]), None
+            x, full_image = to_pixels(torch.from_numpy(item.image)[None]), None
             size, drawn = item.original_size or (data.resolution,) * 2, [crops.View(0.0, 0.0, 1.0, 1.0)]
         else:
-            whole, (H, W) = item.decode(3, resize=data.resize)
+            full_image, (H, W) = item.decode(3, resize=data.resize)
             size, R = item.original_size or (H, W), data.resolution
             u = [
                 rng.uniform(seed, torch.tensor([i]), f"view {v}", crops.UNIFORMS_PER_VIEW)[0].numpy() for v in range(K)
             ]
             drawn = make_views(data, H, W, np.stack(u))
-            x = torch.from_numpy(np.stack([crops.crop_resize(whole, view, R, R, data.resize) for view in drawn]))
+            x = torch.from_numpy(np.stack([crops.crop_resize(full_image, view, R, R, data.resize) for view in drawn]))
     except UnreadableImageError as error:
         return SheetRow(_title(i, source.name(i)), f"unreadable: {error.reason}", None, None)
-    return SheetRow(_title(i, item.name), text, whole, view_batch(x, size, drawn, label, i))
+    return SheetRow(_title(i, item.name), text, full_image, view_batch(x, size, drawn, label, i))
 
 
 def _title(i: int, name: str) -> str:
@@ -166,7 +171,7 @@ def _title(i: int, name: str) -> str:
 
 
 def view_batch(x: Tensor, size: tuple[int, int], views: Sequence[crops.View], label: int, i: int) -> SampleBatch:
-    """K views of one image."""
+    """Return K views of one image as a batch."""
     K = len(views)
     return SampleBatch(
         x,
@@ -180,7 +185,7 @@ def view_batch(x: Tensor, size: tuple[int, int], views: Sequence[crops.View], la
 
 
 def label_text(caption: str, label: int, class_names: Sequence[str]) -> str:
-    """Class and caption of an image on one line."""
+    """Return class and caption of an image on one line."""
     name = class_names[label] if class_names else ""
     parts = [f"class {label}" + (f" {name}" if name != str(label) else "")] if class_names else []
     if caption.strip() and caption != name:

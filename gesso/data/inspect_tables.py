@@ -1,6 +1,6 @@
-"""What a source or a cache holds, for `gesso inspect`: tables of numbers. sheet.py draws its pictures.
+"""Tables of the contents of a source or a cache, for `gesso inspect`.
 
-Legend: N images, n of them looked at; H W height and width of a whole picture.
+Legend: N images, n of them inspected; H W height and width of a full image.
 """
 
 import os
@@ -24,23 +24,23 @@ from gesso.errors import UnreadableImageError
 
 DEFAULT_LIMIT = 5_000
 ASPECT_EDGES = (1 / 2, 2 / 3, 4 / 5, 0.95, 1.05, 5 / 4, 3 / 2, 2)
-"""between the bins of width / height"""
+"""Edges of the bins of width / height."""
 ASPECT_BINS = (
     "below 1:2", "1:2 to 2:3", "2:3 to 4:5", "4:5 to square", "square within 5 %", "square to 5:4", "5:4 to 3:2",
     "3:2 to 2:1", "above 2:1",
 )  # fmt: skip
 RESOLUTIONS = (64, 256, 512, 1024)
-"""of which it is said how many pictures would be enlarged"""
+"""Resolutions for which the number of enlarged images is printed."""
 MAX_LISTED_CLASSES, NUM_EXTREME_CLASSES = 20, 5
-"""up to so many classes all are listed; of more, so many of the largest and of the smallest"""
+"""Maximum number of classes listed in full, and number of largest and smallest ones otherwise."""
 MAX_LISTED = 5
-"""captions and unreadable images that are shown"""
+"""Number of captions and unreadable images shown."""
 BAR_WIDTH, MAX_NAME_WIDTH = 24, 48
-"""signs of the longest bar, of the longest name"""
+"""Characters of the longest bar and of the longest name."""
 
 
 class Table(NamedTuple):
-    """header: empty strings where a column needs no name."""
+    """A table. header: empty strings for columns without a name."""
 
     title: str
     header: tuple[str, ...]
@@ -48,7 +48,7 @@ class Table(NamedTuple):
 
 
 def print_tables(console: Console, tables: Iterable[Table]) -> None:
-    """Print them. Cells are what users wrote: nothing in them is markup."""
+    """Print tables; text of the user is not interpreted as markup."""
     for title, header, rows in tables:
         table = rich.table.Table(
             box=rich.box.SIMPLE_HEAD if any(header) else None, show_header=any(header), show_edge=False, pad_edge=False
@@ -63,12 +63,12 @@ def print_tables(console: Console, tables: Iterable[Table]) -> None:
 
 
 class SourceScan(NamedTuple):
-    """What is known of a source without decoding a pixel.
+    """Contents of a source known without decoding pixels.
 
-    index     (n,) places in the source, spread evenly over it
-    sizes     (m, 2) H W of those whose header can be read, as pixels.decode gives them
-    encoded   bytes of the n images in their files
-    captions  n of them
+    index     (n,) indices in the source, spread evenly over it
+    sizes     (m, 2) H W of those with a readable header, as decode.decode_image gives them
+    encoded   bytes of the n encoded images
+    captions  n captions
     bad       (name, reason) of the n - m others
     """
 
@@ -80,13 +80,13 @@ class SourceScan(NamedTuple):
 
 
 def evenly_spaced(total: int, count: int) -> np.ndarray:
-    """(min(count, total),) places in 0 .. total - 1, at even distances."""
+    """Return min(count, total) evenly spaced indices in 0 .. total - 1."""
     count = min(count, total)
     return (2 * np.arange(count, dtype=np.int64) + 1) * total // (2 * count)
 
 
 def scan_source(source: Source, limit: int = DEFAULT_LIMIT) -> SourceScan:
-    """Headers and captions of at most `limit` images. Damage behind a header is not seen."""
+    """Read headers and captions of at most `limit` images; damage after a header is not detected."""
     index = evenly_spaced(len(source), limit)
 
     def read(i: int) -> tuple[int, int] | UnreadableImageError:
@@ -97,9 +97,9 @@ def scan_source(source: Source, limit: int = DEFAULT_LIMIT) -> SourceScan:
             return UnreadableImageError(error.name or format_names([source.name(i)]), error.reason)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(read, index.tolist()))
-    sizes = [size for size in found if not isinstance(size, UnreadableImageError)]
-    bad = [(error.name, error.reason) for error in found if isinstance(error, UnreadableImageError)]
+        results = list(pool.map(read, index.tolist()))
+    sizes = [size for size in results if not isinstance(size, UnreadableImageError)]
+    bad = [(error.name, error.reason) for error in results if isinstance(error, UnreadableImageError)]
     return SourceScan(
         index,
         np.array(sizes, np.int64).reshape(-1, 2),
@@ -110,9 +110,10 @@ def scan_source(source: Source, limit: int = DEFAULT_LIMIT) -> SourceScan:
 
 
 def header_size(image: bytes | np.ndarray) -> tuple[int, int]:
-    """H W of an encoded image, upright, or of an array (H, W, C) uint8 or (2c, h, w) float.
+    """Return H W of an encoded image, upright, or of an array (H, W, C) uint8 or (2c, h, w) float.
 
-    Raises Unreadable, without a name, when the header is damaged.
+    Raises:
+        UnreadableImageError: The header is damaged; the error has no name.
     """
     if isinstance(image, np.ndarray):
         return image.shape[:2] if image.dtype == np.uint8 else image.shape[1:]
@@ -128,7 +129,7 @@ def header_size(image: bytes | np.ndarray) -> tuple[int, int]:
 
 
 def source_tables(source: Source, scan: SourceScan) -> list[Table]:
-    """All that is said of a source."""
+    """Return all tables of a source."""
     n, total = len(scan.indices), len(source)
     about = [("images", f"{total:,}")]
     some = "all" if n == total else f"{n:,} of them, spread evenly (--limit {total} for all)"
@@ -150,7 +151,7 @@ def source_tables(source: Source, scan: SourceScan) -> list[Table]:
 
 
 def cache_tables(cache: CachedDataset, limit: int = DEFAULT_LIMIT) -> list[Table]:
-    """All that is said of a cache; of at most `limit` captions."""
+    """Return all tables of a cache, reading at most `limit` captions."""
     manifest, N = cache.manifest, len(cache)
     stored = sum(shard.bytes for shard in manifest.files)
     about = [
@@ -165,14 +166,14 @@ def cache_tables(cache: CachedDataset, limit: int = DEFAULT_LIMIT) -> list[Table
     silent = ["num_source_images", "semantic.padding", "semantic.padding_noise"]
     silent += [] if cache.has_latents else ["latent."]
     silent += [] if cache.plan.semantic.kind == "text" else ["semantic."]
-    told = [
+    conventions = [
         (n, _format_value(value)) for n, value in identity_settings(manifest).items() if not n.startswith(tuple(silent))
     ]
     buckets = [f"{height}x{width}" for height, width in cache.buckets]
     counts = np.bincount(cache.bucket_of, minlength=len(buckets)).tolist()
     return [
         Table(format_names([cache.uri]), ("", ""), about),
-        Table("conventions", ("", ""), [(name, said) for name, said in told if said]),
+        Table("conventions", ("", ""), [(name, setting) for name, setting in conventions if setting]),
         *(
             [Table("buckets", ("", "images", ""), bar_rows(zip(buckets, counts, strict=True)))]
             if len(buckets) > 1
@@ -190,14 +191,14 @@ def _join(parts: Iterable[str]) -> str:
 
 
 def _format_value(value: object) -> str:
-    """Of a setting; empty where it is silent."""
+    """Return a setting as text; empty for None."""
     if value is None or value == ():
         return ""
     return _join(f"{part:g}" for part in value) if isinstance(value, (list, tuple)) else truncate(str(value))
 
 
 def size_tables(sizes: np.ndarray, unit: str = "pixels") -> list[Table]:
-    """sizes (m, 2) H W"""
+    """Return tables of sizes (m, 2) H W."""
     if not len(sizes):
         return []
     shorter = sizes.min(axis=1)
@@ -220,7 +221,7 @@ def size_tables(sizes: np.ndarray, unit: str = "pixels") -> list[Table]:
 
 
 def _quantile(values: np.ndarray, q: float) -> int:
-    """One of the values."""
+    """Return a quantile that is one of the values."""
     return int(np.quantile(values, q, method="inverted_cdf"))
 
 
@@ -229,14 +230,14 @@ def _percentage(mask: np.ndarray) -> str:
 
 
 def bar_rows(counts: Iterable[tuple[str, int]]) -> list[tuple[str, str, str]]:
-    """(name, count, bar) of each that is above 0."""
-    found = [(name, count) for name, count in counts if count]
-    most = max((count for _, count in found), default=1)
-    return [(name, f"{count:,}", "█" * round(BAR_WIDTH * count / most) or "▏") for name, count in found]
+    """Return (name, count, bar) for each count above 0."""
+    nonzero = [(name, count) for name, count in counts if count]
+    most = max((count for _, count in nonzero), default=1)
+    return [(name, f"{count:,}", "█" * round(BAR_WIDTH * count / most) or "▏") for name, count in nonzero]
 
 
 def class_tables(labels: np.ndarray, names: Sequence[str]) -> list[Table]:
-    """labels (N,)"""
+    """Return tables of the class frequencies of labels (N,)."""
     if not names:
         return []
     counts = np.bincount(labels, minlength=len(names))
@@ -245,30 +246,31 @@ def class_tables(labels: np.ndarray, names: Sequence[str]) -> list[Table]:
     if len(names) - empty > MAX_LISTED_CLASSES:
         falling = np.argsort(-counts, kind="stable")[: len(names) - empty]
         order = np.concatenate([falling[:NUM_EXTREME_CLASSES], falling[-NUM_EXTREME_CLASSES:]])
-        title += f" of {int(np.median(counts)):,} images (median): the {NUM_EXTREME_CLASSES} largest and the {NUM_EXTREME_CLASSES} smallest"
+        n = NUM_EXTREME_CLASSES
+        title += f" of {int(np.median(counts)):,} images (median): the {n} largest and the {n} smallest"
     if empty:
         title += f"; {empty:,} without an image"
     return [Table(title, ("", "images", ""), bar_rows((truncate(names[i]), int(counts[i])) for i in order))]
 
 
 def truncate(text: str, max_width: int = MAX_NAME_WIDTH) -> str:
-    """On one line, with nothing in it that would steer a terminal."""
+    """Return text on one line, at most `max_width` wide, without control characters."""
     line = format_names([" ".join(text[: 4 * max_width].split())])
     return line if len(line) <= max_width else line[: max_width - 3] + "..."
 
 
 def caption_tables(captions: Sequence[str], class_names: Sequence[str] = ()) -> list[Table]:
-    """Lengths in words, and captions that several images share."""
-    told = [caption for caption in captions if caption.strip()]
-    if not told:
+    """Return tables of caption lengths in words and of captions that several images share."""
+    nonblank = [caption for caption in captions if caption.strip()]
+    if not nonblank:
         return []
-    if class_names and set(told) <= set(class_names):
+    if class_names and set(nonblank) <= set(class_names):
         return [Table("captions", ("", ""), [("all", "are the names of the classes")])]
-    words = np.array([len(caption.split()) for caption in told])
+    words = np.array([len(caption.split()) for caption in nonblank])
     quantiles = tuple(f"{_quantile(words, q):,}" for q in (0, 0.05, 0.5, 0.95, 1))
     tables = [Table("words in a caption", ("shortest", "5 %", "median", "95 %", "longest"), [quantiles])]
-    counts = Counter(told)
-    again = _percentage(np.array([counts[caption] > 1 for caption in told]))
+    counts = Counter(nonblank)
+    again = _percentage(np.array([counts[caption] > 1 for caption in nonblank]))
     rows = [
         ("empty", _percentage(np.array([not caption.strip() for caption in captions]))),
         ("shared by several", again),
@@ -279,7 +281,7 @@ def caption_tables(captions: Sequence[str], class_names: Sequence[str] = ()) -> 
 
 
 def unreadable_tables(unreadable: Sequence[tuple[str, str]], n: int) -> list[Table]:
-    """The first of them, each with its reason."""
+    """Return a table of the first unreadable images with reasons."""
     if not unreadable:
         return []
     rows = [(truncate(name), truncate(reason)) for name, reason in unreadable[:MAX_LISTED]]

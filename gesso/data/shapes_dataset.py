@@ -1,15 +1,15 @@
-"""Shapes: a procedural, captioned, labelled data set. Image `index` is a pure function of (seed, index).
+"""Shapes: a procedural data set with captions and labels. Image `index` is a pure function of (seed, index).
 
-One or two of six kinds in eight colours stand on a gradient with a fine texture. Captions say kind, colour
-and place; nothing in a picture but its captioned place tells left from right, so a flip is seen in the facts
-alone. Facts, places and captions are bit-equal on every machine, pixels on one build of numpy.
+One or two shapes of six kinds in eight colors lie on a gradient with a fine texture. Captions name kind, color and
+position; nothing else in an image distinguishes left from right, so that a flip shows in the facts alone. Facts,
+positions and captions are bit-equal on every machine, pixels on one build of numpy.
 
-The fine waves have 25 to 28 cycles across the shorter edge, and their harmonics twice as many: an original
-of 48 pixels (24 cycles at most) shows neither, one of 64 the waves, one of 128 both.
+The fine waves have 25 to 28 cycles across the shorter edge, and their harmonics twice as many: an original of 48 pixels
+(24 cycles at most) shows neither, one of 64 the waves, one of 128 both.
 
-Legend: lengths are in units of the shorter edge, x to the right, y down, (0, 0) the middle of the picture;
-the centred square is [-1/2, 1/2]^2, and shapes stay within 0.45 of its middle. n shorter edge in pixels,
-d signed distance to an outline, negative inside. Colours are RGB from 0 to 1 until they are rounded.
+Legend: lengths are in units of the shorter edge, x to the right, y down, (0, 0) the center of the image; the centered
+square is [-1/2, 1/2]^2, and shapes stay within 0.45 of its center. n shorter edge in pixels, d signed distance to an
+outline, negative inside. Colors are RGB from 0 to 1 until they are rounded.
 """
 
 import math
@@ -35,22 +35,28 @@ COLOURS = {
     "white": (244, 242, 236),
 }
 SIDES = ("left", "right", "top", "bottom", "middle")
-"""where a single shape stands"""
+"""Places of a single shape."""
 RELATIONS = ("left", "right", "above", "below")
-"""where the first of two shapes stands, seen from the second"""
+"""Places of the first of two shapes relative to the second."""
 DIRECTIONS = {
-    "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "middle": (0, 0), "above": (0, -1), "below": (0, 1),
-}  # fmt: skip
+    "left": (-1, 0),
+    "right": (1, 0),
+    "top": (0, -1),
+    "bottom": (0, 1),
+    "middle": (0, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}
 ASPECT_RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3))
-"""width to height"""
+"""Aspect ratios, width to height."""
 MIN_SIZE, MAX_SIZE = 48, 256
-"""bounds of the native height and width, in pixels"""
+"""Bounds of the native height and width, in pixels."""
 PATTERNS = ("stripes", "checks", "dots")
-"""one, two or three plane waves at equal angles"""
+"""Numbers of plane waves at equal angles."""
 MAX_EXTENT = 0.45
-"""how far from the middle, along either axis, a shape may extend"""
+"""Largest extent of a shape from the center along either axis."""
 UNIFORMS_PER_SCENE = 60
-"""uniforms of a scene, no fewer than it takes"""
+"""Number of uniform draws per scene, an upper bound."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class Texture:
 
 @dataclass(frozen=True)
 class Shape:
-    """`radius` is that of a circle around it; `rotation` in radians, clockwise from upright."""
+    """One shape; `radius` is that of its circumscribed circle, `rotation` in radians, clockwise from upright."""
 
     kind: str
     colour: str
@@ -79,7 +85,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Background:
-    """From colour `start` to colour `end` along `direction`; `mottle` are broad, faint waves over it."""
+    """Gradient from color `start` to color `end` along `direction`, with broad, faint waves (`mottle`)."""
 
     start: tuple[float, float, float]
     end: tuple[float, float, float]
@@ -90,7 +96,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """`place` is one of SIDES for one shape, one of RELATIONS for two. Height and width in pixels."""
+    """One image; `place` is one of SIDES for one shape, one of RELATIONS for two. Height and width in pixels."""
 
     shapes: tuple[Shape, ...]
     place: str
@@ -102,25 +108,25 @@ class Scene:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a caption claims: (kind, colour) of each shape, and the place of the first; None: nowhere in particular."""
+    """Claims of a caption: (kind, color) of each shape, and the place of the first; None: no place."""
 
     shapes: tuple[tuple[str, str], ...]
     place: str | None
 
 
 def sample_scene(index: int, seed: int = 0, single: bool = False) -> Scene:
-    """Scene `index` >= 0. `single`: it has one shape, so that its kind can be the class of the picture."""
+    """Return scene `index` >= 0. single: it has one shape, so that its kind can be the class of the image."""
     return sample_scenes([index], seed, single)[0]
 
 
 def sample_scenes(indices: Sequence[int], seed: int = 0, single: bool = False) -> list[Scene]:
-    """The scenes of `indices`, each as it would be alone; drawing many at once is faster."""
+    """Return the scenes of `indices`, equal to those drawn one by one, but faster."""
     draws = rng.uniform(seed, torch.tensor(indices, dtype=torch.int64), "shapes", UNIFORMS_PER_SCENE)
     return [_build_scene(iter(row), single) for row in draws.tolist()]
 
 
 def _build_scene(u: Iterator[float], single: bool) -> Scene:
-    """A scene from uniform draws, taken one after the other."""
+    """Build a scene from uniform draws."""
     height, width = _sample_size(_choose(u, ASPECT_RATIOS), next(u))
     wording, background = int(3 * next(u)), _sample_background(u)
     alone = next(u) < 0.5 or single
@@ -136,7 +142,7 @@ def _build_scene(u: Iterator[float], single: bool) -> Scene:
 
 
 def _sample_size(aspect: tuple[int, int], u: float) -> tuple[int, int]:
-    """Height and width in pixels; the shorter edge is uniform in its logarithm."""
+    """Return height and width in pixels; the shorter edge is log-uniform."""
     w, h = aspect
     ratio = max(aspect) / min(aspect)
     n = math.floor(MIN_SIZE * ((MAX_SIZE / ratio + 1) / MIN_SIZE) ** u)
@@ -145,14 +151,14 @@ def _sample_size(aspect: tuple[int, int], u: float) -> tuple[int, int]:
 
 
 def _place_one(u: Iterator[float]) -> tuple[str, list[tuple[float, float, float]]]:
-    """Side, and [(x, y, radius)]: 0.13 to 0.21 to that side, at most 0.04 off otherwise."""
+    """Return the side, and [(x, y, radius)]: 0.13 to 0.21 to that side, at most 0.04 off otherwise."""
     place, radius = _choose(u, SIDES), _uniform(u, 0.17, 0.24)
     dx, dy = DIRECTIONS[place]
     return place, [(0.17 * dx + _uniform(u, -0.04, 0.04), 0.17 * dy + _uniform(u, -0.04, 0.04), radius)]
 
 
 def _place_two(u: Iterator[float]) -> tuple[str, list[tuple[float, float, float]]]:
-    """Relation, and [(x, y, radius)] of both: their offset on the other axis is at most 0.35 of that on its own."""
+    """Return the relation, and [(x, y, radius)] of both; the offset on the other axis is at most 0.35 of it."""
     place = _choose(u, RELATIONS)
     dx, dy = DIRECTIONS[place]
     radii = _uniform(u, 0.16, 0.195), _uniform(u, 0.16, 0.195)
@@ -183,7 +189,7 @@ def _sample_background(u: Iterator[float]) -> Background:
 
 
 def _muted_colour(hue: float, chroma: float, lightness: float) -> tuple[float, float, float]:
-    """RGB: a grey and a faint hue."""
+    """Return RGB of a grey with a faint hue."""
     third = 2 * math.pi / 3
     return tuple(lightness + chroma * math.cos(hue - i * third) for i in range(3))
 
@@ -203,24 +209,31 @@ def _choose(u: Iterator[float], choices: Sequence):
 
 
 def scene_facts(scene: Scene) -> Facts:
+    """Return the facts of a scene."""
     return Facts(tuple((shape.kind, shape.colour) for shape in scene.shapes), scene.place)
 
 
 def scene_label(scene: Scene) -> int:
-    """Index in KINDS of the first shape. For class-conditional images draw scenes with `single`.
+    """Return the index in KINDS of the first shape; for class-conditional images draw scenes with `single`.
 
-    A second shape, most often of another kind, would make the class of a picture ambiguous.
+    A second shape, mostly of another kind, would make the class of an image ambiguous.
     """
     return KINDS.index(scene.shapes[0].kind)
 
 
-SIDE_PHRASES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom", "middle": "in the middle"}  # fmt: skip
+SIDE_PHRASES = {
+    "left": "on the left",
+    "right": "on the right",
+    "top": "at the top",
+    "bottom": "at the bottom",
+    "middle": "in the middle",
+}
 RELATION_PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 TRAILING_PHRASES = {"left": "to its left", "right": "to its right", "above": "above it", "below": "below it"}
 
 
 def scene_caption(scene: Scene) -> str:
-    """One of three wordings, at most 12 words, all of which claim `facts(scene)`."""
+    """Return one of three wordings of at most 12 words, all of which claim `scene_facts(scene)`."""
     names = [f"a {shape.colour} {shape.kind}" for shape in scene.shapes]
     if len(names) == 1:
         at = SIDE_PHRASES[scene.place]
@@ -231,14 +244,17 @@ def scene_caption(scene: Scene) -> str:
 
 
 def parse_caption(caption: str) -> Facts:
-    """What a caption claims. Facts of two shapes begin with the one whose place is told.
+    """Return the facts that a caption claims; those of two shapes begin with the one whose place is given.
 
-    That is the first when the place is told between them ("A left of B"), otherwise the second ("left of B, A";
-    "B with A to its left"). Raises UsageError when there is not one or two of "colour kind", or not one place.
+    That is the first if the place is between them ("A left of B"), otherwise the second ("left of B, A"; "B with A to
+    its left").
+
+    Raises:
+        UsageError: The caption has not one or two of "color kind", or not one place.
     """
     text = caption.lower()
     named = list(re.finditer(rf"\b({'|'.join(COLOURS)})\s+({'|'.join(KINDS)})\b", text))
-    shapes = [(found[2], found[1]) for found in named]
+    shapes = [(match[2], match[1]) for match in named]
     places = list(re.finditer(rf"\b({'|'.join(DIRECTIONS)})\b", text))
     allowed = SIDES if len(shapes) == 1 else RELATIONS
     if len(shapes) not in (1, 2) or len(places) > 1 or any(place[0] not in allowed for place in places):
@@ -254,12 +270,12 @@ def parse_caption(caption: str) -> Facts:
 
 
 def mirror_facts(facts: Facts) -> Facts:
-    """What is true after left and right are exchanged."""
+    """Return the facts after left and right are exchanged."""
     return Facts(facts.shapes, {"left": "right", "right": "left"}.get(facts.place, facts.place))
 
 
 def _star_distance(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Five tips at radius 1, notches at 0.45; turned and reflected onto half of the tip that points up."""
+    """Return the distance to a star with five tips at radius 1 and notches at 0.45, folded onto half a tip."""
     angle = np.arctan2(u, -v)
     angle = abs(angle - np.rint(angle * (5 / (2 * math.pi))) * (2 * math.pi / 5))
     along, across = 0.45 * math.cos(math.pi / 5) - 1, 0.45 * math.sin(math.pi / 5)
@@ -280,7 +296,7 @@ RIM_WIDTH, SHADOW_OFFSET = 0.011, 0.02
 
 
 def render_scene(scene: Scene) -> np.ndarray:
-    """(h, w, 3) uint8 at the native size, antialiased."""
+    """Return the image (h, w, 3) uint8 at its native size, antialiased."""
     n = min(scene.height, scene.width)
     x, y = (((np.arange(edge) + 0.5 - edge / 2) / n).astype(np.float32) for edge in (scene.width, scene.height))
     picture = _render_background(scene.background, x, y, n)
@@ -294,7 +310,7 @@ def render_scene(scene: Scene) -> np.ndarray:
 
 
 def _render_background(background: Background, x: np.ndarray, y: np.ndarray, n: int) -> np.ndarray:
-    """(h, w, 3)"""
+    """Return the background (h, w, 3)."""
     across, down = math.cos(background.direction), math.sin(background.direction)
     extent = abs(across) * len(x) / n + abs(down) * len(y) / n
     t = 0.5 + np.add.outer(y * (down / extent), x * (across / extent))
@@ -306,7 +322,7 @@ def _render_background(background: Background, x: np.ndarray, y: np.ndarray, n: 
 
 
 def _paint_shape(picture: np.ndarray, shape: Shape, x: np.ndarray, y: np.ndarray, n: int) -> None:
-    """Shadow, body and rim onto a part of the picture, in place."""
+    """Paint shadow, body and rim of a shape, in place."""
     colour = np.array(COLOURS[shape.colour], np.float32) / 255
     picture *= 1 - 0.3 * (0.5 - _signed_distance(shape, x, y - SHADOW_OFFSET) / 0.04).clip(0, 1)[..., None]
     d = _signed_distance(shape, x, y) * n  # in pixels: what is within half a pixel of the outline is covered in part
@@ -317,14 +333,14 @@ def _paint_shape(picture: np.ndarray, shape: Shape, x: np.ndarray, y: np.ndarray
 
 
 def _signed_distance(shape: Shape, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """d at every (y, x)."""
+    """Return d at every (y, x)."""
     c, s = math.cos(shape.rotation) / shape.radius, math.sin(shape.rotation) / shape.radius
     x, y = x - np.float32(shape.x), y - np.float32(shape.y)
     return shape.radius * SIGNED_DISTANCES[shape.kind](np.add.outer(y * s, x * c), np.add.outer(y * c, -x * s))
 
 
 def _render_texture(texture: Texture, x: np.ndarray, y: np.ndarray, n: int) -> np.ndarray:
-    """(h, w): plane waves at equal angles, and their harmonics; what n pixels cannot carry is left out, not aliased."""
+    """Return plane waves at equal angles and their harmonics, (h, w); frequencies beyond n pixels are left out."""
     count = PATTERNS.index(texture.pattern) + 1
     total = np.zeros((len(y), len(x)), np.float32)
     for harmonic, share in ((1, 0.6), (2, 0.4)):

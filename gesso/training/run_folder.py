@@ -69,7 +69,9 @@ def open_dataset_for_run(run: RunConfig, console: Console) -> tuple[RunConfig, D
     """Open the images and record what they and the text encoder determine in the run; validate the result."""
     check_sampling(run)
     trackers.check_trackers(run)
-    widths: Mapping[str, int | None] = {} if is_cache_uri(run.data.source) else text.text_dims(run.semantic)  # before any image is read
+    widths: Mapping[str, int | None] = (
+        {} if is_cache_uri(run.data.source) else text.text_dims(run.semantic)
+    )  # before any image is read
     with ProgressBar(console, 1, 0, f"reading {run.data.source}") as bar:
         dataset = open_dataset(run.data, run.latent, run.train.seed, lambda done, total: bar.update(done, total=total))
     for note in dataset.notes:

@@ -1,11 +1,11 @@
-"""Copies of files, in a folder that processes share, together of no more bytes than a bound.
+"""Downloaded copies of files, in a folder that processes share, limited in total size.
 
-    NAME                 whole or absent; last changed when it was last asked for
-    .lock                held for an instant by whoever looks or changes what is here
-    .fetching/NAME       held by who fetches NAME
-    .users/ANY           held by a process as long as it lives: the names that it needs, and those that it fetches
+    NAME                 complete or absent; its modification time is that of its last use
+    .lock                locked while a process reads or changes the state of the folder
+    .fetching/NAME       locked by the process that downloads NAME
+    .users/ANY           locked by a process as long as it lives: the names that it uses and downloads
 
-The kernel drops the locks (flock) of a process that ends, however it ends; what it left is swept by the next.
+The kernel releases the locks (flock) of a process that ends; its leftovers are removed by the next.
 """
 
 import contextlib
@@ -24,9 +24,10 @@ from gesso.errors import UsageError
 
 
 class FileCache:
-    """Files of the bytes `sizes` by name. keep: bytes of all, or None for as many as there are.
+    """Files of known sizes by name, of at most `max_bytes` in total; None: no limit.
 
-    Raises UsageError when the folder is not writable, or its disk too small.
+    Raises:
+        UsageError: The folder is not writable, or its disk is too small.
     """
 
     def __init__(self, folder: Path, sizes: Mapping[str, int], max_bytes: int | None):
@@ -60,21 +61,24 @@ class FileCache:
             raise self._disk_full_error(due, free)
 
     def pin(self, names: Iterable[str]) -> None:
-        """These, and no others, are needed by this process: nobody removes them."""
+        """Declare that this process uses these files and no others; no process removes them."""
         with self._exclusive():
             self._pinned = sorted(names)
             self._write_user()
 
     def is_missing(self, name: str) -> bool:
-        """Neither there nor being fetched by this process."""
+        """Return True if a file is neither present nor being downloaded by this process."""
         return name not in self._fetching and not self._is_complete(name)
 
     @contextlib.contextmanager
     def reserve(self, name: str, required: bool, higher_priority: Iterable[str] = ()) -> Iterator[Path | None]:
-        """Where to write the file `name`; None when it is there, or when it need not be and there is no room for it.
+        """Yield the path to write the file `name` to; None if it is present, or not required and without room.
 
-        before: names whose room it does not take. One thread of one process comes here at a time for a name, others wait.
-        Raises UsageError when it must be there and the disk is full.
+        higher_priority: names whose room it does not take. One thread of one process enters at a time for a name;
+        others wait.
+
+        Raises:
+            UsageError: The file is required and the disk is full.
         """
         with _lock(self.folder / ".fetching" / name):
             with self._exclusive():
@@ -103,17 +107,17 @@ class FileCache:
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """No other thread and no other process looks at the folder or changes it. What follows is called within."""
+        """Exclude all other threads and processes. The following methods are called within."""
         with _lock(self.folder / ".lock"):
             yield
 
     def _write_user(self) -> None:
-        """Others what this process needs and fetches."""
+        """Publish the names that this process uses and downloads."""
         os.ftruncate(self._user_fd, 0)
         os.pwrite(self._user_fd, json.dumps([self._pinned, sorted(self._fetching)]).encode(), 0)
 
     def _read_users(self) -> tuple[set[str], set[str]]:
-        """What all live processes need and fetch; those that ended are forgotten."""
+        """Return the names that live processes use and download; entries of ended ones are removed."""
         needed: set[str] = set()
         fetching: set[str] = set()
         for path in (self.folder / ".users").iterdir():
@@ -121,20 +125,22 @@ class FileCache:
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    theirs = json.load(handle)
-                    needed.update(theirs[0])
-                    fetching.update(theirs[1])
+                    used_names = json.load(handle)
+                    needed.update(used_names[0])
+                    fetching.update(used_names[1])
                 else:
                     path.unlink()
         return needed, fetching
 
     def _files_by_age(self) -> list[str]:
-        """Names of the files that are there, the one used longest ago first."""
-        found = {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(self.folder) if entry.name in self.sizes}
-        return sorted(found, key=found.__getitem__)
+        """Return the names of the present files, least recently used first."""
+        last_used = {
+            entry.name: entry.stat().st_mtime_ns for entry in os.scandir(self.folder) if entry.name in self.sizes
+        }
+        return sorted(last_used, key=last_used.__getitem__)
 
     def _make_room(self, name: str, required: bool, higher_priority: Iterable[str]) -> bool:
-        """Remove what has to go for the file `name`; whether there is room for it."""
+        """Remove files until `name` fits; return whether it does."""
         needed, fetching = self._read_users()
         begun = 0
         for path in self.folder.glob(".*.tmp"):
@@ -170,7 +176,7 @@ class FileCache:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold a lock, once no other thread and no other process does."""
+    """Hold a lock over all threads and processes."""
     with open(path, "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -183,4 +189,5 @@ def _remove_user(user: int, path: str) -> None:
 
 
 def format_gigabytes(size: int) -> str:
+    """Return a size as text in GB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,7 +1,7 @@
-"""From an image of a source to rows of a file of a cache: views, latents, tokens.
+"""Encode images of a source as rows of a cache file: views, latents, tokens.
 
-Legend: n images, K views of each, B views of a pass through the VAE; C channels, H W size in pixels; c channels of latents,
-h w of theirs; D and P channels of a token and of pooled text.
+Legend: n images, K views of each, B views of a pass through the VAE; C channels, H W size in pixels; c channels of
+latents, h w of theirs; D and P channels of a token and of pooled text.
 """
 
 import math
@@ -23,14 +23,14 @@ from gesso.data.sources.base import Source, SourceItem, StringArray
 from gesso.errors import RunError, UnreadableImageError, UsageError
 
 CAPTION_BATCH_SIZE = 64
-"""that the text encoder is given at a time"""
+"""Number of captions per call of the text encoder."""
 MAX_SHARD_BYTES = 2**28
 MAX_IMAGES_PER_SHARD = 4096
-"""of a range, where the plan does not say"""
+"""Default number of images of a range."""
 
 
 class CacheJob(NamedTuple):
-    """A plan without gaps, and what it needs. vae is None for pixels, and where the source holds latents."""
+    """A complete plan, its source and encoders. vae is None for pixels, and for sources of latents."""
 
     plan: CachePlan
     source: Source
@@ -38,18 +38,21 @@ class CacheJob(NamedTuple):
     encoder: TextEncoder | None
 
     def identities(self) -> tuple[EncoderIdentity | None, EncoderIdentity | None]:
-        """Of VAE and text encoder."""
+        """Identities of VAE and text encoder."""
         latent = self.plan.latent
-        told: EncoderIdentity | None = self.vae.identity() if self.vae else None
+        vae_identity: EncoderIdentity | None = self.vae.identity() if self.vae else None
         if self.source.has_latents:
-            told = {name: getattr(latent, name) for name in ("vae", "convention", "channels", "downsample_factor")}
-        return told, self.encoder.identity() if self.encoder else None
+            vae_identity = {
+                name: getattr(latent, name) for name in ("vae", "convention", "channels", "downsample_factor")
+            }
+        return vae_identity, self.encoder.identity() if self.encoder else None
 
 
 class EncodedImage(NamedTuple):
-    """An image: x (K, C, H, W) uint8, or (1, 2c, h, w) float32; size of the whole picture; K boxes, flips, tones.
+    """One image: x (K, C, H, W) uint8 or (1, 2c, h, w) float32, original size; K boxes, flips and pixel statistics.
 
-    bucket: place in plan.sizes(); faces: blurred; sums (2, C) int64 of pixels and their squares, None of latents.
+    bucket: index in plan.bucket_sizes(). num_faces: number of blurred faces. sums: (2, C) int64 of pixels and their
+    squares, None for latents.
     """
 
     index: int
@@ -66,7 +69,7 @@ class EncodedImage(NamedTuple):
 
 
 def open_job(plan: CachePlan, source: Source, device: torch.device) -> CacheJob:
-    """Open VAE and text encoder and fill the plan's gaps. Raises UsageError for what does not fit together."""
+    """Open VAE and text encoder and complete the plan. Raises UsageError for settings that do not fit together."""
     latent, semantic, vae, encoder, where = plan.latent, plan.semantic, None, None, plan.data.source
     if source.has_latents:
         latent = latent.model_copy(update=_stored_latent_settings(plan, source))
@@ -104,18 +107,21 @@ def open_job(plan: CachePlan, source: Source, device: torch.device) -> CacheJob:
 
 
 def _stored_latent_settings(plan: CachePlan, source: Source) -> dict[str, int]:
-    """channels and factor of the latents that a source holds. Raises UsageError where the plan asks for another thing."""
+    """Return channels and downsampling factor of stored latents. Raises UsageError if the plan contradicts them."""
     data, where = plan.data, f"{plan.data.source} holds latents"
     if plan.latent.vae is None or plan.latent.convention != "edm2":
         raise UsageError(
             f"{where}: say --convention edm2, and by --vae which VAE made them, such as stabilityai/sd-vae-ft-mse "
             "(it is written down, not opened)"
         )
-    asked = {
-        "--crop-scale": data.crop_scale, "--flip": data.flip, "--views": plan.views > 1, "--blur-faces": plan.blur_faces,
+    requested = {
+        "--crop-scale": data.crop_scale,
+        "--flip": data.flip,
+        "--views": plan.views > 1,
+        "--blur-faces": plan.blur_faces,
         "--buckets": plan.buckets > 1,
-    }  # fmt: skip
-    for flag, value in asked.items():
+    }
+    for flag, value in requested.items():
         if value:
             raise UsageError(f"{where}, which can neither be cropped nor changed: leave {flag} out")
     for i in range(len(source)):
@@ -132,7 +138,7 @@ def _stored_latent_settings(plan: CachePlan, source: Source) -> dict[str, int]:
 
 
 def _bytes_per_image(plan: CachePlan) -> int:
-    """Of an image's rows."""
+    """Return the bytes of the rows of an image."""
     R, K = plan.data.resolution, plan.views
     if plan.latent.vae is None:
         return K * plan.data.channels * R * R
@@ -142,12 +148,12 @@ def _bytes_per_image(plan: CachePlan) -> int:
 
 
 def nearest_bucket(sizes: Sequence[tuple[int, int]], height: int, width: int) -> int:
-    """Place of the bucket whose aspect is nearest to a picture's, by their ratio."""
+    """Return the index of the bucket with the nearest aspect ratio."""
     return min(range(len(sizes)), key=lambda b: abs(math.log(sizes[b][1] * height / (sizes[b][0] * width))))
 
 
 def view_uniforms(plan: CachePlan, start: int, stop: int) -> np.ndarray:
-    """(stop - start, K, UNIFORMS) of the images from start on; those of a view do not depend on K."""
+    """Return the draws (stop - start, K, UNIFORMS) of images; those of a view do not depend on K."""
     index = torch.arange(start, stop)
     u = [rng.uniform(plan.seed, index, f"view {v}", crops.UNIFORMS_PER_VIEW) for v in range(plan.views)]
     return torch.stack(u, dim=1).numpy()
@@ -156,8 +162,7 @@ def view_uniforms(plan: CachePlan, start: int, stop: int) -> np.ndarray:
 def make_views(
     data: DataConfig, height: int, width: int, uniforms: np.ndarray, aspect: float = 1.0
 ) -> list[crops.View]:
-    """K views of an image, u (K, UNIFORMS) its draws. Where flips are asked for, every other view is mirrored: the first
-    at random."""
+    """Return K views of an image for draws (K, UNIFORMS). With flips every other view is mirrored."""
     first = crops.random_view(data, height, width, uniforms[0], aspect).flip
     return [
         crops.random_view(data, height, width, one, aspect)._replace(flip=data.flip and first ^ (v % 2 == 1))
@@ -166,43 +171,60 @@ def make_views(
 
 
 def min_decode_edge(plan: CachePlan) -> int:
-    """The shorter edge that any view needs, so that its pixels are not enlarged by the decoder's shortcut."""
+    """Return the shorter edge that any view needs, so that reduced decoding never enlarges pixels."""
     scale = plan.data.crop_scale
     return math.ceil(max(map(max, plan.bucket_sizes())) / math.sqrt(scale[0] if scale else 1))
 
 
 def encode_image(job: CacheJob, i: int, uniforms: np.ndarray, min_edge: int) -> EncodedImage | UnreadableImageError:
-    """Image i of the source, u (K, UNIFORMS) its draws; smallest is `least` of the plan. Any thread may call it."""
+    """Encode image i of the source with draws (K, UNIFORMS); min_edge as `min_decode_edge`. Thread-safe."""
     plan, data, source = job.plan, job.plan.data, job.source
     try:
         item = source.item(i)
         if source.has_latents:
             _check_latent_shape(plan, item)
             return EncodedImage(
-                i, item.label, item.caption, item.original_size or (data.resolution,) * 2, [(0.0, 0.0, 1.0, 1.0)], [False],
-                np.zeros((1, 2)), torch.from_numpy(item.image)[None],
-            )  # fmt: skip
-        picture, whole = item.decode(data.channels, min_edge, data.resize)
+                i,
+                item.label,
+                item.caption,
+                item.original_size or (data.resolution,) * 2,
+                [(0.0, 0.0, 1.0, 1.0)],
+                [False],
+                np.zeros((1, 2)),
+                torch.from_numpy(item.image)[None],
+            )
+        picture, original_size = item.decode(data.channels, min_edge, data.resize)
     except UnreadableImageError as error:
         return UnreadableImageError(error.name, error.reason)  # without the frames that the caught one holds
     count = 0
     if plan.blur_faces:
         picture, count = face_blur.blur_faces(picture)
     sizes = plan.bucket_sizes()
-    bucket = nearest_bucket(sizes, *whole)
+    bucket = nearest_bucket(sizes, *original_size)
     H, W = sizes[bucket]
-    chosen = make_views(data, *whole, uniforms, W / H)
+    chosen = make_views(data, *original_size, uniforms, W / H)
     x = np.stack([crops.crop_resize(picture, view, H, W, data.resize) for view in chosen])
     sums = np.stack([x.sum((2, 3), dtype=np.int64), np.square(x, dtype=np.uint16).sum((2, 3), dtype=np.int64)])
     return EncodedImage(
-        i, item.label, item.caption, item.original_size or whole, [view[:4] for view in chosen], [view.flip for view in chosen],
-        pixel_stats_from_sums(sums, H * W), torch.from_numpy(x), bucket, count, sums.sum(1),
-    )  # fmt: skip
+        i,
+        item.label,
+        item.caption,
+        item.original_size or original_size,
+        [view[:4] for view in chosen],
+        [view.flip for view in chosen],
+        pixel_stats_from_sums(sums, H * W),
+        torch.from_numpy(x),
+        bucket,
+        count,
+        sums.sum(1),
+    )
 
 
 def pixel_stats_from_sums(sums: np.ndarray, area: int) -> np.ndarray:
-    """(K, 2) mean and standard deviation from (2, K, C) sums of pixels and squares. As crops.tone, but the same to the last
-    bit on any number of threads."""
+    """Return (K, 2) mean and standard deviation from (2, K, C) sums of pixels and squares.
+
+    As crops.compute_pixel_stats, but bit-equal on any number of threads.
+    """
     mean, square = sums.sum(2) / (area * sums.shape[2])
     return np.stack([mean, np.sqrt(np.maximum(square - mean**2, 0))], axis=1)
 
@@ -215,7 +237,7 @@ def _check_latent_shape(plan: CachePlan, item: SourceItem) -> None:
 
 
 class ShardBuilder:
-    """Rows of a file as they come; latents and tokens are made a batch at a time, views and captions in their order."""
+    """Rows of a file; latents and tokens are encoded in batches, views and captions in order."""
 
     def __init__(self, job: CacheJob):
         self.job, self.dtype = job, getattr(torch, job.plan.dtype or "float32")
@@ -227,6 +249,7 @@ class ShardBuilder:
         self._encoded_texts: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, image: EncodedImage) -> None:
+        """Add an image."""
         plan = self.job.plan
         self.images.append(image._replace(x=None))
         if self.job.vae:
@@ -243,14 +266,14 @@ class ShardBuilder:
                 self._encode_captions()
 
     def finish(self) -> None:
-        """The last latents and tokens."""
+        """Encode the remaining latents and tokens."""
         if self._pending_views:
             self._encode_views()
         if self._captions:
             self._encode_captions()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those of shards.layout."""
+        """Return the tensors of format.shard_layout."""
         plan, n = self.job.plan, len(self.images)
         captions = StringArray.from_strings(image.caption for image in self.images)
 
@@ -258,7 +281,7 @@ class ShardBuilder:
             return torch.from_numpy(np.array(values)).to(dtype)
 
         x = torch.cat(self._x)
-        found = {
+        result = {
             "moments" if plan.latent.vae else "pixels": x.unflatten(0, (n, plan.views)),
             "index": column([image.index for image in self.images], torch.int64),
             "label": column([image.label for image in self.images], torch.int64),
@@ -271,11 +294,11 @@ class ShardBuilder:
         }
         if self.job.encoder:
             tokens, lengths, pooled = (torch.cat(parts) for parts in zip(*self._encoded_texts, strict=True))
-            found |= {"tokens": tokens, "token_end": lengths.cumsum(0), "pooled": pooled}
-        return found
+            result |= {"tokens": tokens, "token_end": lengths.cumsum(0), "pooled": pooled}
+        return result
 
     def _encode_views(self) -> None:
-        """At most a batch, filled up with zeros: of the shape of a pass the last bits depend."""
+        """Encode at most a batch, padded with zeros: the last bits depend on the shape of a pass."""
         size = self.job.plan.batch_size
         batch, self._pending_views = torch.stack(self._pending_views[:size]), self._pending_views[size:]
         full = torch.cat([batch, batch.new_zeros(size - len(batch), *batch.shape[1:])])
@@ -302,6 +325,7 @@ class ShardBuilder:
 
 
 def add_sums(one: MomentSums, other: MomentSums) -> MomentSums:
+    """Return the sum of two sums."""
     if not one.count:
         return other
     if not other.count:
@@ -314,20 +338,20 @@ def add_sums(one: MomentSums, other: MomentSums) -> MomentSums:
 
 
 def _pixel_sums(x: Tensor, sums: np.ndarray) -> MomentSums:
-    """Whole numbers, of pixels as they are: sums over all files are exact."""
+    """Return integer sums of pixels, which are exact over all files."""
     first, second = sums.tolist()
     return MomentSums(count=x[:, 0].numel(), value_sum=first, square_sum=second, variance_sum=[0.0] * len(first))
 
 
 def _latent_sums(x: Tensor) -> MomentSums:
-    """In numpy: torch's sums depend on the number of threads."""
+    """Return sums in numpy: torch's depend on the number of threads."""
     mean, std = np.split(x.numpy().astype(np.float64), 2, axis=1)
     first, second, variance = (v.sum((0, 2, 3)).tolist() for v in (mean, mean**2, std**2))
     return MomentSums(count=x[:, 0].numel(), value_sum=first, square_sum=second, variance_sum=variance)
 
 
 def channel_stats(sums: MomentSums, latents: bool) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel, as samples.latent_moments and pixel_moments."""
+    """Return mean and standard deviation per channel, as base.latent_channel_stats and base.pixel_channel_stats."""
     first, second, variance = (np.array(v) / sums.count for v in (sums.value_sum, sums.square_sum, sums.variance_sum))
     mean, std = first, np.sqrt(np.maximum(second - first**2, 0) + variance)
     return (mean.tolist(), std.tolist()) if latents else ((mean / 127.5 - 1).tolist(), (std / 127.5).tolist())

@@ -1,19 +1,19 @@
-"""The files of a cache: their names, what is in them, whether it is so. cache.py reads them, caching.py writes them.
+"""File format of a cache: names, contents and checks. read.py reads the files, write.py writes them.
 
-OUT/manifest.json                  config.cache.Manifest, written last
-OUT/plan.json                      config.cache.Started, there until then
-OUT/shards/shard-000000.json       config.cache.Range, written after the files of its range of images
-OUT/shards/shard-000000.safetensors, or one for each bucket, shard-000000-384x640.safetensors (pixels of height and width):
+OUT/manifest.json                  plan.CacheManifest, written last
+OUT/plan.json                      plan.CacheHeader, until then
+OUT/shards/shard-000000.json       plan.ShardRecord, written after the files of its range of images
+OUT/shards/shard-000000.safetensors, or one per bucket, shard-000000-384x640.safetensors (height and width in pixels):
     pixels uint8 (n, K, C, H, W), or moments float16|float32 (n, K, 2c, h, w): means, then standard deviations, raw
     index, label int64 (n,); size int32 (n, 2); box float32 (n, K, 4); flip uint8 (n, K); tone float32 (n, K, 2)
     caption uint8, the bytes of all; caption_end int64 (n,)
     with text: tokens float16|float32 (sum of lengths, D); token_end int64 (n,); pooled (n, P)
-OUT/shards/columns.safetensors     label to caption_end of all files, so that a reader need not open them to begin
+OUT/shards/columns.safetensors     label to caption_end of all files, so that a reader can start without opening them
 
-`index` is the place in the source; what Samples call index is the place in the cache.
+`index` is the index in the source; SampleBatch.indices is the index in the cache.
 
-Legend: n images of a file, K views; C channels of pixels, H W of their size; c channels of latents, h w of theirs; D and P
-channels of a token and of pooled text.
+Legend: n images of a file, K views; C channels of pixels, H W of their size; c channels of latents, h w of theirs; D
+and P channels of a token and of pooled text.
 """
 
 import hashlib
@@ -52,12 +52,12 @@ SHARD_NAME_PATTERN = re.compile(r"shard-\d{6,}(-\d+x\d+)?\.safetensors")
 
 
 def shard_name(r: int, size: tuple[int, int] | None = None) -> str:
-    """Of the file of range r; of a bucket where there are several."""
+    """Return the file name of range r, of one bucket if there are several."""
     return f"shard-{r:06d}.safetensors" if size is None else f"shard-{r:06d}-{size[0]}x{size[1]}.safetensors"
 
 
 def is_cache(folder: str | Path) -> bool:
-    """Whether `gesso cache` wrote there, finished or not."""
+    """Return True if the folder is a cache, complete or not."""
     return any((Path(folder) / name).is_file() for name in ("manifest.json", "plan.json"))
 
 
@@ -65,7 +65,7 @@ Record = TypeVar("Record", CacheManifest, ShardRecord, CacheHeader)
 
 
 def read_record(path: Path, kind: type[Record]) -> Record:
-    """A JSON file of the cache. Raises UsageError when it is damaged, or of another version."""
+    """Read a JSON file of the cache. Raises UsageError if it is damaged or of another version."""
     try:
         tree = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -74,24 +74,24 @@ def read_record(path: Path, kind: type[Record]) -> Record:
 
 
 def parse_record(tree: object, path: Path | str, kind: type[Record]) -> Record:
-    """What a JSON file holds, checked; `path` is how errors name it."""
+    """Validate the contents of a JSON file; `path` names it in errors."""
     version = tree.get("format") if isinstance(tree, dict) else None
     if kind is not ShardRecord and version != FORMAT:
         raise UsageError(f"{path}: written as {str(version)[:40]!r}, where {FORMAT!r} is read: make the cache anew")
     try:
-        found = kind.model_validate(tree)
+        record = kind.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    hostile = [shard.name for shard in getattr(found, "files", ()) if not SHARD_NAME_PATTERN.fullmatch(shard.name)]
-    hostile += [found.columns.name] if kind is CacheManifest and found.columns.name != COLUMNS_FILE else []
+    hostile = [shard.name for shard in getattr(record, "files", ()) if not SHARD_NAME_PATTERN.fullmatch(shard.name)]
+    hostile += [record.columns.name] if kind is CacheManifest and record.columns.name != COLUMNS_FILE else []
     if hostile:
         raise UsageError(f"{path}: refused, for it names a file {hostile[0]!r}, which gesso cache never writes")
-    return found
+    return record
 
 
 def open_manifest(folder: str | Path) -> CacheManifest:
-    """Raises UsageError when the cache is missing, unfinished, of another version, damaged, or lacks files."""
+    """Read and check a manifest. Raises UsageError if the cache is missing, incomplete, outdated or damaged."""
     manifest = _read_manifest(Path(folder))
     for shard in (*manifest.files, manifest.columns):
         if wrong := size_problem(Path(folder), shard):
@@ -112,7 +112,7 @@ def _read_manifest(folder: Path) -> CacheManifest:
 
 
 def check_manifest(manifest: CacheManifest, path: Path | str) -> CacheManifest:
-    """Raises UsageError when the files are not those that the plan makes of the images."""
+    """Return the manifest. Raises UsageError if its files are not those that the plan gives for the images."""
     if manifest.num_images != sum(shard.rows for shard in manifest.files):
         raise UsageError(f"{path} is damaged: num_images is not the sum of the rows of its files")
     plan, text = manifest.plan, manifest.plan.semantic
@@ -129,6 +129,7 @@ def check_manifest(manifest: CacheManifest, path: Path | str) -> CacheManifest:
 
 
 def size_problem(folder: Path, shard: ShardFile | ColumnFile) -> str | None:
+    """Return a description if a file is missing or has the wrong size, else None."""
     path = folder / SHARD_DIR / shard.name
     try:
         has = path.stat().st_size
@@ -138,9 +139,9 @@ def size_problem(folder: Path, shard: ShardFile | ColumnFile) -> str | None:
 
 
 def shard_layout(plan: CachePlan, shard: ShardFile) -> dict[str, tuple[torch.dtype, tuple[int | None, ...]]]:
-    """Type and shape of each tensor of a file; None is any length."""
+    """Return dtype and shape of each tensor of a file; None is any length."""
     n, K, stored = shard.rows, plan.views, getattr(torch, plan.dtype or "float32")
-    found: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {
+    layout: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {
         "moments" if plan.latent.vae else "pixels": (stored if plan.latent.vae else torch.uint8, shard.shape),
         "index": (torch.int64, (n,)), "label": (torch.int64, (n,)), "size": (torch.int32, (n, 2)),
         "box": (torch.float32, (n, K, 4)), "flip": (torch.uint8, (n, K)), "tone": (torch.float32, (n, K, 2)),
@@ -149,12 +150,12 @@ def shard_layout(plan: CachePlan, shard: ShardFile) -> dict[str, tuple[torch.dty
     if plan.semantic.kind == "text":
         width, pooled = plan.semantic.embed_dim, plan.semantic.pooled_dim
         text = {"tokens": (stored, (None, width)), "token_end": (torch.int64, (n,)), "pooled": (stored, (n, pooled))}
-        found |= text
-    return found
+        layout |= text
+    return layout
 
 
 def image_tensor_shape(plan: CachePlan, rows: int, height: int, width: int) -> tuple[int, ...]:
-    """Of pixels or moments of a file whose views have that size in pixels."""
+    """Return the shape of pixels or moments of a file, for views of a size in pixels."""
     if plan.latent.vae:
         f = plan.latent.downsample_factor
         return (rows, plan.views, 2 * plan.latent.channels, height // f, width // f)
@@ -162,11 +163,11 @@ def image_tensor_shape(plan: CachePlan, rows: int, height: int, width: int) -> t
 
 
 def gather_columns(folder: Path, plan: CachePlan, files: Sequence[ShardFile]) -> dict[str, Tensor]:
-    """What COLUMNS holds."""
+    """Return the contents of the columns file."""
     parts = []
     for shard in files:
-        found = map_shard(folder / SHARD_DIR / shard.name, plan, shard)
-        parts.append({name: found[name] for name in COLUMN_TENSORS})
+        tensors = map_shard(folder / SHARD_DIR / shard.name, plan, shard)
+        parts.append({name: tensors[name] for name in COLUMN_TENSORS})
     columns = {name: torch.cat([part[name] for part in parts]) for name in COLUMN_TENSORS}
     before = torch.tensor([0, *(len(part["caption"]) for part in parts)]).cumsum(0)
     columns["caption_end"] = torch.cat([part["caption_end"] + k for part, k in zip(parts, before, strict=False)])
@@ -174,34 +175,34 @@ def gather_columns(folder: Path, plan: CachePlan, files: Sequence[ShardFile]) ->
 
 
 def map_columns(path: Path, manifest: CacheManifest) -> dict[str, Tensor]:
-    """Those of a cache, memory-mapped. Raises UsageError when they are not what the manifest says."""
+    """Return the columns of a cache, memory-mapped. Raises UsageError if they contradict the manifest."""
     due = columns_layout(manifest)
-    found = _map_file(path, due)
-    ends = found["caption_end"].numpy()
-    if (np.diff(ends, prepend=0) < 0).any() or ends[-1] != len(found["caption"]):
+    columns = _map_file(path, due)
+    ends = columns["caption_end"].numpy()
+    if (np.diff(ends, prepend=0) < 0).any() or ends[-1] != len(columns["caption"]):
         raise UsageError(f"{path} is damaged: its ends of captions do not rise to their length")
-    return found
+    return columns
 
 
 def columns_layout(manifest: CacheManifest) -> dict[str, tuple[torch.dtype, tuple[int | None, ...]]]:
-    """As `layout`, of COLUMNS."""
+    """Return dtype and shape of each tensor of the columns file."""
     rows = manifest.files[0].model_copy(update={"rows": manifest.num_images})
     return {name: due for name, due in shard_layout(manifest.plan, rows).items() if name in COLUMN_TENSORS}
 
 
 def map_shard(path: Path, plan: CachePlan, shard: ShardFile) -> dict[str, Tensor]:
-    """Tensors of a file, memory-mapped. Raises UsageError when they are not what the plan says."""
+    """Return the tensors of a file, memory-mapped. Raises UsageError if they contradict the plan."""
     return _map_file(path, shard_layout(plan, shard))
 
 
 def _map_file(path: Path, expected: dict[str, tuple[torch.dtype, tuple[int | None, ...]]]) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} is damaged: {hub.error_summary(error)}") from None
-    for name in {**expected, **found}:
-        has = (found[name].dtype, tuple(found[name].shape)) if name in found else None
+    for name in {**expected, **tensors}:
+        has = (tensors[name].dtype, tuple(tensors[name].shape)) if name in tensors else None
         if (
             name not in expected
             or has is None
@@ -209,7 +210,7 @@ def _map_file(path: Path, expected: dict[str, tuple[torch.dtype, tuple[int | Non
             or not _shape_matches(has[1], expected[name][1])
         ):
             raise UsageError(f"{path} is damaged: {name} is {has} where {expected.get(name)} is due")
-    return found
+    return tensors
 
 
 def _shape_matches(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
@@ -217,14 +218,15 @@ def _shape_matches(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> 
 
 
 def files_fingerprint(files: Sequence[ShardFile]) -> str:
-    """16 hex digits."""
+    """Return 16 hex digits of the files."""
     return hashlib.sha256("".join(shard.sha256 for shard in files).encode()).hexdigest()[:16]
 
 
 def verify_cache(folder: str | Path, progress: ProgressCallback = lambda done, total: None) -> list[str]:
-    """A line for each file that is wrong, and how it is made again; none where all is well.
+    """Read everything; return a line for each wrong file with the way to rewrite it, none if all is well.
 
-    Reads everything. Raises UsageError where there is no manifest to check by.
+    Raises:
+        UsageError: There is no manifest.
     """
     folder = Path(folder)
     manifest = _read_manifest(folder)
@@ -233,9 +235,9 @@ def verify_cache(folder: str | Path, progress: ProgressCallback = lambda done, t
         wrong = size_problem(folder, shard) or _digest_problem(folder, shard)
         if wrong is None:
             try:
-                found = map_shard(folder / SHARD_DIR / shard.name, manifest.plan, shard)
-                wrong = _content_problem(manifest, shard, found)
-                places.append(found["index"].numpy())
+                tensors = map_shard(folder / SHARD_DIR / shard.name, manifest.plan, shard)
+                wrong = _content_problem(manifest, shard, tensors)
+                places.append(tensors["index"].numpy())
             except UsageError as error:
                 wrong = str(error)
         if wrong:
@@ -279,7 +281,7 @@ def _digest_problem(folder: Path, shard: ShardFile | ColumnFile) -> str | None:
 
 
 def _content_problem(manifest: CacheManifest, shard: ShardFile, tensors: dict[str, Tensor]) -> str | None:
-    """What was wrong already when a file was written."""
+    """Return a description of contents that were wrong when the file was written, else None."""
     plan, r = manifest.plan, int(shard.name[6:].split("-")[0].split(".")[0])
     start = r * plan.images_per_shard
     index, label, ends = (tensors[name].numpy() for name in ("index", "label", "caption_end"))

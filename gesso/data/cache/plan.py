@@ -23,7 +23,7 @@ from gesso.errors import UsageError
 
 FORMAT = "gesso cache 1"
 MAX_BUCKET_ASPECT = 2.0
-"""aspect of the widest bucket; the tallest has its inverse"""
+"""Aspect ratio of the widest bucket; the tallest has its inverse."""
 FLAG_SETTINGS = {
     "--resolution": "data.resolution", "--channels": "data.channels", "--crop-scale": "data.crop_scale",
     "--flip": "data.flip", "--resize": "data.resize", "--vae": "latent.vae", "--convention": "latent.convention",
@@ -31,14 +31,14 @@ FLAG_SETTINGS = {
     "--max-tokens": "semantic.max_tokens", "--views": "views", "--dtype": "dtype", "--blur-faces": "blur_faces",
     "--buckets": "buckets", "--images-per-shard": "images_per_shard", "--batch-size": "batch_size",
 }  # fmt: skip
-"""of the command line, and the settings that they are short for"""
+"""Command-line flags and the settings they stand for."""
 REQUIRED_FLAGS = {"--convention": "--vae", "--max-tokens": "--text"}
 MEASURED_FIELDS = ("num_images", "num_classes", "class_names", "example_captions", "fingerprint", "mean", "std")
-"""of Data: what the images tell"""
+"""Fields of DataConfig that the images determine."""
 
 HexString = Annotated[str, Field(pattern="^[0-9a-f]*$")]
 EncoderIdentity = dict[str, str | int]
-"""of a VAE or a text encoder"""
+"""Identity of a VAE or a text encoder."""
 
 
 class CachePlan(Settings):
@@ -47,23 +47,23 @@ class CachePlan(Settings):
     data: DataConfig = DataConfig()
     latent: LatentConfig = LatentConfig()
     semantic: SemanticConfig = SemanticConfig(kind="none")
-    """kind text stores the tokens of the captions, none does not; captions and classes are stored always"""
+    """kind=text stores the tokens of the captions; captions and classes are always stored"""
     views: PositiveCount = 1
     """K: crops and flips of each image; a sample of training takes one of them"""
     dtype: Literal["float16", "float32"] | None = None
-    """of stored latents and tokens; float16, but float32 where the source itself holds latents"""
+    """dtype of stored latents and tokens; null: float16, or float32 for sources of latents"""
     images_per_shard: PositiveCount | None = None
-    """images of a range, which a kill may cost; at most 4096, and fewer where a file would exceed 256 MiB"""
+    """images per range, the unit of work that a kill may cost; at most 4096, fewer if a file would exceed 256 MiB"""
     batch_size: PositiveCount = 32
-    """views of every pass through the VAE"""
+    """number of views in a pass through the VAE"""
     blur_faces: bool = False
-    """blur the faces that OpenCV finds, before anything else (data/encoders/face_blur.py)"""
+    """blur faces that OpenCV detects, before anything else (data/encoders/face_blur.py)"""
     buckets: PositiveCount = 1
-    """sizes of nearly equal area; an image is in that whose aspect is nearest, from 1:2 to 2:1"""
+    """number of buckets of nearly equal area, from 1:2 to 2:1; an image belongs to the nearest aspect ratio"""
     bucket_multiple: PositiveCount | None = None
-    """pixels, of which the edges of buckets are multiples; 64, or an eighth of a resolution below 256"""
+    """edges of buckets are multiples of this many pixels; null: 64, or an eighth of a resolution below 256"""
     seed: NonNegativeInt = 0
-    """of crops and flips"""
+    """seed of crops and flips"""
 
     @model_validator(mode="after")
     def _check(self) -> "CachePlan":
@@ -123,7 +123,7 @@ class ShardFile(Settings):
 
 
 class ColumnFile(Settings):
-    """The file of what is small of all images, in the order of the files."""
+    """The file with the small columns of all images, in the order of the files."""
 
     name: str
     bytes: PositiveCount
@@ -140,47 +140,47 @@ class MomentSums(Settings):
 
 
 class ShardRecord(Settings):
-    """Written after the files of images `start` to `stop` - 1 of the source, of plan `plan`."""
+    """Record written after the files of images `start` to `stop` - 1 of the source."""
 
     plan_digest: HexString
     start: NonNegativeInt
     stop: PositiveCount
     files: tuple[ShardFile, ...]
     unreadable: tuple[tuple[str, str], ...]
-    """name and reason"""
+    """name and reason of unreadable images"""
     num_faces: NonNegativeInt
-    """that were blurred"""
+    """number of blurred faces"""
     sums: MomentSums
 
 
 class CacheHeader(Settings):
-    """Written before anything else, and removed when the manifest is there."""
+    """Record written first, and removed when the manifest is written."""
 
     format: str = FORMAT
     plan: CachePlan
     source_fingerprint: str
     """fingerprint of the source"""
     num_source_images: PositiveCount
-    """of the source"""
+    """number of images of the source"""
     vae: EncoderIdentity | None = None
     text_encoder: EncoderIdentity | None = None
 
 
 class CacheManifest(CacheHeader):
-    """Written last: what is there."""
+    """Record written last: the contents of the cache."""
 
     num_images: PositiveCount
-    """that could be read"""
+    """number of readable images"""
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
-    """per channel, of pixels in [-1, 1] or of raw latents"""
+    """mean per channel of pixels in [-1, 1] or of raw latents"""
     std: tuple[float, ...]
     unreadable: tuple[tuple[str, str], ...]
     num_faces: NonNegativeInt
     files: tuple[ShardFile, ...]
     columns: ColumnFile
     fingerprint: HexString
-    """of the files' checksums"""
+    """hash of the checksums of the files"""
 
 
 def parse_cache_args(source: str, out: object, options: Mapping[str, object], arguments: list[str]) -> CachePlan | None:

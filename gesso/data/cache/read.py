@@ -1,7 +1,7 @@
-"""What `gesso cache` wrote, as training reads it: memory-mapped, by image, in any order. shards.py has the files.
+"""Read a cache for training: memory-mapped, by image, in any order. format.py describes the files.
 
-Legend: N images, K views of each, B samples; C channels of pixels, H W of their size; c channels of latents, h w of theirs;
-T tokens, D and P channels of a token and of pooled text.
+Legend: N images, K views of each, B samples; C channels of pixels, H W of their size; c channels of latents, h w of
+theirs; T tokens, D and P channels of a token and of pooled text.
 """
 
 import math
@@ -25,21 +25,26 @@ from gesso.errors import UsageError
 
 
 class OpenShard(NamedTuple):
-    """A file, memory-mapped: the bytes of x, and the tokens of its texts."""
+    """A memory-mapped file: x and the tokens of its captions."""
 
     x: memoryview
     text: dict[str, np.ndarray]
 
 
 class CachedDataset(Dataset):
-    """What `gesso cache` wrote at `where`, a folder or an address (remote.py). x is pixels uint8, or moments in the type
-    they are stored in.
+    """Dataset of a cache in a folder or at an address (remote.py). x is pixels uint8, or moments in their stored dtype.
 
-    A sample is one of the K views of its image, keyed to (seed, counter). window: files whose images are shuffled together;
-    of a cache at an address those of two windows are kept on the local disk, without a window all. buckets: sizes in
-    pixels; bucket_of (N,) int64, which of them an image is in: the images of one `take` are in one.
+    A sample is one of the K views of its image, keyed to (seed, sample index).
 
-    Raises UsageError as `opened_manifest`.
+    Args:
+        uri: Folder or address.
+        seed: Seed of the choice of views.
+        window: Number of files whose images are shuffled together; for a cache at an address, the files of two windows
+        are
+            on the local disk; None: all.
+
+    Raises:
+        UsageError: The cache cannot be opened, as `open_manifest`.
     """
 
     is_cheap = True
@@ -74,7 +79,7 @@ class CachedDataset(Dataset):
                 self._shard(f)
 
     def _open_remote(self) -> remote.RemoteShards:
-        """The local copies of files at an address."""
+        """Return the local copies of files at an address."""
         files, columns = self.manifest.files, self.manifest.columns
         if self.window is None:
             local = remote.RemoteShards(self.uri)
@@ -90,15 +95,15 @@ class CachedDataset(Dataset):
         with self._open_lock:
             if f not in self._open_shards:
                 shard = self.manifest.files[f]
-                found = map_shard(self._path(shard.name), self.plan, shard)
-                x = found["moments" if self.has_latents else "pixels"].numpy().reshape(-1).view(np.uint8)
+                tensors = map_shard(self._path(shard.name), self.plan, shard)
+                x = tensors["moments" if self.has_latents else "pixels"].numpy().reshape(-1).view(np.uint8)
                 self._open_shards[f] = OpenShard(
-                    memoryview(x), {name: found[name].numpy() for name in TEXT_TENSORS if name in found}
+                    memoryview(x), {name: tensors[name].numpy() for name in TEXT_TENSORS if name in tensors}
                 )
             return self._open_shards[f]
 
     def _advance_window(self, sample_index: Tensor) -> None:
-        """Of a cache at an address: let go of the files of earlier windows, and begin to fetch those of the next."""
+        """Release the remote files of earlier windows and prefetch those of the next."""
         if self._remote_shards is None or self._window_shuffle is None:
             return
         first, stop = int(sample_index.min()), int(sample_index.max()) + 1
@@ -115,13 +120,13 @@ class CachedDataset(Dataset):
     def sample_order(
         self, seed: int, batch_size: int
     ) -> EpochShuffle | ShardWindowShuffle | BucketSampler | ExcludeIndices:
-        """Raises UsageError for a window beside buckets, and when no bucket fills a batch."""
+        """Return the sample order. Raises UsageError for a window with buckets, or if no bucket fills a batch."""
         order = self._training_order(seed, batch_size)
         self._window_shuffle = order if isinstance(order, ShardWindowShuffle) else None
         return ExcludeIndices(order, self.validation_indices) if len(self.validation_indices) else order
 
     def _training_order(self, seed: int, batch_size: int) -> EpochShuffle | ShardWindowShuffle | BucketSampler:
-        """Of the images that are not held out, counted without gaps."""
+        """Return the order over the training images, numbered without gaps."""
         held = self.validation_indices.numpy()
         if len(self.buckets) > 1:
             if self.window:
@@ -135,10 +140,12 @@ class CachedDataset(Dataset):
         return ShardWindowShuffle((self._ends - self._starts - gone).tolist(), self.window, seed)
 
     def indices_of_size(self, height: int, width: int) -> Tensor:
+        """Return the indices of the images of one bucket."""
         wanted = [b for b, size in enumerate(self.buckets) if size == (height, width)]
         return torch.from_numpy(np.flatnonzero(np.isin(self.bucket_of, wanted)))
 
     def implied_settings(self, run: RunConfig) -> dict[str, dict[str, object]]:
+        """Return the settings that the cache determines."""
         data = {
             name: getattr(self.plan.data, name) for name in ("resolution", "channels", "flip", "crop_scale", "resize")
         }
@@ -148,6 +155,7 @@ class CachedDataset(Dataset):
         return {"data": data, "latent": latent}
 
     def get(self, indices: Tensor, sample_index: Tensor) -> SampleBatch:
+        """Return samples, as `Dataset.get`."""
         self._advance_window(sample_index)
         if self.plan.views == 1:
             return self.get_views(indices, torch.zeros_like(indices))
@@ -155,7 +163,7 @@ class CachedDataset(Dataset):
         return self.get_views(indices, view)
 
     def get_unaugmented(self, indices: Tensor) -> SampleBatch:
-        """The first view that is not mirrored. Where all are, pixels are mirrored back, and latents are the first view."""
+        """Return the first view that is not mirrored; if all are, pixels are mirrored back, latents are not."""
         mirrored = self._view_params[:, 4].reshape(-1, self.plan.views)[indices.numpy()]
         samples = self.get_views(indices, torch.from_numpy(mirrored.argmin(axis=1)))
         if self.has_latents or not samples.flips.any():
@@ -164,14 +172,16 @@ class CachedDataset(Dataset):
         return samples._replace(x=x, flips=torch.zeros_like(samples.flips))
 
     def channel_stats(self) -> tuple[Tensor, Tensor]:
+        """Return the stored mean and standard deviation per channel."""
         mean, std = (torch.tensor(values, dtype=torch.float64) for values in (self.manifest.mean, self.manifest.std))
         return mean, std
 
     def fingerprint(self) -> str:
+        """Return the stored fingerprint."""
         return self.manifest.fingerprint
 
     def get_views(self, indices: Tensor, view: Tensor) -> SampleBatch:
-        """The views (B,) of the images index (B,), of one bucket."""
+        """Return the views (B,) of the images `indices` (B,) of one bucket."""
         # In numpy: a call of torch costs as much as a row.
         K, i = self.plan.views, indices.numpy()
         place = i * K + view.numpy()
@@ -189,9 +199,15 @@ class CachedDataset(Dataset):
             here += size
         drawn = torch.from_numpy(self._view_params[place])
         return SampleBatch(
-            torch.from_numpy(x).view(self._dtype).view(-1, *shape), self.original_sizes[indices], drawn[:, :4], drawn[:, 4] > 0,
-            drawn[:, 5:], self.labels[indices], indices, self._encoded_text(files, (i - self._starts[file]).tolist()),
-        )  # fmt: skip
+            torch.from_numpy(x).view(self._dtype).view(-1, *shape),
+            self.original_sizes[indices],
+            drawn[:, :4],
+            drawn[:, 4] > 0,
+            drawn[:, 5:],
+            self.labels[indices],
+            indices,
+            self._encoded_text(files, (i - self._starts[file]).tolist()),
+        )
 
     def _encoded_text(self, files: list[int], rows: list[int]) -> EncodedText | None:
         semantic = self.plan.semantic

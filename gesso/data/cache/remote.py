@@ -1,11 +1,11 @@
-"""Shards of a cache on object storage, at any address that fsspec knows: s3://bucket/prefix, gs://, https://.
+"""Files of a cache on object storage, at an address that fsspec opens: s3://bucket/prefix, gs://, https://.
 
-    local = remote.Local("s3://bucket/imagenet-256", keep=50 * 10**9)
-    local.ahead(names)         begin to fetch these
-    local.path(name)           a file on the local disk; waits until it is there, and is in use until
+    local = remote.RemoteShards("s3://bucket/imagenet-256", max_bytes=50 * 10**9)
+    local.prefetch(names)      start downloading these
+    local.path(name)           a file on the local disk; waits until it is complete, and is in use until
     local.release([name])
 
-Copies lie in $XDG_CACHE_HOME/gesso/shards/<hash of address and fingerprint>/NAME (kept.py).
+Copies are in $XDG_CACHE_HOME/gesso/shards/<hash of address and fingerprint>/NAME (bounded_file_cache.py).
 """
 
 import collections
@@ -28,11 +28,11 @@ from gesso.data.encoders.hub import error_summary, import_names, sha256_files
 from gesso.errors import GessoError, RunError, UsageError
 
 RETRY_DELAYS_S = (0.5, 2.0, 8.0)
-"""seconds before another attempt"""
+"""Seconds before each further attempt."""
 NUM_FETCH_THREADS = 4
-"""files that are fetched ahead at a time"""
+"""Number of files prefetched in parallel."""
 STALL_TIMEOUT_S = 60
-"""seconds without a byte, after which a connection is given up"""
+"""Seconds without a byte after which a connection is closed."""
 PROTOCOL_PACKAGES = {"s3": "'gesso[s3]'", "s3a": "'gesso[s3]'", "gs": "gcsfs", "gcs": "gcsfs"}
 ACCESS_HINTS = {
     "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for a public bucket FSSPEC_S3_ANON=true",
@@ -42,14 +42,16 @@ Result = TypeVar("Result")
 
 
 def is_remote(uri: str | Path) -> bool:
-    """Whether `where` is an address, not a path."""
+    """Return True for an address, False for a path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(uri)) is not None
 
 
 def read_manifest(uri: str | Path) -> dict[str, Any]:
-    """manifest.json of a cache, in a folder or at an address.
+    """Return manifest.json of a cache, in a folder or at an address.
 
-    Raises UsageError when there is none, it is damaged, or access is refused; RunError when the network fails.
+    Raises:
+        UsageError: It is missing or damaged, or access is refused.
+        RunError: The network fails.
     """
     what = f"{str(uri).rstrip('/')}/manifest.json"
     try:
@@ -69,14 +71,13 @@ def read_manifest(uri: str | Path) -> dict[str, Any]:
 
 
 def open_remote_manifest(url: str) -> CacheManifest:
-    """The manifest of the cache at `url`, checked. Raises as `manifest`, and UsageError when it is hostile or of another
-    version."""
+    """Return the checked manifest at an address. Raises as `read_manifest`, and UsageError if it is unsafe."""
     what = f"{url.rstrip('/')}/manifest.json"
     return format.check_manifest(format.parse_record(read_manifest(url), what, CacheManifest), what)
 
 
 def _open_storage(url: str) -> tuple[Any, str]:
-    """fsspec's file system of an address, and the path in it."""
+    """Return fsspec's file system of an address, and the path in it."""
     protocol = url.partition("://")[0].lower()
     options = {}
     (url_to_fs,) = import_names("fsspec", "s3", ["url_to_fs"])
@@ -95,9 +96,11 @@ def _open_storage(url: str) -> tuple[Any, str]:
 
 
 def _retry(action: Callable[[], Result], label: str) -> Result:
-    """What `action` returns; when the network fails, several attempts.
+    """Return the result of `action`, with several attempts if the network fails.
 
-    Raises UsageError where access is refused, RunError after the last attempt, FileNotFoundError.
+    Raises:
+        UsageError: Access is refused.
+        RunError: The last attempt failed.
     """
     waits = iter(RETRY_DELAYS_S)
     while True:
@@ -121,19 +124,21 @@ def _retry(action: Callable[[], Result], label: str) -> Result:
 
 
 def _is_access_error(error: Exception) -> bool:
-    """Whether another attempt would need other credentials."""
+    """Return True if another attempt would need other credentials."""
     status = getattr(error, "status", None)  # of aiohttp's errors
     return isinstance(error, PermissionError) or "Credentials" in type(error).__name__ or status in (401, 403)
 
 
 class RemoteShards:
-    """Files of the cache at `url`, fetched whole, checked by size and SHA-256, and kept on the local disk.
+    """Files of the cache at `url`, downloaded, checked by size and SHA-256, and stored on the local disk.
 
-    keep: bytes on the disk, or None for all. When a file would exceed them, those go that were used longest ago and are
-    neither in use nor asked for in any process. What is in use stays, even beyond `keep`.
+    max_bytes: limit of the local copies, None for no limit. When a file would exceed it, the least recently used files
+    that no process uses or requests are removed. Files in use are never removed.
 
-    Any thread may call any method; processes share the folder. Raises UsageError when the manifest is missing or damaged,
-    access is refused, or the disk is too small.
+    All methods are thread-safe; processes share the folder.
+
+    Raises:
+        UsageError: The manifest is missing or damaged, access is refused, or the disk is too small.
     """
 
     def __init__(self, url: str, max_bytes: int | None = None):
@@ -150,9 +155,11 @@ class RemoteShards:
         self._threads: list[threading.Thread] = []
 
     def path(self, name: str) -> Path:
-        """The file `name`, in use from now on. Waits until it is there.
+        """Return the path of a file, which is in use from now on; wait until it is complete.
 
-        Raises UsageError when the disk is full or access is refused, RunError when the file does not come whole.
+        Raises:
+            UsageError: The disk is full or access is refused.
+            RunError: The download fails.
         """
         with self._condition:
             self._in_use.add(name)
@@ -165,19 +172,19 @@ class RemoteShards:
         return self.folder / name
 
     def release(self, names: Iterable[str]) -> None:
-        """These are not in use any more."""
+        """Declare that files are no longer in use."""
         with self._condition:
             self._in_use.difference_update(names)
             self._file_cache.pin(self._in_use.union(self._requested))
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Begin to fetch these, in this order, as far as there is room; what was asked for before is not any more."""
-        asked = list(names)
+        """Start downloading files in this order, as far as there is room; earlier requests are dropped."""
+        requested = list(names)
         with self._condition:
-            if asked != self._requested:
-                self._requested = asked
-                self._file_cache.pin(self._in_use.union(asked))
-            self._queue = collections.deque(name for name in asked if self._file_cache.is_missing(name))
+            if requested != self._requested:
+                self._requested = requested
+                self._file_cache.pin(self._in_use.union(requested))
+            self._queue = collections.deque(name for name in requested if self._file_cache.is_missing(name))
             # Daemons: a process that ends does not wait for files that it will not read.
             while self._queue and len(self._threads) < NUM_FETCH_THREADS:
                 self._threads.append(threading.Thread(target=self._fetch_loop, name="shards", daemon=True))
@@ -185,7 +192,7 @@ class RemoteShards:
             self._condition.notify_all()
 
     def close(self) -> None:
-        """Nothing is in use or asked for any more. Waits for what is being fetched."""
+        """Release all files and requests; wait for running downloads."""
         with self._condition:
             self._closed = True
             self._condition.notify_all()
@@ -205,7 +212,7 @@ class RemoteShards:
                 self._fetch(name, required=False, higher_priority=before)
 
     def _fetch(self, name: str, required: bool, higher_priority: Iterable[str] = ()) -> None:
-        """Have the file `name`. must: though what is in use takes the room. before: what comes earlier."""
+        """Download a file. required: even beyond the limit. higher_priority: names requested before it."""
         with self._file_cache.reserve(name, required, higher_priority) as temporary:
             if temporary:
                 self._download(name, temporary)
@@ -228,7 +235,7 @@ class RemoteShards:
 
 
 def _expected_files(url: str, tree: dict[str, Any]) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 by name, of the files of a manifest. Raises UsageError when it is damaged, or hostile."""
+    """Return size and SHA-256 by file name. Raises UsageError if the manifest is damaged or unsafe."""
     try:
         listed = [*tree["files"], *([tree["columns"]] if "columns" in tree else [])]
         due = {file["name"]: (int(file["bytes"]), str(file["sha256"])) for file in listed}
@@ -244,5 +251,5 @@ def _expected_files(url: str, tree: dict[str, Any]) -> dict[str, tuple[int, str]
 
 
 def _copies_folder(url: str, fingerprint: str) -> Path:
-    """Where copies of a cache lie."""
+    """Return the folder of the local copies of a cache."""
     return atomic_io.cache_dir("shards") / hashlib.sha256(json.dumps([url, fingerprint]).encode()).hexdigest()[:32]

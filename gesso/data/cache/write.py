@@ -1,7 +1,7 @@
-"""Writing a cache: a source becomes files of pixels or latents, captions and their tokens (shards.py says which).
+"""Write a cache: files of pixels or latents, captions and tokens (format.py describes them).
 
-The bytes depend on the plan and the source alone: not on how often the work was stopped, nor on how many ranks share it.
-Range r of the images is written by rank r % world; it is done when its sidecar is there.
+The bytes depend on the plan and the source alone, not on interruptions or the number of ranks. Range r of the images is
+written by rank r % world; it is complete when its record exists.
 
 Legend: N images.
 """
@@ -42,9 +42,9 @@ from gesso.data.sources.base import format_names
 from gesso.errors import RunError, StoppedError, UnreadableImageError, UsageError
 
 IN_FLIGHT_PER_THREAD = 4
-"""images in work for each thread"""
+"""Images in progress per thread."""
 BARRIER_TIMEOUT = datetime.timedelta(days=30)
-"""that a rank waits for the others while they live"""
+"""Timeout of a rank that waits for live ranks."""
 
 Argument, Result = TypeVar("Argument"), TypeVar("Result")
 
@@ -57,11 +57,20 @@ def write_cache(
     log: Callable[[str], None] = lambda line: None,
     received_signals: Sequence[int] = (),
 ) -> list[str]:
-    """Write the cache that `plan` says to the folder `out`, or go on with it; returns lines on what is there then.
+    """Write the cache of a plan to the folder `out`, or continue it; return lines that describe it.
 
-    progress counts the images of rank 0; a signal that turns up in `caught` stops the work. Raises UsageError for a
-    plan that does not fit, or an `out` with other things in it; RunError for too many unreadable images, numbers that do
-    not fit, or a disk that refuses; Stopped for a signal. Whatever happens, the same call goes on.
+    Args:
+        plan: The plan.
+        out: The folder.
+        device: Device of the encoders.
+        progress: Receives the numbers of finished and of all images of rank 0.
+        log: Receives lines of information.
+        received_signals: Signals; any signal in it stops the work.
+
+    Raises:
+        UsageError: The plan is not valid, or `out` contains other files.
+        RunError: Too many images are unreadable, values overflow, or the disk is full or not writable.
+        StoppedError: A signal arrived. The same call continues after any error.
     """
     inside = Path(plan.data.source)
     if inside.is_dir() and out.resolve().is_relative_to(inside.resolve()):
@@ -118,13 +127,13 @@ def _summary(manifest: CacheManifest, out: Path) -> list[str]:
     extra = [f"{len(manifest.unreadable):,} unreadable left out"] if manifest.unreadable else []
     extra += [f"{manifest.num_faces:,} faces blurred"] if plan.blur_faces else []
     each = f" of {plan.views} views each" if plan.views > 1 else ""
-    told = "; ".join([f"{manifest.num_images:,} images{each}, {what} {shapes}, {size / 1e6:,.1f} MB", *extra])
-    return [*lines, f"{out}: {told}", f"next:\n  gesso inspect {out}\n  gesso train RECIPE data.source={out}"]
+    description = "; ".join([f"{manifest.num_images:,} images{each}, {what} {shapes}, {size / 1e6:,.1f} MB", *extra])
+    return [*lines, f"{out}: {description}", f"next:\n  gesso inspect {out}\n  gesso train RECIPE data.source={out}"]
 
 
 @contextlib.contextmanager
 def _init_ranks() -> Iterator[tuple[int, int, Callable[[], None]]]:
-    """Which of how many processes of one torchrun this is, and a call that returns when all of them have come to it."""
+    """Yield rank and number of processes of this torchrun, and a barrier."""
     rank, world, *_ = torchrun.rank_from_env()
     if world == 1:
         yield 0, 1, lambda: None
@@ -151,7 +160,7 @@ def _init_ranks() -> Iterator[tuple[int, int, Callable[[], None]]]:
 
 
 def _prepare_folder(out: Path, header: CacheHeader) -> None:
-    """Leave `out` with a plan, or with a manifest whose files are all there. Raises UsageError where it holds other things."""
+    """Leave `out` with a plan, or a manifest with all its files. Raises UsageError if it contains other files."""
     atomic_io.remove_leftovers(out)
     atomic_io.remove_leftovers(out / format.SHARD_DIR)
     plan, manifest = out / "plan.json", out / "manifest.json"
@@ -177,7 +186,7 @@ def _prepare_folder(out: Path, header: CacheHeader) -> None:
 
 
 def _check_same_settings(out: Path, stored: CacheHeader, header: CacheHeader) -> None:
-    """Raise UsageError where `out` holds what was planned in another way."""
+    """Raise UsageError if `out` was planned with other settings."""
     there, here = identity_settings(stored), identity_settings(header)
     differing = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     if differing:
@@ -193,7 +202,7 @@ def _settings_digest(header: CacheHeader) -> str:
 
 
 def _range_bounds(header: CacheHeader) -> list[tuple[int, int]]:
-    """First image of each range, and that after its last."""
+    """Return the first image of each range, and the end of the last."""
     size = header.plan.images_per_shard
     return [(start, min(start + size, header.num_source_images)) for start in range(0, header.num_source_images, size)]
 
@@ -203,13 +212,13 @@ def _record_path(out: Path, r: int) -> Path:
 
 
 def _completed_record(out: Path, header: CacheHeader, r: int) -> ShardRecord | None:
-    """The sidecar of range r, if all that it says is there."""
+    """Return the record of range r if all its files exist, else None."""
     try:
-        found = format.read_record(_record_path(out, r), ShardRecord)
+        record = format.read_record(_record_path(out, r), ShardRecord)
     except UsageError:
         return None
-    fits = found.plan_digest == _settings_digest(header) and (found.start, found.stop) == _range_bounds(header)[r]
-    return found if fits and not any(format.size_problem(out, shard) for shard in found.files) else None
+    fits = record.plan_digest == _settings_digest(header) and (record.start, record.stop) == _range_bounds(header)[r]
+    return record if fits and not any(format.size_problem(out, shard) for shard in record.files) else None
 
 
 def _write_missing_ranges(
@@ -221,13 +230,13 @@ def _write_missing_ranges(
     progress: ProgressCallback,
     received_signals: Sequence[int],
 ) -> None:
-    """Write the ranges of this rank that are not done."""
+    """Write the missing ranges of this rank."""
     bounds = _range_bounds(header)
     mine = {r: _completed_record(out, header, r) for r in range(rank, len(bounds), world)}
     total = sum(bounds[r][1] - bounds[r][0] for r in mine)
-    done = sum(found.stop - found.start for found in mine.values() if found)
-    unreadable = [pair for found in mine.values() if found for pair in found.unreadable]
-    todo, smallest = [r for r, found in mine.items() if found is None], encode.min_decode_edge(job.plan)
+    done = sum(record.stop - record.start for record in mine.values() if record)
+    unreadable = [pair for record in mine.values() if record for pair in record.unreadable]
+    todo, smallest = [r for r, record in mine.items() if record is None], encode.min_decode_edge(job.plan)
 
     def arguments() -> Iterator[tuple]:
         for r in todo:
@@ -271,7 +280,7 @@ def _write_missing_ranges(
 def _map_ahead(
     pool: ThreadPoolExecutor, function: Callable[[Argument], Result], arguments: Iterable[Argument], depth: int
 ) -> Iterator[Result]:
-    """As map, in order, with at most `depth` results that wait."""
+    """Yield the results of `function` in order, with at most `depth` pending."""
     waiting: deque[Future[Result]] = deque()
     for argument in arguments:
         waiting.append(pool.submit(function, argument))
@@ -290,7 +299,7 @@ def _write_range(
     rows: dict[int, ShardBuilder],
     unreadable: list[tuple[str, str]],
 ) -> None:
-    """The files of range r, and then its sidecar."""
+    """Write the files of range r, then its record."""
     sizes, written, sums, blurred = plan.bucket_sizes(), [], MomentSums(), 0
     for bucket in sorted(rows):
         tensors, size = rows[bucket].tensors(), sizes[bucket]
@@ -307,7 +316,7 @@ def _write_range(
         )
         sums = encode.add_sums(sums, rows[bucket].sums)
         blurred += sum(image.num_faces for image in rows[bucket].images)
-    found = ShardRecord(
+    record = ShardRecord(
         plan_digest=digest,
         start=bounds[0],
         stop=bounds[1],
@@ -316,7 +325,7 @@ def _write_range(
         num_faces=blurred,
         sums=sums,
     )
-    atomic_io.write_json(_record_path(out, r), found.model_dump(mode="json"))
+    atomic_io.write_json(_record_path(out, r), record.model_dump(mode="json"))
 
 
 def _write_columns(plan: CachePlan, out: Path, shards: Sequence[ShardFile]) -> ColumnFile:
@@ -328,21 +337,21 @@ def _write_columns(plan: CachePlan, out: Path, shards: Sequence[ShardFile]) -> C
 
 
 def _write_manifest(job: CacheJob, out: Path, header: CacheHeader, world: int) -> None:
-    """The manifest, from the sidecars of all ranks."""
+    """Write the manifest from the records of all ranks."""
     ranges, sums = [], MomentSums()
     for r in range(len(_range_bounds(header))):
-        found = _completed_record(out, header, r)
-        if found is None:
+        shard_record = _completed_record(out, header, r)
+        if shard_record is None:
             raise RunError(
                 f"{_record_path(out, r)}, which rank {r % world} was to write, is not there, or not in this file system"
             )
-        ranges.append(found)
-        sums = encode.add_sums(sums, found.sums)
-    unreadable = [pair for found in ranges for pair in found.unreadable]
+        ranges.append(shard_record)
+        sums = encode.add_sums(sums, shard_record.sums)
+    unreadable = [pair for shard_record in ranges for pair in shard_record.unreadable]
     check_unreadable(unreadable, header.num_source_images, job.plan.data)
     if len(unreadable) == header.num_source_images:
         raise RunError(f"no image of {job.plan.data.source} can be read")
-    written = [shard for found in ranges for shard in found.files]
+    written = [shard for shard_record in ranges for shard in shard_record.files]
     mean, std = encode.channel_stats(sums, job.plan.latent.vae is not None)
     manifest = CacheManifest(
         **dict(header),

@@ -1,8 +1,7 @@
-"""Faces blurred before anything learns from them, as in Berrada et al. Section 3, who do not say how.
+"""Blur faces before training, as in Berrada et al. Section 3, which does not describe the method.
 
-Found by OpenCV's frontal-face cascade (Viola and Jones 2001), which comes with its package: nothing is fetched. It misses
-profiles, covered and small faces, and takes a few other things for faces. A detector of one's own may go over the images
-first; gesso then reads its output as any source.
+Faces are detected by OpenCV's frontal-face cascade (Viola and Jones 2001), which its package contains. It misses
+profiles, covered and small faces, and has some false positives. Images can be processed with another detector first.
 
 Legend: (x, y, w, h) box of a face in pixels.
 """
@@ -18,23 +17,23 @@ from gesso.errors import UsageError
 
 CASCADE_FILE = "haarcascade_frontalface_alt2.xml"
 MAX_SEARCH_EDGE = 1024
-"""pixels of the longer edge that is searched; larger pictures are reduced for the search"""
+"""Longer edge in pixels for detection; larger images are reduced."""
 MIN_FACE_SIZE = 24
-"""pixels of a face in what is searched; the cascade was trained at 20"""
+"""Smallest face in pixels; the cascade was trained at 20."""
 MIN_NEIGHBOURS = 4
-"""overlapping finds that make a face"""
+"""Number of overlapping detections that make a face."""
 ELLIPSE_WIDTH, ELLIPSE_HEIGHT = 0.6, 0.75
-"""half axes of the blurred ellipse in units of w and h: the box reaches from brow to chin, a head is larger"""
+"""Half axes of the blurred ellipse in units of w and h; a box covers brow to chin, a head is larger."""
 FADE_RATIO = 1.25
-"""half axes at which the blur has faded out, in units of those where it begins to fade"""
+"""Half axes at which the blur ends, in units of those at which it starts to fade."""
 BLUR_SIGMA = 0.15
-"""sigma of the Gaussian in units of w: its width at half height is a third of the face, so no feature is left"""
+"""Sigma of the Gaussian in units of w; its full width at half maximum is a third of the face."""
 
 _thread_local = threading.local()
 
 
 def import_opencv() -> Any:
-    """OpenCV. Raises UsageError where it is not installed, or has no cascades: version 5 left them out."""
+    """Return OpenCV. Raises UsageError if it is not installed or has no cascades, which version 5 dropped."""
     try:
         import cv2
     except ImportError:
@@ -49,9 +48,10 @@ def import_opencv() -> Any:
 
 
 def detect_faces(picture: Image.Image) -> list[tuple[int, int, int, int]]:
-    """Boxes (x, y, w, h) of faces in a picture of mode L or RGB, in a fixed order. Any thread may call it.
+    """Return boxes (x, y, w, h) of faces in an image of mode L or RGB, in a fixed order; thread-safe.
 
-    Raises UsageError as `opencv`.
+    Raises:
+        UsageError: As `import_opencv`.
     """
     scale = max(1.0, max(picture.size) / MAX_SEARCH_EDGE)
     small = tuple(max(1, round(edge / scale)) for edge in picture.size)
@@ -67,7 +67,7 @@ def detect_faces(picture: Image.Image) -> list[tuple[int, int, int, int]]:
 
 
 def _load_cascade() -> Any:
-    """Of this thread: a classifier has a state."""
+    """Return the classifier of this thread, which has a state."""
     if "cascade" not in _thread_local.__dict__:
         cv2 = import_opencv()
         cv2.setNumThreads(1)  # whoever blurs many pictures has threads of their own, and one alone finds in one order
@@ -76,10 +76,13 @@ def _load_cascade() -> Any:
 
 
 def blur_faces(picture: Image.Image) -> tuple[Image.Image, int]:
-    """A picture of mode L or RGB with its faces blurred, and how many they are; without any, the picture itself.
+    """Return an image of mode L or RGB with its faces blurred, and their number; unchanged without faces.
 
-    Within an ellipse around each face all detail is gone; outside of it no value changes. Equal pictures give equal
-    bytes, in any thread. Raises UsageError where OpenCV is not installed.
+    All detail within an ellipse around each face is removed; no value outside changes. Equal images give equal bytes,
+    in any thread.
+
+    Raises:
+        UsageError: As `import_opencv`.
     """
     boxes = detect_faces(picture)
     if not boxes:
@@ -91,7 +94,7 @@ def blur_faces(picture: Image.Image) -> tuple[Image.Image, int]:
 
 
 def _blur_face(picture: Image.Image, x: int, y: int, w: int, h: int) -> None:
-    """In place."""
+    """Blur one face in place."""
     a, b = ELLIPSE_WIDTH * w, ELLIPSE_HEIGHT * h
     left, right = _pixel_range(x + w / 2, FADE_RATIO * a, picture.width)
     top, bottom = _pixel_range(y + h / 2, FADE_RATIO * b, picture.height)
@@ -104,5 +107,5 @@ def _blur_face(picture: Image.Image, x: int, y: int, w: int, h: int) -> None:
 
 
 def _pixel_range(middle: float, half: float, edge: int) -> tuple[int, int]:
-    """The pixels from middle - half to middle + half that are in the picture."""
+    """Return the pixels from middle - half to middle + half within the image."""
     return max(0, int(middle - half)), min(edge, int(np.ceil(middle + half)))

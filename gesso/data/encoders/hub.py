@@ -1,6 +1,6 @@
-"""Other people's models, in a folder or on the Hugging Face hub: their files, opened and identified.
+"""Pretrained models in a folder or on the Hugging Face hub: find, open and identify their files.
 
-Weights come from safetensors alone: a pickle could run code.
+Weights are read from safetensors only: a pickle could execute code.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from gesso.errors import UsageError
 
 
 def import_names(package: str, extra: str, names: Sequence[str]) -> list[Any]:
-    """Names of a package that an extra of gesso brings. Raises UsageError where it is missing or does not load."""
+    """Import names of a package that belongs to an extra of gesso. Raises UsageError if it is missing or broken."""
     try:
         module = importlib.import_module(package)
         return [getattr(module, name) for name in names]
@@ -33,15 +33,21 @@ def import_names(package: str, extra: str, names: Sequence[str]) -> list[Any]:
 
 
 def error_summary(error: Exception) -> str:
-    """What an error says, on one line."""
+    """Return the message of an error on one line."""
     return textwrap.shorten(str(error), 160, placeholder=" ...") or type(error).__name__
 
 
 def model_folder(model_id: str, label: str, subfolders: Sequence[str], names: Sequence[str]) -> Path:
-    """The folder that holds a model: `where` itself, or its sub-folder parts[0] where it is a whole pipeline's.
+    """Return the folder of a model: `model_id` itself, or its sub-folder in a pipeline.
 
-    where: a folder, or a hub id, of which the files `names` are fetched (in a pipeline from all of `parts`).
-    what: how errors name it. Raises UsageError where there is neither.
+    Args:
+        model_id: A folder, or a hub id, of which the files `names` are downloaded.
+        label: Name of the model in errors.
+        subfolders: Sub-folders of a pipeline, the model's first.
+        names: Patterns of the files.
+
+    Raises:
+        UsageError: There is no such folder or id.
     """
     root = Path(model_id).expanduser()
     if not root.is_dir():
@@ -66,7 +72,7 @@ def _download(model_id: str, label: str, subfolders: Sequence[str], names: Seque
 
 
 def read_config(folder: Path, label: str) -> dict[str, Any]:
-    """config.json of a model's folder. Raises UsageError when it is missing or no JSON."""
+    """Return config.json of a model. Raises UsageError if it is missing or no JSON."""
     try:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -76,30 +82,31 @@ def read_config(folder: Path, label: str) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, stem: str, label: str) -> list[Path]:
-    """STEM.safetensors or its shards, in order. Raises UsageError when there are none."""
+    """Return STEM.safetensors or its shards, in order. Raises UsageError if there are none."""
     pattern = re.compile(re.escape(stem) + r"(-\d+-of-\d+)?\.safetensors")
-    found = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
-    if not found:
+    shards = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+    if not shards:
         raise UsageError(
             f"{label}: no {stem}.safetensors in {folder}; weights in pickles (.bin, .ckpt) are not read, as they can "
             "run "
             "code: save them once more as safetensors"
         )
-    return found
+    return shards
 
 
 def model_file_patterns(stem: str) -> tuple[str, ...]:
-    """Names of the files of a model, for `folder`."""
+    """Return the file patterns of a model, for `model_folder`."""
     return ("config.json", f"{stem}.safetensors", f"{stem}-*.safetensors", f"{stem}.safetensors.index.json")
 
 
 def load_model(model_class: Any, package: str, folder: Path, label: str) -> nn.Module:
-    """The frozen network of a folder, by from_pretrained of the class `model`.
+    """Return the frozen network of a folder, loaded by from_pretrained of `model_class`.
 
-    Raises UsageError when the library refuses, or leaves a tensor at random because the file lacks it.
+    Raises:
+        UsageError: The library refuses, or a tensor is missing in the file.
     """
-    # transformers puts another function in the place of torch.linspace while it opens a model. torch lists the functions
-    # that torch.device(...) governs when it first meets one, for good: it is to meet the true one.
+    # transformers replaces torch.linspace while it loads a model, and torch.device(...) records the functions that it
+    # overrides once, at its first use: it must record the original one.
     with torch.device("cpu"):
         torch.empty(0)
     with quiet_logging(package):
@@ -121,7 +128,7 @@ def load_model(model_class: Any, package: str, folder: Path, label: str) -> nn.M
 
 @contextlib.contextmanager
 def quiet_logging(package: str) -> Iterator[None]:
-    """While a model is opened: no bar for a second's work, no table of the tensors that are not needed."""
+    """Suppress the library's progress bars and tables of unused tensors."""
     logging = importlib.import_module(f"{package}.utils.logging")
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -135,7 +142,7 @@ def quiet_logging(package: str) -> Iterator[None]:
 
 
 def sha256_files(files: Iterable[Path]) -> str:
-    """SHA-256 of files one after another."""
+    """Return the SHA-256 of concatenated files."""
     total = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
@@ -145,7 +152,7 @@ def sha256_files(files: Iterable[Path]) -> str:
 
 
 def sha256_config(settings: dict[str, Any]) -> str:
-    """SHA-256 of config.json without what tells only who wrote it."""
-    told = {name: value for name, value in settings.items() if name[0] != "_" or name == "_class_name"}
-    told.pop("transformers_version", None)
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    """Return the SHA-256 of config.json without fields on its origin."""
+    relevant = {name: value for name, value in settings.items() if name[0] != "_" or name == "_class_name"}
+    relevant.pop("transformers_version", None)
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""Captions into tokens by encoders that stay as they are: `Words`, which needs no download, CLIP and T5.
+"""Encode captions as tokens with frozen encoders: `WordVectors`, which needs no download, CLIP and T5.
 
-The tokens of a caption depend on nothing but the caption: not on the others, and not on their number, as every
-pass takes BATCH captions of T tokens. A blank caption is no text: zero tokens, length 0, zero pooled text.
+The tokens of a caption depend on the caption alone, not on the others or their number, since every pass has BATCH_SIZE
+captions of T tokens. A blank caption is no text: zero tokens, length 0, zero pooled text.
 
 Legend: N captions, T tokens, D channels of a token, P channels of the pooled text.
 """
@@ -23,13 +23,13 @@ from gesso.data.encoders import hub
 from gesso.errors import UsageError
 
 DEFAULT_WORD_DIM = 64
-"""of `Words` where semantic.embed_dim does not say"""
+"""Default dimension of WordVectors."""
 ENCODER_BATCH_SIZE = 16
-"""captions of every pass through CLIP or T5: of the shape of a pass the last bits depend"""
+"""Captions per pass through CLIP or T5; fixed, since the last bits depend on the shape."""
 
 
 class EncodedText(NamedTuple):
-    """tokens (N, T, D) float32, zeros after each caption; lengths (N,) int64; pooled (N, P) float32. On the CPU."""
+    """Tokens (N, T, D) float32, zeros after each caption; lengths (N,) int64; pooled (N, P) float32, on the CPU."""
 
     tokens: Tensor
     lengths: Tensor
@@ -37,42 +37,44 @@ class EncodedText(NamedTuple):
 
 
 class TextEncoder(Protocol):
-    """tokens: T, width: D, pooled_width: P."""
+    """Interface of a text encoder. max_tokens: T; embed_dim: D; pooled_dim: P."""
 
     max_tokens: int
     embed_dim: int
     pooled_dim: int
 
-    def __call__(self, captions: Sequence[str]) -> EncodedText: ...
+    def __call__(self, captions: Sequence[str]) -> EncodedText:
+        """Encode captions."""
 
     def truncation_notes(self, captions: Sequence[str]) -> list[str]:
-        """A line for each caption that is too long: what is not seen of it."""
+        """Return a line for each truncated caption, with the part that is cut off."""
         ...
 
     def identity(self) -> dict[str, str | int]:
-        """What the tokens depend on besides the captions, for a manifest."""
+        """Return everything that the tokens depend on besides the captions, for a manifest."""
         ...
 
 
 def build_text_encoder(cfg: SemanticConfig, device: torch.device | str = "cpu") -> TextEncoder:
-    """The encoder that `cfg` names; its model is opened once per process, and moved to `device`.
+    """Return the encoder of the settings on `device`; its model is loaded once per process.
 
-    Raises UsageError for one that cannot be opened or does not fit semantic.max_tokens, width and pooled_width.
+    Raises:
+        UsageError: It cannot be loaded, or does not fit semantic.max_tokens, embed_dim or pooled_dim.
     """
     encoder: TextEncoder = WordVectors(cfg) if cfg.encoder == "words" else _build_transformer(cfg, device)
-    for name, said, has in (
+    for name, configured, has in (
         ("embed_dim", cfg.embed_dim, encoder.embed_dim),
         ("pooled_dim", cfg.pooled_dim, encoder.pooled_dim),
     ):
-        if said not in (None, has):
+        if configured not in (None, has):
             raise UsageError(
-                f"semantic.{name}={said}, but semantic.encoder={cfg.encoder} has {has}: set semantic.{name}=null"
+                f"semantic.{name}={configured}, but semantic.encoder={cfg.encoder} has {has}: set semantic.{name}=null"
             )
     return encoder
 
 
 def text_dims(cfg: SemanticConfig) -> dict[str, int]:
-    """What opening the encoder tells of the settings, by name; nothing where there is no text. Raises as `build`."""
+    """Return the settings that the encoder determines, by name; empty without text. Raises as `build_text_encoder`."""
     if cfg.kind != "text":
         return {}
     encoder = build_text_encoder(cfg)
@@ -80,11 +82,12 @@ def text_dims(cfg: SemanticConfig) -> dict[str, int]:
 
 
 def split_words(caption: str) -> list[str]:
+    """Return the words of a caption, in lower case."""
     return re.findall(r"\w+", caption.lower())
 
 
 class WordVectors:
-    """Each word (letters and digits, in lower case) is one token: its random vector plus its position's sinusoids.
+    """Random vector of each word (letters and digits, in lower case) plus sinusoids of its position.
 
     Pooled text is the mean over the caption's tokens.
     """
@@ -94,6 +97,7 @@ class WordVectors:
         self.embed_dim = self.pooled_dim = cfg.embed_dim or DEFAULT_WORD_DIM
 
     def __call__(self, captions: Sequence[str]) -> EncodedText:
+        """Encode captions."""
         split = [split_words(caption) for caption in captions]
         vectors = self._vectors(sorted({word for words in split for word in words}))
         positions = self._positions()
@@ -105,6 +109,7 @@ class WordVectors:
         return EncodedText(tokens, lengths, mean_tokens(tokens, lengths))
 
     def truncation_notes(self, captions: Sequence[str]) -> list[str]:
+        """Return a line for each truncated caption."""
         long = [(caption, words) for caption in captions if len(words := split_words(caption)) > self.max_tokens]
         return [
             _truncation_note(caption, "words", len(words), self.max_tokens, words[self.max_tokens])
@@ -112,6 +117,7 @@ class WordVectors:
         ]
 
     def identity(self) -> dict[str, str | int]:
+        """Return everything that the tokens depend on."""
         return {"encoder": "words", "max_tokens": self.max_tokens, "embed_dim": self.embed_dim}
 
     def _vectors(self, words: list[str]) -> dict[str, Tensor]:
@@ -123,14 +129,14 @@ class WordVectors:
         )
 
     def _positions(self) -> Tensor:
-        """(T, D) sines and cosines of the place, mean square 1/2."""
+        """Return (T, D) sines and cosines of the position, mean square 1/2."""
         half = (self.embed_dim + 1) // 2
         angle = torch.arange(self.max_tokens)[:, None] * 1e2 ** (-torch.arange(half) / half)
         return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)[:, : self.embed_dim]
 
 
 def mean_tokens(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """(N, D) mean over the tokens of each text (N, T, D), zeros after it; zero for no text."""
+    """Return the mean (N, D) over the tokens of each text (N, T, D), zeros after it; zero for no text."""
     return tokens.sum(1) / lengths.clamp(min=1)[:, None]
 
 
@@ -139,7 +145,7 @@ def _truncation_note(caption: str, unit: str, n: int, seen: int, rest: str) -> s
 
 
 class LoadedEncoder(NamedTuple):
-    """A model and its tokenizer, and the folders that they came from."""
+    """A model and its tokenizer, with their folders."""
 
     model: nn.Module
     tokenizer: Any
@@ -149,10 +155,10 @@ class LoadedEncoder(NamedTuple):
 
 
 class TransformerTextEncoder:
-    """A frozen text transformer in float32. CLIP and T5 say what they differ in.
+    """A frozen text transformer in float32; subclasses define the differences of CLIP and T5.
 
-    model_classes by the name in config.json, the first for all other names; tokenizer_files: of these sets one is
-    enough.
+    model_classes: by the name in config.json, the first for all other names. tokenizer_files: alternative sets of
+    files.
     """
 
     model_classes: ClassVar[tuple[str, ...]]
@@ -172,11 +178,11 @@ class TransformerTextEncoder:
             )
 
     def _encode_ids(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """States (B, T, D) and pooled text (B, P) of ids (B, T), of which those in the mask (B, T) are real."""
+        """Return states (B, T, D) and pooled text (B, P) of ids (B, T) with a mask (B, T) of real tokens."""
         raise NotImplementedError
 
     def __call__(self, captions: Sequence[str]) -> EncodedText:
-        """lengths count the marks around a caption."""
+        """Encode captions; lengths include the special tokens."""
         place: dict[str, int] = {}  # of each caption that says something; place 0 is no text
         for caption in captions:
             if caption.strip():
@@ -193,23 +199,24 @@ class TransformerTextEncoder:
         return EncodedText(*(torch.cat(field)[index] for field in zip(*parts, strict=True)))
 
     def _encode_batch(self, captions: list[str]) -> EncodedText:
-        """At most BATCH captions, filled up to BATCH."""
+        """Encode at most BATCH_SIZE captions, padded to BATCH_SIZE."""
         n, device = len(captions), next(self.loaded.model.parameters()).device
-        told = self.loaded.tokenizer(
+        encoding = self.loaded.tokenizer(
             captions + [""] * (ENCODER_BATCH_SIZE - n),
             padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt",
         )  # fmt: skip
-        ids, mask = told["input_ids"].to(device), told["attention_mask"].to(device)
+        ids, mask = encoding["input_ids"].to(device), encoding["attention_mask"].to(device)
         with torch.no_grad():
             states, pooled = self._encode_ids(ids, mask)
         return EncodedText(*(field[:n].cpu() for field in (states * mask[:, :, None], mask.sum(1), pooled)))
 
     def truncation_notes(self, captions: Sequence[str]) -> list[str]:
+        """Return a line for each truncated caption."""
         room, lines = self.max_tokens - self.num_special_tokens, []
         for start in range(0, len(captions), 10_000):
             some = list(captions[start : start + 10_000])
-            told = self.loaded.tokenizer(some, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            for caption, offsets in zip(some, told["offset_mapping"], strict=True):
+            encoding = self.loaded.tokenizer(some, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            for caption, offsets in zip(some, encoding["offset_mapping"], strict=True):
                 if len(offsets) > room:
                     rest = caption[offsets[room][0] :]
                     word = next(iter(rest.split(maxsplit=1)), rest)
@@ -217,7 +224,7 @@ class TransformerTextEncoder:
         return lines
 
     def identity(self) -> dict[str, str | int]:
-        """With SHA-256 of the model's settings, of its weights and of the tokenizer's files."""
+        """Return everything that the tokens depend on, with SHA-256 of settings, weights and tokenizer files."""
         model, tokenizer = self.loaded.folder, self.loaded.tokenizer_folder
         return {
             "encoder": self.model_id,
@@ -232,7 +239,7 @@ class TransformerTextEncoder:
 
 
 class CLIPTextEncoder(TransformerTextEncoder):
-    """CLIP's text transformer: the states after its last norm, from the mark before a caption (BOS) to that after (EOT).
+    """CLIP's text transformer: states after its last norm, from BOS to EOT.
 
     Pooled text is the state at EOT, projected in a CLIPTextModelWithProjection.
     """
@@ -261,9 +268,9 @@ class CLIPTextEncoder(TransformerTextEncoder):
 
 
 class T5TextEncoder(TransformerTextEncoder):
-    """T5's encoder: the states of a caption and of the mark after it (EOS), which see no padding.
+    """T5's encoder: states of a caption and EOS, which do not see padding.
 
-    It has no pooled text; ours is the mean over the tokens, which serves T5 best (Ni et al. 2022, Sentence-T5).
+    It has no pooled text; the mean over the tokens is used, which serves T5 best (Ni et al. 2022, Sentence-T5).
     """
 
     model_classes = ("T5EncoderModel",)
@@ -284,12 +291,12 @@ ENCODER_CLASSES: dict[str, type[TransformerTextEncoder]] = {
     "clip_text_model": CLIPTextEncoder,
     "t5": T5TextEncoder,
 }
-"""by model_type in config.json"""
+"""Encoder classes by model_type in config.json."""
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "spiece.model",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
-"""files of a tokenizer"""
+"""Files of a tokenizer."""
 
 
 def _build_transformer(cfg: SemanticConfig, device: torch.device | str) -> TransformerTextEncoder:
@@ -300,7 +307,7 @@ def _build_transformer(cfg: SemanticConfig, device: torch.device | str) -> Trans
 
 @functools.lru_cache(maxsize=2)
 def _load_encoder(model_id: str) -> LoadedEncoder:
-    """Model and tokenizer of a folder or hub id, also of a pipeline's. Raises UsageError."""
+    """Load model and tokenizer of a folder or hub id, also of a pipeline. Raises UsageError."""
     what = f"semantic.encoder={model_id}"
     hub.import_names("transformers", "text", [])
     names = (*hub.model_file_patterns("model"), *TOKENIZER_FILES)
@@ -328,7 +335,7 @@ def _load_encoder(model_id: str) -> LoadedEncoder:
 
 
 def _find_tokenizer(folder: Path, family: type[TransformerTextEncoder], label: str) -> Path:
-    """The model's own, or tokenizer/ beside text_encoder/ (tokenizer_2/ beside text_encoder_2/)."""
+    """Return the folder of the tokenizer: the model's, or tokenizer/ (tokenizer_2/) of a pipeline."""
     for place in (folder, folder.with_name(folder.name.replace("text_encoder", "tokenizer"))):
         if any(all((place / name).is_file() for name in names) for names in family.tokenizer_files):
             return place

@@ -1,15 +1,15 @@
-"""A frozen VAE (diffusers' AutoencoderKL): pixels into the mean and standard deviation of latents, and latents back.
+"""A frozen VAE (diffusers' AutoencoderKL): pixels to mean and standard deviation of latents, and latents to pixels.
 
-Latents are raw here: as the VAE gives them, unscaled. What goes in, and how raw latents become x0, are a convention:
+Latents are raw here: unscaled outputs of the VAE. The range of pixels and the scaling to x0 are a convention:
 
-dit   pixels in [-1, 1]; x0 = (z - shift) * scaling, both from the VAE's own settings (LDM, SDXL, SD3, DiT). Decoded pixels are
-      rounded to 8 bits.
-edm2  pixels in [0, 1]; x0 = (z - mean) * sd / std with a fixed mean and std per channel, sd = 0.5. Decoded pixels are cut down
-      to 8 bits, as EDM2's code does: half a grey level darker on average.
+dit   pixels in [-1, 1]; x0 = (z - shift) * scaling, both from the VAE's settings (LDM, SDXL, SD3, DiT). Decoded pixels
+      are rounded to 8 bits.
+edm2  pixels in [0, 1]; x0 = (z - mean) * sd / std with a fixed mean and std per channel, sd = 0.5. Decoded pixels are
+      truncated to 8 bits, as in EDM2's code: half a grey level darker on average.
 
-One cannot read latents of the other.
+Latents of the two are not interchangeable.
 
-Legend: B images, C latent channels, H W height and width in pixels, f the VAE's factor, h = H/f, w = W/f.
+Legend: B images, C latent channels, H W height and width in pixels, f downsampling factor, h = H/f, w = W/f.
 """
 
 import torch
@@ -21,16 +21,16 @@ from gesso.errors import RunError, UsageError
 WEIGHTS_STEM = "diffusion_pytorch_model"
 EDM2_MEAN = (5.81, 3.25, 0.12, -2.15)
 EDM2_STD = (4.17, 4.62, 3.71, 3.28)
-"""of raw latents of ImageNet, pixels in [0, 1] (EDM2's published code, which the paper leaves out)"""
+"""Mean and std of raw latents of ImageNet for pixels in [0, 1] (EDM2's published code)."""
 INPUT_SCALING = {"dit": (127.5, 1.0), "edm2": (255.0, 0.0)}
-"""by convention: (divisor, offset), what goes in is pixels / divisor - offset"""
+"""(divisor, offset) by convention: the input is pixels / divisor - offset."""
 
 
 class VAE:
-    """where: a folder, or a hub id, of an AutoencoderKL or of a pipeline that has one. channels: C; factor: f.
+    """A VAE in a folder or at a hub id, of an AutoencoderKL or of a pipeline that has one.
 
-    Raises UsageError for what is no such VAE of RGB pixels, for weights that are not in safetensors, and for a
-    convention that does not fit.
+    Raises:
+        UsageError: It is no such VAE of RGB pixels, its weights are not in safetensors, or the convention does not fit.
     """
 
     def __init__(
@@ -66,9 +66,11 @@ class VAE:
             )
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (B, 3, H, W) -> mean and standard deviation of the raw latents, each (B, C, h, w) float32.
+        """Encode uint8 (B, 3, H, W) to mean and standard deviation of the raw latents, each (B, C, h, w) float32.
 
-        Raises UsageError when f does not divide H and W, RunError when the result is not finite.
+        Raises:
+            UsageError: H or W is not divisible by f.
+            RunError: The result is not finite.
         """
         assert pixels.dtype == torch.uint8 and pixels.shape[1] == 3, (pixels.dtype, pixels.shape)
         H, W = pixels.shape[2:]
@@ -83,9 +85,10 @@ class VAE:
         return self._check_finite(latents.mean), self._check_finite(latents.std)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Decode raw latents (B, C, h, w) to uint8 (B, 3, H, W), clipped; to whole numbers as the convention says.
+        """Decode raw latents (B, C, h, w) to uint8 (B, 3, H, W), clipped, rounded or truncated by convention.
 
-        Raises RunError as `encode`.
+        Raises:
+            RunError: The result is not finite.
         """
         assert z.shape[1] == self.latent_channels, z.shape
         divisor, offset = INPUT_SCALING[self.convention]
@@ -103,9 +106,9 @@ class VAE:
         return x.float()
 
     def channel_stats(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and std of each channel, for Data.mean and Data.std: x0 = (z - mean) * sd / std.
+        """Return mean and std per channel for data.mean and data.std: x0 = (z - mean) * sd / std.
 
-        dit: shift and 1 / scaling, so that x0 is DiT's where the process has sd = 1.
+        dit: shift and 1 / scaling, so that x0 is DiT's if the process has sd = 1.
         """
         if self.convention == "edm2":
             return EDM2_MEAN, EDM2_STD
@@ -115,7 +118,7 @@ class VAE:
         return tuple(float(m) for m in mean), tuple(s / settings.scaling_factor for s in std)
 
     def identity(self) -> dict[str, str | int]:
-        """What latents depend on besides the pixels, for a manifest; SHA-256 of settings and weights."""
+        """Return everything that latents depend on besides the pixels, with SHA-256 of settings and weights."""
         return {
             "vae": self.model_id,
             "config": hub.sha256_config(self.config),
@@ -128,5 +131,5 @@ class VAE:
 
 
 def posterior_sample(mean: Tensor, std: Tensor, eps: Tensor) -> Tensor:
-    """A raw latent: mean + std * eps, eps standard normal."""
+    """Return a raw latent mean + std * eps, eps standard normal."""
     return mean + std * eps

@@ -1,4 +1,4 @@
-"""Images inside of zips and tars: one list of where each lies, then reads by offset. Nothing is unpacked.
+"""Images in zips and tars: an index of offsets, then reads by offset. Nothing is unpacked.
 
 Legend: N images.
 """
@@ -36,12 +36,12 @@ from gesso.data.sources.base import (
 from gesso.errors import UnreadableImageError, UsageError
 
 MAX_OPEN_FILES = 64
-"""of one source at a time, whatever the number of its tars"""
+"""Maximum number of open files per source."""
 TAR_BLOCK = 512
 
 
 class FileHandle:
-    """A file that any thread reads at any offset; it is closed with the last reference to it."""
+    """A file that any thread can read at any offset; closed with the last reference."""
 
     def __init__(self, descriptor: int):
         self.descriptor = descriptor
@@ -50,6 +50,7 @@ class FileHandle:
         os.close(self.descriptor)
 
     def read(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes at `offset`. Raises UnreadableImageError if the file is shorter."""
         data = os.pread(self.descriptor, size, offset)
         if len(data) < size:
             raise UnreadableImageError("", "its file is shorter than when it was listed")
@@ -57,34 +58,45 @@ class FileHandle:
 
 
 def make_handle_cache():
-    """path -> Handle, the latest of them kept open."""
+    """Return a function path -> FileHandle that keeps the latest files open."""
     return functools.lru_cache(MAX_OPEN_FILES)(lambda path: FileHandle(os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
 
 
 class ZipSource(Source):
     """Images, or latents as EDM2 stores them, in a zip, with or without dataset.json.
 
-    dataset.json {"labels": [[name, int], ...] or null} decides on classes; without it the top folders do. Entries may
-    be deflated. Raises UsageError when it is no zip, holds no images or hostile names, or labels are wrong.
+    dataset.json {"labels": [[name, int], ...] or null} defines the classes; without it, the top-level folders do.
+    Entries may be deflated.
+
+    Raises:
+        UsageError: It is no zip, has no images or unsafe names, or labels are invalid.
     """
 
     def __init__(self, uri: str):
-        found = cached_listing(uri, "zip", lambda stamps: _list_zip(uri, stamps))
-        super().__init__(uri, found["labels"], found["classes"], found["notes"])
-        self.names, self.locations, self.caption_is_class = found["names"], found["places"], bool(found["own_names"])
+        listing = cached_listing(uri, "zip", lambda stamps: _list_zip(uri, stamps))
+        super().__init__(uri, listing["labels"], listing["classes"], listing["notes"])
+        self.names, self.locations, self.caption_is_class = (
+            listing["names"],
+            listing["places"],
+            bool(listing["own_names"]),
+        )
         self.has_latents = self.names[0].endswith(".npy")
         self.open_handle = make_handle_cache()
 
     def name(self, i: int) -> str:
+        """Return the name of the entry."""
         return self.names[i]
 
     def encoded_size(self, i: int) -> int:
+        """Return the size of the entry."""
         return int(self.locations[i, 2])
 
     def read_captions(self) -> Sequence[str]:
+        """Return the captions: class names if top-level folders define the classes."""
         return [self.class_names[label] if self.caption_is_class else "" for label in self.labels]
 
     def read(self, i: int) -> RawImage:
+        """Return the encoded image, or latents."""
         offset, packed, size, method, crc = self.locations[i].tolist()
         handle = self.open_handle(self.uri)
         head = handle.read(offset, 30)
@@ -102,7 +114,7 @@ class ZipSource(Source):
 
 
 def _parse_latents(data: bytes) -> np.ndarray:
-    """(2C, h, w) float32"""
+    """Return latents (2C, h, w) float32."""
     try:
         values = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # whatever a damaged header leads to
@@ -143,13 +155,17 @@ def _list_zip(uri: str, stamps: FileStamps) -> Listing:
     odd = [n for n in names if entries[n].compress_type not in (0, zipfile.ZIP_DEFLATED) or entries[n].flag_bits & 1]
     if odd:
         raise UsageError(f"data.source={uri}: encrypted, or not packed by deflate: {format_names(odd)}; use zip -0")
-    kept, labels, classes, notes = _zip_labels(uri, names, described)
-    chosen = [entries[names[i]] for i in kept]
+    selected, labels, classes, notes = _zip_labels(uri, names, described)
+    chosen = [entries[names[i]] for i in selected]
     places = [(e.header_offset, e.compress_size, e.file_size, e.compress_type, e.CRC) for e in chosen]
     return {
-        "names": StringArray.from_strings(e.filename for e in chosen), "places": np.array(places, np.int64), "labels": labels,
-        "classes": StringArray.from_strings(classes), "notes": StringArray.from_strings(notes), "own_names": np.array(described is None and len(classes)),
-    }  # fmt: skip
+        "names": StringArray.from_strings(e.filename for e in chosen),
+        "places": np.array(places, np.int64),
+        "labels": labels,
+        "classes": StringArray.from_strings(classes),
+        "notes": StringArray.from_strings(notes),
+        "own_names": np.array(described is None and len(classes)),
+    }
 
 
 def _is_image(name: str) -> bool:
@@ -162,7 +178,7 @@ def _is_latents(name: str) -> bool:
 
 
 def _zip_labels(uri: str, names: list[str], dataset_json: bytes | None):
-    """As `by_folder`."""
+    """Return selected entries, labels, class names and notes, as `labels_from_folders`."""
     if dataset_json is None:
         tops = [name.partition("/")[0] if "/" in name else "" for name in names]
         if len(set(tops)) == 1 and tops[0]:  # the folder that was packed, not a class
@@ -191,20 +207,23 @@ def _zip_labels(uri: str, names: list[str], dataset_json: bytes | None):
 
 
 class TarSource(Source):
-    """Images in webdataset tars: the files of one key (the name up to its first dot) are a sample.
+    """Images in webdataset tars: the files of one key (the name up to its first dot) form a sample.
 
-    Its image is the first with an image's suffix, its caption .txt or else "caption" of .json, its class .cls. Of a tar
-    that ends early all that lies before the end is used. Raises UsageError when there are no images, or labels are wrong.
+    Its image is the first with an image's suffix, its caption .txt or "caption" of .json, its class .cls. Of a
+    truncated tar, all complete samples are used.
+
+    Raises:
+        UsageError: There are no images, or labels are invalid.
     """
 
     def __init__(self, uri: str, paths: Sequence[str]):
         lists = [cached_listing(path, "tar", lambda stamps, path=path: _list_tar(path, stamps)) for path in paths]
         self.paths, self.listings = paths, lists
-        self.starts = np.cumsum([0] + [len(found["names"]) for found in lists])
+        self.starts = np.cumsum([0] + [len(listing["names"]) for listing in lists])
         total = int(self.starts[-1])
         if not total:
             raise UsageError(f"data.source={uri}: no images in {format_names(paths)} ({', '.join(IMAGE_SUFFIXES)})")
-        labels = np.concatenate([found["labels"] for found in lists])
+        labels = np.concatenate([listing["labels"] for listing in lists])
         without = np.flatnonzero(labels < 0)
         if 0 < len(without) < total:
             first = format_names([self.name(i) for i in without[:3]])
@@ -214,7 +233,7 @@ class TarSource(Source):
         self.open_handle = make_handle_cache()
 
     def _notes(self, uri: str, total: int) -> list[str]:
-        counts = np.stack([found["counts"] for found in self.listings])
+        counts = np.stack([listing["counts"] for listing in self.listings])
         skipped, repeated, missing, not_utf8, bad_json, cut = counts.sum(0).tolist()
         notes = caption_notes(uri, total, missing, not_utf8)
         if skipped:
@@ -225,35 +244,40 @@ class TarSource(Source):
             notes.append(f"{bad_json} .json in {uri} cannot be read: their captions are empty")
         if cut:
             ends = [
-                f"{os.path.basename(path)} after {len(found['names'])} images"
-                for path, found in zip(self.paths, self.listings, strict=True)
-                if found["counts"][-1]
+                f"{os.path.basename(path)} after {len(listing['names'])} images"
+                for path, listing in zip(self.paths, self.listings, strict=True)
+                if listing["counts"][-1]
             ]
             notes.append(f"{cut} of {len(self.paths)} tars end early: {format_names(ends)}; what lies before is used")
         return notes
 
     def _locate(self, i: int) -> tuple[int, int]:
-        """Which tar, and which of its images."""
+        """Return the index of the tar and of the image in it."""
         tar = int(np.searchsorted(self.starts, i, "right")) - 1
         return tar, i - int(self.starts[tar])
 
     def name(self, i: int) -> str:
+        """Return the key of the sample with its tar."""
         tar, j = self._locate(i)
         inside = self.listings[tar]["names"][j]
         return inside if len(self.paths) == 1 else f"{os.path.basename(self.paths[tar])}/{inside}"
 
     def encoded_size(self, i: int) -> int:
+        """Return the size of the encoded image."""
         tar, j = self._locate(i)
         return int(self.listings[tar]["places"][j, 1])
 
     def caption(self, i: int) -> str:
+        """Return the caption of one sample."""
         tar, j = self._locate(i)
         return self.listings[tar]["captions"][j]
 
     def read_captions(self) -> Sequence[str]:
-        return [caption for found in self.listings for caption in found["captions"]]
+        """Return all captions."""
+        return [caption for listing in self.listings for caption in listing["captions"]]
 
     def read(self, i: int) -> bytes:
+        """Return the encoded image."""
         tar, j = self._locate(i)
         return self.open_handle(self.paths[tar]).read(*self.listings[tar]["places"][j].tolist())
 
@@ -280,13 +304,16 @@ def _list_tar(path: str, stamps: FileStamps) -> Listing:
         labels.append(_parse_class(path, key, handle.read(*parts["cls"])) if "cls" in parts else -1)
     counts[1], counts[5] = repeated, cut
     return {
-        "names": StringArray.from_strings(names), "places": np.array(places, np.int64).reshape(-1, 2), "captions": StringArray.from_strings(captions),
-        "labels": np.array(labels, np.int64), "counts": counts,
-    }  # fmt: skip
+        "names": StringArray.from_strings(names),
+        "places": np.array(places, np.int64).reshape(-1, 2),
+        "captions": StringArray.from_strings(captions),
+        "labels": np.array(labels, np.int64),
+        "counts": counts,
+    }
 
 
 def _read_members(path: str, size: int) -> tuple[dict[str, dict[str, tuple[int, int]]], int, bool]:
-    """{key: {suffix: (offset, size)}}, how many keys were there twice, and whether the tar ends before its end mark."""
+    """Return {key: {suffix: (offset, size)}}, the number of duplicate keys, and whether the tar is truncated."""
     samples, repeated, end = {}, set(), 0
     try:
         with tarfile.open(path, "r:", encoding="utf-8") as tar:
@@ -315,7 +342,7 @@ def _read_members(path: str, size: int) -> tuple[dict[str, dict[str, tuple[int, 
 
 
 def _json_caption(raw: bytes) -> tuple[str, bool, bool]:
-    """Caption, whether it is UTF-8, and whether it could be read at all."""
+    """Return the caption, whether it is UTF-8, and whether it is readable."""
     text, utf8 = decode_text(raw)
     try:
         caption = json.loads(text).get("caption")

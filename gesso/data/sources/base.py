@@ -1,6 +1,6 @@
-"""What a source of images is, and lists of what sources hold, kept between runs.
+"""Interface of image sources, and the listings of their files, stored between runs.
 
-Legend: N images. `where` is what the user wrote, a path or a name; names of images are relative to it.
+Legend: N images. `uri` is the setting as typed, a path or a name; names of images are relative to it.
 """
 
 import abc
@@ -24,21 +24,21 @@ from gesso.errors import GessoError, UnreadableImageError, UsageError
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_LABEL = 999_999
 LISTING_VERSION = 2
-"""of the kept lists; another one is made anew"""
+"""Version of stored listings; others are rebuilt."""
 MIN_AGE_NS = 2 * 10**9
-"""nanoseconds: what changed this recently may change again within one tick of its clock, so its list is not kept"""
+"""Nanoseconds: a newer file may change again within one clock tick, so its listing is not stored."""
 
 RawImage = bytes | np.ndarray
 FileStamps = dict[str, tuple[int, int]]
 
 
 class SourceItem(NamedTuple):
-    """One image as its source has it.
+    """One image of a source.
 
-    image   an encoded file; or (H, W, C) uint8 (digits, shapes); or (2C, h, w) float32, the mean and std of latents
-    label   0 where there are no classes
-    caption empty where there is none
-    size    height and width of the original, where `image` does not tell them
+    image         an encoded file; or (H, W, C) uint8 (digits, shapes); or (2C, h, w) float32, mean and std of latents
+    label         0 without classes
+    caption       empty if there is none
+    original_size height and width of the original, if `image` does not tell them
     """
 
     name: str
@@ -50,9 +50,9 @@ class SourceItem(NamedTuple):
     def decode(
         self, channels: int, min_edge: int | None = None, resize: Resize = "lanczos"
     ) -> tuple[Image.Image, tuple[int, int]]:
-        """As pixels.decode, for the filter `resize`; what cannot be read has the name.
+        """Decode as `decode.decode_image` for the filter `resize`; errors contain the name.
 
-        Only lanczos takes JPEGs that the decoder reduced: adm and bicubic are defined on the full picture.
+        Only lanczos uses reduced JPEG decoding: adm and bicubic are defined on the full image.
         """
         try:
             return decode.decode_image(
@@ -63,10 +63,10 @@ class SourceItem(NamedTuple):
 
 
 class Source(abc.ABC):
-    """Images by index; nothing is decoded. Any thread may call `item` at any time.
+    """Undecoded images by index. `item` is thread-safe.
 
-    labels (N,) int64; class_names empty when there are no classes; notes are for the user, and captions may add to
-    them when they are read; latents: items are latents.
+    labels: (N,) int64. class_names: empty without classes. notes: messages for the user; reading captions may add some.
+    has_latents: items are latents.
     """
 
     has_latents = False
@@ -82,35 +82,37 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def name(self, i: int) -> str:
-        """As it is on the disk, which need not be valid Unicode."""
+        """Return the name as it is on the disk, which need not be valid Unicode."""
 
     @abc.abstractmethod
     def encoded_size(self, i: int) -> int:
-        """Size of the encoded image, or another number that changes with it. Does not read it."""
+        """Return the size of the encoded image, or another number that changes with it, without reading it."""
 
     @abc.abstractmethod
     def read(self, i: int) -> RawImage:
-        """May raise OSError or Unreadable."""
+        """Return the image. Raises OSError or UnreadableImageError."""
 
     @abc.abstractmethod
     def read_captions(self) -> Sequence[str]:
-        """All N."""
+        """Return all N captions."""
 
     def captions(self) -> Sequence[str]:
-        """All N, empty where there is none; read once, without the images."""
+        """Return all N captions, empty if there is none; read once, without the images."""
         with self._caption_lock:
             if self._captions is None:
                 self._captions = self.read_captions()
             return self._captions
 
     def caption(self, i: int) -> str:
+        """Return one caption."""
         return self.captions()[i]
 
     def original_size(self, i: int) -> tuple[int, int] | None:
+        """Return height and width of the original if the encoded image does not tell them, else None."""
         return None
 
     def item(self, i: int) -> SourceItem:
-        """Raises Unreadable for what is damaged, IndexError outside of 0 to N - 1."""
+        """Return one image. Raises UnreadableImageError for a damaged one, IndexError outside of 0 to N - 1."""
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)}")
         name = self.name(i).encode("utf-8", "backslashreplace").decode()
@@ -122,7 +124,7 @@ class Source(abc.ABC):
             raise UnreadableImageError(name, error.strerror or " ".join(str(error).split())) from error
 
     def fingerprint(self) -> str:
-        """16 hex digits of names, sizes, labels, classes and captions, not of pixels."""
+        """Return 16 hex digits of names, sizes, labels, classes and captions, not of pixels."""
         digest = hashlib.sha256(np.ascontiguousarray(self.labels, np.int64).tobytes())
         digest.update(json.dumps(self.class_names).encode())
         for i, caption in enumerate(self.captions()):
@@ -131,13 +133,14 @@ class Source(abc.ABC):
 
 
 class StringArray(Sequence[str]):
-    """Strings in two arrays: millions of them take little memory, and save and load at once."""
+    """Sequence of strings in two arrays: millions of them take little memory and are saved and loaded quickly."""
 
     def __init__(self, blob: np.ndarray, ends: np.ndarray):
         self.blob, self.ends = blob, ends
 
     @classmethod
     def from_strings(cls, strings: Iterable[str]) -> "StringArray":
+        """Build the array from strings."""
         parts = [text.encode("utf-8", "surrogatepass") for text in strings]
         ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
         return cls(np.frombuffer(b"".join(parts), np.uint8), ends)
@@ -157,22 +160,22 @@ Listing = dict[str, np.ndarray | StringArray]
 
 
 def file_stamp(path: str) -> tuple[int, int]:
-    """Size and time of the last change."""
+    """Return size and modification time of a file."""
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
 
 
 def cached_listing(uri: str, kind: str, build: Callable[[FileStamps], Listing]) -> Listing:
-    """What `make` lists at `where`, from the last time if nothing changed since.
+    """Return the listing of `uri` that `build` makes, or the stored one if nothing has changed since.
 
-    `make` puts the stamp of every file and folder that its list depends on into its argument, each before it looks
-    inside. Lists lie in $XDG_CACHE_HOME/gesso, or ~/.cache/gesso; where that cannot be written they are made each time.
+    `build` adds the stamp of every file and folder that its listing depends on to its argument, before it reads them.
+    Listings are stored in $XDG_CACHE_HOME/gesso or ~/.cache/gesso; if that is not writable, they are built each time.
     """
     key = json.dumps([LISTING_VERSION, kind, os.path.abspath(uri)])
     file = atomic_io.cache_dir("lists") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-    kept = _read_cached_listing(file)
-    if kept is not None:
-        return kept
+    stored = _read_cached_listing(file)
+    if stored is not None:
+        return stored
     started, stamps = time.time_ns(), {}
     lists = build(stamps)
     if started - max(changed for _, changed in stamps.values()) > MIN_AGE_NS:
@@ -181,7 +184,7 @@ def cached_listing(uri: str, kind: str, build: Callable[[FileStamps], Listing]) 
 
 
 def _read_cached_listing(file: Path) -> Listing | None:
-    """The list of last time, if it still holds."""
+    """Return the stored listing if it is still valid."""
     try:
         with open(file, "rb") as handle, np.load(handle, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
@@ -213,7 +216,7 @@ def _write_cached_listing(file: Path, listing: Listing, stamps: FileStamps) -> N
 
 
 def format_names(names: Sequence[str], max_names: int = 3) -> str:
-    """The first few on one line, and how many more."""
+    """Return the first few names on one line, and the number of others."""
     line = ", ".join(
         "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
         for name in names[:max_names]
@@ -222,7 +225,7 @@ def format_names(names: Sequence[str], max_names: int = 3) -> str:
 
 
 def decode_text(raw: bytes) -> tuple[str, bool]:
-    """Text without white space around it, and whether it was UTF-8; what is not is replaced."""
+    """Return text without surrounding white space, and whether it is UTF-8; invalid bytes are replaced."""
     try:
         return raw.decode("utf-8-sig").strip(), True
     except UnicodeDecodeError:
@@ -230,12 +233,12 @@ def decode_text(raw: bytes) -> tuple[str, bool]:
 
 
 def replace_surrogates(text: str) -> str:
-    """JSON may escape halves of characters, which no file can hold."""
+    """Return text without surrogates, which JSON may contain and no file can hold."""
     return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace").strip()
 
 
 def caption_notes(uri: str, total: int, missing: int, not_utf8: int) -> list[str]:
-    """`missing` of all: a source without captions, which needs no note."""
+    """Return notes on missing and invalid captions; none if all are missing."""
     notes = []
     if 0 < missing < total:
         notes.append(f"{missing} of {total} images in {uri} have no caption: theirs is empty")
@@ -247,7 +250,7 @@ def caption_notes(uri: str, total: int, missing: int, not_utf8: int) -> list[str
 def validate_labels(
     uri: str, values: Sequence, name: Callable[[int], str], num_classes: int | None = None
 ) -> np.ndarray:
-    """(N,) int64. Raises UsageError when one is no whole number from 0, or beyond the named classes."""
+    """Return labels (N,) int64. Raises UsageError unless all are integers from 0, within the named classes."""
     largest = MAX_LABEL if num_classes is None else num_classes - 1
     wrong = [i for i, value in enumerate(values) if type(value) is not int or not 0 <= value <= largest]
     if wrong:
@@ -260,16 +263,16 @@ def validate_labels(
 
 
 def numbered_class_names(labels: np.ndarray) -> tuple[str, ...]:
-    """Names of classes that have none."""
+    """Return the class numbers as names."""
     return tuple(str(i) for i in range(int(labels.max()) + 1))
 
 
 def labels_from_folders(
     uri: str, top_folder: np.ndarray, folders: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], list[str]]:
-    """Which images are kept, their labels, class names and notes, where sub-folders are the classes.
+    """Return selected images, their labels, class names and notes, for sub-folders as classes.
 
-    tops (N,) is the index in `folders` of the one that an image is in, at whatever depth; -1 is in none.
+    top_folder (N,) is the index in `folders` of the top-level folder of each image; -1 for none.
     """
     loose = int((top_folder < 0).sum())
     if not len(folders):
@@ -285,6 +288,6 @@ def labels_from_folders(
     empty = [name for name, count in zip(folders, counts, strict=True) if not count]
     if empty:
         raise UsageError(f"data.source={uri}: no image in class folder {format_names(empty, 5)}; fill it or remove it")
-    kept = np.flatnonzero(top_folder >= 0)
+    selected = np.flatnonzero(top_folder >= 0)
     notes = [f"{loose} images beside the class folders of {uri} are left out"] if loose else []
-    return kept, top_folder[kept], tuple(folders), notes
+    return selected, top_folder[selected], tuple(folders), notes

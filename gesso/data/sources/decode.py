@@ -1,6 +1,6 @@
-"""An encoded image becomes an upright picture in 8-bit grey or RGB, or is refused with a reason.
+"""Decode an image file to upright 8-bit grey or RGB, or refuse it with a reason.
 
-Colours are those of the file's numbers: profiles (ICC) are not applied.
+Colors are the file's numbers: ICC profiles are not applied.
 """
 
 import io
@@ -11,9 +11,9 @@ from PIL import Image, ImageFile
 from gesso.errors import UnreadableImageError
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-"""what is decoded, told by the first bytes; no other decoder of Pillow sees the file"""
+"""Formats that are decoded, by the first bytes; no other decoder of Pillow reads the file."""
 MAX_PIXELS = 178_956_970
-"""pixels; beyond it an image is taken for a decompression bomb, as by Pillow"""
+"""Maximum number of pixels; larger images count as decompression bombs, as in Pillow."""
 
 EXIF_ORIENTATION = 0x0112
 # EXIF 2.3, tag 274: what makes a stored image upright.
@@ -31,17 +31,20 @@ ORIENTATION_TRANSPOSES = {
 def decode_image(
     image: bytes | np.ndarray, channels: int, min_edge: int | None = None, upright: bool = True
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """The picture in mode L (1 channel) or RGB (3), upright, transparent parts on white; height and width of the whole.
+    """Return the image in mode L (1 channel) or RGB (3), and height and width of the original as it is viewed.
 
-    `image` is an encoded file, or (H, W, 1 or 3) uint8. `least` is the shorter edge that will be needed: a JPEG may
-    then be decoded at a half, a quarter or an eighth, never below twice that edge. The height and width are those of
-    the original as it is seen, whatever was decoded. Of an animation the first frame counts.
+    Args:
+        image: An encoded file, or (H, W, 1 or 3) uint8. Of an animation the first frame is used.
+        channels: 1 or 3.
+        min_edge: The shorter edge that is needed: a JPEG may then be decoded at a half, a quarter or an eighth, never
+            below twice that edge.
+        upright: Apply EXIF orientation and put transparent parts on white. False returns the pixels of PIL's `convert`,
+            as the published loaders of ImageNet do.
 
-    upright=False returns the pixels that PIL's `convert` gives, as the published loaders of ImageNet do: EXIF orientation is not
-    applied, and transparent parts keep the colour that the file stores for them.
-
-    Raises Unreadable (without a name) for what is empty, damaged, cut short, of an unknown format or meaning, or above
-    LARGEST pixels. Nothing is used of an image that is not whole.
+    Raises:
+        UnreadableImageError: The file is empty, damaged, truncated, of an unknown format, or above MAX_PIXELS; the
+        error
+            has no name. Incomplete images are never used.
     """
     if isinstance(image, np.ndarray):
         assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] in (1, 3), (image.dtype, image.shape)
@@ -68,7 +71,7 @@ def decode_image(
 
 
 def open_header(data: bytes) -> ImageFile.ImageFile:
-    """The header read, and no pixel. Image.open would warn of pictures that are large, yet allowed."""
+    """Read the header and no pixels; unlike Image.open, without warnings on large images."""
     if not data:
         raise UnreadableImageError("", "the file is empty")
     Image.init()
@@ -81,7 +84,7 @@ def open_header(data: bytes) -> ImageFile.ImageFile:
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """1 (upright) to 8. What cannot be read says nothing, as for every viewer."""
+    """Return the EXIF orientation, 1 (upright) to 8; 1 if it is unreadable."""
     try:
         value = int(image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:  # damaged metadata of a whole picture
@@ -90,7 +93,7 @@ def exif_orientation(image: Image.Image) -> int:
 
 
 def _to_grey_or_rgb(image: Image.Image, channels: int, white: bool = True) -> Image.Image:
-    """In mode L or RGB; white: behind transparent parts."""
+    """Convert to mode L or RGB; white: put transparent parts on white."""
     if image.mode == "F" or image.mode.startswith("I"):
         image = _to_8bit(image)
     if white and image.has_transparency_data:
@@ -101,7 +104,7 @@ def _to_grey_or_rgb(image: Image.Image, channels: int, white: bool = True) -> Im
 
 
 def _to_8bit(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits (65535 is white) or of floats (1 is white) in 8; one grey value may stand for transparent."""
+    """Convert 16-bit grey (65535 is white) or float (1 is white) to 8 bits; one grey value may be transparent."""
     values = np.asarray(image)
     white = 1.0 if image.mode == "F" else 65535
     if not (values.min() >= 0 and values.max() <= white):  # NaN too

@@ -35,9 +35,9 @@ CAPTION_CHUNK = 1000
 
 
 class FolderSource(Source):
-    """Image files below a folder, `chosen` (N,) of the list `found` of all; made by `folder` and `captioned`.
+    """Image files in a folder; built by `open_folder` and `open_captioned_folder`.
 
-    Without `texts` an image's caption is the .txt beside it, or else the name of its class.
+    Without a caption file, the caption of an image is the .txt next to it, or the name of its class.
     """
 
     def __init__(
@@ -48,24 +48,29 @@ class FolderSource(Source):
         self.listing, self.indices, self.caption_texts = listing, indices, caption_texts
 
     def name(self, i: int) -> str:
+        """Return the path relative to the folder."""
         return self.listing["names"][self.indices[i]]
 
     def encoded_size(self, i: int) -> int:
+        """Return the size of the file."""
         return int(self.listing["sizes"][self.indices[i]])
 
     def path(self, i: int) -> str:
+        """Return the path of the file."""
         return os.path.join(self.uri, self.name(i))
 
     def read(self, i: int) -> bytes:
+        """Return the bytes of the file."""
         with open(self.path(i), "rb", buffering=0) as file:
             return file.read()
 
     def caption(self, i: int) -> str:
+        """Return the caption of one image."""
         known = self.caption_texts if self._captions is None else self._captions
         return self._read_caption(i)[0] if known is None else known[i]
 
     def _read_caption(self, i: int) -> tuple[str, bool]:
-        """Caption, and whether it is UTF-8."""
+        """Return the caption, and whether it is UTF-8."""
         if self.listing["has_caption_file"][self.indices[i]]:
             return decode_text(Path(self.path(i)).with_suffix(".txt").read_bytes())
         return self.class_names[self.labels[i]] if self.class_names else "", True
@@ -78,6 +83,7 @@ class FolderSource(Source):
             raise UsageError(f"data.source={self.uri}: caption {file} cannot be read ({error.strerror})") from None
 
     def read_captions(self) -> Sequence[str]:
+        """Return all captions."""
         if self.caption_texts is not None:
             return self.caption_texts
         with ThreadPoolExecutor() as pool:
@@ -92,21 +98,22 @@ class FolderSource(Source):
 
 
 def open_folder(uri: str) -> FolderSource:
-    """A folder whose sub-folders, if there are any, are the classes. Raises UsageError when one is without images."""
-    found = _list_folder(uri)
-    return FolderSource(uri, found, *labels_from_folders(uri, found["top_folders"], found["folders"]))
+    """Open a folder whose sub-folders, if any, are the classes. Raises UsageError if one has no images."""
+    listing = _list_folder(uri)
+    return FolderSource(uri, listing, *labels_from_folders(uri, listing["top_folders"], listing["folders"]))
 
 
 def open_captioned_folder(uri: str, captions_file: str) -> FolderSource:
-    """A folder with a file of captions: every line is a sample, in that order. Sub-folders are no classes.
+    """Open a folder with a file of captions: every line is a sample, in that order; sub-folders are not classes.
 
-    Raises UsageError when the file cannot be read, or names files that are not there.
+    Raises:
+        UsageError: The file cannot be read, or names missing images.
     """
-    found = _list_folder(uri)
+    listing = _list_folder(uri)
     pairs, not_utf8 = (_read_jsonl if captions_file.endswith(".jsonl") else _read_parquet)(
         os.path.join(uri, captions_file)
     )
-    index = {name: i for i, name in enumerate(found["names"])}
+    index = {name: i for i, name in enumerate(listing["names"])}
     files = [os.path.normpath(file) for file, _ in pairs]
     missing = [file for file in files if file not in index]
     if missing:
@@ -121,11 +128,11 @@ def open_captioned_folder(uri: str, captions_file: str) -> FolderSource:
     if left:
         notes.append(f"{left} images in {uri} are left out: {captions_file} does not name them")
     chosen, texts = np.array([index[file] for file in files]), StringArray.from_strings(text for _, text in pairs)
-    return FolderSource(uri, found, chosen, np.zeros(len(files), np.int64), (), notes, texts)
+    return FolderSource(uri, listing, chosen, np.zeros(len(files), np.int64), (), notes, texts)
 
 
 def _read_jsonl(path: str) -> tuple[list[tuple[str, str]], int]:
-    """(file, caption) of every line of a .jsonl, and how many lines are not UTF-8."""
+    """Return (file, caption) of every line of a .jsonl, and the number of lines that are not UTF-8."""
     pairs, wrong, not_utf8 = [], [], 0
     for number, raw in enumerate(Path(path).read_bytes().splitlines(), start=1):
         line, utf8 = decode_text(raw)
@@ -147,7 +154,7 @@ def _read_jsonl(path: str) -> tuple[list[tuple[str, str]], int]:
 
 
 def _read_parquet(path: str) -> tuple[list[tuple[str, str]], int]:
-    """(file, caption) of every row of a .parquet."""
+    """Return (file, caption) of every row of a .parquet."""
     files, texts = read_column(path, FILE_COLUMNS), read_column(path, TEXT_COLUMNS)
     if not all(isinstance(file, str) and isinstance(text, str | None) for file, text in zip(files, texts, strict=True)):
         raise UsageError(f"{path}: its columns of files and captions must hold texts, with no file missing")
@@ -159,8 +166,8 @@ def _list_folder(uri: str) -> Listing:
 
 
 def _scan_tree(uri: str, stamps: FileStamps) -> Listing:
-    """Every image below a folder, sorted: name, size, whether a .txt is beside it, its folder at the top (or -1)."""
-    found, folders, waiting = [], [], [""]
+    """List every image below a folder, sorted: name, size, whether it has a .txt, and its top-level folder (or -1)."""
+    images, folders, waiting = [], [], [""]
     while waiting:
         inside = waiting.pop()
         folder = os.path.join(uri, inside)
@@ -180,22 +187,22 @@ def _scan_tree(uri: str, stamps: FileStamps) -> Listing:
                 waiting.append(f"{inside}{entry.name}/")
                 folders += [entry.name] if not inside else []
             elif entry.name.lower().endswith(IMAGE_SUFFIXES) and (entry.is_file() or _file_size(entry) < 0):
-                found.append(
+                images.append(
                     (f"{inside}{entry.name}".split("/"), _file_size(entry), os.path.splitext(entry.name)[0] in texts)
                 )
-    found.sort()
+    images.sort()
     index = {name: i for i, name in enumerate(sorted(folders))}
     return {
-        "names": StringArray.from_strings("/".join(parts) for parts, _, _ in found),
-        "sizes": np.array([size for _, size, _ in found], np.int64),
-        "has_caption_file": np.array([has_caption for _, _, has_caption in found], bool),
-        "top_folders": np.array([index[parts[0]] if len(parts) > 1 else -1 for parts, _, _ in found], np.int64),
+        "names": StringArray.from_strings("/".join(parts) for parts, _, _ in images),
+        "sizes": np.array([size for _, size, _ in images], np.int64),
+        "has_caption_file": np.array([has_caption for _, _, has_caption in images], bool),
+        "top_folders": np.array([index[parts[0]] if len(parts) > 1 else -1 for parts, _, _ in images], np.int64),
         "folders": StringArray.from_strings(sorted(folders)),
     }
 
 
 def _file_size(entry: os.DirEntry) -> int:
-    """-1 for a link to nothing: reading it will say so."""
+    """Return the size of a file, -1 for a dangling link, which reading reports."""
     try:
         return entry.stat().st_size
     except OSError:

@@ -1,6 +1,6 @@
-"""Images inside of parquet files, as datasets on the Hub have them.
+"""Images in parquet files, as data sets on the Hugging Face hub have them.
 
-Legend: N images. A row group is what parquet reads at once; files for training should have small ones.
+Legend: N images. A row group is the unit of reading; files for training should have small ones.
 """
 
 import functools
@@ -30,7 +30,7 @@ MAX_CACHED_ROW_GROUPS = 4
 
 
 def import_pyarrow():
-    """pyarrow and its reader of parquet. Raises UsageError where it is not installed."""
+    """Return pyarrow and its parquet reader. Raises UsageError if it is not installed."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -40,15 +40,15 @@ def import_pyarrow():
 
 
 def read_column(path: str, names: Sequence[str]) -> list:
-    """Values of the first of `names` that is a column of a file. Raises UsageError when none is, or it is damaged."""
+    """Return the first of the columns `names` that a file has. Raises UsageError if it has none or is damaged."""
     pa, pq = import_pyarrow()
     try:
         with pq.ParquetFile(path) as file:
             there = file.schema_arrow.names
-            found = next((name for name in names if name in there), None)
-            if found is None:
+            column = next((name for name in names if name in there), None)
+            if column is None:
                 raise UsageError(f"{path} has no column {' or '.join(names)}; there are: {format_names(there, 12)}")
-            return file.read(columns=[found]).column(0).to_pylist()
+            return file.read(columns=[column]).column(0).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise _damaged_error(path, path, error) from None
 
@@ -56,10 +56,11 @@ def read_column(path: str, names: Sequence[str]) -> list:
 class ParquetSource(Source):
     """Rows with encoded images: bytes, or a struct with bytes as Hugging Face stores an Image.
 
-    Classes from a column `label` of integers (their names where Hugging Face's metadata tell them), captions from the
-    first of CAPTIONS. An image's name is its file and row, as what rows say of names need not be unique.
+    Classes come from an integer column `label` (with names if Hugging Face's metadata have them), captions from the
+    first of CAPTIONS. The name of an image is its file and row, since names in rows need not be unique.
 
-    Raises UsageError when a file is damaged, has no images or not the columns of the first file, or labels are wrong.
+    Raises:
+        UsageError: A file is damaged, has no images or other columns than the first file, or labels are invalid.
     """
 
     def __init__(self, uri: str, paths: Sequence[str]):
@@ -98,17 +99,18 @@ class ParquetSource(Source):
         self._read_lock = threading.Lock()  # of many threads in one row group the first reads it
 
     def _locate(self, i: int) -> tuple[int, int]:
-        """Which row group, and which of its rows."""
+        """Return the row group and the row in it."""
         group = int(np.searchsorted(self.starts, i, "right")) - 1
         return group, i - int(self.starts[group])
 
     def name(self, i: int) -> str:
+        """Return the file and row."""
         group, row = self._locate(i)
         path, _, _, before = self.row_groups[group]
         return f"{os.path.basename(path)}:{before + row}"
 
     def encoded_size(self, i: int) -> int:
-        """Of its row group: those of one image are not known before it is read."""
+        """Return the size of the row group: that of one image is not known before it is read."""
         return self.row_groups[self._locate(i)[0]][2]
 
     def _read_row_group(self, group: int):
@@ -127,6 +129,7 @@ class ParquetSource(Source):
         return rows.column(column)[row].as_py()
 
     def read(self, i: int) -> bytes:
+        """Return the encoded image."""
         cell = self._cell(i, self.image_column)
         data = cell["bytes"] if isinstance(cell, dict) else cell
         if data is None:
@@ -134,9 +137,11 @@ class ParquetSource(Source):
         return data
 
     def caption(self, i: int) -> str:
+        """Return the caption of one row."""
         return replace_surrogates(self._cell(i, self.caption_column) or "") if self.caption_column else ""
 
     def read_captions(self) -> Sequence[str]:
+        """Return all captions."""
         if not self.caption_column:
             return [""] * len(self)
         texts = StringArray.from_strings(
@@ -147,7 +152,7 @@ class ParquetSource(Source):
 
 
 def _select_columns(uri: str, schema, types) -> tuple[str, str | None, str | None, tuple[str, ...], list[str]]:
-    """Columns of the images, labels and captions; names of classes; notes."""
+    """Return the columns of images, labels and captions, the class names, and notes."""
 
     def holds_bytes(kind) -> bool:
         if types.is_struct(kind):
@@ -174,7 +179,7 @@ def _select_columns(uri: str, schema, types) -> tuple[str, str | None, str | Non
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> tuple[str, ...]:
-    """As the datasets library records them."""
+    """Return the class names in the metadata of the datasets library."""
     try:
         return tuple(json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"])
     except (KeyError, ValueError, TypeError):
