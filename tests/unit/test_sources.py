@@ -704,7 +704,7 @@ def test_wrong_names_say_what_is_near():
 @pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG", b"\x1f\x8b\x08"])
 def test_files_of_no_kind(content, tmp_path):
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(UsageError, match="no zip, tar or parquet file; a source is"):
+    with pytest.raises(UsageError, match="no zip, tar, parquet or IDX file; a source is"):
         open_source(tmp_path / "x")
 
 
