@@ -12,7 +12,6 @@ from gesso import config
 from gesso.config import RunConfig
 from gesso.config.base import halflife_of
 from gesso.errors import UsageError
-from gesso.evaluation import image_sets, toy_evaluation
 
 OVERRIDABLE_SETTINGS = ("sample.", "eval.")
 UNCONSTRAINED_SETTINGS = (
@@ -200,19 +199,3 @@ def apply_protocol(folder: Path, name: str | None, overrides: list[str]) -> RunC
             folder, [*own, *overrides, f"eval.protocol={name}, but {' '.join(other)}"], OVERRIDABLE_SETTINGS
         )
     )
-
-
-def evaluate(
-    folder: Path | None,
-    protocol: str | None,
-    overrides: list[str],
-    options: dict[str, object],
-    progress: image_sets.ProgressCallback,
-) -> list[str]:
-    """`gesso evaluate`: a run's folder with settings, or pictures with the flags `told`. Returns the lines to show."""
-    if asked := image_sets.parse_image_args(folder, overrides, options):
-        return image_sets.evaluate_image_sets(asked, progress)
-    run = apply_protocol(folder, protocol, overrides)
-    lines = toy_evaluation.evaluate_run(folder, run, progress)
-    wrote = folder / ("scores.json" if run.eval.metrics else "metrics.json")
-    return [*lines, f"wrote {wrote}\nnext:\n  gesso report {folder}"]

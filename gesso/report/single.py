@@ -29,11 +29,11 @@ def head(found: Folder) -> str:
     run, metrics, data = found.run, found.metrics, found.run.data
     classes = f"{data.num_classes} classes" if data.num_classes else "no classes"
     cards = [page.card(f"{found.seen:,}", "images seen")]
-    if "class_agreement" in metrics:
+    if "class_accuracy" in metrics:
         guided = f"guidance {run.sample.guidance:g}"
-        cards.append(page.card(f"{metrics['class_agreement']:.1%}", f"class agreement, {guided}"))
+        cards.append(page.card(f"{metrics['class_accuracy']:.1%}", f"class agreement, {guided}"))
         if "unguided" in metrics:
-            cards.append(page.card(f"{metrics['unguided']['class_agreement']:.1%}", "class agreement, unguided"))
+            cards.append(page.card(f"{metrics['unguided']['class_accuracy']:.1%}", "class agreement, unguided"))
             cards.append(page.card(f"{metrics['unguided']['frechet_distance']:.2f}", "Frechet distance, unguided"))
         cards.append(page.card(f"{metrics['frechet_distance']:.2f}", f"Frechet distance, {guided}"))
         cards.append(page.card(f"{metrics['floor']['frechet_distance']:.2f}", "its floor, real against real"))
@@ -84,13 +84,13 @@ def scores(metrics: dict[str, Any]) -> str:
     protocol = metrics.get("protocol", {})
     if protocol.get("features") == "shapes":
         return page.section("What is drawn", read_back(metrics)) + page.section("Protocol", page.terms(protocol))
-    if "class_agreement" not in metrics:
+    if "class_accuracy" not in metrics:
         return ""
     rows = {f"guidance {protocol['guidance']:g}": metrics}
     if "unguided" in metrics:
         rows["unguided"] = metrics["unguided"]
-    cells = [(name, f"{row['class_agreement']:.1%}", distance(row)) for name, row in rows.items()]
-    cells.append(("real against real (floor)", f"{metrics['real']['class_agreement']:.1%}", distance(metrics["floor"])))
+    cells = [(name, f"{row['class_accuracy']:.1%}", distance(row)) for name, row in rows.items()]
+    cells.append(("real against real (floor)", f"{metrics['real']['class_accuracy']:.1%}", distance(metrics["floor"])))
     table = page.table(("", "class agreement", "Frechet distance"), cells)
     return page.section("Scores", table) + page.section("Protocol", page.terms(protocol))
 

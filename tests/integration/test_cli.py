@@ -151,12 +151,12 @@ def test_evaluate_and_report(gesso, run):
     assert code == 0 and "class agreement" in out
     metrics = json.loads((run / "metrics.json").read_text())
     assert (
-        0 <= metrics["class_agreement"] <= 1 and metrics["frechet_distance"] > metrics["floor"]["frechet_distance"] > 0
+        0 <= metrics["class_accuracy"] <= 1 and metrics["frechet_distance"] > metrics["floor"]["frechet_distance"] > 0
     )
     assert metrics["protocol"]["features"] == "digits-cnn-v1" and metrics["protocol"]["images"] == 898
     assert [r["sigma_rel"] for r in metrics["ema_sweep"]["rows"]] == [0.03, 0.1]
     assert {"by_class.png", "nearest.png"} <= {p.name for p in (run / "samples").iterdir()}
-    assert metrics["real"]["class_agreement"] > 0.99
+    assert metrics["real"]["class_accuracy"] > 0.99
 
     code, out, _ = gesso("report", run)
     page = (run / "report.html").read_text()

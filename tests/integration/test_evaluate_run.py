@@ -255,7 +255,7 @@ def test_agreement_of_digits(folder):
     scores = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"]
     _, logits = load_digit_features().classify(drawn(folder, run, range(75))[:, :1])
     expected = functional.class_accuracy(logits, torch.arange(75) % 10)
-    assert scores["class_agreement"]["mean"] == pytest.approx(expected)
+    assert scores["class_accuracy"]["mean"] == pytest.approx(expected)
 
 
 def test_diversity_under_other_sizes(tmp_path, monkeypatch):
@@ -321,18 +321,18 @@ def test_fine_energy_is_what_halving_takes_away():
 
 def test_scores_are_repeated_one_by_one(folder):
     """eval.repeated: only those on other seeds; the best of each in its own direction."""
-    cfg = "eval.metrics=fd_digits,agreement"
+    cfg = "eval.metrics=fd_digits,class_accuracy"
     every = runner.evaluate_metrics(EvalContext(folder, recorded_run(folder, cfg, "eval.num_repeats=3"), CPU), SILENT)[
         0
     ]
     run = recorded_run(folder, cfg, "eval.num_repeats=3", "eval.repeated=fd_digits")
     result = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]
-    assert [len(every["scores"][name]["values"]) for name in ("fd_digits", "class_agreement")] == [3, 3]
+    assert [len(every["scores"][name]["values"]) for name in ("fd_digits", "class_accuracy")] == [3, 3]
     assert result["scores"]["fd_digits"] == every["scores"]["fd_digits"]
-    once = result["scores"]["class_agreement"]
-    assert once["values"] == every["scores"]["class_agreement"]["values"][:1] and once["best"] == once["values"][0]
+    once = result["scores"]["class_accuracy"]
+    assert once["values"] == every["scores"]["class_accuracy"]["values"][:1] and once["best"] == once["values"][0]
     assert result["protocol"]["repeated"] == ["fd_digits"] and "repeated" not in every["protocol"]
-    for name, choose in (("fd_digits", min), ("class_agreement", max)):
+    for name, choose in (("fd_digits", min), ("class_accuracy", max)):
         assert every["scores"][name]["best"] == choose(every["scores"][name]["values"])
 
 
@@ -359,7 +359,7 @@ def test_best_value_follows_the_metric_direction():
         "density",
         "coverage",
         "clip",
-        "class_agreement",
+        "class_accuracy",
         "all",
         "relation",
     ):

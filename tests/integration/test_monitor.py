@@ -554,7 +554,7 @@ def test_scores_in_the_log_are_those_of_evaluate(seen, tmp_path):
     (seen / "metrics.json").unlink()
     line = [line for line in read_log(seen / "log.jsonl") if "metrics" in line][-1]
     assert line["metrics"]["frechet_distance"] == pytest.approx(due["frechet_distance"], rel=2e-3)
-    assert abs(line["metrics"]["class_agreement"] - due["class_agreement"]) < 0.01
+    assert abs(line["metrics"]["class_accuracy"] - due["class_accuracy"]) < 0.01
 
 
 @pytest.mark.parametrize("stop", [320, 416])

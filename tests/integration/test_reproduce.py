@@ -52,7 +52,7 @@ from gesso.training import loop
 QUIET = Console(quiet=True)
 SMALL = ("net.hidden_size=32", "net.depth=1", "net.num_heads=2", "train.total_images=256", "train.batch_size=32", "train.snapshot_every=64",
          "train.checkpoint_every=64", "train.log_every=64", "train.num_threads=1", "optim.warmup_images=64")  # fmt: skip
-DRAWN = ("eval.metrics=fd_digits,agreement", "eval.num_samples=40", "sample.steps=3")
+DRAWN = ("eval.metrics=fd_digits,class_accuracy", "eval.num_samples=40", "sample.steps=3")
 SLOW, FAST = Training("digits", (*SMALL, "optim.lr=1e-4")), Training("digits", (*SMALL, "optim.lr=4e-3"))
 
 
@@ -77,7 +77,7 @@ def fake(**changes) -> Table:
         {
             "tiny": Scale(
                 (
-                    ColumnGroup({"FID": "fd_digits", "right": "class_agreement"}, scored, settings=DRAWN),
+                    ColumnGroup({"FID": "fd_digits", "right": "class_accuracy"}, scored, settings=DRAWN),
                     ColumnGroup(
                         {"size": "parameters"}, {"slow": Measurement(settings=("net.hidden_size=32",))}, method="counts"
                     ),
@@ -202,7 +202,7 @@ def test_a_page(tmp_path, known):
     values = {("slow", "fd_digits", s): 9 + s for s in range(3)} | {
         ("fast", "fd_digits", s): 3 + 0.1 * s for s in range(3)
     }
-    values |= {("fast", "class_agreement", 1): None, ("slow", "parameters", 0): 17.0}
+    values |= {("fast", "class_accuracy", 1): None, ("slow", "parameters", 0): 17.0}
     todo = numbers(fake(), tmp_path, values)
     paths = page.write_page(fake(), "tiny", tmp_path, todo, ("train.device=cpu",))
     assert [path.name for path in paths] == ["test-1-tiny.md", "test-1-tiny.html", "README.md"]
@@ -238,7 +238,7 @@ def test_a_page(tmp_path, known):
 
 def test_stored_pages_are_judged_again(tmp_path, known, gesso, monkeypatch):
     """`gesso reproduce judge`: the same page from its JSON alone; other claims, another verdict; the mark stays."""
-    values = {("slow", "fd_digits", s): 9 + s for s in range(3)} | {("fast", "class_agreement", 1): None}
+    values = {("slow", "fd_digits", s): 9 + s for s in range(3)} | {("fast", "class_accuracy", 1): None}
     page.write_page(fake(), "tiny", tmp_path, numbers(fake(), tmp_path, values))
     for path in tmp_path.glob("measured/*"):
         path.unlink()
@@ -361,7 +361,7 @@ def test_a_figure_of_samples_shows_them_once(tmp_path):
 def test_a_figure_over_a_column(tmp_path, known):
     """Rows without an x stand at what was measured of the column that the axis is named after."""
     part = ColumnGroup(
-        {"cost": "fd_digits", "right": "class_agreement"},
+        {"cost": "fd_digits", "right": "class_accuracy"},
         {"slow": Measurement(SLOW), "fast": Measurement(FAST)},
         settings=DRAWN,
     )
@@ -369,7 +369,7 @@ def test_a_figure_over_a_column(tmp_path, known):
         columns=(Column("cost", None), Column("right", False)), x="cost", scales={"tiny": Scale((part,), "")}, claims=()
     )
     values = {(row, "fd_digits", s): x for s in range(3) for row, x in (("slow", 4.0), ("fast", 2.0))}
-    todo = numbers(table, tmp_path, values | {("fast", "class_agreement", s): 0.75 for s in range(3)})
+    todo = numbers(table, tmp_path, values | {("fast", "class_accuracy", s): 0.75 for s in range(3)})
     ((figure, _),) = page.plots.make_plots(results.collect_result(table, "tiny", tmp_path, todo), todo)
     line = figure.axes[0].lines[0]
     assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([2, 4], [0.75, 0.5])
@@ -456,7 +456,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path, known, monkeypatch):
 
     def measured(job):
         calls.append((job.row, job.seed))
-        return {"values": {"fd_digits": 1.0, "class_agreement": 1.0}}
+        return {"values": {"fd_digits": 1.0, "class_accuracy": 1.0}}
 
     monkeypatch.setitem(runner.measurements.MEASUREMENT_METHODS, "scores", measured)
     monkeypatch.setattr(runner, "start_training", lambda *arguments: None)
@@ -482,7 +482,7 @@ def test_a_row_that_diverges_is_a_result(tmp_path, known, monkeypatch):
     monkeypatch.setitem(
         runner.measurements.MEASUREMENT_METHODS,
         "scores",
-        lambda job: {"values": {"fd_digits": 1.0, "class_agreement": 1.0}},
+        lambda job: {"values": {"fd_digits": 1.0, "class_accuracy": 1.0}},
     )
     todo = plan.plan_jobs(fake(), "tiny", [0], tmp_path)
     list(runner.run_jobs(todo, QUIET, lambda text: None))
@@ -506,7 +506,7 @@ def test_what_is_stopped_names_the_command_that_goes_on(tmp_path, known, monkeyp
     monkeypatch.setitem(
         runner.measurements.MEASUREMENT_METHODS,
         "scores",
-        lambda job: {"values": {"fd_digits": 1.0, "class_agreement": 1.0}},
+        lambda job: {"values": {"fd_digits": 1.0, "class_accuracy": 1.0}},
     )
     todo = plan.plan_jobs(fake(), "tiny", [0], tmp_path, ["slow"])
     with pytest.raises(StoppedError) as stopped:
@@ -532,7 +532,7 @@ def test_two_processes_share_the_work(tmp_path, known, monkeypatch):
     monkeypatch.setitem(
         runner.measurements.MEASUREMENT_METHODS,
         "scores",
-        lambda job: {"values": {"fd_digits": 1.0, "class_agreement": 1.0}},
+        lambda job: {"values": {"fd_digits": 1.0, "class_accuracy": 1.0}},
     )
     todo, said = plan.plan_jobs(fake(), "tiny", [0], tmp_path), []
     with atomic_io.try_lock(todo[0].training.folder) as mine:
@@ -549,7 +549,7 @@ def test_two_processes_share_the_work(tmp_path, known, monkeypatch):
     def other(text):
         said.append(text)
         if text.startswith("waiting"):
-            atomic_io.write_json(todo[0].path, {"values": {"fd_digits": 2.0, "class_agreement": 1.0}})
+            atomic_io.write_json(todo[0].path, {"values": {"fd_digits": 2.0, "class_accuracy": 1.0}})
             held.__exit__(None, None, None)
 
     assert len(list(runner.run_jobs(todo, QUIET, other))) == 4
@@ -814,7 +814,7 @@ def test_what_fails_leaves_a_page_of_what_is_there(tmp_path, known, gesso, monke
     def fails(job):
         if job.row == "fast":
             raise UsageError("weights are missing")
-        return {"values": {"fd_digits": 1.0, "class_agreement": 1.0}}
+        return {"values": {"fd_digits": 1.0, "class_accuracy": 1.0}}
 
     monkeypatch.setattr(runner, "start_training", lambda *arguments: None)
     monkeypatch.setitem(runner.measurements.MEASUREMENT_METHODS, "scores", fails)

@@ -201,7 +201,7 @@ def test_moments_name_what_is_wrong():
 # Agreement and neighbours
 
 
-def test_class_agreement():
+def test_class_accuracy():
     logits = torch.eye(4)
     assert class_accuracy(logits, torch.arange(4)) == 1
     assert class_accuracy(logits, torch.tensor([0, 1, 3, 2])) == 0.5

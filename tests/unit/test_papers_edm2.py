@@ -142,7 +142,7 @@ def test_every_job_can_be_requested(name, scale):
             if one.group.method in ("scores", "tensors") and one.group.protocol is None:
                 scores = {
                     "fd_digits": {"fd_digits"},
-                    "agreement": {"1-class_agreement"},
+                    "agreement": {"1-class_accuracy"},
                     "fd_shapes": {"fd_shapes"},
                     "drawn": {"1-all"},
                 }

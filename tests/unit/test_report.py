@@ -17,7 +17,7 @@ from gesso.report import figures, several
 from gesso.report import folder as folders
 from gesso.training.run_folder import open_dataset_for_run
 
-MEASURED = {"class_agreement": 0.9, "frechet_distance": 1.5, "frechet_distance_std": 0.1}
+MEASURED = {"class_accuracy": 0.9, "frechet_distance": 1.5, "frechet_distance_std": 0.1}
 
 
 def written(out: Path, lines: list[dict], metrics: dict | None = None, **settings) -> Path:

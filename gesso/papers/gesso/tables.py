@@ -75,7 +75,7 @@ def table_equal() -> Table:
         columns=(Column("FID"), Column("errors"), *(Column(name, None) for name in ("Mparams", "Gflops", "Training, Zflops"))),
         rows=tuple(Row(row) for row in RECIPES),
         scales={
-            "tiny": Scale(parts(tiny, DIGITS, {"FID": "fd_digits", "errors": "1-class_agreement"}), "2 minutes",
+            "tiny": Scale(parts(tiny, DIGITS, {"FID": "fd_digits", "errors": "1-class_accuracy"}), "2 minutes",
                           "The digits; FID is the Frechet distance in digit features, errors what is read as another digit."),
             "small": Scale(parts(small, SHAPES_SMALL, {"FID": "fd_shapes", "errors": "1-all"}), "an hour",
                            "Drawn shapes at 64x64; FID is the Frechet distance in features of shapes, errors what is not one shape of its class."),
@@ -104,7 +104,7 @@ FIXED = 0.1
 
 
 def table_both() -> Table:
-    columns = {"FID": "fd_digits", "errors": "1-class_agreement"}
+    columns = {"FID": "fd_digits", "errors": "1-class_accuracy"}
     trained = {row: Training("digits", (*MIXED_RESOLUTION, *said)) for row, said in BOTH.items()}
     afterwards = ("post-hoc EMA", "all")
     fixed = {row: Measurement(t, at_ema(FIXED)) for row, t in trained.items() if row not in afterwards}

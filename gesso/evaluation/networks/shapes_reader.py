@@ -283,7 +283,7 @@ def class_accuracy(images: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def check_class(label: int, detected: Sequence[DetectedShape]) -> dict[str, bool]:
-    """What `class_agreement` counts, of one picture."""
+    """What `class_accuracy` counts, of one picture."""
     kind = KINDS[label]
     return {
         "kind": any(f.kind == kind for f in detected),
