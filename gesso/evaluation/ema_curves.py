@@ -37,7 +37,7 @@ def build_curves(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, Curve
     """By guidance strength and, where some tensors alone were varied, by their name; of rows that have `key`."""
     grouped: dict[str, dict[float, list[Mapping[str, Any]]]] = {}
     for row in sorted(rows, key=lambda r: (r["tensors"] or "", r["guidance"], r["sigma_rel"], r["repeat"])):
-        name = f"guidance {row['guidance']:g}" + (f", {row['tensors']} beside {row['rest']}" if row["tensors"] else "")
+        name = f"guidance {row['guidance']:g}" + (f", {row['tensors']} with the rest at {row['rest']}" if row["tensors"] else "")
         grouped.setdefault(name, {}).setdefault(row["sigma_rel"], []).append(row)
     return {name: {s: _build_point(some, key) for s, some in by.items()} for name, by in grouped.items()}
 

@@ -107,7 +107,7 @@ def _list_snapshots(folder: Path, args: EmaArgs) -> list[Snapshot]:
 def check_sweepable(folder: Path, export_only: Mapping[str, object]) -> None:
     """Raise UsageError for snapshots of which it is not known what they draw, and for what is said and is not for --sweep."""
     if idle := [name for name, value in export_only.items() if value]:
-        raise UsageError(f"{', '.join(idle)} has no effect beside --sweep")
+        raise UsageError(f"{', '.join(idle)} has no effect with --sweep")
     if folder.is_dir() and not (folder / "run.yaml").is_file():
         snapshot.list_snapshots(folder)
         raise UsageError(f"{folder} has snapshots and no run.yaml: any length can be made (--sigma-rel), none measured")

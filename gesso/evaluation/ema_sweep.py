@@ -5,7 +5,7 @@ RUN/ema_sweep.png is the plot.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,19 +180,20 @@ def run_ema_sweep(folder: Path, run: RunConfig, args: EmaSweepArgs, progress: Pr
     counter = Progress(progress, len(due) * evaluator.num_samples)
     for _ in toy_evaluation.run_points(folder, evaluator, plan, due, guide, counter):
         pass
-    evaluations = sweep_of(folder, toy_evaluation.point_evaluation(evaluator, plan, points[0]))
+    recorded = results.read_evaluations(folder).values()
+    evaluations = sweep_of(recorded, toy_evaluation.point_evaluation(evaluator, plan, points[0]))
     return _format_report(folder, evaluations, metric, len(due))
 
 
-def sweep_of(folder: Path, evaluation: Evaluation) -> list[Evaluation]:
-    """Return the recorded evaluations that belong to the same sweep: they differ in POINT_KEYS only."""
+def sweep_of(recorded: Iterable[Evaluation], evaluation: Evaluation) -> list[Evaluation]:
+    """Return the evaluations that belong to the sweep of one of them: they differ in POINT_KEYS only."""
 
     def identity(other: Evaluation) -> str:
         common = {key: value for key, value in other.protocol.items() if key not in POINT_KEYS}
         return json.dumps([common, other.weights["snapshots"]], sort_keys=True)
 
-    recorded = [e for e in results.read_evaluations(folder).values() if e.protocol.get("series") == "ema_sweep"]
-    return [other for other in recorded if identity(other) == identity(evaluation)]
+    points = [other for other in recorded if other.protocol.get("series") == "ema_sweep"]
+    return [other for other in points if identity(other) == identity(evaluation)]
 
 
 def _format_report(folder: Path, evaluations: Sequence[Evaluation], metric: SweepMetric, num_new: int) -> list[str]:

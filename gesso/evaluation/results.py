@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypedDict
 from gesso import atomic_io
 from gesso.config import EvalConfig, RunConfig
 from gesso.errors import RunError
-from gesso.evaluation.metrics import kernel_distance
+from gesso.evaluation.metrics import format_value, kernel_distance, short_label
 from gesso.evaluation.metrics.base import Metric
 from gesso.evaluation.networks.base import FeatureNetwork
 from gesso.snapshot import ReconstructionPlan, TargetProfile
@@ -165,18 +165,15 @@ def format_evaluation(evaluation: Evaluation) -> list[str]:
 
 
 def format_table(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Return values by row and name as a text table; spreads NAME_std follow their value."""
+    """Return values by row and name as a text table; a spread NAME_std follows its value."""
     names = [name for name in next(iter(rows.values())) if not name.endswith("_std")]
-    width = {
-        name: max(len(name), 16 if any(f"{name}_std" in row for row in rows.values()) else 6) + 2 for name in names
-    }
-    lines = [" " * 20 + "".join(name.replace("_", " ").rjust(width[name]) for name in names)]
-    for title, row in rows.items():
-        cells = (
-            f"{row[name]:.4g}" + (f" +- {row[f'{name}_std']:.2g}" if f"{name}_std" in row else "") for name in names
-        )
-        lines.append(f"{title:20}" + "".join(cell.rjust(width[name]) for name, cell in zip(names, cells, strict=True)))
-    return lines
+    table = [["", *map(short_label, names)]]
+    table += [
+        [title, *(format_value(name, row[name], row.get(f"{name}_std")) for name in names)]
+        for title, row in rows.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join([first.ljust(widths[0]), *(map(str.rjust, cells, widths[1:]))]) for first, *cells in table]
 
 
 def subset_size_note(metrics: Iterable[Metric], cfg: EvalConfig) -> list[str]:

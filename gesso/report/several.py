@@ -2,10 +2,12 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gesso import config
+from gesso.evaluation.metrics import format_value, short_label
+from gesso.evaluation.results import SNAPSHOT_DEPENDENT, Evaluation
 from gesso.report import figures, page, single
 from gesso.report.folder import Folder, Points, amount
 
@@ -68,73 +70,63 @@ def number(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of metrics.json by path, without how they were measured and the curve over lengths."""
-    found: dict[str, float] = {}
-    for name, value in metrics.items():
-        if isinstance(value, dict) and (prefix or name not in ("protocol", "ema_sweep")):
-            found |= flat(value, f"{prefix}{name} ")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[prefix + name.replace("_", " ")] = value
-    return found
-
-
 def scores(runs: Sequence[Folder]) -> str:
-    measured = [flat(found.metrics) for found in runs]
-    names = list(dict.fromkeys(name for one in measured for name in one if not name.endswith(" std")))
-    rows = []
-    for name in names:
-        cells = [one.get(name) for one in measured]
-        spreads = [one.get(f"{name} std") for one in measured]
-        rows.append((name, *(scored(v, s) for v, s in zip(cells, spreads, strict=True))))
+    """Table of toy metrics: a row for each guidance scale and metric."""
+    values = [
+        {(title, name): value for title, row in found.toy.get("rows", {}).items() for name, value in row.items()}
+        for found in runs
+    ]
+    keys = list(dict.fromkeys(key for by_key in values for key in by_key if not key[1].endswith("_std")))
+    rows = [
+        (
+            f"{short_label(name)}, {title}",
+            *(_cell(name, by_key.get((title, name)), by_key.get((title, f"{name}_std"))) for by_key in values),
+        )
+        for title, name in keys
+    ]
     if not rows:
         return ""
     return page.section("Scores", page.table(("", *(found.label for found in runs)), rows), unlike(runs))
 
 
-OWN = ("nimg", "sigma_rel", "halflife")
-"""of a protocol: how far a run has come and its EMA length, which is the run's own, where it was measured at one alone"""
-
-
-def _way(one: Mapping[str, Any], without: Sequence[str] = ()) -> str:
-    return json.dumps({k: value for k, value in one["protocol"].items() if k not in without}, sort_keys=True)
+def _way(one: Evaluation, without: Sequence[str] = ()) -> str:
+    return json.dumps({k: value for k, value in one.protocol.items() if k not in without}, sort_keys=True)
 
 
 def measured(runs: Sequence[Folder]) -> str:
-    """One table for each way of measuring, so that numbers of two protocols never stand in one."""
-    ways: dict[str, dict[str, dict[str, Any]]] = {}
-    several = {way for found in runs for way, n in Counter(_way(one, OWN) for one in found.measured).items() if n > 1}
+    """One table for each protocol, so that numbers of two protocols are never in one table."""
+    ways: dict[str, dict[str, dict[str, float]]] = {}
+    own = SNAPSHOT_DEPENDENT
+    several = {
+        way for found in runs for way, n in Counter(_way(one, own) for one in found.evaluations).items() if n > 1
+    }
     for found in runs:
-        for one in found.measured:
-            way = _way(one, OWN)
-            ways.setdefault(_way(one) if way in several else way, {})[found.label] = one["scores"]
+        for one in found.evaluations:
+            way = _way(one, own)
+            ways.setdefault(_way(one) if way in several else way, {})[found.label] = one.best()
     parts = []
     for way, by_run in ways.items():
         protocol = {name: value for name, value in json.loads(way).items() if value is not None}
-        names = dict.fromkeys(name for scores in by_run.values() for name in scores)
-        rows = [
-            (name, *(scored(by_run.get(f.label, {}).get(name, {}).get("best"), None) for f in runs)) for name in names
-        ]
-        own = "".join(f", {name} {protocol[name]}" for name in OWN if name in protocol)
-        title = f"{protocol.get('name', 'scores')}: {amount(protocol)}{own}"
+        names = dict.fromkeys(name for values in by_run.values() for name in values)
+        rows = [(short_label(name), *(_cell(name, by_run.get(f.label, {}).get(name)) for f in runs)) for name in names]
+        lengths = "".join(f", {name} {protocol[name]}" for name in own if name in protocol)
+        title = f"{protocol.get('name', 'scores')}: {amount(protocol)}{lengths}"
         parts.append(
             page.table((title, *(found.label for found in runs)), rows) + page.folded("protocol", page.terms(protocol))
         )
     return page.section("Measured", *parts)
 
 
-def scored(value: float | None, spread: float | None) -> str:
-    if value is None:
-        return "\u2013"
-    return f"{value:.4g}" + (f" \u00b1 {spread:.2g}" if spread is not None else "")
+def _cell(name: str, value: float | None, spread: float | None = None) -> str:
+    return "\u2013" if value is None else format_value(name, value, spread)
 
 
 def unlike(runs: Sequence[Folder]) -> str:
-    """Where the scores were not measured alike."""
-    protocols = [found.metrics["protocol"] for found in runs if "protocol" in found.metrics]
+    """Table of the protocol entries in which the toy evaluations of the runs differ."""
+    protocols = [found.toy["protocol"] for found in runs if "protocol" in found.toy]
     keys = dict.fromkeys(key for one in protocols for key in one)
     rows = [
-        (key, *(number(found.metrics.get("protocol", {}).get(key)) for found in runs))
+        (key, *(number(found.toy.get("protocol", {}).get(key)) for found in runs))
         for key in keys
         if len({json.dumps(one.get(key)) for one in protocols}) > 1
     ]
@@ -149,7 +141,7 @@ def samples(runs: Sequence[Folder]) -> str:
     for found in runs:
         made, grids = found.path / "samples" / "by_class.png", found.grids()
         if made.is_file():
-            nimg = found.metrics.get("protocol", {}).get("nimg", found.seen)
+            nimg = found.toy.get("protocol", {}).get("nimg", found.seen)
             pictures.append(page.image(made, f"{found.label}, image {nimg:,}"))
         elif grids:
             pictures.append(page.image(grids[-1][1], f"{found.label}, image {grids[-1][0]:,}, on the way"))
@@ -186,7 +178,7 @@ def training(runs: Sequence[Folder]) -> str:
         )
     )
     for name in dict.fromkeys(n for f in runs for n in f.last("metrics") or {} if not n.endswith("_std")):
-        drawn = overlaid(runs, lambda f, name=name: f.curve("metrics", name), name.replace("_", " "))
+        drawn = overlaid(runs, lambda f, name=name: f.curve("metrics", name), short_label(name))
         plots.append((drawn, "Measured on the way."))
     return page.section("Training", single.shown(plots))
 

@@ -22,7 +22,7 @@ METRIC_LABELS = value_labels() | {
 }
 """Description of a value, by its name in the record."""
 SHORT_LABELS = {
-    **{name: metric.axis_label for name, metric in METRICS.items() if metric.axis_label},
+    **{name: metric.short_label for name, metric in METRICS.items() if metric.short_label},
     "alpha_bar": "share of the signal",
 }
 """Axis label of a value whose name in the record is not a good one."""

@@ -281,7 +281,7 @@ def test_cells_measured_otherwise_are_marked(tmp_path, known):
     """But not for what their row varies on purpose, nor for the EMA length and time of their own training."""
     unlike = {
         "fast": {"images": 20, "diversity_seeds": 1, "sigma_rel": 0.2, "nimg": 9},
-        "fast, guided": {"guidance": 2.0, "networks": {"digits": "b", "agreement": "c"}},
+        "fast, guided": {"guidance": 2.0, "networks": {"digits": "b", "digits_classifier": "c"}},
     }
     todo = numbers(fake(), tmp_path, {}, **unlike)
     result = results.collect_result(fake(), "tiny", tmp_path, todo)

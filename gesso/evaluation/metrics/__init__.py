@@ -29,7 +29,7 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric(
             "fid", "inception", frechet.compute, {"fid": "FID"},
-            lower_is_better=True, needs=("reference",), axis_label="FID",
+            lower_is_better=True, needs=("reference",), short_label="FID",
         ),
         Metric(
             "kid", "inception", kernel_distance.compute, {"kid": "kernel distance of Inception's features"},
@@ -42,7 +42,7 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             "fd_dinov2", "dinov2", frechet.compute, {"fd_dinov2": "Frechet distance of DINOv2's features"},
-            lower_is_better=True, needs=("reference",), axis_label="Frechet distance, DINOv2",
+            lower_is_better=True, needs=("reference",), short_label="Frechet distance, DINOv2",
         ),
         Metric(
             "kd_dinov2", "dinov2", kernel_distance.compute, {"kd_dinov2": "kernel distance of DINOv2's features"},
@@ -79,23 +79,23 @@ METRICS: dict[str, Metric] = {
         Metric(
             "fd_digits", "digits", frechet.compute,
             {"fd_digits": "Frechet distance in the features of a small digit classifier; not FID"},
-            lower_is_better=True, needs=("reference",), axis_label="Frechet distance, digit features",
+            lower_is_better=True, needs=("reference",), short_label="Frechet distance, digit features",
         ),
         Metric(
             "frechet_distance", "digits", half_splits.compute,
             {"frechet_distance": "Frechet distance in the features of a small digit classifier to halves of the training "
              "images; not FID"},
-            lower_is_better=True, needs=("training_images",), needs_features=True, axis_label="Frechet distance",
+            lower_is_better=True, needs=("training_images",), needs_features=True, short_label="Frechet distance",
         ),
         Metric(
             "class_accuracy", "digits_classifier", per_image.class_accuracy,
             {"class_accuracy": "share of samples that a small digit classifier assigns to their class"},
-            needs=("labels",), needs_features=True, axis_label="class accuracy",
+            needs=("labels",), needs_features=True, short_label="class accuracy", is_share=True,
         ),
         Metric(
             "fd_shapes", "shapes", frechet.compute,
             {"fd_shapes": "Frechet distance in the features of a small classifier of drawn shapes; not FID"},
-            lower_is_better=True, needs=("reference",), axis_label="Frechet distance, shape features",
+            lower_is_better=True, needs=("reference",), short_label="Frechet distance, shape features",
         ),
         Metric(
             "shape_accuracy", "shapes_reader", per_image.shape_accuracy,
@@ -108,7 +108,7 @@ METRICS: dict[str, Metric] = {
                 "flipped": "share of drawn shapes on the side opposite to their caption (exact reader)",
                 "border": "share of drawn shapes that the border cuts",
             },
-            needs=("labels",), needs_features=True,
+            needs=("labels",), needs_features=True, is_share=True,
         ),
         Metric(
             "loss", "validation", validation_loss.compute, {"loss": "validation loss"},
@@ -142,6 +142,23 @@ def select_metrics(names: Iterable[str]) -> list[Metric]:
     return selected
 
 
+METRIC_OF_VALUE: dict[str, Metric] = {name: metric for metric in METRICS.values() for name in metric.labels}
+"""Metric of each number that metrics return."""
+
+
 def value_labels() -> dict[str, str]:
     """Return the description of every number that a metric returns."""
-    return {name: label for metric in METRICS.values() for name, label in metric.labels.items()}
+    return {name: metric.labels[name] for name, metric in METRIC_OF_VALUE.items()}
+
+
+def short_label(name: str) -> str:
+    """Return a short label of a number."""
+    metric = METRIC_OF_VALUE.get(name)
+    return metric.short_label if metric and metric.short_label and metric.name == name else name.replace("_", " ")
+
+
+def format_value(name: str, value: float, spread: float | None = None) -> str:
+    """Return a number as text, shares in percent, with its spread if it has one."""
+    metric = METRIC_OF_VALUE.get(name)
+    text = f"{value:.1%}" if metric and metric.is_share else f"{value:.4g}"
+    return text if spread is None else f"{text} \u00b1 {spread:.2g}"

@@ -42,7 +42,8 @@ class Metric:
         needs: What it needs besides samples.
         needs_features: It reads the features of every image (N, D), not only their moments.
         sizes: Original sizes in pixels; each seed is sampled once for each size, and the network compares the samples.
-        axis_label: Short label for axes; "" is the name.
+        short_label: Label for axes and table heads; "" is the name of the number.
+        is_share: True if the numbers are shares from 0 to 1, shown in percent.
     """
 
     name: str
@@ -53,7 +54,8 @@ class Metric:
     needs: tuple[Need, ...] = ()
     needs_features: bool = False
     sizes: tuple[int, ...] = ()
-    axis_label: str = ""
+    short_label: str = ""
+    is_share: bool = False
 
     @property
     def needs_reference(self) -> bool:
