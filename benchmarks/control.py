@@ -21,7 +21,8 @@ from torch import Tensor
 
 from gesso import build_conditions, config, ema, rng, sampling, snapshot
 from gesso.data.factory import open_dataset
-from gesso.evaluation.metrics import functional
+from gesso.evaluation.feature_stats import Moments
+from gesso.evaluation.metrics.frechet import frechet_distance
 from gesso.evaluation.networks import toy_networks
 
 BETAS = (0.0, 0.5, 0.75, 1.0, 1.25, 1.375, 1.5, 2.0, 3.0)
@@ -49,13 +50,13 @@ class Tested:
     def quality(self, made: Tensor) -> dict[str, float]:
         """Frechet distance to a random half of the data, and class agreement."""
         half = rng.random_bits(0, torch.arange(len(self.images)), "half", 1)[:, 0].argsort(stable=True)[:COUNT]
-        real, fake = functional.Moments(), functional.Moments()
+        real, fake = Moments(), Moments()
         real.update(self.network.classify(self.images.pixels[half])[0])
         found, logits = self.network.classify(made)
         fake.update(found)
-        agreement = functional.class_accuracy(logits, torch.arange(len(made)) % 10)
+        agreement = float((logits.argmax(dim=1) == torch.arange(len(made)) % 10).double().mean())
         return {
-            "frechet": functional.frechet_distance(fake.mean, fake.cov, real.mean, real.cov),
+            "frechet": frechet_distance(fake.mean, fake.cov, real.mean, real.cov),
             "agreement": agreement,
         }
 

@@ -131,13 +131,13 @@ def _tensor_globs(run: RunConfig, requested: Sequence[str]) -> dict[str, str]:
     """Return globs by name: a glob is its own name; an EDM2 U-Net also has layers of Appendix D.6, or all: figure5b."""
     globs: dict[str, str] = {}
     for text in requested:
-        is_edm2 = isinstance(run.net, EDM2Config | EDM2LadderConfig)
-        if text == "figure5b" and not is_edm2:
+        net = run.net if isinstance(run.net, EDM2Config | EDM2LadderConfig) else None
+        if text == "figure5b" and net is None:
             raise UsageError(
                 f"--tensors figure5b: these are layers of EDM2's U-Net; for {run.net.name} write globs such as '*attn*'"
             )
         names = FIGURE_5B if text == "figure5b" else [text]
-        layers = {name: edm2.name_of_paper_layer(name, run.net, run.input_spec) if is_edm2 else None for name in names}
+        layers = {name: edm2.name_of_paper_layer(name, net, run.input_spec) if net else None for name in names}
         globs |= {name: glob for name, glob in layers.items() if glob} or {text: text}
     return globs
 

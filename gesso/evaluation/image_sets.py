@@ -60,7 +60,7 @@ class ImageSet(NamedTuple):
         return RESIZE_NAMES[self.resize] if self.crop_and_resize else "no"
 
     def batches(self, batch_size: int, first: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        """Yield images `first` to `stop` (exclusive) in order, (n, 3, H, W) uint8. Raises RunError for an unreadable one."""
+        """Yield images first to stop - 1 in order, (n, 3, H, W) uint8. Raises RunError for an unreadable image."""
         stop = self.num_images if stop is None else stop
         with ThreadPoolExecutor(NUM_WORKERS) as pool:
             for start in range(first, stop, batch_size):
@@ -133,7 +133,7 @@ def open_image_set(
 
 
 class NpzSource(Source):
-    """Samples `arr_0` (N, H, W, 3) uint8 of an .npz file, as ADM, DiT and MDT store them; memory-mapped if uncompressed.
+    """Samples `arr_0` (N, H, W, 3) uint8 of an .npz file of ADM, DiT or MDT, memory-mapped if it is not compressed.
 
     Raises:
         UsageError: The file does not exist, or has no such array.

@@ -115,8 +115,8 @@ def diversity_distances(
 ) -> dict[str, dict[str, Tensor]]:
     """Return distances between samples of one seed under different original sizes, rows (n, 3 or 4).
 
-    The columns are the mean distance of all pairs of sizes; that of pairs without sizes below the resolution of the run
-    (Berrada et al. Section 3.1), for LPIPS if there are any; and the detail energy at the smallest and the largest size.
+    The columns are the mean distance of all pairs of sizes; that of pairs without sizes below the resolution of the
+    run (Berrada et al. Section 3.1), for LPIPS if there are any; the detail energy at the smallest and largest size.
     """
     sizes = metric.sizes
     samples = [

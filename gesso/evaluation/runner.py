@@ -75,7 +75,7 @@ def evaluate_metrics(context: EvalContext, progress: ProgressCallback) -> Evalua
     run, cfg = context.run, context.run.eval
     metrics = select_metrics(cfg.metrics)
     _check_run(run, metrics)
-    networks = _load_networks(metrics, cfg, context.device)
+    networks = _load_networks(metrics, cfg, context.device, run.sample_size)
     reference = _open_reference(run) if any(metric.needs_reference for metric in metrics) else None
     if reference:
         kernel_distance.check_subset_size(metrics, cfg, [cfg.num_samples, reference.num_images])
@@ -168,7 +168,7 @@ def evaluate_images(args: ImageSetArgs, progress: ProgressCallback) -> tuple[Eva
     resize = cfg.resize or "lanczos"
     samples = open_image_set(args.images, args.resolution, args.num_images, resize)
     reference = _open_image_reference(args, samples, metrics)
-    networks = _load_networks(metrics, cfg, device)
+    networks = _load_networks(metrics, cfg, device, samples.size)
     sets = [images for images in (samples, reference) if isinstance(images, ImageSet)]
     kernel_distance.check_subset_size(metrics, cfg, [images.num_images for images in sets])
     counter = Progress(progress, sum(images.num_images for images in sets) * len(networks))
@@ -208,10 +208,12 @@ def evaluate_images(args: ImageSetArgs, progress: ProgressCallback) -> tuple[Eva
     return evaluation, lines
 
 
-def _load_networks(metrics: Sequence[Metric], cfg: EvalConfig, device: torch.device | str) -> dict[str, FeatureNetwork]:
-    """Return the feature networks of metrics by name."""
+def _load_networks(
+    metrics: Sequence[Metric], cfg: EvalConfig, device: torch.device | str, size: tuple[int, int]
+) -> dict[str, FeatureNetwork]:
+    """Return the feature networks of metrics by name, for images of a size (height, width)."""
     names = dict.fromkeys(metric.network for metric in metrics if metric.network in NETWORKS)
-    return {name: NETWORKS[name].load(cfg, device) for name in names}
+    return {name: NETWORKS[name].load(cfg, device, size) for name in names}
 
 
 def _check_run(run: RunConfig, metrics: Sequence[Metric]) -> None:
@@ -454,6 +456,6 @@ def _few_samples_note(num_samples: int, metrics: Sequence[Metric], networks: Map
     if num_samples > width:
         return []
     return [
-        f"note: {num_samples:,} samples do not determine a covariance of {width:,} features: Frechet distances of so few "
-        "are far too large, and compare only at equal numbers of samples"
+        f"note: {num_samples:,} samples do not determine a covariance of {width:,} features: Frechet distances of so "
+        "few are far too large, and compare only at equal numbers of samples"
     ]

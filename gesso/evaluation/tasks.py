@@ -92,7 +92,7 @@ def _part_file(parts_dir: Path, name: str, repeat: int, part: int) -> Path:
 
 
 class Timing(NamedTuple):
-    """Time that this rank spent on new samples. power_w: power of the device at the end of each part, if it reports it."""
+    """Time that this rank spent on new samples. power_w: power of the device at the end of each part, if known."""
 
     num_images: int = 0
     seconds: float = 0.0
@@ -142,8 +142,8 @@ def run_task(context: EvalContext, task: ShardedTask, parts_dir: Path, progress:
             if not new.num_images:
                 if not task.work_stealing and time.monotonic() - started > timeout:
                     raise RunError(
-                        f"{missing[0]} of another rank is missing after {timeout} seconds: run the command again, or set "
-                        "eval.rank_timeout_s higher"
+                        f"{missing[0]} of another rank is missing after {timeout} seconds: run the command again, or "
+                        "set eval.rank_timeout_s higher"
                     )
                 time.sleep(POLL_INTERVAL_S)
     return timing

@@ -1,7 +1,7 @@
 """Toy metrics (eval.toy_metrics): small networks that gesso ships, on all samples of a small data set in memory.
 
-`gesso evaluate RUN`, `gesso ema --sweep` and the monitor of training use them. Each evaluation is an entry of metrics.json:
-its protocol has `series` guided, unguided or ema_sweep.
+`gesso evaluate RUN`, `gesso ema --sweep` and the monitor of training use them. Each evaluation is an entry of
+metrics.json, whose protocol has the `series` guided, unguided or ema_sweep.
 
 Legend: n samples, N training images, H W height and width.
 """
@@ -78,7 +78,7 @@ class ToyEvaluator:
     def networks(self) -> dict[str, FeatureNetwork]:
         """Feature networks of the metrics by name."""
         names = dict.fromkeys(metric.network for metric in self.metrics)
-        return {name: NETWORKS[name].load(self.run.eval, self.device) for name in names}
+        return {name: NETWORKS[name].load(self.run.eval, self.device, self.run.sample_size) for name in names}
 
     @functools.cached_property
     def real_images(self) -> tuple[Tensor, Tensor]:
@@ -155,7 +155,7 @@ class ToyEvaluator:
 
 
 class Point(NamedTuple):
-    """One evaluation: weights, sampling settings and seeds. extra: further protocol entries, which tell points apart."""
+    """One evaluation: weights, sampling settings and seeds. extra: further protocol entries."""
 
     target: TargetProfile
     run: RunConfig
@@ -261,7 +261,7 @@ def open_toy_evaluator(folder: Path, run: RunConfig) -> ToyEvaluator:
 
 
 def _save_image_grids(folder: Path, run: RunConfig, samples: Tensor, real: Tensor) -> None:
-    """Write samples/by_class.png, a row for each of the first classes, and samples/nearest.png, the nearest real images."""
+    """Write samples/by_class.png, with a row for each class, and samples/nearest.png, the nearest real images."""
     classes = run.input_spec.num_classes
     if classes:
         rows = (range(label, len(samples), classes)[:GRID_COLUMNS] for label in range(min(classes, GRID_ROWS)))

@@ -51,7 +51,7 @@ def open_validation_set(
 
 
 def _open_validation_source(run: RunConfig, dataset: Dataset, setting: str, source: str) -> tuple[Dataset, Tensor]:
-    """Return all images of a separate source, which must have the classes and the preparation of the training images."""
+    """Return all images of a separate source, which must match the classes and preparation of the training images."""
     data = run.data.model_copy(update={"source": source, "shuffle_window_shards": None, "num_validation": 0})
     try:
         validation = open_dataset(data, run.latent, 0)

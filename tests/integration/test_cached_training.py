@@ -172,7 +172,7 @@ def test_drawings_in_a_cache_are_read_back(tmp_path):
     settings = {"semantic.kind": "text", "eval.toy_metrics": "shapes", "net.patch_size": 4, "data.resolution": 32}
     run = trained(tmp_path / "c", tmp_path / "run", **settings)
     said = runner.evaluate_run(tmp_path / "run", run, lambda done, total: None)
-    assert any("real pictures" in line and "100.0%" in line for line in said)
+    assert any("training images" in line and "100.0%" in line for line in said)
     with pytest.raises(UsageError, match="is a cache already: train on it"):
         gesso("cache", tmp_path / "c", tmp_path / "d", "--resolution", 32)
 

@@ -103,8 +103,8 @@ def numbers(
     todo = plan.plan_jobs(table, "tiny", range(3), where)
     for job in todo:
         found = {name: values.get((job.row, name, job.seed), 0.5) for name in job.group.columns.values()}
-        told = {"name": None, "images": 40, "diversity_seeds": 9, "reference": "digits", "reference_images": 1797,
-                "reference_pictures": "abc", "networks": {"digits": "a"}, "nimg": 256, "guidance": 1.5, "sigma_rel": 0.1}  # fmt: skip
+        told = {"name": None, "num_samples": 40, "diversity_prompts": 9, "reference": "digits", "reference_images": 1797,
+                "reference_fingerprint": "abc", "networks": {"digits": "a"}, "nimg": 256, "guidance": 1.5, "sigma_rel": 0.1}  # fmt: skip
         atomic_io.write_json(job.path, {
             "by": job.group.method, "row": job.row, "seed": job.seed, "evaluation": job.evaluation_args, "values": found,
             "training": [one.command for one in plan.unique_trainings([job])], "protocol": told | protocol.get(job.row, {}),
@@ -280,17 +280,17 @@ def test_what_needs_no_seed_needs_no_second(tmp_path, known):
 def test_cells_measured_otherwise_are_marked(tmp_path, known):
     """But not for what their row varies on purpose, nor for the EMA length and time of their own training."""
     unlike = {
-        "fast": {"images": 20, "diversity_seeds": 1, "sigma_rel": 0.2, "nimg": 9},
+        "fast": {"num_samples": 20, "diversity_prompts": 1, "sigma_rel": 0.2, "nimg": 9},
         "fast, guided": {"guidance": 2.0, "networks": {"digits": "b", "digits_classifier": "c"}},
     }
     todo = numbers(fake(), tmp_path, {}, **unlike)
     result = results.collect_result(fake(), "tiny", tmp_path, todo)
-    assert result.notes == ["images 20, where other rows have 40", "network digits b, where other rows have a"]
+    assert result.notes == ["num_samples 20, where other rows have 40", "network digits b, where other rows have a"]
     assert {cell: n.notes for cell, n in result.cells.items() if n.notes} == {
         ("fast", "FID"): (1,), ("fast", "right"): (1,), ("fast, guided", "FID"): (2,), ("fast, guided", "right"): (2,),
     }  # fmt: skip
     text = page.write_page(fake(), "tiny", tmp_path, todo)[0].read_text()
-    assert "<sup>1</sup> images 20" in text and text.count("<sup>2</sup>") == 3
+    assert "<sup>1</sup> num\\_samples 20" in text and text.count("<sup>2</sup>") == 3
 
 
 def test_another_reference_or_another_measure_is_marked(tmp_path):
@@ -769,7 +769,7 @@ def test_two_rows_and_two_seeds(tmp_path, known, gesso):
         "0": 17,
         "1": 17,
     }
-    assert told["protocols"]["FID"]["images"] == 40 and told["environment"][0].startswith("cpu, 1 thread")
+    assert told["protocols"]["FID"]["num_samples"] == 40 and told["environment"][0].startswith("cpu, 1 thread")
     code, again, _ = gesso("reproduce", "test/1", "--rows", "slow", "--seeds", 2, "--out", where)
     assert code == 0 and again.count("\n") <= 2  # nothing but what is written
     assert gesso("reproduce", "test/1", "--rows", "slow", "--out", where)[0] == 0

@@ -213,7 +213,7 @@ def test_rates_count_matches_among_claims():
 
 def test_label_match_of_digits(digits):
     images, labels = digits[0].expand(-1, 3, -1, -1), digits[1].tolist()
-    network = LabelMatch()
+    network = LabelMatch(load_digit_features())
     matches = network.extract_features(images, SampleConditions(labels))
     assert matches.shape == (1797, 1) and match_rates(matches, ("class_accuracy",))["class_accuracy"] >= 0.99
     shifted = network.extract_features(images, SampleConditions([(label + 1) % 10 for label in labels]))

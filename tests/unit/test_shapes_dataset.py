@@ -467,7 +467,7 @@ def test_who_is_spoken_of():
     circle, star = found("circle", "red", -0.2), found("star", "red", 0.2)
     assert (
         checker.match_shapes(claim, [star, circle]) == (circle, star)
-        and checker.describe_place((circle, star)) == "left"
+        and checker.describe_position((circle, star)) == "left"
     )
     assert checker.match_shapes(claim, [circle, found("circle", "red", 0.2)]) is None  # either could be the star
     assert checker.match_shapes(claim, [circle]) is None
@@ -479,7 +479,7 @@ def test_who_is_spoken_of():
 def test_what_cannot_be_read():
     image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     for wrong in (image.float(), image[0], image[:, :1], image[:, :, :8]):
-        with pytest.raises(UsageError, match="uint8 pictures"):
+        with pytest.raises(UsageError, match="uint8 images"):
             checker.detect_shapes(wrong)
 
 

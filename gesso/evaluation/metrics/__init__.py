@@ -61,7 +61,8 @@ METRICS: dict[str, Metric] = {
             "lpips", "lpips", per_image.size_diversity,
             {
                 "lpips": "LPIPS between samples conditioned on different sizes",
-                "lpips_hr": "LPIPS between samples conditioned on different sizes, leaving out sizes below the resolution",
+                "lpips_hr": "LPIPS between samples conditioned on different sizes, leaving out sizes below the "
+                "resolution",
                 "size_detail": DETAIL_LABEL,
             },
             # Berrada et al. Table 2a. Section 3.1 speaks of ten generations; five sizes make ten pairs.
@@ -83,8 +84,8 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             "frechet_distance", "digits", half_splits.compute,
-            {"frechet_distance": "Frechet distance in the features of a small digit classifier to halves of the training "
-             "images; not FID"},
+            {"frechet_distance": "Frechet distance in the features of a small digit classifier to halves of the "
+             "training images; not FID"},
             lower_is_better=True, needs=("training_images",), needs_features=True, short_label="Frechet distance",
         ),
         Metric(

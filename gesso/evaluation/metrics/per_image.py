@@ -34,9 +34,9 @@ def match_rates(results: Tensor, names: Sequence[str]) -> dict[str, float]:
 def size_diversity(name: str, inputs: MetricInputs) -> dict[str, float]:
     """Return the mean distance between samples of one seed conditioned on different original sizes.
 
-    NAME_hr leaves out sizes below the resolution of the run (Berrada et al. Section 3.1). size_detail is the rms of what
-    halving a sample and enlarging it again removes, at the largest size over that at the smallest; 1 if the size has no
-    effect. The columns are those of `run_sampler.diversity_distances`.
+    NAME_hr leaves out sizes below the resolution of the run (Berrada et al. Section 3.1). size_detail is the rms of
+    what halving a sample and enlarging it again removes, at the largest size over that at the smallest; 1 if the size
+    has no effect. The columns are those of `run_sampler.diversity_distances`.
     """
     *distances, smallest, largest = inputs.samples.moments.mean.tolist()
     detail = (largest / smallest) ** 0.5 if smallest else 1.0

@@ -1,7 +1,7 @@
 """Precision, recall, density and coverage: counts of samples among the nearest neighbours of others.
 
-Legend: N real and M generated samples, D features. The ball of a sample reaches to its k-th nearest neighbour in its own
-set.
+Legend: N real and M generated samples, D features. The ball of a sample reaches to its k-th nearest neighbour in its
+own set.
 """
 
 from collections.abc import Iterator

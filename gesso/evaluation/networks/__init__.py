@@ -17,12 +17,13 @@ class NetworkEntry:
     """Constructor of a feature network and the files that it needs.
 
     Attributes:
-        load: Return the network on a device; raises UsageError that names a missing file.
+        load: Return the network on a device, for images of a size (height, width) in pixels. Raises UsageError if a
+            file is missing or the network does not read such images.
         weight_files: Public files that it reads.
         hub_setting: Name of the setting in `eval` that holds the folder or hub id of the model.
     """
 
-    load: Callable[[EvalConfig, torch.device | str], FeatureNetwork]
+    load: Callable[[EvalConfig, torch.device | str, tuple[int, int]], FeatureNetwork]
     weight_files: Callable[[EvalConfig], tuple[WeightFile, ...]] = lambda cfg: ()
     hub_setting: str | None = None
 
@@ -34,20 +35,24 @@ def weights_dir(cfg: EvalConfig) -> Path | None:
 
 NETWORKS: dict[str, NetworkEntry] = {
     "inception": NetworkEntry(
-        lambda cfg, device: inception.load_inception(weights_dir(cfg), device, cfg.inception),
+        lambda cfg, device, size: inception.load_inception(weights_dir(cfg), device, cfg.inception),
         lambda cfg: (downloads.INCEPTION_FILES[cfg.inception],),
     ),
-    "dinov2": NetworkEntry(lambda cfg, device: clip_dino.DINOv2(cfg.dinov2, device), hub_setting="dinov2"),
-    "clip": NetworkEntry(lambda cfg, device: clip_dino.CLIPScore(cfg.clip, device), hub_setting="clip"),
-    "clip_images": NetworkEntry(lambda cfg, device: clip_dino.CLIPImageFeatures(cfg.clip, device), hub_setting="clip"),
+    "dinov2": NetworkEntry(lambda cfg, device, size: clip_dino.DINOv2(cfg.dinov2, device), hub_setting="dinov2"),
+    "clip": NetworkEntry(lambda cfg, device, size: clip_dino.CLIPScore(cfg.clip, device), hub_setting="clip"),
+    "clip_images": NetworkEntry(
+        lambda cfg, device, size: clip_dino.CLIPImageFeatures(cfg.clip, device), hub_setting="clip"
+    ),
     "lpips": NetworkEntry(
-        lambda cfg, device: lpips.load_lpips(cfg.lpips, weights_dir(cfg), device),
+        lambda cfg, device, size: lpips.load_lpips(cfg.lpips, weights_dir(cfg), device),
         lambda cfg: lpips.BACKBONES[cfg.lpips].weight_files,
     ),
-    "digits": NetworkEntry(lambda cfg, device: toy_networks.GrayscaleDigitFeatures(device)),
-    "digits_classifier": NetworkEntry(lambda cfg, device: toy_networks.LabelMatch(device)),
-    "digits_distance": NetworkEntry(lambda cfg, device: toy_networks.DigitDistance(device)),
-    "shapes": NetworkEntry(lambda cfg, device: toy_networks.load_shape_features(device)),
-    "shapes_reader": NetworkEntry(lambda cfg, device: toy_networks.ShapeMatch()),
+    "digits": NetworkEntry(lambda cfg, device, size: toy_networks.GrayscaleDigitFeatures(device)),
+    "digits_classifier": NetworkEntry(
+        lambda cfg, device, size: toy_networks.LabelMatch(toy_networks.load_classifier(size, device))
+    ),
+    "digits_distance": NetworkEntry(lambda cfg, device, size: toy_networks.DigitDistance(device)),
+    "shapes": NetworkEntry(lambda cfg, device, size: toy_networks.load_shape_features(device)),
+    "shapes_reader": NetworkEntry(lambda cfg, device, size: toy_networks.ShapeMatch()),
 }
 """Feature networks by the name that metrics refer to."""

@@ -5,6 +5,7 @@ Legend: B images or texts, D features, M edge of the position grid.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,8 @@ class DINOv2(FeatureNetwork):
     leaves out its offset of 0.1.
     """
 
+    model: Any  # a class of transformers
+
     def __init__(self, model_id: str = DEFAULT_DINOV2, device: torch.device | str = "cpu"):
         super().__init__()
         self.name, self.size = f"dinov2 ({model_id})", 224
@@ -99,6 +102,8 @@ class DINOv2(FeatureNetwork):
 class CLIPImageFeatures(FeatureNetwork):
     """Map uint8 RGB images (B, 3, H, W) to CLIP embeddings (B, D) float32, not normalized; D = 768 for ViT-L/14."""
 
+    model: Any  # a class of transformers
+
     def __init__(self, model_id: str = DEFAULT_CLIP, device: torch.device | str = "cpu"):
         super().__init__()
         self.name = f"clip image ({model_id})"
@@ -114,6 +119,8 @@ class CLIPImageFeatures(FeatureNetwork):
 
 class CLIPScore(FeatureNetwork):
     """Compute 100 max(cos, 0) of images and captions (Hessel et al. 2021, without their factor of 2.5)."""
+
+    model: Any  # a class of transformers
 
     def __init__(self, model_id: str = DEFAULT_CLIP, device: torch.device | str = "cpu"):
         super().__init__()

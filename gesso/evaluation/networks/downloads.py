@@ -9,7 +9,6 @@ from torch import Tensor
 
 from gesso.errors import RunError, UsageError
 
-
 Network = TypeVar("Network", bound=torch.nn.Module)
 
 

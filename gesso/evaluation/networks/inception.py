@@ -1,8 +1,8 @@
 """InceptionV3 for the Frechet inception distance: the network of 2015-12-05, with 2,048 features and 1,008 logits.
 
-It differs from InceptionV3 for classification in three points: average pools do not count the padding, the last block has
-a maximum pool, and images are resized as in TensorFlow 1, without the shift of half a pixel. Batch normalization is folded
-into the convolutions.
+It differs from InceptionV3 for classification in three points: average pools do not count the padding, the last block
+has a maximum pool, and images are resized as in TensorFlow 1, without the shift of half a pixel. Batch normalization is
+folded into the convolutions.
 
 Implementations prepare images differently, so their numbers differ: torch-fidelity resizes as TensorFlow 1, like ADM's
 evaluator; pytorch-fid resizes between pixel centers and scales to [-1, 1]; NVIDIA publishes a TorchScript.
@@ -96,7 +96,8 @@ STEM: list[LayerSpec | str] = [
 """Layers before the blocks; stride 0 is stride 1 without padding."""
 BLOCKS = {
     "Mixed_5b": inception_a(32), "Mixed_5c": inception_a(64), "Mixed_5d": inception_a(64), "Mixed_6a": inception_b(),
-    "Mixed_6b": inception_c(128), "Mixed_6c": inception_c(160), "Mixed_6d": inception_c(160), "Mixed_6e": inception_c(192),
+    "Mixed_6b": inception_c(128), "Mixed_6c": inception_c(160), "Mixed_6d": inception_c(160),
+    "Mixed_6e": inception_c(192),
     "Mixed_7a": inception_d(), "Mixed_7b": inception_e(AVG_POOL), "Mixed_7c": inception_e(MAX_POOL),
 }  # fmt: skip
 
@@ -106,7 +107,8 @@ class InceptionBlock(nn.Module):
 
     def __init__(self, n_in: int, branches: list):
         super().__init__()
-        self.branches, self.out_channels = branches, 0
+        self.branches = branches
+        self.out_channels: int = 0
         for branch in branches:
             n = n_in
             for layer in branch:
@@ -172,8 +174,9 @@ class Inception(FeatureNetwork):
                 self.add_module(layer[0], build_conv(n, layer))
                 n = layer[1]
         for name, branches in BLOCKS.items():
-            self.add_module(name, InceptionBlock(n, branches))
-            n = self.get_submodule(name).out_channels
+            block = InceptionBlock(n, branches)
+            self.add_module(name, block)
+            n = block.out_channels
         self.fc = nn.Linear(n, self.num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -280,9 +283,10 @@ def fold_batch_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return X.conv and X.bn as one convolution X: weight g/s and bias b - m g/s, with s = sqrt(variance + eps)."""
     folded = {name: value for name, value in state.items() if name.startswith("fc.")}
     for name in (name.removesuffix(".conv.weight") for name in state if name.endswith(".conv.weight")):
-        norm = {part: state.get(f"{name}.bn.{part}") for part in ("weight", "bias", "running_mean", "running_var")}
-        if any(value is None for value in norm.values()):
+        parts = ("weight", "bias", "running_mean", "running_var")
+        if any(f"{name}.bn.{part}" not in state for part in parts):
             continue  # load_into reports it as missing
+        norm = {part: state[f"{name}.bn.{part}"] for part in parts}
         factor = norm["weight"].double() / (norm["running_var"].double() + BATCH_NORM_EPS).sqrt()
         folded[f"{name}.weight"] = (state[f"{name}.conv.weight"].double() * factor[:, None, None, None]).float()
         folded[f"{name}.bias"] = (norm["bias"].double() - norm["running_mean"].double() * factor).float()

@@ -15,8 +15,8 @@ from gesso.evaluation.networks import downloads
 from gesso.evaluation.networks.base import FeatureNetwork
 from gesso.evaluation.networks.downloads import WeightFile
 
-# Layers in the order of the weight files: a convolution (channels, kernel, stride, padding, compared) followed by a ReLU,
-# or a maximum pool (kernel) of stride 2. The outputs of ReLUs with compared=True enter the distance.
+# Layers in the order of the weight files: a convolution (channels, kernel, stride, padding, compared) with a ReLU, or a
+# maximum pool (kernel) of stride 2. The outputs of ReLUs with compared=True enter the distance.
 POOL = "pool"
 ALEXNET_LAYERS = [
     (64, 11, 4, 2, True), (POOL, 3), (192, 5, 1, 2, True), (POOL, 3), (384, 3, 1, 1, True), (256, 3, 1, 1, True),
@@ -50,6 +50,8 @@ class LPIPS(FeatureNetwork):
     """Map two batches of uint8 RGB images (B, 3, H, W) to their distances (B,); equal images have 0."""
 
     num_features = 1
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, layers: list[tuple], name: str):
         super().__init__()

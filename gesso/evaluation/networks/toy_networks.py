@@ -77,12 +77,11 @@ class GrayscaleDigitFeatures(FeatureNetwork):
 
 
 class LabelMatch(FeatureNetwork):
-    """Check whether digits are classified as their labels: (B, 1), 1 for a match and 0 otherwise."""
+    """Check whether a classifier assigns RGB images to their labels: (B, 1), 1 for a match and 0 otherwise."""
 
-    def __init__(self, device: str | torch.device = "cpu"):
+    def __init__(self, network: DigitFeatures):
         super().__init__()
-        self.network = load_digit_features(device)
-        self.name, self.num_features = self.network.name, 1
+        self.network, self.name, self.num_features = network, network.name, 1
 
     def extract_features(self, images: Tensor, conditions: SampleConditions) -> Tensor:
         """Return matches (B, 1) float32. Raises RunError if logits are NaN."""
@@ -180,6 +179,18 @@ def load_digit_features(device: str | torch.device = "cpu") -> DigitFeatures:
     network = DigitFeatures()
     network.load_state_dict(_load_weights(network.name, DIGITS_FILE, DIGITS_SHA256))
     return network.requires_grad_(False).eval().to(device)
+
+
+CLASSIFIERS = {(8, 8): load_digit_features}
+"""Loaders of classifiers by height and width of the images that they read."""
+
+
+def load_classifier(size: tuple[int, int], device: str | torch.device = "cpu") -> DigitFeatures:
+    """Return the classifier of images of a size (height, width). Raises UsageError if there is none."""
+    if size not in CLASSIFIERS:
+        known = ", ".join(f"{width}x{height}" for height, width in CLASSIFIERS)
+        raise UsageError(f"gesso has no classifier of {size[1]}x{size[0]} images, only of {known}")
+    return CLASSIFIERS[size](device)
 
 
 def load_shape_features(device: str | torch.device = "cpu") -> ShapeFeatures:
