@@ -175,7 +175,7 @@ def ema(
         list[str] | None, typer.Option(help="EMA length of some tensors: GLOB=LENGTH; with --sweep: GLOB")
     ] = None,
     sweep: Annotated[str | None, _option("evaluate EMA lengths LOW:HIGH:COUNT")] = None,
-    metric: Annotated[str | None, _option("metric of --sweep, such as fd or class_accuracy")] = None,
+    metric: Annotated[str | None, _option("metric of --sweep, such as frechet_distance or class_accuracy")] = None,
     guidance: Annotated[str | None, _option("guidance scales of --sweep, such as 1,1.5,2")] = None,
     num_repeats: Annotated[int, typer.Option(min=1, help="evaluations per point of --sweep, with other seeds")] = 1,
     files: Annotated[

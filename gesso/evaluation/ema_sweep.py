@@ -18,7 +18,8 @@ from gesso.errors import UsageError
 from gesso.evaluation import ema_curves, results, toy_evaluation
 from gesso.evaluation.ema_export import parse_image_count, parse_sigma_rel
 from gesso.evaluation.feature_stats import Progress, ProgressCallback
-from gesso.evaluation.metrics import METRICS
+from gesso.evaluation.metrics import METRIC_OF_VALUE, METRICS, TOY_METRICS, short_label
+from gesso.evaluation.networks.toy_networks import CLASS_CHECKS
 from gesso.evaluation.results import Evaluation
 from gesso.evaluation.run_sampler import with_sample_settings
 from gesso.evaluation.toy_evaluation import Point
@@ -28,27 +29,6 @@ from gesso.snapshot import TargetProfile
 
 POINT_KEYS = ("sigma_rel", "halflife", "tensors", "rest", "guidance", "repeat", "seeds")
 """Protocol keys in which points of one sweep differ."""
-
-
-class SweepMetric(NamedTuple):
-    """A number to plot: its name for --metric and in metrics.json, and the title of the plot."""
-
-    name: str
-    title: str
-    lower_is_better: bool = False
-
-
-SWEEP_METRICS: dict[str, dict[str, SweepMetric]] = {
-    "digits": {
-        "fd": SweepMetric("frechet_distance", "Frechet distance in digit features", lower_is_better=True),
-        "class_accuracy": SweepMetric("class_accuracy", "class accuracy"),
-    },
-    "shapes": {
-        name: SweepMetric(name, METRICS["shape_accuracy"].labels[name])
-        for name in ("all", "kind", "colour", "place", "pair")
-    },
-}
-"""Metrics of each value of eval.toy_metrics by their name for --metric, the default first."""
 
 
 class EmaSweepArgs(NamedTuple):
@@ -78,50 +58,58 @@ def parse_sweep(text: str) -> list[float]:
     return grid
 
 
-def select_metric(run: RunConfig, name: str | None) -> SweepMetric:
-    """Return the metric to plot. Raises UsageError for one that eval.toy_metrics does not have."""
+def select_metric(run: RunConfig, name: str | None) -> str:
+    """Return the name of the number to plot, by default the first of eval.toy_metrics.
+
+    Raises:
+        UsageError: eval.toy_metrics has no such number.
+    """
     toy_metrics = run.eval.toy_metrics
-    known = dict(SWEEP_METRICS.get(toy_metrics, {}))
+    known = [label for metric in TOY_METRICS[toy_metrics] for label in METRICS[metric].labels]
+    if toy_metrics == "shapes" and run.semantic.kind != "text":
+        known = [label for label in known if label in CLASS_CHECKS]
     if not known:
         raise UsageError(f"eval.toy_metrics={toy_metrics} has no metric for --sweep: set it to digits or shapes")
-    if toy_metrics == "shapes" and run.semantic.kind != "text":
-        known = {key: known[key] for key in ("all", "kind")}
     if name and name not in known:
         raise UsageError(f"--metric {name}: eval.toy_metrics={toy_metrics} has {', '.join(known)}")
-    return known[name or next(iter(known))]
+    return name or known[0]
 
 
-def runs_by_guidance(run: RunConfig, text: str | None) -> dict[float, RunConfig]:
+def runs_by_guidance(run: RunConfig, text: str | None) -> list[RunConfig]:
     """Return the run at each guidance scale of `1,1.5,2`, or at its own scale for None."""
     try:
         values = [float(part) for part in text.split(",")] if text else [run.sample.guidance]
     except ValueError:
         raise UsageError(f"--guidance {text}: write numbers such as 1,1.5,2") from None
     tree = config.to_dict(run)
-    return {value: config.resolve(tree, [f"sample.guidance={value}"])[0] for value in values}
+    return [config.resolve(tree, [f"sample.guidance={value}"])[0] for value in dict.fromkeys(values)]
 
 
-class SweepTarget(NamedTuple):
-    """Weights to evaluate: lengths of all tensors, or a length of the tensors of a glob and the rest at another."""
+def sweep_points(runs: Iterable[RunConfig], args: EmaSweepArgs) -> list[Point]:
+    """Return the points of a sweep for runs that differ in guidance.
 
-    target: TargetProfile
-    sigma_rel: float
-    tensors: str | None = None
-    rest: str | None = None
+    They have every length for all tensors; with globs, for the tensors of each glob alone (EDM2 Figure 5b).
+    """
+    return [
+        Point(target, with_sample_settings(run, sigma_rel=sigma_rel, halflife=None), "ema_sweep", repeat, extra)
+        for run in runs
+        for sigma_rel, target, extra in _sweep_targets(run, args)
+        for repeat in range(args.num_repeats)
+    ]
 
 
-def sweep_targets(run: RunConfig, args: EmaSweepArgs) -> list[SweepTarget]:
-    """Return every length for all tensors; with globs, for the tensors of each glob alone (EDM2 Figure 5b)."""
+def _sweep_targets(run: RunConfig, args: EmaSweepArgs) -> list[tuple[float, TargetProfile, dict[str, Any]]]:
+    """Return lengths, weights to reconstruct, and protocol entries that name the varied tensors."""
     grid = parse_sweep(args.sweep)
     if not args.tensors:
-        return [SweepTarget(PowerProfile(s), s) for s in grid]
+        return [(s, PowerProfile(s), {}) for s in grid]
     if any("=" in glob for glob in args.tensors):
         raise UsageError(f"--tensors {args.tensors[0]}: with --sweep write the GLOB alone; the sweep sets its lengths")
     if len(args.sigma_rels) > 1:
         raise UsageError("--sigma-rel is the length of all other tensors: give only one")
     rest = parse_sigma_rel(args.sigma_rels[0]) if args.sigma_rels else ema.sampling_profile(run.sample)
     return [
-        SweepTarget(PerTensorProfile(rest, ((glob, PowerProfile(s)),)), s, name, str(rest))
+        (s, PerTensorProfile(rest, ((glob, PowerProfile(s)),)), {"tensors": name, "rest": str(rest)})
         for name, glob in _tensor_globs(run, args.tensors).items()
         for s in grid
     ]
@@ -148,11 +136,8 @@ def run_ema_sweep(folder: Path, run: RunConfig, args: EmaSweepArgs, progress: Pr
     Raises:
         UsageError: A point cannot be evaluated; before any work.
     """
-    metric, runs, targets = (
-        select_metric(run, args.metric),
-        runs_by_guidance(run, args.guidance),
-        sweep_targets(run, args),
-    )
+    name, runs = select_metric(run, args.metric), runs_by_guidance(run, args.guidance)
+    points = sweep_points(runs, args)
     if args.sigma_rels and not args.tensors:
         raise UsageError(
             "--sigma-rel with --sweep is the length of the tensors that --tensors does not name: set --tensors"
@@ -161,28 +146,17 @@ def run_ema_sweep(folder: Path, run: RunConfig, args: EmaSweepArgs, progress: Pr
         raise UsageError(f"--num-repeats {args.num_repeats}: 1 or more")
     nimg = parse_image_count(args.nimg, "--nimg") if args.nimg else None
     evaluator = toy_evaluation.open_toy_evaluator(folder, run)
-    plan = snapshot.plan_reconstruction(snapshot.list_snapshots(folder), [t.target for t in targets], nimg)
-    points = [
-        Point(
-            target.target,
-            with_sample_settings(run_at_guidance, sigma_rel=target.sigma_rel, halflife=None),
-            "ema_sweep",
-            repeat,
-            {"tensors": target.tensors, "rest": target.rest} if target.tensors else {},
-        )
-        for target in targets
-        for run_at_guidance in runs.values()
-        for repeat in range(args.num_repeats)
-    ]
+    targets = list(dict.fromkeys(point.target for point in points))
+    plan = snapshot.plan_reconstruction(snapshot.list_snapshots(folder), targets, nimg)
     known = results.read_evaluations(folder)
     due = [point for point in points if toy_evaluation.point_evaluation(evaluator, plan, point).key not in known]
-    guide = next((g for run_at_guidance in runs.values() if (g := sampling.load_guide(folder, run_at_guidance))), None)
+    guide = next((guide for run in runs if (guide := sampling.load_guide(folder, run))), None)
     counter = Progress(progress, len(due) * evaluator.num_samples)
     for _ in toy_evaluation.run_points(folder, evaluator, plan, due, guide, counter):
         pass
     recorded = results.read_evaluations(folder).values()
     evaluations = sweep_of(recorded, toy_evaluation.point_evaluation(evaluator, plan, points[0]))
-    return _format_report(folder, evaluations, metric, len(due))
+    return _format_report(folder, evaluations, name, len(due))
 
 
 def sweep_of(recorded: Iterable[Evaluation], evaluation: Evaluation) -> list[Evaluation]:
@@ -196,28 +170,26 @@ def sweep_of(recorded: Iterable[Evaluation], evaluation: Evaluation) -> list[Eva
     return [other for other in points if identity(other) == identity(evaluation)]
 
 
-def _format_report(folder: Path, evaluations: Sequence[Evaluation], metric: SweepMetric, num_new: int) -> list[str]:
+def _format_report(folder: Path, evaluations: Sequence[Evaluation], name: str, num_new: int) -> list[str]:
     """Return a table and the optimum of every curve, and write the plot."""
-    curves = ema_curves.build_curves([curve_row(evaluation) for evaluation in evaluations], metric.name)
-    num_known = len(evaluations) - num_new
-    lines = [
-        f"{metric.title}, image {evaluations[0].protocol['nimg']:,}"
-        + (f" ({num_known} points evaluated before)" if num_known else "")
-    ]
-    lines += ema_curves.curve_table(curves, metric.lower_is_better)
-    optima = {name: ema_curves.find_optimum(curve, metric.lower_is_better) for name, curve in curves.items()}
-    lines += [f"{name}: {best}" for name, best in optima.items()]
+    metric, nimg, num_known = METRIC_OF_VALUE[name], evaluations[0].protocol["nimg"], len(evaluations) - num_new
+    title, lower_is_better = metric.labels[name], metric.lower_is_better
+    curves = ema_curves.build_curves([curve_row(evaluation) for evaluation in evaluations], name)
+    lines = [f"{title}, image {nimg:,}" + (f" ({num_known} points evaluated before)" if num_known else "")]
+    lines += ema_curves.curve_table(curves, lower_is_better)
+    optima = {curve: ema_curves.find_optimum(points, lower_is_better) for curve, points in curves.items()}
+    lines += [f"{curve}: {best}" for curve, best in optima.items()]
     files = [str(folder / results.FILE_NAME)]
     try:
-        reference = evaluations[0].reference_metrics.get(metric.name)
-        path = ema_curves.plot_curves(curves, optima, metric.title, reference, folder / "ema_sweep.png")
+        reference = evaluations[0].reference_metrics.get(name)
+        path = ema_curves.plot_curves(curves, optima, short_label(name), reference, folder / "ema_sweep.png")
         files.append(str(path))
     except ImportError:
         lines.append("no plot: pip install 'gesso[plots]'")
     lines.append(f"wrote {', '.join(files)}")
-    all_tensors = {float(name.split()[1]): best for name, best in optima.items() if "," not in name}
+    all_tensors = {float(curve.split()[1]): best for curve, best in optima.items() if "," not in curve}
     if all_tensors:
-        sign = 1 if metric.lower_is_better else -1
+        sign = 1 if lower_is_better else -1
         guidance, best = min(all_tensors.items(), key=lambda item: sign * item[1].value)
         lines.append(
             f"next:\n  gesso sample {folder} sample.guidance={guidance:g} sample.sigma_rel={best.sigma_rel:.3g}"

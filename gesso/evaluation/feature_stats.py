@@ -102,23 +102,17 @@ class Moments:
 
 
 class FeatureStats(NamedTuple):
-    """Statistics of the features of an image set: moments, and features (N, D) float32 where they are needed."""
+    """Statistics of the features of an image set: moments, and features (N, D) float32; (0,) if they are not kept."""
 
     moments: Moments
-    features: Tensor | None = None
-
-    @property
-    def rows(self) -> Tensor:
-        """Features (N, D) of every image, for metrics with `needs_features`."""
-        assert self.features is not None
-        return self.features
+    features: Tensor = torch.empty(0)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the stored file; the covariance of a single image is 0."""
         mean, n = self.moments.mean, self.moments.n
         cov = self.moments.cov if n > 1 else mean.new_zeros(len(mean), len(mean))
         tensors = {"mean": mean, "cov": cov, "n": torch.tensor(n)}
-        return tensors if self.features is None else tensors | {"rows": self.features}
+        return tensors | {"rows": self.features} if len(self.features) else tensors
 
 
 def features_to_stats(parts: Iterable[Tensor]) -> FeatureStats:
@@ -134,7 +128,8 @@ def load_stats(path: Path) -> FeatureStats:
     try:
         with safe_open(path, "pt") as file:
             moments = Moments.from_mean_cov(file.get_tensor("mean"), file.get_tensor("cov"), int(file.get_tensor("n")))
-            return FeatureStats(moments, file.get_tensor("rows") if "rows" in file.keys() else None)  # noqa: SIM118
+            features = file.get_tensor("rows") if "rows" in file.keys() else torch.empty(0)  # noqa: SIM118
+            return FeatureStats(moments, features)
     except (SafetensorError, OSError) as error:
         raise RunError(f"{path} is damaged ({error}): delete it and run again") from None
 
@@ -145,8 +140,7 @@ def merge_stats(parts: Iterable[FeatureStats]) -> FeatureStats:
     for part in parts:
         moments.merge(part.moments)
         features.append(part.features)
-    known = [rows for rows in features if rows is not None]
-    return FeatureStats(moments, torch.cat(known) if len(known) == len(features) else None)
+    return FeatureStats(moments, torch.cat(features))
 
 
 class Progress:
@@ -183,28 +177,21 @@ def compute_stats(
         if keep_features:
             features.append(rows)
         progress(len(batch))
-    return FeatureStats(moments, torch.cat(features) if keep_features else None)
+    return FeatureStats(moments, torch.cat(features) if keep_features else torch.empty(0))
 
 
-class CachedReference(NamedTuple):
-    """Cache file of the statistics of a reference, and what identifies them."""
-
-    path: Path
-    identity: dict[str, str]
-
-    def write(self, stats: FeatureStats) -> None:
-        """Store statistics in the cache."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_io.atomic_file(self.path) as temporary:
-            save_file(stats.to_tensors(), temporary, {"gesso": json.dumps(self.identity)})
+def save_stats(path: Path, stats: FeatureStats) -> None:
+    """Write statistics to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_io.atomic_file(path) as temporary:
+        save_file(stats.to_tensors(), temporary)
 
 
-def cached_reference(reference: ImageSet, network: FeatureNetwork, needs_features: bool) -> CachedReference:
+def reference_cache_path(reference: ImageSet, network: FeatureNetwork, needs_features: bool) -> Path:
     """Return the cache file of a reference under a network; `needs_features`: with the features of every image."""
     identity = {"pictures": reference.fingerprint, "network": network.name, "weights": _weights_digest(network)}
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-    suffix = "-rows" if needs_features else ""
-    return CachedReference(atomic_io.cache_dir("statistics") / f"{key}{suffix}.safetensors", identity)
+    return atomic_io.cache_dir("statistics") / f"{key}{'-rows' if needs_features else ''}.safetensors"
 
 
 def reference_stats(
@@ -216,13 +203,12 @@ def reference_stats(
     progress: Callable[[int], None],
 ) -> FeatureStats:
     """Return the statistics of a reference, from the cache if they are there."""
-    cached = cached_reference(reference, network, needs_features)
-    if cached.path.is_file():
-        stats = load_stats(cached.path)
+    path = reference_cache_path(reference, network, needs_features)
+    if path.is_file():
         progress(reference.num_images)
-        return stats
+        return load_stats(path)
     stats = compute_stats(reference, network, batch_size, needs_features, device, progress)
-    cached.write(stats)
+    save_stats(path, stats)
     return stats
 
 

@@ -21,14 +21,13 @@ from gesso import atomic_io, devices, ema, sampling, snapshot, torchrun
 from gesso.config import EvalConfig, RunConfig
 from gesso.data.cache.format import is_cache, open_manifest
 from gesso.data.factory import open_dataset
-from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import UsageError
 from gesso.evaluation import feature_stats, results, run_sampler, toy_evaluation, validation
-from gesso.evaluation.feature_stats import CachedReference, FeatureStats, Moments, Progress, ProgressCallback
+from gesso.evaluation.feature_stats import FeatureStats, Moments, Progress, ProgressCallback
 from gesso.evaluation.image_sets import ImageSet, open_image_set
 from gesso.evaluation.metrics import kernel_distance, select_metrics
 from gesso.evaluation.metrics.base import Metric, MetricInputs
-from gesso.evaluation.networks import NETWORKS, lpips
+from gesso.evaluation.networks import load_networks, lpips
 from gesso.evaluation.networks.base import FeatureNetwork
 from gesso.evaluation.results import Evaluation
 from gesso.evaluation.run_sampler import RunSampler
@@ -75,7 +74,7 @@ def evaluate_metrics(context: EvalContext, progress: ProgressCallback) -> Evalua
     run, cfg = context.run, context.run.eval
     metrics = select_metrics(cfg.metrics)
     _check_run(run, metrics)
-    networks = _load_networks(metrics, cfg, context.device, run.sample_size)
+    networks = load_networks((metric.network for metric in metrics), cfg, context.device, run.sample_size)
     reference = _open_reference(run) if any(metric.needs_reference for metric in metrics) else None
     if reference:
         kernel_distance.check_subset_size(metrics, cfg, [cfg.num_samples, reference.num_images])
@@ -93,23 +92,25 @@ def evaluate_metrics(context: EvalContext, progress: ProgressCallback) -> Evalua
         sampler = run_sampler.open_run_sampler(context.folder, run, denoiser, context.device)
         tasks = _sample_tasks(sampler, metrics, networks)
         notes += _repeated_caption_note(run, sampler.prompts)
-    other_tasks = [_validation_task(validation_loss, denoiser, cfg)] if validation_loss else []
-    references = _reference_tasks(reference, metrics, networks, context.device) if reference else {}
-    other_tasks += [entry.task for entry in references.values() if entry.task]
     sample_tasks = list({id(task): task for task in tasks.values()}.values())  # networks share tasks
+    if validation_loss:
+        compute = functools.partial(validation_loss.features, denoiser)
+        tasks["validation"] = ShardedTask({"validation": 1}, cfg.validation_pairs, compute)
+    paths, reference_tasks = _reference_tasks(reference, metrics, networks, context.device) if reference else ({}, {})
+    other_tasks = [*reference_tasks.values(), *(tasks[name] for name in ("validation",) if name in tasks)]
     total = sum(task.total_items for task in (*sample_tasks, *other_tasks))
-    counter = Progress(progress, total // context.world_size)
-    timing = functools.reduce(
-        Timing.add, [run_task(context, task, parts_dir, counter) for task in sample_tasks], Timing()
-    )
+    counter, timing = Progress(progress, total // context.world_size), Timing()
+    for task in sample_tasks:
+        timing = timing.add(run_task(context, task, parts_dir, counter))
     for task in other_tasks:
         run_task(context, task, parts_dir, counter)
     if context.rank:
         return None
 
-    if validation_loss:
-        tasks["validation"] = other_tasks[0]
-    values = _compute_values(run, metrics, networks, tasks, references, parts_dir)
+    for name, task in reference_tasks.items():
+        parts = map(feature_stats.load_stats, task.part_files(parts_dir, f"reference-{name}"))
+        feature_stats.save_stats(paths[name], feature_stats.merge_stats(parts))
+    values = _compute_values(run, metrics, networks, tasks, paths, parts_dir)
     evaluation = evaluation._replace(metrics=values, throughput=timing.throughput())
     if context.ema_target is None:
         results.record_evaluation(context.folder, evaluation)
@@ -168,7 +169,7 @@ def evaluate_images(args: ImageSetArgs, progress: ProgressCallback) -> tuple[Eva
     resize = cfg.resize or "lanczos"
     samples = open_image_set(args.images, args.resolution, args.num_images, resize)
     reference = _open_image_reference(args, samples, metrics)
-    networks = _load_networks(metrics, cfg, device, samples.size)
+    networks = load_networks((metric.network for metric in metrics), cfg, device, samples.size)
     sets = [images for images in (samples, reference) if isinstance(images, ImageSet)]
     kernel_distance.check_subset_size(metrics, cfg, [images.num_images for images in sets])
     counter = Progress(progress, sum(images.num_images for images in sets) * len(networks))
@@ -179,7 +180,7 @@ def evaluate_images(args: ImageSetArgs, progress: ProgressCallback) -> tuple[Eva
             feature_stats.compute_stats, network=network, batch_size=args.batch_size, device=device, progress=counter
         )
         x = compute(samples, keep_features=any(metric.needs_features for metric in group))
-        y = reference if isinstance(reference, FeatureStats) else None
+        y = reference if isinstance(reference, FeatureStats) else FeatureStats(Moments())
         if isinstance(reference, ImageSet) and any(metric.needs_reference for metric in group):
             y = feature_stats.reference_stats(
                 reference,
@@ -206,14 +207,6 @@ def evaluate_images(args: ImageSetArgs, progress: ProgressCallback) -> tuple[Eva
         atomic_io.write_json(args.out, evaluation.to_json())
         lines.append(f"wrote {args.out}")
     return evaluation, lines
-
-
-def _load_networks(
-    metrics: Sequence[Metric], cfg: EvalConfig, device: torch.device | str, size: tuple[int, int]
-) -> dict[str, FeatureNetwork]:
-    """Return the feature networks of metrics by name, for images of a size (height, width)."""
-    names = dict.fromkeys(metric.network for metric in metrics if metric.network in NETWORKS)
-    return {name: NETWORKS[name].load(cfg, device, size) for name in names}
 
 
 def _check_run(run: RunConfig, metrics: Sequence[Metric]) -> None:
@@ -261,24 +254,20 @@ def _sample_tasks(
     return tasks
 
 
-def _validation_task(validation_loss: ValidationLoss, denoiser: Denoiser, cfg: EvalConfig) -> ShardedTask:
-    compute = functools.partial(validation_loss.features, denoiser)
-    return ShardedTask({"validation": 1}, cfg.validation_pairs, compute)
-
-
 def _compute_values(
     run: RunConfig,
     metrics: Sequence[Metric],
     networks: Mapping[str, FeatureNetwork],
     tasks: Mapping[str, ShardedTask],
-    references: Mapping[str, "ReferenceEntry"],
+    reference_paths: Mapping[str, Path],
     parts_dir: Path,
 ) -> dict[str, results.MetricValues]:
     """Return the values of all metrics over their repeats, from the parts of complete tasks."""
     values: dict[str, dict[str, list[float]]] = {metric.name: {} for metric in metrics}
     for name, task in tasks.items():
         group = [metric for metric in metrics if metric.network == name]
-        y = references[name].load_stats(parts_dir) if name in references else None
+        path = reference_paths.get(name)
+        y = feature_stats.load_stats(path) if path else FeatureStats(Moments())
         for repeat in range(task.num_repeats[name]):
             x = load_features(task.part_files(parts_dir, name, repeat))
             inputs = MetricInputs(x, run.eval, y, networks.get(name))
@@ -308,50 +297,37 @@ def _open_reference(run: RunConfig) -> ImageSet:
     return open_image_set(uri, height, resize=run.eval.resize or resize, blur_faces=blur_faces)
 
 
-class ReferenceEntry(NamedTuple):
-    """Reference statistics under one network: their cache file, and the task that computes them if it is missing."""
-
-    name: str
-    cached: CachedReference
-    task: ShardedTask | None
-
-    def load_stats(self, parts_dir: Path) -> FeatureStats:
-        """Return the statistics from the cache, or from the parts of the complete task, which are then cached."""
-        if self.task is None:
-            return feature_stats.load_stats(self.cached.path)
-        paths = self.task.part_files(parts_dir, self.name)
-        stats = feature_stats.merge_stats(map(feature_stats.load_stats, paths))
-        self.cached.write(stats)
-        return stats
-
-
 def _reference_tasks(
     reference: ImageSet, metrics: Sequence[Metric], networks: Mapping[str, FeatureNetwork], device: torch.device
-) -> dict[str, ReferenceEntry]:
-    """Return the reference statistics that metrics need, by network."""
-    entries = {}
+) -> tuple[dict[str, Path], dict[str, ShardedTask]]:
+    """Return the cache file of the reference under each network, and the tasks that compute those that are missing."""
+    paths, tasks = {}, {}
     for name, network in networks.items():
         group = [metric for metric in metrics if metric.network == name and metric.needs_reference]
-        if group:
-            needs_features = any(metric.needs_features for metric in group)
-            entries[name] = _reference_entry(f"reference-{name}", reference, network, needs_features, device)
-    return entries
+        if not group:
+            continue
+        needs_features = any(metric.needs_features for metric in group)
+        paths[name] = feature_stats.reference_cache_path(reference, network, needs_features)
+        if not paths[name].is_file():
+            compute = functools.partial(_reference_part, reference, network, needs_features, device)
+            # Caches of several machines may differ: the first rank computes what the others do not need.
+            repeats = {f"reference-{name}": 1}
+            tasks[name] = ShardedTask(repeats, reference.num_images, compute, REFERENCE_PART_SIZE, work_stealing=True)
+    return paths, tasks
 
 
-def _reference_entry(
-    name: str, reference: ImageSet, network: FeatureNetwork, needs_features: bool, device: torch.device
-) -> ReferenceEntry:
-    cached = feature_stats.cached_reference(reference, network, needs_features)
-
-    def compute(indices: range, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-        stats = feature_stats.compute_stats(
-            reference, network, REFERENCE_BATCH_SIZE, needs_features, device, lambda n: None, indices
-        )
-        return {name: stats.to_tensors() for name in names}
-
-    # Caches of several machines may differ: the first rank computes what the others do not need.
-    task = ShardedTask({name: 1}, reference.num_images, compute, REFERENCE_PART_SIZE, work_stealing=True)
-    return ReferenceEntry(name, cached, None if cached.path.is_file() else task)
+def _reference_part(
+    reference: ImageSet,
+    network: FeatureNetwork,
+    needs_features: bool,
+    device: torch.device,
+    indices: range,
+    names: Sequence[str],
+) -> dict[str, dict[str, Tensor]]:
+    stats = feature_stats.compute_stats(
+        reference, network, REFERENCE_BATCH_SIZE, needs_features, device, lambda n: None, indices
+    )
+    return {name: stats.to_tensors() for name in names}
 
 
 def _open_image_reference(

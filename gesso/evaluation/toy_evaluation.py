@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from gesso import build_conditions, ema, sampling, snapshot
-from gesso.conditioning import Cond
 from gesso.config import RunConfig
 from gesso.data.base import Dataset
 from gesso.data.factory import open_dataset
@@ -27,8 +26,8 @@ from gesso.evaluation import results
 from gesso.evaluation.feature_stats import FeatureStats, Moments, Progress, ProgressCallback
 from gesso.evaluation.metrics import METRICS, TOY_METRICS, half_splits
 from gesso.evaluation.metrics.base import MetricInputs
-from gesso.evaluation.networks import NETWORKS
-from gesso.evaluation.networks.base import FeatureNetwork, SampleConditions
+from gesso.evaluation.networks import load_networks
+from gesso.evaluation.networks.base import SampleConditions
 from gesso.evaluation.results import Evaluation
 from gesso.evaluation.run_sampler import with_sample_settings
 from gesso.snapshot import ReconstructionPlan, TargetProfile
@@ -62,23 +61,13 @@ class ToyEvaluator:
         limit = {"digits": len(dataset), "shapes": NUM_SHAPE_SAMPLES, "none": GRID_ROWS * GRID_COLUMNS}
         self.num_samples = min(len(dataset) // 2, limit[run.eval.toy_metrics])
         self.metrics = [METRICS[name] for name in TOY_METRICS[run.eval.toy_metrics]]
-        self.cond, self.conditions = self._sample_conditions(control_rows)
-
-    def _sample_conditions(self, control_rows: Tensor | None) -> tuple[Cond, SampleConditions]:
-        """Return the conditions of samples: labels that cycle through the classes, or captions of training images."""
-        run, n = self.run, self.num_samples
-        labels, prompts = build_conditions.expand_labels(run, None, n), None
-        indices = torch.arange(n) % len(self.dataset)
-        if run.semantic.kind == "text":
-            prompts = [self.dataset.captions[i] for i in indices.tolist()]
-        cond, _ = build_conditions.build_cond(run, range(n), control_rows, labels, prompts)
-        return cond, SampleConditions(labels or self.dataset.labels[indices].tolist(), prompts)
-
-    @functools.cached_property
-    def networks(self) -> dict[str, FeatureNetwork]:
-        """Feature networks of the metrics by name."""
-        names = dict.fromkeys(metric.network for metric in self.metrics)
-        return {name: NETWORKS[name].load(self.run.eval, self.device, self.run.sample_size) for name in names}
+        self.networks = load_networks((metric.network for metric in self.metrics), run.eval, device, run.sample_size)
+        # Conditions of samples: labels that cycle through the classes, or captions of training images.
+        n = self.num_samples
+        labels, indices = build_conditions.expand_labels(run, None, n), torch.arange(n) % len(dataset)
+        prompts = [dataset.captions[i] for i in indices.tolist()] if run.semantic.kind == "text" else None
+        self.cond, _ = build_conditions.build_cond(run, range(n), control_rows, labels, prompts)
+        self.conditions = SampleConditions(labels or dataset.labels[indices].tolist(), prompts)
 
     @functools.cached_property
     def real_images(self) -> tuple[Tensor, Tensor]:
@@ -118,8 +107,10 @@ class ToyEvaluator:
         features = self._features(images, self.conditions)
         values: dict[str, float] = {}
         for metric in self.metrics:
-            reference = self._real_features[metric.network] if "training_images" in metric.needs else None
-            values |= metric.compute(metric.name, MetricInputs(features[metric.network], self.run.eval, reference))
+            inputs = MetricInputs(features[metric.network], self.run.eval)
+            if "training_images" in metric.needs:
+                inputs = inputs._replace(reference=self._real_features[metric.network])
+            values |= metric.compute(metric.name, inputs)
         return values
 
     @functools.cached_property
@@ -129,7 +120,7 @@ class ToyEvaluator:
         for metric in self.metrics:
             real = self._real_features[metric.network]
             if metric.compute is half_splits.compute:
-                values |= half_splits.floor(metric.name, real.rows, self.num_samples, self.run.eval)
+                values |= half_splits.floor(metric.name, real.features, self.num_samples, self.run.eval)
             else:
                 values |= metric.compute(metric.name, MetricInputs(real, self.run.eval))
         return values
@@ -140,8 +131,7 @@ class ToyEvaluator:
         halves = (
             f"{cfg.num_splits} random halves of the {self.run.data.num_images} training images, {n} each; mean and std"
         )
-        networks = self.networks if self.metrics else {}
-        return results.base_protocol(run, nimg, networks) | {
+        return results.base_protocol(run, nimg, self.networks) | {
             "toy_metrics": cfg.toy_metrics,
             "description": DESCRIPTIONS[cfg.toy_metrics],
             "series": series,

@@ -61,7 +61,7 @@ def test_points_are_measured_once(gesso, folder, monkeypatch):  # noqa: F811
     before = (folder / "metrics.json").read_text()
     drawn.clear()
     code, said = gesso("ema", folder, "--sweep", ".05:.2:3", "--metric", "class_accuracy", *QUICK)
-    assert code == 0 and drawn == [] and "class accuracy" in said and "3 points evaluated before" in said
+    assert code == 0 and drawn == [] and "assigns to their class" in said and "3 points evaluated before" in said
     assert "sample.guidance=1.5 sample.sigma_rel=" in said
     assert (folder / "metrics.json").read_text() == before
     gesso("ema", folder, "--sweep", ".05:.2:3", "--guidance", "1,1.5", *QUICK)
@@ -129,7 +129,7 @@ def test_shapes_are_read_back(gesso, tmp_path):  # noqa: F811
     assert code == 0 and "share of drawn shapes whose kind matches" in said, said
     assert all({"kind", "all"} <= row.keys() for row in record(tmp_path / "run"))
     code, said = gesso("ema", tmp_path / "run", "--sweep", ".05:.2:3", "--metric", "place")
-    assert code == 2 and "has all, kind" in said
+    assert code == 2 and "has all, kind, border" in said
 
 
 @pytest.mark.parametrize("text", ["", "1", ".02:.25", "a:b:c", ".02:.25:2", ".25:.02:5", "0:.2:5", ".02:.3:5", ".02:.25:5.5",
@@ -149,7 +149,7 @@ def test_lengths_lie_at_equal_ratios():
     "words, said",
     [
         (["--sweep", ".02-.25"], "write LOW:HIGH:COUNT"),
-        (["--sweep", ".05:.2:3", "--metric", "fid"], "eval.toy_metrics=digits has fd, class_accuracy"),
+        (["--sweep", ".05:.2:3", "--metric", "fid"], "eval.toy_metrics=digits has frechet_distance, class_accuracy"),
         (["--sweep", ".05:.2:3", "--guidance", "1;2"], "write numbers such as 1,1.5,2"),
         (["--sweep", ".05:.2:3", "--tensors", "a=0.1"], "write the GLOB alone"),
         (["--sweep", ".05:.2:3", "--tensors", "nothing*"], "no tensor is named nothing*"),
@@ -217,9 +217,10 @@ def test_the_layers_of_figure_5b_by_name(gesso, folder):  # noqa: F811
     )
     assert shapes[layers["dec-64x64-up-affine"]] == (2 * c, 4 * c) and shapes[layers["map-label"]] == (4 * c, 1000)
     assert edm2.name_of_paper_layer("dec-8x8-block0-conv", run.net, run.input_spec) is None
-    wanted = ema_sweep.sweep_targets(run, ema_sweep.EmaSweepArgs(".05:.2:3", tensors=["figure5b"], sigma_rels=[0.13]))
+    wanted = ema_sweep.sweep_points([run], ema_sweep.EmaSweepArgs(".05:.2:3", tensors=["figure5b"], sigma_rels=[0.13]))
     assert len(wanted) == 28 * 3
-    assert wanted[3][1:] == (0.05, "enc-64x64-block0-conv0", "sigma_rel 0.13")
+    assert wanted[3].extra == {"tensors": "enc-64x64-block0-conv0", "rest": "sigma_rel 0.13"}
+    assert wanted[3].run.sample.sigma_rel == 0.05
     assert wanted[3].target == PerTensorProfile(
         PowerProfile(0.13), (("encoder.0.conv_res0.weight", PowerProfile(0.05)),)
     )

@@ -448,7 +448,7 @@ def test_every_metric_is_complete():
 
 def test_a_new_metric_is_one_entry(folder, monkeypatch):
     def brightness(name, inputs):
-        return {name: float(inputs.samples.rows.mean())}
+        return {name: float(inputs.samples.features.mean())}
 
     monkeypatch.setitem(METRICS, "mean_feature", Metric("mean_feature", "digits", brightness, {"mean_feature": "mean"}))
     run = recorded_run(folder, "eval.metrics=mean_feature", "eval.num_repeats=2", "eval.num_samples=12")

@@ -120,11 +120,11 @@ METRICS: dict[str, Metric] = {
 """Metrics by name."""
 
 TOY_METRICS: dict[str, tuple[str, ...]] = {
-    "digits": ("class_accuracy", "frechet_distance"),
+    "digits": ("frechet_distance", "class_accuracy"),
     "shapes": ("shape_accuracy",),
     "none": (),
 }
-"""Metrics of each value of eval.toy_metrics."""
+"""Metrics of each value of eval.toy_metrics, the main one first."""
 
 
 def select_metrics(names: Iterable[str]) -> list[Metric]:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from gesso.config import EvalConfig
-from gesso.evaluation.feature_stats import FeatureStats
+from gesso.evaluation.feature_stats import FeatureStats, Moments
 
 Need = Literal["reference", "labels", "captions", "validation", "training_images"]
 """reference: features of reference images. labels, captions: those that samples were generated for. validation: losses
@@ -19,14 +19,8 @@ class MetricInputs(NamedTuple):
 
     samples: FeatureStats
     config: EvalConfig
-    reference: FeatureStats | None = None
+    reference: FeatureStats = FeatureStats(Moments())
     network: nn.Module | None = None
-
-    @property
-    def reference_stats(self) -> FeatureStats:
-        """Statistics of the reference, for metrics that need it."""
-        assert self.reference is not None
-        return self.reference
 
 
 @dataclass(frozen=True)

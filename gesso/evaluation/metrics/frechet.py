@@ -9,7 +9,7 @@ from gesso.evaluation.metrics.base import MetricInputs
 
 def compute(name: str, inputs: MetricInputs) -> dict[str, float]:
     """Return the Frechet distance between samples and reference."""
-    a, b = inputs.samples.moments, inputs.reference_stats.moments
+    a, b = inputs.samples.moments, inputs.reference.moments
     return {name: frechet_distance(a.mean, a.cov, b.mean, b.cov)}
 
 

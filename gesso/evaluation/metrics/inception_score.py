@@ -11,7 +11,7 @@ from gesso.evaluation.networks.inception import Inception, NvidiaInception
 
 def compute(name: str, inputs: MetricInputs) -> dict[str, float]:
     """Return the inception score of samples, and its standard deviation over splits."""
-    network, features = inputs.network, inputs.samples.rows
+    network, features = inputs.network, inputs.samples.features
     assert isinstance(network, Inception | NvidiaInception)
     probabilities = network.probabilities(features.to(next(network.parameters()).device)).cpu()
     mean, std = inception_score(shuffle(probabilities))

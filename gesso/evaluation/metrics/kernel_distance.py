@@ -16,7 +16,9 @@ PUBLISHED_SUBSET_SIZE = 1000
 
 def compute(name: str, inputs: MetricInputs) -> dict[str, float]:
     """Return the kernel distance between samples and reference, and its standard deviation over subsets."""
-    mean, std = kernel_distance(inputs.reference_stats.rows, inputs.samples.rows, subset_size=inputs.config.kid_subset)
+    mean, std = kernel_distance(
+        inputs.reference.features, inputs.samples.features, subset_size=inputs.config.kid_subset
+    )
     return {name: mean, f"{name}_std": std}
 
 

@@ -15,12 +15,12 @@ def mean_score(name: str, inputs: MetricInputs) -> dict[str, float]:
 
 def class_accuracy(name: str, inputs: MetricInputs) -> dict[str, float]:
     """Return the share of samples that are classified as their label."""
-    return match_rates(inputs.samples.rows, (name,))
+    return match_rates(inputs.samples.features, (name,))
 
 
 def shape_accuracy(name: str, inputs: MetricInputs) -> dict[str, float]:
     """Return the share of samples that pass each check of their caption or class."""
-    results = inputs.samples.rows
+    results = inputs.samples.features
     return match_rates(results, CAPTION_CHECKS if results.shape[1] == len(CAPTION_CHECKS) else CLASS_CHECKS)
 
 

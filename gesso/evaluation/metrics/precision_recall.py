@@ -21,7 +21,7 @@ coverage use this many of each set (Naeem et al. 2020)."""
 def compute(name: str, inputs: MetricInputs) -> dict[str, float]:
     """Return precision and recall (k = 3), density and coverage (k = 5)."""
     device = _float64_device(inputs.network)
-    real, generated = (shuffle(stats.rows).to(device) for stats in (inputs.reference_stats, inputs.samples))
+    real, generated = (shuffle(stats.features).to(device) for stats in (inputs.reference, inputs.samples))
     real = real[:MAX_NEIGHBOUR_SAMPLES]
     at_3 = precision_recall(real, generated, 3)
     at_5 = precision_recall(real, generated[:MAX_NEIGHBOUR_SAMPLES], 5)

@@ -12,7 +12,7 @@ def compute(name: str, inputs: MetricInputs) -> dict[str, float]:
 
     The two columns are the losses and the positions in the training draw of `validation.ValidationLoss`.
     """
-    losses, positions = inputs.samples.rows.unbind(dim=1)
+    losses, positions = inputs.samples.features.unbind(dim=1)
     mean, by_level = mean_losses(losses, positions)
     width = 100 // len(by_level)
     named = {f"{name}_{width * i}_{width * (i + 1)}": value for i, value in enumerate(by_level)}

@@ -1,6 +1,6 @@
 """Registry of feature networks: Inception, LPIPS, CLIP, DINOv2, and small networks that ship with gesso."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,3 +56,10 @@ NETWORKS: dict[str, NetworkEntry] = {
     "shapes_reader": NetworkEntry(lambda cfg, device, size: toy_networks.ShapeMatch()),
 }
 """Feature networks by the name that metrics refer to."""
+
+
+def load_networks(
+    names: Iterable[str], cfg: EvalConfig, device: torch.device | str, size: tuple[int, int]
+) -> dict[str, FeatureNetwork]:
+    """Return feature networks by name, for images of a size (height, width). Names without a network are skipped."""
+    return {name: NETWORKS[name].load(cfg, device, size) for name in dict.fromkeys(names) if name in NETWORKS}
