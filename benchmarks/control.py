@@ -21,7 +21,8 @@ from torch import Tensor
 
 from gesso import build_conditions, config, ema, rng, sampling, snapshot
 from gesso.data.factory import open_dataset
-from gesso.evaluation.metrics import functional
+from gesso.evaluation.feature_stats import Moments
+from gesso.evaluation.metrics.frechet import frechet_distance
 from gesso.evaluation.networks import toy_networks
 
 BETAS = (0.0, 0.5, 0.75, 1.0, 1.25, 1.375, 1.5, 2.0, 3.0)
@@ -40,22 +41,22 @@ class Tested:
         )
         self.network, self.images = toy_networks.load_digit_features(), open_dataset(self.run.data)
 
-    def created(self, count: int = COUNT, first: int = 0, sample: dict | None = None, **control: str) -> Tensor:
+    def made(self, count: int = COUNT, first: int = 0, sample: dict | None = None, **control: str) -> Tensor:
         run = self.run.model_copy(update={"sample": self.run.sample.model_copy(update=sample or {})})
         seeds, labels = range(first, first + count), [i % 10 for i in range(count)]
         cond, _ = build_conditions.build_cond(run, seeds, self.rows, labels, None, control)
         return torch.cat(list(sampling.generate(self.denoiser, run, seeds, cond)))
 
-    def quality(self, created: Tensor) -> dict[str, float]:
+    def quality(self, made: Tensor) -> dict[str, float]:
         """Frechet distance to a random half of the data, and class agreement."""
         half = rng.random_bits(0, torch.arange(len(self.images)), "half", 1)[:, 0].argsort(stable=True)[:COUNT]
-        real, fake = functional.Moments(), functional.Moments()
+        real, fake = Moments(), Moments()
         real.update(self.network.classify(self.images.pixels[half])[0])
-        actual, logits = self.network.classify(created)
-        fake.update(actual)
-        agreement = functional.class_accuracy(logits, torch.arange(len(created)) % 10)
+        found, logits = self.network.classify(made)
+        fake.update(found)
+        agreement = float((logits.argmax(dim=1) == torch.arange(len(made)) % 10).double().mean())
         return {
-            "frechet": functional.frechet_distance(fake.mean, fake.cov, real.mean, real.cov),
+            "frechet": frechet_distance(fake.mean, fake.cov, real.mean, real.cov),
             "agreement": agreement,
         }
 

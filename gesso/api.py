@@ -149,8 +149,9 @@ class Run:
         changes = {"eval.metrics": ",".join(metrics), **({"eval.num_samples": num_images} if num_images else {})}
         run = self.with_settings({**changes, **(settings or {})})
         context = runner.EvalContext(self.folder, run, sampling.run_device(run))
-        result, _ = runner.evaluate_metrics(context, progress or (lambda done, total: None))
-        return {name: entry["best"] for name, entry in result["scores"].items()}
+        evaluation = runner.evaluate_metrics(context, progress or (lambda done, total: None))
+        assert evaluation is not None  # None on ranks above 0
+        return {name: entry["best"] for name, entry in evaluation.metrics.items()}
 
     def report(self, out: str | Path | None = None) -> Path:
         """Write a self-contained HTML page on the run; return its path (default: report.html in the run folder)."""

@@ -145,15 +145,18 @@ def evaluate(
     out: Out = None,
 ) -> None:
     """Evaluate a run (settings sample.* and eval.* may be changed), or a set of images against a reference."""
-    args = {
-        f"--{name.replace('_', '-')}": value
-        for name, value in locals().items()
-        if name not in ("folder", "settings", "protocol")
-    }
-    from gesso.evaluation.protocols import evaluate
+    flags = {k: v for k, v in locals().items() if k not in ("folder", "settings", "protocol") and v is not None}
+    from gesso.evaluation import protocols, runner
 
+    if folder is not None and flags:
+        flag = next(iter(flags)).replace("_", "-")
+        raise UsageError(f"--{flag} is for --images; for a run use settings, such as sample.steps=50")
     with _progress("evaluating") as progress:
-        lines = evaluate(folder, protocol, settings or [], args, progress)
+        if folder is None:
+            lines = runner.evaluate_images(runner.parse_image_args(settings or [], flags), progress)[1]
+        else:
+            lines = runner.evaluate_run(folder, protocols.apply_protocol(folder, protocol, settings or []), progress)
+            lines.append(f"next:\n  gesso report {folder}")
     _print_lines(lines)
 
 
@@ -172,7 +175,7 @@ def ema(
         list[str] | None, typer.Option(help="EMA length of some tensors: GLOB=LENGTH; with --sweep: GLOB")
     ] = None,
     sweep: Annotated[str | None, _option("evaluate EMA lengths LOW:HIGH:COUNT")] = None,
-    metric: Annotated[str | None, _option("metric of --sweep, such as fd")] = None,
+    metric: Annotated[str | None, _option("metric of --sweep, such as frechet_distance or class_accuracy")] = None,
     guidance: Annotated[str | None, _option("guidance scales of --sweep, such as 1,1.5,2")] = None,
     num_repeats: Annotated[int, typer.Option(min=1, help="evaluations per point of --sweep, with other seeds")] = 1,
     files: Annotated[
@@ -194,7 +197,7 @@ def ema(
     export.check_sweepable(folder, {"--files": files, "--decay": decay, "--halflife": halflife, "--out": out})
     run = config.load_with_overrides(folder, settings, ("sample.", "eval."))
     sweep_args = ema_sweep.EmaSweepArgs(sweep, metric, guidance, tensors or (), sigma_rel or (), nimg, num_repeats)
-    with _progress("measuring") as progress:
+    with _progress("evaluating") as progress:
         lines = ema_sweep.run_ema_sweep(folder, run, sweep_args, progress)
     _print_lines(lines)
 

@@ -116,12 +116,6 @@ class EmaConfig(Settings):
         return self
 
 
-MetricName = Literal[
-    "fid", "kid", "is", "pr", "fd_dinov2", "kd_dinov2", "pr_dinov2", "clip", "lpips", "fd_digits",
-    "digits_feature_distance", "fd_fashion", "fd_shapes", "fd_clip", "agreement", "drawn", "loss",
-]  # fmt: skip
-
-
 class EvalConfig(Settings):
     """Settings of `gesso evaluate`."""
 
@@ -132,11 +126,11 @@ class EvalConfig(Settings):
     """half-lives in images of traditional EMAs that are evaluated in addition to the one that sample.* selects"""
     num_splits: Annotated[Count, Field(ge=1)] = 5
     """toy metrics: number of random halves of the real images on which scores and their floor are computed"""
-    metrics: Annotated[tuple[MetricName, ...], BeforeValidator(parse_list)] = ()
+    metrics: Annotated[tuple[str, ...], BeforeValidator(parse_list)] = ()
     """metrics of eval.num_samples samples. Inception: fid, kid, is, pr (precision, recall, density, coverage); DINOv2:
     fd_dinov2, kd_dinov2, pr_dinov2; CLIP: clip, fd_clip; lpips between samples conditioned on different sizes. Toy
-    data: fd_digits, digits_feature_distance (in place of lpips), fd_fashion (Fashion-MNIST), agreement (class of digits
-    and clothes as a classifier sees it), fd_shapes, drawn (shapes). loss:
+    data: fd_digits, digits_feature_distance (in place of lpips), fd_fashion (Fashion-MNIST), class_accuracy (digits,
+    Fashion-MNIST), fd_shapes, shape_accuracy (shapes). loss:
     validation loss, needs no samples. Empty: eval.toy_metrics"""
     nimg: PositiveCount | None = None
     """number of images that the evaluated weights were trained on; null: the last snapshot"""
@@ -150,7 +144,7 @@ class EvalConfig(Settings):
     """number of (image, noise level) pairs in metric loss; monitor.validation_pairs is for training's log"""
     num_repeats: PositiveCount = 1
     """number of evaluations with different seeds (EDM2 reports the best of three)"""
-    repeated: Annotated[tuple[MetricName, ...], BeforeValidator(parse_list)] = ()
+    repeated: Annotated[tuple[str, ...], BeforeValidator(parse_list)] = ()
     """metrics of eval.metrics that are repeated; the others are computed once. Empty: all"""
     reference: str | None = None
     """reference images, written as data.source; null: the training images"""
@@ -158,8 +152,8 @@ class EvalConfig(Settings):
     """filter that resizes the reference images, as data.resize; null: data.resize of the run"""
     prompts: str | None = None
     """source whose captions are the prompts; null: data.source"""
-    labels: Literal["turn", "random"] = "turn"
-    """labels of samples: turn cycles through all classes; random draws them by seed"""
+    labels: Literal["round_robin", "random"] = "round_robin"
+    """labels of samples: round_robin cycles through all classes; random draws them by seed"""
     weights_dir: str | None = None
     """folder with the weight files of feature networks; null: PyTorch's cache, to which they are downloaded"""
     inception: Literal["torch-fidelity", "pytorch-fid", "nvidia"] = "torch-fidelity"

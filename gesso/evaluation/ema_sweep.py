@@ -1,63 +1,38 @@
-"""Quality against EMA length: measured, kept, plotted (EDM2 Figures 5a to 5c and 6).
+"""Quality against EMA length: `gesso ema --sweep` (EDM2 Figures 5a to 5c and 6).
 
-Writes ema_sweep.json after every point, and ema_sweep.png. A point that was measured under the same protocol is kept.
+Every point is an evaluation in metrics.json with the series ema_sweep; a point that is recorded is not evaluated again.
+RUN/ema_sweep.png is the plot.
 """
 
-import contextlib
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from gesso import atomic_io, config, ema, sampling, snapshot
+from gesso import config, ema, sampling, snapshot
 from gesso.config import EDM2Config, EDM2LadderConfig, RunConfig
-from gesso.data.base import Dataset
-from gesso.data.factory import open_dataset
 from gesso.ema import PerTensorProfile, PowerProfile
-from gesso.errors import RunError, UsageError
-from gesso.evaluation import ema_curves, toy_evaluation
-from gesso.evaluation.ema_export import parse_image_count as images_of
-from gesso.evaluation.ema_export import parse_sigma_rel
-from gesso.evaluation.networks import toy_networks
+from gesso.errors import UsageError
+from gesso.evaluation import ema_curves, results, toy_evaluation
+from gesso.evaluation.ema_export import parse_image_count, parse_sigma_rel
+from gesso.evaluation.feature_stats import Progress, ProgressCallback
+from gesso.evaluation.metrics import METRIC_OF_VALUE, METRICS, TOY_METRICS, short_label
+from gesso.evaluation.networks.toy_networks import CLASS_CHECKS
+from gesso.evaluation.results import Evaluation
+from gesso.evaluation.run_sampler import with_sample_settings
+from gesso.evaluation.toy_evaluation import Point
 from gesso.interop import edm2
 from gesso.recipes.edm2 import FIGURE_5B
 from gesso.snapshot import TargetProfile
 
-MAX_WEIGHTS_BYTES = 4e9
-"""bytes of averages that are held at once"""
-FORMAT = "gesso sweep 1"
-SweepRow = dict[str, Any]
-ROW_KEY = ("sigma_rel", "tensors", "rest", "guidance", "repeat")
-"""what tells one row of a protocol from another"""
-
-
-class SweepMetric(NamedTuple):
-    """One number of a row. name: as --metric says it; falls: the least is best."""
-
-    name: str
-    key: str
-    title: str
-    lower_is_better: bool = False
-
-
-SWEEP_METRICS = {
-    "digits": (
-        SweepMetric("fd", "frechet_distance", "Frechet distance in digit features", lower_is_better=True),
-        SweepMetric("agreement", "class_agreement", "class agreement"),
-    ),
-    "shapes": tuple(
-        SweepMetric(name, name, f"share of pictures: {name}") for name in ("all", "kind", "colour", "place", "pair")
-    ),
-}
+POINT_KEYS = ("sigma_rel", "halflife", "tensors", "rest", "guidance", "repeat", "seeds")
+"""Protocol keys in which points of one sweep differ."""
 
 
 class EmaSweepArgs(NamedTuple):
-    """What a user of `gesso ema --sweep` says, as typed."""
+    """Arguments of `gesso ema --sweep`, as typed."""
 
     sweep: str
     metric: str | None = None
@@ -69,283 +44,161 @@ class EmaSweepArgs(NamedTuple):
 
 
 def parse_sweep(text: str) -> list[float]:
-    """.02:.25:12 as lengths at equal ratios, to four decimals."""
+    """Return the lengths of LOW:HIGH:COUNT, at equal ratios, to four decimals."""
     try:
         first, last, number = text.split(":")
         low, high, n = float(first), float(last), int(number)
     except ValueError:
         raise UsageError(f"--sweep {text}: write LOW:HIGH:COUNT, such as .02:.25:12") from None
     if not 0 < low < high < 12**-0.5 or n < 3:
-        raise UsageError(f"--sweep {text}: lengths rise, between 0 and {12**-0.5:.4f}, and are 3 or more")
+        raise UsageError(f"--sweep {text}: lengths must rise, lie between 0 and {12**-0.5:.4f}, and be 3 or more")
     grid = [round(float(value), 4) for value in np.geomspace(low, high, n)]
     if grid[0] <= 0 or len(set(grid)) < n:
-        raise UsageError(f"--sweep {text}: {n} lengths from {low:g} to {high:g} are not all different to four decimals")
+        raise UsageError(f"--sweep {text}: {n} lengths from {low:g} to {high:g} are equal to four decimals: use fewer")
     return grid
 
 
-def select_metric(run: RunConfig, name: str | None) -> SweepMetric:
-    """Raises UsageError for one that eval.toy_metrics does not measure."""
-    known = SWEEP_METRICS.get(run.eval.toy_metrics)
+def select_metric(run: RunConfig, name: str | None) -> str:
+    """Return the name of the number to plot, by default the first of eval.toy_metrics.
+
+    Raises:
+        UsageError: eval.toy_metrics has no such number.
+    """
+    toy_metrics = run.eval.toy_metrics
+    known = [label for metric in TOY_METRICS[toy_metrics] for label in METRICS[metric].labels]
+    if toy_metrics == "shapes" and run.semantic.kind != "text":
+        known = [label for label in known if label in CLASS_CHECKS]
     if not known:
-        raise UsageError(
-            f"eval.toy_metrics={run.eval.toy_metrics} measures nothing: there is no quality to plot against length"
-        )
-    if run.eval.toy_metrics == "shapes" and run.semantic.kind != "text":
-        known = known[:2]
-    found = {metric.name: metric for metric in known}
-    if name and name not in found:
-        raise UsageError(f"--metric {name}: eval.toy_metrics={run.eval.toy_metrics} measures {', '.join(found)}")
-    return found[name] if name else known[0]
+        raise UsageError(f"eval.toy_metrics={toy_metrics} has no metric for --sweep: set it to digits or shapes")
+    if name and name not in known:
+        raise UsageError(f"--metric {name}: eval.toy_metrics={toy_metrics} has {', '.join(known)}")
+    return name or known[0]
 
 
-def runs_by_guidance(run: RunConfig, text: str | None) -> dict[float, RunConfig]:
-    """The run at each guidance strength of 1,1.5,2; at its own when None. Raises UsageError for what it cannot have."""
+def runs_by_guidance(run: RunConfig, text: str | None) -> list[RunConfig]:
+    """Return the run at each guidance scale of `1,1.5,2`, or at its own scale for None."""
     try:
         values = [float(part) for part in text.split(",")] if text else [run.sample.guidance]
     except ValueError:
         raise UsageError(f"--guidance {text}: write numbers such as 1,1.5,2") from None
     tree = config.to_dict(run)
-    return {value: config.resolve(tree, [f"sample.guidance={value}"])[0] for value in values}
+    return [config.resolve(tree, [f"sample.guidance={value}"])[0] for value in dict.fromkeys(values)]
 
 
-class SweepPoint(NamedTuple):
-    """One average to be measured, and what a row says of it."""
+def sweep_points(runs: Iterable[RunConfig], args: EmaSweepArgs) -> list[Point]:
+    """Return the points of a sweep for runs that differ in guidance.
 
-    target: TargetProfile
-    row: SweepRow
+    They have every length for all tensors; with globs, for the tensors of each glob alone (EDM2 Figure 5b).
+    """
+    return [
+        Point(target, with_sample_settings(run, sigma_rel=sigma_rel, halflife=None), "ema_sweep", repeat, extra)
+        for run in runs
+        for sigma_rel, target, extra in _sweep_targets(run, args)
+        for repeat in range(args.num_repeats)
+    ]
 
-    def matches(self, row: SweepRow) -> bool:
-        return all(row[name] == value for name, value in self.row.items())
 
-
-def sweep_points(run: RunConfig, args: EmaSweepArgs) -> list[SweepPoint]:
-    """Every length for all tensors; with globs, for those that each names, the others staying at the best (Figure 5b)."""
+def _sweep_targets(run: RunConfig, args: EmaSweepArgs) -> list[tuple[float, TargetProfile, dict[str, Any]]]:
+    """Return lengths, weights to reconstruct, and protocol entries that name the varied tensors."""
     grid = parse_sweep(args.sweep)
     if not args.tensors:
-        return [SweepPoint(PowerProfile(s), {"sigma_rel": s, "tensors": None, "rest": None}) for s in grid]
+        return [(s, PowerProfile(s), {}) for s in grid]
     if any("=" in glob for glob in args.tensors):
-        raise UsageError(f"--tensors {args.tensors[0]}: with --sweep write the GLOB alone; the sweep gives its lengths")
+        raise UsageError(f"--tensors {args.tensors[0]}: with --sweep write the GLOB alone; the sweep sets its lengths")
     if len(args.sigma_rels) > 1:
-        raise UsageError("--sigma-rel is the length of all other tensors: say one")
+        raise UsageError("--sigma-rel is the length of all other tensors: give only one")
     rest = parse_sigma_rel(args.sigma_rels[0]) if args.sigma_rels else ema.sampling_profile(run.sample)
     return [
-        SweepPoint(
-            PerTensorProfile(rest, ((glob, PowerProfile(s)),)), {"sigma_rel": s, "tensors": name, "rest": str(rest)}
-        )
+        (s, PerTensorProfile(rest, ((glob, PowerProfile(s)),)), {"tensors": name, "rest": str(rest)})
         for name, glob in _tensor_globs(run, args.tensors).items()
         for s in grid
     ]
 
 
 def _tensor_globs(run: RunConfig, requested: Sequence[str]) -> dict[str, str]:
-    """Globs by what is said: globs themselves; of EDM2's U-Net a layer as Appendix D.6 calls it, or figure5b: all of those."""
-    found = {}
+    """Return globs by name: a glob is its own name; an EDM2 U-Net also has layers of Appendix D.6, or all: figure5b."""
+    globs: dict[str, str] = {}
     for text in requested:
-        of_edm2 = isinstance(run.net, EDM2Config | EDM2LadderConfig)
-        if text == "figure5b" and not of_edm2:
+        net = run.net if isinstance(run.net, EDM2Config | EDM2LadderConfig) else None
+        if text == "figure5b" and net is None:
             raise UsageError(
-                f"--tensors figure5b: layers of EDM2's U-Net; of {run.net.name} write GLOBs such as '*attn*'"
+                f"--tensors figure5b: these are layers of EDM2's U-Net; for {run.net.name} write globs such as '*attn*'"
             )
         names = FIGURE_5B if text == "figure5b" else [text]
-        layers = {name: edm2.name_of_paper_layer(name, run.net, run.input_spec) if of_edm2 else None for name in names}
-        found |= {name: glob for name, glob in layers.items() if glob} or {text: text}
-    return found
+        layers = {name: edm2.name_of_paper_layer(name, net, run.input_spec) if net else None for name in names}
+        globs |= {name: glob for name, glob in layers.items() if glob} or {text: text}
+    return globs
 
 
-def run_ema_sweep(folder: Path, run: RunConfig, args: EmaSweepArgs, progress: Callable[[int, int], None]) -> list[str]:
-    """Measure a run at every length and guidance strength; returns the lines to show.
+def run_ema_sweep(folder: Path, run: RunConfig, args: EmaSweepArgs, progress: ProgressCallback) -> list[str]:
+    """Evaluate a run at every length and guidance scale. Returns the lines to print.
 
-    tick(done, total) counts generated images. Raises UsageError for what cannot be measured, before any work.
+    Raises:
+        UsageError: A point cannot be evaluated; before any work.
     """
-    metric, settings, wanted = (
-        select_metric(run, args.metric),
-        runs_by_guidance(run, args.guidance),
-        sweep_points(run, args),
-    )
+    name, runs = select_metric(run, args.metric), runs_by_guidance(run, args.guidance)
+    points = sweep_points(runs, args)
     if args.sigma_rels and not args.tensors:
-        raise UsageError("--sigma-rel beside --sweep is the length of the tensors that --tensors does not name")
+        raise UsageError(
+            "--sigma-rel with --sweep is the length of the tensors that --tensors does not name: set --tensors"
+        )
     if args.num_repeats < 1:
         raise UsageError(f"--num-repeats {args.num_repeats}: 1 or more")
-    nimg = images_of(args.nimg, "--nimg") if args.nimg else None
-    bench = SweepRunner(folder, run, settings)
-    how = snapshot.plan_reconstruction(snapshot.list_snapshots(folder), [point.target for point in wanted], nimg)
-    record = SweepRecord(folder / "ema_sweep.json", bench.protocol(how))
-    repeats = [(value, repeat) for value in settings for repeat in range(args.num_repeats)]
-    due = [(point, value, r) for point in wanted for value, r in repeats if not record.contains(point, value, r)]
-    done, total = 0, len(due) * bench.num_samples
-    for point, weights in _reconstruct_weights(how, [p for p in wanted if any(p is d[0] for d in due)], bench.device):
-        denoiser = snapshot.denoiser_from_weights(weights, run, bench.device)
-        for value, repeat in (d[1:] for d in due if d[0] is point):
-            made = []
-            for batch in bench.generate_batches(denoiser, settings[value], repeat):
-                made.append(batch)
-                done += len(batch)
-                progress(done, total)
-            fit = how.worst_fit(point.target)
-            told = {
-                "guidance": value,
-                "repeat": repeat,
-                "profile_error": fit.squared_error,
-                "initial_weight": fit.initial_weight,
-            }
-            record.add(point.row | told | bench.compute_metrics(torch.cat(made)))
-    return _format_report(folder, record, metric, bench.reference_value(metric), len(due))
+    nimg = parse_image_count(args.nimg, "--nimg") if args.nimg else None
+    evaluator = toy_evaluation.open_toy_evaluator(folder, run)
+    targets = list(dict.fromkeys(point.target for point in points))
+    plan = snapshot.plan_reconstruction(snapshot.list_snapshots(folder), targets, nimg)
+    known = results.read_evaluations(folder)
+    due = [point for point in points if toy_evaluation.point_evaluation(evaluator, plan, point).key not in known]
+    guide = next((guide for run in runs if (guide := sampling.load_guide(folder, run))), None)
+    counter = Progress(progress, len(due) * evaluator.num_samples)
+    for _ in toy_evaluation.run_points(folder, evaluator, plan, due, guide, counter):
+        pass
+    recorded = results.read_evaluations(folder).values()
+    evaluations = sweep_of(recorded, toy_evaluation.point_evaluation(evaluator, plan, points[0]))
+    return _format_report(folder, evaluations, name, len(due))
 
 
-def _reconstruct_weights(
-    plan: snapshot.ReconstructionPlan, points: list[SweepPoint], device: torch.device
-) -> Iterator[tuple[SweepPoint, dict[str, Tensor]]]:
-    """Averages, as many in one pass over the files as MEMORY holds."""
-    size = plan.sources[-1].path.stat().st_size
-    some = max(1, int(MAX_WEIGHTS_BYTES / size))
-    for first in range(0, len(points), some):
-        part = points[first : first + some]
-        yield from zip(part, snapshot.reconstruct(plan._replace(targets=[p.target for p in part]), device), strict=True)
+def sweep_of(recorded: Iterable[Evaluation], evaluation: Evaluation) -> list[Evaluation]:
+    """Return the evaluations that belong to the sweep of one of them: they differ in POINT_KEYS only."""
+
+    def identity(other: Evaluation) -> str:
+        common = {key: value for key, value in other.protocol.items() if key not in POINT_KEYS}
+        return json.dumps([common, other.weights["snapshots"]], sort_keys=True)
+
+    points = [other for other in recorded if other.protocol.get("series") == "ema_sweep"]
+    return [other for other in points if identity(other) == identity(evaluation)]
 
 
-class SweepRunner:
-    """What pictures are drawn for a run, under which conditions, and what is measured on them."""
-
-    def __init__(self, folder: Path, run: RunConfig, settings: dict[float, RunConfig]):
-        self.dataset = open_dataset(run.data, run.latent, run.train.seed)
-        if self.dataset.fingerprint() != run.data.fingerprint:
-            raise UsageError(f"the images in {run.data.source} are not those that {folder} was trained on")
-        sampling.check_sampling(run)
-        self.run, self.device = run, sampling.run_device(run)
-        half = len(self.dataset) // 2
-        self.num_samples = min(half, toy_evaluation.NUM_SHAPE_SAMPLES) if run.eval.toy_metrics == "shapes" else half
-        self.guide = next((g for one in settings.values() if (g := sampling.load_guide(folder, one))), None)
-        self.cond, self.labels = toy_evaluation.sample_conditions(
-            run, self.dataset, self.num_samples, snapshot.load_control_rows(folder)
-        )
-        self.normalizer = sampling.open_decoder(run)
-        self.digit_metrics = _build_digit_metrics(
-            run,
-            self.dataset,
-            toy_evaluation.reference_images(self.normalizer, self.dataset, run),
-            self.labels,
-            self.device,
-        )
-
-    def protocol(self, plan: snapshot.ReconstructionPlan) -> dict[str, Any]:
-        """Everything that decides a number besides length, guidance strength and repetition."""
-        told = toy_evaluation.describe_protocol(self.run, plan.nimg, self.num_samples)
-        told = {k: v for k, v in told.items() if k not in ("sigma_rel", "halflife", "guidance", "seeds")}
-        of = json.dumps(
-            [[s.path.name, s.path.stat().st_size] for s in plan.sources] + [plan.sources[-1].config_dict],
-            sort_keys=True,
-        )
-        return told | {
-            "seeds": f"{self.num_samples} for each repetition",
-            "snapshots": hashlib.sha256(of.encode()).hexdigest()[:16],
-        }
-
-    def generate_batches(self, denoiser: torch.nn.Module, run: RunConfig, repeat: int) -> Iterator[Tensor]:
-        """Batches (n, C, H, W) uint8; other seeds under the same conditions in every repetition."""
-        seeds = range(repeat * self.num_samples, (repeat + 1) * self.num_samples)
-        guide = self.guide if run.sample.guidance != 1 else None
-        return sampling.generate(denoiser, run, seeds, self.cond, guide, self.normalizer)
-
-    def compute_metrics(self, samples: Tensor) -> dict[str, float]:
-        if self.digit_metrics is None:
-            return toy_evaluation.shape_accuracy(self.run, samples, self.dataset, self.labels)
-        return self.digit_metrics(samples)
-
-    def reference_value(self, metric: SweepMetric) -> float | None:
-        """What real pictures reach."""
-        if self.digit_metrics is None:
-            return None
-        return self.digit_metrics.floor.get(metric.key, self.digit_metrics.real_accuracy)
-
-
-def _build_digit_metrics(
-    run: RunConfig, dataset: Dataset, real: Tensor, labels: Tensor, device: torch.device
-) -> toy_evaluation.DigitMetrics | None:
-    if run.eval.toy_metrics != "digits":
-        return None
-    return toy_evaluation.DigitMetrics(
-        toy_networks.load_digit_features(str(device)), run, real, dataset.labels, labels, device
-    )
-
-
-class SweepRecord:
-    """Rows of one protocol, among those of others, in a file that several sweeps may add to at once."""
-
-    def __init__(self, path: Path, protocol: dict[str, Any]):
-        self.path, self.protocol = path, protocol
-        self._load()
-
-    def _load(self) -> None:
-        self.sweeps: list[dict[str, Any]] = []
-        if self.path.is_file():
-            try:
-                content = json.loads(self.path.read_text())
-                known = content["format"] == FORMAT
-                self.sweeps = content["sweeps"] if known else []
-            except (ValueError, KeyError, TypeError):
-                known = False
-            if not known:
-                raise RunError(f"{self.path} was not written by gesso as a sweep; move it away")
-        same = [one for one in self.sweeps if one["protocol"] == self.protocol]
-        if not same:
-            same = [{"protocol": self.protocol, "rows": [], "optima": []}]
-            self.sweeps += same
-        self.current = same[0]
-
-    @property
-    def rows(self) -> list[SweepRow]:
-        return self.current["rows"]
-
-    def contains(self, point: SweepPoint, guidance: float, repeat: int) -> bool:
-        return any(point.matches(row) and (row["guidance"], row["repeat"]) == (guidance, repeat) for row in self.rows)
-
-    def add(self, row: SweepRow) -> None:
-        """Unless another sweep was first."""
-        with self._locked_update():
-            if not any(all(row[key] == other[key] for key in ROW_KEY) for other in self.rows):
-                self.rows.append(row)
-
-    def set_optima(self, metric: SweepMetric, optima: Mapping[str, ema_curves.Optimum]) -> None:
-        with self._locked_update():
-            others = [one for one in self.current["optima"] if one["metric"] != metric.name]
-            self.current["optima"] = others + [
-                {"metric": metric.name, "curve": n} | o._asdict() for n, o in optima.items()
-            ]
-
-    @contextlib.contextmanager
-    def _locked_update(self) -> Iterator[None]:
-        with atomic_io.lock(self.path):
-            self._load()  # what others wrote in the meantime
-            yield
-            atomic_io.write_json(self.path, {"format": FORMAT, "sweeps": self.sweeps})
-
-
-def _format_report(
-    folder: Path, record: SweepRecord, metric: SweepMetric, floor: float | None, num_new: int
-) -> list[str]:
-    """A table, the optimum of every curve, the plot."""
-    found = ema_curves.build_curves(record.rows, metric.key)
-    kept = len(record.rows) - num_new
-    lines = [
-        f"{metric.title}, image {record.current['protocol']['nimg']:,}"
-        + (f" ({kept} points measured before)" if kept else "")
-    ]
-    lines += ema_curves.curve_table(found, metric.lower_is_better)
-    optima = {name: ema_curves.find_optimum(curve, metric.lower_is_better) for name, curve in found.items()}
-    lines += [f"{name}: {best}" for name, best in optima.items()]
-    record.set_optima(metric, optima)
-    wrote = [str(record.path)]
+def _format_report(folder: Path, evaluations: Sequence[Evaluation], name: str, num_new: int) -> list[str]:
+    """Return a table and the optimum of every curve, and write the plot."""
+    metric, nimg, num_known = METRIC_OF_VALUE[name], evaluations[0].protocol["nimg"], len(evaluations) - num_new
+    title, lower_is_better = metric.labels[name], metric.lower_is_better
+    curves = ema_curves.build_curves([curve_row(evaluation) for evaluation in evaluations], name)
+    lines = [f"{title}, image {nimg:,}" + (f" ({num_known} points evaluated before)" if num_known else "")]
+    lines += ema_curves.curve_table(curves, lower_is_better)
+    optima = {curve: ema_curves.find_optimum(points, lower_is_better) for curve, points in curves.items()}
+    lines += [f"{curve}: {best}" for curve, best in optima.items()]
+    files = [str(folder / results.FILE_NAME)]
     try:
-        wrote.append(str(ema_curves.plot_curves(found, optima, metric.title, floor, folder / "ema_sweep.png")))
+        reference = evaluations[0].reference_metrics.get(name)
+        path = ema_curves.plot_curves(curves, optima, short_label(name), reference, folder / "ema_sweep.png")
+        files.append(str(path))
     except ImportError:
         lines.append("no plot: pip install 'gesso[plots]'")
-    lines.append(f"wrote {', '.join(wrote)}")
-    whole = {float(name.split()[1]): best for name, best in optima.items() if "," not in name}
-    if whole:
-        guidance, best = min(
-            whole.items(), key=lambda item: item[1].value if metric.lower_is_better else -item[1].value
-        )
+    lines.append(f"wrote {', '.join(files)}")
+    all_tensors = {float(curve.split()[1]): best for curve, best in optima.items() if "," not in curve}
+    if all_tensors:
+        sign = 1 if lower_is_better else -1
+        guidance, best = min(all_tensors.items(), key=lambda item: sign * item[1].value)
         lines.append(
             f"next:\n  gesso sample {folder} sample.guidance={guidance:g} sample.sigma_rel={best.sigma_rel:.3g}"
         )
     return lines
+
+
+def curve_row(evaluation: Evaluation) -> Mapping[str, Any]:
+    """Return a point as `ema_curves.build_curves` reads it."""
+    protocol = evaluation.protocol
+    row = {"tensors": None, "rest": None} | {key: protocol[key] for key in POINT_KEYS if key in protocol}
+    return row | evaluation.weights | evaluation.best()

@@ -1,8 +1,9 @@
-"""Ways of measuring, named after the papers that used them: settings that `gesso evaluate RUN --protocol NAME` lays over a run.
+"""Evaluation protocols, named after the papers that used them: settings for `gesso evaluate RUN --protocol NAME`.
 
-What a paper does not say is our choice and is marked so. Everywhere: the run's EMA length; Berrada et al. have an EMA and do not
-say which: their distances are taken of both readings, the run's length (.10 of the training) and the decay of .9999 per step of
-the code that they build on. Decoded latents become 8-bit pixels as their convention says (data/encoders/vae.py).
+What a paper does not state is our choice, and docstrings say so. Every protocol uses the run's EMA length. Berrada et
+al. use an EMA without stating which: their distances are computed at two, the run's length (0.10 of the training) and
+the decay of 0.9999 per step of the code that they build on. Decoded latents become 8-bit pixels by the convention of
+the VAE (data/encoders/vae.py).
 """
 
 from collections.abc import Callable
@@ -12,21 +13,23 @@ from gesso import config
 from gesso.config import RunConfig
 from gesso.config.base import halflife_of
 from gesso.errors import UsageError
-from gesso.evaluation import image_sets, toy_evaluation
 
 OVERRIDABLE_SETTINGS = ("sample.", "eval.")
 UNCONSTRAINED_SETTINGS = (
-    "eval.weights_dir", "eval.dinov2", "eval.clip", "eval.rank_timeout_s", "eval.reference", "eval.prompts", "eval.seed",
-    "eval.metrics", "eval.nimg", "sample.batch_size", "sample.sigma_rel", "sample.halflife", "sample.guide_run", "sample.guide_sigma_rel",
-    "sample.rampup", "sample.precision",
+    "eval.weights_dir", "eval.dinov2", "eval.clip", "eval.rank_timeout_s", "eval.reference", "eval.prompts",
+    "eval.seed", "eval.metrics", "eval.nimg", "sample.batch_size", "sample.sigma_rel", "sample.halflife",
+    "sample.guide_run", "sample.guide_sigma_rel", "sample.rampup", "sample.precision",
 )  # fmt: skip
-"""settings that a protocol leaves to the run or the machine"""
+"""Settings that a protocol leaves to the run or the machine."""
 
 
 def adm(run: RunConfig) -> list[str]:
-    """Dhariwal and Nichol 2021: 50k samples of random classes, 250 ancestral steps, beside the training set; precision and
-    recall of all samples beside 10k of the reference. Variance of the steps: learned where the network estimates it. Samples
-    in pixels are truncated to 8 bits, as its script does."""
+    """Return the protocol of Dhariwal and Nichol 2021.
+
+    50k samples of random classes in 250 ancestral steps, compared with the training set; precision and recall compare
+    all samples with 10k of the reference. The variance of the steps is learned if the network estimates it. Samples in
+    pixel space are truncated to 8 bits, as in its script.
+    """
     return [
         "eval.metrics=fid,is,pr",
         "eval.labels=random",
@@ -37,15 +40,20 @@ def adm(run: RunConfig) -> list[str]:
 
 
 def dit(run: RunConfig) -> list[str]:
-    """Peebles and Xie 2023: as adm, by its evaluator, with guidance 1.5, which its code applies to 3 of the 4 channels; pixels are
-    rounded."""
+    """Return the protocol of Peebles and Xie 2023.
+
+    As adm, whose evaluator it uses, with guidance 1.5 on 3 of the 4 channels as in its code; pixels are rounded.
+    """
     guidance = ["sample.guidance=1.5", "sample.guidance_base_resolution=null", *_guide_three_channels(run)]
     return [*adm(run), "sample.to_uint8=round", *guidance]
 
 
 def mdt(run: RunConfig) -> list[str]:
-    """Gao et al. 2023: as dit, with power-cosine guidance of strength 3.8 and power 4, the defaults of its sampling script, which
-    truncates pixels as ADM's."""
+    """Return the protocol of Gao et al. 2023.
+
+    As dit, with power-cosine guidance of scale 3.8 and power 4, the defaults of its sampling script, which truncates
+    pixels as ADM.
+    """
     power = ["sample.guidance_schedule=power_cosine", "sample.guidance_power=4"]
     return [
         *adm(run),
@@ -57,23 +65,29 @@ def mdt(run: RunConfig) -> list[str]:
 
 
 def edm2(run: RunConfig) -> list[str]:
-    """Karras et al. 2024, D.4 and A.5: 50k samples of random classes beside the whole training set; FID the least of three, the
-    distance in DINOv2's features once; 32 steps of Heun, 63 evaluations (guided ones count once). Its detector is NVIDIA's."""
+    """Return the protocol of Karras et al. 2024, D.4 and A.5.
+
+    50k samples of random classes, compared with the whole training set: FID is the best of three, FD-DINOv2 is computed
+    once. 32 steps of Heun are 63 evaluations (a guided one counts once). The Inception network is NVIDIA's.
+    """
     return [
-        "eval.metrics=fid,fd_dinov2", "eval.inception=nvidia", "eval.labels=random", "eval.num_repeats=3", "eval.repeated=fid",
-        "eval.resize=adm",
+        "eval.metrics=fid,fd_dinov2", "eval.inception=nvidia", "eval.labels=random", "eval.num_repeats=3",
+        "eval.repeated=fid", "eval.resize=adm",
         "sample.sampler=heun", "sample.steps=32", "sample.S_churn=0",
     ]  # fmt: skip
 
 
 def berrada(run: RunConfig) -> list[str]:
-    """Berrada et al. 2024, Section 3.1, Appendix C: 50k samples, 250 steps of DDIM, beside the full training set; guidance
-    1.5 at 256, 2.0 at 512 by the scale law. Classes in turn: our choice."""
+    """Return the protocol of Berrada et al. 2024, Section 3.1 and Appendix C.
+
+    50k samples in 250 steps of DDIM, compared with the full training set; guidance 1.5 at 256 pixels, 2.0 at 512 by the
+    scale law. Labels cycle through the classes: our choice.
+    """
     return ["eval.metrics=fid", *add_traditional_ema(run), *ddim_settings(250), *BERRADA_GUIDANCE]
 
 
 def berrada_val(run: RunConfig) -> list[str]:
-    """Figures 8 and A2: as berrada, in 50 steps, beside the validation set, which eval.reference names."""
+    """Return the protocol of Figures 8 and A2: as berrada in 50 steps, with the validation set as eval.reference."""
     return [
         "eval.metrics=fid",
         *add_traditional_ema(run),
@@ -84,7 +98,10 @@ def berrada_val(run: RunConfig) -> list[str]:
 
 
 def berrada_in22k(run: RunConfig) -> list[str]:
-    """Appendix C: 50k samples beside 200k training images. Which ones the paper does not say: the user's eval.reference."""
+    """Return the protocol of Appendix C for ImageNet-22k: 50k samples compared with 200k training images.
+
+    The paper does not state which images: eval.reference names them.
+    """
     return [
         "eval.metrics=fid",
         *add_traditional_ema(run),
@@ -95,54 +112,64 @@ def berrada_in22k(run: RunConfig) -> list[str]:
 
 
 def berrada_coco(run: RunConfig) -> list[str]:
-    """Section 3.1: Frechet distance and CLIPScore beside COCO's validation set of 2014, 40,504 pictures with a caption
-    each, which eval.reference names; a sample for each; 25 steps, guidance 5."""
+    """Return the protocol of Section 3.1 for COCO: FID and CLIPScore in 25 steps with guidance 5.
+
+    eval.reference names COCO's validation set of 2014, 40,504 images with captions; there is one sample for each.
+    """
     return ["eval.metrics=fid,clip", *add_traditional_ema(run), *_coco_settings(run)]
 
 
 def berrada_lpips(run: RunConfig) -> list[str]:
-    """Section 3.1: conditional diversity, 10k prompts, samples of one seed and noise told five sizes (Table 2a). Sampler and
-    guidance as for the Frechet distance: our choice."""
+    """Return the protocol of Section 3.1 and Table 2a for conditional diversity: 10k prompts, five sizes each.
+
+    Sampler and guidance as for FID: our choice.
+    """
     return ["eval.metrics=lpips", *ddim_settings(250), *BERRADA_GUIDANCE]
 
 
 def sd3(run: RunConfig) -> list[str]:
-    """Esser et al. 2024, Section 5.1: CLIPScore, and the Frechet distance in CLIP ViT-L/14's features of images, beside COCO's
-    validation set of 2014, which eval.reference names; 25 steps, guidance 5. Embeddings as they are, not of length 1, and
-    a sample for each of its 40,504 pictures, by one caption: our choice."""
+    """Return the protocol of Esser et al. 2024, Section 5.1.
+
+    CLIPScore, and the Frechet distance of CLIP ViT-L/14's image features, in 25 steps with guidance 5. eval.reference
+    names COCO's validation set of 2014. Embeddings that are not normalized, and one sample for each of its 40,504
+    images by one caption: our choice.
+    """
     grid = ["sample.schedule=sd3"] if run.process.name == "rf" else []  # its published levels
     return ["eval.metrics=fd_clip,clip", *_coco_settings(run), *grid]
 
 
 def _coco_settings(run: RunConfig) -> list[str]:
-    where = _require_reference(run, "COCO's validation pictures with captions")
+    prompts = _require_reference(run, "COCO's validation images with captions")
     if run.eval.prompts is None:
-        where.append(f"eval.prompts={run.eval.reference}")
+        prompts.append(f"eval.prompts={run.eval.reference}")
     return [
         f"eval.num_samples={COCO_NUM_IMAGES}",
         *ddim_settings(25),
         "sample.guidance=5",
         "sample.guidance_base_resolution=null",
-        *where,
+        *prompts,
     ]
 
 
 def add_traditional_ema(run: RunConfig) -> list[str]:
-    """Return the setting that measures the average of decay .9999 too, unless the run is sampled with a traditional one."""
+    """Return the setting that also evaluates the EMA of decay 0.9999, unless the run samples with a traditional EMA."""
     return [] if run.sample.halflife else [f"eval.halflives=[{halflife_of(0.9999, run.train.batch_size)}]"]
 
 
 def ddim_settings(steps: int) -> list[str]:
+    """Return the settings of DDIM."""
     return ["sample.sampler=euler", f"sample.steps={steps}", "sample.eta=0"]
 
 
 COCO_NUM_IMAGES = 40_504
-"""pictures of COCO's validation set of 2014"""
+"""Number of images in COCO's validation set of 2014."""
 
 
 def ancestral_settings(run: RunConfig, steps: int) -> list[str]:
-    """DDPM's steps at the indices that ADM's code takes, with the variance that the network has learned, or the posterior's; pixels
-    clipped, as there."""
+    """Return the settings of DDPM's steps at the indices of ADM's code.
+
+    The variance is the learned one of the network or the posterior's; estimates of pixels are clipped.
+    """
     learned = "learned" if getattr(run.net, "learned_variance", False) else "small"
     clip = "false" if run.latent.vae else "true"
     grid = ["sample.schedule=respaced"] if run.process.name == "vp" else []
@@ -154,10 +181,11 @@ def _guide_three_channels(run: RunConfig) -> list[str]:
 
 
 DEFAULT_SAMPLE_SETTINGS = [
-    "sample.schedule=null", "sample.final_level=zero", "sample.eta=0", "sample.variance=small", "sample.S_churn=0", "sample.guidance_interval=null",
-    "sample.guidance_schedule=constant", "sample.guided_channels=null", "sample.clip=false", "sample.multistep=log_snr",
+    "sample.schedule=null", "sample.final_level=zero", "sample.eta=0", "sample.variance=small", "sample.S_churn=0",
+    "sample.guidance_interval=null", "sample.guidance_schedule=constant", "sample.guided_channels=null",
+    "sample.clip=false", "sample.multistep=log_snr",
 ]  # fmt: skip
-"""laid over a run before a protocol's own settings: what a run samples otherwise is no part of the protocol"""
+"""Settings of every protocol before its own: the sampling settings of a run are no part of a protocol."""
 BERRADA_GUIDANCE = ["sample.guidance=1.5", "sample.guidance_base_resolution=256"]
 PROTOCOLS: dict[str, Callable[[RunConfig], list[str]]] = {
     "adm": adm, "dit": dit, "mdt": mdt, "edm2": edm2, "berrada": berrada, "berrada-val": berrada_val,
@@ -166,53 +194,36 @@ PROTOCOLS: dict[str, Callable[[RunConfig], list[str]]] = {
 
 
 def _require_reference(run: RunConfig, description: str) -> list[str]:
+    """Raise UsageError if eval.reference is not set; returns no settings."""
     if run.eval.reference is None:
-        raise UsageError(f"this protocol compares with {description}: name them by eval.reference=DIR")
+        raise UsageError(f"this protocol compares samples with {description}: set eval.reference=DIR")
     return []
 
 
 def protocol_settings(name: str, run: RunConfig) -> list[str]:
-    """What the protocol `name` lays over a run. Raises UsageError for one that there is not, or that needs to be told more."""
+    """Return the settings of a protocol for a run. Raises UsageError if it does not exist or needs another setting."""
     if name not in PROTOCOLS:
         raise UsageError(f"no protocol {name!r}; {config.suggest(name, list(PROTOCOLS))}")
     return [f"eval.protocol={name}", "eval.num_samples=50000", *DEFAULT_SAMPLE_SETTINGS, *PROTOCOLS[name](run)]
 
 
 def apply_protocol(folder: Path, name: str | None, overrides: list[str]) -> RunConfig:
-    """The run of a folder as it is to be measured: by the protocol `name`, and as the user said otherwise.
+    """Return the run of a folder with the settings of a protocol and the user's overrides.
 
-    What departs from the protocol is recorded as such in eval.protocol. Raises UsageError for a protocol that there is not,
-    or that needs to be told more.
+    eval.protocol records the protocol and the settings that differ from it.
+
+    Raises:
+        UsageError: The protocol does not exist, or needs another setting.
     """
     run = config.load_with_overrides(folder, overrides, OVERRIDABLE_SETTINGS)
     if name is None:
         return run
-    own = protocol_settings(name, run)
-    exact = config.load_with_overrides(
-        folder, [*own, f"eval.reference={run.eval.reference or 'null'}"], OVERRIDABLE_SETTINGS
-    )
-    run = config.load_with_overrides(folder, [*own, *overrides], OVERRIDABLE_SETTINGS)
-    other = sorted({path for path, _, _ in config.differences(exact, run) if path not in UNCONSTRAINED_SETTINGS})
-    return (
-        run
-        if not other
-        else config.load_with_overrides(
-            folder, [*own, *overrides, f"eval.protocol={name}, but {' '.join(other)}"], OVERRIDABLE_SETTINGS
-        )
-    )
-
-
-def evaluate(
-    folder: Path | None,
-    protocol: str | None,
-    overrides: list[str],
-    options: dict[str, object],
-    progress: image_sets.ProgressCallback,
-) -> list[str]:
-    """`gesso evaluate`: a run's folder with settings, or pictures with the flags `told`. Returns the lines to show."""
-    if asked := image_sets.parse_image_args(folder, overrides, options):
-        return image_sets.evaluate_image_sets(asked, progress)
-    run = apply_protocol(folder, protocol, overrides)
-    lines = toy_evaluation.evaluate_run(folder, run, progress)
-    wrote = folder / ("scores.json" if run.eval.metrics else "metrics.json")
-    return [*lines, f"wrote {wrote}\nnext:\n  gesso report {folder}"]
+    settings = protocol_settings(name, run)
+    reference = f"eval.reference={run.eval.reference or 'null'}"
+    exact = config.load_with_overrides(folder, [*settings, reference], OVERRIDABLE_SETTINGS)
+    run = config.load_with_overrides(folder, [*settings, *overrides], OVERRIDABLE_SETTINGS)
+    changed = sorted({path for path, _, _ in config.differences(exact, run) if path not in UNCONSTRAINED_SETTINGS})
+    if not changed:
+        return run
+    label = f"eval.protocol={name}, but {' '.join(changed)}"
+    return config.load_with_overrides(folder, [*settings, *overrides, label], OVERRIDABLE_SETTINGS)

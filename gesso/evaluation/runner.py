@@ -1,420 +1,437 @@
-"""Scores of a run over any number of samples, drawn and read a part at a time: `gesso evaluate RUN eval.metrics=fid,is`.
+"""The runner of evaluations: `gesso evaluate` on a run and on sets of images.
 
-RUN/evaluation/KEY/     what networks found in parts of the samples (parts.py), until all are there
-RUN/scores.json         every measurement, by KEY, with its protocol
+RUN/evaluation/KEY/     features of parts of the samples (tasks.py), until the evaluation is complete
+RUN/metrics.json        all evaluations with their protocols (results.py)
 
-A sample depends on its seed alone, and so does its part: any number of ranks share the parts, and after any stop the
-same command goes on with those that are not there. KEY stands for the weights and for all that decides a sample.
-
-Legend: N samples, D features.
+A sample depends on its seed only, and so does its part: any number of ranks share the parts, and after a stop the same
+command computes those that are missing.
 """
 
 import functools
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from pydantic import ValidationError
+from torch import Tensor
 
-from gesso import atomic_io, ema, sampling, snapshot, torchrun
-from gesso.config import RunConfig
+from gesso import atomic_io, devices, ema, sampling, snapshot, torchrun
+from gesso.config import EvalConfig, RunConfig
 from gesso.data.cache.format import is_cache, open_manifest
 from gesso.data.factory import open_dataset
-from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import UsageError
-from gesso.evaluation import feature_stats, image_sets, run_sampler, validation
-from gesso.evaluation.feature_stats import CachedReference, FeatureStats, Progress, ProgressCallback
-from gesso.evaluation.image_source import ImageSet, open_image_set
-from gesso.evaluation.metrics import functional, toy_metrics
-from gesso.evaluation.networks import lpips, toy_networks
-from gesso.evaluation.networks.toy_networks import load_digit_features
-from gesso.evaluation.run_sampler import DIVERSITY_SIZES, RunSampler
+from gesso.evaluation import feature_stats, results, run_sampler, toy_evaluation, validation
+from gesso.evaluation.feature_stats import FeatureStats, Moments, Progress, ProgressCallback
+from gesso.evaluation.image_sets import ImageSet, open_image_set
+from gesso.evaluation.metrics import kernel_distance, select_metrics
+from gesso.evaluation.metrics.base import Metric, MetricInputs
+from gesso.evaluation.networks import load_networks, lpips
+from gesso.evaluation.networks.base import FeatureNetwork
+from gesso.evaluation.results import Evaluation
+from gesso.evaluation.run_sampler import RunSampler
 from gesso.evaluation.tasks import EvalContext, ShardedTask, Timing, load_features, run_task
 from gesso.evaluation.validation import ValidationLoss
 
 REFERENCE_PART_SIZE = 20_000
-"""pictures of a reference whose moments make a file"""
+"""Reference images whose statistics make one file."""
 REFERENCE_BATCH_SIZE = 64
-"""of them that a network reads at once"""
+"""Reference images in a batch of a feature network."""
 
 
-def evaluate_metrics_of_run(folder: Path, run: RunConfig, progress: ProgressCallback) -> list[str]:
-    """Measure run.eval.scores of a run folder, with the other processes of one torchrun where there are any."""
-    rank, world, local, _ = torchrun.rank_from_env()
-    device = sampling.run_device(run)
-    if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)  # of all that is put on "cuda": guides, VAEs
-    averages = [run, *(_with_halflife(run, halflife) for halflife in run.eval.halflives)]
-    if len(averages) == 1:
-        return evaluate_metrics(EvalContext(folder, run, device, rank, world), progress)[1]
-    lines: list[str] = []
-    for each in averages:
-        found = evaluate_metrics(EvalContext(folder, each, device, rank, world), progress)[1]
-        lines += [f"average: {ema.sampling_profile(each.sample)}", *found] if found else []
-    return lines
+def evaluate_run(folder: Path, run: RunConfig, progress: ProgressCallback) -> list[str]:
+    """Evaluate a run: eval.metrics, or eval.toy_metrics if there are none. Returns the lines to print.
 
-
-def _with_halflife(run: RunConfig, halflife: int) -> RunConfig:
-    """Return the run as it is sampled with its traditional average of that half-life."""
-    return run.model_copy(update={"sample": run.sample.model_copy(update={"halflife": halflife})})
-
-
-def evaluate_metrics(context: EvalContext, progress: ProgressCallback) -> tuple[dict[str, Any], list[str]]:
-    """Measure run.eval.metrics; return the entry of scores.json and the lines to show, on rank 0 only.
+    Under torchrun all ranks share the work of eval.metrics, and the first one returns lines.
 
     Raises:
-        UsageError: before any sample is generated, if the run or this machine lacks something that a metric needs.
+        UsageError: The run or this machine lacks something that a metric needs.
+    """
+    if not run.eval.metrics:
+        return toy_evaluation.evaluate(folder, run, progress)
+    rank, world_size, local_rank, _ = torchrun.rank_from_env()
+    device = sampling.run_device(run)
+    if device.type == "cuda" and world_size > 1:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)  # for everything that is put on "cuda": guides and VAEs
+    lines: list[str] = []
+    for halflife in (None, *run.eval.halflives):
+        at_ema = run if halflife is None else run_sampler.with_sample_settings(run, halflife=halflife)
+        evaluation = evaluate_metrics(EvalContext(folder, at_ema, device, rank, world_size), progress)
+        if evaluation and run.eval.halflives:
+            lines.append(f"EMA: {ema.sampling_profile(at_ema.sample)}")
+        lines += results.format_evaluation(evaluation) if evaluation else []
+    return [*lines, f"wrote {folder / results.FILE_NAME}"]
+
+
+def evaluate_metrics(context: EvalContext, progress: ProgressCallback) -> Evaluation | None:
+    """Compute run.eval.metrics, and record them unless `context.ema_target` is set. Returns None on ranks above 0.
+
+    Raises:
+        UsageError: The run or this machine lacks something that a metric needs; before any sample is generated.
     """
     run, cfg = context.run, context.run.eval
-    judges = _metric_groups(context)
-    reference = _open_reference(run) if any(judge.needs_reference for judge in judges) else None
+    metrics = select_metrics(cfg.metrics)
+    _check_run(run, metrics)
+    networks = load_networks((metric.network for metric in metrics), cfg, context.device, run.sample_size)
+    reference = _open_reference(run) if any(metric.needs_reference for metric in metrics) else None
     if reference:
-        image_sets.check_kid_subset(
-            cfg.metrics, cfg.kid_subset, [cfg.num_samples, reference.num_images], "eval.kid_subset"
-        )
-    validated = _open_validation(context) if "loss" in cfg.metrics else None
+        kernel_distance.check_subset_size(metrics, cfg, [cfg.num_samples, reference.num_images])
+    validation_loss = _open_validation(context) if any("validation" in metric.needs for metric in metrics) else None
     target = context.ema_target or ema.sampling_profile(run.sample)
-    weights, _, nimg, fits = snapshot.reconstruct_from_run(context.folder, [target], cfg.nimg)
-    protocol = _protocol(context, nimg, judges, reference, validated)
-    place = context.folder / "evaluation" / _protocol_key(context, protocol)
-    denoiser = snapshot.denoiser_from_weights(weights[0], run, context.device)
-    drawn, steps, notes = {}, {}, image_sets.kid_subset_note(protocol)
-    if judges:
-        draws = run_sampler.open_run_sampler(context.folder, run, denoiser, context.device)
-        drawn, notes = _sample_tasks(draws, judges), [*notes, *_repeated_caption_note(run, draws.prompts)]
-    if validated:
-        compute_losses = functools.partial(_validation_losses, validated, denoiser)
-        steps["loss"] = ShardedTask(("loss",), cfg.validation_pairs, compute_losses)
-    beside = (
-        {j.name: _reference_task(reference, j, context.device) for j in judges if j.needs_reference}
-        if reference
-        else {}
-    )
-    steps |= {f"reference of {name}": each.task for name, each in beside.items() if each.task}
-    total = sum(step.count * (step.num_repeats - step.first_repeat) for step in (drawn | steps).values())
-    seen = Progress(progress, total // context.world_size)
-    spent = sum((run_task(context, step, place, seen) for step in drawn.values()), Timing())
-    for step in steps.values():
-        run_task(context, step, place, seen)
-    if context.rank:
-        return {}, []
-    found: dict[str, list[float]] = {}
-    for judge in judges:
-        y = beside[judge.name].load_stats(place) if judge.name in beside else None
-        found |= _compute_metrics(judge, run, drawn, y, place)
-    if validated:
-        found |= _loss_metrics(validated, steps["loss"], place)
-    result = {
-        "scores": {what: _summarize_repeats(what, found) for what in found},
-        "protocol": protocol,
-        "speed": spent.throughput(),
-    }
-    if context.ema_target is None:
-        _write_result(context.folder / "scores.json", place.name, result)
-    atomic_io.remove_dir(place)
-    poor = fits[0].squared_error > sampling.MAX_PROFILE_ERROR**2
-    warnings = [f"warning: the stored snapshots cannot reconstruct {target} accurately: {fits[0]}"] * poor
-    return result, [
-        *warnings,
-        *_format_result(result),
-        *notes,
-        *image_sets.few_samples_note(cfg.num_samples, cfg.metrics, {j.name: j.network for j in judges}),
-    ]
+    plan = snapshot.plan_reconstruction(snapshot.list_snapshots(context.folder), [target], cfg.nimg)
+    denoiser = snapshot.denoiser_from_weights(snapshot.reconstruct(plan)[0], run, context.device)
+    protocol = _protocol(context, plan.nimg, metrics, networks, reference, validation_loss)
+    evaluation = Evaluation(protocol, results.describe_weights(plan, target))
+    parts_dir = context.folder / "evaluation" / evaluation.key
 
-
-def _repeated_caption_note(run: RunConfig, prompts: Sequence[run_sampler.Prompt] | None) -> list[str]:
-    """A note where a protocol draws more samples than there are captions: those on COCO have one sample for each."""
-    if run.eval.protocol is None or prompts is None or run.eval.num_samples <= len(prompts):
-        return []
-    return [
-        f"note: {run.eval.num_samples:,} samples of {len(prompts):,} captions, so some are drawn for more than once; "
-        f"eval.num_samples={len(prompts)} draws for each once"
-    ]
-
-
-class MetricGroup(NamedTuple):
-    """A network, and those of eval.metrics that are made of what it makes of samples."""
-
-    name: str
-    network: nn.Module
-    metrics: tuple[str, ...]
-
-    @property
-    def task_name(self) -> str:
-        """Which samples: of those told different sizes its own."""
-        return self.name if self.name in DIVERSITY_SIZES else "samples"
-
-    def num_repeats(self, run: RunConfig) -> int:
-        """How often samples are drawn for it."""
-        return max(num_repeats_of(score, run) for score in self.metrics)
-
-    @property
-    def needs_reference(self) -> bool:
-        """With a reference."""
-        return not set(self.metrics) <= set(image_sets.NO_REFERENCE)
-
-
-def num_repeats_of(metric: str, run: RunConfig) -> int:
-    """How often a score is measured, each time on other seeds."""
-    cfg = run.eval
-    return cfg.num_repeats if not cfg.repeated or metric in cfg.repeated else 1
-
-
-def _metric_groups(context: EvalContext) -> list[MetricGroup]:
-    run, cfg = context.run, context.run.eval
-    asked = image_sets.ImageEvalArgs(
-        str(context.folder),
-        weights_dir=Path(cfg.weights_dir) if cfg.weights_dir else None,
-        inception=cfg.inception,
-        lpips=cfg.lpips,
-        dinov2=cfg.dinov2,
-        clip=cfg.clip,
-    )
-    if "clip" in cfg.metrics and run.semantic.kind != "text":
-        raise UsageError("eval.metrics=clip needs a run with words; this one has none")
-    by: dict[str, list[str]] = {}
-    for score in cfg.metrics:
-        if score != "loss":
-            by.setdefault(image_sets.METRIC_NETWORKS[score], []).append(score)
-    judges = [
-        MetricGroup(name, _load_network(name, asked, run, context.device), tuple(scores)) for name, scores in by.items()
-    ]
-    for name in DIVERSITY_SIZES.keys() & by.keys():
-        _check_diversity(run, name)
-    return judges
-
-
-def _sample_tasks(sampler: RunSampler, groups: Sequence[MetricGroup]) -> dict[str, ShardedTask]:
-    """What is made of samples, by Judge.step."""
-    cfg = sampler.run.eval
-    of_samples = [judge for judge in groups if judge.name not in DIVERSITY_SIZES]
-    networks = {judge.name: judge.network for judge in of_samples}
-    again = {judge.name: judge.network for judge in of_samples if judge.num_repeats(sampler.run) > 1}
-    found = {
-        judge.task_name: ShardedTask((judge.name,), cfg.diversity_prompts, functools.partial(run_sampler.diversity_distances, sampler, judge.name, judge.network))
-        for judge in groups
-        if judge.name in DIVERSITY_SIZES
-    }  # fmt: skip
+    notes = results.subset_size_note(metrics, cfg)
+    tasks: dict[str, ShardedTask] = {}
     if networks:
-        made = functools.partial(run_sampler.sample_features, sampler, networks)
-        found["samples"] = ShardedTask(
-            tuple(networks), cfg.num_samples, made, cfg.num_repeats if again == networks else 1
-        )
-    if again and again != networks:
-        made = functools.partial(run_sampler.sample_features, sampler, again)
-        found["repeats"] = ShardedTask(tuple(again), cfg.num_samples, made, cfg.num_repeats, first_repeat=1)
-    return found
+        sampler = run_sampler.open_run_sampler(context.folder, run, denoiser, context.device)
+        tasks = _sample_tasks(sampler, metrics, networks)
+        notes += _repeated_caption_note(run, sampler.prompts)
+    sample_tasks = list({id(task): task for task in tasks.values()}.values())  # networks share tasks
+    if validation_loss:
+        compute = functools.partial(validation_loss.features, denoiser)
+        tasks["validation"] = ShardedTask({"validation": 1}, cfg.validation_pairs, compute)
+    paths, reference_tasks = _reference_tasks(reference, metrics, networks, context.device) if reference else ({}, {})
+    other_tasks = [*reference_tasks.values(), *(tasks[name] for name in ("validation",) if name in tasks)]
+    total = sum(task.total_items for task in (*sample_tasks, *other_tasks))
+    counter, timing = Progress(progress, total // context.world_size), Timing()
+    for task in sample_tasks:
+        timing = timing.add(run_task(context, task, parts_dir, counter))
+    for task in other_tasks:
+        run_task(context, task, parts_dir, counter)
+    if context.rank:
+        return None
+
+    for name, task in reference_tasks.items():
+        parts = map(feature_stats.load_stats, task.part_files(parts_dir, f"reference-{name}"))
+        feature_stats.save_stats(paths[name], feature_stats.merge_stats(parts))
+    values = _compute_values(run, metrics, networks, tasks, paths, parts_dir)
+    evaluation = evaluation._replace(metrics=values, throughput=timing.throughput())
+    if context.ema_target is None:
+        results.record_evaluation(context.folder, evaluation)
+    atomic_io.remove_dir(parts_dir)
+    fit = plan.worst_fit(target)
+    if fit.squared_error > sampling.MAX_PROFILE_ERROR**2:
+        notes.append(f"warning: the stored snapshots cannot reconstruct {target} accurately: {fit}")
+    return evaluation._replace(notes=(*notes, *_few_samples_note(cfg.num_samples, metrics, networks)))
 
 
-class ReferenceTask(NamedTuple):
-    """What the scores of a judge compare with: kept from another time, or read first."""
+class ImageSetArgs(NamedTuple):
+    """Arguments of `gesso evaluate --images`. config: metrics, reference and feature networks."""
 
-    cached: CachedReference
-    task: ShardedTask | None
-
-    def load_stats(self, parts_dir: Path) -> FeatureStats:
-        if self.task is None:
-            return feature_stats.load_stats(self.cached.path)
-        found = feature_stats.merge_stats(
-            map(feature_stats.load_stats, self.task.part_files(parts_dir, *self.task.names))
-        )
-        self.cached.write(found)
-        return found
+    images: str
+    config: EvalConfig
+    resolution: int | None = None
+    num_images: int | None = None
+    device: str = "auto"
+    out: Path | None = None
+    batch_size: int = 64
 
 
-def _reference_task(reference: ImageSet, group: MetricGroup, device: torch.device) -> ReferenceTask:
-    rows = image_sets.needs_reference_features(group.metrics)
-    kept, name = feature_stats.cached_reference(reference, group.network, rows), f"reference-{group.name}"
-
-    def made(some: range) -> dict[str, dict[str, Tensor]]:
-        part = feature_stats.compute_stats(
-            reference, group.network, REFERENCE_BATCH_SIZE, rows, device, lambda n: None, some
-        )
-        return {name: part.to_tensors()}
-
-    # Caches of several machines may differ: the first rank makes what the others see no need to.
-    step = ShardedTask((name,), reference.num_images, made, part_size=REFERENCE_PART_SIZE, work_stealing=True)
-    return ReferenceTask(kept, None if kept.path.is_file() else step)
-
-
-def _compute_metrics(
-    group: MetricGroup, run: RunConfig, tasks: dict[str, ShardedTask], reference: FeatureStats | None, parts_dir: Path
-) -> dict[str, list[float]]:
-    """Numbers of one judge by name, each over its repeats."""
-    found: dict[str, list[float]] = {}
-    first = tasks[group.task_name]
-    for repeat in range(1 if group.name in DIVERSITY_SIZES else group.num_repeats(run)):
-        step = first if repeat < first.num_repeats else tasks["repeats"]
-        x = load_features(step.part_files(parts_dir, group.name, repeat))
-        for score in group.metrics:
-            if repeat < num_repeats_of(score, run):
-                for what, value in image_sets.compute_metric(
-                    score, x, reference, group.network, run.eval.kid_subset
-                ).items():
-                    found.setdefault(what, []).append(value)
-    return found
-
-
-def _open_validation(context: EvalContext) -> ValidationLoss:
-    """Of eval.validation_source, else of what the run was validated on. Raises UsageError where it has nothing."""
-    run, setting = (
-        context.run,
-        "eval.validation_source" if context.run.eval.validation_source else "monitor.validation_source",
-    )
-    dataset = open_dataset(run.data, run.latent, run.train.seed)
-    held = validation.open_validation_set(run, dataset, setting)
-    if held is None:
+def parse_image_args(settings: Sequence[str], flags: Mapping[str, Any]) -> ImageSetArgs:
+    """Return the arguments of `gesso evaluate --images` from its flags. Raises UsageError if they are invalid."""
+    if "images" not in flags:
+        raise UsageError("nothing to evaluate: gesso evaluate RUN, or gesso evaluate --images DIR --ref DIR")
+    if settings:
         raise UsageError(
-            "eval.metrics=loss needs images that were not trained on: name them by eval.validation_source=DIR (or train with "
-            "data.num_validation=N)"
+            f"{settings[0]} is a setting of a run; with --images use flags such as --resolution, --metrics"
         )
-    return ValidationLoss(run, *held, context.device, run.eval.validation_pairs)
+    names = {"ref": "reference"} | {name: name for name in EvalConfig.model_fields}
+    fields = {names[flag]: value for flag, value in flags.items() if flag in names}
+    fields.setdefault("metrics", "fid")
+    try:
+        cfg = EvalConfig(**{name: str(value) if isinstance(value, Path) else value for name, value in fields.items()})
+    except ValidationError as error:
+        lines = [f"--{'.'.join(map(str, e['loc'])).replace('_', '-')} {e['input']}: {e['msg']}" for e in error.errors()]
+        raise UsageError("\n  ".join(lines)) from None
+    return ImageSetArgs(config=cfg, **{flag: value for flag, value in flags.items() if flag not in names})
 
 
-def _validation_losses(
-    validation_loss: ValidationLoss, denoiser: Denoiser, pairs: range
-) -> dict[str, dict[str, Tensor]]:
-    passes = map(validation_loss.load_batch, validation_loss.split(torch.tensor(pairs)))
-    return {"loss": {"rows": validation_loss.losses(denoiser, passes)[pairs.start : pairs.stop, None]}}
+def evaluate_images(args: ImageSetArgs, progress: ProgressCallback) -> tuple[Evaluation, list[str]]:
+    """Evaluate a set of images, and write the result as JSON to `args.out`. Returns the lines to print too.
+
+    Raises:
+        UsageError: A metric needs something that is missing, or the sets do not compare.
+        RunError: An image is unreadable.
+    """
+    cfg, device = args.config, devices.resolve_device(args.device, "--device ")
+    metrics = select_metrics(cfg.metrics)
+    for metric in metrics:
+        if metric.needs_run:
+            raise UsageError(f"{metric.name} is a metric of runs: gesso evaluate RUN eval.metrics={metric.name}")
+        if metric.needs_reference and cfg.reference is None:
+            raise UsageError(f"{metric.name} needs reference images: name them with --ref DIR")
+    resize = cfg.resize or "lanczos"
+    samples = open_image_set(args.images, args.resolution, args.num_images, resize)
+    reference = _open_image_reference(args, samples, metrics)
+    networks = load_networks((metric.network for metric in metrics), cfg, device, samples.size)
+    sets = [images for images in (samples, reference) if isinstance(images, ImageSet)]
+    kernel_distance.check_subset_size(metrics, cfg, [images.num_images for images in sets])
+    counter = Progress(progress, sum(images.num_images for images in sets) * len(networks))
+    values: dict[str, results.MetricValues] = {}
+    for name, network in networks.items():
+        group = [metric for metric in metrics if metric.network == name]
+        compute = functools.partial(
+            feature_stats.compute_stats, network=network, batch_size=args.batch_size, device=device, progress=counter
+        )
+        x = compute(samples, keep_features=any(metric.needs_features for metric in group))
+        y = reference if isinstance(reference, FeatureStats) else FeatureStats(Moments())
+        if isinstance(reference, ImageSet) and any(metric.needs_reference for metric in group):
+            y = feature_stats.reference_stats(
+                reference,
+                network,
+                any(m.needs_reference and m.needs_features for m in group),
+                args.batch_size,
+                device,
+                counter,
+            )
+        for metric in group:
+            values |= results.single_values(metric.compute(metric.name, MetricInputs(x, cfg, y, network)))
+    protocol: dict[str, Any] = {
+        "images": samples.uri, "num_samples": samples.num_images, "reference": cfg.reference,
+        "reference_images": reference.num_images if isinstance(reference, ImageSet) else None,
+        "size": list(samples.size), "resized": samples.resize_description,
+        "networks": {name: network.name for name, network in networks.items()},
+    }  # fmt: skip
+    if kernel_distance.uses_other_subset_size(metrics, cfg):
+        protocol["kid_subset"] = cfg.kid_subset
+    notes = [*results.subset_size_note(metrics, cfg), *_few_samples_note(samples.num_images, metrics, networks)]
+    evaluation = Evaluation(protocol, metrics=values, notes=tuple(notes))
+    lines = results.format_evaluation(evaluation)
+    if args.out:
+        atomic_io.write_json(args.out, evaluation.to_json())
+        lines.append(f"wrote {args.out}")
+    return evaluation, lines
 
 
-def _loss_metrics(validation_loss: ValidationLoss, task: ShardedTask, parts_dir: Path) -> dict[str, list[float]]:
-    """The mean, and by tenths of the training draw from clean to noise: loss_0_10, ..., loss_90_100."""
-    mean, by_level = validation_loss.mean_losses(load_features(task.part_files(parts_dir, "loss")).features[:, 0])
-    width = 100 // len(by_level)
-    named = {f"loss_{width * i}_{width * (i + 1)}": value for i, value in enumerate(by_level)}
-    return {name: [value] for name, value in ({"loss": mean} | named).items() if value is not None}
+def _check_run(run: RunConfig, metrics: Sequence[Metric]) -> None:
+    """Raise UsageError if the run lacks a condition that a metric needs, or samples images that it cannot compare."""
+    has_text = run.semantic.kind == "text"
+    for metric in metrics:
+        prefix = f"eval.metrics={metric.name}"
+        if "captions" in metric.needs and not has_text:
+            raise UsageError(f"{prefix} needs a run with text; this one has none")
+        if "labels" in metric.needs and not has_text and not run.input_spec.num_classes:
+            raise UsageError(f"{prefix} needs a run with classes or text; this one has neither")
+        if metric.sizes and "size" not in run.control.variables:
+            raise UsageError(
+                f"{prefix} compares samples conditioned on different sizes; this run has no control variable size"
+            )
+        if metric.network == "lpips" and min(run.sample_size) < lpips.MIN_SIZE:
+            raise UsageError(
+                f"{prefix} needs images of {lpips.MIN_SIZE}x{lpips.MIN_SIZE} or more; this run samples "
+                f"{run.sample_size[1]}x{run.sample_size[0]}"
+            )
+
+
+def metric_num_repeats(metric: Metric, cfg: EvalConfig) -> int:
+    """Return how often a metric is computed, each time on other seeds."""
+    repeatable = not metric.sizes and "validation" not in metric.needs
+    return cfg.num_repeats if repeatable and (not cfg.repeated or metric.name in cfg.repeated) else 1
+
+
+def _sample_tasks(
+    sampler: RunSampler, metrics: Sequence[Metric], networks: Mapping[str, FeatureNetwork]
+) -> dict[str, ShardedTask]:
+    """Return the tasks that compute features of samples, by network. Networks without sizes share one task."""
+    cfg, tasks = sampler.run.eval, {}
+    num_repeats: dict[str, int] = {}
+    for metric in metrics:
+        if metric.sizes:
+            compute = functools.partial(run_sampler.diversity_distances, sampler, metric, networks[metric.network])
+            tasks[metric.network] = ShardedTask({metric.network: 1}, cfg.diversity_prompts, compute)
+        elif metric.network in networks:
+            repeats = metric_num_repeats(metric, cfg)
+            num_repeats[metric.network] = max(repeats, num_repeats.get(metric.network, 0))
+    if num_repeats:
+        compute = functools.partial(run_sampler.sample_features, sampler, networks)
+        tasks |= dict.fromkeys(num_repeats, ShardedTask(num_repeats, cfg.num_samples, compute))
+    return tasks
+
+
+def _compute_values(
+    run: RunConfig,
+    metrics: Sequence[Metric],
+    networks: Mapping[str, FeatureNetwork],
+    tasks: Mapping[str, ShardedTask],
+    reference_paths: Mapping[str, Path],
+    parts_dir: Path,
+) -> dict[str, results.MetricValues]:
+    """Return the values of all metrics over their repeats, from the parts of complete tasks."""
+    values: dict[str, dict[str, list[float]]] = {metric.name: {} for metric in metrics}
+    for name, task in tasks.items():
+        group = [metric for metric in metrics if metric.network == name]
+        path = reference_paths.get(name)
+        y = feature_stats.load_stats(path) if path else FeatureStats(Moments())
+        for repeat in range(task.num_repeats[name]):
+            x = load_features(task.part_files(parts_dir, name, repeat))
+            inputs = MetricInputs(x, run.eval, y, networks.get(name))
+            for metric in group:
+                if repeat < metric_num_repeats(metric, run.eval):
+                    for key, value in metric.compute(metric.name, inputs).items():
+                        values[metric.name].setdefault(key, []).append(value)
+    summaries = [results.summarize(metric, values[metric.name]) for metric in metrics]
+    return {key: entry for summary in summaries for key, entry in summary.items()}
+
+
+# References.
 
 
 def _open_reference(run: RunConfig) -> ImageSet:
-    """Open the pictures that samples are compared with: eval.reference, else those that the run was trained on.
+    """Open the reference images: eval.reference, or the training images.
 
-    Those of a cache are read from its source and prepared as it was: the same filter, faces blurred where it has them blurred.
+    The images of a cache are read from its source, and prepared as the cache was: with its filter and blurred faces.
     """
     height, width = run.sample_size
     if height != width:
-        raise UsageError(f"eval.metrics are of squares, and {width}x{height} is sampled: set sample.aspect=null")
-    where, resize, blur = run.eval.reference or run.data.source, run.data.resize, False
-    if is_cache(where):
-        plan = open_manifest(where).plan
-        where, resize, blur = plan.data.source, plan.data.resize, plan.blur_faces
-    return open_image_set(where, height, resize=run.eval.resize or resize, blur_faces=blur)
+        raise UsageError(f"eval.metrics need square images, but samples are {width}x{height}: set sample.aspect=null")
+    uri, resize, blur_faces = run.eval.reference or run.data.source, run.data.resize, False
+    if is_cache(uri):
+        plan = open_manifest(uri).plan
+        uri, resize, blur_faces = plan.data.source, plan.data.resize, plan.blur_faces
+    return open_image_set(uri, height, resize=run.eval.resize or resize, blur_faces=blur_faces)
 
 
-def _check_diversity(run: RunConfig, name: str) -> None:
-    """Raise UsageError where the run cannot be told sizes, or draws too small for LPIPS."""
-    if "size" not in run.control.variables:
-        said = next(score for score, network in image_sets.METRIC_NETWORKS.items() if network == name)
-        raise UsageError(
-            f"eval.metrics={said} compares samples told different sizes; this run has no control variable size"
-        )
-    if name == "lpips" and min(run.sample_size) < lpips.MIN_SIZE:
-        raise UsageError(
-            f"eval.metrics=lpips needs {lpips.MIN_SIZE}x{lpips.MIN_SIZE} and more; this run draws {run.sample_size[1]}x{run.sample_size[0]}"
-        )
+def _reference_tasks(
+    reference: ImageSet, metrics: Sequence[Metric], networks: Mapping[str, FeatureNetwork], device: torch.device
+) -> tuple[dict[str, Path], dict[str, ShardedTask]]:
+    """Return the cache file of the reference under each network, and the tasks that compute those that are missing."""
+    paths, tasks = {}, {}
+    for name, network in networks.items():
+        group = [metric for metric in metrics if metric.network == name and metric.needs_reference]
+        if not group:
+            continue
+        needs_features = any(metric.needs_features for metric in group)
+        paths[name] = feature_stats.reference_cache_path(reference, network, needs_features)
+        if not paths[name].is_file():
+            compute = functools.partial(_reference_part, reference, network, needs_features, device)
+            # Caches of several machines may differ: the first rank computes what the others do not need.
+            repeats = {f"reference-{name}": 1}
+            tasks[name] = ShardedTask(repeats, reference.num_images, compute, REFERENCE_PART_SIZE, work_stealing=True)
+    return paths, tasks
 
 
-def _load_network(name: str, args: image_sets.ImageEvalArgs, run: RunConfig, device: torch.device) -> nn.Module:
-    """A network, or a judge that knows what the samples of this run were told."""
-    if name == "agreement":
-        if not run.input_spec.num_classes and run.semantic.kind != "text":
-            raise UsageError("eval.metrics=agreement needs a run with classes or words; this one has neither")
-        is_fashion = run.sample_size == (toy_networks.FashionFeatures.resolution,) * 2
-        load = toy_networks.load_fashion_features if is_fashion else load_digit_features
-        return toy_metrics.ClassAccuracy(load(str(device)))
-    if name == "told":
-        return toy_metrics.FeatureDistance(load_digit_features(str(device)))
-    return (
-        toy_metrics.ShapeAccuracy(run.semantic.kind == "text")
-        if name == "drawn"
-        else image_sets.load_network(name, args, device)
+def _reference_part(
+    reference: ImageSet,
+    network: FeatureNetwork,
+    needs_features: bool,
+    device: torch.device,
+    indices: range,
+    names: Sequence[str],
+) -> dict[str, dict[str, Tensor]]:
+    stats = feature_stats.compute_stats(
+        reference, network, REFERENCE_BATCH_SIZE, needs_features, device, lambda n: None, indices
     )
+    return {name: stats.to_tensors() for name in names}
+
+
+def _open_image_reference(
+    args: ImageSetArgs, samples: ImageSet, metrics: Sequence[Metric]
+) -> ImageSet | FeatureStats | None:
+    """Return the reference of a set of images: images, or the statistics `mu` and `sigma` of an .npz file."""
+    uri = args.config.reference
+    if uri is None:
+        return None
+    if uri.endswith(".npz"):
+        try:
+            with np.load(uri, allow_pickle=False) as arrays:
+                if "mu" in arrays and "sigma" in arrays:
+                    return _stats_from_npz(uri, metrics, arrays["mu"], arrays["sigma"])
+        except FileNotFoundError:
+            raise UsageError(f"there is no file {uri}") from None
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{uri} is not a readable .npz file ({error})") from None
+    reference = open_image_set(uri, args.resolution, resize=args.config.resize or "lanczos")
+    if reference.size != samples.size:
+        raise UsageError(
+            f"{args.images} is {samples.size[0]}x{samples.size[1]}, {uri} {reference.size[0]}x{reference.size[1]}: set "
+            "--resolution to resize both"
+        )
+    return reference
+
+
+def _stats_from_npz(uri: str, metrics: Sequence[Metric], mean: np.ndarray, cov: np.ndarray) -> FeatureStats:
+    if names := [metric.name for metric in metrics if metric.needs_features]:
+        raise UsageError(f"{uri} has a mean and a covariance only, but {names[0]} needs the images: set --ref to them")
+    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+        raise UsageError(f"{uri}: the shapes of mu {mean.shape} and sigma {cov.shape} do not match")
+    return FeatureStats(Moments.from_mean_cov(torch.from_numpy(mean), torch.from_numpy(cov)))
+
+
+def _open_validation(context: EvalContext) -> ValidationLoss:
+    """Return the validation loss on eval.validation_source, or on the validation images of the run."""
+    run = context.run
+    setting = "eval.validation_source" if run.eval.validation_source else "monitor.validation_source"
+    validation_set = validation.open_validation_set(run, open_dataset(run.data, run.latent, run.train.seed), setting)
+    if validation_set is None:
+        raise UsageError(
+            "eval.metrics=loss needs images that were not trained on: name them with eval.validation_source=DIR, or "
+            "train with data.num_validation=N"
+        )
+    return ValidationLoss(run, *validation_set, context.device, run.eval.validation_pairs)
+
+
+# Protocol and notes.
 
 
 def _protocol(
     context: EvalContext,
     nimg: int,
-    groups: Sequence[MetricGroup],
+    metrics: Sequence[Metric],
+    networks: Mapping[str, FeatureNetwork],
     reference: ImageSet | None,
     validation_loss: ValidationLoss | None,
 ) -> dict[str, Any]:
-    """All that decides a number."""
+    """Return everything that decides a number besides the training."""
     run, cfg = context.run, context.run.eval
-    told: dict[str, Any] = {
-        "name": cfg.protocol,
-        "networks": {judge.name: judge.network.name for judge in groups},
-        "nimg": nimg,
-    }
-    told |= run.sample.model_dump(mode="json", exclude={"batch_size"})
-    told |= {
-        "images": cfg.num_samples, "diversity_seeds": cfg.diversity_prompts, "repeats": cfg.num_repeats, "first_seed": 0,
+    protocol = results.base_protocol(run, nimg, networks)
+    protocol |= {
+        "num_samples": cfg.num_samples, "diversity_prompts": cfg.diversity_prompts, "num_repeats": cfg.num_repeats,
+        "first_seed": 0,
         "labels": cfg.labels if run.input_spec.num_classes else None,
         "prompts": (cfg.prompts or run.data.source) if run.semantic.kind == "text" else None,
-        "reference": reference.uri if reference else None, "reference_images": reference.num_images if reference else None,
-        "reference_pictures": reference.fingerprint if reference else None,
+        "reference": reference.uri if reference else None,
+        "reference_images": reference.num_images if reference else None,
+        "reference_fingerprint": reference.fingerprint if reference else None,
         "reference_resized": reference.resize_description if reference else None,
     }  # fmt: skip
     if cfg.num_repeats > 1 and cfg.repeated:
-        told["repeated"] = list(cfg.repeated)
-    if cfg.kid_subset != functional.KID_SUBSET_SIZE and {"kid", "kd_dinov2"} & set(cfg.metrics):
-        told["kid_subset"] = cfg.kid_subset
+        protocol["repeated"] = list(cfg.repeated)
+    if kernel_distance.uses_other_subset_size(metrics, cfg):
+        protocol["kid_subset"] = cfg.kid_subset
     if reference and reference.blur_faces:
-        told["reference_faces"] = "blurred"
+        protocol["reference_faces"] = "blurred"
     if validation_loss:
-        told |= {
-            "validation": cfg.validation_source or run.monitor.validation_source or f"{run.data.source}, held out",
-            "validation_pictures": validation_loss.dataset.fingerprint(),
-            "loss_pairs": cfg.validation_pairs,
-        }
-    return told | ({"average": str(context.ema_target)} if context.ema_target else {})
+        source = cfg.validation_source or run.monitor.validation_source or f"{run.data.source}, held out"
+        fingerprint = validation_loss.dataset.fingerprint()
+        protocol |= {
+            "validation": source, "validation_fingerprint": fingerprint, "validation_pairs": cfg.validation_pairs
+        }  # fmt: skip
+    return protocol | ({"ema_target": str(context.ema_target)} if context.ema_target else {})
 
 
-def _protocol_key(context: EvalContext, protocol: dict[str, Any]) -> str:
-    """Of the weights and of all that decides a sample; how many are drawn apart."""
-    used = [
-        (s.path.name, s.path.stat().st_size, s.path.stat().st_mtime_ns) for s in snapshot.list_snapshots(context.folder)
+def _repeated_caption_note(run: RunConfig, prompts: Sequence[run_sampler.Prompt] | None) -> list[str]:
+    """Return a note if a protocol has more samples than captions; published ones on COCO have one sample for each."""
+    if run.eval.protocol is None or prompts is None or run.eval.num_samples <= len(prompts):
+        return []
+    return [
+        f"note: {run.eval.num_samples:,} samples of {len(prompts):,} captions, so some captions have several; "
+        f"eval.num_samples={len(prompts)} has one sample for each"
     ]
-    return hashlib.sha256(json.dumps([protocol, used], sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _summarize_repeats(name: str, values_by_name: dict[str, list[float]]) -> dict[str, float | list[float]]:
-    """Return all values of a score, the best in its own direction, and their mean; of a spread that of the best value."""
-    values = values_by_name[name]
-    ranked = values_by_name.get(name.removesuffix("_std"), values)
-    choose = min if image_sets.lower_is_better(name) else max
-    best = choose(range(len(values)), key=lambda repeat: ranked[repeat])
-    return {"values": values, "best": values[best], "mean": sum(values) / len(values)}
-
-
-def _write_result(path: Path, key: str, result: dict[str, Any]) -> None:
-    with atomic_io.lock(path):
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        atomic_io.write_json(path, known | {key: result})
-
-
-def _format_result(result: dict[str, Any]) -> list[str]:
-    protocol, lines = result["protocol"], []
-    by_noise = [found["mean"] for name, found in result["scores"].items() if name.startswith("loss_")]
-    for name, found in result["scores"].items():
-        if name.endswith("_std") or name.startswith("loss_"):
-            continue
-        each = ", ".join(f"{value:.4f}" for value in found["values"])
-        best = f"   best of {len(found['values'])}: {found['best']:.4f}" if len(found["values"]) > 1 else ""
-        lines.append(f"{name:20}{each}{best}")
-    if by_noise:
-        lines.append(
-            f"{'  by noise':20}{' '.join(f'{value:.3g}' for value in by_noise)}   (tenths of the training draw, clean to noise)"
-        )
-        lines.append(f"{protocol['loss_pairs']:,} pairs of an image of {protocol['validation']} and a noise level")
-    reference = f" beside {protocol['reference_images']:,} of {protocol['reference']}" if protocol["reference"] else ""
-    said = f" by the protocol {protocol['name']}" if protocol["name"] else ""
-    if protocol["networks"]:
-        lines.append(f"{protocol['images']:,} samples{reference}{said}; {', '.join(protocol['networks'].values())}")
-    if speed := result["speed"]:
-        energy = f", {speed['milliwatt_hours']:.3g} mWh each" if "milliwatt_hours" in speed else ""
-        lines.append(f"{speed['images_per_second']:.3g} samples a second, drawn and read{energy}")
-    return lines
+def _few_samples_note(num_samples: int, metrics: Sequence[Metric], networks: Mapping[str, FeatureNetwork]) -> list[str]:
+    """Return a note if a Frechet distance has no more samples than features."""
+    widths = [networks[metric.network].num_features for metric in metrics if metric.compares_moments]
+    width = max(widths, default=0)
+    if num_samples > width:
+        return []
+    return [
+        f"note: {num_samples:,} samples do not determine a covariance of {width:,} features: Frechet distances of so "
+        "few are far too large, and compare only at equal numbers of samples"
+    ]

@@ -1,12 +1,12 @@
-"""Samples of a run, drawn a part at a time and read by networks: shared by ranks through files, kept over a stop.
+"""Sharded tasks: features of items in parts, one file for each, shared by ranks and kept when a command is stopped.
 
-PLACE/inception-0-000003.safetensors     what network `inception` found in part 3 of repeat 0, written whole
+FOLDER/inception-0-000003.safetensors     features under network `inception` of part 3 of repeat 0, written atomically
 
-Legend: n pictures, D features.
+Legend: n items, D features.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,18 +18,26 @@ from torch import Tensor
 from gesso import atomic_io
 from gesso.config import RunConfig
 from gesso.errors import RunError
-from gesso.evaluation.feature_stats import FeatureStats, Progress
-from gesso.evaluation.metrics.functional import Moments
+from gesso.evaluation.feature_stats import FeatureStats, Progress, features_to_stats
 from gesso.snapshot import TargetProfile
 
 PART_SIZE = 500
-"""samples of a file"""
+"""Samples in a file."""
 POLL_INTERVAL_S = 2.0
-"""seconds between looks for the parts of other ranks"""
+"""Seconds between checks for the parts of other ranks."""
 
 
 class EvalContext(NamedTuple):
-    """What is measured, on this rank of `world`. average: of the weights, where not that of run.sample; it is not recorded."""
+    """One evaluation on one of `world_size` ranks.
+
+    Attributes:
+        folder: Run folder.
+        run: Settings.
+        device: Device.
+        rank: This rank.
+        world_size: Number of ranks that share the work.
+        ema_target: EMA of the weights, if it is not that of run.sample; such an evaluation is not recorded.
+    """
 
     folder: Path
     run: RunConfig
@@ -40,61 +48,73 @@ class EvalContext(NamedTuple):
 
 
 class ShardedTask(NamedTuple):
-    """What is made of each of `count` numbers, seeds of samples among them, `repeats` times over: by name a file for each
-    part of them. spare: the first rank also makes parts of others that none of them is at."""
+    """Computation over items 0 to num_items - 1 (seeds, pairs, images), repeated, in parts.
 
-    names: tuple[str, ...]
-    count: int
-    compute: Callable[[range], dict[str, dict[str, Tensor]]]
-    num_repeats: int = 1
+    Attributes:
+        num_repeats: Number of repeats of each output, by name; repeat r has items r * num_items and following.
+        num_items: Number of items of a repeat.
+        compute: Function of items and names; returns the tensors of each name.
+        part_size: Items in a file; None: PART_SIZE.
+        work_stealing: The first rank also computes parts of other ranks that none is working on.
+    """
+
+    num_repeats: Mapping[str, int]
+    num_items: int
+    compute: Callable[[range, Sequence[str]], dict[str, dict[str, Tensor]]]
     part_size: int | None = None
-    """of a file, where not PART"""
     work_stealing: bool = False
-    first_repeat: int = 0
-    """repeat that this step begins with, where another step has those before"""
 
-    def split(self) -> list[tuple[int, int, range]]:
-        """(repeat, part, numbers): no number is in two repeats."""
-        n, size = self.count, self.part_size or PART_SIZE
+    @property
+    def total_items(self) -> int:
+        """Number of items of all repeats."""
+        return self.num_items * max(self.num_repeats.values())
+
+    def split(self, parts_dir: Path) -> list[tuple[range, dict[str, Path]]]:
+        """Return the items and the files by name of every part."""
+        n, size = self.num_items, self.part_size or PART_SIZE
         return [
-            (repeat, part, range(repeat * n + first, repeat * n + min(first + size, n)))
-            for repeat in range(self.first_repeat, self.num_repeats)
+            (
+                range(repeat * n + first, repeat * n + min(first + size, n)),
+                {k: _part_file(parts_dir, k, repeat, part) for k, count in self.num_repeats.items() if repeat < count},
+            )
+            for repeat in range(max(self.num_repeats.values()))
             for part, first in enumerate(range(0, n, size))
         ]
 
     def part_files(self, parts_dir: Path, name: str, repeat: int = 0) -> list[Path]:
-        """Of one repeat, in order."""
-        return [part_file(parts_dir, name, each, part) for each, part, _ in self.split() if each == repeat]
+        """Return the files of one repeat, in order."""
+        num_parts = -(-self.num_items // (self.part_size or PART_SIZE))
+        return [_part_file(parts_dir, name, repeat, part) for part in range(num_parts)]
 
 
-def part_file(parts_dir: Path, name: str, repeat: int, part: int) -> Path:
+def _part_file(parts_dir: Path, name: str, repeat: int, part: int) -> Path:
     return parts_dir / f"{name}-{repeat}-{part:06d}.safetensors"
 
 
 class Timing(NamedTuple):
-    """On new samples by this rank, with what networks made of them. watts: where the device reports its power, at the end of
-    each part."""
+    """Time that this rank spent on new samples. power_w: power of the device at the end of each part, if known."""
 
     num_images: int = 0
     seconds: float = 0.0
     power_w: tuple[float, ...] = ()
 
-    def __add__(self, other: "Timing") -> "Timing":
-        return Timing(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+    def add(self, other: "Timing") -> "Timing":
+        """Return the sum of two timings."""
+        return Timing(self.num_images + other.num_images, self.seconds + other.seconds, self.power_w + other.power_w)
 
     def throughput(self) -> dict[str, float]:
-        """Images a second of this rank, and milliwatt-hours an image; nothing where nothing was new."""
+        """Return images per second and milliwatt-hours per image; empty if there were no new samples."""
         if not self.num_images:
             return {}
-        found = {"images_per_second": self.num_images / self.seconds}
+        result = {"images_per_second": self.num_images / self.seconds}
         if self.power_w:
             mean = sum(self.power_w) / len(self.power_w)
-            found["milliwatt_hours"] = 1000 * mean * self.seconds / 3600 / self.num_images
-        return found
+            result["milliwatt_hours"] = 1000 * mean * self.seconds / 3600 / self.num_images
+        return result
 
 
 def power_draw(device: torch.device) -> tuple[float, ...]:
-    """Of the device, where it says so: a GPU with nvidia-ml-py beside torch."""
+    """Return the power of a GPU in watts; empty if nvidia-ml-py is missing or the device does not report it."""
     try:
         return (torch.cuda.power_draw(device) / 1000,) if device.type == "cuda" else ()
     except (ImportError, RuntimeError):
@@ -103,49 +123,48 @@ def power_draw(device: torch.device) -> tuple[float, ...]:
 
 @torch.no_grad()
 def run_task(context: EvalContext, task: ShardedTask, parts_dir: Path, progress: Progress) -> Timing:
-    """Write the parts of this rank that are not there; the first rank waits for those of the others."""
-    spent, parts = Timing(), [(some, _part_files(parts_dir, task, *at)) for *at, some in task.split()]
-    for some, paths in parts[context.rank :: context.world_size]:
-        spent += _compute_part(context, task, some, paths)
-        progress(len(some))
-    started = time.monotonic()
-    for some, paths in parts[::-1] if context.rank == 0 else ():
-        while lacking := [path for path in paths.values() if not path.is_file()]:
-            # Alone, what is lacking another command was at, which has ended since.
-            mine = (
-                _compute_part(context, task, some, paths) if task.work_stealing or context.world_size == 1 else Timing()
-            )
-            spent += mine
-            if not mine.num_images:
-                if not task.work_stealing and time.monotonic() - started > context.run.eval.rank_timeout_s:
+    """Write the missing parts of this rank; the first rank then waits for those of the others.
+
+    Raises:
+        RunError: Another rank has not written its part after eval.rank_timeout_s.
+    """
+    timing, parts = Timing(), task.split(parts_dir)
+    for items, paths in parts[context.rank :: context.world_size]:
+        timing = timing.add(_compute_part(context, task, items, paths))
+        progress(len(items))
+    started, timeout = time.monotonic(), context.run.eval.rank_timeout_s
+    for items, paths in parts[::-1] if context.rank == 0 else ():
+        while missing := [path for path in paths.values() if not path.is_file()]:
+            # With one rank, a missing part was locked by another command, which has ended since.
+            steal = task.work_stealing or context.world_size == 1
+            new = _compute_part(context, task, items, paths) if steal else Timing()
+            timing = timing.add(new)
+            if not new.num_images:
+                if not task.work_stealing and time.monotonic() - started > timeout:
                     raise RunError(
-                        f"{lacking[0]} of another rank is not there after {context.run.eval.rank_timeout_s} seconds"
+                        f"{missing[0]} of another rank is missing after {timeout} seconds: run the command again, or "
+                        "set eval.rank_timeout_s higher"
                     )
                 time.sleep(POLL_INTERVAL_S)
-    return spent
+    return timing
 
 
-def _part_files(parts_dir: Path, task: ShardedTask, repeat: int, part: int) -> dict[str, Path]:
-    return {name: part_file(parts_dir, name, repeat, part) for name in task.names}
-
-
-def _compute_part(context: EvalContext, task: ShardedTask, indices: range, paths: dict[str, Path]) -> Timing:
-    """Write the files of a part, unless they are there or another rank is at it."""
-    with atomic_io.try_lock(next(iter(paths.values()))) as mine:
-        if not mine or all(path.is_file() for path in paths.values()):
+def _compute_part(context: EvalContext, task: ShardedTask, items: range, paths: dict[str, Path]) -> Timing:
+    """Write the files of a part, unless they exist or another process has locked it."""
+    with atomic_io.try_lock(next(iter(paths.values()))) as locked:
+        if not locked or all(path.is_file() for path in paths.values()):
             return Timing()
-        since = time.perf_counter()
-        for name, tensors in task.compute(indices).items():
+        started = time.perf_counter()
+        for name, tensors in task.compute(items, list(paths)).items():
             with atomic_io.atomic_file(paths[name]) as temporary:
                 save_file(tensors, temporary)
-        return Timing(len(indices), time.perf_counter() - since, power_draw(context.device))
+        return Timing(len(items), time.perf_counter() - started, power_draw(context.device))
 
 
 def load_features(paths: Sequence[Path]) -> FeatureStats:
-    """Of the rows of all these parts, in order."""
-    moments, rows = Moments(), []
+    """Return the statistics of the features in files, in order."""
+    parts = []
     for path in paths:
         with safe_open(path, "pt") as file:
-            rows.append(file.get_tensor("rows"))
-        moments.update(rows[-1])
-    return FeatureStats(moments, torch.cat(rows))
+            parts.append(file.get_tensor("rows"))
+    return features_to_stats(parts)

@@ -1,287 +1,303 @@
-"""Score a run: class agreement and Frechet distance with their floor, and quality against EMA length.
+"""Toy metrics (eval.toy_metrics): small networks that gesso ships, on all samples of a small data set in memory.
 
-Writes metrics.json and pictures; reads nothing but the run folder and the images it was trained on.
+`gesso evaluate RUN`, `gesso ema --sweep` and the monitor of training use them. Each evaluation is an entry of
+metrics.json, whose protocol has the `series` guided, unguided or ema_sweep.
+
+Legend: n samples, N training images, H W height and width.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gesso import atomic_io, build_conditions, ema, rng, sampling, snapshot
-from gesso.conditioning import Cond
+from gesso import build_conditions, ema, sampling, snapshot
 from gesso.config import RunConfig
 from gesso.data.base import Dataset
 from gesso.data.factory import open_dataset
 from gesso.data.normalization import Normalizer
+from gesso.data.shapes_dataset import parse_caption
 from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import UsageError
-from gesso.evaluation import runner
-from gesso.evaluation.metrics import functional, shapes_reader
-from gesso.evaluation.networks import toy_networks
+from gesso.evaluation import results
+from gesso.evaluation.feature_stats import FeatureStats, Moments, Progress, ProgressCallback
+from gesso.evaluation.metrics import METRICS, TOY_METRICS, half_splits
+from gesso.evaluation.metrics.base import MetricInputs
+from gesso.evaluation.networks import load_networks
+from gesso.evaluation.networks.base import SampleConditions
+from gesso.evaluation.results import Evaluation
+from gesso.evaluation.run_sampler import with_sample_settings
+from gesso.snapshot import ReconstructionPlan, TargetProfile
 
-LogCallback = Callable[[str], None]
-MetricFn = Callable[[Tensor], dict[str, float]]
-"""of images (n, C, H, W) uint8"""
 GRID_ROWS, GRID_COLUMNS = 10, 10
 NUM_SHAPE_SAMPLES = 1000
-"""pictures of shapes that are read back"""
+"""Number of samples whose drawn shapes are read."""
 MAX_REAL_IMAGES = 4096
-"""training images that are read for comparison where they are not in memory"""
-
-
-def evaluate_run(folder: Path, run: RunConfig, progress: Callable[[int, int], None]) -> list[str]:
-    """Score a run folder; returns the lines to show. Raises UsageError when its images have changed since."""
-    if run.eval.metrics:
-        return runner.evaluate_metrics_of_run(folder, run, progress)
-    images = open_dataset(run.data, run.latent, run.train.seed)
-    if images.fingerprint() != run.data.fingerprint:
-        raise UsageError(f"the images in {run.data.source} are not those that {folder} was trained on")
-    result = compute_toy_metrics(folder, run, images, sampling.run_device(run), progress)
-    if run.eval.toy_metrics == "shapes":
-        return _shape_table(run, result)
-    if run.eval.toy_metrics == "none":
-        return ["no feature network for these images (eval.toy_metrics=none): wrote pictures, no metrics"]
-    lines = [f"{'':22}class agreement   Frechet distance"]
-    rows = {f"guidance {run.sample.guidance:g}": result, "unguided": result.get("unguided")}
-    for name, row in rows.items():
-        if row:
-            lines.append(
-                f"{name:22}{row['class_agreement']:14.1%}   {row['frechet_distance']:.3f} +- {row['frechet_distance_std']:.3f}"
-            )
-    floor = result["floor"]
-    real = result["real"]["class_agreement"]
-    lines.append(
-        f"{'real against real':22}{real:14.1%}   {floor['frechet_distance']:.3f} +- {floor['frechet_distance_std']:.3f}"
-    )
-    return lines
-
-
-def compute_toy_metrics(
-    folder: Path, run: RunConfig, dataset: Dataset, device: torch.device, progress: Callable[[int, int], None]
-) -> dict[str, Any]:
-    """Score the run in `folder` with the settings of `run` and write metrics.json and samples/*.png.
-
-    tick(done, total) counts generated images. Returns what metrics.json holds.
-    """
-    cfg = run.eval
-    sweeping = cfg.toy_metrics == "digits"
-    if cfg.toy_metrics == "shapes" and run.semantic.kind == "text":
-        for caption in dataset.captions[:NUM_SHAPE_SAMPLES]:
-            shapes_reader.parse_caption(caption)  # raises UsageError before any picture is made
-    count = num_samples(run, dataset)
-    profiles = [ema.sampling_profile(run.sample), *(map(ema.PowerProfile, cfg.sweep_sigma_rels) if sweeping else ())]
-    weights, _, nimg, fits = snapshot.reconstruct_from_run(folder, profiles)
-    default = snapshot.denoiser_from_weights(weights[0], run, device)
-    cond, labels = sample_conditions(run, dataset, count, snapshot.load_control_rows(folder))
-    guided = run.sample.guidance != 1
-    settings = {"guided": run} if guided else {}
-    settings["unguided"] = _with_sample_settings(run, guidance=1.0, control_guidance=1.0)
-    if cfg.toy_metrics == "none":
-        settings = dict(list(settings.items())[:1])
-    total = count * (len(settings) + (len(cfg.sweep_sigma_rels) if sweeping else 0))
-    space = sampling.open_decoder(run)
-    counter = SampleGenerator(progress, total, cond, sampling.load_guide(folder, run), space)
-    real = reference_images(space, dataset, run)
-
-    made = {name: counter.generate(default, setting, count) for name, setting in settings.items()}
-    _save_image_grids(folder, run, next(iter(made.values())), real)
-    result: dict[str, Any] = {"protocol": describe_protocol(run, nimg, count)}
-    if cfg.toy_metrics == "shapes":
-        result |= {name: shape_accuracy(run, some, dataset, labels) for name, some in made.items()}
-        result["real"] = shape_accuracy(run, real[:count], dataset, dataset.labels[:count])
-    if cfg.toy_metrics == "digits":
-        score = DigitMetrics(toy_networks.load_digit_features(str(device)), run, real, dataset.labels, labels, device)
-        rows = {name: score(some) for name, some in made.items()}
-        quick, sweep = (
-            _with_sample_settings(run, guidance=cfg.sweep_guidance, control_guidance=1.0, steps=cfg.sweep_steps),
-            [],
-        )
-        for sigma_rel, tensors, fit in zip(cfg.sweep_sigma_rels, weights[1:], fits[1:], strict=True):
-            some = counter.generate(snapshot.denoiser_from_weights(tensors, run, device), quick, count)
-            told = {"sigma_rel": sigma_rel, "profile_error": fit.squared_error, "initial_weight": fit.initial_weight}
-            sweep.append(told | score(some))
-        result |= rows.pop("guided") if guided else rows["unguided"]
-        result |= rows if guided else {}
-        result |= {"floor": score.floor, "real": {"class_agreement": score.real_accuracy}}
-        how = {"guidance": cfg.sweep_guidance, "sampler": run.sample.sampler, "steps": cfg.sweep_steps}
-        result["ema_sweep"] = how | {"rows": sweep}
-    atomic_io.write_json(folder / "metrics.json", result)
-    return result
-
-
-def num_samples(run: RunConfig, dataset: Dataset) -> int:
-    """How many images are drawn for each score."""
-    return min(
-        len(dataset) // 2,
-        {"digits": len(dataset), "shapes": NUM_SHAPE_SAMPLES, "none": GRID_ROWS * GRID_COLUMNS}[run.eval.toy_metrics],
-    )
-
-
-def toy_metric_fn(run: RunConfig, dataset: Dataset, real: Tensor, labels: Tensor, device: torch.device) -> MetricFn:
-    """Scores by name of samples of these labels, with nothing drawn beside them. real: as `real_pictures`."""
-    if run.eval.toy_metrics == "shapes":
-        return lambda made: shape_accuracy(run, made, dataset, labels)
-    return DigitMetrics(toy_networks.load_digit_features(str(device)), run, real, dataset.labels, labels, device)
-
-
-def reference_images(normalizer: Normalizer, dataset: Dataset, run: RunConfig) -> Tensor:
-    """(n, C, H, W) uint8: training images, all of them where that takes no decoding, else the first NEAR.
-
-    Raises UsageError when there are none of the size that is sampled.
-    """
-    index = dataset.indices_of_size(*run.sample_size) if run.data.buckets else torch.arange(len(dataset))
-    if not len(index):
-        raise UsageError(
-            f"no image of {run.data.source} has the size {run.sample_size} that is sampled: set sample.aspect"
-        )
-    index = index if dataset.is_cheap and not dataset.has_latents else index[:MAX_REAL_IMAGES]
-    return torch.cat([normalizer.to_pixels(dataset.reference_images(some)) for some in index.split(64)])
-
-
-def shape_accuracy(run: RunConfig, samples: Tensor, dataset: Dataset, labels: Tensor) -> dict[str, float]:
-    """How often the shapes of pictures are those of their captions or classes."""
-    if run.semantic.kind == "text":
-        return shapes_reader.caption_accuracy(samples, dataset.captions[: len(samples)])
-    return shapes_reader.class_accuracy(samples, labels)
-
-
-def _shape_table(run: RunConfig, result: dict[str, Any]) -> list[str]:
-    """A table of what was read back."""
-    rows = {f"guidance {run.sample.guidance:g}": "guided", "unguided": "unguided", "real pictures": "real"}
-    lines = ["".join(["what is drawn".ljust(18), *(name.rjust(9) for name in result["real"])])]
-    return lines + [
-        "".join([title.ljust(18), *(f"{rate:9.1%}" for rate in result[name].values())])
-        for title, name in rows.items()
-        if name in result
-    ]
-
-
-def sample_conditions(
-    run: RunConfig, dataset: Dataset, num_samples: int, control_rows: Tensor | None
-) -> tuple[Cond, Tensor]:
-    """What samples 0 to count-1 are to show: labels in turn, or captions of training images; and their labels.
-
-    rows: control variables of training samples, from which theirs are drawn.
-    """
-    seeds, prompts = range(num_samples), None
-    labels = build_conditions.expand_labels(run, None, num_samples)
-    if run.semantic.kind == "text":
-        prompts = [dataset.captions[i % len(dataset)] for i in seeds]
-    cond, _ = build_conditions.build_cond(run, seeds, control_rows, labels, prompts)
-    return cond, dataset.labels[torch.arange(num_samples) % len(dataset)] if labels is None else torch.tensor(labels)
-
-
-TOY_METRIC_DESCRIPTIONS = {
-    "digits": "Frechet distance and class agreement in the features of a small digit classifier; not FID",
-    "shapes": "share of pictures whose shapes, read back, are as the caption or class says",
-    "none": "pictures only",
+"""Number of training images that are decoded for comparison, if they are not in memory."""
+MAX_WEIGHTS_BYTES = 4e9
+"""Bytes of EMA weights in memory at the same time."""
+DESCRIPTIONS = {
+    "digits": "Frechet distance and class accuracy in the features of a small digit classifier; not FID",
+    "shapes": "share of images whose shapes match the caption or class",
+    "none": "images only",
 }
 
 
-def describe_protocol(run: RunConfig, nimg: int, num_samples: int) -> dict[str, Any]:
-    """Everything that decides a number besides the weights."""
-    halves = f"{run.eval.num_splits} random halves of the {run.data.num_images} training images, {num_samples} each; mean and std"
-    return {
-        "features": toy_networks.DigitFeatures.name if run.eval.toy_metrics == "digits" else run.eval.toy_metrics,
-        "what": TOY_METRIC_DESCRIPTIONS[run.eval.toy_metrics],
-        "images": num_samples,
-        **({"reference": halves} if run.eval.toy_metrics == "digits" else {}),
-        "conditions": "captions of training images" if run.semantic.kind == "text" else "labels in turn",
-        **run.sample.model_dump(mode="json", exclude={"batch_size"}),
-        "nimg": nimg,
-        "seeds": f"0 to {num_samples - 1}",
-    }
-
-
-def _with_sample_settings(run: RunConfig, **sample: Any) -> RunConfig:
-    return run.model_copy(update={"sample": run.sample.model_copy(update=sample)})
-
-
-class SampleGenerator:
-    """Generates under the same conditions with a common count of images done."""
+class ToyEvaluator:
+    """Conditions of the samples of a run, and the toy metrics of such samples."""
 
     def __init__(
         self,
-        progress: Callable[[int, int], None],
-        total: int,
-        cond: Cond,
-        guide: Denoiser | None,
-        normalizer: Normalizer,
-    ):
-        self.progress, self.total, self.done = progress, total, 0
-        self.cond, self.guide, self.normalizer = cond, guide, normalizer
-
-    def generate(self, denoiser: Denoiser, run: RunConfig, num_samples: int) -> Tensor:
-        """Images of seeds 0 to count-1. (count, C, R, R) uint8."""
-        batches = []
-        for batch in sampling.generate(
-            denoiser, run, range(num_samples), self.cond[:num_samples], self.guide, self.normalizer
-        ):
-            batches.append(batch)
-            self.done += len(batch)
-            self.progress(self.done, self.total)
-        return torch.cat(batches)
-
-
-class DigitMetrics:
-    """Frechet distance to each of several random halves of the real images, and class agreement.
-
-    `floor` is the distance of each half to its other half: what perfect samples would reach at this
-    number of images.
-    """
-
-    def __init__(
-        self,
-        network: toy_networks.DigitFeatures,
         run: RunConfig,
-        real_images: Tensor,
-        real_labels: Tensor,
-        labels: Tensor,
+        dataset: Dataset,
+        control_rows: Tensor | None,
+        normalizer: Normalizer,
         device: torch.device,
     ):
-        self.network, self.device, count = network, device, len(labels)
-        real, logits = network.classify(real_images.to(device))
-        self.real_accuracy = functional.class_accuracy(logits, real_labels.to(device))
-        self.labels = labels.to(device)
-        self.reference_halves = []
-        distances = []
-        for split in range(run.eval.num_splits):
-            order = rng.random_bits(run.eval.seed, torch.arange(len(real_images)), f"evaluation split {split}", 1)[
-                :, 0
-            ].argsort(stable=True)
-            a, b = (functional.Moments() for _ in range(2))
-            a.update(real[order[:count]])
-            b.update(real[order[count : 2 * count]])
-            self.reference_halves.append(b)
-            distances.append(functional.frechet_distance(a.mean, a.cov, b.mean, b.cov))
-        self.floor = _mean_std(distances)
+        self.run, self.dataset, self.normalizer, self.device = run, dataset, normalizer, device
+        limit = {"digits": len(dataset), "shapes": NUM_SHAPE_SAMPLES, "none": GRID_ROWS * GRID_COLUMNS}
+        self.num_samples = min(len(dataset) // 2, limit[run.eval.toy_metrics])
+        self.metrics = [METRICS[name] for name in TOY_METRICS[run.eval.toy_metrics]]
+        self.networks = load_networks((metric.network for metric in self.metrics), run.eval, device, run.sample_size)
+        # Conditions of samples: labels that cycle through the classes, or captions of training images.
+        n = self.num_samples
+        labels, indices = build_conditions.expand_labels(run, None, n), torch.arange(n) % len(dataset)
+        prompts = [dataset.captions[i] for i in indices.tolist()] if run.semantic.kind == "text" else None
+        self.cond, _ = build_conditions.build_cond(run, range(n), control_rows, labels, prompts)
+        self.conditions = SampleConditions(labels or dataset.labels[indices].tolist(), prompts)
 
-    def __call__(self, samples: Tensor) -> dict[str, float]:
-        found, logits = self.network.classify(samples.to(self.device))
-        moments = functional.Moments()
-        moments.update(found)
-        distances = [
-            functional.frechet_distance(moments.mean, moments.cov, b.mean, b.cov) for b in self.reference_halves
-        ]
-        return {"class_agreement": functional.class_accuracy(logits, self.labels), **_mean_std(distances)}
+    @functools.cached_property
+    def real_images(self) -> tuple[Tensor, Tensor]:
+        """Training images (N, C, H, W) uint8 of the sampled size and their indices (N,).
+
+        They are all images if that needs no decoding, else the first MAX_REAL_IMAGES.
+        """
+        run, dataset = self.run, self.dataset
+        indices = dataset.indices_of_size(*run.sample_size) if run.data.buckets else torch.arange(len(dataset))
+        if not len(indices):
+            raise UsageError(
+                f"no image of {run.data.source} has the sampled size {run.sample_size}: set sample.aspect to one that "
+                "the data has"
+            )
+        indices = indices if dataset.is_cheap and not dataset.has_latents else indices[:MAX_REAL_IMAGES]
+        parts = [self.normalizer.to_pixels(dataset.reference_images(part)) for part in indices.split(64)]
+        return torch.cat(parts), indices
+
+    def _features(self, images: Tensor, conditions: SampleConditions) -> dict[str, FeatureStats]:
+        """Return the features of images under each network, which reads all of them in one batch."""
+        images = images.to(self.device)
+        return {
+            name: FeatureStats(Moments(), network.extract_features(images, conditions))
+            for name, network in self.networks.items()
+        }
+
+    @functools.cached_property
+    def _real_features(self) -> dict[str, FeatureStats]:
+        images, indices = self.real_images
+        if self.run.eval.toy_metrics == "shapes":  # slow to read; half_splits needs all images
+            images, indices = images[: self.num_samples], indices[: self.num_samples]
+        captions = [self.dataset.captions[i] for i in indices.tolist()] if self.conditions.captions else None
+        return self._features(images, SampleConditions(self.dataset.labels[indices].tolist(), captions))
+
+    def values(self, images: Tensor) -> dict[str, float]:
+        """Return the metrics of samples (n, C, H, W) uint8 that were generated with `cond`."""
+        features = self._features(images, self.conditions)
+        values: dict[str, float] = {}
+        for metric in self.metrics:
+            inputs = MetricInputs(features[metric.network], self.run.eval)
+            if "training_images" in metric.needs:
+                inputs = inputs._replace(reference=self._real_features[metric.network])
+            values |= metric.compute(metric.name, inputs)
+        return values
+
+    @functools.cached_property
+    def reference_values(self) -> dict[str, float]:
+        """Metrics of training images: values that perfect samples would reach."""
+        values: dict[str, float] = {}
+        for metric in self.metrics:
+            real = self._real_features[metric.network]
+            if metric.compute is half_splits.compute:
+                values |= half_splits.floor(metric.name, real.features, self.num_samples, self.run.eval)
+            else:
+                values |= metric.compute(metric.name, MetricInputs(real, self.run.eval))
+        return values
+
+    def protocol(self, run: RunConfig, nimg: int, series: str, repeat: int = 0) -> dict[str, Any]:
+        """Return everything that decides a number besides the training, for samples with the settings of `run`."""
+        cfg, n = self.run.eval, self.num_samples
+        halves = (
+            f"{cfg.num_splits} random halves of the {self.run.data.num_images} training images, {n} each; mean and std"
+        )
+        return results.base_protocol(run, nimg, self.networks) | {
+            "toy_metrics": cfg.toy_metrics,
+            "description": DESCRIPTIONS[cfg.toy_metrics],
+            "series": series,
+            "repeat": repeat,
+            "num_samples": n,
+            "num_repeats": 1,
+            "conditions": "captions of training images" if self.run.semantic.kind == "text" else "labels round-robin",
+            "seeds": f"{repeat * n} to {(repeat + 1) * n - 1}",
+            **({"reference": halves} if cfg.toy_metrics == "digits" else {}),
+        }
 
 
-def _mean_std(distances: list[float]) -> dict[str, float]:
-    values = torch.tensor(distances, dtype=torch.float64)
-    return {"frechet_distance": float(values.mean()), "frechet_distance_std": float(values.std(correction=0))}
+class Point(NamedTuple):
+    """One evaluation: weights, sampling settings and seeds. extra: further protocol entries."""
+
+    target: TargetProfile
+    run: RunConfig
+    series: str
+    repeat: int = 0
+    extra: dict[str, Any] = {}
+
+
+def point_evaluation(evaluator: ToyEvaluator, plan: ReconstructionPlan, point: Point) -> Evaluation:
+    """Return the evaluation of a point without its values."""
+    protocol = evaluator.protocol(point.run, plan.nimg, point.series, point.repeat) | point.extra
+    return Evaluation(protocol, results.describe_weights(plan, point.target))
+
+
+def run_points(
+    folder: Path,
+    evaluator: ToyEvaluator,
+    plan: ReconstructionPlan,
+    points: Sequence[Point],
+    guide: Denoiser | None,
+    progress: Callable[[int], None],
+) -> Iterator[tuple[Point, Tensor, Evaluation]]:
+    """Evaluate points and record each in metrics.json.
+
+    Yields:
+        Each point with its samples (n, C, H, W) uint8 and its evaluation; the points of one target come together.
+    """
+    targets = list(dict.fromkeys(point.target for point in points))
+    group_size = max(1, int(MAX_WEIGHTS_BYTES / plan.sources[-1].path.stat().st_size))
+    for first in range(0, len(targets), group_size):
+        group = targets[first : first + group_size]
+        weights = snapshot.reconstruct(plan._replace(targets=group), evaluator.device)
+        for target, tensors in zip(group, weights, strict=True):
+            denoiser = snapshot.denoiser_from_weights(tensors, evaluator.run, evaluator.device)
+            for point in [point for point in points if point.target == target]:
+                images = _generate(evaluator, denoiser, point, guide, progress)
+                evaluation = point_evaluation(evaluator, plan, point)
+                if evaluator.metrics:
+                    metrics = results.single_values(evaluator.values(images))
+                    evaluation = evaluation._replace(metrics=metrics, reference_metrics=evaluator.reference_values)
+                    results.record_evaluation(folder, evaluation)
+                yield point, images, evaluation
+
+
+def _generate(
+    evaluator: ToyEvaluator, denoiser: Denoiser, point: Point, guide: Denoiser | None, progress: Callable[[int], None]
+) -> Tensor:
+    """Return the samples of a point; repeats have other seeds under the same conditions."""
+    n, run, batches = evaluator.num_samples, point.run, []
+    seeds = range(point.repeat * n, (point.repeat + 1) * n)
+    guide = guide if run.sample.guidance != 1 else None
+    for batch in sampling.generate(denoiser, run, seeds, evaluator.cond, guide, evaluator.normalizer):
+        batches.append(batch)
+        progress(len(batch))
+    return torch.cat(batches)
+
+
+def evaluate(folder: Path, run: RunConfig, progress: ProgressCallback) -> list[str]:
+    """Evaluate a run with and without guidance and, for digits, over EMA lengths. Returns the lines to print.
+
+    Writes metrics.json, samples/by_class.png and samples/nearest.png.
+    """
+    cfg = run.eval
+    evaluator = open_toy_evaluator(folder, run)
+    if cfg.toy_metrics == "shapes" and evaluator.conditions.captions is not None:
+        for caption in evaluator.conditions.captions:
+            parse_caption(caption)  # raises UsageError before any sample is generated
+    target, guided = ema.sampling_profile(run.sample), run.sample.guidance != 1
+    points = [Point(target, run, "guided")] if guided else []
+    if evaluator.metrics or not guided:
+        points.append(Point(target, with_sample_settings(run, guidance=1.0, control_guidance=1.0), "unguided"))
+    if cfg.toy_metrics == "digits":
+        for sigma_rel in cfg.sweep_sigma_rels:
+            values = {"guidance": cfg.sweep_guidance, "control_guidance": 1.0, "steps": cfg.sweep_steps}
+            settings = with_sample_settings(run, **values, sigma_rel=sigma_rel, halflife=None)
+            points.append(Point(ema.PowerProfile(sigma_rel), settings, "ema_sweep"))
+    targets = list(dict.fromkeys(point.target for point in points))
+    plan = snapshot.plan_reconstruction(snapshot.list_snapshots(folder), targets, cfg.nimg)
+    counter = Progress(progress, evaluator.num_samples * len(points))
+    rows: dict[str, dict[str, float]] = {}
+    guide = sampling.load_guide(folder, run)
+    for point, images, evaluation in run_points(folder, evaluator, plan, points, guide, counter):
+        if point is points[0]:
+            _save_image_grids(folder, run, images, evaluator.real_images[0])
+        if point.series != "ema_sweep":
+            rows[f"guidance {point.run.sample.guidance:g}"] = evaluation.best()
+    if not evaluator.metrics:
+        return [f"no metrics for these images (eval.toy_metrics=none): wrote images to {folder / 'samples'}"]
+    table = results.format_table(rows | {"training images": evaluator.reference_values})
+    return [*table, f"wrote {folder / results.FILE_NAME}"]
+
+
+def open_toy_evaluator(folder: Path, run: RunConfig) -> ToyEvaluator:
+    """Return the toy evaluator of a run folder. Raises UsageError if the training images have changed."""
+    dataset = open_dataset(run.data, run.latent, run.train.seed)
+    if dataset.fingerprint() != run.data.fingerprint:
+        raise UsageError(
+            f"the images in {run.data.source} have changed since {folder} was trained: restore them, or train again"
+        )
+    sampling.check_sampling(run)
+    control_rows, normalizer = snapshot.load_control_rows(folder), sampling.open_decoder(run)
+    return ToyEvaluator(run, dataset, control_rows, normalizer, sampling.run_device(run))
 
 
 def _save_image_grids(folder: Path, run: RunConfig, samples: Tensor, real: Tensor) -> None:
-    """samples/by_class.png, a row for each of the first classes, and samples/nearest.png, the training images nearest to them."""
+    """Write samples/by_class.png, with a row for each class, and samples/nearest.png, the nearest real images."""
     classes = run.input_spec.num_classes
     if classes:
-        chosen = [i for c in range(min(classes, GRID_ROWS)) for i in range(c, len(samples), classes)[:GRID_COLUMNS]]
+        rows = (range(label, len(samples), classes)[:GRID_COLUMNS] for label in range(min(classes, GRID_ROWS)))
+        chosen = [i for row in rows for i in row]
     else:
         chosen = list(range(min(len(samples), GRID_ROWS * GRID_COLUMNS)))
-    shown = samples[chosen]
-    near = real[functional.nearest_images(shown, real)]
-    sampling.save_png(sampling.image_grid(shown, GRID_COLUMNS), folder / "samples" / "by_class.png")
-    sampling.save_png(sampling.image_grid(near, GRID_COLUMNS), folder / "samples" / "nearest.png")
+    grid = samples[chosen]
+    nearest = real[nearest_images(grid, real)]
+    sampling.save_png(sampling.image_grid(grid, GRID_COLUMNS), folder / "samples" / "by_class.png")
+    sampling.save_png(sampling.image_grid(nearest, GRID_COLUMNS), folder / "samples" / "nearest.png")
+
+
+def nearest_images(images: Tensor, reference: Tensor, chunk_size: int = 1024) -> Tensor:
+    """Return the index of the reference image nearest to each image in pixel L2, the first one among equals.
+
+    Args:
+        images: Images (n, ...) uint8, on a device with float64.
+        reference: Images (N, ...) uint8 of the same shape, N >= 1.
+        chunk_size: Images in a block; memory grows with chunk_size^2 and chunk_size * pixels.
+
+    Returns:
+        Indices (n,) int64 on the device of `images`.
+
+    Raises:
+        UsageError: The dtypes or shapes do not match.
+    """
+    if images.dtype != torch.uint8 or reference.dtype != torch.uint8:
+        raise UsageError(f"nearest_images takes uint8 pixels; got {images.dtype} and {reference.dtype}")
+    if images.shape[1:] != reference.shape[1:] or len(reference) == 0:
+        raise UsageError(f"images {tuple(images.shape)} do not compare with {tuple(reference.shape)}")
+    # |a - b|^2 = |a|^2 - 2ab + |b|^2 is a sum of integers: exact in float64, so equal images stay equal.
+    chunks = [chunk.flatten(1).double() for chunk in images.split(chunk_size) if len(chunk)]
+    indices = [_nearest_in_chunks(chunk, reference, chunk_size) for chunk in chunks]
+    return torch.cat(indices) if indices else torch.empty(0, dtype=torch.int64, device=images.device)
+
+
+def _nearest_in_chunks(a: Tensor, reference: Tensor, chunk_size: int) -> Tensor:
+    """Return the indices (n,) int64 of the images nearest to a (n, P) float64."""
+    best = torch.full((len(a),), torch.inf, dtype=torch.float64, device=a.device)
+    index = torch.zeros(len(a), dtype=torch.int64, device=a.device)
+    for start in range(0, len(reference), chunk_size):
+        b = reference[start : start + chunk_size].to(a.device).flatten(1).double()
+        distances = b.square().sum(dim=1) - 2 * a @ b.T  # |a|^2 is the same for every b
+        value = distances.min(dim=1).values
+        # argmax of a mask of 0 and 1: min() does not promise the first of equals.
+        first = (distances == value[:, None]).byte().argmax(dim=1) + start
+        closer = value < best
+        best, index = torch.where(closer, value, best), torch.where(closer, first, index)
+    return index

@@ -1,10 +1,10 @@
-"""Loss on images that are not trained on, at levels and with noise that never change: a smooth curve, alike in all runs.
+"""Loss on validation images, at noise levels and with noise that are the same in every evaluation and every run.
 
-Pair j is image j of the held-out ones, in turn, at a place in the training draw that is stratified over all pairs, with
-noise of its own; nothing is withheld from the conditions, and nothing depends on train.seed. The loss is in the process's
-native weight, the MSE of the network's own target, whatever weighting is trained with.
+Pair j is validation image j (modulo their number) at a position in the training draw of noise levels that is stratified
+over all pairs, with its own noise; no condition is dropped, and nothing depends on train.seed. The loss has the native
+weighting of the process, the MSE of the network's own target, whatever weighting is trained with.
 
-Legend: n pairs, B of them in a pass.
+Legend: n pairs, B pairs in a pass.
 """
 
 from collections.abc import Iterable
@@ -20,86 +20,91 @@ from gesso.data.batching import Batcher
 from gesso.data.factory import open_dataset
 from gesso.data.samplers import KeyedPermutations
 from gesso.diffusion import denoiser as diffusion
-from gesso.diffusion import loss_bins
 from gesso.diffusion import process as processes
 from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import UsageError
 
 MICRO_BATCH_SIZE = 64
-"""pairs that go through the network at once, whatever the batch size and the number of ranks"""
+"""Pairs in a pass of the network, whatever the batch size and the number of ranks."""
 
 
 def open_validation_set(
     run: RunConfig, dataset: Dataset, setting: str = "monitor.validation_source"
 ) -> tuple[Dataset, Tensor] | None:
-    """What to validate on: images of the source that `setting` names, else those held out; and which of them. None where the
-    run says nothing.
+    """Return the validation images and the indices to use; None if the run has none.
 
-    Raises UsageError when that source holds other classes, and for held-out images that would all have to be fetched.
+    They are those of the source in `setting`, or the ones that data.num_validation excludes from training.
+
+    Raises:
+        UsageError: The source does not match the run, or excluded images would have to be downloaded with all others.
     """
     if source := config.flatten(run)[setting]:
-        data = run.data.model_copy(update={"source": source, "shuffle_window_shards": None, "num_validation": 0})
-        try:
-            other = open_dataset(data, run.latent, 0)
-        except UsageError as error:
-            raise UsageError(str(error).replace("data.source", setting)) from None
-        if other.class_names != dataset.class_names and run.semantic.kind == "label":
-            raise UsageError(
-                f"{setting}={source} has the classes {', '.join(other.class_names[:3]) or 'none'}, ..., not those "
-                f"of data.source={run.data.source}"
-            )
-        for block, fields in other.implied_settings(run).items():
-            for name, value in fields.items():
-                ours = getattr(getattr(run, block), name)
-                if name not in ("flip", "crop_scale") and ours != value:
-                    raise UsageError(f"{setting}={source} holds {block}.{name}={value}, not {ours}")
-        same = other.text_config and (other.text_config.encoder, other.text_config.max_tokens) == (
-            run.semantic.encoder,
-            run.semantic.max_tokens,
-        )
-        other.text_config = other.text_config if same else None
-        return other, torch.arange(len(other))
+        return _open_validation_source(run, dataset, setting, source)
     if not len(dataset.validation_indices):
         return None
     if dataset.is_remote:
         raise UsageError(
-            f"data.num_validation: the held-out images of {run.data.source} lie in all of its files, which would all be fetched; "
-            f"name a source of their own by {setting}"
+            f"data.num_validation: the validation images of {run.data.source} lie in all of its files, which would all "
+            f"be downloaded: set {setting} to a separate source"
         )
     return dataset, dataset.validation_indices
 
 
+def _open_validation_source(run: RunConfig, dataset: Dataset, setting: str, source: str) -> tuple[Dataset, Tensor]:
+    """Return all images of a separate source, which must match the classes and preparation of the training images."""
+    data = run.data.model_copy(update={"source": source, "shuffle_window_shards": None, "num_validation": 0})
+    try:
+        validation = open_dataset(data, run.latent, 0)
+    except UsageError as error:
+        raise UsageError(str(error).replace("data.source", setting)) from None
+    if validation.class_names != dataset.class_names and run.semantic.kind == "label":
+        raise UsageError(
+            f"{setting}={source} has the classes {', '.join(validation.class_names[:3]) or 'none'}, ..., not those "
+            f"of data.source={run.data.source}"
+        )
+    for block, fields in validation.implied_settings(run).items():
+        for name, value in fields.items():
+            expected = getattr(getattr(run, block), name)
+            if name not in ("flip", "crop_scale") and expected != value:
+                raise UsageError(f"{setting}={source} has {block}.{name}={value}, not {expected}")
+    text = validation.text_config
+    if text and (text.encoder, text.max_tokens) != (run.semantic.encoder, run.semantic.max_tokens):
+        validation.text_config = None
+    return validation, torch.arange(len(validation))
+
+
 class ValidationBatch(NamedTuple):
-    """One pass: numbers j of its pairs (B,), and their images."""
+    """Pairs of one pass: their indices (B,) and images."""
 
     pair_indices: Tensor
     samples: SampleBatch
 
 
 class ValidationLoss:
-    """Losses of n pairs.
+    """Losses of n pairs of a validation image and a noise level.
 
-    For a network of given weights they are equal to the last bit over any batch size, as passes are always the same, and
-    their means over any number of ranks, as those are taken over all pairs in float64; over devices and threads to rounding.
+    For given weights they are bit-equal at every batch size, as passes are always the same; so are their means at every
+    number of ranks, as those are taken over all pairs in float64. Over devices and threads they are equal to rounding.
     """
 
     def __init__(self, run: RunConfig, dataset: Dataset, indices: Tensor, device: torch.device, num_pairs: int):
-        # Nothing drawn from the seed of training, nothing withheld.
-        quiet = run.model_copy(
+        # Nothing depends on the seed of training, and no condition is dropped.
+        fixed_run = run.model_copy(
             update={
                 "train": run.train.model_copy(update={"seed": 0}),
                 "dropout": Dropout(both=0, control=0, semantic=0),
             }
         )
         self.run, self.device, self.dataset = run, device, dataset
-        self.batcher = Batcher(dataset, quiet, processes.build_process(run.process).sigma_data, device)
-        number = torch.arange(num_pairs)
-        place = KeyedPermutations(0)(num_pairs, "validation stratum", number)
-        self.u = (place + rng.uniform(0, number, "validation level")[:, 0]) / num_pairs
-        self.image_indices = indices[number % len(indices)]
+        sigma_data = processes.build_process(run.process).sigma_data
+        self.batcher = Batcher(dataset, fixed_run, sigma_data, device)
+        pair = torch.arange(num_pairs)
+        stratum = KeyedPermutations(0)(num_pairs, "validation stratum", pair)
+        self.positions = (stratum + rng.uniform(0, pair, "validation level")[:, 0]) / num_pairs
+        self.image_indices = indices[pair % len(indices)]
 
     def split(self, pair_indices: Tensor) -> list[Tensor]:
-        """These pairs (n,), cut into what goes through the network at once: pictures of one size."""
+        """Return pairs (n,) cut into passes; the images of a pass have one size."""
         sizes = self.run.data.buckets or ()
         groups = [
             pair_indices[torch.isin(self.image_indices[pair_indices], self.dataset.indices_of_size(*size))]
@@ -108,22 +113,24 @@ class ValidationLoss:
         return [part for group in groups if len(group) for part in group.split(MICRO_BATCH_SIZE)]
 
     def load_batch(self, pair_indices: Tensor) -> ValidationBatch:
+        """Return the images of a pass."""
         return ValidationBatch(pair_indices, self.dataset.get_unaugmented(self.image_indices[pair_indices]))
 
     @torch.no_grad()
     def losses(self, denoiser: Denoiser, batches: Iterable[ValidationBatch]) -> Tensor:
-        """Of every pair, float64 on the CPU; 0 of those that are not in `passes`."""
-        found = torch.zeros(len(self.u), dtype=torch.float64)
-        for number, samples in batches:
-            x0, cond = self.batcher.to_device(number, samples)
-            s = denoiser.process.icdf(self.u[number]).to(x0)
-            eps = rng.normal(0, number.to(self.device), "validation noise", x0.shape[1:], x0.dtype)
+        """Return the loss of every pair, (num_pairs,) float64 on the CPU; 0 for pairs that are not in `batches`."""
+        result = torch.zeros(len(self.positions), dtype=torch.float64)
+        for pair, samples in batches:
+            x0, cond = self.batcher.to_device(pair, samples)
+            s = denoiser.process.icdf(self.positions[pair]).to(x0)
+            eps = rng.normal(0, pair.to(self.device), "validation noise", x0.shape[1:], x0.dtype)
             with diffusion.autocast_context(self.run.train, self.device):
                 losses = diffusion.loss(denoiser, denoiser.process, x0, s, eps, cond)
-            found[number] = losses.double().cpu()
-        return found
+            result[pair] = losses.double().cpu()
+        return result
 
-    def mean_losses(self, losses: Tensor) -> tuple[float, list[float | None]]:
-        """Of the losses of all pairs, and those of each bin of noise levels, to six digits."""
-        by_level = loss_bins.bin_sums(losses, self.u, torch.ones_like(losses, dtype=torch.bool))
-        return float(f"{float(losses.mean()):.6g}"), loss_bins.bin_means(by_level)
+    def features(self, denoiser: Denoiser, pairs: range, names: list[str]) -> dict[str, dict[str, Tensor]]:
+        """Return losses and positions of a range of pairs, (n, 2), as a ShardedTask computes them."""
+        batches = map(self.load_batch, self.split(torch.tensor(pairs)))
+        columns = torch.stack([self.losses(denoiser, batches), self.positions], dim=1)
+        return {name: {"rows": columns[pairs.start : pairs.stop].contiguous()} for name in names}

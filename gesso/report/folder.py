@@ -1,6 +1,5 @@
 """What a page is made of: the files of a run folder, read once."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +7,8 @@ from typing import Any, NamedTuple
 from gesso import config
 from gesso.config import RunConfig
 from gesso.errors import UsageError
+from gesso.evaluation import ema_sweep, results
+from gesso.evaluation.results import Evaluation
 from gesso.training.logging import read_log
 
 MOST = 300
@@ -18,15 +19,23 @@ Points = tuple[list[float], list[float]]
 
 
 class Folder(NamedTuple):
-    """lines: of log.jsonl; metrics: metrics.json, empty where nothing was evaluated; measured: scores.json, each way of
-    measuring with its protocol; label: what a page calls the run."""
+    """A run folder.
+
+    Attributes:
+        path: The folder.
+        label: Name of the run on the page.
+        run: Settings.
+        lines: Lines of log.jsonl.
+        toy: The newest toy evaluations (`toy_results`); empty if there are none.
+        evaluations: Evaluations of eval.metrics, one for each protocol.
+    """
 
     path: Path
     label: str
     run: RunConfig
     lines: list[dict[str, Any]]
-    metrics: dict[str, Any]
-    measured: Sequence[dict[str, Any]] = ()
+    toy: dict[str, Any]
+    evaluations: Sequence[Evaluation] = ()
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -82,16 +91,33 @@ def opened(folders: Sequence[Path]) -> list[Folder]:
 
 
 def _read(folder: Path, label: str) -> Folder:
-    metrics, measured = (
-        json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
-        for name in ("metrics.json", "scores.json")
-    )
-    for value in (value for one in measured.values() for value in one["scores"].values()):
-        value.setdefault("best", value.get("least"))  # as files were written when the least was best of every score
+    recorded = list(results.read_evaluations(folder).values())
+    evaluations = [evaluation for evaluation in recorded if "series" not in evaluation.protocol]
     run, lines = config.load_config(folder / "run.yaml"), read_log(folder / "log.jsonl")
-    return Folder(folder, label, run, lines, metrics, list(measured.values()))
+    return Folder(folder, label, run, lines, toy_results(recorded), evaluations)
+
+
+def toy_results(recorded: Sequence[Evaluation]) -> dict[str, Any]:
+    """Return the newest toy evaluations: their protocol, values by row title, and the points of the EMA curve."""
+    newest = {evaluation.protocol["series"]: evaluation for evaluation in recorded if "series" in evaluation.protocol}
+    titles = {
+        f"guidance {newest[series].protocol['guidance']:g}": newest[series].best()
+        for series in ("guided", "unguided")
+        if series in newest
+    }
+    result: dict[str, Any] = {}
+    if titles:
+        first = newest.get("guided") or newest["unguided"]
+        result = {"protocol": first.protocol, "rows": titles | {"training images": first.reference_metrics}}
+    curves = [e for e in recorded if e.protocol.get("series") == "ema_sweep" and "frechet_distance" in e.metrics]
+    curves = [e for e in curves if not e.protocol["repeat"] and "tensors" not in e.protocol]
+    if curves:
+        guidance = curves[-1].protocol["guidance"]
+        points = [e for e in ema_sweep.sweep_of(curves, curves[-1]) if e.protocol["guidance"] == guidance]
+        result["ema_sweep"] = sorted(points, key=lambda e: e.protocol["sigma_rel"])
+    return result
 
 
 def amount(protocol: Mapping[str, Any]) -> str:
-    """Of what scores are: samples, or pairs that a loss is taken over."""
-    return f"{protocol['images']:,} samples" if protocol["networks"] else f"{protocol['loss_pairs']:,} pairs"
+    """Return the number of samples, or of pairs of a validation loss."""
+    return f"{protocol['num_samples']:,} samples" if protocol["networks"] else f"{protocol['validation_pairs']:,} pairs"

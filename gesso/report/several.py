@@ -2,10 +2,12 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gesso import config
+from gesso.evaluation.metrics import format_value, short_label
+from gesso.evaluation.results import SNAPSHOT_DEPENDENT, Evaluation
 from gesso.report import figures, page, single
 from gesso.report.folder import Folder, Points, amount
 
@@ -68,60 +70,50 @@ def number(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of metrics.json by path, without how they were measured and the curve over lengths."""
-    values: dict[str, float] = {}
-    for name, value in metrics.items():
-        if isinstance(value, dict) and (prefix or name not in ("protocol", "ema_sweep")):
-            values |= flat(value, f"{prefix}{name} ")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            values[prefix + name.replace("_", " ")] = value
-    return values
-
-
 def scores(runs: Sequence[Folder]) -> str:
-    measured = [flat(run_data.metrics) for run_data in runs]
-    names = list(dict.fromkeys(name for one in measured for name in one if not name.endswith(" std")))
-    rows = []
-    for name in names:
-        cells = [one.get(name) for one in measured]
-        spreads = [one.get(f"{name} std") for one in measured]
-        rows.append((name, *(scored(v, s) for v, s in zip(cells, spreads, strict=True))))
+    """Table of toy metrics: a row for each guidance scale and metric."""
+    values = [
+        {(title, name): value for title, row in run_data.toy.get("rows", {}).items() for name, value in row.items()}
+        for run_data in runs
+    ]
+    keys = list(dict.fromkeys(key for by_key in values for key in by_key if not key[1].endswith("_std")))
+    rows = [
+        (
+            f"{short_label(name)}, {title}",
+            *(_cell(name, by_key.get((title, name)), by_key.get((title, f"{name}_std"))) for by_key in values),
+        )
+        for title, name in keys
+    ]
     if not rows:
         return ""
     return page.section("Scores", page.table(("", *(run_data.label for run_data in runs)), rows), unlike(runs))
 
 
-RUN_FIELDS = ("nimg", "sigma_rel", "halflife")
-"""of a protocol: how far a run has come and its EMA length, which is the run's own, where it was measured at one alone"""
-
-
-def _way(one: Mapping[str, Any], without: Sequence[str] = ()) -> str:
-    return json.dumps({k: value for k, value in one["protocol"].items() if k not in without}, sort_keys=True)
+def _way(one: Evaluation, without: Sequence[str] = ()) -> str:
+    return json.dumps({k: value for k, value in one.protocol.items() if k not in without}, sort_keys=True)
 
 
 def measured(runs: Sequence[Folder]) -> str:
-    """One table for each way of measuring, so that numbers of two protocols never stand in one."""
-    ways: dict[str, dict[str, dict[str, Any]]] = {}
+    """One table for each protocol, so that numbers of two protocols are never in one table."""
+    ways: dict[str, dict[str, dict[str, float]]] = {}
+    run_fields = SNAPSHOT_DEPENDENT
     several = {
         way
         for run_data in runs
-        for way, n in Counter(_way(one, RUN_FIELDS) for one in run_data.measured).items()
+        for way, n in Counter(_way(one, run_fields) for one in run_data.evaluations).items()
         if n > 1
     }
     for run_data in runs:
-        for one in run_data.measured:
-            way = _way(one, RUN_FIELDS)
-            ways.setdefault(_way(one) if way in several else way, {})[run_data.label] = one["scores"]
+        for one in run_data.evaluations:
+            way = _way(one, run_fields)
+            ways.setdefault(_way(one) if way in several else way, {})[run_data.label] = one.best()
     parts = []
     for way, by_run in ways.items():
         protocol = {name: value for name, value in json.loads(way).items() if value is not None}
-        names = dict.fromkeys(name for scores in by_run.values() for name in scores)
-        rows = [
-            (name, *(scored(by_run.get(f.label, {}).get(name, {}).get("best"), None) for f in runs)) for name in names
-        ]
-        run_fields = "".join(f", {name} {protocol[name]}" for name in RUN_FIELDS if name in protocol)
-        title = f"{protocol.get('name', 'scores')}: {amount(protocol)}{run_fields}"
+        names = dict.fromkeys(name for values in by_run.values() for name in values)
+        rows = [(short_label(name), *(_cell(name, by_run.get(f.label, {}).get(name)) for f in runs)) for name in names]
+        lengths = "".join(f", {name} {protocol[name]}" for name in run_fields if name in protocol)
+        title = f"{protocol.get('name', 'scores')}: {amount(protocol)}{lengths}"
         parts.append(
             page.table((title, *(run_data.label for run_data in runs)), rows)
             + page.folded("protocol", page.terms(protocol))
@@ -129,18 +121,16 @@ def measured(runs: Sequence[Folder]) -> str:
     return page.section("Measured", *parts)
 
 
-def scored(value: float | None, spread: float | None) -> str:
-    if value is None:
-        return "\u2013"
-    return f"{value:.4g}" + (f" \u00b1 {spread:.2g}" if spread is not None else "")
+def _cell(name: str, value: float | None, spread: float | None = None) -> str:
+    return "\u2013" if value is None else format_value(name, value, spread)
 
 
 def unlike(runs: Sequence[Folder]) -> str:
-    """Where the scores were not measured alike."""
-    protocols = [run_data.metrics["protocol"] for run_data in runs if "protocol" in run_data.metrics]
+    """Table of the protocol entries in which the toy evaluations of the runs differ."""
+    protocols = [run_data.toy["protocol"] for run_data in runs if "protocol" in run_data.toy]
     keys = dict.fromkeys(key for one in protocols for key in one)
     rows = [
-        (key, *(number(run_data.metrics.get("protocol", {}).get(key)) for run_data in runs))
+        (key, *(number(run_data.toy.get("protocol", {}).get(key)) for run_data in runs))
         for key in keys
         if len({json.dumps(one.get(key)) for one in protocols}) > 1
     ]
@@ -155,7 +145,7 @@ def samples(runs: Sequence[Folder]) -> str:
     for run_data in runs:
         by_class, grids = run_data.path / "samples" / "by_class.png", run_data.grids()
         if by_class.is_file():
-            nimg = run_data.metrics.get("protocol", {}).get("nimg", run_data.seen)
+            nimg = run_data.toy.get("protocol", {}).get("nimg", run_data.seen)
             pictures.append(page.image(by_class, f"{run_data.label}, image {nimg:,}"))
         elif grids:
             pictures.append(page.image(grids[-1][1], f"{run_data.label}, image {grids[-1][0]:,}, on the way"))
@@ -192,7 +182,7 @@ def training(runs: Sequence[Folder]) -> str:
         )
     )
     for name in dict.fromkeys(n for f in runs for n in f.last("metrics") or {} if not n.endswith("_std")):
-        drawn = overlaid(runs, lambda f, name=name: f.curve("metrics", name), name.replace("_", " "))
+        drawn = overlaid(runs, lambda f, name=name: f.curve("metrics", name), short_label(name))
         plots.append((drawn, "Measured on the way."))
     return page.section("Training", single.shown(plots))
 

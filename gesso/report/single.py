@@ -1,10 +1,13 @@
 """The page on one run."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from gesso import config
 from gesso.diffusion.loss_bins import NUM_BINS
+from gesso.evaluation import ema_sweep
+from gesso.evaluation.metrics import format_value, short_label
+from gesso.evaluation.results import Evaluation
 from gesso.report import figures, page
 from gesso.report.folder import Folder, amount
 
@@ -15,9 +18,9 @@ GRIDS = 4
 def sections(run: Folder) -> Iterator[str]:
     yield head(run)
     yield samples(run)
-    yield scores(run.metrics)
-    yield measured(run.measured)
-    yield lengths(run.metrics)
+    yield scores(run.toy)
+    yield measured(run.evaluations)
+    yield lengths(run.toy)
     yield training(run)
     yield by_noise(run)
     yield magnitudes(run)
@@ -26,20 +29,18 @@ def sections(run: Folder) -> Iterator[str]:
 
 
 def head(run_data: Folder) -> str:
-    run, metrics, data = run_data.run, run_data.metrics, run_data.run.data
+    run, data = run_data.run, run_data.run.data
     classes = f"{data.num_classes} classes" if data.num_classes else "no classes"
     cards = [page.card(f"{run_data.seen:,}", "images seen")]
-    if "class_agreement" in metrics:
-        guided = f"guidance {run.sample.guidance:g}"
-        cards.append(page.card(f"{metrics['class_agreement']:.1%}", f"class agreement, {guided}"))
-        if "unguided" in metrics:
-            cards.append(page.card(f"{metrics['unguided']['class_agreement']:.1%}", "class agreement, unguided"))
-            cards.append(page.card(f"{metrics['unguided']['frechet_distance']:.2f}", "Frechet distance, unguided"))
-        cards.append(page.card(f"{metrics['frechet_distance']:.2f}", f"Frechet distance, {guided}"))
-        cards.append(page.card(f"{metrics['floor']['frechet_distance']:.2f}", "its floor, real against real"))
+    if run_data.toy.get("protocol", {}).get("toy_metrics") == "digits":
+        for title, values in run_data.toy["rows"].items():
+            cards += [
+                page.card(format_value(name, values[name]), f"{short_label(name)}, {title}")
+                for name in ("class_accuracy", "frechet_distance")
+            ]
     elif on_the_way := run_data.last("metrics"):
         cards += [
-            page.card(f"{v:.4g}", k.replace("_", " ") + ", on the way")
+            page.card(format_value(k, v), f"{short_label(k)}, on the way")
             for k, v in on_the_way.items()
             if not k.endswith("_std")
         ]
@@ -76,35 +77,17 @@ def on_the_way(run_data: Folder) -> str:
     return page.row((page.image(path, f"image {nimg:,}") for nimg, path in chosen), "few")
 
 
-def distance(row: dict[str, float]) -> str:
-    return f"{row['frechet_distance']:.3f} \u00b1 {row['frechet_distance_std']:.3f}"
-
-
-def scores(metrics: dict[str, Any]) -> str:
-    protocol = metrics.get("protocol", {})
-    if protocol.get("features") == "shapes":
-        return page.section("What is drawn", read_back(metrics)) + page.section("Protocol", page.terms(protocol))
-    if "class_agreement" not in metrics:
+def scores(toy: dict[str, Any]) -> str:
+    """Table of the toy metrics of samples and of training images."""
+    if "rows" not in toy:
         return ""
-    rows = {f"guidance {protocol['guidance']:g}": metrics}
-    if "unguided" in metrics:
-        rows["unguided"] = metrics["unguided"]
-    cells = [(name, f"{row['class_agreement']:.1%}", distance(row)) for name, row in rows.items()]
-    cells.append(("real against real (floor)", f"{metrics['real']['class_agreement']:.1%}", distance(metrics["floor"])))
-    table = page.table(("", "class agreement", "Frechet distance"), cells)
-    return page.section("Scores", table) + page.section("Protocol", page.terms(protocol))
-
-
-def read_back(metrics: dict[str, Any]) -> str:
-    """Shares of pictures whose shapes are as their caption or class says."""
-    guided = f"guidance {metrics['protocol']['guidance']:g}"
-    titles = {"guided": guided, "unguided": "unguided", "real": "real pictures"}
+    names = [name for name in next(iter(toy["rows"].values())) if not name.endswith("_std")]
     rows = [
-        (title, *(f"{rate:.1%}" for rate in metrics[name].values()))
-        for name, title in titles.items()
-        if name in metrics
+        (title, *(format_value(name, row[name], row.get(f"{name}_std")) for name in names))
+        for title, row in toy["rows"].items()
     ]
-    return page.table(("", *metrics["real"]), rows)
+    table = page.table(("", *map(short_label, names)), rows)
+    return page.section("Scores", table) + page.section("Protocol", page.terms(toy["protocol"]))
 
 
 APART = (
@@ -121,37 +104,41 @@ APART = (
 """what a protocol is told by in its heading, where several differ in it"""
 
 
-def measured(evaluations: Sequence[dict[str, Any]]) -> str:
-    """A table for each way of measuring, its protocol beneath: numbers of two protocols never share a column."""
-    parts, protocols = [], [one["protocol"] for one in evaluations]
-    varied = [name for name in APART if len({protocol.get(name) for protocol in protocols} - {None}) > 1]
+def measured(evaluations: Sequence[Evaluation]) -> str:
+    """A table for each protocol, with the protocol beneath it."""
+    parts = []
+    varied = [name for name in APART if len({one.protocol.get(name) for one in evaluations} - {None}) > 1]
     for one in evaluations:
-        protocol = {name: value for name, value in one["protocol"].items() if value is not None}
+        protocol = {name: value for name, value in one.protocol.items() if value is not None}
         apart = "".join(f", {name} {protocol[name]}" for name in varied if name in protocol)
         title = f"{protocol.get('name', 'scores')}: {amount(protocol)}, image {protocol['nimg']:,}{apart}"
-        kinds = {"best": f"best of {protocol['repeats']}", "mean": "mean"} if protocol["repeats"] > 1 else {"mean": ""}
+        kinds: dict[Literal["best", "mean"], str] = {"mean": ""}
+        if protocol["num_repeats"] > 1:
+            kinds = {"best": f"best of {protocol['num_repeats']}", "mean": "mean"}
         rows = [
-            (name, *(f"{value[kind]:.4g}" for kind in kinds))
-            for name, value in one["scores"].items()
+            (short_label(name), *(format_value(name, value[kind]) for kind in kinds))
+            for name, value in one.metrics.items()
             if not name.startswith("loss_")
         ]
-        if by_noise := [f"{value['mean']:.3g}" for name, value in one["scores"].items() if name.startswith("loss_")]:
+        if by_noise := [f"{value['mean']:.3g}" for name, value in one.metrics.items() if name.startswith("loss_")]:
             rows.append(("by noise, clean to noise", " ".join(by_noise), *("" for _ in list(kinds)[1:])))
         table = page.table((title, *kinds.values()), rows)
         parts.append(table + page.folded("protocol", page.terms(protocol)))
     return page.section("Measured", *parts)
 
 
-def lengths(metrics: dict[str, Any]) -> str:
-    sweep = metrics.get("ema_sweep")
+def lengths(toy: dict[str, Any]) -> str:
+    """Plot of the Frechet distance over EMA length."""
+    sweep = toy.get("ema_sweep")
     if not sweep:
         return ""
-    how = f"guidance {sweep['guidance']:g}, {sweep['sampler']}, {sweep['steps']} steps"
+    protocol, rows = sweep[0].protocol, [ema_sweep.curve_row(point) for point in sweep]
     text = (
-        f"Each length rebuilt after training from the stored averages (EDM2 Section 3), {how}; "
-        "the band is the spread over halves of the real images."
+        f"Each length reconstructed after training from the stored EMAs (EDM2 Section 3), guidance "
+        f"{protocol['guidance']:g}, {protocol['sampler']}, {protocol['steps']} steps; the band is the spread over halves "
+        "of the training images."
     )
-    drawn = figures.lengths(sweep["rows"], metrics["floor"]["frechet_distance"])
+    drawn = figures.lengths(rows, sweep[0].reference_metrics["frechet_distance"])
     return page.section("Quality against EMA length", page.row([page.figure(drawn, text)]))
 
 
@@ -171,7 +158,7 @@ def training(run_data: Folder) -> str:
     named = list(run_data.last("metrics") or {})
     for name in named:
         if not name.endswith("_std"):
-            drawn = figures.lines({name: run_data.curve("metrics", name)}, name.replace("_", " "))
+            drawn = figures.lines({name: run_data.curve("metrics", name)}, short_label(name))
             plots.append((drawn, "Measured on the way, with the tracked average next to that of sample.*."))
     skipped = next((line["unreadable"] for line in run_data.lines if "unreadable" in line), [])
     names = ", ".join(name for name, _ in skipped[:20])
@@ -224,10 +211,8 @@ def magnitudes(run_data: Folder) -> str:
             drawn = figures.lines(curves, f"{label}, {how}", from_zero=True)
             plots.append((drawn, f"{label.capitalize()}: the {how} magnitude over the features of a bucket."))
     text = (
-        "Magnitudes of features (EDM2 Eq. 3) of the averaged network, by resolution or third of the blocks; 1 is what "
-        "unit-normal "
-        "values have. Activations are what layers put out, the main path what whole blocks do; weights are as they "
-        "were "
+        "Magnitudes of features (EDM2 Eq. 3) of the averaged network, by resolution or third of the blocks; 1 is what unit-normal "
+        "values have. Activations are what layers put out, the main path what whole blocks do; weights are as they were "
         "averaged, not put back on the sphere."
     )
     return page.section("Magnitudes", page.paragraph(text), shown(plots))

@@ -12,8 +12,9 @@ from gesso import config, sampling
 from gesso.config import InputSpec, NetConfig, RunConfig
 from gesso.data import synthetic
 from gesso.data.sources import NAMED_SOURCES, open_source
-from gesso.evaluation import image_sets, protocols, run_sampler
-from gesso.evaluation.runner import num_repeats_of
+from gesso.evaluation import protocols
+from gesso.evaluation.metrics import select_metrics
+from gesso.evaluation.runner import metric_num_repeats
 from gesso.models import flops
 from gesso.recipes import edm2
 from gesso.reproduce.plan import MeasurementJob
@@ -61,14 +62,12 @@ def measurement_hours(job: MeasurementJob) -> float:
     """Return the A100 hours for generating the samples of eval.metrics."""
     run = resolved_config(evaluation_config(job))
     cfg = run.eval
-    networks = {image_sets.METRIC_NETWORKS[metric] for metric in cfg.metrics if metric != "loss"}
-    pairs = [len(run_sampler.DIVERSITY_SIZES[name]) for name in networks if name in run_sampler.DIVERSITY_SIZES]
+    metrics = select_metrics(cfg.metrics)
     repeats = [
-        num_repeats_of(metric, run)
-        for metric in cfg.metrics
-        if image_sets.METRIC_NETWORKS[metric] not in (*run_sampler.DIVERSITY_SIZES, "validation")
+        metric_num_repeats(metric, cfg) for metric in metrics if not metric.sizes and "validation" not in metric.needs
     ]
-    images = cfg.num_samples * max(repeats, default=0) + cfg.diversity_prompts * sum(pairs)
+    num_sizes = sum(len(metric.sizes) for metric in metrics)
+    images = cfg.num_samples * max(repeats, default=0) + cfg.diversity_prompts * num_sizes
     guide = resolved_config(job.guide.run) if job.guide else None
     return gpu_hours(images * macs_per_sample(run, guide), sampling_precision(run))
 

@@ -9,9 +9,9 @@ from typing import Any
 from gesso.reproduce.plan import MeasurementJob
 from gesso.reproduce.schema import Cell, Table
 
-NON_PROTOCOL_KEYS = ("nimg", "sigma_rel", "halflife", "first_seed", "guide_sigma_rel", "average")
+NON_PROTOCOL_KEYS = ("nimg", "sigma_rel", "halflife", "first_seed", "guide_sigma_rel", "ema_target")
 """Protocol keys that belong to a training: its progress and EMA lengths."""
-PAIR_METRICS, SAMPLE_KEYS = ("lpips", "lpips_hr", "digits_feature_distance"), ("images", "repeats")
+PAIR_METRICS, SAMPLE_KEYS = ("lpips", "lpips_hr", "digits_feature_distance"), ("num_samples", "num_repeats")
 """Metrics over eval.diversity_prompts, and the protocol keys that they do not depend on."""
 
 
@@ -51,9 +51,9 @@ def footnotes(
 def protocol_facts(record: Mapping[str, Any], job: MeasurementJob, column: str) -> dict[str, str]:
     """Return everything besides the training that decides a number, by name."""
     name, protocol = job.group.columns[column], dict(record.get("protocol") or {})
-    irrelevant = SAMPLE_KEYS if name in PAIR_METRICS else ("diversity_seeds",)
+    irrelevant = SAMPLE_KEYS if name in PAIR_METRICS else ("diversity_prompts",)
     networks, protocol_name = protocol.pop("networks", {}), protocol.pop("name", None)
-    reference = [protocol.pop(f"reference{end}", None) for end in ("", "_images", "_pictures")]
+    reference = [protocol.pop(f"reference{end}", None) for end in ("", "_images", "_fingerprint")]
     facts = {k: v for k, v in protocol.items() if k not in (*NON_PROTOCOL_KEYS, *irrelevant)}
     if reference[0]:
         facts["reference"] = f"{reference[1]:,} of {reference[0]} ({str(reference[2])[:6]})"

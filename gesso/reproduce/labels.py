@@ -2,29 +2,12 @@
 
 from collections.abc import Sequence
 
+from gesso.evaluation.metrics import METRICS, value_labels
 from gesso.reproduce import measurements
 from gesso.reproduce.plan import MeasurementJob
 from gesso.reproduce.schema import Table
 
-METRIC_LABELS = {
-    "fid": "FID",
-    "kid": "kernel distance of Inception's features",
-    "is": "inception score",
-    "fd_dinov2": "Frechet distance of DINOv2's features",
-    "kd_dinov2": "kernel distance of DINOv2's features",
-    "clip": "CLIP score",
-    "fd_clip": "Frechet distance of CLIP's features",
-    "lpips": "LPIPS between samples conditioned on different sizes",
-    "lpips_hr": "LPIPS between samples conditioned on different sizes, leaving out sizes below the resolution",
-    "fd_digits": "Frechet distance in the features of a small digit classifier; not FID",
-    "digits_feature_distance": "distance in the features of a small digit classifier between samples conditioned on 4x4 and "
-    "8x8; not LPIPS",
-    "fd_fashion": "Frechet distance in the features of a small classifier of Fashion-MNIST; not FID",
-    "fd_shapes": "Frechet distance in the features of a small classifier of drawn shapes; not FID",
-    "class_agreement": "share of samples that a small classifier assigns to their class",
-    "all": "share of samples in which every drawn shape matches the caption or class (exact reader)",
-    "border": "share of drawn shapes that the border cuts",
-    "flipped": "share of drawn shapes on the side opposite to their caption (exact reader)",
+METRIC_LABELS = value_labels() | {
     "params": "millions of parameters",
     "params_both": "billions of parameters of the network and of its guide",
     "gmacs": "billions of multiply-accumulates of an evaluation",
@@ -39,15 +22,10 @@ METRIC_LABELS = {
 }
 """Description of a value, by its name in the record."""
 SHORT_LABELS = {
-    "fid": "FID",
-    "fd_digits": "Frechet distance, digit features",
-    "fd_fashion": "Frechet distance, clothes features",
-    "fd_shapes": "Frechet distance, shape features",
-    "fd_dinov2": "Frechet distance, DINOv2",
+    **{name: metric.short_label for name, metric in METRICS.items() if metric.short_label},
     "alpha_bar": "share of the signal",
 }
 """Axis label of a value whose name in the record is not a good one."""
-SHAPE_READER_VALUES = ("colour", "kind", "pair", "place", "side", "relation", "sided")
 
 
 def describe_columns(table: Table, jobs: Sequence[MeasurementJob]) -> dict[str, str]:
@@ -78,8 +56,6 @@ def _method_label(method: str, name: str) -> str:
     key = name.removeprefix("1-")
     if key in METRIC_LABELS:
         label = METRIC_LABELS[key]
-    elif key in SHAPE_READER_VALUES:
-        label = f"share of drawn shapes whose {key} matches the condition (exact reader)"
     elif method == "scores":
         label = key
     else:

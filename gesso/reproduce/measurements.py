@@ -19,17 +19,20 @@ from gesso.training import logging
 
 def measure_metrics(job: MeasurementJob) -> dict[str, Any]:
     """Return eval.metrics of samples, the best over eval.num_repeats as EDM2 reports them, with their protocol."""
-    return _evaluate_at(job)
+    return _evaluate_metrics(job)
 
 
-def _evaluate_at(job: MeasurementJob, ema_target: Callable[[RunConfig], TargetProfile] | None = None) -> dict[str, Any]:
+def _evaluate_metrics(
+    job: MeasurementJob, ema_target: Callable[[RunConfig], TargetProfile] | None = None
+) -> dict[str, Any]:
     assert job.training is not None
     run = protocols.apply_protocol(job.training.folder, job.group.protocol, job.overrides)
     context = runner.EvalContext(
         job.training.folder, run, run_device(run), ema_target=ema_target(run) if ema_target else None
     )
-    result, _ = runner.evaluate_metrics(context, lambda done, total: None)
-    return {"values": {name: entry["best"] for name, entry in result["scores"].items()}, "protocol": result["protocol"]}
+    evaluation = runner.evaluate_metrics(context, lambda done, total: None)
+    assert evaluation is not None  # it is None on ranks above 0 only
+    return {"values": evaluation.best(), "protocol": evaluation.protocol}
 
 
 PAPER_RESOLUTION = 64
@@ -49,7 +52,7 @@ def measure_tensors(job: MeasurementJob) -> dict[str, Any]:
             raise UsageError(f"{job.training.folder} has no layer {name}")
         return ema.PerTensorProfile(ema.sampling_profile(run.sample), ((tensor, ema.PowerProfile(float(length))),))
 
-    return _evaluate_at(job, average)
+    return _evaluate_metrics(job, average)
 
 
 def measure_growth(job: MeasurementJob) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from gesso.config import RunConfig
 from gesso.data.encoders import vae
 from gesso.data.synthetic import source_exists
-from gesso.evaluation import image_sets
-from gesso.evaluation.networks import clip_dino, downloads, lpips
+from gesso.evaluation.metrics import select_metrics
+from gesso.evaluation.networks import NETWORKS, clip_dino, downloads
 from gesso.recipes import data_requirements
 
 
@@ -20,10 +20,6 @@ class Requirement(NamedTuple):
     label: str
     available: bool
     how_to_get: str = ""
-
-
-HUB_ID = {"dinov2": "dinov2", "clip": "clip", "clip_images": "clip"}
-"""Setting of eval that names the folder or hub id of a feature network."""
 
 
 def training_requirements(run: RunConfig) -> Iterator[Requirement]:
@@ -47,25 +43,19 @@ def training_requirements(run: RunConfig) -> Iterator[Requirement]:
 
 def measurement_requirements(run: RunConfig) -> Iterator[Requirement]:
     """Yield the feature networks of eval.metrics and the images that they compare with."""
-    for name in dict.fromkeys(image_sets.METRIC_NETWORKS[metric] for metric in run.eval.metrics):
-        for file in metric_files(name, run):
+    networks = dict.fromkeys(
+        metric.network for metric in select_metrics(run.eval.metrics) if metric.network in NETWORKS
+    )
+    for name in networks:
+        for file in NETWORKS[name].weight_files(run.eval):
             path = downloads.local_path(file, Path(run.eval.weights_dir) if run.eval.weights_dir else None)
             yield Requirement(str(path), path.is_file(), f"downloaded at first use, or download {file.url}")
-        if name in HUB_ID:
+        if setting := NETWORKS[name].hub_setting:
             yield package_requirement("transformers", "transformers", "text")
-            yield hub_requirement(
-                getattr(run.eval, HUB_ID[name]), clip_dino.WEIGHTS_STEM, HUB_ID[name], f"eval.{HUB_ID[name]}=DIR"
-            )
+            yield hub_requirement(getattr(run.eval, setting), clip_dino.WEIGHTS_STEM, setting, f"eval.{setting}=DIR")
     for setting, uri in (("reference", run.eval.reference), ("prompts", run.eval.prompts)):
         if uri:
             yield Requirement(f"eval.{setting}={uri}", source_exists(uri), f"set eval.{setting}=DIR")
-
-
-def metric_files(name: str, run: RunConfig) -> tuple[downloads.WeightFile, ...]:
-    """Return the public files of a feature network."""
-    if name == "inception":
-        return (downloads.INCEPTION_FILES[run.eval.inception],)
-    return lpips.BACKBONES[run.eval.lpips][1:] if name == "lpips" else ()
 
 
 def hub_requirement(model_id: str, stem: str, description: str, setting: str) -> Requirement:

@@ -21,7 +21,9 @@ def save_sample_grid(job: MeasurementJob) -> dict[str, Any]:
     sampler = run_sampler.open_run_sampler(folder, run, snapshot.denoiser_from_weights(weights[0], run, device), device)
     seeds, sizes = range(run.eval.num_samples), job.params["sizes"].split(",") if "sizes" in job.params else []
     controls = [{"size": f"{size}x{size}"} for size in sizes] or [None]
-    samples = torch.cat([images.cpu() for control in controls for images, _ in sampler.images(seeds, control)])
+    samples = torch.cat(
+        [images.cpu() for control in controls for images, _ in sampler.generate_batches(seeds, control)]
+    )
     columns = len(seeds) if sizes else math.ceil(len(seeds) ** 0.5)
     sampling.save_png(sampling.image_grid(samples, columns), sample_grid(job))
     protocol = {"drawn": sampling.describe_sampling(run), "seeds": f"0 to {seeds.stop - 1}", "nimg": nimg}

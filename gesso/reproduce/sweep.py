@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from gesso import atomic_io
+from gesso.config import suggest
 from gesso.errors import UsageError
 from gesso.reproduce.schema import Column, ColumnGroup, Measurement, Row, Scale, Table, Training
 
@@ -70,7 +71,7 @@ def parse_axis(text: str) -> list[str]:
 
 def build_table(args: SweepArgs) -> Table:
     """Return the sweep as a table with a row per point of the grid."""
-    from gesso.evaluation.image_sets import lower_is_better
+    from gesso.evaluation.metrics import METRIC_OF_VALUE
 
     if not args.axes:
         raise UsageError("which settings? For example: gesso sweep digits --over optim.lr=1e-3,2e-3,4e-3")
@@ -80,14 +81,17 @@ def build_table(args: SweepArgs) -> Table:
     evaluation_settings = tuple(s for s in args.settings if s.startswith(("eval.", "sample.")))
     points = list(itertools.product(*map(parse_axis, args.axes)))
     rows = {" ".join(p): Measurement(Training(args.recipe, (*training_settings, *p))) for p in points}
+    if args.metric not in METRIC_OF_VALUE:
+        raise UsageError(f"--metric {args.metric}: no such value; {suggest(args.metric, list(METRIC_OF_VALUE))}")
+    metric = METRIC_OF_VALUE[args.metric]
     group = ColumnGroup(
-        {args.metric: args.metric}, rows, settings=(f"eval.metrics={args.metric.partition('_')[0]}" if args.metric.startswith("loss") else f"eval.metrics={args.metric}", *evaluation_settings)
-    )  # fmt: skip
+        {args.metric: args.metric}, rows, settings=(f"eval.metrics={metric.name}", *evaluation_settings)
+    )
     return Table(
         name=f"sweep/{args.name or args.recipe}",
         title=f"Sweep of {args.recipe}",
         source="gesso",
-        columns=(Column(args.metric, lower_is_better(args.metric)),),
+        columns=(Column(args.metric, metric.lower_is_better),),
         rows=tuple(map(Row, rows)),
         scales={SCALE: Scale((group,), "")},
     )

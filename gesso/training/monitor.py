@@ -17,7 +17,9 @@ from gesso.data.batching import Batcher
 from gesso.diffusion import denoiser as diffusion
 from gesso.diffusion.denoiser import Denoiser
 from gesso.ema import Profile
-from gesso.evaluation import toy_evaluation, validation
+from gesso.evaluation import validation
+from gesso.evaluation.metrics.validation_loss import mean_losses
+from gesso.evaluation.toy_evaluation import ToyEvaluator
 from gesso.models import mp
 from gesso.training.logging import RunLog
 from gesso.training.magnitudes import Magnitudes
@@ -133,7 +135,7 @@ class Monitor:
         for name, weights in kinds.items():
             with self.eval_model.with_weights(weights) as denoiser:
                 losses = self.ranks.all_reduce(validated.losses(denoiser, pairs).to(self.device))
-            entry[name] = validated.mean_losses(losses.cpu())
+            entry[name] = mean_losses(losses.cpu(), validated.positions)
         self._write(
             validation={name: mean for name, (mean, _) in entry.items()},
             validation_by_noise={name: by_level for name, (_, by_level) in entry.items()},
@@ -193,17 +195,14 @@ class Monitor:
             self.log.log_image(self.trainer.nimg, picture)
 
     @functools.cached_property
-    def metric_setup(self) -> tuple[Cond, toy_evaluation.MetricFn]:
-        """Return the conditions of the samples for metrics, and the metric function."""
-        count = toy_evaluation.num_samples(self.run, self.dataset)
-        cond, labels = toy_evaluation.sample_conditions(self.run, self.dataset, count, self.trainer.control_rows)
-        real = toy_evaluation.reference_images(self.normalizer, self.dataset, self.run)
-        return cond, toy_evaluation.toy_metric_fn(self.run, self.dataset, real, labels, self.device)
+    def toy_evaluator(self) -> ToyEvaluator:
+        """Conditions and metrics of eval.toy_metrics."""
+        return ToyEvaluator(self.run, self.dataset, self.trainer.control_rows, self.normalizer, self.device)
 
     def log_metrics(self) -> None:
-        """Log eval.toy_metrics over as many samples as `gesso evaluate` uses, with the settings sample.*."""
-        cond, scored = self.metric_setup
+        """Log eval.toy_metrics at the settings of sample.*, with as many samples as `gesso evaluate`."""
+        evaluator = self.toy_evaluator
         with self.eval_model.with_weights(self.trainer.ema.averages[self.ema_profile]) as denoiser:
-            images = self.generate_images(denoiser, cond, toy_evaluation.num_samples(self.run, self.dataset))
+            images = self.generate_images(denoiser, evaluator.cond, evaluator.num_samples)
         if self.log:
-            self._write(metrics={name: float(f"{value:.6g}") for name, value in scored(images).items()})
+            self._write(metrics={name: float(f"{value:.6g}") for name, value in evaluator.values(images).items()})

@@ -96,8 +96,8 @@ def test_evaluation_is_that_of_the_command_line(run):
     assert seen[-1] == (50, 50) and set(values) == {"fd_digits"}
     done = CliRunner().invoke(app, ["evaluate", str(run.folder), "eval.metrics=fd_digits", "eval.num_samples=50"])
     assert done.exit_code == 0, done.output
-    (stored,) = json.loads((run.folder / "scores.json").read_text()).values()
-    assert stored["scores"]["fd_digits"]["best"] == values["fd_digits"]
+    (stored,) = json.loads((run.folder / "metrics.json").read_text())["evaluations"].values()
+    assert stored["metrics"]["fd_digits"]["best"] == values["fd_digits"]
 
 
 def test_report(run):

@@ -17,7 +17,7 @@ from gesso.data.batching import Batcher
 from gesso.data.cache.read import CachedDataset
 from gesso.data.samplers import BucketSampler, ShardWindowShuffle
 from gesso.errors import UsageError
-from gesso.evaluation import toy_evaluation
+from gesso.evaluation import runner
 from gesso.sampling import SampleArgs
 from gesso.training.run_folder import open_dataset_for_run, start_training
 
@@ -52,7 +52,7 @@ def test_two_commands_from_a_folder_to_a_run(photos, tmp_path):  # noqa: F811
     assert run.data.num_images == 16 and run.data.class_names == ("tall", "wide") and len(run.data.mean) == 3
     sampling.sample_to_folder(tmp_path / "run", run, SampleArgs(seeds="0-1", label="wide"), tmp_path / "made")
     assert sizes_of(tmp_path / "made") == [(16, 16)] * 2
-    toy_evaluation.evaluate_run(tmp_path / "run", run, lambda done, total: None)
+    runner.evaluate_run(tmp_path / "run", run, lambda done, total: None)
     assert gesso("cache", "--check", tmp_path / "c")
 
 
@@ -140,7 +140,7 @@ def test_buckets_train_and_sample(photos, tmp_path):  # noqa: F811
     assert width > height and wide.sample_size in run.data.buckets
     sampling.sample_to_folder(tmp_path / "run", wide, SampleArgs(seeds="0-1"), tmp_path / "made")
     assert sizes_of(tmp_path / "made") == [(width, height)] * 2
-    toy_evaluation.evaluate_run(tmp_path / "run", wide, lambda done, total: None)
+    runner.evaluate_run(tmp_path / "run", wide, lambda done, total: None)
     with pytest.raises(UsageError, match="no bucket fills a batch"):
         start_training(
             tiny(tmp_path / "c", **settings | {"train.batch_size": 100}), tmp_path / "other", False, QUIET, print
@@ -173,8 +173,8 @@ def test_drawings_in_a_cache_are_read_back(tmp_path):
     gesso("cache", "shapes:60", tmp_path / "c", "--resolution", 32)
     settings = {"semantic.kind": "text", "eval.toy_metrics": "shapes", "net.patch_size": 4, "data.resolution": 32}
     run = trained(tmp_path / "c", tmp_path / "run", **settings)
-    output = toy_evaluation.evaluate_run(tmp_path / "run", run, lambda done, total: None)
-    assert any("real pictures" in line and "100.0%" in line for line in output)
+    output = runner.evaluate_run(tmp_path / "run", run, lambda done, total: None)
+    assert any("training images" in line and "100.0%" in line for line in output)
     with pytest.raises(UsageError, match="is a cache already: train on it"):
         gesso("cache", tmp_path / "c", tmp_path / "d", "--resolution", 32)
 
@@ -183,4 +183,4 @@ def test_captions_that_are_no_shapes_are_refused_before_any_picture(photos, tmp_
     folder = captioned(photos, tmp_path / "s")
     run = trained(folder, tmp_path / "run", **{"semantic.kind": "text", "eval.toy_metrics": "shapes"})
     with pytest.raises(UsageError, match="caption 'a cat': not one or two shapes"):
-        toy_evaluation.evaluate_run(tmp_path / "run", run, lambda done, total: pytest.fail("a picture was made"))
+        runner.evaluate_run(tmp_path / "run", run, lambda done, total: pytest.fail("a picture was made"))

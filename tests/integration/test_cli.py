@@ -1,6 +1,5 @@
 """The command line: output, files and error messages."""
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.console import Console
 from gesso import recipes, sampling, snapshot
 from gesso.ema import PowerProfile
 from gesso.errors import UsageError
+from gesso.evaluation import results
 from gesso.training.run_folder import start_training
 
 
@@ -148,15 +148,15 @@ def test_ema_writes_a_snapshot_of_any_length(gesso, run):
 
 def test_evaluate_and_report(gesso, run):
     code, out, _ = gesso("evaluate", run)
-    assert code == 0 and "class agreement" in out
-    metrics = json.loads((run / "metrics.json").read_text())
-    assert (
-        0 <= metrics["class_agreement"] <= 1 and metrics["frechet_distance"] > metrics["floor"]["frechet_distance"] > 0
-    )
-    assert metrics["protocol"]["features"] == "digits-cnn-v1" and metrics["protocol"]["images"] == 898
-    assert [r["sigma_rel"] for r in metrics["ema_sweep"]["rows"]] == [0.03, 0.1]
+    assert code == 0 and "class accuracy" in out
+    guided, unguided, *curve = results.read_evaluations(run).values()
+    values, floor = guided.best(), guided.reference_metrics
+    assert 0 <= values["class_accuracy"] <= 1 and values["frechet_distance"] > floor["frechet_distance"] > 0
+    assert guided.protocol["networks"]["digits"] == "digits-cnn-v1" and guided.protocol["num_samples"] == 898
+    assert unguided.protocol["guidance"] == 1 and unguided.protocol["series"] == "unguided"
+    assert [point.protocol["sigma_rel"] for point in curve] == [0.03, 0.1]
     assert {"by_class.png", "nearest.png"} <= {p.name for p in (run / "samples").iterdir()}
-    assert metrics["real"]["class_agreement"] > 0.99
+    assert floor["class_accuracy"] > 0.99
 
     code, out, _ = gesso("report", run)
     page = (run / "report.html").read_text()
@@ -233,7 +233,7 @@ def test_flat_folder_needs_no_labels(gesso, tmp_path, monkeypatch):
     assert gesso("sample", "runs/photos")[0] == 0
     assert_refused(gesso("sample", "runs/photos", "--label", "0"), "takes no label")
     code, out, _ = gesso("evaluate", "runs/photos")
-    assert code == 0 and "no feature network" in out
+    assert code == 0 and "no metrics for these images" in out
     assert gesso("report", "runs/photos")[0] == 0
 
 

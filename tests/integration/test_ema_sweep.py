@@ -1,6 +1,5 @@
 """Quality against EMA length: what is measured, kept, fitted, plotted and refused."""
 
-import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,9 +13,9 @@ from test_ema import gesso  # noqa: F401
 from gesso import config, models, recipes, sampling, snapshot
 from gesso.ema import PerTensorProfile, PowerProfile
 from gesso.errors import RunError, UsageError
-from gesso.evaluation import ema_curves, ema_sweep, toy_evaluation
+from gesso.evaluation import ema_curves, ema_sweep, results, toy_evaluation
 from gesso.evaluation.ema_curves import CurvePoint
-from gesso.evaluation.networks import toy_networks
+from gesso.evaluation.results import Evaluation
 from gesso.interop import edm2
 from gesso.recipes.edm2 import FIGURE_5B
 
@@ -32,13 +31,15 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture
 def folder(run_folder):
-    for name in ("ema_sweep.json", "ema_sweep.png"):
+    for name in ("metrics.json", "ema_sweep.png"):
         (run_folder / name).unlink(missing_ok=True)
     return run_folder
 
 
 def record(folder):
-    return json.loads((folder / "ema_sweep.json").read_text())["sweeps"]
+    """The recorded points, by length and repeat."""
+    rows = [ema_sweep.curve_row(evaluation) for evaluation in results.read_evaluations(folder).values()]
+    return sorted(rows, key=lambda row: (row["sigma_rel"], row["repeat"]))
 
 
 def test_points_are_measured_once(gesso, folder, monkeypatch):  # noqa: F811
@@ -47,33 +48,29 @@ def test_points_are_measured_once(gesso, folder, monkeypatch):  # noqa: F811
     monkeypatch.setattr(sampling, "generate", lambda *a: drawn.append(a[1].sample.guidance) or real(*a))
     code, output = gesso("ema", folder, "--sweep", ".05:.2:3", *QUICK)
     assert code == 0 and "Frechet distance" in output and drawn == [1.5] * 3, output
-    (one,) = record(folder)
-    assert [row["sigma_rel"] for row in one["rows"]] == [0.05, 0.1, 0.2]
-    assert {row["guidance"] for row in one["rows"]} == {1.5} and "best" in output
+    rows = record(folder)
+    assert [row["sigma_rel"] for row in rows] == [0.05, 0.1, 0.2]
+    assert {row["guidance"] for row in rows} == {1.5} and "best" in output
     # The value is that of the weights, drawn and scored by hand.
     run = with_settings(config.load_config(folder / "run.yaml"), **dict(s.split("=") for s in QUICK))
     weights = snapshot.reconstruct_from_run(folder, [PowerProfile(0.1)])[0][0]
-    bench = ema_sweep.SweepRunner(folder, run, {1.5: run})
-    pictures = torch.cat(list(real(snapshot.denoiser_from_weights(weights, run), run, range(898), bench.cond)))
-    reals = toy_evaluation.reference_images(bench.normalizer, bench.dataset, run)
-    scorer = toy_evaluation.DigitMetrics(
-        toy_networks.load_digit_features("cpu"), run, reals, bench.dataset.labels, bench.labels, "cpu"
-    )
-    assert one["rows"][1].items() >= scorer(pictures).items()
+    evaluator = toy_evaluation.open_toy_evaluator(folder, run)
+    images = torch.cat(list(real(snapshot.denoiser_from_weights(weights, run), run, range(898), evaluator.cond)))
+    assert rows[1].items() >= evaluator.values(images).items() and "frechet_distance" in evaluator.values(images)
     # Again: nothing is drawn. Another guidance, another length: these alone.
-    before = (folder / "ema_sweep.json").read_text()
+    before = (folder / "metrics.json").read_text()
     drawn.clear()
-    code, output = gesso("ema", folder, "--sweep", ".05:.2:3", "--metric", "agreement", *QUICK)
-    assert code == 0 and drawn == [] and "class agreement" in output and "3 points measured before" in output
+    code, output = gesso("ema", folder, "--sweep", ".05:.2:3", "--metric", "class_accuracy", *QUICK)
+    assert code == 0 and drawn == [] and "assigns to their class" in output and "3 points evaluated before" in output
     assert "sample.guidance=1.5 sample.sigma_rel=" in output
-    assert record(folder)[0]["rows"] == json.loads(before)["sweeps"][0]["rows"]
+    assert (folder / "metrics.json").read_text() == before
     gesso("ema", folder, "--sweep", ".05:.2:3", "--guidance", "1,1.5", *QUICK)
     assert drawn == [1.0] * 3
     gesso("ema", folder, "--sweep", ".05:.2:5", *QUICK)
-    assert drawn == [1.0] * 3 + [1.5] * 2 and len(record(folder)[0]["rows"]) == 8
+    assert drawn == [1.0] * 3 + [1.5] * 2 and len(record(folder)) == 8
     # Another protocol begins anew and leaves the old one.
     gesso("ema", folder, "--sweep", ".05:.2:3", "sample.steps=3", "sample.sampler=euler")
-    assert [len(one["rows"]) for one in record(folder)] == [8, 3]
+    assert len(record(folder)) == 11
     with Image.open(folder / "ema_sweep.png") as picture:
         assert picture.format == "PNG" and min(picture.size) > 500
 
@@ -89,14 +86,14 @@ def test_stopped_and_gone_on(gesso, folder, monkeypatch):  # noqa: F811
 
     monkeypatch.setattr(sampling, "generate", stops)
     assert gesso("ema", folder, "--sweep", ".05:.2:4", *QUICK)[0] == 1
-    assert len(record(folder)[0]["rows"]) == 2
+    assert len(record(folder)) == 2
     assert gesso("ema", folder, "--sweep", ".05:.2:4", *QUICK)[0] == 0
-    assert len(calls) == 5 and len(record(folder)[0]["rows"]) == 4
+    assert len(calls) == 5 and len(record(folder)) == 4
 
 
 def test_repetitions_have_other_seeds(gesso, folder):  # noqa: F811
     code, _ = gesso("ema", folder, "--sweep", ".05:.2:3", "--num-repeats", "2", *QUICK)
-    rows = record(folder)[0]["rows"]
+    rows = record(folder)
     assert code == 0 and [(r["sigma_rel"], r["repeat"]) for r in rows] == [
         (s, i) for s in (0.05, 0.1, 0.2) for i in (0, 1)
     ]
@@ -120,19 +117,19 @@ def test_some_tensors_alone(gesso, folder, monkeypatch):  # noqa: F811
             for s in (0.05, 0.1, 0.2)
         ]
     ]
-    rows = record(folder)[0]["rows"]
+    rows = record(folder)
     assert {(r["tensors"], r["rest"]) for r in rows} == {(glob, "sigma_rel 0.09"), ("*bias", "sigma_rel 0.09")}
-    assert f"guidance 1.5, {glob} beside sigma_rel 0.09: best" in output and "next:" not in output
+    assert f"guidance 1.5, {glob} with the rest at sigma_rel 0.09: best" in output and "next:" not in output
     assert len({r["frechet_distance"] for r in rows}) == 6
 
 
 def test_shapes_are_read_back(gesso, tmp_path):  # noqa: F811
     write_run(tmp_path / "run", "shapes-class")
     code, output = gesso("ema", tmp_path / "run", "--sweep", ".05:.2:3", "--metric", "kind", "sample.steps=1")
-    assert code == 0 and "share of pictures: kind" in output, output
-    assert all({"kind", "all"} <= row.keys() for row in record(tmp_path / "run")[0]["rows"])
+    assert code == 0 and "share of drawn shapes whose kind matches" in output, output
+    assert all({"kind", "all"} <= row.keys() for row in record(tmp_path / "run"))
     code, output = gesso("ema", tmp_path / "run", "--sweep", ".05:.2:3", "--metric", "place")
-    assert code == 2 and "measures all, kind" in output
+    assert code == 2 and "has all, kind, border" in output
 
 
 @pytest.mark.parametrize("text", ["", "1", ".02:.25", "a:b:c", ".02:.25:2", ".25:.02:5", "0:.2:5", ".02:.3:5", ".02:.25:5.5",
@@ -152,29 +149,29 @@ def test_lengths_lie_at_equal_ratios():
     "words, output",
     [
         (["--sweep", ".02-.25"], "write LOW:HIGH:COUNT"),
-        (["--sweep", ".05:.2:3", "--metric", "fid"], "eval.toy_metrics=digits measures fd, agreement"),
+        (["--sweep", ".05:.2:3", "--metric", "fid"], "eval.toy_metrics=digits has frechet_distance, class_accuracy"),
         (["--sweep", ".05:.2:3", "--guidance", "1;2"], "write numbers such as 1,1.5,2"),
         (["--sweep", ".05:.2:3", "--tensors", "a=0.1"], "write the GLOB alone"),
         (["--sweep", ".05:.2:3", "--tensors", "nothing*"], "no tensor is named nothing*"),
         (["--sweep", ".05:.2:3", "--sigma-rel", "0.1"], "is the length of the tensors that --tensors does not name"),
-        (["--sweep", ".05:.2:3", "--tensors", "*", "--sigma-rel", "0.1", "--sigma-rel", "0.2"], "say one"),
+        (["--sweep", ".05:.2:3", "--tensors", "*", "--sigma-rel", "0.1", "--sigma-rel", "0.2"], "give only one"),
         (["--sweep", ".05:.2:3", "--nimg", "10"], "no snapshot up to image 10"),
         (["--sweep", ".05:.2:3", "train.seed=3"], "fixed by training"),
-        (["--sweep", ".05:.2:3", "eval.toy_metrics=none"], "measures nothing"),
-        (["--sweep", ".05:.2:3", "--files", "{nimg}"], "--files has no effect beside --sweep"),
+        (["--sweep", ".05:.2:3", "eval.toy_metrics=none"], "has no metric for --sweep"),
+        (["--sweep", ".05:.2:3", "--files", "{nimg}"], "--files has no effect with --sweep"),
     ],
 )
 def test_refused(gesso, folder, words, output):  # noqa: F811
     code, recorded = gesso("ema", folder, *words)
-    assert code == 2 and output in recorded and "Traceback" not in recorded and not (folder / "ema_sweep.json").exists()
+    assert code == 2 and output in recorded and "Traceback" not in recorded and not (folder / "metrics.json").exists()
 
 
 def test_a_strange_record_is_left_alone(gesso, folder):  # noqa: F811
-    for text in ("{}", "[", '{"format": "x", "sweeps": []}'):
-        (folder / "ema_sweep.json").write_text(text)
+    for text in ("{}", "[", '{"format": "x", "evaluations": {}}'):
+        (folder / "metrics.json").write_text(text)
         code, output = gesso("ema", folder, "--sweep", ".05:.2:3", *QUICK)
-        assert code == 1 and "was not written by gesso as a sweep" in output
-        assert (folder / "ema_sweep.json").read_text() == text
+        assert code == 1 and "was not written by this version of gesso evaluate" in output
+        assert (folder / "metrics.json").read_text() == text
 
 
 def test_two_sweeps_at_once_lose_no_row(gesso, folder, monkeypatch):  # noqa: F811
@@ -190,22 +187,18 @@ def test_two_sweeps_at_once_lose_no_row(gesso, folder, monkeypatch):  # noqa: F8
     monkeypatch.setattr(sampling, "generate", during)
     code, output = gesso("ema", folder, "--sweep", ".05:.2:3", *QUICK)
     assert code == 0 and nested[1][0] == 0, output
-    (one,) = record(folder)
-    assert sorted(row["sigma_rel"] for row in one["rows"]) == [0.04, 0.05, 0.0632, 0.1, 0.2]  # .1 of both, once
-    assert one["optima"] and "(2 points measured before)" in output
+    assert [row["sigma_rel"] for row in record(folder)] == [0.04, 0.05, 0.0632, 0.1, 0.2]  # .1 of both, once
+    assert "(2 points evaluated before)" in output
 
 
 def test_processes_that_write_one_record(tmp_path):
     def add(worker: int) -> None:
-        mine = ema_sweep.SweepRecord(tmp_path / "r.json", {"of": worker % 2})
         for i in range(10):
-            mine.add({"sigma_rel": worker + i / 10, "tensors": None, "rest": None, "guidance": 1.0, "repeat": 0})
+            results.record_evaluation(tmp_path, Evaluation({"worker": worker, "point": i}))
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(add, range(6)))
-    content = json.loads((tmp_path / "r.json").read_text())["sweeps"]
-    assert sorted(one["protocol"]["of"] for one in content) == [0, 1]
-    assert all(len(one["rows"]) == 30 for one in content)
+    assert len(results.read_evaluations(tmp_path)) == 60
 
 
 def test_the_layers_of_figure_5b_by_name(gesso, folder):  # noqa: F811
@@ -224,9 +217,10 @@ def test_the_layers_of_figure_5b_by_name(gesso, folder):  # noqa: F811
     )
     assert shapes[layers["dec-64x64-up-affine"]] == (2 * c, 4 * c) and shapes[layers["map-label"]] == (4 * c, 1000)
     assert edm2.name_of_paper_layer("dec-8x8-block0-conv", run.net, run.input_spec) is None
-    wanted = ema_sweep.sweep_points(run, ema_sweep.EmaSweepArgs(".05:.2:3", tensors=["figure5b"], sigma_rels=[0.13]))
+    wanted = ema_sweep.sweep_points([run], ema_sweep.EmaSweepArgs(".05:.2:3", tensors=["figure5b"], sigma_rels=[0.13]))
     assert len(wanted) == 28 * 3
-    assert wanted[3].row == {"sigma_rel": 0.05, "tensors": "enc-64x64-block0-conv0", "rest": "sigma_rel 0.13"}
+    assert wanted[3].extra == {"tensors": "enc-64x64-block0-conv0", "rest": "sigma_rel 0.13"}
+    assert wanted[3].run.sample.sigma_rel == 0.05
     assert wanted[3].target == PerTensorProfile(
         PowerProfile(0.13), (("encoder.0.conv_res0.weight", PowerProfile(0.05)),)
     )
@@ -274,7 +268,7 @@ def test_the_error_is_as_large_as_it_says(repeats, noise, shift):
 def test_where_there_is_no_inner_optimum():
     assert "may lie below" in ema_curves.find_optimum(curve(lambda x: x), True).note
     assert "may lie above" in ema_curves.find_optimum(curve(lambda x: x), False).note
-    assert "alike" in ema_curves.find_optimum(curve(lambda x: 1.0), True).note
+    assert "same value" in ema_curves.find_optimum(curve(lambda x: 1.0), True).note
     values = [3, 3, 1, 3, 3.0, 2, 1.1, 2, 3, 3, 3, 3]
     spiky = {float(s): CurvePoint((v,), 0.0, 0.0) for s, v in zip(GRID, [1.0, 0.0, 0.9, -0.5, *[0.9] * 8], strict=True)}
     assert ema_curves.find_optimum(spiky, True).sigma_rel == pytest.approx(GRID[3], rel=0.2)

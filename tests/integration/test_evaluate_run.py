@@ -1,7 +1,7 @@
 """Scores of a run over many samples: in parts, by any number of ranks, after any stop."""
 
 import contextlib
-import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import get_args
 
@@ -12,17 +12,19 @@ from test_encoders import write_full_clip
 from test_feature_networks import public_inception, public_lpips, stored
 
 from gesso import atomic_io, build_conditions, config, ema, sampling, snapshot
-from gesso.config.run import MetricName
+from gesso.config import EvalConfig
 from gesso.data import crops
 from gesso.data.factory import open_dataset
 from gesso.data.sources import decode, open_source
 from gesso.errors import UsageError
-from gesso.evaluation import image_sets, run_sampler, runner, tasks, validation
-from gesso.evaluation.feature_stats import FeatureStats
-from gesso.evaluation.image_source import ImageSet, open_image_set
-from gesso.evaluation.metrics import functional, shapes_reader, toy_metrics
-from gesso.evaluation.metrics.precision_recall import precision_recall
-from gesso.evaluation.networks import clip_dino, downloads, lpips
+from gesso.evaluation import results, run_sampler, runner, tasks, validation
+from gesso.evaluation.feature_stats import FeatureStats, Moments
+from gesso.evaluation.image_sets import ImageSet, open_image_set
+from gesso.evaluation.metrics import METRICS, TOY_METRICS, per_image, precision_recall, select_metrics
+from gesso.evaluation.metrics.base import Metric, MetricInputs
+from gesso.evaluation.metrics.frechet import frechet_distance
+from gesso.evaluation.networks import NETWORKS, clip_dino, downloads, lpips, toy_networks
+from gesso.evaluation.networks.base import SampleConditions
 from gesso.evaluation.networks.toy_networks import load_digit_features
 from gesso.evaluation.tasks import EvalContext
 
@@ -62,28 +64,29 @@ def drawn(folder, run: config.RunConfig, seeds: range) -> torch.Tensor:
 
 def frechet(x: torch.Tensor, y: torch.Tensor) -> float:
     x, y = x.double(), y.double()
-    return functional.frechet_distance(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
+    return frechet_distance(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
 
 
 def test_a_run_is_measured(folder):
     run = recorded_run(folder, "eval.metrics=[fd_digits]", "eval.num_repeats=2", "eval.labels=random")
-    result, lines = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)
-    network = image_sets.load_network("digits", None, "cpu")
+    result = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)
+    network = toy_networks.GrayscaleFeatures(toy_networks.load_digit_features())
     real = torch.cat(list(open_image_set("digits", 8).batches(500)))
     expected = [frechet(network(drawn(folder, run, seeds)), network(real)) for seeds in (range(75), range(75, 150))]
-    assert result["scores"]["fd_digits"]["values"] == pytest.approx(expected, rel=1e-6)
-    assert result["scores"]["fd_digits"]["best"] == pytest.approx(min(expected), rel=1e-6)
-    assert f"best of 2: {min(expected):.4f}" in lines[0] and "75 samples beside 1,797 of digits" in lines[1]
-    (recorded,) = json.loads((folder / "scores.json").read_text()).values()
-    assert recorded == result and recorded["protocol"]["reference_images"] == 1797
-    assert result["speed"].keys() == {"images_per_second"} and 0 < result["speed"]["images_per_second"] < 1e6
+    assert result.metrics["fd_digits"]["values"] == pytest.approx(expected, rel=1e-6)
+    assert result.metrics["fd_digits"]["best"] == pytest.approx(min(expected), rel=1e-6)
+    lines = results.format_evaluation(result)
+    assert f"best of 2: {min(expected):.4f}" in lines[0] and "75 samples, reference 1,797 images of digits" in lines[1]
+    (recorded,) = results.read_evaluations(folder).values()
+    assert recorded == result and recorded.protocol["reference_images"] == 1797
+    assert result.throughput.keys() == {"images_per_second"} and 0 < result.throughput["images_per_second"] < 1e6
     assert list((folder / "evaluation").iterdir()) == []
 
 
 def test_what_was_spent():
     """100 images in 4 s at a mean of 300 W: 25 a second, 1200 J, which are 333 mWh or 3.33 an image."""
-    spent = tasks.Timing(60, 1.0, (250.0,)) + tasks.Timing(40, 3.0, (350.0,))
-    assert spent.throughput() == {"images_per_second": 25, "milliwatt_hours": pytest.approx(10 / 3)}
+    timing = tasks.Timing(60, 1.0, (250.0,)).add(tasks.Timing(40, 3.0, (350.0,)))
+    assert timing.throughput() == {"images_per_second": 25, "milliwatt_hours": pytest.approx(10 / 3)}
     assert tasks.Timing().throughput() == {} and tasks.power_draw(CPU) == ()
 
 
@@ -98,12 +101,12 @@ def test_labels_are_drawn_by_seed(folder):
 
 def test_parts_are_shared_and_survive(folder, monkeypatch):
     run = recorded_run(folder, "eval.metrics=[fd_digits]", "sample.batch_size=11")
-    full = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"]
+    full = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics
     # Two ranks, one after the other: the last one to begin is the first rank, which waits for the other's parts.
-    assert runner.evaluate_metrics(EvalContext(folder, run, CPU, 1, 2), SILENT) == ({}, [])
+    assert runner.evaluate_metrics(EvalContext(folder, run, CPU, 1, 2), SILENT) is None
     (place,) = (folder / "evaluation").iterdir()
     assert [path.name for path in place.glob("*.safetensors")] == ["digits-0-000001.safetensors"]
-    assert runner.evaluate_metrics(EvalContext(folder, run, CPU, 0, 2), SILENT)[0]["scores"] == full
+    assert runner.evaluate_metrics(EvalContext(folder, run, CPU, 0, 2), SILENT).metrics == full
     # Stopped after the first part; then only what lacks is drawn.
     created, drawn = sampling.generate, []
 
@@ -116,14 +119,14 @@ def test_parts_are_shared_and_survive(folder, monkeypatch):
     monkeypatch.setattr(sampling, "generate", stopping)
     with pytest.raises(KeyboardInterrupt):
         runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)
-    assert runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"] == full
+    assert runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics == full
     assert drawn == [0, 30, 30, 60]
 
 
 def test_work_of_an_interrupted_command_is_resumed(folder, monkeypatch):
     """A part that is taken is left, and made after all where whoever took it has gone without it."""
     run = recorded_run(folder, "eval.metrics=[fd_digits]", "sample.batch_size=13")
-    full = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"]
+    full = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics
     claimed, taken = atomic_io.try_lock, []
 
     @contextlib.contextmanager
@@ -133,14 +136,14 @@ def test_work_of_an_interrupted_command_is_resumed(folder, monkeypatch):
             yield mine and (path.name != "digits-0-000001.safetensors" or taken.count(path.name) > 1)
 
     monkeypatch.setattr(atomic_io, "try_lock", once)
-    assert runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"] == full
+    assert runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics == full
     assert taken.count("digits-0-000001.safetensors") == 2 and taken.count("digits-0-000000.safetensors") == 1
 
 
 def test_a_reference_is_read_by_all_ranks_and_once(folder, monkeypatch):
     """In parts: whoever comes first leaves some to the other; a third time nothing is read, whatever machine has it kept."""
     run = recorded_run(folder, "eval.metrics=fd_digits")
-    full = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"]
+    full = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics
     read = []
     batches = ImageSet.batches
 
@@ -149,7 +152,7 @@ def test_a_reference_is_read_by_all_ranks_and_once(folder, monkeypatch):
         return batches(self, size, first, stop)
 
     monkeypatch.setattr(ImageSet, "batches", reading)
-    assert runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"] == full and not read
+    assert runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics == full and not read
     monkeypatch.setattr(runner, "REFERENCE_PART_SIZE", 500)  # 1,797 pictures: four parts
     for cache in ("other", "third"):
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / cache))
@@ -158,12 +161,12 @@ def test_a_reference_is_read_by_all_ranks_and_once(folder, monkeypatch):
         assert read == [(500, 1000), (1500, 1797)]
         if cache == "third":  # the other rank's machine has no cache, and it was killed before
             sorted((folder / "evaluation").glob("*/reference-digits-0-*.safetensors"))[-1].unlink()
-        actual = runner.evaluate_metrics(EvalContext(folder, run, CPU, 0, 2), SILENT)[0]["scores"]
+        actual = runner.evaluate_metrics(EvalContext(folder, run, CPU, 0, 2), SILENT).metrics
         assert read[2:] == [(0, 500), (1000, 1500)] + [(1500, 1797)] * (cache == "third")
         assert actual["fd_digits"]["mean"] == pytest.approx(full["fd_digits"]["mean"], rel=1e-9)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "fourth"))
     monkeypatch.setattr(runner, "REFERENCE_PART_SIZE", 898)  # the last part is one picture
-    actual = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"]
+    actual = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics
     assert actual["fd_digits"]["mean"] == pytest.approx(full["fd_digits"]["mean"], rel=1e-9)
     assert list((folder / "evaluation").iterdir()) == []
 
@@ -175,17 +178,17 @@ def test_loss_on_other_images_and_on_none(folder, tmp_path):
         runner.evaluate_metrics(EvalContext(folder, recorded_run(folder, "eval.metrics=loss"), CPU), SILENT)
     output = ("eval.metrics=loss", "eval.validation_source=digits", "eval.validation_pairs=75")
     actual = [
-        runner.evaluate_metrics(EvalContext(folder, recorded_run(folder, *output), CPU), SILENT)[0] for _ in range(2)
+        runner.evaluate_metrics(EvalContext(folder, recorded_run(folder, *output), CPU), SILENT) for _ in range(2)
     ]
-    assert actual[0]["scores"] == actual[1]["scores"] and actual[0]["speed"] == {}
+    assert actual[0].metrics == actual[1].metrics and actual[0].throughput == {}
     tensors, *_ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(recorded_run(folder).sample)])
     run = recorded_run(folder, *output)
     dataset = open_dataset(run.data, run.latent, 0)
     validated = validation.ValidationLoss(run, dataset, torch.arange(len(dataset)), CPU, 75)
     losses = validated.losses(snapshot.denoiser_from_weights(tensors[0], run), [validated.load_batch(torch.arange(75))])
-    assert actual[0]["scores"]["loss"]["mean"] == pytest.approx(float(losses.mean()), rel=1e-5)
-    assert runner.evaluate_metrics(EvalContext(folder, run, CPU, 1, 2), SILENT) == ({}, [])
-    assert runner.evaluate_metrics(EvalContext(folder, run, CPU, 0, 2), SILENT)[0]["scores"] == actual[0]["scores"]
+    assert actual[0].metrics["loss"]["mean"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert runner.evaluate_metrics(EvalContext(folder, run, CPU, 1, 2), SILENT) is None
+    assert runner.evaluate_metrics(EvalContext(folder, run, CPU, 0, 2), SILENT).metrics == actual[0].metrics
     with pytest.raises(UsageError, match=r"eval.validation_source=/none: there is no such folder"):
         runner.evaluate_metrics(
             EvalContext(folder, recorded_run(folder, "eval.metrics=loss", "eval.validation_source=/none"), CPU), SILENT
@@ -193,25 +196,26 @@ def test_loss_on_other_images_and_on_none(folder, tmp_path):
 
 
 def test_another_number_of_steps_is_another_measurement(folder):
-    known = len(json.loads((folder / "scores.json").read_text())) if (folder / "scores.json").exists() else 0
+    known = len(results.read_evaluations(folder))
     for steps in (2, 3):
         run = recorded_run(folder, "eval.metrics=[fd_digits]", "eval.num_samples=31", f"sample.steps={steps}")
         runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)
-    assert len(json.loads((folder / "scores.json").read_text())) == known + 2
+    assert len(results.read_evaluations(folder)) == known + 2
 
 
 def test_clip_score_of_a_run_with_words(tmp_path):
     folder, clip = tmp_path / "run", write_full_clip(tmp_path / "clip")
     write_run(folder, **{"semantic.kind": "text", "data.source": "digits-mixed-resolution"})
     run = recorded_run(folder, "eval.metrics=[clip]", f"eval.clip={clip}", "eval.num_samples=40")
-    result, lines = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)
+    result = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)
     prompts = run_sampler.load_prompts(run)
     tensors, *_ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(run.sample)])
     texts = [prompts[i].caption for i in range(40)]
     cond, _ = build_conditions.build_cond(run, range(40), snapshot.load_control_rows(folder), None, texts)
     created = torch.cat(list(sampling.generate(snapshot.denoiser_from_weights(tensors[0], run), run, range(40), cond)))
     expected = float(clip_dino.CLIPScore(str(clip))(created.expand(-1, 3, -1, -1), texts).mean())
-    assert result["scores"]["clip"]["mean"] == pytest.approx(expected, rel=1e-4) and "40 samples; clip" in lines[1]
+    assert result.metrics["clip"]["mean"] == pytest.approx(expected, rel=1e-4)
+    assert "40 samples; clip" in results.format_evaluation(result)[1]
     assert len(set(texts)) > 3
 
 
@@ -219,8 +223,8 @@ def test_clip_score_of_a_run_with_words(tmp_path):
 def test_shapes_are_read_back(recipe, tmp_path):
     folder, n = tmp_path / "run", 40
     write_run(folder, recipe)
-    run = recorded_run(folder, "eval.metrics=drawn", f"eval.num_samples={n}", "eval.toy_metrics=none")
-    scores = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"]
+    run = recorded_run(folder, "eval.metrics=shape_accuracy", f"eval.num_samples={n}", "eval.toy_metrics=none")
+    scores = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics
     prompts, rows = run_sampler.load_prompts(run), snapshot.load_control_rows(folder)
     captions = [prompts[i].caption for i in range(n)] if prompts else None
     labels = run_sampler.sample_labels(run, range(n))
@@ -228,9 +232,9 @@ def test_shapes_are_read_back(recipe, tmp_path):
     tensors, *_ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(run.sample)])
     created = torch.cat(list(sampling.generate(snapshot.denoiser_from_weights(tensors[0], run), run, range(n), cond)))
     if captions:
-        expected = shapes_reader.caption_accuracy(created, captions)
+        expected = shape_rates(created, None, captions)
     else:
-        expected = shapes_reader.class_accuracy(created, torch.tensor(labels))
+        expected = shape_rates(created, labels, None)
     assert {name: actual["mean"] for name, actual in scores.items()} == pytest.approx(expected)
 
 
@@ -238,11 +242,16 @@ def test_rates_are_those_of_real_pictures():
     """Real shapes are read rightly beside their own captions, and not beside others'."""
     source = open_source("shapes:60")
     created = torch.stack([torch.from_numpy(shown(source, i)) for i in range(60)])
-    judge, captions = toy_metrics.ShapeAccuracy(True), list(source.captions())
-    right = toy_metrics.mean_rates(judge, judge(created, None, captions))
-    wrong = toy_metrics.mean_rates(judge, judge(created, None, captions[1:] + captions[:1]))
+    captions = list(source.captions())
+    right, wrong = (shape_rates(created, None, texts) for texts in (captions, captions[1:] + captions[:1]))
     assert right["all"] > 0.95 and right["relation"] > 0.95 and wrong["pair"] < 0.5
-    assert right == pytest.approx(shapes_reader.caption_accuracy(created, captions))
+
+
+def shape_rates(images, labels, captions):
+    matches = toy_networks.ShapeMatch().extract_features(images, SampleConditions(labels, captions))
+    return per_image.match_rates(
+        matches, toy_networks.CLASS_CHECKS if captions is None else toy_networks.CAPTION_CHECKS
+    )
 
 
 def shown(source, i):
@@ -251,25 +260,25 @@ def shown(source, i):
 
 
 def test_agreement_of_digits(folder):
-    run = recorded_run(folder, "eval.metrics=agreement,fd_digits")
-    scores = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"]
+    run = recorded_run(folder, "eval.metrics=class_accuracy,fd_digits")
+    scores = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics
     _, logits = load_digit_features().classify(drawn(folder, run, range(75))[:, :1])
-    expected = functional.class_accuracy(logits, torch.arange(75) % 10)
-    assert scores["class_agreement"]["mean"] == pytest.approx(expected)
+    expected = (logits.argmax(dim=1) == torch.arange(75) % 10).double().mean()
+    assert scores["class_accuracy"]["mean"] == pytest.approx(float(expected))
 
 
 def test_diversity_under_other_sizes(tmp_path, monkeypatch):
     """The mean over seeds of the mean LPIPS of all pairs among five sizes; and without those below the run's resolution."""
-    assert run_sampler.DIVERSITY_SIZES["lpips"] == (64, 128, 256, 512, 1024)
-    monkeypatch.setitem(run_sampler.DIVERSITY_SIZES, "lpips", (8, 16, 32, 64, 1024))
-    folder, sizes = tmp_path / "run", run_sampler.DIVERSITY_SIZES["lpips"]
+    assert METRICS["lpips"].sizes == (64, 128, 256, 512, 1024)
+    folder, sizes = tmp_path / "run", (8, 16, 32, 64, 1024)
+    monkeypatch.setitem(METRICS, "lpips", replace(METRICS["lpips"], sizes=sizes))
     write_run(folder, "shapes-class", **{"control.variables": "size", "control.schedule": "uniform"})
     trunk, heads = public_lpips("alex")
     files = stored(trunk, tmp_path, "trunk.pth"), stored(heads, tmp_path, "heads.pth")
     network = lpips.load_lpips("alex", tmp_path, weight_files=files)
-    monkeypatch.setattr(image_sets.lpips, "load_lpips", lambda *where: network)
+    monkeypatch.setattr(lpips, "load_lpips", lambda *where: network)
     run = recorded_run(folder, "eval.metrics=lpips", "eval.diversity_prompts=3", "sample.steps=2", "sample.guidance=1")
-    scores = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]["scores"]
+    scores = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics
     tensors, *_ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(run.sample)])
     denoiser, rows = snapshot.denoiser_from_weights(tensors[0], run), snapshot.load_control_rows(folder)
     every, sharp = [], []
@@ -287,110 +296,89 @@ def test_diversity_under_other_sizes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("sizes", [(8, 16, 32), (8, 64), (64, 128)])
-def test_sizes_below_the_resolution_are_left_out(sizes, monkeypatch):
+def test_sizes_below_the_resolution_are_left_out(sizes):
     """lpips_hr: of 64 pixels none below 64; where no pair is left there is no such number."""
-    monkeypatch.setitem(run_sampler.DIVERSITY_SIZES, "lpips", sizes)
+    metric = replace(METRICS["lpips"], sizes=sizes)
 
     class Drawn:
         run = config.RunConfig(net=config.DiTConfig(), data=config.DataConfig(resolution=64))
 
-        def images(self, seeds, control):
+        def generate_batches(self, seeds, control):
             yield torch.full((2, 3, 4, 4), int(control["size"].split("x")[0])), None
 
     distance = lambda a, b: (a - b).abs().float().mean((1, 2, 3))  # noqa: E731
-    rows = run_sampler.diversity_distances(Drawn(), "lpips", distance, [0, 1])["lpips"]["rows"]
+    rows = run_sampler.diversity_distances(Drawn(), metric, distance, [0, 1], ["lpips"])["lpips"]["rows"]
     every = {(8, 16, 32): 16.0, (8, 64): 56.0, (64, 128): 64.0}[sizes]
     assert rows.tolist() == [[every, 64.0, 0, 0] if sizes == (64, 128) else [every, 0, 0]] * 2
 
 
-def test_fine_energy_is_what_halving_takes_away():
+def test_detail_energy_is_what_halving_takes_away():
     """Of a checkerboard all, of an even image none; the score is the ratio of rms, largest size over smallest."""
     even, board = torch.full((8, 8), 0.5), (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
     images = torch.stack([even, board, 3 * board])[:, None].float()
-    assert run_sampler.fine_energy(images).tolist() == pytest.approx([0, 1, 9])
+    assert run_sampler.detail_energy(images).tolist() == pytest.approx([0, 1, 9])
     mean = torch.tensor([5.0, 1.0, 9.0])
-    statistics = SimpleNamespace(moments=SimpleNamespace(mean=mean))
-    assert image_sets.compute_metric("digits_feature_distance", statistics, None, None) == {
+    stats = SimpleNamespace(moments=SimpleNamespace(mean=mean))
+    assert per_image.size_diversity("digits_feature_distance", MetricInputs(stats, None)) == {
         "digits_feature_distance": 5.0,
         "size_detail": 3.0,
     }
     with_hr = SimpleNamespace(moments=SimpleNamespace(mean=torch.tensor([5.0, 4.0, 1.0, 1.0])))
     expected = {"lpips": 5.0, "lpips_hr": 4.0, "size_detail": 1.0}
-    assert image_sets.compute_metric("lpips", with_hr, None, None) == expected
+    assert per_image.size_diversity("lpips", MetricInputs(with_hr, None)) == expected
 
 
 def test_scores_are_repeated_one_by_one(folder):
     """eval.repeated: only those on other seeds; the best of each in its own direction."""
-    cfg = "eval.metrics=fd_digits,agreement"
-    every = runner.evaluate_metrics(EvalContext(folder, recorded_run(folder, cfg, "eval.num_repeats=3"), CPU), SILENT)[
-        0
-    ]
+    cfg = "eval.metrics=fd_digits,class_accuracy"
+    every = runner.evaluate_metrics(EvalContext(folder, recorded_run(folder, cfg, "eval.num_repeats=3"), CPU), SILENT)
     run = recorded_run(folder, cfg, "eval.num_repeats=3", "eval.repeated=fd_digits")
-    result = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]
-    assert [len(every["scores"][name]["values"]) for name in ("fd_digits", "class_agreement")] == [3, 3]
-    assert result["scores"]["fd_digits"] == every["scores"]["fd_digits"]
-    once = result["scores"]["class_agreement"]
-    assert once["values"] == every["scores"]["class_agreement"]["values"][:1] and once["best"] == once["values"][0]
-    assert result["protocol"]["repeated"] == ["fd_digits"] and "repeated" not in every["protocol"]
-    for name, choose in (("fd_digits", min), ("class_agreement", max)):
-        assert every["scores"][name]["best"] == choose(every["scores"][name]["values"])
+    result = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)
+    assert [len(every.metrics[name]["values"]) for name in ("fd_digits", "class_accuracy")] == [3, 3]
+    assert result.metrics["fd_digits"] == every.metrics["fd_digits"]
+    once = result.metrics["class_accuracy"]
+    assert once["values"] == every.metrics["class_accuracy"]["values"][:1] and once["best"] == once["values"][0]
+    assert result.protocol["repeated"] == ["fd_digits"] and "repeated" not in every.protocol
+    for name, choose in (("fd_digits", min), ("class_accuracy", max)):
+        assert every.metrics[name]["best"] == choose(every.metrics[name]["values"])
 
 
 def test_best_value_follows_the_metric_direction():
-    """Distances, losses and conditional diversity: the least; inception score, precision, recall, agreement: the greatest."""
+    """Distances, losses and conditional diversity: the least; inception score, precision, recall, accuracy: the greatest."""
     values = [2.0, 3.0, 1.0]
-    for name in (
-        "fid",
-        "kid",
-        "fd_dinov2",
-        "kd_dinov2",
-        "fd_clip",
-        "lpips",
-        "lpips_hr",
-        "digits_feature_distance",
-        "loss",
-        "loss_0_10",
-    ):
-        assert runner._summarize_repeats(name, {name: values})["best"] == 1.0, name
-    for name in (
-        "is",
-        "precision",
-        "recall_dinov2",
-        "density",
-        "coverage",
-        "clip",
-        "class_agreement",
-        "all",
-        "relation",
-    ):
-        assert runner._summarize_repeats(name, {name: values})["best"] == 3.0, name
+    lower = {"fid", "kid", "fd_dinov2", "kd_dinov2", "fd_clip", "lpips", "digits_feature_distance", "loss"}
+    assert lower <= {name for name, metric in METRICS.items() if metric.lower_is_better}
+    higher = {"is", "pr", "pr_dinov2", "clip", "class_accuracy", "shape_accuracy"}
+    assert higher == {name for name, metric in METRICS.items() if not metric.lower_is_better}
+    assert results.summarize(METRICS["loss"], {"loss_0_10": values})["loss_0_10"]["best"] == 1.0
+    assert results.summarize(METRICS["pr"], {"recall": values})["recall"]["best"] == 3.0
     # A spread is that of the repetition that was best.
-    spread = runner._summarize_repeats("is_std", {"is": values, "is_std": [0.1, 0.3, 0.2]})
+    spread = results.summarize(METRICS["is"], {"is": values, "is_std": [0.1, 0.3, 0.2]})["is_std"]
     assert spread["best"] == 0.3 and spread["values"] == [0.1, 0.3, 0.2]
 
 
 def test_precision_and_recall_are_over_all_samples(monkeypatch):
     """As ADM's evaluator: 10k of the reference beside all samples; density and coverage over 10k of each."""
-    monkeypatch.setattr(image_sets, "MAX_NEIGHBOUR_SAMPLES", 40)
+    monkeypatch.setattr(precision_recall, "MAX_NEIGHBOUR_SAMPLES", 40)
     g = torch.Generator().manual_seed(0)
     real, created = torch.randn(60, 2, generator=g), 1.2 * torch.randn(150, 2, generator=g)
-    sets = [FeatureStats(functional.Moments(), rows) for rows in (created, real)]
-    actual = image_sets.compute_metric("pr", *sets, torch.nn.Linear(1, 1))
-    some, every = image_sets._shuffle(real)[:40].double(), created.double()
+    x, y = (FeatureStats(Moments(), rows) for rows in (created, real))
+    actual = precision_recall.compute("pr", MetricInputs(x, None, y, torch.nn.Linear(1, 1)))
+    some, every = precision_recall.shuffle(real)[:40].double(), created.double()
     radius = {
         name: torch.cdist(x, x).kthvalue(4, dim=1).values for name, x in (("real", some), ("made", every))
     }  # 4: the sample itself is nearest
     distance = torch.cdist(every, some)
     assert actual["precision"] == pytest.approx(float((distance <= radius["real"]).any(1).double().mean()))
     assert actual["recall"] == pytest.approx(float((radius["made"] >= distance.T).any(1).double().mean()))
-    few = precision_recall(some, image_sets._shuffle(created)[:40], 5)
+    few = precision_recall.precision_recall(some, precision_recall.shuffle(created)[:40], 5)
     assert (actual["density"], actual["coverage"]) == (few.density, few.coverage)
 
 
 def test_kernel_distance_of_few_samples_is_refused_before_any_is_drawn(folder, monkeypatch):
     monkeypatch.setattr(sampling, "generate", None)
-    monkeypatch.setattr(runner, "_load_network", lambda *given: image_sets.load_network("digits", None, "cpu"))
-    with pytest.raises(UsageError, match=r"subsets of 1,000 pictures, and one set has 75.*eval\.kid_subset to 75"):
+    monkeypatch.setitem(NETWORKS, "inception", NETWORKS["digits"])
+    with pytest.raises(UsageError, match=r"subsets of 1,000 images, but one set has 75.*eval\.kid_subset .* to 75"):
         runner.evaluate_metrics(EvalContext(folder, recorded_run(folder, "eval.metrics=kid"), CPU), SILENT)
 
 
@@ -414,10 +402,10 @@ def test_digits_with_two_size_conditions(tmp_path):
             **{"data.source": "digits-mixed-resolution", "control.variables": "size", "control.schedule": schedule},
         )
         run = recorded_run(folder, "eval.metrics=digits_feature_distance", "eval.diversity_prompts=7", "sample.steps=2")
-        result = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)[0]
-        actual[schedule] = result["scores"]["digits_feature_distance"]["values"]
-        assert result["protocol"]["networks"] == {"told": "digits-cnn-v1"}
-        detail = result["scores"]["size_detail"]["values"]
+        result = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)
+        actual[schedule] = result.metrics["digits_feature_distance"]["values"]
+        assert result.protocol["networks"] == {"digits_distance": "digits-cnn-v1"}
+        detail = result.metrics["size_detail"]["values"]
         assert (detail == [1.0]) == (schedule == "zero")  # told nothing, samples are the same
     tensors, *_ = snapshot.reconstruct_from_run(tmp_path / "uniform", [ema.sampling_profile(run.sample)])
     run = recorded_run(tmp_path / "uniform", "sample.steps=2")
@@ -443,17 +431,31 @@ def test_scores_at_an_earlier_time(tmp_path):
         path = snapshot.snapshot_path(folder / "snapshots", 320, stored_one.profile)
         snapshot.write(path, weights, 320, stored_one.profile, run)
     last, early = (
-        runner.evaluate_metrics(EvalContext(folder, recorded_run(folder, "eval.metrics=fd_digits", *at), CPU), SILENT)[
-            0
-        ]
+        runner.evaluate_metrics(EvalContext(folder, recorded_run(folder, "eval.metrics=fd_digits", *at), CPU), SILENT)
         for at in ((), ("eval.nimg=320",))
     )
-    assert (early["protocol"]["nimg"], last["protocol"]["nimg"]) == (320, 640)
-    assert early["scores"]["fd_digits"]["values"] != last["scores"]["fd_digits"]["values"]
+    assert (early.protocol["nimg"], last.protocol["nimg"]) == (320, 640)
+    assert early.metrics["fd_digits"]["values"] != last.metrics["fd_digits"]["values"]
 
 
-def test_every_metric_can_be_requested():
-    assert set(get_args(MetricName)) == set(image_sets.METRIC_NETWORKS)
+def test_every_metric_is_complete():
+    for name, metric in METRICS.items():
+        assert metric.name == name and metric.labels and (metric.network in NETWORKS or name == "loss")
+        assert "training_images" in metric.needs or select_metrics([name]) == [metric]
+    assert {name for names in TOY_METRICS.values() for name in names} <= METRICS.keys()
+    assert set(TOY_METRICS) == set(get_args(EvalConfig.model_fields["toy_metrics"].annotation))
+    with pytest.raises(UsageError, match=r"computed by eval\.toy_metrics=digits"):
+        select_metrics(["frechet_distance"])
+
+
+def test_a_new_metric_is_one_entry(folder, monkeypatch):
+    def brightness(name, inputs):
+        return {name: float(inputs.samples.features.mean())}
+
+    monkeypatch.setitem(METRICS, "mean_feature", Metric("mean_feature", "digits", brightness, {"mean_feature": "mean"}))
+    run = recorded_run(folder, "eval.metrics=mean_feature", "eval.num_repeats=2", "eval.num_samples=12")
+    result = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)
+    assert len(result.metrics["mean_feature"]["values"]) == 2 and result.protocol["reference"] is None
 
 
 def test_several_scores_of_one_drawing(folder, tmp_path, monkeypatch):
@@ -466,19 +468,20 @@ def test_several_scores_of_one_drawing(folder, tmp_path, monkeypatch):
     for i, one in enumerate(open_image_set("digits", 8).batches(10).__next__()):
         sampling.save_png(sampling.to_pil(one), reference / f"{i}.png")
     run = recorded_run(folder, *settings, f"eval.reference={reference}")
-    result, lines = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)
-    assert set(result["scores"]) == {"fid", "is", "is_std", "fd_digits"} and "do not fill a covariance" in lines[-1]
+    result = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)
+    assert set(result.metrics) == {"fid", "is", "is_std", "fd_digits"}
+    assert "do not determine a covariance" in result.notes[-1]
 
 
 def test_missing_requirements_are_reported_before_sampling(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "generate", None)
     for settings, output in (
-        (("eval.metrics=[fad]",), r"eval\.metrics\.0 = .fad.: allowed are 'fid'"),
-        (("eval.metrics=[clip]",), "needs a run with words"),
-        (("eval.metrics=lpips", f"eval.weights_dir={tmp_path}"), r"needs alexnet-owt-7be5be79\.pth"),
+        (("eval.metrics=[fad]",), "no metric 'fad'; did you mean fid"),
+        (("eval.metrics=[clip]",), "needs a run with text"),
+        (("eval.metrics=lpips",), "has no control variable size"),
         (("eval.metrics=[fid]", f"eval.weights_dir={tmp_path}"), r"needs pt_inception-2015-12-05-6726825d\.pth"),
         (("eval.metrics=[fd_digits]", f"eval.reference={tmp_path}"), str(tmp_path)),
-        (("eval.metrics=[fd_digits]", "sample.aspect=2:1"), "are of squares"),
+        (("eval.metrics=[fd_digits]", "sample.aspect=2:1"), "need square images"),
     ):
         with pytest.raises(UsageError, match=output):
             runner.evaluate_metrics(EvalContext(folder, recorded_run(folder, *settings), CPU), SILENT)
@@ -486,24 +489,21 @@ def test_missing_requirements_are_reported_before_sampling(folder, tmp_path, mon
 
 def test_the_command(folder, gesso):
     code, output, _ = gesso("evaluate", folder, "eval.metrics=[fd_digits]", "eval.num_samples=32", "sample.steps=2")
-    assert code == 0 and "fd_digits" in output and "scores.json" in output
+    assert code == 0 and "fd_digits" in output and "metrics.json" in output
 
 
 def test_scores_of_several_averages(tmp_path, monkeypatch):
     """eval.halflives: each is a measurement of its own, equal to that with sample.halflife."""
     write_run(tmp_path / "run", "digits", **{"ema.halflives": "[1000]"})
     output = ("eval.metrics=fd_digits", "eval.num_samples=40", "sample.steps=2")
-    lines = runner.evaluate_metrics_of_run(
+    lines = runner.evaluate_run(
         tmp_path / "run", recorded_run(tmp_path / "run", *output, "eval.halflives=[1000]"), SILENT
     )
-    assert [line for line in lines if line.startswith("average")] == [
-        "average: sigma_rel 0.05",
-        "average: half-life 1,000",
-    ]
-    both = json.loads((tmp_path / "run" / "scores.json").read_text())
-    by = {result["protocol"]["halflife"]: result["scores"]["fd_digits"]["values"] for result in both.values()}
+    assert [line for line in lines if line.startswith("EMA")] == ["EMA: sigma_rel 0.05", "EMA: half-life 1,000"]
+    both = results.read_evaluations(tmp_path / "run").values()
+    by = {result.protocol["halflife"]: result.metrics["fd_digits"]["values"] for result in both}
     assert set(by) == {None, 1000} and by[None] != by[1000]
     for halflife in (None, 1000):
         alone = recorded_run(tmp_path / "run", *output, *([f"sample.halflife={halflife}"] if halflife else []))
-        actual, _ = runner.evaluate_metrics(EvalContext(tmp_path / "run", alone, CPU), SILENT)
-        assert actual["scores"]["fd_digits"]["values"] == by[halflife]
+        actual = runner.evaluate_metrics(EvalContext(tmp_path / "run", alone, CPU), SILENT)
+        assert actual.metrics["fd_digits"]["values"] == by[halflife]

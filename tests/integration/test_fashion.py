@@ -28,14 +28,14 @@ def test_train_and_evaluate(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["train", "fashion", *SETTINGS])
     assert done.exit_code == 0, done.output
-    metrics = ["eval.metrics=loss,fd_fashion,agreement", "eval.num_samples=20", "eval.validation_pairs=100"]
+    metrics = ["eval.metrics=loss,fd_fashion,class_accuracy", "eval.num_samples=20", "eval.validation_pairs=100"]
     done = CliRunner().invoke(app, ["evaluate", "runs/fashion", *metrics])
     assert done.exit_code == 0, done.output
-    (result,) = json.loads((tmp_path / "runs/fashion/scores.json").read_text()).values()
-    assert result["protocol"]["networks"] == {"fashion": "fashion-cnn-v1", "agreement": "fashion-cnn-v1"}
+    (result,) = json.loads((tmp_path / "runs/fashion/metrics.json").read_text())["evaluations"].values()
+    assert result["protocol"]["networks"] == {"fashion": "fashion-cnn-v1", "classifier": "fashion-cnn-v1"}
     assert result["protocol"]["validation"].endswith("t10k-images-idx3-ubyte.gz")
-    values = {name: entry["best"] for name, entry in result["scores"].items()}
-    assert values["fd_fashion"] > 0 and 0 <= values["class_agreement"] <= 1 and 0 < values["loss"] < 100
+    values = {name: entry["best"] for name, entry in result["metrics"].items()}
+    assert values["fd_fashion"] > 0 and 0 <= values["class_accuracy"] <= 1 and 0 < values["loss"] < 100
 
 
 def test_features_need_28x28_grey_images():

@@ -24,7 +24,8 @@ from gesso.data.samplers import BucketSampler, EpochShuffle, ExcludeIndices, Sha
 from gesso.diffusion import loss_bins
 from gesso.diffusion import process as processes
 from gesso.errors import UsageError
-from gesso.evaluation import protocols, runner, validation
+from gesso.evaluation import protocols, results, runner, validation
+from gesso.evaluation.metrics.validation_loss import mean_losses
 from gesso.evaluation.tasks import EvalContext
 from gesso.models import flops as count
 from gesso.models import mp
@@ -189,7 +190,7 @@ def of_held(run, dataset) -> validation.ValidationLoss:
 
 
 def losses(validation_data: validation.ValidationLoss, denoiser, rank: int = 0, world: int = 1) -> torch.Tensor:
-    passes = validation_data.split(torch.arange(len(validation_data.u)))[rank::world]
+    passes = validation_data.split(torch.arange(len(validation_data.positions)))[rank::world]
     return validation_data.losses(denoiser, map(validation_data.load_batch, passes))
 
 
@@ -208,17 +209,17 @@ def test_validation_of_a_known_network_against_a_slow_loop():
     actual = validated()
     run, dataset = actual.run, actual.batcher.dataset
     process = processes.build_process(run.process)
-    mean, by_level = actual.mean_losses(losses(actual, Known(process)))
-    assert sorted((actual.u * 150).long().tolist()) == list(range(150))  # one pair in each stratum
+    mean, by_level = mean_losses(losses(actual, Known(process)), actual.positions)
+    assert sorted((actual.positions * 150).long().tolist()) == list(range(150))  # one pair in each stratum
     due, places = [], []
     for j in range(150):
         i = int(dataset.validation_indices[j % 70])
         x0 = (dataset.pixels[i].double() / 127.5 - 1 - run.data.mean[0]) * 0.5 / run.data.std[0]
-        s = float(process.icdf(actual.u[j]))
+        s = float(process.icdf(actual.positions[j]))
         eps = keyed.normal(0, torch.tensor([j]), "validation noise", (1, 8, 8))[0].double()
         error = float(((x0 + s * eps) / 2 - x0).square().mean())
         due.append(error * (s**2 + 0.25) / (0.5 * s) ** 2)
-        places.append(int(float(actual.u[j]) * 10))
+        places.append(int(float(actual.positions[j]) * 10))
     assert mean == pytest.approx(np.mean(due), rel=1e-5)
     for b in range(10):
         assert by_level[b] == pytest.approx(np.mean([x for x, p in zip(due, places, strict=True) if p == b]), rel=1e-5)
@@ -277,7 +278,7 @@ def test_validation_over_buckets_takes_pictures_of_one_size_together(photos, tmp
 def test_validation_that_would_never_be(tmp_path):
     with pytest.raises(UsageError, match=r"monitor.validate_every=250000 is above train.total_images=640"):
         tiny_run(**{"data.num_validation": 5})
-    with pytest.raises(UsageError, match=r"exclude each other: set only one"):
+    with pytest.raises(UsageError, match=r"validate on the one or the other"):
         tiny_run(**{"data.num_validation": 5, "monitor.validate_every": 64, "monitor.validation_source": "digits"})
     with pytest.raises(
         UsageError, match=r"monitor.evaluate_every=64 measures what eval.toy_metrics says, which is none"
@@ -521,7 +522,7 @@ def test_validation_in_the_log_is_that_of_the_stored_average(seen):
     actual = of_held(run, dataset)
     for sigma_rel in (0.05, 0.1):
         weights, _, _, _ = snapshot.reconstruct_from_run(seen, [ema.PowerProfile(sigma_rel)], 480)
-        mean, by_level = actual.mean_losses(losses(actual, snapshot.denoiser_from_weights(weights[0], run)))
+        mean, by_level = mean_losses(losses(actual, snapshot.denoiser_from_weights(weights[0], run)), actual.positions)
         assert line["validation"][f"ema{sigma_rel}"] == pytest.approx(mean, rel=1e-4)
         assert line["validation_by_noise"][f"ema{sigma_rel}"] == pytest.approx(by_level, rel=1e-3)
 
@@ -533,31 +534,30 @@ def test_loss_in_the_log_is_that_of_evaluate(seen):
     run = protocols.apply_protocol(
         seen, None, ["eval.metrics=loss", f"eval.validation_pairs={n}", "eval.nimg=480", "sample.sigma_rel=.1"]
     )
-    result, lines = runner.evaluate_metrics(EvalContext(seen, run, CPU), lambda done, total: None)
-    actual = {name: each["mean"] for name, each in result["scores"].items()}
+    result = runner.evaluate_metrics(EvalContext(seen, run, CPU), lambda done, total: None)
+    lines = results.format_evaluation(result)
+    actual = {name: each["mean"] for name, each in result.metrics.items()}
     assert actual.pop("loss") == pytest.approx(line["validation"]["ema0.1"], rel=1e-4)
     by_noise = line["validation_by_noise"]["ema0.1"]
     assert list(actual) == [f"loss_{10 * i}_{10 * (i + 1)}" for i in range(10)]
     assert list(actual.values()) == pytest.approx(by_noise, rel=1e-3) and min(by_noise) < 0.9 * max(by_noise)
-    assert result["protocol"]["validation"] == "digits, held out" and result["protocol"]["reference"] is None
+    assert result.protocol["validation"] == "digits, held out" and result.protocol["reference"] is None
     assert (
         len(lines) == 3 and lines[0].startswith("loss") and f"{n:,} pairs of an image of digits, held out" in lines[2]
     )
 
 
 def test_scores_in_the_log_are_those_of_evaluate(seen, tmp_path):
-    from gesso.evaluation import toy_evaluation
-
     near = watching.nearest_tracked_profile(config.load_config(seen / "run.yaml"))  # .075 is asked for
     assert near == ema.PowerProfile(0.1)
     run = config.load_with_overrides(seen, ["sample.sigma_rel=0.1"], ("sample.", "eval."))
     run = run.model_copy(update={"eval": run.eval.model_copy(update={"sweep_sigma_rels": ()})})
-    images = open_dataset_for_run(run, QUIET)[1]
-    due = toy_evaluation.compute_toy_metrics(seen, run, images, CPU, lambda done, total: None)
+    runner.evaluate_run(seen, run, lambda done, total: None)
+    due = next(e.best() for e in results.read_evaluations(seen).values() if "series" in e.protocol)
     (seen / "metrics.json").unlink()
     line = [line for line in read_log(seen / "log.jsonl") if "metrics" in line][-1]
     assert line["metrics"]["frechet_distance"] == pytest.approx(due["frechet_distance"], rel=2e-3)
-    assert abs(line["metrics"]["class_agreement"] - due["class_agreement"]) < 0.01
+    assert abs(line["metrics"]["class_accuracy"] - due["class_accuracy"]) < 0.01
 
 
 @pytest.mark.parametrize("stop", [320, 416])

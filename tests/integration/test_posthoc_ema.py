@@ -330,7 +330,7 @@ def test_revisiting_raw_checkpoints(gesso, tmp_path):  # noqa: F811
     code, output = gesso("ema", tmp_path / "theirs", "--sigma-rel", "0.1", "--nimg", "16k", *files)
     assert code == 0 and "at image 16,000" in output
     code, output = gesso("ema", tmp_path / "theirs", "--sigma-rel", ".1", "--files", "step-100/model.safetensors=5k")
-    assert code == 0 and "at image 5,000" in output and "hardly makes" in output
+    assert code == 0 and "at image 5,000" in output and "cannot reconstruct" in output
     assert load_file(tmp_path / "theirs" / "ema" / "nimg000000005000-ema0.1000.safetensors")["w"].equal(path[100]["w"])
 
 
@@ -365,7 +365,7 @@ def test_snapshots_of_any_trainer_on_the_command_line(gesso, tmp_path):  # noqa:
     assert code == 0 and created.keys() == wanted.keys() and all(created[k].equal(wanted[k]) for k in created)
     make_module().load_state_dict(created)
     code, output = gesso("ema", folder, "--sweep", ".05:.2:3")
-    assert code == 2 and "no run.yaml: any length can be made (--sigma-rel), none measured" in output
+    assert code == 2 and "no run.yaml: EMA weights can be written (--sigma-rel), but not evaluated" in output
     with pytest.raises(UsageError, match="kept by another trainer"):
         snapshot.reconstruct_from_run(folder, [PowerProfile(0.1)])
     with pytest.raises(UsageError, match="kept by another trainer"):
@@ -381,19 +381,22 @@ def test_snapshots_of_any_trainer_on_the_command_line(gesso, tmp_path):  # noqa:
         (["--sigma-rel", "0.1", "--nimg", "801"], "image 801 lies after the last snapshot"),
         (["--sigma-rel", "0.1", "--nimg", "99"], "no snapshot up to image 99; the first is"),
         (["--sigma-rel", "0.1", "--nimg", "soon"], "--nimg soon: write a number of images"),
-        (["--sigma-rel", "0.3"], "lies between 0 and 0.2887"),
+        (["--sigma-rel", "0.3"], "write a length between 0 and 0.2887"),
         (["--sigma-rel", "0.1", "--tensors", "7.*=0.1"], "no tensor is named 7.*; there are: 0.bias"),
         (["--sigma-rel", "0.1", "--tensors", "0.*"], "write GLOB=LENGTH"),
         (["--sigma-rel", "0.1", "--tensors", "0.*=long"], "write GLOB=LENGTH"),
-        (["--sigma-rel", "0.1", "--tensors", "0.*=0.5"], "lies between 0 and 0.2887"),
+        (["--sigma-rel", "0.1", "--tensors", "0.*=0.5"], "write a length between 0 and 0.2887"),
         (["--sigma-rel", "0.1", "--metric", "fd"], "--metric has no effect without --sweep"),
         (["--sigma-rel", "0.1", "sample.steps=3"], "a.b=c has no effect without --sweep"),
-        (["--sigma-rel", "0.1", "--decay", "0.9"], "name them by --files"),
-        (["--sigma-rel", "0.1", "--files", "a.safetensors"], "say where the time stands"),
-        (["--sigma-rel", "0.1", "--files", "a-{step}.safetensors"], "steps become images by --batch-size"),
-        (["--sigma-rel", "0.1", "--files", "a-{nimg}.safetensors"], "fits no safetensors file in"),
+        (["--sigma-rel", "0.1", "--decay", "0.9"], "name them with --files"),
+        (["--sigma-rel", "0.1", "--files", "a.safetensors"], "in place of the time"),
+        (["--sigma-rel", "0.1", "--files", "a-{step}.safetensors"], "set --batch-size, the images per step"),
+        (["--sigma-rel", "0.1", "--files", "a-{nimg}.safetensors"], "matches no safetensors file in"),
         (["--sigma-rel", "0.1", "--files", "a.safetensors=7"], "write FILE=IMAGES"),
-        (["--sigma-rel", "0.1", "--files", "{nimg}", "--decay", "2", "--batch-size", "1"], "lies between 0 and 1"),
+        (
+            ["--sigma-rel", "0.1", "--files", "{nimg}", "--decay", "2", "--batch-size", "1"],
+            "write a number between 0 and 1",
+        ),
     ],
 )
 def test_invalid_arguments(gesso, tmp_path, words, output):  # noqa: F811
@@ -405,14 +408,16 @@ def test_invalid_arguments(gesso, tmp_path, words, output):  # noqa: F811
 def test_two_files_of_one_time(tmp_path):
     for name in ("a-1k", "b-1000"):
         save_file({"w": torch.ones(1)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(UsageError, match="are both of image 1,000"):
+    with pytest.raises(UsageError, match="are both at image 1,000"):
         ema_export.external_snapshots(tmp_path, ["a-{nimg}.safetensors", "b-{nimg}.safetensors"])
 
 
 def test_inaccurate_lengths_warn(gesso, tmp_path):  # noqa: F811
     code, output = gesso("ema", write_snapshots(tmp_path), "--sigma-rel", "0.002")
-    assert code == 0 and "warning: what is stored hardly makes one of sigma_rel 0.002: relative error" in output
-    assert "can be made" in output
+    assert (
+        code == 0 and "warning: the snapshots cannot reconstruct sigma_rel 0.002 accurately: relative error" in output
+    )
+    assert "accurate are sigma_rel" in output
 
 
 def corrupt_snapshot(folder: Path, change) -> Path:

@@ -52,7 +52,7 @@ from gesso.training import loop
 QUIET = Console(quiet=True)
 SMALL = ("net.hidden_size=32", "net.depth=1", "net.num_heads=2", "train.total_images=256", "train.batch_size=32", "train.snapshot_every=64",
          "train.checkpoint_every=64", "train.log_every=64", "train.num_threads=1", "optim.warmup_images=64")  # fmt: skip
-DRAWN = ("eval.metrics=fd_digits,agreement", "eval.num_samples=40", "sample.steps=3")
+DRAWN = ("eval.metrics=fd_digits,class_accuracy", "eval.num_samples=40", "sample.steps=3")
 SLOW, FAST = Training("digits", (*SMALL, "optim.lr=1e-4")), Training("digits", (*SMALL, "optim.lr=4e-3"))
 
 
@@ -77,7 +77,7 @@ def fake(**changes) -> Table:
         {
             "tiny": Scale(
                 (
-                    ColumnGroup({"FID": "fd_digits", "right": "class_agreement"}, scored, settings=DRAWN),
+                    ColumnGroup({"FID": "fd_digits", "right": "class_accuracy"}, scored, settings=DRAWN),
                     ColumnGroup(
                         {"size": "parameters"}, {"slow": Measurement(settings=("net.hidden_size=32",))}, method="counts"
                     ),
@@ -103,8 +103,8 @@ def numbers(
     todo = plan.plan_jobs(table, "tiny", range(3), where)
     for job in todo:
         actual = {name: values.get((job.row, name, job.seed), 0.5) for name in job.group.columns.values()}
-        recorded = {"name": None, "images": 40, "diversity_seeds": 9, "reference": "digits", "reference_images": 1797,
-                "reference_pictures": "abc", "networks": {"digits": "a"}, "nimg": 256, "guidance": 1.5, "sigma_rel": 0.1}  # fmt: skip
+        recorded = {"name": None, "num_samples": 40, "diversity_prompts": 9, "reference": "digits", "reference_images": 1797,
+                "reference_fingerprint": "abc", "networks": {"digits": "a"}, "nimg": 256, "guidance": 1.5, "sigma_rel": 0.1}  # fmt: skip
         atomic_io.write_json(job.path, {
             "by": job.group.method, "row": job.row, "seed": job.seed, "evaluation": job.evaluation_args, "values": actual,
             "training": [one.command for one in plan.unique_trainings([job])], "protocol": recorded | protocol.get(job.row, {}),
@@ -202,7 +202,7 @@ def test_a_page(tmp_path, known):
     values = {("slow", "fd_digits", s): 9 + s for s in range(3)} | {
         ("fast", "fd_digits", s): 3 + 0.1 * s for s in range(3)
     }
-    values |= {("fast", "class_agreement", 1): None, ("slow", "parameters", 0): 17.0}
+    values |= {("fast", "class_accuracy", 1): None, ("slow", "parameters", 0): 17.0}
     todo = numbers(fake(), tmp_path, values)
     paths = page.write_page(fake(), "tiny", tmp_path, todo, ("train.device=cpu",))
     assert [path.name for path in paths] == ["test-1-tiny.md", "test-1-tiny.html", "README.md"]
@@ -238,7 +238,7 @@ def test_a_page(tmp_path, known):
 
 def test_stored_pages_are_judged_again(tmp_path, known, gesso, monkeypatch):
     """`gesso reproduce judge`: the same page from its JSON alone; other claims, another verdict; the mark stays."""
-    values = {("slow", "fd_digits", s): 9 + s for s in range(3)} | {("fast", "class_agreement", 1): None}
+    values = {("slow", "fd_digits", s): 9 + s for s in range(3)} | {("fast", "class_accuracy", 1): None}
     page.write_page(fake(), "tiny", tmp_path, numbers(fake(), tmp_path, values))
     for path in tmp_path.glob("measured/*"):
         path.unlink()
@@ -280,17 +280,17 @@ def test_what_needs_no_seed_needs_no_second(tmp_path, known):
 def test_cells_measured_otherwise_are_marked(tmp_path, known):
     """But not for what their row varies on purpose, nor for the EMA length and time of their own training."""
     unlike = {
-        "fast": {"images": 20, "diversity_seeds": 1, "sigma_rel": 0.2, "nimg": 9},
-        "fast, guided": {"guidance": 2.0, "networks": {"digits": "b", "agreement": "c"}},
+        "fast": {"num_samples": 20, "diversity_prompts": 1, "sigma_rel": 0.2, "nimg": 9},
+        "fast, guided": {"guidance": 2.0, "networks": {"digits": "b", "classifier": "c"}},
     }
     todo = numbers(fake(), tmp_path, {}, **unlike)
     result = results.collect_result(fake(), "tiny", tmp_path, todo)
-    assert result.notes == ["images 20, where other rows have 40", "network digits b, where other rows have a"]
+    assert result.notes == ["num_samples 20, where other rows have 40", "network digits b, where other rows have a"]
     assert {cell: n.notes for cell, n in result.cells.items() if n.notes} == {
         ("fast", "FID"): (1,), ("fast", "right"): (1,), ("fast, guided", "FID"): (2,), ("fast, guided", "right"): (2,),
     }  # fmt: skip
     text = page.write_page(fake(), "tiny", tmp_path, todo)[0].read_text()
-    assert "<sup>1</sup> images 20" in text and text.count("<sup>2</sup>") == 3
+    assert "<sup>1</sup> num\\_samples 20" in text and text.count("<sup>2</sup>") == 3
 
 
 def test_another_reference_or_another_measure_is_marked(tmp_path):
@@ -361,7 +361,7 @@ def test_a_figure_of_samples_shows_them_once(tmp_path):
 def test_a_figure_over_a_column(tmp_path, known):
     """Rows without an x stand at what was measured of the column that the axis is named after."""
     part = ColumnGroup(
-        {"cost": "fd_digits", "right": "class_agreement"},
+        {"cost": "fd_digits", "right": "class_accuracy"},
         {"slow": Measurement(SLOW), "fast": Measurement(FAST)},
         settings=DRAWN,
     )
@@ -369,7 +369,7 @@ def test_a_figure_over_a_column(tmp_path, known):
         columns=(Column("cost", None), Column("right", False)), x="cost", scales={"tiny": Scale((part,), "")}, claims=()
     )
     values = {(row, "fd_digits", s): x for s in range(3) for row, x in (("slow", 4.0), ("fast", 2.0))}
-    todo = numbers(table, tmp_path, values | {("fast", "class_agreement", s): 0.75 for s in range(3)})
+    todo = numbers(table, tmp_path, values | {("fast", "class_accuracy", s): 0.75 for s in range(3)})
     ((figure, _),) = page.plots.make_plots(results.collect_result(table, "tiny", tmp_path, todo), todo)
     line = figure.axes[0].lines[0]
     assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([2, 4], [0.75, 0.5])
@@ -456,7 +456,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path, known, monkeypatch):
 
     def measured(job):
         calls.append((job.row, job.seed))
-        return {"values": {"fd_digits": 1.0, "class_agreement": 1.0}}
+        return {"values": {"fd_digits": 1.0, "class_accuracy": 1.0}}
 
     monkeypatch.setitem(runner.measurements.MEASUREMENT_METHODS, "scores", measured)
     monkeypatch.setattr(runner, "start_training", lambda *arguments: None)
@@ -482,7 +482,7 @@ def test_a_row_that_diverges_is_a_result(tmp_path, known, monkeypatch):
     monkeypatch.setitem(
         runner.measurements.MEASUREMENT_METHODS,
         "scores",
-        lambda job: {"values": {"fd_digits": 1.0, "class_agreement": 1.0}},
+        lambda job: {"values": {"fd_digits": 1.0, "class_accuracy": 1.0}},
     )
     todo = plan.plan_jobs(fake(), "tiny", [0], tmp_path)
     list(runner.run_jobs(todo, QUIET, lambda text: None))
@@ -506,7 +506,7 @@ def test_what_is_stopped_names_the_command_that_goes_on(tmp_path, known, monkeyp
     monkeypatch.setitem(
         runner.measurements.MEASUREMENT_METHODS,
         "scores",
-        lambda job: {"values": {"fd_digits": 1.0, "class_agreement": 1.0}},
+        lambda job: {"values": {"fd_digits": 1.0, "class_accuracy": 1.0}},
     )
     todo = plan.plan_jobs(fake(), "tiny", [0], tmp_path, ["slow"])
     with pytest.raises(StoppedError) as stopped:
@@ -532,7 +532,7 @@ def test_two_processes_share_the_work(tmp_path, known, monkeypatch):
     monkeypatch.setitem(
         runner.measurements.MEASUREMENT_METHODS,
         "scores",
-        lambda job: {"values": {"fd_digits": 1.0, "class_agreement": 1.0}},
+        lambda job: {"values": {"fd_digits": 1.0, "class_accuracy": 1.0}},
     )
     todo, output = plan.plan_jobs(fake(), "tiny", [0], tmp_path), []
     with atomic_io.try_lock(todo[0].training.folder) as mine:
@@ -549,7 +549,7 @@ def test_two_processes_share_the_work(tmp_path, known, monkeypatch):
     def other(text):
         output.append(text)
         if text.startswith("waiting"):
-            atomic_io.write_json(todo[0].path, {"values": {"fd_digits": 2.0, "class_agreement": 1.0}})
+            atomic_io.write_json(todo[0].path, {"values": {"fd_digits": 2.0, "class_accuracy": 1.0}})
             held.__exit__(None, None, None)
 
     assert len(list(runner.run_jobs(todo, QUIET, other))) == 4
@@ -771,7 +771,7 @@ def test_two_rows_and_two_seeds(tmp_path, known, gesso):
         "0": 17,
         "1": 17,
     }
-    assert recorded["protocols"]["FID"]["images"] == 40 and recorded["environment"][0].startswith("cpu, 1 thread")
+    assert recorded["protocols"]["FID"]["num_samples"] == 40 and recorded["environment"][0].startswith("cpu, 1 thread")
     code, again, _ = gesso("reproduce", "test/1", "--rows", "slow", "--seeds", 2, "--out", where)
     assert code == 0 and again.count("\n") <= 2  # nothing but what is written
     assert gesso("reproduce", "test/1", "--rows", "slow", "--out", where)[0] == 0
@@ -816,7 +816,7 @@ def test_what_fails_leaves_a_page_of_what_is_there(tmp_path, known, gesso, monke
     def fails(job):
         if job.row == "fast":
             raise UsageError("weights are missing")
-        return {"values": {"fd_digits": 1.0, "class_agreement": 1.0}}
+        return {"values": {"fd_digits": 1.0, "class_accuracy": 1.0}}
 
     monkeypatch.setattr(runner, "start_training", lambda *arguments: None)
     monkeypatch.setitem(runner.measurements.MEASUREMENT_METHODS, "scores", fails)

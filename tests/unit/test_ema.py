@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from gesso import config, ema, recipes, sampling, snapshot
 from gesso.ema import Density, PowerProfile, RawProfile, TraditionalProfile, combine
-from gesso.evaluation import toy_evaluation
+from gesso.evaluation import runner
 from gesso.training import loop
 from gesso.training.run_folder import start_training
 
@@ -586,7 +586,7 @@ def test_evaluation_uses_the_halflife(folder, monkeypatch):
         config.load_config(folder / "run.yaml"), **{"sample.halflife": 1000, "eval.sweep_sigma_rels": "[0.07]"}
     )
     with pytest.raises(Enough) as caught:
-        toy_evaluation.evaluate_run(folder, run, lambda done, total: None)
+        runner.evaluate_run(folder, run, lambda done, total: None)
     assert caught.value.args[0] == [TraditionalProfile(1000), PowerProfile(0.07)]
 
 

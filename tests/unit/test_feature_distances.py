@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gesso.errors import UsageError
-from gesso.evaluation.metrics.functional import inception_score, kernel_distance
+from gesso.evaluation.metrics.inception_score import inception_score
+from gesso.evaluation.metrics.kernel_distance import kernel_distance
 from gesso.evaluation.metrics.precision_recall import precision_recall
 
 

@@ -9,14 +9,33 @@ from PIL import Image
 from test_feature_networks import picture, public_inception, scripted, stored
 
 from gesso import atomic_io
+from gesso.config import EvalConfig
 from gesso.errors import RunError, UsageError
-from gesso.evaluation import image_sets
-from gesso.evaluation.image_sets import ImageEvalArgs
-from gesso.evaluation.image_source import open_image_set
-from gesso.evaluation.metrics import functional
+from gesso.evaluation import runner
+from gesso.evaluation.image_sets import open_image_set
+from gesso.evaluation.metrics.frechet import frechet_distance
+from gesso.evaluation.metrics.kernel_distance import kernel_distance
 from gesso.evaluation.networks import downloads, inception
+from gesso.evaluation.networks.toy_networks import GrayscaleFeatures, load_digit_features
 
-SILENT = lambda done, total: None  # noqa: E731
+
+def arguments(images, ref=None, metrics=("fid",), weights_dir=None, **fields) -> runner.ImageSetArgs:
+    names = {name for name in fields if name in EvalConfig.model_fields}
+    cfg = EvalConfig(
+        metrics=metrics,
+        reference=ref,
+        weights_dir=weights_dir and str(weights_dir),
+        **{k: fields.pop(k) for k in names},
+    )
+    return runner.ImageSetArgs(images, cfg, device="cpu", **fields)
+
+
+def with_config(args: runner.ImageSetArgs, **fields) -> runner.ImageSetArgs:
+    return args._replace(config=args.config.model_copy(update=fields))
+
+
+def evaluate(args: runner.ImageSetArgs):
+    return runner.evaluate_images(args, lambda done, total: None)
 
 
 @pytest.fixture(autouse=True)
@@ -38,34 +57,34 @@ def grey(n: int, seed: int, high: int = 256) -> torch.Tensor:
 
 def test_compare_two_folders(tmp_path):
     a, b = grey(90, 0), grey(70, 1, 200)
-    requested = ImageEvalArgs(write(tmp_path / "a", a), write(tmp_path / "b", b), ("fd_digits",), batch_size=32)
-    result, lines = image_sets.compute_image_metrics(requested, "cpu", SILENT)
-    network = image_sets.load_network("digits", requested, "cpu")
+    requested = arguments(write(tmp_path / "a", a), write(tmp_path / "b", b), ("fd_digits",), batch_size=32)
+    result, lines = evaluate(requested)
+    network = GrayscaleFeatures(load_digit_features())
     x, y = network(a).double(), network(b).double()
-    expected = functional.frechet_distance(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
-    assert result["scores"]["fd_digits"] == pytest.approx(expected, rel=1e-9) and expected > 1
-    assert result["protocol"]["count"] == 90 and result["protocol"]["reference_count"] == 70
+    expected = frechet_distance(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
+    assert result.best()["fd_digits"] == pytest.approx(expected, rel=1e-9) and expected > 1
+    assert result.protocol["num_samples"] == 90 and result.protocol["reference_images"] == 70
     assert lines[0].startswith("fd_digits") and "digits-cnn-v1" in lines[1] and len(lines) == 2
     # In any batches, and from what was kept of the reference.
-    again, _ = image_sets.compute_image_metrics(requested._replace(batch_size=7), "cpu", SILENT)
-    assert again["scores"]["fd_digits"] == pytest.approx(expected, rel=1e-9)
+    again, _ = evaluate(requested._replace(batch_size=7))
+    assert again.best()["fd_digits"] == pytest.approx(expected, rel=1e-9)
     (stored,) = atomic_io.cache_dir("statistics").glob("*.safetensors")
     stored.write_bytes(b"damaged")
     with pytest.raises(RunError, match="is damaged"):
-        image_sets.compute_image_metrics(requested, "cpu", SILENT)
+        evaluate(requested)
 
 
 def test_few_pictures_are_marked(tmp_path):
-    requested = ImageEvalArgs(write(tmp_path / "a", grey(20, 0)), write(tmp_path / "b", grey(20, 1)), ("fd_digits",))
-    _, lines = image_sets.compute_image_metrics(requested, "cpu", SILENT)
-    assert "20 pictures do not fill a covariance of 64 features" in lines[-1]
+    requested = arguments(write(tmp_path / "a", grey(20, 0)), write(tmp_path / "b", grey(20, 1)), ("fd_digits",))
+    _, lines = evaluate(requested)
+    assert "20 samples do not determine a covariance of 64 features" in lines[-1]
 
 
 def test_every_score_of_inception(tmp_path, monkeypatch):
     file = stored(public_inception(), tmp_path, "inception.pth")
     monkeypatch.setitem(downloads.INCEPTION_FILES, "torch-fidelity", file)
     a, b = picture(12, 12, 14), picture(12, 12, 16).flip(3)
-    requested = ImageEvalArgs(
+    requested = arguments(
         write(tmp_path / "a", a),
         write(tmp_path / "b", b),
         ("fid", "kid", "is", "pr"),
@@ -73,60 +92,59 @@ def test_every_score_of_inception(tmp_path, monkeypatch):
         batch_size=8,
     )
     with pytest.raises(
-        UsageError, match=r"kid is a mean over subsets of 1,000 pictures, and one set has 14.*--kid-subset to 14"
+        UsageError, match=r"kid is a mean over subsets of 1,000 images, but one set has 14.*--kid-subset\) to 14"
     ):
-        image_sets.compute_image_metrics(requested, "cpu", SILENT)
-    requested = requested._replace(kid_subset=9)
-    result, lines = image_sets.compute_image_metrics(requested, "cpu", SILENT)
-    scores = result["scores"]
-    assert result["protocol"]["kid_subset"] == 9 and any(
+        evaluate(requested)
+    requested = with_config(requested, kid_subset=9)
+    result, lines = evaluate(requested)
+    scores = result.best()
+    assert result.protocol["kid_subset"] == 9 and any(
         "over subsets of 9; published ones have 1,000" in s for s in lines
     )
     network = inception.load_inception(tmp_path)
     x, y = network(a).double(), network(b).double()
-    assert scores["fid"] == pytest.approx(
-        functional.frechet_distance(x.mean(0), x.T.cov(), y.mean(0), y.T.cov()), rel=1e-5
-    )
-    assert scores["kid"] == pytest.approx(functional.kernel_distance(y, x, subset_size=9)[0], rel=1e-4)
+    assert scores["fid"] == pytest.approx(frechet_distance(x.mean(0), x.T.cov(), y.mean(0), y.T.cov()), rel=1e-5)
+    assert scores["kid"] == pytest.approx(kernel_distance(y, x, subset_size=9)[0], rel=1e-4)
     assert 1 <= scores["is"] < 14 and {"precision", "recall", "density", "coverage", "is_std", "kid_std"} <= set(scores)
-    again = image_sets.compute_image_metrics(requested, "cpu", SILENT)[0]["scores"]
-    assert again == scores
-    with pytest.raises(UsageError, match=r"needs inception\.pth, and it is not there.*download"):
-        image_sets.compute_image_metrics(requested._replace(weights_dir=tmp_path / "a"), "cpu", SILENT)
+    assert evaluate(requested)[0].metrics == result.metrics
+    with pytest.raises(UsageError, match=r"needs inception\.pth, but it is missing: download"):
+        evaluate(with_config(requested, weights_dir=str(tmp_path / "a")))
 
 
 def test_inception_of_another_publisher(tmp_path, monkeypatch):
     monkeypatch.setitem(downloads.INCEPTION_FILES, "nvidia", scripted(tmp_path))
     a, b = write(tmp_path / "a", picture(12, 12, 14)), write(tmp_path / "b", picture(12, 12, 16))
-    requested = ImageEvalArgs(a, b, ("fid", "is"), weights_dir=tmp_path, inception="nvidia")
-    result, lines = image_sets.compute_image_metrics(requested, "cpu", SILENT)
-    assert result["protocol"]["networks"] == {"inception": "inception-v3-2015-12-05 (nvidia)"} and "nvidia" in lines[2]
-    assert result["scores"]["is"] >= 1 and result["scores"]["fid"] > 0
-    with pytest.raises(UsageError, match="--inception nvida: there are torch-fidelity, pytorch-fid, nvidia"):
-        image_sets.compute_image_metrics(requested._replace(inception="nvida"), "cpu", SILENT)
+    requested = arguments(a, b, ("fid", "is"), weights_dir=tmp_path, inception="nvidia")
+    result, lines = evaluate(requested)
+    assert result.protocol["networks"] == {"inception": "inception-v3-2015-12-05 (nvidia)"} and "nvidia" in lines[2]
+    assert result.best()["is"] >= 1 and result.best()["fid"] > 0
+    with pytest.raises(
+        UsageError, match="--inception nvida: Input should be 'torch-fidelity', 'pytorch-fid' or 'nvidia'"
+    ):
+        runner.parse_image_args([], {"images": a, "ref": b, "inception": "nvida"})
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_npz_of_samples_and_of_statistics(tmp_path, packed):
     a, b = grey(90, 0), grey(70, 1, 200)
     (np.savez_compressed if packed else np.savez)(tmp_path / "a.npz", a.permute(0, 2, 3, 1).numpy(), np.arange(90))
-    folder = ImageEvalArgs(write(tmp_path / "a", a), write(tmp_path / "b", b), ("fd_digits",))
-    expected = image_sets.compute_image_metrics(folder, "cpu", SILENT)[0]["scores"]
+    folder = arguments(write(tmp_path / "a", a), write(tmp_path / "b", b), ("fd_digits",))
+    expected = evaluate(folder)[0].best()
     archive = folder._replace(images=str(tmp_path / "a.npz"))
-    assert image_sets.compute_image_metrics(archive, "cpu", SILENT)[0]["scores"] == pytest.approx(expected, rel=1e-12)
-    y = image_sets.load_network("digits", folder, "cpu")(b).double()
+    assert evaluate(archive)[0].best() == pytest.approx(expected, rel=1e-12)
+    y = GrayscaleFeatures(load_digit_features())(b).double()
     np.savez(tmp_path / "b.npz", mu=y.mean(0).numpy(), sigma=y.T.cov().numpy())
-    statistics = archive._replace(ref=str(tmp_path / "b.npz"))
-    assert image_sets.compute_image_metrics(statistics, "cpu", SILENT)[0]["scores"] == pytest.approx(expected, rel=1e-9)
-    with pytest.raises(UsageError, match="kid needs the pictures themselves"):
-        image_sets.compute_image_metrics(statistics._replace(metrics=("kid",)), "cpu", SILENT)
+    statistics = with_config(archive, reference=str(tmp_path / "b.npz"))
+    assert evaluate(statistics)[0].best() == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(UsageError, match="kid needs the images"):
+        evaluate(with_config(statistics, metrics=("kid",)))
 
 
 def test_images_are_resized_to_one_size(tmp_path):
     mixed = tmp_path / "mixed"
     write(mixed, grey(3, 0))
     Image.new("RGB", (12, 8)).save(mixed / "wide.png")
-    with pytest.raises(UsageError, match=r"wide\.png is 8x12, where the first picture is 8x8; --resolution"):
+    with pytest.raises(UsageError, match=r"wide\.png is 8x12, but the first image is 8x8: set --resolution"):
         list(open_image_set(str(mixed)).batches(2))
     (batch,) = open_image_set(str(mixed), 8).batches(10)
     assert batch.shape == (4, 3, 8, 8) and batch.dtype == torch.uint8
@@ -140,29 +158,29 @@ def test_error_messages(tmp_path):
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "odd.npz", np.zeros((3, 4, 4)))
     for requested, output in (
-        (ImageEvalArgs(a, a, ("fad",)), "no score 'fad'; there are: fid"),
-        (ImageEvalArgs(a), "compared with what"),
-        (ImageEvalArgs(a, big), "a is 8x8, .*big 16x16: --resolution"),
-        (ImageEvalArgs(a, a, num_images=9), "holds 5 pictures, where 9 are asked for"),
-        (ImageEvalArgs(str(tmp_path / "empty"), a), "empty"),
-        (ImageEvalArgs(str(tmp_path / "no.npz"), a), "there is no file"),
-        (ImageEvalArgs(str(tmp_path / "odd.npz"), a), r"arr_0 is float64 \(3, 4, 4\)"),
-        (ImageEvalArgs(big, big, ("fd_digits",)), "reads grey pictures; these have colour"),
+        (arguments(a, a, ("fad",)), "no metric 'fad'; did you mean fid"),
+        (arguments(a), "fid needs reference images: name them with --ref DIR"),
+        (arguments(a, big), "a is 8x8, .*big 16x16: set --resolution"),
+        (arguments(a, a, num_images=9), "has 5 images: set --num-images to that number or less, not 9"),
+        (arguments(str(tmp_path / "empty"), a), "empty"),
+        (arguments(str(tmp_path / "no.npz"), a), "there is no file"),
+        (arguments(str(tmp_path / "odd.npz"), a), r"arr_0 is float64 \(3, 4, 4\)"),
+        (arguments(big, big, ("fd_digits",)), "reads grayscale images, but these have colour"),
     ):
         with pytest.raises(UsageError, match=output):
-            image_sets.compute_image_metrics(requested, "cpu", SILENT)
+            evaluate(requested)
 
 
 def test_the_command(tmp_path, gesso):
     a, b = write(tmp_path / "a", grey(70, 0)), write(tmp_path / "b", grey(70, 1))
-    out = tmp_path / "scores.json"
+    out = tmp_path / "metrics.json"
     code, output, _ = gesso("evaluate", "--images", a, "--ref", b, "--metrics", "fd_digits", "--out", out)
     assert code == 0 and "fd_digits" in output
-    assert set(json.loads(out.read_text())) == {"scores", "protocol"}
+    assert set(json.loads(out.read_text())) == {"metrics", "protocol"}
     for arguments, wrong in (
-        ((), "measure what?"),
-        (("runs/x", "--ref", b), "--ref is for pictures"),
-        (("--images", a, "--metrics", "fad", "--ref", b), "no score 'fad'"),
+        ((), "nothing to evaluate"),
+        (("runs/x", "--ref", b), "--ref is for --images"),
+        (("--images", a, "--metrics", "fad", "--ref", b), "no metric 'fad'"),
     ):
         code, _, output = gesso("evaluate", *arguments)
         assert code == 2 and wrong in output and "Traceback" not in output

@@ -17,14 +17,19 @@ from sklearn.datasets import load_digits
 from gesso.data import crops, shapes_dataset
 from gesso.data.sources import decode
 from gesso.errors import RunError, UsageError
-from gesso.evaluation.metrics.functional import Moments, class_accuracy, frechet_distance, nearest_images
+from gesso.evaluation.feature_stats import Moments
+from gesso.evaluation.metrics.frechet import frechet_distance
+from gesso.evaluation.metrics.per_image import match_rates
 from gesso.evaluation.networks import toy_networks
+from gesso.evaluation.networks.base import SampleConditions
 from gesso.evaluation.networks.toy_networks import (
     DigitFeatures,
+    LabelMatch,
     ShapeFeatures,
     load_digit_features,
     load_shape_features,
 )
+from gesso.evaluation.toy_evaluation import nearest_images
 
 F64 = torch.float64
 PATH = resources.files("gesso.evaluation.networks").joinpath(toy_networks.DIGITS_FILE)
@@ -119,7 +124,7 @@ def test_frechet_of_fewer_samples_than_features():
 def test_frechet_is_symmetric_and_names_what_is_wrong():
     m, c1, c2 = normal(8, seed=1), covariance(8, 2), covariance(8, 3, rank=4)
     assert frechet_distance(m, c1, 2 * m, c2) == pytest.approx(frechet_distance(2 * m, c2, m, c1), abs=1e-9)
-    with pytest.raises(RunError, match="cov2 holds NaN"):
+    with pytest.raises(RunError, match="cov2 has NaN"):
         frechet_distance(m, c1, m, c2 * torch.nan)
     with pytest.raises(UsageError, match=r"\(8,\), \(8, 8\), \(7,\)"):
         frechet_distance(m, c1, m[:7], c2)
@@ -182,7 +187,7 @@ def test_moments_refuse_nan(value):
     moments = moments_of(normal(5, 3))
     x = normal(7, 3)
     x[2, 1] = x[4, 0] = value
-    with pytest.raises(RunError, match="2 of 7 feature vectors hold NaN or infinity"):
+    with pytest.raises(RunError, match="2 of 7 feature vectors have NaN or infinity"):
         moments.update(x)
     assert moments.n == 5
 
@@ -201,17 +206,21 @@ def test_moments_name_what_is_wrong():
 # Agreement and neighbours
 
 
-def test_class_agreement():
-    logits = torch.eye(4)
-    assert class_accuracy(logits, torch.arange(4)) == 1
-    assert class_accuracy(logits, torch.tensor([0, 1, 3, 2])) == 0.5
-    assert class_accuracy(logits, torch.tensor([1, 2, 3, 0])) == 0
-    with pytest.raises(UsageError, match="labels"):
-        class_accuracy(logits, torch.arange(3))
-    with pytest.raises(UsageError, match="N >= 1"):
-        class_accuracy(logits[:0], torch.arange(0))
-    with pytest.raises(RunError, match="1 of 4 images hold NaN"):
-        class_accuracy(logits.where(logits + torch.arange(4)[:, None] < 4, torch.nan), torch.arange(4))
+def test_rates_count_matches_among_claims():
+    results = torch.tensor([[1.0, -1, -1], [0, 1, -1], [1, -1, -1]])
+    assert match_rates(results, ("a", "b", "c")) == {"a": 2 / 3, "b": 1, "c": 0}
+
+
+def test_label_match_of_digits(digits):
+    images, labels = digits[0].expand(-1, 3, -1, -1), digits[1].tolist()
+    network = LabelMatch(load_digit_features())
+    matches = network.extract_features(images, SampleConditions(labels))
+    assert matches.shape == (1797, 1) and match_rates(matches, ("class_accuracy",))["class_accuracy"] >= 0.99
+    shifted = network.extract_features(images, SampleConditions([(label + 1) % 10 for label in labels]))
+    assert match_rates(shifted, ("class_accuracy",))["class_accuracy"] < 0.01
+    network.network.head.weight.data.fill_(torch.nan)
+    with pytest.raises(RunError, match="logits of 2 of 2 images are NaN"):
+        network.extract_features(images[:2], SampleConditions(labels[:2]))
 
 
 @settings(deadline=None)
@@ -269,7 +278,7 @@ def test_shipped_classifier_knows_the_digits(network, digits):
     actual, logits = network.classify(images)
     assert actual.shape == (1797, 64) and actual.dtype == logits.dtype == torch.float32
     assert not actual.requires_grad and not network.training
-    assert class_accuracy(logits, labels) >= 0.99
+    assert (logits.argmax(dim=1) == labels).double().mean() >= 0.99
 
 
 def test_features_do_not_depend_on_the_batch(network, digits):

@@ -28,7 +28,7 @@ from gesso.data.normalization import Normalizer
 from gesso.data.on_the_fly import OnTheFlyDataset
 from gesso.data.sources import open_source
 from gesso.errors import RunError, UsageError
-from gesso.evaluation import toy_evaluation
+from gesso.evaluation import runner
 from gesso.sampling import SampleArgs
 from gesso.training import loop
 from gesso.training.run_folder import open_dataset_for_run, start_training
@@ -419,7 +419,7 @@ def test_trains_on_latents_resumes_bit_equal_samples_and_evaluates(photos, vae, 
         tmp_path / "whole", done, SampleArgs(seeds="0-2", control={"crop": "0,0,1,.5"}), tmp_path / "made"
     )
     assert sizes_of(tmp_path / "made") == [(16, 16)] * 3
-    toy_evaluation.evaluate_run(tmp_path / "whole", done, lambda done, total: None)
+    runner.evaluate_run(tmp_path / "whole", done, lambda done, total: None)
     assert (tmp_path / "whole" / "samples" / "nearest.png").exists()
 
 

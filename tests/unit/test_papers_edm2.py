@@ -19,6 +19,8 @@ from gesso import config, ema, models, recipes
 from gesso.data.synthetic import with_synthetic_data
 from gesso.diffusion import denoiser, process
 from gesso.errors import UsageError
+from gesso.evaluation import results
+from gesso.evaluation.results import Evaluation
 from gesso.interop import edm2 as interop
 from gesso.models import flops
 from gesso.models.published import PUBLISHED_MODELS
@@ -144,9 +146,9 @@ def test_every_job_can_be_requested(name, scale):
                     "fd_digits": {"fd_digits"},
                     "fd_fashion": {"fd_fashion"},
                     "loss": {"loss"},
-                    "agreement": {"1-class_agreement"},
+                    "class_accuracy": {"1-class_accuracy"},
                     "fd_shapes": {"fd_shapes"},
-                    "drawn": {"1-all"},
+                    "shape_accuracy": {"1-all"},
                 }
                 assert measured <= set().union(*(scores[s] for s in run.eval.metrics))
 
@@ -346,7 +348,7 @@ def test_one_weight_alone_has_its_length(tmp_path, monkeypatch):
 
     def scores_of(work, tick):
         requested["average"], requested["run"] = work.ema_target, work.run
-        return {"scores": {"fd_digits": {"best": 1.0, "values": [2.0, 1.0]}}, "protocol": {"nimg": 1}}, []
+        return Evaluation({"nimg": 1}, {}, {"fd_digits": {"best": 1.0, "values": [2.0, 1.0], "mean": 1.5}})
 
     monkeypatch.setattr(measurements.runner, "evaluate_metrics", scores_of)
     trained = SimpleNamespace(folder=tmp_path, key="")
@@ -361,12 +363,12 @@ def test_one_weight_alone_has_its_length(tmp_path, monkeypatch):
 
 
 def test_another_average_is_another_score_and_is_not_recorded(tmp_path):
-    """With all weights at one length the score is that length's; scores.json has the run's own alone."""
+    """With all weights at one length the score is that length's; metrics.json has the run's own alone."""
     write_run(tmp_path, "digits-edm2")
     output = ("eval.metrics=fd_digits", "eval.num_samples=24", "sample.guidance=1")
     trained = SimpleNamespace(folder=tmp_path)
     plain = measurements.measure_metrics(job(*output, "sample.sigma_rel=0.05", trained=trained))
-    before = (tmp_path / "scores.json").read_text()
+    before = (tmp_path / "metrics.json").read_text()
     same = measurements.measure_tensors(
         job(*output, "sample.sigma_rel=0.05", "tensor=enc-64x64-conv=0.05", trained=trained)
     )
@@ -374,8 +376,8 @@ def test_another_average_is_another_score_and_is_not_recorded(tmp_path):
         job(*output, "sample.sigma_rel=0.05", "tensor=enc-64x64-conv=0.1", trained=trained)
     )
     assert same["values"] == plain["values"] != other["values"]
-    assert same["protocol"]["average"] == "sigma_rel 0.05, conv_in.weight sigma_rel 0.05"
-    assert (tmp_path / "scores.json").read_text() == before and len(json.loads(before)) == 1
+    assert same["protocol"]["ema_target"] == "sigma_rel 0.05, conv_in.weight sigma_rel 0.05"
+    assert (tmp_path / "metrics.json").read_text() == before and len(results.read_evaluations(tmp_path)) == 1
 
 
 # What training logged.

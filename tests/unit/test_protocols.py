@@ -94,9 +94,9 @@ def test_published_samplers_of_dit_mdt_and_sd3(tmp_path):
 
 def test_error_messages(folder):
     for name, output in (
-        ("sd3", "COCO's validation pictures with captions: name them by eval.reference"),
+        ("sd3", "COCO's validation images with captions: set eval.reference"),
         ("berada", "did you mean berrada"),
-        ("berrada-val", "the validation set: name them by eval.reference"),
+        ("berrada-val", "the validation set: set eval.reference"),
     ):
         with pytest.raises(UsageError, match=output):
             protocols.apply_protocol(folder, name, [])

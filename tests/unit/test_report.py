@@ -13,14 +13,27 @@ from typer.testing import CliRunner
 from gesso import config, report
 from gesso.cli import app
 from gesso.errors import UsageError
+from gesso.evaluation import results
 from gesso.report import figures, several
 from gesso.report import folder as folders
 from gesso.training.run_folder import open_dataset_for_run
 
-MEASURED = {"class_agreement": 0.9, "frechet_distance": 1.5, "frechet_distance_std": 0.1}
+MEASURED = {"class_accuracy": 0.9, "frechet_distance": 1.5, "frechet_distance_std": 0.1}
 
 
-def written(out: Path, lines: list[dict], metrics: dict | None = None, **settings) -> Path:
+def record(folder: Path, *evaluations: results.Evaluation) -> None:
+    """Write metrics.json with these evaluations only."""
+    (folder / "metrics.json").unlink(missing_ok=True)
+    for evaluation in evaluations:
+        results.record_evaluation(folder, evaluation)
+
+
+def toy_evaluation(steps: int, reference: dict[str, float]) -> results.Evaluation:
+    protocol = {"series": "guided", "toy_metrics": "digits", "guidance": 2.0, "steps": steps, "num_samples": 10}
+    return results.Evaluation(protocol, {}, results.single_values(MEASURED), reference)
+
+
+def written(out: Path, lines: list[dict], toy: results.Evaluation | None = None, **settings) -> Path:
     """A run folder as training leaves it, made up."""
     from rich.console import Console
 
@@ -28,8 +41,8 @@ def written(out: Path, lines: list[dict], metrics: dict | None = None, **setting
     out.mkdir(parents=True)
     config.save_config(run, out / "run.yaml")
     (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if metrics:
-        (out / "metrics.json").write_text(json.dumps(metrics))
+    if toy:
+        record(out, toy)
     (out / "samples").mkdir()
     for nimg in (1000, 2000, 3000, 4000, 5000):
         Image.new("L", (8, 8), nimg // 20).save(out / "samples" / f"nimg{nimg:012d}.png")
@@ -125,22 +138,17 @@ def test_a_log_of_an_older_run_and_one_without_lines(tmp_path):
 
 
 def test_comparison_of_runs(tmp_path):
-    protocol = {"steps": 20, "images": 10}
-    a = written(tmp_path / "a", log(), MEASURED | {"protocol": protocol, "floor": {"frechet_distance": 0.5}})
-    b = written(
-        tmp_path / "b",
-        log(2.0),
-        MEASURED | {"protocol": protocol | {"steps": 32}},
-        **{"optim.lr": 0.5, "train.seed": 3},
-    )
+    a = written(tmp_path / "a", log(), toy_evaluation(20, {"frechet_distance": 0.5}))
+    b = written(tmp_path / "b", log(2.0), toy_evaluation(32, {}), **{"optim.lr": 0.5, "train.seed": 3})
     actual = checked(report.write([a, b], tmp_path / "page.html"))
     assert actual.headings == ["Scores", "Samples", "Training", "Magnitudes", "Speed", "Settings that differ"]
     page = (tmp_path / "page.html").read_text()
     cells = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", page)
     assert ("optim.lr", "0.002", "0.5") in cells and ("train.seed", "0", "3") in cells
-    assert ("frechet distance", "1.5 \u00b1 0.1", "1.5 \u00b1 0.1") in cells
-    assert ("floor frechet distance", "0.5", "\u2013") in cells and ("steps", "20", "32") in cells
-    assert not [row for row in cells if row[0] in ("net.hidden_size", "images")]
+    assert ("Frechet distance, guidance 2", "1.5 \u00b1 0.1", "1.5 \u00b1 0.1") in cells
+    assert ("class accuracy, guidance 2", "90.0%", "90.0%") in cells
+    assert ("Frechet distance, training images", "0.5", "\u2013") in cells and ("steps", "20", "32") in cells
+    assert not [row for row in cells if row[0] in ("net.hidden_size", "num_samples")]
     assert page.count("data:image/png") == 2
 
 
@@ -195,37 +203,33 @@ def test_no_figure_without_matplotlib(tmp_path, monkeypatch):
         report.write(out)
 
 
-def measurement(fid: float, name: str = "berrada", **protocol) -> dict:
-    recorded = {
+def measurement(fid: float, name: str = "berrada", **protocol) -> results.Evaluation:
+    base = {
         "name": name,
-        "images": 50_000,
-        "repeats": 1,
+        "num_samples": 50_000,
+        "num_repeats": 1,
         "steps": 250,
         "nimg": 4000,
         "sigma_rel": 0.05,
         "labels": None,
         "networks": {"inception": "x"},
     }
-    return {"scores": {"fid": {"values": [fid], "best": fid, "mean": fid}}, "protocol": recorded | protocol}
+    return results.Evaluation(base | protocol, {}, results.single_values({"fid": fid}))
 
 
 def test_one_table_per_protocol(tmp_path):
     a, b = written(tmp_path / "a", log()), written(tmp_path / "b", log())
-    least = measurement(2.5, "edm2", repeats=3)
-    (a / "scores.json").write_text(json.dumps({"1": measurement(7.25), "2": least}))
-    (b / "scores.json").write_text(
-        json.dumps({"1": measurement(6.75, nimg=9000, sigma_rel=0.1), "2": measurement(8.5, steps=50)})
-    )
+    least = measurement(2.5, "edm2", num_repeats=3)
+    record(a, measurement(7.25), least)
+    record(b, measurement(6.75, nimg=9000, sigma_rel=0.1), measurement(8.5, steps=50))
     one = checked(report.write([a], None))
     assert "Measured" in one.headings and {"7.25", "2.5", "best of 3", "berrada: 50,000 samples, image 4,000"} <= set(
         one.text
     )
     lossy = {"loss": 0.5, **{f"loss_{10 * i}_{10 * i + 10}": i + 0.125 for i in range(10)}}
-    recorded = {"networks": {}, "loss_pairs": 700, "sigma_rel": 0.1, "name": None}
-    pairs = measurement(0, **recorded) | {
-        "scores": {name: {"values": [v], "least": v, "mean": v} for name, v in lossy.items()}
-    }
-    (a / "scores.json").write_text(json.dumps({"1": measurement(7.25), "2": least, "3": pairs}))
+    other = {"networks": {}, "validation_pairs": 700, "sigma_rel": 0.1, "name": None}
+    pairs = measurement(0, **other)._replace(metrics=results.single_values(lossy))
+    record(a, measurement(7.25), least, pairs)
     text = " ".join(checked(report.write([a], None)).text)
     assert (
         "berrada: 50,000 samples, image 4,000, sigma_rel 0.05" in text
@@ -238,7 +242,6 @@ def test_one_table_per_protocol(tmp_path):
     assert "7.25 6.75" in text and both.text.count("berrada: 50,000 samples") == 2 and "8.5" in both.text
     assert both.text.count("edm2: 50,000 samples") == 1
     # Several lengths of one run are told apart.
-    lengths = {str(s): measurement(10 * s, sigma_rel=s) for s in (0.05, 0.2)}
-    (a / "scores.json").write_text(json.dumps(lengths))
+    record(a, *(measurement(10 * s, sigma_rel=s) for s in (0.05, 0.2)))
     text = " ".join(checked(report.write([a, b], tmp_path / "both.html")).text)
     assert "sigma_rel 0.05" in text and "sigma_rel 0.2" in text and " 0.5 " in text and " 2 " in text

@@ -24,7 +24,7 @@ from gesso.data.sources import open_source
 from gesso.diffusion import process
 from gesso.errors import UsageError
 from gesso.evaluation import runner
-from gesso.evaluation.image_source import open_image_set
+from gesso.evaluation.image_sets import open_image_set
 from gesso.recipes import data_requirements
 from gesso.training.run_folder import _apply_dataset_settings
 

@@ -1,17 +1,19 @@
-"""Public weight files of feature networks: where they come from, and whether a file is the one that numbers are named after."""
+"""Public weight files of feature networks: their addresses, downloads and checksums."""
 
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from gesso.errors import RunError, UsageError
 
+Network = TypeVar("Network", bound=torch.nn.Module)
+
 
 class WeightFile(NamedTuple):
-    """A file that its publishers never change. sha256: of its content, or the first digits of it where no more is published."""
+    """A public file. sha256: hash of its content, or the first digits of it if no more are published."""
 
     name: str
     url: str
@@ -32,7 +34,7 @@ INCEPTION_FILES = {
         "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
     ),
 }
-"""by whose implementation it is; the first two read one file and resize differently, the third is a TorchScript"""
+"""Inception by implementation: the first two share a file and resize differently, the third is a TorchScript."""
 ALEXNET = WeightFile(
     "alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "7be5be79"
 )  # fmt: skip
@@ -47,54 +49,55 @@ LPIPS_VGG = WeightFile(
 
 
 def local_path(file: WeightFile, weights_dir: Path | None = None) -> Path:
-    """Where a file is, or would be: in `folder`; where none is said, in torch's own cache."""
+    """Return the path of a file in a folder, by default PyTorch's cache; it may not exist."""
     return (weights_dir or Path(torch.hub.get_dir()) / "checkpoints") / file.name
 
 
 def verified_path(file: WeightFile, weights_dir: Path | None = None) -> Path:
-    """A public file in `folder`; where none is said, in torch's own cache, fetched once.
+    """Return the path of a file in a folder; by default in PyTorch's cache, to which it is downloaded once.
 
-    Raises UsageError that says which file, from where and where to put it when it is missing, RunError when it is not the
-    public one.
+    Raises:
+        UsageError: The file is missing; the error has its address.
+        RunError: The file has another content.
     """
     path = local_path(file, weights_dir)
     if not path.is_file():
         _download(file, path, allow_download=weights_dir is None)
-    if not (found := hashlib.sha256(path.read_bytes()).hexdigest()).startswith(file.sha256):
+    if not (actual := hashlib.sha256(path.read_bytes()).hexdigest()).startswith(file.sha256):
         raise RunError(
-            f"{path} is not the file that numbers are named after: its sha256 is {found[:16]}..., that of {file.url} "
-            f"begins with {file.sha256[:16]}; remove it"
+            f"{path} is not the public file: its sha256 is {actual[:16]}..., that of {file.url} begins with "
+            f"{file.sha256[:16]}; delete the file"
         )
     return path
 
 
 def load_tensors(file: WeightFile, weights_dir: Path | None = None) -> dict[str, Tensor]:
-    """Its named tensors. Raises as `checked`, and RunError when it is damaged."""
+    """Return the tensors of a file by name. Raises as `verified_path`, and RunError if the file is damaged."""
     path = verified_path(file, weights_dir)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the unpickler finds
+    except Exception as error:  # the unpickler raises many types
         raise RunError(f"{path} cannot be read: {type(error).__name__}") from None
 
 
 def _download(file: WeightFile, path: Path, allow_download: bool) -> None:
-    why = "it is not there"
+    reason = "it is missing"
     if allow_download:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(file.url, str(path), hash_prefix=file.sha256, progress=False)
             return
-        except Exception as error:  # of the network, of the disk, of another content
-            why = f"it could not be fetched ({type(error).__name__})"
-    raise UsageError(f"this needs {file.name}, and {why}: download {file.url}\nto {path}")
+        except Exception as error:  # network, disk or checksum
+            reason = f"the download failed ({type(error).__name__})"
+    raise UsageError(f"this needs {file.name}, but {reason}: download {file.url}\nto {path}")
 
 
-def load_into(network: torch.nn.Module, tensors: dict[str, Tensor], label: str) -> torch.nn.Module:
-    """`network` with these tensors, frozen. Raises RunError that names what is missing or of another shape."""
-    own = network.state_dict()
-    missing = sorted(own.keys() - tensors.keys())
-    other = sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape)
-    if missing or other:
-        raise RunError(f"{label} does not hold this network: it lacks {missing[:3]}, of another shape are {other[:3]}")
-    network.load_state_dict({name: tensors[name].float() for name in own})
+def load_into(network: Network, tensors: dict[str, Tensor], label: str) -> Network:
+    """Return a network with these tensors, frozen. Raises RunError for a missing tensor or another shape."""
+    state = network.state_dict()
+    missing = sorted(state.keys() - tensors.keys())
+    mismatched = sorted(k for k in state.keys() & tensors.keys() if state[k].shape != tensors[k].shape)
+    if missing or mismatched:
+        raise RunError(f"{label} is not a file of this network: missing {missing[:3]}, other shapes {mismatched[:3]}")
+    network.load_state_dict({name: tensors[name].float() for name in state})
     return network.eval().requires_grad_(False)

@@ -4,11 +4,15 @@ from collections.abc import Mapping
 
 from gesso.reproduce.schema import ColumnGroup, Measurement, Method, Settings, Training
 
-DIGITS = ("eval.metrics=fd_digits,agreement", "eval.num_samples=1000")
+DIGITS = ("eval.metrics=fd_digits,class_accuracy", "eval.num_samples=1000")
 DIGITS_DIVERSITY = ("eval.metrics=digits_feature_distance", "eval.diversity_prompts=300")
-SHAPES = ("eval.metrics=fd_shapes,drawn", "eval.num_samples=500", "sample.guidance_base_resolution=null")
+SHAPES = ("eval.metrics=fd_shapes,shape_accuracy", "eval.num_samples=500", "sample.guidance_base_resolution=null")
 SHAPES_FD = ("eval.metrics=fd_shapes", "eval.num_samples=500")
-SHAPES_SMALL = ("eval.metrics=fd_shapes,drawn", "eval.num_samples=5000", "sample.guidance_base_resolution=null")
+SHAPES_SMALL = (
+    "eval.metrics=fd_shapes,shape_accuracy",
+    "eval.num_samples=5000",
+    "sample.guidance_base_resolution=null",
+)
 UNGUIDED = ("sample.guidance=1", "sample.control_guidance=1")
 
 # Digits of which every second was shrunk to 4x4, with the size as control.

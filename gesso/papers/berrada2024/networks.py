@@ -88,7 +88,7 @@ def table_1() -> Table:
         rows=tuple(Row(what, published_1(net)) for net, what in row.items()),
         scales={
             "tiny": Scale(
-                (column_group({first: "fd_digits"}, of(classes), unguided), column_group({fid: "fd_digits", clip: "class_agreement"}, of(words), unguided)),
+                (column_group({first: "fd_digits"}, of(classes), unguided), column_group({fid: "fd_digits", clip: "class_accuracy"}, of(words), unguided)),
                 "4 minutes", "Digits by class and by word, unguided: guidance narrows their classes. CLIP: the share read as what they were to be.",
             ),
             "small": Scale(
@@ -183,7 +183,7 @@ def table_a4() -> Table:
         rows=tuple(Row(row, text_published(name)) for row, name in rows.items()),
         scales={
             "tiny": Scale(
-                (column_group({columns[0]: "fd_digits", columns[1]: "class_agreement"}, digits, DIGITS),),
+                (column_group({columns[0]: "fd_digits", columns[1]: "class_accuracy"}, digits, DIGITS),),
                 "2 minutes", "Coarse digits by word, each recipe with its own process and guidance. CLIP: the share read as what they were to be.",
             ),
             "paper": Scale(text_parts(rows), "two weeks on 16 A100"),

@@ -35,7 +35,7 @@ def paper_training(*said: str) -> Training:
 
 
 def table_3() -> Table:
-    digits, drawn = {"FID": "fd_digits", "CLIP": "class_agreement"}, {"FID": "fd_shapes", "CLIP": "place"}
+    digits, drawn = {"FID": "fd_digits", "CLIP": "class_accuracy"}, {"FID": "fd_shapes", "CLIP": "place"}
     read = "Digits by word, captions of 1, 3 and 6 words in 16 tokens, unguided. CLIP: the share read as what they were to be."
     stand = "Shapes by caption. CLIP: the share whose shapes stand where the caption says."
     best = "noisy, 0.02"

@@ -69,7 +69,7 @@ def table_4a() -> Table:
         rows=tuple(Row(row, dict(zip(("FID", "CLIP"), numbers, strict=False))) for row, numbers in TABLE_4A.items()),
         scales={
             "tiny": Scale(
-                (column_group({"FID": "fd_digits", "CLIP": "class_agreement"}, tiny, (*DIGITS, *UNGUIDED)),), "1 to 3 minutes",
+                (column_group({"FID": "fd_digits", "CLIP": "class_accuracy"}, tiny, (*DIGITS, *UNGUIDED)),), "1 to 3 minutes",
                 "100k digits by class, then digits by word; a third of the paper's steps are thousands of images. CLIP: the share read as said.",
             ),
             "small": Scale(
@@ -122,7 +122,7 @@ def table_4b() -> Table:
         rows=tuple(Row(row, dict(zip((before, fid, clip), numbers, strict=False))) for row, numbers in published.items()),
         scales={
             "tiny": Scale(
-                (column_group({before: "fd_digits"}, tiny, unguided), column_group({fid: "fd_digits", clip: "class_agreement"}, tiny_text, unguided)),
+                (column_group({before: "fd_digits"}, tiny, unguided), column_group({fid: "fd_digits", clip: "class_accuracy"}, tiny_text, unguided)),
                 "2 minutes",
                 "40k and 60k digits by class, then 30k and 10k by word. CLIP: the share read as said.",
             ),

@@ -170,7 +170,7 @@ def ladder_setup(
 
 
 TINY = ladder_setup(
-    ladder_configs("digits-edm2", DIGITS_LADDER, LADDER_STEPS), CHANNELS, "fd_digits", "1-class_agreement", DIGITS
+    ladder_configs("digits-edm2", DIGITS_LADDER, LADDER_STEPS), CHANNELS, "fd_digits", "1-class_accuracy", DIGITS
 )
 SMALL = ladder_setup(
     ladder_configs("shapes-class", SMALL_LADDER, SMALL_STEPS), SMALL_CHANNELS, "fd_shapes", "1-all", SHAPES_SMALL

@@ -72,7 +72,7 @@ def table_equal() -> Table:
         costs = {"Mparams": "params", "Gflops": "gmacs", "Training, Zflops": "training"}
         return ColumnGroup(costs, {row: Measurement(t) for row, t in trainings.items()}, method="counts")
 
-    fashion_samples = ("eval.metrics=fd_fashion,agreement", "eval.num_samples=2000")
+    fashion_samples = ("eval.metrics=fd_fashion,class_accuracy", "eval.num_samples=2000")
     return Table(
         name="gesso/equal",
         title="A magnitude-preserving transformer compared with others, at equal compute",
@@ -81,7 +81,7 @@ def table_equal() -> Table:
         rows=tuple(Row(row) for row in RECIPES),
         scales={
             "tiny": Scale((*metric_groups(tiny, {"held-out loss": "loss"}, ("eval.metrics=loss",), FASHION_SIGMA_RELS),
-                           *metric_groups(tiny, {"FD": "fd_fashion", "errors": "1-class_agreement"}, fashion_samples, (0.1,)), count_group(tiny)), "4 minutes",
+                           *metric_groups(tiny, {"FD": "fd_fashion", "errors": "1-class_accuracy"}, fashion_samples, (0.1,)), count_group(tiny)), "4 minutes",
                           "Fashion-MNIST; held-out loss on 10,000 test images; FD is the Frechet distance in features of a classifier of clothes, "
                           "errors the share of samples that it does not assign to their class. EDM2's U-Net costs 12 times as much per image there."),
             "small": Scale((*metric_groups(small, {"FD": "fd_shapes", "errors": "1-all"}, SHAPES_SMALL, TINY_LENGTHS[1:]), count_group(small)), "an hour",
@@ -112,7 +112,7 @@ FIXED = 0.1
 
 
 def table_both() -> Table:
-    columns = {"FID": "fd_digits", "errors": "1-class_agreement"}
+    columns = {"FID": "fd_digits", "errors": "1-class_accuracy"}
     trained = {row: Training("digits", (*MIXED_RESOLUTION, *said)) for row, said in BOTH.items()}
     afterwards = ("post-hoc EMA", "all")
     fixed = {row: Measurement(t, at_ema(FIXED)) for row, t in trained.items() if row not in afterwards}
