@@ -7,9 +7,9 @@ from typing import get_args
 
 import pytest
 import torch
+from helpers.encoders import write_full_clip
+from helpers.feature_weights import inception_state, lpips_states, write_weights
 from helpers.run_factory import write_run
-from test_encoders import write_full_clip
-from test_feature_networks import public_inception, public_lpips, stored
 
 from gesso import atomic_io, build_conditions, config, ema, sampling, snapshot
 from gesso.config.run import MetricName
@@ -264,8 +264,8 @@ def test_diversity_under_other_sizes(tmp_path, monkeypatch):
     monkeypatch.setitem(run_sampler.DIVERSITY_SIZES, "lpips", (8, 16, 32, 64, 1024))
     folder, sizes = tmp_path / "run", run_sampler.DIVERSITY_SIZES["lpips"]
     write_run(folder, "shapes-class", **{"control.variables": "size", "control.schedule": "uniform"})
-    trunk, heads = public_lpips("alex")
-    files = stored(trunk, tmp_path, "trunk.pth"), stored(heads, tmp_path, "heads.pth")
+    trunk, heads = lpips_states("alex")
+    files = write_weights(trunk, tmp_path, "trunk.pth"), write_weights(heads, tmp_path, "heads.pth")
     network = lpips.load_lpips("alex", tmp_path, weight_files=files)
     monkeypatch.setattr(image_sets.lpips, "load_lpips", lambda *where: network)
     run = recorded_run(folder, "eval.metrics=lpips", "eval.diversity_prompts=3", "sample.steps=2", "sample.guidance=1")
@@ -458,7 +458,7 @@ def test_every_metric_can_be_requested():
 
 def test_several_scores_of_one_drawing(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(
-        downloads.INCEPTION_FILES, "torch-fidelity", stored(public_inception(), tmp_path, "inception.pth")
+        downloads.INCEPTION_FILES, "torch-fidelity", write_weights(inception_state(), tmp_path, "inception.pth")
     )
     settings = ("eval.metrics=[fid,is,fd_digits]", f"eval.weights_dir={tmp_path}", "eval.num_samples=12")
     reference = tmp_path / "real"
