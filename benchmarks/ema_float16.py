@@ -2,9 +2,10 @@
 
     python benchmarks/ema_float16.py            # a minute on a CPU
 
-The weights are a random walk whose steps shrink as an inverse square root, as in training. EMAs of sigma_rel .05 and .10
-are tracked over 20,000 steps with 40 snapshots, from which lengths of .02, .075 and .2 are reconstructed. Errors are the
-root mean square of the difference from EMAs in float64, relative to the distance between the EMA and the weights.
+The weights are a random walk whose steps shrink as an inverse square root, as in training. EMAs of sigma_rel .05 and
+.10 are tracked over 20,000 steps with 40 snapshots, from which lengths of .02, .075 and .2 are reconstructed. Errors
+are the root mean square of the difference from EMAs in float64, relative to the distance between the EMA and the
+weights.
 """
 
 import torch

@@ -3,8 +3,8 @@
     python benchmarks/memory.py
 
 Weights, gradients, Adam's moments and tracked EMAs are arithmetic (gesso/training/estimate.py). Activations are the
-tensors saved for backward, counted by torch on fake tensors under bfloat16 autocast. Buffers of GPU libraries and of the
-allocator come on top; `gesso train RECIPE --estimate` measures them.
+tensors saved for backward, counted by torch on fake tensors under bfloat16 autocast. Buffers of GPU libraries and of
+the allocator come on top; `gesso train RECIPE --estimate` measures them.
 """
 
 from functools import partial

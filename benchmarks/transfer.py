@@ -1,13 +1,13 @@
-"""Measure each improvement of transfer to a higher resolution on drawn shapes (Berrada et al. 2024, Section 2.2, Figure 8).
+"""Measure each improvement of transfer to a higher resolution on shapes (Berrada et al. 2024, Section 2.2, Figure 8).
 
     python benchmarks/transfer.py [--before 20000] [--after 5000] [--seeds 1] [--out runs/figure8]
 
-A network is trained at 16 pixels for `before` images, then at 32 pixels for `after` images, with one improvement off at a
-time. The table has the loss of the EMA of sigma_rel .1 on held-out images at fixed noise, over images seen at 32 pixels; 0
-is the network before any step at 32 pixels. The loss has its native weight and two sets of noise levels, the same for all
-rows: `rescaled` are those of the rescaled noise distribution, `original` those of 16 pixels. A row with
-init.noise_levels=keep was trained on `original`, the others on `rescaled`; compare each in the column it was trained on.
-The noise of the recipe is tuned at 32 pixels, so that training at 16 has process.resolution_scale=0.5.
+A network is trained at 16 pixels for `before` images, then at 32 pixels for `after` images, with one improvement off
+at a time. The table has the loss of the EMA of sigma_rel .1 on held-out images at fixed noise, over images seen at 32
+pixels; 0 is the network before any step at 32 pixels. The loss has its native weight and two sets of noise levels,
+the same for all rows: `rescaled` are those of the rescaled noise distribution, `original` those of 16 pixels. A row
+with init.noise_levels=keep was trained on `original`, the others on `rescaled`; compare each in the column it was
+trained on. The noise of the recipe is tuned at 32 pixels, so that training at 16 has process.resolution_scale=0.5.
 """
 
 import argparse
