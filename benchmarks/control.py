@@ -1,14 +1,16 @@
-"""Control conditioning on the digits, of which every second was shrunk to 4x4: Table 2a and Figure 7 in small.
+"""Measure control conditioning on digits, every second of which was shrunk to 4x4 (Table 2a and Figure 7).
 
-    for a in 1 2 4 8; do gesso train digits --out runs/cos$a data.source=digits-mixed-resolution control.variables=size control.alpha=$a; done
+    for a in 1 2 4 8; do
+        gesso train digits --out runs/cos$a data.source=digits-mixed-resolution control.variables=size control.alpha=$a
+    done
     python benchmarks/control.py size runs/cos1 runs/cos2 runs/cos4 runs/cos8
-    python benchmarks/control.py strength runs/cos8 runs/cos8-s1 runs/cos8-s2 [--out docs/images/control.png]
+    python benchmarks/control.py guidance runs/cos8 runs/cos8-s1 runs/cos8-s2 [--out docs/images/control.png]
 
-size: the same seeds and classes told size 4x4 and 8x8. `content` is the distance of the two images shrunk to 4x4,
-where they should agree, `features` that of the classifier's features; both in units of the distance between two
-samples of one class. `detail` is what the size should change: the rms of image minus its 4x4 version told 8x8 over
-that told 4x4 (in the data: 8x8 over 4x4 originals). Quality is measured with sizes drawn from training.
-strength: Frechet distance and class agreement over control guidance beta, several seeds, guidance as in the run.
+size: samples of the same seeds and classes, conditioned on size 4x4 and on 8x8. `content` is the distance between the
+two images after shrinking to 4x4, where they should agree, `features` the distance between their classifier features;
+both in units of the distance between two samples of one class. `detail` is what the size should change: the rms of
+image minus its 4x4 version at 8x8, divided by the same at 4x4. Quality uses sizes sampled from the training data.
+guidance: Frechet distance and class accuracy over control guidance beta for several seeds, guidance as in the run.
 """
 
 import argparse
@@ -26,71 +28,76 @@ from gesso.evaluation.metrics.frechet import frechet_distance
 from gesso.evaluation.networks import toy_networks
 
 BETAS = (0.0, 0.5, 0.75, 1.0, 1.25, 1.375, 1.5, 2.0, 3.0)
-COUNT = 898
+NUM_SAMPLES = 898
 
 
-class Tested:
-    """A finished run, its denoiser, and the images it learned."""
+class TrainedRun:
+    """A finished run, its denoiser and its training images."""
 
     def __init__(self, folder: Path):
         self.run = config.load_config(folder / "run.yaml")
         weights, _, _, _ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(self.run.sample)])
-        self.denoiser, self.rows = (
-            snapshot.denoiser_from_weights(weights[0], self.run),
-            snapshot.load_control_rows(folder),
-        )
+        self.denoiser = snapshot.denoiser_from_weights(weights[0], self.run)
+        self.control_rows = snapshot.load_control_rows(folder)
         self.network, self.images = toy_networks.load_digit_features(), open_dataset(self.run.data)
 
-    def made(self, count: int = COUNT, first: int = 0, sample: dict | None = None, **control: str) -> Tensor:
-        run = self.run.model_copy(update={"sample": self.run.sample.model_copy(update=sample or {})})
-        seeds, labels = range(first, first + count), [i % 10 for i in range(count)]
-        cond, _ = build_conditions.build_cond(run, seeds, self.rows, labels, None, control)
+    def sample(self, first_seed: int = 0, sample_settings: dict | None = None, **control: str) -> Tensor:
+        """Return NUM_SAMPLES images of all classes in turn, uint8 (N, 1, 8, 8)."""
+        run = self.run.model_copy(update={"sample": self.run.sample.model_copy(update=sample_settings or {})})
+        seeds, labels = range(first_seed, first_seed + NUM_SAMPLES), [i % 10 for i in range(NUM_SAMPLES)]
+        cond, _ = build_conditions.build_cond(run, seeds, self.control_rows, labels, None, control)
         return torch.cat(list(sampling.generate(self.denoiser, run, seeds, cond)))
 
-    def quality(self, made: Tensor) -> dict[str, float]:
-        """Frechet distance to a random half of the data, and class agreement."""
-        half = rng.random_bits(0, torch.arange(len(self.images)), "half", 1)[:, 0].argsort(stable=True)[:COUNT]
+    def quality(self, images: Tensor) -> dict[str, float]:
+        """Return the Frechet distance to a random half of the data, and the class accuracy."""
+        half = rng.random_bits(0, torch.arange(len(self.images)), "half", 1)[:, 0].argsort(stable=True)[:NUM_SAMPLES]
         real, fake = Moments(), Moments()
         real.update(self.network.classify(self.images.pixels[half])[0])
-        found, logits = self.network.classify(made)
-        fake.update(found)
-        agreement = float((logits.argmax(dim=1) == torch.arange(len(made)) % 10).double().mean())
+        features, logits = self.network.classify(images)
+        fake.update(features)
         return {
             "frechet": frechet_distance(fake.mean, fake.cov, real.mean, real.cov),
-            "agreement": agreement,
+            "class_accuracy": float((logits.argmax(dim=1) == torch.arange(len(images)) % 10).double().mean()),
         }
 
 
-def coarse(images: Tensor) -> Tensor:
+def downsample(images: Tensor) -> Tensor:
+    """Shrink images by 2."""
     return F.avg_pool2d(images.double(), 2)
 
 
-def detail(images: Tensor) -> float:
-    """rms of what shrinking to 4x4 and back takes away."""
-    back = F.interpolate(coarse(images), scale_factor=2, mode="bilinear")
-    return float((images.double() - back).square().mean().sqrt())
+def detail_rms(images: Tensor) -> float:
+    """Return the rms of the detail that is lost by shrinking to 4x4 and back."""
+    upsampled = F.interpolate(downsample(images), scale_factor=2, mode="bilinear")
+    return float((images.double() - upsampled).square().mean().sqrt())
 
 
-def size(folder: Path) -> dict[str, float]:
-    tested = Tested(folder)
-    small, large = tested.made(size_conditioning="4x4"), tested.made(size_conditioning="8x8")
-    other = tested.made(first=COUNT + 2, size_conditioning="8x8")  # the same classes, other seeds
-    apart = {}
-    for name, of in (
-        ("content", lambda x: coarse(x).flatten(1)),
-        ("features", lambda x: tested.network.classify(x)[0]),
+def size_disentanglement(folder: Path) -> dict[str, float]:
+    """Return what the size changes in samples of the same seeds: content, features, detail; and the quality."""
+    trained = TrainedRun(folder)
+    small, large = trained.sample(size_conditioning="4x4"), trained.sample(size_conditioning="8x8")
+    # The same classes with other seeds.
+    unrelated = trained.sample(first_seed=NUM_SAMPLES + 2, size_conditioning="8x8")
+    metrics = {}
+    for name, embed in (
+        ("content", lambda x: downsample(x).flatten(1)),
+        ("features", lambda x: trained.network.classify(x)[0]),
     ):
-        distance = [(of(large) - of(x)).norm(dim=1).mean() for x in (small, other)]
-        apart[name] = float(distance[0] / distance[1])
-    return apart | {"detail": detail(large) / detail(small)} | tested.quality(tested.made())
+        distance = [(embed(large) - embed(x)).norm(dim=1).mean() for x in (small, unrelated)]
+        metrics[name] = float(distance[0] / distance[1])
+    return metrics | {"detail": detail_rms(large) / detail_rms(small)} | trained.quality(trained.sample())
 
 
-def strength(folder: Path) -> list[dict[str, float]]:
-    tested = Tested(folder)
-    return [{"beta": b} | tested.quality(tested.made(sample={"control_guidance": b})) for b in BETAS]
+def guidance_sweep(folder: Path) -> list[dict[str, float]]:
+    """Return the quality at every control guidance of BETAS."""
+    trained = TrainedRun(folder)
+    return [
+        {"beta": beta} | trained.quality(trained.sample(sample_settings={"control_guidance": beta})) for beta in BETAS
+    ]
 
 
 def plot(results: dict[str, list[dict[str, float]]], out: Path) -> None:
+    """Plot the Frechet distance over control guidance, mean and standard deviation over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -98,26 +105,27 @@ def plot(results: dict[str, list[dict[str, float]]], out: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(5, 3.2))
     values = torch.tensor([[row["frechet"] for row in rows] for rows in results.values()])
-    axes.errorbar(
-        BETAS, values.mean(0), values.std(0) if len(values) > 1 else None, marker="o", capsize=3, color="#333"
-    )
+    std = values.std(0) if len(values) > 1 else None
+    axes.errorbar(BETAS, values.mean(0), std, marker="o", capsize=3, color="#333")
     axes.set(xlabel="control guidance beta", ylabel="Frechet distance", title=f"{len(values)} seeds")
     figure.tight_layout()
     figure.savefig(out, dpi=150)
 
 
 def main() -> None:
+    """Print the measurements of every run as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["size", "strength"])
+    measurements = {"size": size_disentanglement, "guidance": guidance_sweep}
+    parser.add_argument("measurement", choices=list(measurements))
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    args = parser.parse_args()
     results = {}
-    for folder in options.runs:
-        results[folder.name] = size(folder) if options.what == "size" else strength(folder)
+    for folder in args.runs:
+        results[folder.name] = measurements[args.measurement](folder)
         print(folder.name, json.dumps(results[folder.name]), flush=True)
-    if options.out and options.what == "strength":
-        plot(results, options.out)
+    if args.out and args.measurement == "guidance":
+        plot(results, args.out)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Our networks against their peers, interleaved in one process: ratios of medians.
+"""Compare the speed of networks with other implementations, as ratios of medians, interleaved in one process.
 
     python benchmarks/networks.py [--cases dit pixart mmdit unet edm2] [--sample] [--compile] [--batch 4] [--rounds 9]
-                                  [--device cuda] [--dtype bfloat16] [--out benchmarks/networks_cpu-2-cores_2026-11-21.json]
+                                  [--device cuda] [--dtype bfloat16] [--out FILE.json]
 
-A training step is forward, backward and optimizer step at equal widths, depths and numerics; with --sample it
-is the forward pass of a network ready for sampling. `floor` is the time of its matrix products, convolutions
-and attention alone, recorded and replayed on random tensors. The peers are diffusers' classes (extra `vae`) and,
-for EDM2, the tests' reference, which normalizes its weights in forward. Absolute times depend on the machine;
-the ratios are what is reported.
+A training step is forward, backward and optimizer step at equal widths, depths and numerics; with --sample, the forward
+pass of a network prepared for sampling is timed instead. `floor` is the time of its matrix products, convolutions and
+attention alone, recorded and replayed. The peers are diffusers' classes (extra `vae`) and, for EDM2, the reference of
+the tests, which normalizes its weights in forward. Absolute times depend on the machine; compare ratios only.
 """
 
 import argparse
@@ -30,11 +29,11 @@ from gesso.conditioning import Cond
 from gesso.config import InputSpec
 from gesso.models import mp
 
-HEAVY = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+MATMUL_OPS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 
 
-class Record(TorchDispatchMode):
-    """Remember every matrix product, convolution and attention with its arguments' shapes."""
+class RecordCalls(TorchDispatchMode):
+    """Record every matrix product, convolution and attention with its arguments."""
 
     def __init__(self):
         super().__init__()
@@ -42,20 +41,20 @@ class Record(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in HEAVY or name.startswith("_scaled_dot_product"):
+        if name in MATMUL_OPS or name.startswith("_scaled_dot_product"):
             self.calls.append((func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 class Candidate(NamedTuple):
-    """A network, its forward pass, and what its training step does after the optimizer."""
+    """A network, its forward pass, and a function that its training step calls after the optimizer."""
 
     net: nn.Module
     forward: Callable[[], Tensor]
-    after: Callable[[], None] = lambda: None
+    after_step: Callable[[], None] = lambda: None
 
-    def step(self, dtype: torch.dtype) -> Callable[[], None]:
-        """One training step: forward, backward, fused Adam, and what the network needs after it."""
+    def training_step(self, dtype: torch.dtype) -> Callable[[], None]:
+        """Return a training step: forward, backward, fused Adam and after_step."""
         optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-6, fused=True)
         device = next(self.net.parameters()).device.type
 
@@ -65,12 +64,12 @@ class Candidate(NamedTuple):
                 loss = self.forward().float().square().mean()
             loss.backward()
             optimizer.step()
-            self.after()
+            self.after_step()
 
         return step
 
-    def pass_(self, dtype: torch.dtype) -> Callable[[], None]:
-        """One forward pass for sampling."""
+    def sampling_step(self, dtype: torch.dtype) -> Callable[[], None]:
+        """Return a forward pass for sampling."""
         self.net.eval().requires_grad_(False)
         device = next(self.net.parameters()).device.type
 
@@ -81,10 +80,10 @@ class Candidate(NamedTuple):
         return forward
 
 
-def floor_of(step: Callable[[], None]) -> Callable[[], None]:
-    """The heavy calls of one step, to be replayed without anything between them."""
-    with Record() as record:
-        step()
+def replay_matmuls(run_step: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that repeats only the matrix products, convolutions and attention of a step."""
+    with RecordCalls() as record:
+        run_step()
     calls = [(f, [a.detach() if isinstance(a, Tensor) else a for a in args], kw) for f, args, kw in record.calls]
 
     def replay() -> None:
@@ -96,7 +95,7 @@ def floor_of(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def gesso_candidate(cfg, inputs: InputSpec, x: Tensor, cond: Cond, options: argparse.Namespace) -> Candidate:
-    """Our network, with projection onto the sphere where it has one; for sampling its constants are folded."""
+    """Return the network of gesso, with weight normalization where it has one; for sampling, constants are folded."""
     net = models.build_network(cfg, inputs).to(x.device)
     sphere = mp.sphere_weights(net)
     if options.sample:
@@ -104,20 +103,22 @@ def gesso_candidate(cfg, inputs: InputSpec, x: Tensor, cond: Cond, options: argp
     forward = torch.compile(net) if options.compile else net
     progress = torch.rand(len(x), device=x.device)
 
-    def after() -> None:
+    def after_step() -> None:
         if sphere:
             mp.project_gradients(sphere)
             mp.normalize_weights_(sphere)
 
-    return Candidate(net, lambda: forward(x, 1000 * progress, progress, cond), after)
+    return Candidate(net, lambda: forward(x, 1000 * progress, progress, cond), after_step)
 
 
 def peer_candidate(model: nn.Module, call: Callable[[nn.Module], Tensor], options: argparse.Namespace) -> Candidate:
+    """Return another implementation, called by `call`."""
     forward = torch.compile(model) if options.compile else model
     return Candidate(model, lambda: call(forward))
 
 
 def case_dit(batch: int, device: str, options: argparse.Namespace) -> tuple[Candidate, Candidate]:
+    """Return DiT-S/2 with classes, of gesso and of its peer."""
     from diffusers import DiTTransformer2DModel
 
     cfg, inputs = config.DiTConfig(hidden_size=384, depth=12, num_heads=6, patch_size=2), InputSpec(4, 32, 1000)
@@ -132,6 +133,7 @@ def case_dit(batch: int, device: str, options: argparse.Namespace) -> tuple[Cand
 
 
 def case_pixart(batch: int, device: str, options: argparse.Namespace) -> tuple[Candidate, Candidate]:
+    """Return PixArt-alpha of the width of DiT-S, of gesso and of its peer."""
     from diffusers import PixArtTransformer2DModel
 
     cfg, inputs = (
@@ -150,6 +152,7 @@ def case_pixart(batch: int, device: str, options: argparse.Namespace) -> tuple[C
 
 
 def case_mmdit(batch: int, device: str, options: argparse.Namespace) -> tuple[Candidate, Candidate]:
+    """Return SD3's mmDiT of the width of DiT-S, of gesso and of its peer."""
     from diffusers import SD3Transformer2DModel
 
     cfg = config.MMDiTConfig(
@@ -159,15 +162,17 @@ def case_mmdit(batch: int, device: str, options: argparse.Namespace) -> tuple[Ca
     pooled = torch.randn(batch, 768, device=device)
     peer = SD3Transformer2DModel(
         sample_size=32, patch_size=2, in_channels=4, num_layers=12, attention_head_dim=64, num_attention_heads=6,
-        joint_attention_dim=768, caption_projection_dim=384, pooled_projection_dim=768, out_channels=4, pos_embed_max_size=16,
+        joint_attention_dim=768, caption_projection_dim=384, pooled_projection_dim=768, out_channels=4,
+        pos_embed_max_size=16,
     ).to(device)  # fmt: skip
     t = torch.randint(0, 1000, (batch,), device=device)
     call = lambda m: m(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t).sample  # noqa: E731
-    mine = gesso_candidate(cfg, InputSpec(4, 32, 0, 768, 768), x, Cond(text=text, pooled=pooled), options)
-    return mine, peer_candidate(peer, call, options)
+    gesso = gesso_candidate(cfg, InputSpec(4, 32, 0, 768, 768), x, Cond(text=text, pooled=pooled), options)
+    return gesso, peer_candidate(peer, call, options)
 
 
 def case_unet(batch: int, device: str, options: argparse.Namespace) -> tuple[Candidate, Candidate]:
+    """Return a small U-Net of SD's design, of gesso and of its peer."""
     from diffusers import UNet2DConditionModel
 
     cfg = config.UNetConfig(
@@ -175,18 +180,19 @@ def case_unet(batch: int, device: str, options: argparse.Namespace) -> tuple[Can
     )
     x, text = torch.randn(batch, 4, 32, 32, device=device), torch.randn(batch, 77, 768, device=device)
     peer = UNet2DConditionModel(
-        sample_size=32, block_out_channels=(96, 192, 384, 384), cross_attention_dim=768, attention_head_dim=(2, 4, 8, 8),
+        sample_size=32, block_out_channels=(96, 192, 384, 384), cross_attention_dim=768,
+        attention_head_dim=(2, 4, 8, 8),
     ).to(device)  # fmt: skip
     t = torch.randint(0, 1000, (batch,), device=device)
     call = lambda m: m(x, t, encoder_hidden_states=text).sample  # noqa: E731
-    mine = gesso_candidate(cfg, InputSpec(4, 32, text_dim=768), x, Cond(text=text), options)
-    return mine, peer_candidate(peer, call, options)
+    gesso = gesso_candidate(cfg, InputSpec(4, 32, text_dim=768), x, Cond(text=text), options)
+    return gesso, peer_candidate(peer, call, options)
 
 
-def plain_edm2(net: nn.Module) -> Callable[..., Tensor]:
-    """The tests' reference on the parameters of `net`, with torch's own convolution."""
+def reference_edm2_forward(net: nn.Module) -> Callable[..., Tensor]:
+    """Return the forward pass of the tests' reference with the parameters of `net` and torch's convolution."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    import reference_edm2
+    from helpers import reference_edm2
 
     def conv(x: Tensor, w: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         return F.conv2d(x, reference_edm2.unit_rows(w) * gain, padding=w.shape[-1] // 2)
@@ -203,11 +209,12 @@ def plain_edm2(net: nn.Module) -> Callable[..., Tensor]:
 
 
 def case_edm2(batch: int, device: str, options: argparse.Namespace) -> tuple[Candidate, Candidate]:
+    """Return EDM2-XS at the latents of 512 pixels, of gesso and of its peer."""
     cfg, inputs = config.edm2_config("XS"), InputSpec(4, 64, 1000)
     x, label = torch.randn(batch, 4, 64, 64, device=device), torch.arange(batch, device=device)
     one_hot, progress = F.one_hot(label, 1000).to(x), torch.rand(batch, device=device)
     peer = models.build_network(cfg, inputs).to(device)
-    forward = torch.compile(plain_edm2(peer)) if options.compile else plain_edm2(peer)
+    forward = torch.compile(reference_edm2_forward(peer)) if options.compile else reference_edm2_forward(peer)
     return gesso_candidate(cfg, inputs, x, Cond(label=label), options), Candidate(
         peer, lambda: forward(x, progress, one_hot)
     )
@@ -217,6 +224,7 @@ CASES = {"dit": case_dit, "pixart": case_pixart, "mmdit": case_mmdit, "unet": ca
 
 
 def seconds(function: Callable[[], None], device: str) -> float:
+    """Return the seconds of one call."""
     start = time.perf_counter()
     function()
     if device != "cpu":
@@ -225,6 +233,7 @@ def seconds(function: Callable[[], None], device: str) -> float:
 
 
 def main() -> None:
+    """Time every case, print and write the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--sample", action="store_true")
@@ -240,22 +249,23 @@ def main() -> None:
     for name in options.cases:
         torch.manual_seed(0)
         dtype = getattr(torch, options.dtype)
-        mine, peer = (
-            c.pass_(dtype) if options.sample else c.step(dtype)
-            for c in CASES[name](options.batch, options.device, options)
+        gesso, peer = (
+            candidate.sampling_step(dtype) if options.sample else candidate.training_step(dtype)
+            for candidate in CASES[name](options.batch, options.device, options)
         )
-        contestants = {"ours": mine, "peer": peer, "floor": floor_of(mine)}
-        times: dict[str, list[float]] = {key: [] for key in contestants}
+        functions = {"gesso": gesso, "peer": peer, "floor": replay_matmuls(gesso)}
+        times: dict[str, list[float]] = {key: [] for key in functions}
         for round_ in range(options.rounds + 2):  # the first two warm up
-            for key, function in contestants.items():
+            for key, function in functions.items():
                 elapsed = seconds(function, options.device)
                 if round_ >= 2:
                     times[key].append(elapsed)
         median = {key: statistics.median(values) for key, values in times.items()}
         row = {
-            "case": name, "what": "forward" if options.sample else "training step",
-            "batch": options.batch_size, "compiled": options.compile, "device": options.device, "dtype": options.dtype,
-            "peer/ours": round(median["peer"] / median["ours"], 3), "ours/floor": round(median["ours"] / median["floor"], 3),
+            "case": name, "measured": "forward" if options.sample else "training step",
+            "batch": options.batch, "compiled": options.compile, "device": options.device, "dtype": options.dtype,
+            "peer/gesso": round(median["peer"] / median["gesso"], 3),
+            "gesso/floor": round(median["gesso"] / median["floor"], 3),
         }  # fmt: skip
         print(row, flush=True)
         rows.append(row)

@@ -1,73 +1,21 @@
-"""Fixtures and helpers of the tests: one thread per process, small networks without constant tensors, the CLI."""
+"""Fixtures of several test modules, and settings of all: one thread per process, repeatable examples."""
 
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from helpers.images import write_gradient_images, write_latent_zip
 from hypothesis import settings
 from rich.console import Console
-
-from gesso import config, models
-from gesso.config import EDM2Config, InputSpec, MMDiTppConfig
 
 torch.set_num_threads(1)
 # The same examples on every machine; HYPOTHESIS_PROFILE=default generates new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
-
-SMALL_NETS = {
-    "edm2": EDM2Config(channels=16, channel_mult=(1, 2), num_blocks=1, attention_levels=(1,), channels_per_head=16),
-    "mmdit++": MMDiTppConfig(hidden_size=32, depth=2, num_heads=2, patch_size=2),
-    "mmdit++ all": MMDiTppConfig(hidden_size=32, depth=3, num_heads=2, patch_size=2, separate_text_weights="all"),
-}
-
-
-def randomize_constants_(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Add noise to every constant parameter, such as zeros or ones, so that comparisons of networks can fail."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.unique().numel() == 1:
-                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.3)
-    return module
-
-
-def small_net(name: str, classes: int = 5, channels: int = 3, resolution: int = 8, seed: int = 0) -> torch.nn.Module:
-    """Return a network of SMALL_NETS with random weights."""
-    torch.manual_seed(seed)
-    return randomize_constants_(models.build_network(SMALL_NETS[name], InputSpec(channels, resolution, classes)))
-
-
-@pytest.fixture(params=list(SMALL_NETS))
-def net_name(request) -> str:
-    return request.param
-
-
-def tiny_run(**update: object) -> config.RunConfig:
-    """Return a digits run that trains in seconds, with settings changed by `update`."""
-    from gesso import recipes
-
-    settings = [
-        "net.hidden_size=32", "net.depth=1", "net.num_heads=2", "train.total_images=640", "train.batch_size=32",
-        "train.snapshot_every=160", "train.checkpoint_every=96", "train.log_every=128", "train.num_threads=1",
-        "optim.warmup_images=64",
-    ]  # fmt: skip
-    return recipes.resolve("digits", settings + [f"{k}={v}" for k, v in update.items()])[0]
-
-
-def write_image_folders(root, counts: dict[str, int], size: int = 8) -> None:
-    """Write random RGB images to sub-folders of `root`: {name: number of images}."""
-    import numpy as np
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for name, count in counts.items():
-        (root / name).mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
 
 
 @pytest.fixture
@@ -89,3 +37,45 @@ def gesso(monkeypatch, capsys):
         return code, output.out, output.err
 
     return run_command
+
+
+@pytest.fixture
+def gesso_text(gesso):
+    """Return a function that runs a command and returns (exit code, all output on one line)."""
+
+    def run_command(*arguments: object) -> tuple[int, str]:
+        code, out, err = gesso(*arguments)
+        return code, " ".join((out + err).split())
+
+    return run_command
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Return a folder of 16 oblong images of two classes, whose pixels show their position."""
+    root = tmp_path_factory.mktemp("photos")
+    write_gradient_images(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def latent_zip(tmp_path_factory) -> tuple[Path, torch.Tensor]:
+    """Return EDM2's zip of 12 latents, and their means and deviations."""
+    path = tmp_path_factory.mktemp("zip") / "latents.zip"
+    return path, write_latent_zip(path)
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory) -> Path:
+    """Return the folder of a small VAE of 4 latent channels."""
+    from helpers.encoders import write_vae  # imports diffusers
+
+    return write_vae(tmp_path_factory.mktemp("vae") / "4", 4)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    """Return the folder of a small CLIP text encoder."""
+    from helpers.encoders import write_clip
+
+    return write_clip(tmp_path_factory.mktemp("clip"))

@@ -1,10 +1,10 @@
-"""Make gesso/evaluation/networks/fashion.safetensors: the classifier behind FashionFeatures.
+"""Train the classifier of FashionFeatures and write gesso/evaluation/networks/fashion.safetensors.
 
-python tools/train_fashion_features.py data/fashion-mnist       minutes on one CPU core
+    python tools/train_fashion_features.py data/fashion-mnist       # minutes on one CPU core
 
-Trained on the 10,000 test images; accuracy is measured on the 60,000 training images, which it does not see. Prints the
-sha256 to record in gesso/evaluation/networks/toy_networks.py. Another torch or CPU rounds differently and gives another
-file of the same accuracy, which needs another `name`.
+The network is trained on the 10,000 test images, and its accuracy is measured on the 60,000 training images. Record the
+printed sha256 in gesso/evaluation/networks/toy_networks.py. Another torch version or CPU rounds differently and gives
+another file of the same accuracy, which needs another `name`.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def train(images: Tensor, labels: Tensor) -> FashionFeatures:
         logits = network.head(F.dropout(features, 0.2))
         return F.cross_entropy(logits, labels[indices], label_smoothing=0.05)
 
-    return classifier.fitted(FashionFeatures, loss, len(images), EPOCHS)
+    return classifier.train_classifier(FashionFeatures, loss, len(images), EPOCHS)
 
 
 @torch.no_grad()
@@ -70,17 +70,18 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     images, labels = load_images(args.data, "t10k")
     network = train(images, labels)
-    unseen = accuracy(network, *load_images(args.data, "train"))
-    print(f"accuracy {unseen:.2%} of the 60,000 training images, {accuracy(network, images, labels):.2%} of its own")
+    held_out_accuracy = accuracy(network, *load_images(args.data, "train"))
+    print(f"accuracy {held_out_accuracy:.2%} of the 60,000 training images")
+    print(f"accuracy {accuracy(network, images, labels):.2%} of the 10,000 test images, which it was trained on")
     metadata = {
         "name": FashionFeatures.name,
-        "accuracy_of_training_images": unseen,
+        "accuracy_of_training_images": held_out_accuracy,
         "trained_on": "the 10,000 test images of Fashion-MNIST",
         "seed": classifier.SEED,
         "epochs": EPOCHS,
         "versions": {"torch": torch.__version__, "numpy": numpy.__version__},
     }
-    print(classifier.written(network, metadata, args.out, torch.float16))
+    print(classifier.save_weights(network, metadata, args.out, torch.float16))
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ class EmaConfig(Settings):
     snapshot_dtype: Literal["same", "float16"] = "same"
     """dtype of snapshot files: same as the weights, or float16 as in EDM2 (Appendix C), sufficient for lengths of 0.03
     and more. The EMAs are always tracked in the dtype of the weights, since 16 bits would round small updates to zero
-    (benchmarks/averages16.py)"""
+    (benchmarks/ema_float16.py)"""
 
     @model_validator(mode="after")
     def _check_lengths(self) -> "EmaConfig":

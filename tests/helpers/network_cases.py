@@ -6,7 +6,6 @@ Legend: B = 3 samples, C = 3 channels, S = 6 text tokens.
 from typing import NamedTuple
 
 import torch
-from conftest import randomize_constants_
 from helpers.reference_edm2 import forward as reference_forward
 from torch import Tensor, nn
 
@@ -109,6 +108,16 @@ CASES = {
     for name, (cfg, conditions) in {**NETWORKS, **VARIANTS}.items()
     for condition in conditions
 }
+
+
+def randomize_constants_(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Add noise to every constant parameter, such as zeros or ones, so that comparisons of networks can fail."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.unique().numel() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.3)
+    return module
 
 
 class MaskedPass(nn.Module):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from conftest import randomize_constants_
+from helpers.network_cases import randomize_constants_
 from rich.console import Console
 
 from gesso import config, ema, recipes, snapshot
@@ -33,6 +33,26 @@ SHORT_TRAINING = {
     "train.log_every": 16, "train.num_threads": 1, "optim.warmup_images": 16,
     "sample.steps": 3, "sample.sigma_rel": 0.05,
 }  # fmt: skip
+
+
+def tiny_run(**update: object) -> RunConfig:
+    """Return a digits run that trains in seconds, with settings changed by `update`."""
+    settings = [
+        "net.hidden_size=32", "net.depth=1", "net.num_heads=2", "train.total_images=640", "train.batch_size=32",
+        "train.snapshot_every=160", "train.checkpoint_every=96", "train.log_every=128", "train.num_threads=1",
+        "optim.warmup_images=64",
+    ]  # fmt: skip
+    return recipes.resolve("digits", settings + [f"{k}={v}" for k, v in update.items()])[0]
+
+
+def image_run(source: Path | str, **settings: object) -> RunConfig:
+    """Return a short run of a small network on 16x16 pixels, or 2x2 latents, of a folder, archive or cache."""
+    defaults = {
+        "data.source": source, "data.resolution": 16, "data.channels": 3, "net.hidden_size": 32, "net.depth": 1, "net.num_heads": 2,
+        "net.patch_size": 1, "train.total_images": 64, "train.batch_size": 8, "train.snapshot_every": 32,
+        "train.checkpoint_every": 16, "train.log_every": 32, "train.num_threads": 1, "sample.steps": 3, "eval.toy_metrics": "none",
+    }  # fmt: skip
+    return recipes.resolve("digits", [f"{name}={value}" for name, value in (defaults | settings).items()])[0]
 
 
 def small_run(recipe: str = "digits", **settings: object) -> RunConfig:

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import torch
-from conftest import randomize_constants_
-from helpers.network_cases import LADDER_SHAPE, TRANSFORMER_SHAPE, UNET_SHAPE
+from helpers.network_cases import LADDER_SHAPE, TRANSFORMER_SHAPE, UNET_SHAPE, randomize_constants_
 
 from gesso import ema, snapshot
 from gesso.config import (

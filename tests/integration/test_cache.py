@@ -14,11 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.encoders import write_vae
+from helpers.images import portrait
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_encoders import write_clip, write_vae
-from test_face_blur import portrait
-from test_on_the_fly import latent_zip, photos  # noqa: F401
 from typer.testing import CliRunner
 
 from gesso import atomic_io
@@ -34,16 +33,6 @@ from gesso.data.encoders import face_blur, hub, text
 from gesso.data.encoders.vae import VAE
 from gesso.data.sources import open_source
 from gesso.errors import RunError, StoppedError, UsageError
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    return write_vae(tmp_path_factory.mktemp("vae") / "4", 4)
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 def plan(source, resolution=16, **settings) -> CachePlan:
@@ -88,7 +77,7 @@ def refused(*arguments, kind=UsageError, **settings) -> str:
         ((0.4, 1), True, 1, 1),
     ],
 )
-def test_views_against_one_picture_at_a_time(scale, flip, K, channels, photos, tmp_path):  # noqa: F811
+def test_views_against_one_picture_at_a_time(scale, flip, K, channels, photos, tmp_path):
     manifest = write_test_cache(
         tmp_path / "o",
         photos,
@@ -131,7 +120,7 @@ def test_views_against_one_picture_at_a_time(scale, flip, K, channels, photos, t
     assert manifest.class_names == ("tall", "wide") and (manifest.num_faces, manifest.unreadable) == (0, ())
 
 
-def test_the_first_views_are_the_same_for_any_number(photos, tmp_path):  # noqa: F811
+def test_the_first_views_are_the_same_for_any_number(photos, tmp_path):
     data = {"crop_scale": (0.4, 1), "flip": True}
     for K in (1, 2, 5):
         write_test_cache(tmp_path / str(K), photos, data=data, views=K)
@@ -145,7 +134,7 @@ def test_the_first_views_are_the_same_for_any_number(photos, tmp_path):  # noqa:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("convention", ["dit", "edm2"])
-def test_moments_are_the_vaes(dtype, convention, vae, photos, tmp_path):  # noqa: F811
+def test_moments_are_the_vaes(dtype, convention, vae, photos, tmp_path):
     manifest = write_test_cache(
         tmp_path / "o", photos, data={"flip": True}, views=2, dtype=dtype, batch_size=5, images_per_shard=6,
         latent=LatentConfig(vae=str(vae), convention=convention),
@@ -172,7 +161,7 @@ def test_moments_are_the_vaes(dtype, convention, vae, photos, tmp_path):  # noqa
 
 @pytest.mark.parametrize("encoder", ["words", "clip"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_tokens_are_the_encoders(encoder, dtype, clip, photos, tmp_path):  # noqa: F811
+def test_tokens_are_the_encoders(encoder, dtype, clip, photos, tmp_path):
     captions = ["", "a red cat", "the seven", "a", "a " * 30, "é ✓", " \n", "red"]
     folder = captioned(tmp_path / "s", photos, captions)
     semantic = SemanticConfig(kind="text", encoder="words" if encoder == "words" else str(clip), max_tokens=8)
@@ -192,7 +181,7 @@ def test_tokens_are_the_encoders(encoder, dtype, clip, photos, tmp_path):  # noq
     assert cache.text_config.embed_dim == due.tokens.shape[2] and cache.text_config.pooled_dim == due.pooled.shape[1]
 
 
-def captioned(folder: Path, photos: Path, captions: list[str | bytes]) -> Path:  # noqa: F811
+def captioned(folder: Path, photos: Path, captions: list[str | bytes]) -> Path:
     folder.mkdir()
     for i, (caption, path) in enumerate(zip(captions, sorted(photos.glob("*/*.png")), strict=False)):
         (folder / f"{i}.png").write_bytes(path.read_bytes())
@@ -200,7 +189,7 @@ def captioned(folder: Path, photos: Path, captions: list[str | bytes]) -> Path: 
     return folder
 
 
-def test_latents_of_a_zip_stay_as_they_are(latent_zip, tmp_path):  # noqa: F811
+def test_latents_of_a_zip_stay_as_they_are(latent_zip, tmp_path):
     path, moments = latent_zip
     latent = LatentConfig(vae="some/name", convention="edm2")
     manifest = write_test_cache(tmp_path / "o", path, 16, latent=latent, images_per_shard=5)
@@ -218,7 +207,7 @@ def test_latents_of_a_zip_stay_as_they_are(latent_zip, tmp_path):  # noqa: F811
     assert format.verify_cache(tmp_path / "o") == []
 
 
-def test_what_latents_cannot_do(latent_zip, tmp_path):  # noqa: F811
+def test_what_latents_cannot_do(latent_zip, tmp_path):
     path, latent, o = latent_zip[0], LatentConfig(vae="some/name", convention="edm2"), tmp_path / "o"
     for missing in (LatentConfig(), LatentConfig(vae="some/name")):
         assert "say --convention edm2, and by --vae which VAE made them" in refused(o, path, latent=missing)
@@ -231,7 +220,7 @@ def test_what_latents_cannot_do(latent_zip, tmp_path):  # noqa: F811
     assert "of 2x2, which --resolution 15 is no multiple of" in refused(o, path, 15, latent=latent)
 
 
-def test_odd_latents_are_left_out(latent_zip, tmp_path):  # noqa: F811
+def test_odd_latents_are_left_out(latent_zip, tmp_path):
     import io
 
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive, zipfile.ZipFile(latent_zip[0]) as old:
@@ -255,7 +244,7 @@ def test_faces_are_blurred_before_anything_else(tmp_path):
     assert np.array_equal(rows(tmp_path / "o")["pixels"][0, 0].numpy(), due)
 
 
-def test_buckets(photos, vae, tmp_path):  # noqa: F811
+def test_buckets(photos, vae, tmp_path):
     """Wide pictures of 2:1, tall ones of 8:5."""
     o = tmp_path / "o"
     manifest = write_test_cache(
@@ -373,7 +362,7 @@ def test_what_was_left_half_written_is_swept(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["steps", "times"])
-def test_killed_at_any_instant_and_gone_on_with(how, photos, tmp_path):  # noqa: F811
+def test_killed_at_any_instant_and_gone_on_with(how, photos, tmp_path):
     """By SIGKILL, before each change of the disk, and at random times."""
     settings = dict(data={"crop_scale": (0.4, 1), "flip": True}, views=2, images_per_shard=2)
     folder = captioned(tmp_path / "s", photos, ["a"] * 4)
@@ -416,7 +405,7 @@ for world, port in ((2, sys.argv[3]), (3, sys.argv[4])):
 """
 
 
-def test_any_number_of_ranks_writes_the_same_bytes(vae, photos, tmp_path):  # noqa: F811
+def test_any_number_of_ranks_writes_the_same_bytes(vae, photos, tmp_path):
     semantic = SemanticConfig(kind="text", max_tokens=4)
     settings = dict(
         data={"crop_scale": (0.4, 1)},
@@ -438,7 +427,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(vae, photos, tmp_path):  # no
 
 
 @pytest.mark.parametrize("number", [2, 15])
-def test_a_signal_stops_it_and_the_same_call_goes_on(number, vae, photos, tmp_path):  # noqa: F811
+def test_a_signal_stops_it_and_the_same_call_goes_on(number, vae, photos, tmp_path):
     settings = dict(data={"flip": True}, views=2, images_per_shard=5, batch_size=4, latent=LatentConfig(vae=str(vae)))
     write_test_cache(tmp_path / "whole", photos, **settings)
     caught, seen = [], []
@@ -491,7 +480,7 @@ def test_a_signal_on_the_command_line(tmp_path):
     )
 
 
-def test_another_plan_is_refused_and_says_what_differs(photos, tmp_path):  # noqa: F811
+def test_another_plan_is_refused_and_says_what_differs(photos, tmp_path):
     o = tmp_path / "o"
     before = write_test_cache(o, photos, data={"flip": True}, views=2)
     for more, output in (
@@ -511,7 +500,7 @@ def test_another_plan_is_refused_and_says_what_differs(photos, tmp_path):  # noq
         write.write_cache(plan(photos, data={"flip": True}, views=2), o)
 
 
-def test_changed_images_are_another_source(photos, tmp_path):  # noqa: F811
+def test_changed_images_are_another_source(photos, tmp_path):
     folder = captioned(tmp_path / "s", photos, ["a"] * 5)
     write_test_cache(tmp_path / "o", folder)
     (folder / "2.txt").write_text("b")
@@ -519,7 +508,7 @@ def test_changed_images_are_another_source(photos, tmp_path):  # noqa: F811
         write_test_cache(tmp_path / "o", folder)
 
 
-def test_deleted_shards_are_rewritten(photos, tmp_path):  # noqa: F811
+def test_deleted_shards_are_rewritten(photos, tmp_path):
     o = tmp_path / "o"
     write_test_cache(o, photos, images_per_shard=4)
     before = tree(o)
@@ -556,7 +545,7 @@ write.write_cache(plan, out)
 """
 
 
-def test_a_full_disk(photos, tmp_path):  # noqa: F811
+def test_a_full_disk(photos, tmp_path):
     write_test_cache(tmp_path / "whole", photos, images_per_shard=6)
     requested = json.dumps(plan(photos, images_per_shard=6).model_dump(mode="json"))
     ran = subprocess.run(
@@ -568,7 +557,7 @@ def test_a_full_disk(photos, tmp_path):  # noqa: F811
     assert tree(tmp_path / "o") == tree(tmp_path / "whole")
 
 
-def test_a_disk_that_fills_up_on_the_way(photos, tmp_path, monkeypatch):  # noqa: F811
+def test_a_disk_that_fills_up_on_the_way(photos, tmp_path, monkeypatch):
     write_test_cache(tmp_path / "whole", photos, images_per_shard=6)
 
     def full(tensors, path, metadata):
@@ -588,7 +577,7 @@ def test_a_disk_that_fills_up_on_the_way(photos, tmp_path, monkeypatch):  # noqa
     assert tree(tmp_path / "o") == tree(tmp_path / "whole")
 
 
-def test_places_that_will_not_do(photos, tmp_path):  # noqa: F811
+def test_places_that_will_not_do(photos, tmp_path):
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "thesis.tex").touch()
     assert "holds other files (thesis.tex); choose another place" in refused(tmp_path / "o", photos)
@@ -603,7 +592,7 @@ def test_places_that_will_not_do(photos, tmp_path):  # noqa: F811
 # Bad input.
 
 
-def spoiled(root: Path, photos: Path) -> Path:  # noqa: F811
+def spoiled(root: Path, photos: Path) -> Path:
     """12 pictures, of which 5 cannot be read."""
     root.mkdir()
     full = sorted(photos.glob("*/*.png"))
@@ -616,7 +605,7 @@ def spoiled(root: Path, photos: Path) -> Path:  # noqa: F811
     return root
 
 
-def test_unreadable_images_are_counted_and_listed(photos, tmp_path):  # noqa: F811
+def test_unreadable_images_are_counted_and_listed(photos, tmp_path):
     folder, o = spoiled(tmp_path / "s", photos), tmp_path / "o"
     output = refused(o, folder, data={"max_unreadable": 0.1}, images_per_shard=4, kind=RunError)
     assert f"4 of 12 images in {folder} are unreadable, over the 10.0% of data.max_unreadable" in output
@@ -634,7 +623,7 @@ def test_unreadable_images_are_counted_and_listed(photos, tmp_path):  # noqa: F8
     assert samples.x.equal(stored) and samples.indices.tolist() == list(range(8))
 
 
-def test_ranges_without_a_readable_image(photos, tmp_path):  # noqa: F811
+def test_ranges_without_a_readable_image(photos, tmp_path):
     folder = spoiled(tmp_path / "s", photos)
     manifest = write_test_cache(tmp_path / "o", folder, data={"max_unreadable": 0.4}, images_per_shard=1)
     assert len(manifest.files) == 8 and len(list((tmp_path / "o" / "shards").glob("*.json"))) == 12
@@ -644,7 +633,7 @@ def test_ranges_without_a_readable_image(photos, tmp_path):  # noqa: F811
     assert "can be read" in refused(tmp_path / "p", folder, data={"max_unreadable": 1}, kind=RunError)
 
 
-def test_odd_names_and_captions(photos, tmp_path):  # noqa: F811
+def test_odd_names_and_captions(photos, tmp_path):
     image = next(photos.glob("*/*.png")).read_bytes()
     folder = tmp_path / "s"
     odd = ["a b", "ünï✓", "'\"$(x)", "-flag", "line\nbreak", "[red]"]
@@ -666,7 +655,7 @@ def test_odd_names_and_captions(photos, tmp_path):  # noqa: F811
     assert format.verify_cache(tmp_path / "o") == []
 
 
-def test_vaes_that_do_not_fit(vae, photos, tmp_path):  # noqa: F811
+def test_vaes_that_do_not_fit(vae, photos, tmp_path):
     o, deep = tmp_path / "o", write_vae(tmp_path / "16", 16)
     grey = write_vae(tmp_path / "grey", 4, in_channels=1, out_channels=1)
     assert "needs multiples of 8 pixels, not 20x20" in refused(o, photos, 20, latent=LatentConfig(vae=str(vae)))
@@ -683,7 +672,7 @@ def test_vaes_that_do_not_fit(vae, photos, tmp_path):  # noqa: F811
     )
 
 
-def test_numbers_that_do_not_fit_into_float16(photos, tmp_path, monkeypatch):  # noqa: F811
+def test_numbers_that_do_not_fit_into_float16(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(
         VAE, "encode", lambda self, x: (torch.full((len(x), 4, 2, 2), 1e6), torch.ones(len(x), 4, 2, 2))
     )
@@ -698,7 +687,7 @@ def edited(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_manifests_that_are_not_trusted(photos, tmp_path):  # noqa: F811
+def test_manifests_that_are_not_trusted(photos, tmp_path):
     o = tmp_path / "o"
     manifest = write_test_cache(o, photos)
     path = o / "manifest.json"
@@ -744,7 +733,7 @@ def test_manifests_that_are_not_trusted(photos, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "shards/shard-000000.safetensors"])
-def test_random_damage_is_one_line(name, photos, tmp_path):  # noqa: F811
+def test_random_damage_is_one_line(name, photos, tmp_path):
     """Of a shard its header; what lies behind it has no effect on opening it."""
     write_test_cache(tmp_path / "o", photos, semantic=SemanticConfig(kind="text", max_tokens=3))
     path, rng = tmp_path / "o" / name, np.random.default_rng(0)
@@ -775,7 +764,7 @@ def resaved(path: Path, manifest: Path, **changes: torch.Tensor | None) -> None:
     manifest.write_text(json.dumps(recorded))
 
 
-def test_shards_that_are_not_what_they_should_be(photos, tmp_path):  # noqa: F811
+def test_shards_that_are_not_what_they_should_be(photos, tmp_path):
     o = tmp_path / "o"
     write_test_cache(o, photos, images_per_shard=8, semantic=SemanticConfig(kind="text", max_tokens=3))
     path, manifest = o / "shards" / "shard-000001.safetensors", o / "manifest.json"
@@ -818,7 +807,7 @@ def test_shards_that_are_not_what_they_should_be(photos, tmp_path):  # noqa: F81
     assert format.verify_cache(o) == []
 
 
-def test_check_names_bad_files_and_the_fix(photos, tmp_path):  # noqa: F811
+def test_check_names_bad_files_and_the_fix(photos, tmp_path):
     o, runner = tmp_path / "o", CliRunner()
     write_test_cache(o, photos, images_per_shard=4)
     before = tree(o)
@@ -847,7 +836,7 @@ def test_check_names_bad_files_and_the_fix(photos, tmp_path):  # noqa: F811
 # Reading.
 
 
-def test_a_sample_is_a_view_keyed_to_its_counter(photos, tmp_path):  # noqa: F811
+def test_a_sample_is_a_view_keyed_to_its_counter(photos, tmp_path):
     o = tmp_path / "o"
     write_test_cache(o, photos, data={"crop_scale": (0.4, 1), "flip": True}, views=3, images_per_shard=5)
     cache, actual = CachedDataset(o, 7), rows(o)
@@ -879,7 +868,7 @@ def test_a_sample_is_a_view_keyed_to_its_counter(photos, tmp_path):  # noqa: F81
     assert columns["flip"].unique().tolist() == [0, 1000] and columns["height"].unique().tolist() == [48, 64]
 
 
-def test_pictures_are_not_mirrored(vae, photos, tmp_path):  # noqa: F811
+def test_pictures_are_not_mirrored(vae, photos, tmp_path):
     for K in (1, 2):
         write_test_cache(tmp_path / str(K), photos, data={"flip": True}, views=K)
     write_test_cache(tmp_path / "plain", photos)
@@ -894,7 +883,7 @@ def test_pictures_are_not_mirrored(vae, photos, tmp_path):  # noqa: F811
         ), one
 
 
-def test_what_a_cache_tells(vae, photos, tmp_path):  # noqa: F811
+def test_what_a_cache_tells(vae, photos, tmp_path):
     o = tmp_path / "o"
     manifest = write_test_cache(
         o, photos, data={"flip": True, "crop_scale": (0.5, 1)}, latent=LatentConfig(vae=str(vae), dtype="bfloat16")
@@ -916,7 +905,7 @@ def test_what_a_cache_tells(vae, photos, tmp_path):  # noqa: F811
     assert CachedDataset(tmp_path / "p").fingerprint() != cache.fingerprint()
 
 
-def test_x_is_mapped_not_read(photos, tmp_path):  # noqa: F811
+def test_x_is_mapped_not_read(photos, tmp_path):
     """A change of the file shows: nothing of x is held in memory."""
     o = tmp_path / "o"
     write_test_cache(o, photos)
@@ -1017,7 +1006,7 @@ def test_contradictions_are_refused_before_anything_is_opened(flags, arguments, 
     assert "\n" not in str(error.value)
 
 
-def test_the_command_line(photos, tmp_path):  # noqa: F811
+def test_the_command_line(photos, tmp_path):
     runner, o = CliRunner(), str(tmp_path / "o")
     words = ["cache", str(photos), o, "--resolution", "16", "--flip", "--views", "2", "--text", "words", "seed=2"]
     done = runner.invoke(app, words)

@@ -5,14 +5,13 @@ import shutil
 import fsspec
 import pytest
 import torch
+from helpers.cli import run_cli
+from helpers.encoders import write_clip
+from helpers.images import sample_sizes
+from helpers.run_factory import image_run
 from rich.console import Console
-from test_cache import photos, vae  # noqa: F401
-from test_encoders import write_clip
-from test_on_the_fly import sizes_of, tiny
-from typer.testing import CliRunner
 
 from gesso import config, sampling, snapshot
-from gesso.cli import app
 from gesso.data.batching import Batcher
 from gesso.data.cache.read import CachedDataset
 from gesso.data.samplers import BucketSampler, ShardWindowShuffle
@@ -25,18 +24,12 @@ QUIET = Console(quiet=True)
 CPU = torch.device("cpu")
 
 
-def gesso(*words: object) -> str:
-    done = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return done.output
-
-
 def trained(source, out, **settings) -> config.RunConfig:
-    start_training(tiny(source, **settings), out, False, QUIET, lambda text: None)
+    start_training(image_run(source, **settings), out, False, QUIET, lambda text: None)
     return config.load_config(out / "run.yaml")
 
 
-def captioned(photos, folder):  # noqa: F811
+def captioned(photos, folder):
     folder.mkdir()
     for i, file in enumerate(sorted(photos.glob("*/*.*"))):
         shutil.copy(file, folder / f"{i:02d}{file.suffix}")
@@ -44,37 +37,39 @@ def captioned(photos, folder):  # noqa: F811
     return folder
 
 
-def test_two_commands_from_a_folder_to_a_run(photos, tmp_path):  # noqa: F811
-    output = gesso("cache", photos, tmp_path / "c", "--resolution", 16, "--views", 2, "--crop-scale", ".5,1", "--flip")
+def test_two_commands_from_a_folder_to_a_run(photos, tmp_path):
+    output = run_cli(
+        "cache", photos, tmp_path / "c", "--resolution", 16, "--views", 2, "--crop-scale", ".5,1", "--flip"
+    )
     assert f"gesso train RECIPE data.source={tmp_path / 'c'}" in output
     run = trained(tmp_path / "c", tmp_path / "run", **{"data.resolution": 32, "control.variables": "flip,crop,size"})
     assert run.data.resolution == 16 and run.data.flip and run.data.crop_scale == (0.5, 1.0)  # as the cache holds
     assert run.data.num_images == 16 and run.data.class_names == ("tall", "wide") and len(run.data.mean) == 3
     sampling.sample_to_folder(tmp_path / "run", run, SampleArgs(seeds="0-1", label="wide"), tmp_path / "made")
-    assert sizes_of(tmp_path / "made") == [(16, 16)] * 2
+    assert sample_sizes(tmp_path / "made") == [(16, 16)] * 2
     runner.evaluate_run(tmp_path / "run", run, lambda done, total: None)
-    assert gesso("cache", "--check", tmp_path / "c")
+    assert run_cli("cache", "--check", tmp_path / "c")
 
 
-def test_settings_that_contradict_the_cache_are_reported(photos, tmp_path):  # noqa: F811
-    gesso("cache", photos, tmp_path / "c", "--resolution", 16)
+def test_settings_that_contradict_the_cache_are_reported(photos, tmp_path):
+    run_cli("cache", photos, tmp_path / "c", "--resolution", 16)
     console = Console(record=True, width=400)
-    open_dataset_for_run(tiny(tmp_path / "c", **{"data.resolution": 32, "data.flip": "true"}), console)
+    open_dataset_for_run(image_run(tmp_path / "c", **{"data.resolution": 32, "data.flip": "true"}), console)
     output = console.export_text()
     assert (
         f"data.resolution=16 (not 32), as {tmp_path / 'c'} holds" in output and "data.flip=False (not True)" in output
     )
 
 
-def test_latents_and_tokens_need_neither_vae_nor_encoder_in_training(photos, vae, tmp_path):  # noqa: F811
+def test_latents_and_tokens_need_neither_vae_nor_encoder_in_training(photos, vae, tmp_path):
     clip = write_clip(tmp_path / "clip")
-    gesso(
+    run_cli(
         "cache", captioned(photos, tmp_path / "s"), tmp_path / "c", "--resolution", 32, "--vae", vae, "--convention", "edm2",
         "--text", clip, "--max-tokens", 8,
     )  # fmt: skip
     text = {"semantic.kind": "text", "semantic.encoder": clip, "semantic.max_tokens": 8, "semantic.padding": "noisy"}
-    run, actual = open_dataset_for_run(tiny(tmp_path / "c", **text), QUIET)
-    with_encoder, other = open_dataset_for_run(tiny(tmp_path / "c", **text), QUIET)
+    run, actual = open_dataset_for_run(image_run(tmp_path / "c", **text), QUIET)
+    with_encoder, other = open_dataset_for_run(image_run(tmp_path / "c", **text), QUIET)
     other.text_config = None
     counter = torch.arange(12)
     x0, cond = Batcher(actual, run, 0.5, CPU)(counter)
@@ -96,11 +91,11 @@ def test_latents_and_tokens_need_neither_vae_nor_encoder_in_training(photos, vae
         shutil.move(tmp_path / "vae away", vae)
     shutil.move(tmp_path / "away", clip)
     sampling.sample_to_folder(tmp_path / "run", done, SampleArgs(seeds="0", prompts=["a red cat"]), tmp_path / "made")
-    assert sizes_of(tmp_path / "made") == [(32, 32)]
+    assert sample_sizes(tmp_path / "made") == [(32, 32)]
 
 
-def test_tokens_of_another_encoder_are_left_aside_with_a_note(photos, tmp_path):  # noqa: F811
-    gesso(
+def test_tokens_of_another_encoder_are_left_aside_with_a_note(photos, tmp_path):
+    run_cli(
         "cache",
         captioned(photos, tmp_path / "s"),
         tmp_path / "c",
@@ -113,15 +108,15 @@ def test_tokens_of_another_encoder_are_left_aside_with_a_note(photos, tmp_path):
     )
     console = Console(record=True, width=400)
     run, actual = open_dataset_for_run(
-        tiny(tmp_path / "c", **{"semantic.kind": "text", "semantic.max_tokens": 6}), console
+        image_run(tmp_path / "c", **{"semantic.kind": "text", "semantic.max_tokens": 6}), console
     )
     assert actual.text_config is None and "set semantic.encoder=words semantic.max_tokens=4" in console.export_text()
     _, cond = Batcher(actual, run, 0.5, CPU)(torch.arange(4))
     assert cond.text.shape[1] == 6
 
 
-def test_buckets_train_and_sample(photos, tmp_path):  # noqa: F811
-    gesso("cache", photos, tmp_path / "c", "--resolution", 16, "--buckets", 3, "bucket_multiple=4")
+def test_buckets_train_and_sample(photos, tmp_path):
+    run_cli("cache", photos, tmp_path / "c", "--resolution", 16, "--buckets", 3, "bucket_multiple=4")
     settings = {
         "train.batch_size": 4,
         "control.variables": "size,aspect",
@@ -139,22 +134,22 @@ def test_buckets_train_and_sample(photos, tmp_path):  # noqa: F811
     height, width = wide.sample_size
     assert width > height and wide.sample_size in run.data.buckets
     sampling.sample_to_folder(tmp_path / "run", wide, SampleArgs(seeds="0-1"), tmp_path / "made")
-    assert sizes_of(tmp_path / "made") == [(width, height)] * 2
+    assert sample_sizes(tmp_path / "made") == [(width, height)] * 2
     runner.evaluate_run(tmp_path / "run", wide, lambda done, total: None)
     with pytest.raises(UsageError, match="no bucket fills a batch"):
         start_training(
-            tiny(tmp_path / "c", **settings | {"train.batch_size": 100}), tmp_path / "other", False, QUIET, print
+            image_run(tmp_path / "c", **settings | {"train.batch_size": 100}), tmp_path / "other", False, QUIET, print
         )
 
 
-def test_an_address_gives_the_same_batches_and_keeps_two_windows(photos, tmp_path, monkeypatch):  # noqa: F811
+def test_an_address_gives_the_same_batches_and_keeps_two_windows(photos, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    gesso("cache", photos, tmp_path / "c", "--resolution", 16, "--images-per-shard", 2)
+    run_cli("cache", photos, tmp_path / "c", "--resolution", 16, "--images-per-shard", 2)
     storage = fsspec.filesystem("memory")
     storage.put(str(tmp_path / "c"), "/far", recursive=True)
     settings = {"data.shuffle_window_shards": 2, "control.variables": "size"}
-    run, near = open_dataset_for_run(tiny(tmp_path / "c", **settings), QUIET)
-    away, far = open_dataset_for_run(tiny("memory://far", **settings), QUIET)
+    run, near = open_dataset_for_run(image_run(tmp_path / "c", **settings), QUIET)
+    away, far = open_dataset_for_run(image_run("memory://far", **settings), QUIET)
     assert away.data.fingerprint == run.data.fingerprint and away.data.mean == run.data.mean
     here, there = Batcher(near, run, 0.5, CPU), Batcher(far, away, 0.5, CPU)
     assert isinstance(there.sample_order, ShardWindowShuffle)
@@ -170,16 +165,16 @@ def test_an_address_gives_the_same_batches_and_keeps_two_windows(photos, tmp_pat
 
 
 def test_drawings_in_a_cache_are_read_back(tmp_path):
-    gesso("cache", "shapes:60", tmp_path / "c", "--resolution", 32)
+    run_cli("cache", "shapes:60", tmp_path / "c", "--resolution", 32)
     settings = {"semantic.kind": "text", "eval.toy_metrics": "shapes", "net.patch_size": 4, "data.resolution": 32}
     run = trained(tmp_path / "c", tmp_path / "run", **settings)
     output = runner.evaluate_run(tmp_path / "run", run, lambda done, total: None)
     assert any("training images" in line and "100.0%" in line for line in output)
     with pytest.raises(UsageError, match="is a cache already: train on it"):
-        gesso("cache", tmp_path / "c", tmp_path / "d", "--resolution", 32)
+        run_cli("cache", tmp_path / "c", tmp_path / "d", "--resolution", 32)
 
 
-def test_captions_that_are_no_shapes_are_refused_before_any_picture(photos, tmp_path):  # noqa: F811
+def test_captions_that_are_no_shapes_are_refused_before_any_picture(photos, tmp_path):
     folder = captioned(photos, tmp_path / "s")
     run = trained(folder, tmp_path / "run", **{"semantic.kind": "text", "eval.toy_metrics": "shapes"})
     with pytest.raises(UsageError, match="caption 'a cat': not one or two shapes"):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import tiny_run
 from helpers.cli import assert_refused
+from helpers.images import write_image_folders
+from helpers.run_factory import tiny_run
 from PIL import Image
 from rich.console import Console
 
@@ -216,8 +217,6 @@ def test_training_never_overwrites_a_run(gesso, tmp_path, monkeypatch):
 
 
 def test_flat_folder_needs_no_labels(gesso, tmp_path, monkeypatch):
-    from conftest import write_image_folders
-
     monkeypatch.chdir(tmp_path)
     write_image_folders(tmp_path / "photos", {".": 4})
     tiny = [

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 import typer
+from helpers.encoders import MAX_TOKENS, write_clip, write_vae
 from PIL import Image
 from rich.console import Console
-from test_encoders import PLACES, write_clip, write_vae
 
 from gesso import cli, recipes
 from gesso.data.cache.plan import parse_cache_args
@@ -197,7 +197,7 @@ def models(tmp_path_factory) -> dict[str, str]:
     return {
         "stabilityai/sd-vae-ft-mse": str(write_vae(root / "vae", 4)),
         "openai/clip-vit-large-patch14": str(write_clip(root / "clip")),
-        "77": str(PLACES),  # max_tokens of the small encoder
+        "77": str(MAX_TOKENS),  # max_tokens of the small encoder
     }
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers.run_factory import with_settings, write_run
 from PIL import Image
-from test_ema import gesso  # noqa: F401
 
 from gesso import config, models, recipes, sampling, snapshot
 from gesso.ema import PerTensorProfile, PowerProfile
@@ -42,11 +41,11 @@ def record(folder):
     return sorted(rows, key=lambda row: (row["sigma_rel"], row["repeat"]))
 
 
-def test_points_are_measured_once(gesso, folder, monkeypatch):  # noqa: F811
+def test_points_are_measured_once(gesso_text, folder, monkeypatch):
     drawn = []
     real = sampling.generate
     monkeypatch.setattr(sampling, "generate", lambda *a: drawn.append(a[1].sample.guidance) or real(*a))
-    code, output = gesso("ema", folder, "--sweep", ".05:.2:3", *QUICK)
+    code, output = gesso_text("ema", folder, "--sweep", ".05:.2:3", *QUICK)
     assert code == 0 and "Frechet distance" in output and drawn == [1.5] * 3, output
     rows = record(folder)
     assert [row["sigma_rel"] for row in rows] == [0.05, 0.1, 0.2]
@@ -60,22 +59,22 @@ def test_points_are_measured_once(gesso, folder, monkeypatch):  # noqa: F811
     # Again: nothing is drawn. Another guidance, another length: these alone.
     before = (folder / "metrics.json").read_text()
     drawn.clear()
-    code, output = gesso("ema", folder, "--sweep", ".05:.2:3", "--metric", "class_accuracy", *QUICK)
+    code, output = gesso_text("ema", folder, "--sweep", ".05:.2:3", "--metric", "class_accuracy", *QUICK)
     assert code == 0 and drawn == [] and "assigns to their class" in output and "3 points evaluated before" in output
     assert "sample.guidance=1.5 sample.sigma_rel=" in output
     assert (folder / "metrics.json").read_text() == before
-    gesso("ema", folder, "--sweep", ".05:.2:3", "--guidance", "1,1.5", *QUICK)
+    gesso_text("ema", folder, "--sweep", ".05:.2:3", "--guidance", "1,1.5", *QUICK)
     assert drawn == [1.0] * 3
-    gesso("ema", folder, "--sweep", ".05:.2:5", *QUICK)
+    gesso_text("ema", folder, "--sweep", ".05:.2:5", *QUICK)
     assert drawn == [1.0] * 3 + [1.5] * 2 and len(record(folder)) == 8
     # Another protocol begins anew and leaves the old one.
-    gesso("ema", folder, "--sweep", ".05:.2:3", "sample.steps=3", "sample.sampler=euler")
+    gesso_text("ema", folder, "--sweep", ".05:.2:3", "sample.steps=3", "sample.sampler=euler")
     assert len(record(folder)) == 11
     with Image.open(folder / "ema_sweep.png") as picture:
         assert picture.format == "PNG" and min(picture.size) > 500
 
 
-def test_stopped_and_gone_on(gesso, folder, monkeypatch):  # noqa: F811
+def test_stopped_and_gone_on(gesso_text, folder, monkeypatch):
     real, calls = sampling.generate, []
 
     def stops(*a):
@@ -85,14 +84,14 @@ def test_stopped_and_gone_on(gesso, folder, monkeypatch):  # noqa: F811
         return real(*a)
 
     monkeypatch.setattr(sampling, "generate", stops)
-    assert gesso("ema", folder, "--sweep", ".05:.2:4", *QUICK)[0] == 1
+    assert gesso_text("ema", folder, "--sweep", ".05:.2:4", *QUICK)[0] == 1
     assert len(record(folder)) == 2
-    assert gesso("ema", folder, "--sweep", ".05:.2:4", *QUICK)[0] == 0
+    assert gesso_text("ema", folder, "--sweep", ".05:.2:4", *QUICK)[0] == 0
     assert len(calls) == 5 and len(record(folder)) == 4
 
 
-def test_repetitions_have_other_seeds(gesso, folder):  # noqa: F811
-    code, _ = gesso("ema", folder, "--sweep", ".05:.2:3", "--num-repeats", "2", *QUICK)
+def test_repetitions_have_other_seeds(gesso_text, folder):
+    code, _ = gesso_text("ema", folder, "--sweep", ".05:.2:3", "--num-repeats", "2", *QUICK)
     rows = record(folder)
     assert code == 0 and [(r["sigma_rel"], r["repeat"]) for r in rows] == [
         (s, i) for s in (0.05, 0.1, 0.2) for i in (0, 1)
@@ -100,13 +99,13 @@ def test_repetitions_have_other_seeds(gesso, folder):  # noqa: F811
     assert all(a["frechet_distance"] != b["frechet_distance"] for a, b in zip(rows[::2], rows[1::2], strict=True))
 
 
-def test_some_tensors_alone(gesso, folder, monkeypatch):  # noqa: F811
+def test_some_tensors_alone(gesso_text, folder, monkeypatch):
     requested = []
     plan = snapshot.plan_reconstruction
     monkeypatch.setattr(snapshot, "plan_reconstruction", lambda *a: requested.append(a[1]) or plan(*a))
     names = [name for name in snapshot.read(snapshot.list_snapshots(folder)[0].path)[0] if name.endswith("weight")]
     glob = names[0].rsplit(".", 1)[0] + ".*"
-    code, output = gesso(
+    code, output = gesso_text(
         "ema", folder, "--sweep", ".05:.2:3", "--tensors", glob, "--tensors", "*bias", "--sigma-rel", "0.09", *QUICK
     )
     assert code == 0, output
@@ -123,12 +122,12 @@ def test_some_tensors_alone(gesso, folder, monkeypatch):  # noqa: F811
     assert len({r["frechet_distance"] for r in rows}) == 6
 
 
-def test_shapes_are_read_back(gesso, tmp_path):  # noqa: F811
+def test_shapes_are_read_back(gesso_text, tmp_path):
     write_run(tmp_path / "run", "shapes-class")
-    code, output = gesso("ema", tmp_path / "run", "--sweep", ".05:.2:3", "--metric", "kind", "sample.steps=1")
+    code, output = gesso_text("ema", tmp_path / "run", "--sweep", ".05:.2:3", "--metric", "kind", "sample.steps=1")
     assert code == 0 and "share of drawn shapes whose kind matches" in output, output
     assert all({"kind", "all"} <= row.keys() for row in record(tmp_path / "run"))
-    code, output = gesso("ema", tmp_path / "run", "--sweep", ".05:.2:3", "--metric", "place")
+    code, output = gesso_text("ema", tmp_path / "run", "--sweep", ".05:.2:3", "--metric", "place")
     assert code == 2 and "has all, kind, border" in output
 
 
@@ -161,31 +160,31 @@ def test_lengths_lie_at_equal_ratios():
         (["--sweep", ".05:.2:3", "--files", "{nimg}"], "--files has no effect with --sweep"),
     ],
 )
-def test_refused(gesso, folder, words, output):  # noqa: F811
-    code, recorded = gesso("ema", folder, *words)
+def test_refused(gesso_text, folder, words, output):
+    code, recorded = gesso_text("ema", folder, *words)
     assert code == 2 and output in recorded and "Traceback" not in recorded and not (folder / "metrics.json").exists()
 
 
-def test_a_strange_record_is_left_alone(gesso, folder):  # noqa: F811
+def test_a_strange_record_is_left_alone(gesso_text, folder):
     for text in ("{}", "[", '{"format": "x", "evaluations": {}}'):
         (folder / "metrics.json").write_text(text)
-        code, output = gesso("ema", folder, "--sweep", ".05:.2:3", *QUICK)
+        code, output = gesso_text("ema", folder, "--sweep", ".05:.2:3", *QUICK)
         assert code == 1 and "was not written by this version of gesso evaluate" in output
         assert (folder / "metrics.json").read_text() == text
 
 
-def test_two_sweeps_at_once_lose_no_row(gesso, folder, monkeypatch):  # noqa: F811
+def test_two_sweeps_at_once_lose_no_row(gesso_text, folder, monkeypatch):
     """While one measures its first point, another begins and ends."""
     real, nested = sampling.generate, []
 
     def during(*a, **k):
         if not nested:
             nested.append(True)
-            nested.append(gesso("ema", folder, "--sweep", ".04:.1:3", *QUICK))
+            nested.append(gesso_text("ema", folder, "--sweep", ".04:.1:3", *QUICK))
         return real(*a, **k)
 
     monkeypatch.setattr(sampling, "generate", during)
-    code, output = gesso("ema", folder, "--sweep", ".05:.2:3", *QUICK)
+    code, output = gesso_text("ema", folder, "--sweep", ".05:.2:3", *QUICK)
     assert code == 0 and nested[1][0] == 0, output
     assert [row["sigma_rel"] for row in record(folder)] == [0.04, 0.05, 0.0632, 0.1, 0.2]  # .1 of both, once
     assert "(2 points evaluated before)" in output
@@ -201,7 +200,7 @@ def test_processes_that_write_one_record(tmp_path):
     assert len(results.read_evaluations(tmp_path)) == 60
 
 
-def test_the_layers_of_figure_5b_by_name(gesso, folder):  # noqa: F811
+def test_the_layers_of_figure_5b_by_name(gesso_text, folder):
     run = recipes.resolve("edm2-img512-s", ["data.num_classes=1000"])[0]
     with torch.device("meta"):
         net = models.build_network(run.net, run.input_spec)
@@ -224,7 +223,7 @@ def test_the_layers_of_figure_5b_by_name(gesso, folder):  # noqa: F811
     assert wanted[3].target == PerTensorProfile(
         PowerProfile(0.13), (("encoder.0.conv_res0.weight", PowerProfile(0.05)),)
     )
-    code, output = gesso("ema", folder, "--sweep", ".05:.2:3", "--tensors", "figure5b", *QUICK)
+    code, output = gesso_text("ema", folder, "--sweep", ".05:.2:3", "--tensors", "figure5b", *QUICK)
     assert code == 2 and "layers of EDM2's U-Net" in output
 
 

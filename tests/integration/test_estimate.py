@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_run
+from helpers.run_factory import tiny_run
 from rich.console import Console
 
 from gesso import recipes

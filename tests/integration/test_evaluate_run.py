@@ -7,9 +7,9 @@ from typing import get_args
 
 import pytest
 import torch
+from helpers.encoders import write_full_clip
+from helpers.feature_weights import inception_state, lpips_states, write_weights
 from helpers.run_factory import write_run
-from test_encoders import write_full_clip
-from test_feature_networks import public_inception, public_lpips, stored
 
 from gesso import atomic_io, build_conditions, config, ema, sampling, snapshot
 from gesso.config import EvalConfig
@@ -273,8 +273,8 @@ def test_diversity_under_other_sizes(tmp_path, monkeypatch):
     folder, sizes = tmp_path / "run", (8, 16, 32, 64, 1024)
     monkeypatch.setitem(METRICS, "lpips", replace(METRICS["lpips"], sizes=sizes))
     write_run(folder, "shapes-class", **{"control.variables": "size", "control.schedule": "uniform"})
-    trunk, heads = public_lpips("alex")
-    files = stored(trunk, tmp_path, "trunk.pth"), stored(heads, tmp_path, "heads.pth")
+    trunk, heads = lpips_states("alex")
+    files = write_weights(trunk, tmp_path, "trunk.pth"), write_weights(heads, tmp_path, "heads.pth")
     network = lpips.load_lpips("alex", tmp_path, weight_files=files)
     monkeypatch.setattr(lpips, "load_lpips", lambda *where: network)
     run = recorded_run(folder, "eval.metrics=lpips", "eval.diversity_prompts=3", "sample.steps=2", "sample.guidance=1")
@@ -460,7 +460,7 @@ def test_a_new_metric_is_one_entry(folder, monkeypatch):
 
 def test_several_scores_of_one_drawing(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(
-        downloads.INCEPTION_FILES, "torch-fidelity", stored(public_inception(), tmp_path, "inception.pth")
+        downloads.INCEPTION_FILES, "torch-fidelity", write_weights(inception_state(), tmp_path, "inception.pth")
     )
     settings = ("eval.metrics=[fid,is,fd_digits]", f"eval.weights_dir={tmp_path}", "eval.num_samples=12")
     reference = tmp_path / "real"

@@ -7,18 +7,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import randomize_constants_, small_net, tiny_run
-from helpers.network_cases import INPUT_SPECS, NETWORKS, NetworkCase, example_batch
+from helpers.cli import run_cli
+from helpers.images import copy_with_truncated, open_on_the_fly
+from helpers.network_cases import (
+    INPUT_SPECS,
+    NETWORKS,
+    NetworkCase,
+    example_batch,
+    initialized_net,
+    randomize_constants_,
+)
+from helpers.run_factory import image_run, tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from test_cache import photos  # noqa: F401
-from test_cached_training import gesso
-from test_on_the_fly import live, spoiled, tiny
 
 from gesso import config, ema, models, recipes, snapshot
 from gesso import rng as keyed
-from gesso.config import MDTConfig
+from gesso.config import InputSpec, MDTConfig
 from gesso.data.cache.read import CachedDataset
 from gesso.data.samplers import BucketSampler, EpochShuffle, ExcludeIndices, ShardWindowShuffle, select_validation
 from gesso.diffusion import loss_bins
@@ -126,9 +132,9 @@ def test_which_are_held_out_does_not_depend_on_the_seed():
 
 
 @pytest.mark.parametrize("how", [{"window": 2}, {"buckets": 3}, {}])
-def test_held_out_of_a_cache(photos, tmp_path, how):  # noqa: F811
+def test_held_out_of_a_cache(photos, tmp_path, how):
     more = ["--buckets", 3, "bucket_multiple=4"] if "buckets" in how else []
-    gesso("cache", photos, tmp_path / "c", "--resolution", 16, "--images-per-shard", 2, "--views", 2, "--flip", *more)
+    run_cli("cache", photos, tmp_path / "c", "--resolution", 16, "--images-per-shard", 2, "--views", 2, "--flip", *more)
     cache = CachedDataset(tmp_path / "c", 0, how.get("window"))
     cache.hold_out_validation(4)
     order = cache.sample_order(3, 2)
@@ -148,10 +154,10 @@ def test_held_out_of_a_cache(photos, tmp_path, how):  # noqa: F811
         assert samples.x.equal(cache.reference_images(torch.tensor([i]))) and not samples.flips.any()
 
 
-def test_an_unreadable_image_gives_way_to_one_of_its_side(photos, tmp_path):  # noqa: F811
+def test_an_unreadable_image_gives_way_to_one_of_its_side(photos, tmp_path):
     files = sorted(path.name for path in photos.glob("*/*.png"))
-    folder = spoiled(photos, tmp_path / "s", set(files[:1]))
-    data = live(folder, max_unreadable=1.0)
+    folder = copy_with_truncated(photos, tmp_path / "s", set(files[:1]))
+    data = open_on_the_fly(folder, max_unreadable=1.0)
     data.hold_out_validation(len(data) // 2)
     held = set(data.validation_indices.tolist())
     for i in range(len(data)):
@@ -227,7 +233,7 @@ def test_validation_of_a_known_network_against_a_slow_loop():
 
 def test_validation_is_the_same_over_seeds_batches_and_ranks():
     run = validated().run
-    net = small_net("mmdit++", classes=10, channels=1)
+    net = randomize_constants_(initialized_net(NetworkCase(NETWORKS["mmdit++"][0], InputSpec(1, 8, 10), False)))
     from gesso.diffusion.denoiser import Denoiser
 
     denoiser = Denoiser(net.eval(), processes.build_process(run.process), run.net.noise_embedding)
@@ -240,9 +246,9 @@ def test_validation_is_the_same_over_seeds_batches_and_ranks():
     assert sum(parts).equal(due)  # to the last bit: passes are of the same pairs
 
 
-def test_another_source_to_validate_on(photos, tmp_path):  # noqa: F811
+def test_another_source_to_validate_on(photos, tmp_path):
     run, dataset = open_dataset_for_run(
-        tiny(photos, **{"monitor.validation_source": photos, "monitor.validate_every": 32}), QUIET
+        image_run(photos, **{"monitor.validation_source": photos, "monitor.validate_every": 32}), QUIET
     )
     other, index = validation.open_validation_set(run, dataset)
     assert len(index) == len(other) == len(dataset) and not len(dataset.validation_indices)
@@ -260,8 +266,8 @@ def test_missing_source_is_reported_before_the_run_folder_exists(tmp_path):
     assert not (tmp_path / "run" / "run.yaml").exists()
 
 
-def test_validation_over_buckets_takes_pictures_of_one_size_together(photos, tmp_path):  # noqa: F811
-    gesso("cache", photos, tmp_path / "c", "--resolution", 16, "--buckets", 3, "bucket_multiple=4")
+def test_validation_over_buckets_takes_pictures_of_one_size_together(photos, tmp_path):
+    run_cli("cache", photos, tmp_path / "c", "--resolution", 16, "--buckets", 3, "bucket_multiple=4")
     settings_ = {
         "train.batch_size": 2,
         "net.patch_size": 2,
@@ -269,7 +275,7 @@ def test_validation_over_buckets_takes_pictures_of_one_size_together(photos, tmp
         "monitor.validate_every": 32,
         "monitor.validation_pairs": 30,
     }
-    run, dataset = open_dataset_for_run(tiny(tmp_path / "c", **settings_), QUIET)
+    run, dataset = open_dataset_for_run(image_run(tmp_path / "c", **settings_), QUIET)
     actual = of_held(run, dataset)
     assert sorted(j for part in actual.split(torch.arange(30)) for j in part.tolist()) == list(range(30))
     assert losses(actual, Known(processes.build_process(run.process))).isfinite().all()

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.reference_ema import interval_weights
 from helpers.run_factory import small_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_ema import gesso, interval_weights  # noqa: F401
 from torch import nn
 
 from gesso import ema, snapshot
@@ -316,10 +316,10 @@ def write_raw_snapshots(folder: Path, every: int = 100) -> list[dict[str, torch.
     return path
 
 
-def test_revisiting_raw_checkpoints(gesso, tmp_path):  # noqa: F811
+def test_revisiting_raw_checkpoints(gesso_text, tmp_path):
     path = write_raw_snapshots(tmp_path / "theirs")
     files = ["--files", "step-{step}/model.safetensors", "--batch-size", "8"]
-    code, output = gesso("ema", tmp_path / "theirs", "--sigma-rel", "0.1", "--sigma-rel", "0.2", *files)
+    code, output = gesso_text("ema", tmp_path / "theirs", "--sigma-rel", "0.1", "--sigma-rel", "0.2", *files)
     assert code == 0 and "sigma_rel 0.1 at image 32,000" in output and "load_file" in output, output
     for sigma_rel in (0.1, 0.2):
         created = load_file(tmp_path / "theirs" / "ema" / f"nimg000000032000-ema{sigma_rel:.4f}.safetensors")
@@ -327,9 +327,11 @@ def test_revisiting_raw_checkpoints(gesso, tmp_path):  # noqa: F811
         wanted = torch.einsum("t,t...->...", part, torch.stack([one["w"] for one in path]))
         assert float((created["w"] - wanted).norm() / wanted.norm()) < 1e-3
     # A past time, in images; the same file named by its time.
-    code, output = gesso("ema", tmp_path / "theirs", "--sigma-rel", "0.1", "--nimg", "16k", *files)
+    code, output = gesso_text("ema", tmp_path / "theirs", "--sigma-rel", "0.1", "--nimg", "16k", *files)
     assert code == 0 and "at image 16,000" in output
-    code, output = gesso("ema", tmp_path / "theirs", "--sigma-rel", ".1", "--files", "step-100/model.safetensors=5k")
+    code, output = gesso_text(
+        "ema", tmp_path / "theirs", "--sigma-rel", ".1", "--files", "step-100/model.safetensors=5k"
+    )
     assert code == 0 and "at image 5,000" in output and "cannot reconstruct" in output
     assert load_file(tmp_path / "theirs" / "ema" / "nimg000000005000-ema0.1000.safetensors")["w"].equal(path[100]["w"])
 
@@ -355,16 +357,16 @@ def test_revisiting_a_traditional_ema(tmp_path):
     assert stored == TraditionalProfile(552)  # 8 ln 2 / -ln .99
 
 
-def test_snapshots_of_any_trainer_on_the_command_line(gesso, tmp_path):  # noqa: F811
+def test_snapshots_of_any_trainer_on_the_command_line(gesso_text, tmp_path):
     folder = write_snapshots(tmp_path / "mine")
-    code, output = gesso("ema", folder, "--sigma-rel", "0.07", "--tensors", "0.*=0.15")
+    code, output = gesso_text("ema", folder, "--sigma-rel", "0.07", "--tensors", "0.*=0.15")
     assert code == 0 and "module.load_state_dict(safetensors.torch.load_file(" in output
-    code, output = gesso("ema", folder / "snapshots", "--sigma-rel", "0.07", "--out", tmp_path / "out")
+    code, output = gesso_text("ema", folder / "snapshots", "--sigma-rel", "0.07", "--out", tmp_path / "out")
     created = load_file(tmp_path / "out" / "nimg000000000800-ema0.0700.safetensors")
     wanted = PostHocEMA.reconstruct(folder, 0.07)
     assert code == 0 and created.keys() == wanted.keys() and all(created[k].equal(wanted[k]) for k in created)
     make_module().load_state_dict(created)
-    code, output = gesso("ema", folder, "--sweep", ".05:.2:3")
+    code, output = gesso_text("ema", folder, "--sweep", ".05:.2:3")
     assert code == 2 and "no run.yaml: EMA weights can be written (--sigma-rel), but not evaluated" in output
     with pytest.raises(UsageError, match="kept by another trainer"):
         snapshot.reconstruct_from_run(folder, [PowerProfile(0.1)])
@@ -399,9 +401,9 @@ def test_snapshots_of_any_trainer_on_the_command_line(gesso, tmp_path):  # noqa:
         ),
     ],
 )
-def test_invalid_arguments(gesso, tmp_path, words, output):  # noqa: F811
+def test_invalid_arguments(gesso_text, tmp_path, words, output):
     folder = write_snapshots(tmp_path / "mine")
-    code, recorded = gesso("ema", folder, *words, "--out", tmp_path / "out")
+    code, recorded = gesso_text("ema", folder, *words, "--out", tmp_path / "out")
     assert code == 2 and output in recorded and "Traceback" not in recorded and not (tmp_path / "out").exists()
 
 
@@ -412,8 +414,8 @@ def test_two_files_of_one_time(tmp_path):
         ema_export.external_snapshots(tmp_path, ["a-{nimg}.safetensors", "b-{nimg}.safetensors"])
 
 
-def test_inaccurate_lengths_warn(gesso, tmp_path):  # noqa: F811
-    code, output = gesso("ema", write_snapshots(tmp_path), "--sigma-rel", "0.002")
+def test_inaccurate_lengths_warn(gesso_text, tmp_path):
+    code, output = gesso_text("ema", write_snapshots(tmp_path), "--sigma-rel", "0.002")
     assert (
         code == 0 and "warning: the snapshots cannot reconstruct sigma_rel 0.002 accurately: relative error" in output
     )

@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.distributed import (
+    BATCH_SIZE,
+    FLOAT64_TRAINING,
+    MMDIT_SETTINGS,
+    NUM_STEPS,
     free_port,
     launch,
     launch_torchrun,
@@ -20,6 +24,7 @@ from helpers.distributed import (
     max_weight_difference,
     snapshot_weights,
 )
+from helpers.run_factory import tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,16 +35,10 @@ from gesso.training import checkpoint, ranks
 from gesso.training.logging import HARDWARE_KEYS, read_log
 from gesso.training.ranks import Ranks
 
-STEPS, BATCH = 50, 7  # which neither 2 nor 3 divides
-DOUBLE = {
-    "train.dtype": "float64", "train.batch_size": BATCH, "train.total_images": STEPS * BATCH, "train.log_every": BATCH,
-    "train.snapshot_every": STEPS * BATCH, "train.checkpoint_every": 10 * BATCH, "optim.warmup_images": 0, "train.num_threads": 1,
-}  # fmt: skip
 # A network of each kind: joint attention and control; the sphere and learned uncertainty; a masked second pass; dropout of
 # nothing but conditions everywhere, so that ranks share no draw that depends on their number.
-MMDIT = {"net.hidden_size": 32, "net.depth": 1, "net.num_heads": 2}
 NETS = {
-    "mmdit++": MMDIT,
+    "mmdit++": MMDIT_SETTINGS,
     "edm2": {
         "net.name": "edm2", "net.channels": 16, "net.channel_mult": "[1,2]", "net.num_blocks": 1, "net.attention_levels": "[1]",
         "net.channels_per_head": 16, "loss.weighting": "uncertainty",
@@ -56,7 +55,7 @@ NETS = {
 def alone(tmp_path_factory) -> Path:
     """Every network trained by one rank."""
     root = tmp_path_factory.mktemp("alone")
-    launch(1, [{"out": str(root / name), "settings": DOUBLE | net} for name, net in NETS.items()])
+    launch(1, [{"out": str(root / name), "settings": FLOAT64_TRAINING | net} for name, net in NETS.items()])
     return root
 
 
@@ -70,13 +69,13 @@ def test_ranks_and_shards_and_passes_do_not_matter(alone, tmp_path, world, names
     for name, net in ((name, NETS[name]) for name in names):
         for sharding, micro in (("ddp", 1), ("fsdp", 2)) if world == 2 else (("fsdp", None), ("ddp", 2)):
             how = {"train.sharding": sharding} | ({"train.micro_batch_size": micro} if micro else {})
-            jobs.append({"out": str(tmp_path / f"{name}-{sharding}"), "settings": DOUBLE | net | how})
+            jobs.append({"out": str(tmp_path / f"{name}-{sharding}"), "settings": FLOAT64_TRAINING | net | how})
     launch(world, jobs)
     for job in jobs:
         name = Path(job["out"]).name.rsplit("-", 1)[0]
         assert max_weight_difference(alone / name, job["out"]) < 1e-10, job
         assert logged_losses(job["out"]) == pytest.approx(logged_losses(alone / name), rel=1e-10)
-        assert len(logged_losses(job["out"])) == STEPS
+        assert len(logged_losses(job["out"])) == NUM_STEPS
 
 
 def test_passes_of_one_rank_and_recomputing(alone, tmp_path):
@@ -85,8 +84,11 @@ def test_passes_of_one_rank_and_recomputing(alone, tmp_path):
         {"train.activation_checkpointing": "true"},
         {"train.micro_batch_size": 2, "train.activation_checkpointing": "true"},
     ]
-    jobs = [{"out": str(tmp_path / f"{i}"), "settings": DOUBLE | NETS["mmdit++"] | some} for i, some in enumerate(how)]
-    jobs.append({"out": str(tmp_path / "edm2"), "settings": DOUBLE | NETS["edm2"] | how[1]})
+    jobs = [
+        {"out": str(tmp_path / f"{i}"), "settings": FLOAT64_TRAINING | NETS["mmdit++"] | some}
+        for i, some in enumerate(how)
+    ]
+    jobs.append({"out": str(tmp_path / "edm2"), "settings": FLOAT64_TRAINING | NETS["edm2"] | how[1]})
     launch(1, jobs)
     for job in jobs[:3]:
         assert max_weight_difference(alone / "mmdit++", job["out"]) < 1e-10
@@ -108,7 +110,7 @@ def test_in_single_precision(tmp_path):
     }  # fmt: skip
     for world in (1, 2, 3):
         mine = {name: how for name, how in ways.items() if name.startswith(str(world))}
-        single = DOUBLE | dit | {"train.dtype": "float32"}
+        single = FLOAT64_TRAINING | dit | {"train.dtype": "float32"}
         launch(world, [{"out": str(tmp_path / name), "settings": single | how} for name, how in mine.items()])
     one = snapshot_weights(tmp_path / "1")
     for name in list(ways)[1:]:
@@ -126,23 +128,23 @@ def test_in_single_precision(tmp_path):
 def test_resumed_on_other_numbers_of_ranks_and_shards(alone, tmp_path):
     """3 ranks, sharded; then 1; then 2, replicated; stopped in the middle of an epoch and between states."""
     out, net = str(tmp_path / "run"), NETS["edm2"]
-    one = {"out": out, "settings": DOUBLE | net | {"train.sharding": "fsdp"}, "stop_at": 15 * BATCH}
+    one = {"out": out, "settings": FLOAT64_TRAINING | net | {"train.sharding": "fsdp"}, "stop_at": 15 * BATCH_SIZE}
     launch(3, [one])
-    assert checkpoint.list_checkpoints(tmp_path / "run" / "state")[-1].name == f"nimg{10 * BATCH:012d}"
-    launch(1, [{"out": out, "settings": DOUBLE | net, "resume": True, "stop_at": 33 * BATCH}])
-    done = launch(2, [{"out": out, "settings": DOUBLE | net, "resume": True}])
+    assert checkpoint.list_checkpoints(tmp_path / "run" / "state")[-1].name == f"nimg{10 * BATCH_SIZE:012d}"
+    launch(1, [{"out": out, "settings": FLOAT64_TRAINING | net, "resume": True, "stop_at": 33 * BATCH_SIZE}])
+    done = launch(2, [{"out": out, "settings": FLOAT64_TRAINING | net, "resume": True}])
     assert "ranks 3 -> 2: the result will agree closely" in done.output
     assert max_weight_difference(alone / "edm2", out) < 1e-10
     assert (
         logged_losses(out) == pytest.approx(logged_losses(alone / "edm2"), rel=1e-10)
-        and len(logged_losses(out)) == STEPS
+        and len(logged_losses(out)) == NUM_STEPS
     )
 
 
 def test_a_state_of_two_ranks_is_bit_equal_on_two_ranks(tmp_path):
-    job = {"out": str(tmp_path / "whole"), "settings": DOUBLE | MMDIT | {"train.sharding": "fsdp"}}
+    job = {"out": str(tmp_path / "whole"), "settings": FLOAT64_TRAINING | MMDIT_SETTINGS | {"train.sharding": "fsdp"}}
     parts = job | {"out": str(tmp_path / "parts")}
-    launch(2, [job, parts | {"stop_at": 25 * BATCH}, parts | {"resume": True}])
+    launch(2, [job, parts | {"stop_at": 25 * BATCH_SIZE}, parts | {"resume": True}])
     assert max_weight_difference(tmp_path / "whole", tmp_path / "parts") == 0
     a, b = (load_last_checkpoint(tmp_path / name) for name in ("whole", "parts"))
     assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
@@ -152,24 +154,33 @@ def test_a_state_of_two_ranks_is_bit_equal_on_two_ranks(tmp_path):
 def test_a_rank_that_dies_takes_the_others_along_by_name(alone, tmp_path):
     out = tmp_path / "run"
     start = time.monotonic()
-    done = launch_torchrun(2, [{"out": str(out), "settings": DOUBLE | MMDIT, "kill": [34 * BATCH, 1]}])
+    done = launch_torchrun(
+        2, [{"out": str(out), "settings": FLOAT64_TRAINING | MMDIT_SETTINGS, "kill": [34 * BATCH_SIZE, 1]}]
+    )
     assert done.returncode != 0 and time.monotonic() - start < 60
     assert re.search(r"rank +: 1 ", done.stderr) and "SIGKILL" in done.stderr  # torchrun names it
     assert re.search(r"gesso: rank 1 of 2 \(\S+, process \d+\) is gone", done.stderr)  # and so does the other
     # The state of step 30 may still have been on its way; that of step 20 was waited for.
-    assert checkpoint.list_checkpoints(out / "state")[-1].name in (f"nimg{20 * BATCH:012d}", f"nimg{30 * BATCH:012d}")
-    launch(2, [{"out": str(out), "settings": DOUBLE | MMDIT, "resume": True}])
+    assert checkpoint.list_checkpoints(out / "state")[-1].name in (
+        f"nimg{20 * BATCH_SIZE:012d}",
+        f"nimg{30 * BATCH_SIZE:012d}",
+    )
+    launch(2, [{"out": str(out), "settings": FLOAT64_TRAINING | MMDIT_SETTINGS, "resume": True}])
     assert max_weight_difference(alone / "mmdit++", out) < 1e-10
     assert not list(out.rglob("*.tmp"))
 
 
 def test_a_signal_to_one_rank_stops_all_with_the_state_saved(alone, tmp_path):
     out = tmp_path / "run"
-    done = launch(2, [{"out": str(out), "settings": DOUBLE | MMDIT, "signal": [14 * BATCH, 1]}], check=False)
+    done = launch(
+        2,
+        [{"out": str(out), "settings": FLOAT64_TRAINING | MMDIT_SETTINGS, "signal": [14 * BATCH_SIZE, 1]}],
+        check=False,
+    )
     assert done.codes == [143, 143] and "SIGTERM at image" in done.output
     stopped = int(checkpoint.list_checkpoints(out / "state")[-1].name.removeprefix("nimg"))
-    assert 14 * BATCH < stopped <= 16 * BATCH
-    launch(1, [{"out": str(out), "settings": DOUBLE | MMDIT, "resume": True}])
+    assert 14 * BATCH_SIZE < stopped <= 16 * BATCH_SIZE
+    launch(1, [{"out": str(out), "settings": FLOAT64_TRAINING | MMDIT_SETTINGS, "resume": True}])
     assert max_weight_difference(alone / "mmdit++", out) < 1e-10
 
 
@@ -185,8 +196,6 @@ def test_shares_are_the_batch(first, size, world):
 
 
 def test_more_ranks_than_samples(monkeypatch):
-    from conftest import tiny_run
-
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "0")
     with (
@@ -222,7 +231,7 @@ def test_shared_within_a_node_and_replicated_over_nodes(alone, tmp_path, world, 
     for name in names:
         for micro in (1, 4):
             how = {"train.sharding": "hsdp", "train.micro_batch_size": micro}
-            job = {"out": str(tmp_path / f"{name}-{micro}"), "settings": DOUBLE | NETS[name] | how}
+            job = {"out": str(tmp_path / f"{name}-{micro}"), "settings": FLOAT64_TRAINING | NETS[name] | how}
             jobs.append(job | {"prelude": SAY_MESH if not jobs else ""})
     assert f"mesh ({world // per_node}, {per_node})" in launch(world, jobs, per_node=per_node).output
     for job in jobs:
@@ -234,7 +243,7 @@ def test_shared_within_a_node_and_replicated_over_nodes(alone, tmp_path, world, 
 @pytest.mark.slow
 def test_two_nodes_by_torchrun(alone, tmp_path):
     """Two agents on one machine, with what docs/cluster.md types."""
-    job = {"out": str(tmp_path / "run"), "settings": DOUBLE | MMDIT | {"train.sharding": "hsdp"}}
+    job = {"out": str(tmp_path / "run"), "settings": FLOAT64_TRAINING | MMDIT_SETTINGS | {"train.sharding": "hsdp"}}
     meeting = ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=1", f"--rdzv-endpoint=localhost:{free_port()}"]
     with ThreadPoolExecutor(2) as pool:
         nodes = [pool.submit(launch_torchrun, 1, [job], *meeting) for _ in range(2)]
@@ -260,9 +269,9 @@ def sleeping(self, *a):
 )  # fmt: skip
 def test_a_slow_rank_is_named(tmp_path, what, sharding):
     """Held up by its data, or by its own computing."""
-    few = {"train.total_images": 10 * BATCH, "train.log_every": 5 * BATCH, "train.sharding": sharding}
+    few = {"train.total_images": 10 * BATCH_SIZE, "train.log_every": 5 * BATCH_SIZE, "train.sharding": sharding}
     prelude = SLEEPS.format(module=what[0], owner=what[1], name=what[2])
-    launch(2, [{"out": str(tmp_path / "run"), "settings": DOUBLE | MMDIT | few, "prelude": prelude}])
+    launch(2, [{"out": str(tmp_path / "run"), "settings": FLOAT64_TRAINING | MMDIT_SETTINGS | few, "prelude": prelude}])
     lines = [line for line in read_log(tmp_path / "run" / "log.jsonl") if "loss" in line]
     for line in lines:
         ((name, times),) = line["slow_ranks"].items()
@@ -273,7 +282,12 @@ def test_a_slow_rank_is_named(tmp_path, what, sharding):
 def test_schedulers_signals_reach_all_ranks(tmp_path, number):
     """As Slurm sends them, to every process at once."""
     out = tmp_path / "run"
-    job = {"out": str(out), "settings": DOUBLE | MMDIT, "signal": [10 * BATCH, None], "number": int(number)}
+    job = {
+        "out": str(out),
+        "settings": FLOAT64_TRAINING | MMDIT_SETTINGS,
+        "signal": [10 * BATCH_SIZE, None],
+        "number": int(number),
+    }
     done = launch(2, [job], check=False)
     assert done.codes == [128 + number] * 2 and f"{signal.Signals(number).name} at image 77" in done.output
     assert checkpoint.list_checkpoints(out / "state")[-1].name == f"nimg{77:012d}"
@@ -281,7 +295,7 @@ def test_schedulers_signals_reach_all_ranks(tmp_path, number):
 
 def test_two_runs_in_one_folder(tmp_path):
     with atomic_io.lock_dir(tmp_path / "run"):
-        done = launch(2, [{"out": str(tmp_path / "run"), "settings": DOUBLE | MMDIT}], check=False)
+        done = launch(2, [{"out": str(tmp_path / "run"), "settings": FLOAT64_TRAINING | MMDIT_SETTINGS}], check=False)
     assert sorted(done.codes) == [1, 2] and "another process is training in" in done.output
 
 
@@ -289,8 +303,8 @@ def test_clocks_that_jump(alone, tmp_path):
     """Back by a year, at each look, on one rank."""
     jumping = "import time, itertools\ntimes = itertools.count(2e9, -3e7)\ntime.time = lambda: next(times)"
     out = tmp_path / "run"
-    settings = DOUBLE | NETS["mmdit++"] | {"train.checkpoint_every": 5 * BATCH}
-    launch(1, [{"out": str(out), "settings": settings, "prelude": jumping, "stop_at": 22 * BATCH}])
+    settings = FLOAT64_TRAINING | NETS["mmdit++"] | {"train.checkpoint_every": 5 * BATCH_SIZE}
+    launch(1, [{"out": str(out), "settings": settings, "prelude": jumping, "stop_at": 22 * BATCH_SIZE}])
     for file in out.rglob("*"):
         os.utime(file, (4e9, 4e9))
     launch(1, [{"out": str(out), "settings": settings, "prelude": jumping, "resume": True}])
@@ -300,11 +314,11 @@ def test_clocks_that_jump(alone, tmp_path):
 def test_what_is_seen_does_not_depend_on_the_ranks(tmp_path):
     """Bins, validation, magnitudes and scores to 1e-5 (they are rounded to six digits), pictures to the last bit but rounding."""
     watched = {
-        "train.total_images": 8 * BATCH, "data.num_validation": 20, "monitor.validate_every": 2 * BATCH, "monitor.validation_pairs": 70,
-        "monitor.magnitude_every": 4 * BATCH, "monitor.magnitude_samples": 20, "monitor.sample_every": 4 * BATCH, "monitor.num_samples": 5,
-        "monitor.evaluate_every": 8 * BATCH, "sample.steps": 2,
+        "train.total_images": 8 * BATCH_SIZE, "data.num_validation": 20, "monitor.validate_every": 2 * BATCH_SIZE, "monitor.validation_pairs": 70,
+        "monitor.magnitude_every": 4 * BATCH_SIZE, "monitor.magnitude_samples": 20, "monitor.sample_every": 4 * BATCH_SIZE, "monitor.num_samples": 5,
+        "monitor.evaluate_every": 8 * BATCH_SIZE, "sample.steps": 2,
     }  # fmt: skip
-    settings = DOUBLE | NETS["edm2"] | watched
+    settings = FLOAT64_TRAINING | NETS["edm2"] | watched
     launch(1, [{"out": str(tmp_path / "one"), "settings": settings}])
     launch(2, [{"out": str(tmp_path / how), "settings": settings | {"train.sharding": how}} for how in ("ddp", "fsdp")])
     due = flat(tmp_path / "one")

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.cli import run_cli
 from helpers.distributed import launch, logged_losses, max_weight_difference
 from safetensors.torch import load_file
-from test_cached_training import gesso
-from test_on_the_fly import photos, vae  # noqa: F401
 
 BATCH, EPOCH = 5, 16  # which BATCH does not divide, nor 2 BATCH
 STEPS = 14
@@ -42,13 +41,13 @@ def samples(folder: Path) -> dict[int, dict[str, torch.Tensor]]:
         *(pytest.param(k, marks=pytest.mark.slow) for k in ("cached pixels", "folder through a VAE")),
     ],
 )
-def test_other_ranks_see_the_same_samples(photos, vae, tmp_path, kind):  # noqa: F811
+def test_other_ranks_see_the_same_samples(photos, vae, tmp_path, kind):
     views = ["--views", 2, "--crop-scale", ".5,1", "--flip", "--batch-size", 8]
     source, settings = photos, {"data.crop_scale": "[0.5,1]", "data.flip": "true"}
     if kind.startswith("cached"):
         source, settings = tmp_path / "cache", {}
         through = ["--resolution", 32, "--vae", vae] if "latents" in kind else ["--resolution", 16]
-        gesso("cache", photos, source, *through, *views)
+        run_cli("cache", photos, source, *through, *views)
     elif "VAE" in kind:
         settings |= {"latent.vae": vae, "data.resolution": 32}
     settings |= {

@@ -9,15 +9,21 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.distributed import LaunchResult, launch, load_last_checkpoint, logged_losses, max_weight_difference
+from helpers.distributed import (
+    MMDIT_SETTINGS,
+    LaunchResult,
+    launch,
+    load_last_checkpoint,
+    logged_losses,
+    max_weight_difference,
+)
 from safetensors.torch import load_file
-from test_ranks import MMDIT
 
 from gesso.training import checkpoint
 from gesso.training.logging import read_log
 
 STEPS, BATCH = 40, 7
-SETTINGS = MMDIT | {
+SETTINGS = MMDIT_SETTINGS | {
     "train.dtype": "float64", "train.batch_size": BATCH, "train.total_images": STEPS * BATCH, "train.log_every": BATCH,
     "train.snapshot_every": 5 * BATCH, "train.checkpoint_every": 3 * BATCH, "train.num_threads": 1, "optim.warmup_images": 0,
 }  # fmt: skip

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import randomize_constants_, write_image_folders
+from helpers.images import write_image_folders
+from helpers.network_cases import randomize_constants_
 from helpers.run_factory import QUIET_CONSOLE, small_run, with_settings, write_run
 from rich.console import Console
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_run, write_image_folders
+from helpers.images import write_image_folders
+from helpers.run_factory import tiny_run
 from rich.console import Console
 from safetensors.torch import load_file
 

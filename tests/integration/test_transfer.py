@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomize_constants_
-from helpers.network_cases import NetworkCase, example_batch
+from helpers.distributed import FLOAT64_TRAINING, MMDIT_SETTINGS, launch, snapshot_weights
+from helpers.network_cases import NetworkCase, example_batch, randomize_constants_
 from helpers.transfer_cases import (
     NETS,
     ON_SPHERE,
@@ -1123,9 +1123,7 @@ def test_from_classes_to_words_on_the_command_line(tmp_path):
 @pytest.mark.slow
 def test_two_ranks_begin_at_the_same_bits(digits, tmp_path):
     """With no step to speak of, averages are what was moved: of one rank and of two, replicated and sharded."""
-    from test_ranks import DOUBLE, MMDIT, launch, snapshot_weights
-
-    still = DOUBLE | MMDIT | {
+    still = FLOAT64_TRAINING | MMDIT_SETTINGS | {
         "init": str(digits), "net.depth": 2, "optim.lr": 1e-300, "train.total_images": 7, "train.snapshot_every": 7,
         "train.checkpoint_every": 7, "train.sharding": "ddp",
     }  # fmt: skip

@@ -228,7 +228,7 @@ def simulated(case):
 )
 def test_error_rates(case):
     """At most 5 % wrong, within four standard errors of so many draws; benchmarks/verdicts.py has more draws."""
-    reproduced, contradicted = SIMULATION.rates(case, 3, DRAWS, random.Random(1))
+    reproduced, contradicted = SIMULATION.verdict_rates(case, 3, DRAWS, random.Random(1))
     limit = 0.05 + 4 * math.sqrt(0.05 * 0.95 / DRAWS)
     assert case.truth is True or reproduced < limit
     assert case.truth is False or contradicted < limit

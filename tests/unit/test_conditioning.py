@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_image_folders
+from helpers.images import write_image_folders
 from helpers.run_factory import small_run, with_settings, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_run, write_image_folders
+from helpers.images import write_image_folders
+from helpers.run_factory import tiny_run
 from PIL import Image
 
 from gesso.config import DataConfig, LatentConfig

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import randomize_constants_
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from helpers.network_cases import randomize_constants_
 from torch import Tensor, nn
 
 from gesso.conditioning import Cond

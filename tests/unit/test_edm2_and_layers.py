@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import randomize_constants_
-from helpers.network_cases import edm2_and_reference
+from helpers.network_cases import edm2_and_reference, randomize_constants_
 
 from gesso import config, models
 from gesso.conditioning import Cond

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomize_constants_
+from helpers.network_cases import randomize_constants_
 
 from gesso import config
 from gesso.conditioning import Cond

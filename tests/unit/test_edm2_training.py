@@ -454,16 +454,3 @@ def test_hours_depend_on_precision():
         sample = run.sample.model_copy(update={"precision": precision})
         assert estimates.sampling_precision(run.model_copy(update={"sample": sample})) == key
     assert estimate.estimate_disk(run, 400, 1000).snapshot_bytes == 200  # snapshots of 16 bits
-
-
-def test_report_notes_runs_of_both_loss_reductions(tmp_path):
-    from test_report import log, written
-
-    from gesso.report import several
-    from gesso.report.folder import opened as folders
-
-    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
-    for folder, reduction in ((one, "mean"), (two, "sum"), (three, "sum")):
-        written(folder, log(), **{"loss.reduction": reduction})
-    assert "C*H*W times" in several.training(folders([one, two]))
-    assert "C*H*W times" not in several.training(folders([two, three]))

@@ -7,8 +7,8 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_run
-from helpers.run_factory import QUIET_CONSOLE, small_run, with_settings, write_run
+from helpers.reference_ema import interval_weights
+from helpers.run_factory import QUIET_CONSOLE, small_run, tiny_run, with_settings, write_run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -66,16 +66,6 @@ PROFILES = [
     TraditionalProfile(2000),
     TraditionalProfile(10**9),
 ]
-
-
-def interval_weights(profile: ema.Profile, edges: np.ndarray) -> np.ndarray:
-    """Weights of theta(0) and of the theta of each interval between the edges, 0 to t, by the primitive of p."""
-    t = edges[-1]
-    if isinstance(profile, PowerProfile):
-        cdf = (edges / t) ** (profile.gamma + 1)
-    else:
-        cdf = 2.0 ** (-(t - edges) / profile.halflife)
-    return np.diff(cdf, prepend=0.0)
 
 
 @settings(max_examples=40, deadline=None)
@@ -409,17 +399,6 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def gesso(gesso):
-    """Type a command; returns (exit code, all it says on one line)."""
-
-    def type_in(*words: object) -> tuple[int, str]:
-        code, out, err = gesso(*words)
-        return code, " ".join((out + err).split())
-
-    return type_in
-
-
 def test_snapshots_know_their_profile(folder):
     actual = snapshot.list_snapshots(folder)
     assert [s.path.name for s in actual] == [
@@ -493,14 +472,14 @@ def read_images(path):
     return [p.read_bytes() for p in sorted(path.glob("seed*.png"))]
 
 
-def test_sample_command_with_other_lengths(gesso, folder, tmp_path):
-    code, output = gesso("sample", folder, "sample.halflife=1k", "--seeds", "0-2", "--out", tmp_path / "half")
+def test_sample_command_with_other_lengths(gesso_text, folder, tmp_path):
+    code, output = gesso_text("sample", folder, "sample.halflife=1k", "--seeds", "0-2", "--out", tmp_path / "half")
     assert (
         code == 0
         and "half-life 1,000, image 640 (relative error of the profile 0.0e+00, weight of the initial" in output
     )
-    assert gesso("sample", folder, "--seeds", "0-2", "--out", tmp_path / "power")[0] == 0
-    code, output = gesso("sample", folder, "sample.halflife=700", "--seeds", "0-2", "--out", tmp_path / "made")
+    assert gesso_text("sample", folder, "--seeds", "0-2", "--out", tmp_path / "power")[0] == 0
+    code, output = gesso_text("sample", folder, "sample.halflife=700", "--seeds", "0-2", "--out", tmp_path / "made")
     assert code == 0 and "half-life 700" in output
     half, power, created = (read_images(tmp_path / name) for name in ("half", "power", "made"))
     assert len(half) == 3 and half != power and half != created
@@ -513,12 +492,12 @@ def test_sample_command_with_other_lengths(gesso, folder, tmp_path):
         sampling.save_png(sampling.to_pil(image), tmp_path / "direct" / f"seed{seed:06d}.png")
     assert half == read_images(tmp_path / "direct")
     names = {p.name for p in (folder / "samples").iterdir()} if (folder / "samples").exists() else set()
-    assert gesso("sample", folder, "sample.halflife=1000", "--seeds", "0")[0] == 0
+    assert gesso_text("sample", folder, "sample.halflife=1000", "--seeds", "0")[0] == 0
     assert {p.name for p in (folder / "samples").iterdir()} - names == {"halflife-1000"}
 
 
-def test_ema_command_writes_other_lengths(gesso, folder, tmp_path):
-    code, output = gesso(
+def test_ema_command_writes_other_lengths(gesso_text, folder, tmp_path):
+    code, output = gesso_text(
         "ema", folder, "--halflife", "1k", "--halflife", "300", "--sigma-rel", "0.07", "--out", tmp_path
     )
     assert code == 0 and "half-life 300 at image 640" in output and "sigma_rel 0.07 at image 640" in output
@@ -542,17 +521,19 @@ def test_ema_command_writes_other_lengths(gesso, folder, tmp_path):
         (["sample", "ema.halflives=[5]"], "fixed by training"),
     ],
 )
-def test_ema_command_errors(gesso, folder, words, output, tmp_path):
-    code, recorded = gesso(words[0], folder, *words[1:], "--out", tmp_path / "out")
+def test_ema_command_errors(gesso_text, folder, words, output, tmp_path):
+    code, recorded = gesso_text(words[0], folder, *words[1:], "--out", tmp_path / "out")
     assert code == 2 and output in recorded and "Traceback" not in recorded and not (tmp_path / "out").exists()
 
 
-def test_sigma_rel_with_halflife_is_an_error(gesso, tmp_path):
+def test_sigma_rel_with_halflife_is_an_error(gesso_text, tmp_path):
     write_run(tmp_path / "run", **HALFLIFE_SETTINGS, **{"sample.halflife": 1000})
-    assert "sample.sigma_rel=0.1 sample.halflife=null" in gesso("ema", tmp_path / "run", "--sigma-rel", "0.1")[1]
-    code, output = gesso("sample", tmp_path / "run", "sample.sigma_rel=0.1")
+    assert "sample.sigma_rel=0.1 sample.halflife=null" in gesso_text("ema", tmp_path / "run", "--sigma-rel", "0.1")[1]
+    code, output = gesso_text("sample", tmp_path / "run", "sample.sigma_rel=0.1")
     assert code == 2 and "no effect" in output and "sample.halflife=null" in output
-    code, output = gesso("sample", tmp_path / "run", "sample.sigma_rel=0.1", "sample.halflife=null", "--seeds", "0")
+    code, output = gesso_text(
+        "sample", tmp_path / "run", "sample.sigma_rel=0.1", "sample.halflife=null", "--seeds", "0"
+    )
     assert code == 0 and "sigma_rel 0.1" in output
 
 

@@ -16,23 +16,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize_constants_
 from diffusers import AutoencoderKL, VQModel
+from helpers.encoders import (
+    LETTERS,
+    MAX_TOKENS,
+    VAE_SETTINGS,
+    save_randomized,
+    write_clip,
+    write_clip_tokenizer,
+    write_full_clip,
+    write_t5,
+    write_t5_tokenizer,
+    write_vae,
+)
 from helpers.run_factory import QUIET_CONSOLE, small_run, with_settings, write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertModel,
-    CLIPConfig,
-    CLIPModel,
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizerFast,
-    T5Config,
     T5EncoderModel,
     T5ForConditionalGeneration,
     T5TokenizerFast,
@@ -46,71 +52,7 @@ from gesso.data.encoders import text, vae
 from gesso.errors import RunError, UsageError
 from gesso.training.run_folder import open_dataset_for_run, start_training
 
-PLACES = 12
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'-!"
-MARKS = ("<|startoftext|>", "<|endoftext|>")
-MERGES = ["c a", "ca t</w>", "r e", "re d</w>", "t h", "th e</w>", "s e", "se v", "sev e", "seve n</w>"]
 CAPTIONS = ["red cat", "a", "", "The SEVEN", " \n", "a red cat, the seven; asleep on a mat", "a", "ünknown ✓", "x" * 40]
-
-
-def clip_vocabulary() -> dict[str, int]:
-    letters = [letter + end for end in ("", "</w>") for letter in sorted(pre_tokenizers.ByteLevel.alphabet())]
-    names = [*letters, *(merge.replace(" ", "") for merge in MERGES), *MARKS]
-    return {name: i for i, name in enumerate(names)}
-
-
-def write_clip_tokenizer(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(clip_vocabulary()))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n")
-    about = {"tokenizer_class": "CLIPTokenizer", "model_max_length": PLACES}
-    (folder / "tokenizer_config.json").write_text(json.dumps(about))
-
-
-def clip_config(**more: object) -> CLIPTextConfig:
-    ids = clip_vocabulary()
-    shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, projection_dim=10)
-    marks = dict(bos_token_id=ids[MARKS[0]], eos_token_id=ids[MARKS[1]], pad_token_id=ids[MARKS[1]])
-    return CLIPTextConfig(vocab_size=len(ids), max_position_embeddings=PLACES, **shape, **marks | more)
-
-
-def save(model: torch.nn.Module, folder: Path, seed: int = 0) -> Path:
-    with pretrained.quiet_logging("transformers"):
-        randomize_constants_(model, seed).save_pretrained(folder)
-    return folder
-
-
-def write_clip(folder: Path, kind: type = CLIPTextModel, **more: object) -> Path:
-    torch.manual_seed(0)
-    write_clip_tokenizer(folder)
-    return save(kind(clip_config(initializer_factor=5.0, **more)), folder)
-
-
-def write_full_clip(folder: Path) -> Path:
-    torch.manual_seed(1)
-    write_clip_tokenizer(folder)
-    seen = dict(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
-    )
-    recorded = clip_config(initializer_factor=5.0).to_dict()
-    return save(CLIPModel(CLIPConfig(text_config=recorded, vision_config=seen, projection_dim=10)), folder)
-
-
-def write_t5_tokenizer(folder: Path) -> None:
-    pieces = ["<pad>", "</s>", "<unk>", "▁", *LETTERS, "▁a", "▁red", "▁the", "▁seven", "se", "ven"]
-    fast = Tokenizer(models.Unigram([(piece, -float(i > 3)) for i, piece in enumerate(pieces)], unk_id=2))
-    fast.pre_tokenizer = pre_tokenizers.Metaspace()
-    fast.decoder = decoders.Metaspace()
-    fast.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    T5TokenizerFast(tokenizer_object=fast, extra_ids=0).save_pretrained(folder)
-
-
-def write_t5(folder: Path, kind: type = T5EncoderModel) -> Path:
-    torch.manual_seed(2)
-    write_t5_tokenizer(folder)
-    shape = dict(vocab_size=64, d_model=14, d_kv=4, d_ff=20, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu")
-    return save(kind(T5Config(**shape, decoder_start_token_id=0)), folder)
-
 
 WRITERS = {
     "clip": write_clip,
@@ -127,11 +69,11 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {name: write(root / name) for name, write in WRITERS.items()}
 
 
-def encoder(where: Path | str, tokens: int = PLACES, **more: object) -> text.TextEncoder:
+def encoder(where: Path | str, tokens: int = MAX_TOKENS, **more: object) -> text.TextEncoder:
     return text.build_text_encoder(SemanticConfig(kind="text", encoder=str(where), max_tokens=tokens, **more))
 
 
-def refused(where: Path | str, tokens: int = PLACES, **more: object) -> str:
+def refused(where: Path | str, tokens: int = MAX_TOKENS, **more: object) -> str:
     text._load_encoder.cache_clear()
     with pytest.raises(UsageError) as error:
         encoder(where, tokens, **more)
@@ -158,7 +100,7 @@ def directly(name: str, folder: Path, caption: str, T: int) -> tuple[torch.Tenso
     return out.last_hidden_state[0], (out.text_embeds if projected else out.pooler_output)[0]
 
 
-@pytest.mark.parametrize("T", [PLACES, 5])
+@pytest.mark.parametrize("T", [MAX_TOKENS, 5])
 @pytest.mark.parametrize("name", WRITERS)
 def test_tokens_are_the_librarys(name, T, folders):
     ours = encoder(folders[name], T)
@@ -208,16 +150,16 @@ def test_tokens_do_not_depend_on_the_other_captions(name, folders):
         for field, alone in zip(full, ours([captions[i]]), strict=True):
             assert alone[0].equal(field[i])
     twice = ours([captions[3], captions[7], captions[3]])
-    assert all(field[0].equal(field[2]) for field in twice) and ours([]).tokens.shape == (0, PLACES, ours.embed_dim)
+    assert all(field[0].equal(field[2]) for field in twice) and ours([]).tokens.shape == (0, MAX_TOKENS, ours.embed_dim)
     hook.remove()
-    assert shapes == {(text.ENCODER_BATCH_SIZE, PLACES)}  # on which the last bits of larger models depend
+    assert shapes == {(text.ENCODER_BATCH_SIZE, MAX_TOKENS)}  # on which the last bits of larger models depend
 
 
 @pytest.mark.parametrize("name", ["clip with projection", "t5"])
 def test_tokens_do_not_depend_on_how_many_there_may_be(name, folders):
     """Padding is not seen. Another T is another shape of the pass: to 1e-5, not to the bit."""
     captions = ["red cat", "a", "the"]
-    long, short = encoder(folders[name], PLACES)(captions), encoder(folders[name], 6)(captions)
+    long, short = encoder(folders[name], MAX_TOKENS)(captions), encoder(folders[name], 6)(captions)
     assert long.lengths.equal(short.lengths) and int(long.lengths.max()) <= 6
     torch.testing.assert_close(long.tokens[:, :6], short.tokens, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(long.pooled, short.pooled, rtol=1e-5, atol=1e-5)
@@ -236,7 +178,7 @@ def test_truncation_is_reported(name, output, folders, caplog):
     logging.getLogger("transformers").removeHandler(caplog.handler)
     assert caplog.messages == []  # the library would warn that the model cannot take so many
     assert (
-        encoder(folders[name], PLACES).truncation_notes(["red cat", ""])
+        encoder(folders[name], MAX_TOKENS).truncation_notes(["red cat", ""])
         == encoder(folders[name]).truncation_notes([])
         == []
     )
@@ -244,7 +186,9 @@ def test_truncation_is_reported(name, output, folders, caplog):
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    name=st.sampled_from(["clip", "t5"]), captions=st.lists(st.text(max_size=12), max_size=4), T=st.integers(3, PLACES)
+    name=st.sampled_from(["clip", "t5"]),
+    captions=st.lists(st.text(max_size=12), max_size=4),
+    T=st.integers(3, MAX_TOKENS),
 )
 def test_cut_lists_what_does_not_fit_whatever_the_caption(name, captions, T, folders):
     ours = encoder(folders[name], T)
@@ -474,7 +418,7 @@ def test_encoders_that_cannot_be_opened(folders, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "which has no config.json" in refused(empty)
-    bert = save(BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+    bert = save_randomized(BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
                                      intermediate_size=8)), tmp_path / "bert")  # fmt: skip
     assert "a model of type bert, where clip, clip_text_model, t5 (CLIP, T5) would do, or words" in refused(bert)
     (empty / "config.json").write_text("[1")
@@ -635,27 +579,11 @@ def test_an_encoder_of_another_width_than_recorded_is_refused_when_sampling(fold
 
 # VAE.
 
-SD3 = dict(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
-KINDS = {4: {}, 16: SD3}
-"""settings by latent channels"""
-
-
-def write_vae(folder: Path, channels: int, **more: object) -> Path:
-    torch.manual_seed(channels)
-    levels = 4
-    model = AutoencoderKL(
-        latent_channels=channels, block_out_channels=(4, 4, 8, 8), norm_num_groups=2, layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
-        **KINDS[channels] | more,
-    )  # fmt: skip
-    randomize_constants_(model).save_pretrained(folder)
-    return folder
-
 
 @pytest.fixture(scope="module")
 def vaes(tmp_path_factory) -> dict[int, Path]:
     root = tmp_path_factory.mktemp("vaes")
-    return {channels: write_vae(root / str(channels), channels) for channels in KINDS}
+    return {channels: write_vae(root / str(channels), channels) for channels in VAE_SETTINGS}
 
 
 def pixels(n: int = 2, H: int = 16, W: int = 24) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import diffusers
 import pytest
 import torch
-from conftest import randomize_constants_
+from helpers.network_cases import randomize_constants_
 from safetensors.torch import save
 from torch import Tensor, nn
 

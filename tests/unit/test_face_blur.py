@@ -6,23 +6,17 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import matplotlib
 import numpy as np
 import pytest
 import sklearn.datasets
+from helpers.images import PORTRAIT, portrait
 from PIL import Image
 
 from gesso.data.encoders import face_blur
 from gesso.data.encoders.face_blur import blur_faces, detect_faces
 from gesso.errors import UsageError
 
-PORTRAIT = os.path.join(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")
-"""public domain; matplotlib ships it"""
 CHINA = os.path.join(os.path.dirname(sklearn.datasets.__file__), "images", "china.jpg")
-
-
-def portrait(width: int = 256, height: int = 300, mode: str = "RGB") -> Image.Image:
-    return Image.open(PORTRAIT).convert(mode).resize((width, height))
 
 
 def party(*places: tuple[int, int, int], size: tuple[int, int] = (700, 400)) -> Image.Image:

@@ -2,15 +2,21 @@
 
 import hashlib
 import math
-import warnings
-import zlib
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.encoders import save_randomized, write_full_clip
+from helpers.feature_weights import (
+    ScriptedInception,
+    inception_state,
+    lpips_states,
+    random_images,
+    write_scripted_inception,
+    write_weights,
+)
 from PIL import Image
-from test_encoders import save, write_full_clip
 from transformers import CLIPModel, CLIPTokenizerFast, Dinov2Config, Dinov2Model
 
 from gesso.data.encoders import hub
@@ -19,40 +25,13 @@ from gesso.evaluation.networks import clip_dino, downloads, inception, lpips
 from gesso.evaluation.networks.downloads import WeightFile
 
 
-def random(name: str, shape: tuple[int, ...], scale: float = 1.0) -> torch.Tensor:
-    """Numbers that depend on the name alone."""
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-
-
-def public_inception() -> dict[str, torch.Tensor]:
-    """A state as the public file has it: convolutions beside their batch normalization."""
-    state = {}
-    for name, layer in inception.Inception().named_modules():
-        if isinstance(layer, torch.nn.Conv2d):
-            shape, n = layer.weight.shape, layer.out_channels
-            state[f"{name}.conv.weight"] = random(name, shape, (2 / shape[1:].numel()) ** 0.5)
-            state[f"{name}.bn.weight"] = 1 + random(name + "w", (n,)).tanh() / 2
-            state[f"{name}.bn.bias"] = random(name + "b", (n,), 0.2)
-            state[f"{name}.bn.running_mean"] = random(name + "m", (n,), 0.1)
-            state[f"{name}.bn.running_var"] = 1 + random(name + "v", (n,)).tanh() / 2
-            state[f"{name}.bn.num_batches_tracked"] = torch.tensor(0)
-    return state | {"fc.weight": random("fc", (1008, 2048), 0.02), "fc.bias": random("fb", (1008,))}
-
-
-def picture(height: int, width: int, n: int = 2) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, 3, height, width), dtype=np.uint8))
-
-
-def stored(tensors: dict[str, torch.Tensor], folder, name: str) -> WeightFile:
-    torch.save(tensors, folder / name)
-    return WeightFile(name, f"https://example.org/{name}", hashlib.sha256((folder / name).read_bytes()).hexdigest()[:8])
-
-
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(downloads.INCEPTION_FILES, "torch-fidelity", stored(public_inception(), folder, "inception.pth"))
+        patch.setitem(
+            downloads.INCEPTION_FILES, "torch-fidelity", write_weights(inception_state(), folder, "inception.pth")
+        )
         return inception.load_inception(folder)
 
 
@@ -64,7 +43,7 @@ FIDELITY = [
 
 
 def test_inception_is_torch_fidelitys(network):
-    features = network(picture(40, 56))
+    features = network(random_images(40, 56))
     logits = features @ network.fc.weight.T
     assert features.shape == (2, 2048) and sum(p.numel() for p in network.parameters()) == 23_833_744
     torch.testing.assert_close(features[:, :4], torch.tensor(FIDELITY[0]), rtol=1e-4, atol=1e-4)
@@ -94,7 +73,9 @@ MOMENTS = [-0.005627529958515675, 0.1473143115099102]
 def test_pytorch_fid_preprocessing(network, tmp_path, monkeypatch):
     y, x, c = np.mgrid[:40, :56, :3]
     image = torch.from_numpy(np.uint8((37 * x + 101 * y + 53 * c + 7 * x * y) % 256)).permute(2, 0, 1)[None]
-    monkeypatch.setitem(downloads.INCEPTION_FILES, "pytorch-fid", stored(public_inception(), tmp_path, "inception.pth"))
+    monkeypatch.setitem(
+        downloads.INCEPTION_FILES, "pytorch-fid", write_weights(inception_state(), tmp_path, "inception.pth")
+    )
     other = inception.load_inception(tmp_path, implementation="pytorch-fid")
     prepared = other.preprocess(image)
     at = prepared[0, :, [0, 150, 298, 33], [0, 7, 298, 201]]
@@ -111,42 +92,15 @@ def test_pytorch_fid_preprocessing(network, tmp_path, monkeypatch):
 
 
 def test_inception_reads_uint8_rgb_alone(network):
-    for wrong in (picture(8, 8).float(), picture(8, 8)[:, :1], picture(8, 8)[0]):
+    for wrong in (random_images(8, 8).float(), random_images(8, 8)[:, :1], random_images(8, 8)[0]):
         with pytest.raises(UsageError, match="uint8 RGB"):
             network(wrong)
 
 
-class Detector(torch.nn.Module):
-    """What NVIDIA's TorchScript answers to, small."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = torch.nn.Conv2d(3, 2048, 4, stride=4)
-        self.output = torch.nn.Linear(2048, 1008)
-
-    def forward(
-        self, img: torch.Tensor, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False
-    ) -> torch.Tensor:
-        features = self.stem((img.float() - 127.5) / 127.5).relu().mean(dim=(2, 3))
-        if return_features:
-            return features
-        logits = torch.nn.functional.linear(features, self.output.weight) if no_output_bias else self.output(features)
-        return logits.softmax(dim=1)
-
-
-def scripted(folder) -> WeightFile:
-    """A public file with random weights, stored by torch.jit."""
-    path = folder / "detector.pt"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # writing scripts is deprecated
-        torch.jit.save(torch.jit.script(Detector()), str(path))
-    return WeightFile("detector.pt", "https://example.org/detector.pt", hashlib.sha256(path.read_bytes()).hexdigest())
-
-
 def test_nvidias_script_is_called_as_it_wants_to_be(tmp_path, monkeypatch):
-    monkeypatch.setitem(downloads.INCEPTION_FILES, "nvidia", scripted(tmp_path))
+    monkeypatch.setitem(downloads.INCEPTION_FILES, "nvidia", write_scripted_inception(tmp_path))
     network = inception.load_inception(tmp_path, implementation="nvidia")
-    plain, x = Detector(), picture(16, 24, 5)
+    plain, x = ScriptedInception(), random_images(16, 24, 5)
     plain.load_state_dict(network.script.state_dict())
     torch.testing.assert_close(network(x), plain(x, return_features=True))
     torch.testing.assert_close(network.probabilities(network(x)), plain(x, no_output_bias=True))
@@ -160,14 +114,14 @@ def test_nvidias_script_is_called_as_it_wants_to_be(tmp_path, monkeypatch):
 
 
 def test_a_weight_file_is_checked(tmp_path, monkeypatch):
-    state = public_inception()
-    file = stored(state, tmp_path, "a.pth")
+    state = inception_state()
+    file = write_weights(state, tmp_path, "a.pth")
     with pytest.raises(UsageError, match=r"needs b\.pth, but it is missing: download https://example\.org/b\.pth\nto "):
         downloads.load_tensors(file._replace(name="b.pth", url="https://example.org/b.pth"), tmp_path)
     with pytest.raises(RunError, match="is not the public file"):
         downloads.load_tensors(file._replace(sha256="00000000"), tmp_path)
     state.pop("Mixed_6a.branch3x3.bn.bias")
-    monkeypatch.setitem(downloads.INCEPTION_FILES, "torch-fidelity", stored(state, tmp_path, "c.pth"))
+    monkeypatch.setitem(downloads.INCEPTION_FILES, "torch-fidelity", write_weights(state, tmp_path, "c.pth"))
     with pytest.raises(RunError, match=r"missing \['Mixed_6a\.branch3x3\.bias'"):
         inception.load_inception(tmp_path)
     (tmp_path / "d.pth").write_bytes(b"no weights")
@@ -176,25 +130,12 @@ def test_a_weight_file_is_checked(tmp_path, monkeypatch):
         downloads.load_tensors(WeightFile("d.pth", "", digest), tmp_path)
 
 
-def public_lpips(name: str) -> tuple[dict, dict]:
-    """Trunk and heads as in the public files, with tensors beside them that are not needed."""
-    net = lpips.LPIPS(lpips.BACKBONES[name][0], name)
-    trunk = {
-        f"features.{k}": random(k, v.shape, (2 / v[0].numel()) ** 0.5 if v.ndim > 1 else 0.1)
-        for k, v in net.features.state_dict().items()
-    }
-    heads = {
-        f"lin{k.split('.')[0]}.model.1.weight": random(k, v.shape).abs() for k, v in net.heads.state_dict().items()
-    }
-    return trunk | {"classifier.1.weight": torch.zeros(3)}, heads
-
-
 @pytest.mark.parametrize("name", ["alex", "vgg"])
 def test_lpips_is_the_sum_of_distances_of_unit_features(name, tmp_path):
-    trunk, heads = public_lpips(name)
-    files = stored(trunk, tmp_path, "trunk.pth"), stored(heads, tmp_path, "heads.pth")
+    trunk, heads = lpips_states(name)
+    files = write_weights(trunk, tmp_path, "trunk.pth"), write_weights(heads, tmp_path, "heads.pth")
     net = lpips.load_lpips(name, tmp_path, weight_files=files)
-    a, b = picture(48, 40, 4).split(2)
+    a, b = random_images(48, 40, 4).split(2)
     # The published networks written out: where the convolutions are, their stride and padding, and the pools before them.
     layers = {
         "alex": {0: (4, 2), 3: (1, 2), 6: (1, 1), 8: (1, 1), 10: (1, 1)},
@@ -228,9 +169,9 @@ def test_lpips_is_the_sum_of_distances_of_unit_features(name, tmp_path):
 def test_lpips_refuses_what_it_cannot_compare(tmp_path):
     net = lpips.LPIPS(lpips.ALEXNET_LAYERS, "alex")
     with pytest.raises(UsageError, match="of one size"):
-        net(picture(40, 40), picture(40, 48))
+        net(random_images(40, 40), random_images(40, 48))
     with pytest.raises(UsageError, match="of 32x32 or more"):
-        net(picture(16, 16), picture(16, 16))
+        net(random_images(16, 16), random_images(16, 16))
 
 
 def test_lpips_public_files_are_those_of_version_0_1():
@@ -245,7 +186,7 @@ def test_lpips_public_files_are_those_of_version_0_1():
 def dinov2(tmp_path_factory):
     torch.manual_seed(0)
     shape = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=56)
-    return save(Dinov2Model(Dinov2Config(**shape)), tmp_path_factory.mktemp("dino"))
+    return save_randomized(Dinov2Model(Dinov2Config(**shape)), tmp_path_factory.mktemp("dino"))
 
 
 def pil(images: torch.Tensor, size: int, pixels) -> torch.Tensor:
@@ -282,7 +223,7 @@ def test_positions_of_dinov2_are_the_hubs():
 
 
 def test_dinov2_gives_the_class_token(dinov2):
-    net, images = clip_dino.DINOv2(str(dinov2)), picture(300, 260)
+    net, images = clip_dino.DINOv2(str(dinov2)), random_images(300, 260)
     with hub.quiet_logging("transformers"):
         library = Dinov2Model.from_pretrained(dinov2).eval().requires_grad_(False)
     # Positions as slow_hub_positions has them, in the place of the library's own.
@@ -296,7 +237,7 @@ def test_dinov2_gives_the_class_token(dinov2):
 
 def test_clip_score_is_the_librarys(tmp_path):
     folder = write_full_clip(tmp_path)
-    net, images, captions = clip_dino.CLIPScore(str(folder)), picture(20, 20, 3), ["a cat", "the dog", "a cat"]
+    net, images, captions = clip_dino.CLIPScore(str(folder)), random_images(20, 20, 3), ["a cat", "the dog", "a cat"]
     with hub.quiet_logging("transformers"):
         library = CLIPModel.from_pretrained(folder).eval().requires_grad_(False)
     recorded = CLIPTokenizerFast.from_pretrained(folder)(captions, padding=True, return_tensors="pt")
@@ -311,7 +252,7 @@ def test_clip_score_is_the_librarys(tmp_path):
 
 def test_clip_images_are_the_librarys(tmp_path):
     folder = write_full_clip(tmp_path)
-    net, images = clip_dino.CLIPImageFeatures(str(folder)), picture(20, 20, 3)
+    net, images = clip_dino.CLIPImageFeatures(str(folder)), random_images(20, 20, 3)
     with hub.quiet_logging("transformers"):
         library = CLIPModel.from_pretrained(folder).eval().requires_grad_(False)
     seen = library.vision_model(pixel_values=pil(images, 8, clip_dino.CLIP_MEAN_STD)).pooler_output
@@ -326,11 +267,11 @@ def test_another_model_is_refused(dinov2, tmp_path):
     with pytest.raises(UsageError, match="DINOv2 nowhere: there is no such folder"):
         clip_dino.DINOv2("nowhere")
     with pytest.raises(UsageError, match="uint8 RGB"):
-        clip_dino.DINOv2(str(dinov2))(picture(30, 30)[:, :1])
+        clip_dino.DINOv2(str(dinov2))(random_images(30, 30)[:, :1])
 
 
 def test_features_do_not_depend_on_the_batch(network, dinov2):
-    images = picture(64, 64, 5)
+    images = random_images(64, 64, 5)
     for net in (network, clip_dino.DINOv2(str(dinov2))):
         alone = torch.cat([net(images[i : i + 1]) for i in range(5)])
         torch.testing.assert_close(net(images), alone, rtol=1e-4, atol=1e-4)

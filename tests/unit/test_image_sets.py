@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers.feature_weights import inception_state, random_images, write_scripted_inception, write_weights
 from PIL import Image
-from test_feature_networks import picture, public_inception, scripted, stored
 
 from gesso import atomic_io
 from gesso.config import EvalConfig
@@ -81,9 +81,9 @@ def test_few_pictures_are_marked(tmp_path):
 
 
 def test_every_score_of_inception(tmp_path, monkeypatch):
-    file = stored(public_inception(), tmp_path, "inception.pth")
+    file = write_weights(inception_state(), tmp_path, "inception.pth")
     monkeypatch.setitem(downloads.INCEPTION_FILES, "torch-fidelity", file)
-    a, b = picture(12, 12, 14), picture(12, 12, 16).flip(3)
+    a, b = random_images(12, 12, 14), random_images(12, 12, 16).flip(3)
     requested = arguments(
         write(tmp_path / "a", a),
         write(tmp_path / "b", b),
@@ -112,8 +112,8 @@ def test_every_score_of_inception(tmp_path, monkeypatch):
 
 
 def test_inception_of_another_publisher(tmp_path, monkeypatch):
-    monkeypatch.setitem(downloads.INCEPTION_FILES, "nvidia", scripted(tmp_path))
-    a, b = write(tmp_path / "a", picture(12, 12, 14)), write(tmp_path / "b", picture(12, 12, 16))
+    monkeypatch.setitem(downloads.INCEPTION_FILES, "nvidia", write_scripted_inception(tmp_path))
+    a, b = write(tmp_path / "a", random_images(12, 12, 14)), write(tmp_path / "b", random_images(12, 12, 16))
     requested = arguments(a, b, ("fid", "is"), weights_dir=tmp_path, inception="nvidia")
     result, lines = evaluate(requested)
     assert result.protocol["networks"] == {"inception": "inception-v3-2015-12-05 (nvidia)"} and "nvidia" in lines[2]
@@ -154,7 +154,7 @@ def test_images_are_resized_to_one_size(tmp_path):
 
 
 def test_error_messages(tmp_path):
-    a, big = write(tmp_path / "a", grey(5, 0)), write(tmp_path / "big", picture(16, 16, 5))
+    a, big = write(tmp_path / "a", grey(5, 0)), write(tmp_path / "big", random_images(16, 16, 5))
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "odd.npz", np.zeros((3, 4, 4)))
     for requested, output in (

@@ -12,11 +12,11 @@ import pytest
 import sklearn.datasets
 import torch
 from helpers.cli import assert_refused as refused
+from helpers.encoders import write_vae
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
-from test_encoders import write_vae
 
 from gesso import rng
 from gesso.config import DataConfig

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import randomize_constants_
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.loaders import single_file_utils
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from helpers import reference_edm2
+from helpers.network_cases import randomize_constants_
 from pydantic import ValidationError
 
 from gesso import interop, models

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import randomize_constants_
+from helpers.network_cases import randomize_constants_
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

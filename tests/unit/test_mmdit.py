@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conftest import randomize_constants_
 from diffusers import SD3Transformer2DModel
 from diffusers.models.embeddings import PatchEmbed as PeerPatchEmbed
-from helpers.network_cases import CASES, example_batch, initialized_net, randomized_net
+from helpers.network_cases import CASES, example_batch, initialized_net, randomize_constants_, randomized_net
 from torch import Tensor, nn
 
 from gesso.conditioning import Cond

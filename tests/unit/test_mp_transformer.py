@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import randomize_constants_
+from helpers.network_cases import randomize_constants_
 from torch.func import functional_call
 
 from gesso.conditioning import Cond

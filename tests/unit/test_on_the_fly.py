@@ -1,16 +1,15 @@
 """Data sets that are decoded as training goes: crops, flips, latents; batches fetched ahead; sampling through a VAE."""
 
-import io
 import threading
-import zipfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_image_folders
+from helpers.encoders import write_vae
+from helpers.images import copy_with_truncated, open_on_the_fly, sample_sizes, write_image_folders
+from helpers.run_factory import image_run
 from PIL import Image
 from rich.console import Console
-from test_encoders import write_vae
 
 from gesso import build_conditions, config, recipes, sampling, snapshot
 from gesso import rng as keyed
@@ -35,41 +34,6 @@ from gesso.training.run_folder import open_dataset_for_run, start_training
 
 QUIET = Console(quiet=True)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Two classes of oblong pictures whose pixels tell where they are: red grows to the right, green downwards."""
-    root = tmp_path_factory.mktemp("photos")
-    for name, (width, height), count in (("wide", (96, 48), 9), ("tall", (40, 64), 7)):
-        (root / name).mkdir()
-        for i in range(count):
-            x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-            Image.fromarray(np.stack([x, y, 20.0 * i + 0 * x], 2).round().astype(np.uint8)).save(
-                root / name / f"{i}.png"
-            )
-    return root
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    return write_vae(tmp_path_factory.mktemp("vae") / "4", 4)
-
-
-def live(photos, seed=0, **settings) -> OnTheFlyDataset:
-    actual = open_dataset(DataConfig(source=str(photos), resolution=16, crop_scale=(0.4, 0.6), **settings), seed=seed)
-    assert isinstance(actual, OnTheFlyDataset)
-    return actual
-
-
-def tiny(source, **settings) -> config.RunConfig:
-    """A run on 16x16 pixels, or 2x2 latents, of a few steps."""
-    output = {
-        "data.source": source, "data.resolution": 16, "data.channels": 3, "net.hidden_size": 32, "net.depth": 1, "net.num_heads": 2,
-        "net.patch_size": 1, "train.total_images": 64, "train.batch_size": 8, "train.snapshot_every": 32,
-        "train.checkpoint_every": 16, "train.log_every": 32, "train.num_threads": 1, "sample.steps": 3, "eval.toy_metrics": "none",
-    }  # fmt: skip
-    return recipes.resolve("digits", [f"{k}={v}" for k, v in (output | settings).items()])[0]
 
 
 def test_which_data_set_is_opened(photos, vae):
@@ -98,7 +62,7 @@ def test_too_large_for_memory_is_decoded_as_it_goes_to_the_same_pixels(photos, m
 
 def test_every_sample_is_the_crop_that_its_counter_draws(photos):
     """Against one picture at a time, cropped and resized by hand."""
-    some = live(photos, seed=5, flip=True)
+    some = open_on_the_fly(photos, seed=5, flip=True)
     counter = torch.arange(100, 148)
     index = some.sample_order(5, 8)(counter)
     samples = some.get(index, counter)
@@ -124,7 +88,7 @@ def test_every_sample_is_the_crop_that_its_counter_draws(photos):
 
 def test_control_says_what_the_crop_shows(photos):
     """The picture's red and green are places: the mean of the view is the middle of its box."""
-    some = live(photos)
+    some = open_on_the_fly(photos)
     samples = some.get(torch.arange(16), torch.arange(16))
     columns = samples.control_columns()
     red, green = (samples.x[:, c].float().mean((1, 2)) for c in (0, 1))
@@ -139,7 +103,7 @@ def test_the_box_of_a_mirrored_view_is_stated_in_the_frame_that_is_shown(photos,
     settings = {"flip": True, "crop_scale": (0.4, 0.6)}
     counter = torch.arange(64)
     if path == "live":
-        some = live(photos, flip=True)
+        some = open_on_the_fly(photos, flip=True)
         samples = some.get(counter % len(some), counter)
     elif path == "cache":
         write.write_cache(
@@ -180,7 +144,7 @@ def test_the_box_of_a_mirrored_view_is_stated_in_the_frame_that_is_shown(photos,
 
 
 def test_a_sample_depends_on_its_counter_alone(photos):
-    run = tiny(
+    run = image_run(
         photos, **{"data.flip": "true", "data.crop_scale": "[0.4,1]", "control.variables": "flip,crop,size,brightness"}
     )
     run, actual = open_dataset_for_run(run, QUIET)
@@ -198,7 +162,7 @@ def test_a_sample_depends_on_its_counter_alone(photos):
 
 
 def test_batches_fetched_ahead_are_the_same(photos):
-    run, actual = open_dataset_for_run(tiny(photos, **{"data.crop_scale": "[0.4,1]"}), QUIET)
+    run, actual = open_dataset_for_run(image_run(photos, **{"data.crop_scale": "[0.4,1]"}), QUIET)
     batches = Batcher(actual, run, 0.5, CPU)
     counters = [torch.arange(k, k + 8) for k in range(0, 40, 8)]
     ahead = list(batches.prefetch(iter(counters)))
@@ -213,25 +177,17 @@ def test_batches_fetched_ahead_are_the_same(photos):
     assert threading.active_count() == before
 
 
-def spoiled(photos, folder, names):
-    for file in photos.glob("*/*.png"):
-        (folder / file.parent.name).mkdir(exist_ok=True, parents=True)
-        content = file.read_bytes()
-        (folder / file.parent.name / file.name).write_bytes(content[:90] if file.name in names else content)
-    return folder
-
-
 def test_an_unreadable_image_gives_way_to_the_next(photos, tmp_path):
-    folder = spoiled(
+    folder = copy_with_truncated(
         photos, tmp_path / "s", {"6.png", "8.png"}
     )  # tall/6 (the last of its class), wide/6, wide/8 (the last)
-    some = live(folder, max_unreadable=0.2)
+    some = open_on_the_fly(folder, max_unreadable=0.2)
     index = torch.tensor([6, 13, 15, 0])
     samples = some.get(index, torch.arange(4))
     assert samples.indices.tolist() == [7, 14, 0, 0] and samples.labels.tolist() == [1, 1, 0, 0]
     some.get(index, torch.arange(4))
     assert sorted(name for name, _ in some.unreadable) == ["tall/6.png", "wide/6.png", "wide/8.png"]
-    strict = live(folder, max_unreadable=0.1)
+    strict = open_on_the_fly(folder, max_unreadable=0.1)
     strict.get(torch.tensor([6]), torch.arange(1))
     with pytest.raises(RunError, match=r"2 of 16 images .* are unreadable, over the 10.0%"):
         strict.get(torch.tensor([13]), torch.arange(1))
@@ -244,7 +200,7 @@ def test_captions_follow_the_image_that_is_shown(photos, tmp_path):
         content = file.read_bytes()
         (folder / f"{i}.png").write_bytes(content[:90] if i == 4 else content)
         (folder / f"{i}.txt").write_text(f"picture {i}")
-    run = tiny(
+    run = image_run(
         folder,
         **{
             "semantic.kind": "text",
@@ -266,8 +222,8 @@ def test_captions_follow_the_image_that_is_shown(photos, tmp_path):
 
 
 def test_an_unreadable_image_stops_training_with_its_name(photos, tmp_path):
-    folder = spoiled(photos, tmp_path / "s", {"3.png"})
-    run = tiny(folder, **{"data.crop_scale": "[0.4,1]", "data.mean": "[0,0,0]", "data.std": "[1,1,1]"})
+    folder = copy_with_truncated(photos, tmp_path / "s", {"3.png"})
+    run = image_run(folder, **{"data.crop_scale": "[0.4,1]", "data.mean": "[0,0,0]", "data.std": "[1,1,1]"})
     with pytest.raises(RunError, match=r"(wide|tall)/3.png"):
         start_training(run, tmp_path / "run", False, QUIET, lambda text: None)
 
@@ -275,31 +231,12 @@ def test_an_unreadable_image_stops_training_with_its_name(photos, tmp_path):
 # Latents.
 
 
-@pytest.fixture(scope="module")
-def latent_zip(tmp_path_factory):
-    """EDM2's zip: 12 latents of 3 channels, 2x2, with labels."""
-    path = tmp_path_factory.mktemp("zip") / "latents.zip"
-    rng = np.random.default_rng(0)
-    moments = rng.normal(size=(12, 8, 2, 2)).astype(np.float32)
-    moments[:, 4:] = np.exp(moments[:, 4:])
-    with zipfile.ZipFile(path, "w") as archive:
-        names = [f"00000/img-mean-std-{i:08d}.npy" for i in range(12)]
-        for name, one in zip(names, moments, strict=True):
-            raw = io.BytesIO()
-            np.save(raw, one)
-            archive.writestr(name, raw.getvalue())
-        archive.writestr(
-            "dataset.json", '{"labels": [' + ",".join(f'["{n}", {i % 3}]' for i, n in enumerate(names)) + "]}"
-        )
-    return path, torch.from_numpy(moments)
-
-
 EDM2_LATENTS = {"latent.vae": "no/such", "latent.convention": "edm2", "control.variables": "[]"}
 
 
 def test_latents_are_drawn_afresh_at_each_visit_and_keyed_to_it(latent_zip):
     path, moments = latent_zip
-    run, actual = open_dataset_for_run(tiny(path, **EDM2_LATENTS), QUIET)  # the VAE itself is not needed
+    run, actual = open_dataset_for_run(image_run(path, **EDM2_LATENTS), QUIET)  # the VAE itself is not needed
     assert (
         run.data.mean == EDM2_MEAN
         and run.data.std == EDM2_STD
@@ -347,18 +284,18 @@ def test_moments_of_latents(latent_zip):
 )
 def test_latents_that_do_not_fit(latent_zip, settings, output):
     with pytest.raises(UsageError, match=output):
-        open_dataset_for_run(tiny(latent_zip[0], **EDM2_LATENTS | settings), QUIET)
+        open_dataset_for_run(image_run(latent_zip[0], **EDM2_LATENTS | settings), QUIET)
 
 
 def test_a_vae_sees_rgb():
     with pytest.raises(UsageError, match=r"data.channels=1, but latent.vae needs RGB"):
-        tiny("digits", **{"latent.vae": "a/b", "data.channels": 1, "data.resolution": 8})
+        image_run("digits", **{"latent.vae": "a/b", "data.channels": 1, "data.resolution": 8})
 
 
 @pytest.mark.parametrize("convention", ["dit", "edm2"])
 def test_pixels_are_encoded_as_training_comes_to_them(photos, vae, convention):
     run, actual = open_dataset_for_run(
-        tiny(photos, **{"latent.vae": vae, "latent.convention": convention, "data.crop_scale": "[0.4,1]"}), QUIET
+        image_run(photos, **{"latent.vae": vae, "latent.convention": convention, "data.crop_scale": "[0.4,1]"}), QUIET
     )
     ours = VAE(str(vae), convention=convention)
     mean, std = ours.channel_stats()
@@ -375,7 +312,9 @@ def test_pixels_are_encoded_as_training_comes_to_them(photos, vae, convention):
 
 
 def test_measured_constants_of_encoded_pixels(photos, vae):
-    run, actual = open_dataset_for_run(tiny(photos, **{"latent.vae": vae, "latent.normalization": "measured"}), QUIET)
+    run, actual = open_dataset_for_run(
+        image_run(photos, **{"latent.vae": vae, "latent.normalization": "measured"}), QUIET
+    )
     parts = VAE(str(vae)).encode(actual.reference_images(torch.arange(16)))
     mean, std = latent_channel_stats(torch.cat(parts, dim=1))
     torch.testing.assert_close(torch.tensor(run.data.mean, dtype=torch.float64), mean, rtol=1e-4, atol=1e-5)
@@ -385,9 +324,9 @@ def test_measured_constants_of_encoded_pixels(photos, vae):
 def test_a_vae_of_other_channels_is_refused_before_training(photos, tmp_path, vae):
     sixteen = write_vae(tmp_path / "16", 16)
     with pytest.raises(UsageError, match=r"latent.channels=4, but latent.vae=.* has 16: set latent.channels=16"):
-        open_dataset_for_run(tiny(photos, **{"latent.vae": sixteen}), QUIET)
+        open_dataset_for_run(image_run(photos, **{"latent.vae": sixteen}), QUIET)
     with pytest.raises(UsageError, match=r"latent.downsample_factor=4, but latent.vae=.* has 8"):
-        open_dataset_for_run(tiny(photos, **{"latent.vae": vae, "latent.downsample_factor": 4}), QUIET)
+        open_dataset_for_run(image_run(photos, **{"latent.vae": vae, "latent.downsample_factor": 4}), QUIET)
 
 
 def test_trains_on_latents_resumes_bit_equal_samples_and_evaluates(photos, vae, tmp_path, monkeypatch):
@@ -397,7 +336,7 @@ def test_trains_on_latents_resumes_bit_equal_samples_and_evaluates(photos, vae, 
         "data.flip": "true",
         "control.variables": "flip,crop,size",
     }
-    run = tiny(photos, **settings)
+    run = image_run(photos, **settings)
     start_training(run, tmp_path / "whole", False, QUIET, lambda text: None)
     step = loop.Trainer.step
 
@@ -418,22 +357,14 @@ def test_trains_on_latents_resumes_bit_equal_samples_and_evaluates(photos, vae, 
     sampling.sample_to_folder(
         tmp_path / "whole", done, SampleArgs(seeds="0-2", control={"crop": "0,0,1,.5"}), tmp_path / "made"
     )
-    assert sizes_of(tmp_path / "made") == [(16, 16)] * 3
+    assert sample_sizes(tmp_path / "made") == [(16, 16)] * 3
     runner.evaluate_run(tmp_path / "whole", done, lambda done, total: None)
     assert (tmp_path / "whole" / "samples" / "nearest.png").exists()
 
 
-def sizes_of(folder):
-    sizes = []
-    for file in sorted(folder.glob("seed*.png")):
-        with Image.open(file) as picture:
-            sizes.append(picture.size)
-    return sizes
-
-
 def test_a_vae_that_is_gone_is_missed_before_any_work(photos, vae, tmp_path):
     copy = write_vae(tmp_path / "vae", 4)
-    start_training(tiny(photos, **{"latent.vae": copy}), tmp_path / "run", False, QUIET, lambda text: None)
+    start_training(image_run(photos, **{"latent.vae": copy}), tmp_path / "run", False, QUIET, lambda text: None)
     (copy / "config.json").unlink()
     with pytest.raises(UsageError, match="the VAE"):
         sampling.sample_to_folder(
@@ -442,10 +373,10 @@ def test_a_vae_that_is_gone_is_missed_before_any_work(photos, vae, tmp_path):
 
 
 def test_sampling_at_another_resolution_counts_pixels(photos, vae, tmp_path):
-    start_training(tiny(photos, **{"latent.vae": vae}), tmp_path / "run", False, QUIET, lambda text: None)
+    start_training(image_run(photos, **{"latent.vae": vae}), tmp_path / "run", False, QUIET, lambda text: None)
     run, _ = config.resolve(config.to_dict(config.load_config(tmp_path / "run" / "run.yaml")), ["sample.resolution=32"])
     sampling.sample_to_folder(tmp_path / "run", run, SampleArgs(seeds="0"), tmp_path / "made")
-    assert sizes_of(tmp_path / "made") == [(32, 32)]
+    assert sample_sizes(tmp_path / "made") == [(32, 32)]
     with pytest.raises(UsageError, match=r"sample.resolution=20 is not a multiple of 8"):
         config.resolve(config.to_dict(run), ["sample.resolution=20"])
 
@@ -494,7 +425,7 @@ def test_a_larger_folder_than_memory_trains(tmp_path, monkeypatch):
     write_image_folders(tmp_path / "images", {"a": 10, "b": 10}, size=20)
     monkeypatch.setattr(factory, "MAX_IN_MEMORY_BYTES", 0)
     start_training(
-        tiny(tmp_path / "images", **{"data.flip": "true"}), tmp_path / "run", False, QUIET, lambda text: None
+        image_run(tmp_path / "images", **{"data.flip": "true"}), tmp_path / "run", False, QUIET, lambda text: None
     )
     assert snapshot.list_snapshots(tmp_path / "run")
 
@@ -504,18 +435,18 @@ def test_a_larger_folder_than_memory_trains(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("aspect, size", [("1:1", (16, 16)), ("2:1", (22, 12)), ("1:2", (12, 22)), ("16:9", (22, 12))])
 def test_samples_of_another_aspect_have_as_many_pixels(photos, tmp_path, aspect, size):
-    run = tiny(photos, **{"net.patch_size": 2, "train.total_images": 8, "control.variables": "size,aspect"})
+    run = image_run(photos, **{"net.patch_size": 2, "train.total_images": 8, "control.variables": "size,aspect"})
     start_training(run, tmp_path / "run", False, QUIET, lambda text: None)
     run, _ = config.resolve(
         config.to_dict(config.load_config(tmp_path / "run" / "run.yaml")), [f"sample.aspect={aspect}"]
     )
     assert run.sample_size == size[::-1]
     sampling.sample_to_folder(tmp_path / "run", run, SampleArgs(seeds="0-1"), tmp_path / "made")
-    assert sizes_of(tmp_path / "made") == [size] * 2
+    assert sample_sizes(tmp_path / "made") == [size] * 2
 
 
 def test_rows_of_control_are_of_pictures_of_that_aspect(photos):
-    run, _ = open_dataset_for_run(tiny(photos, **{"control.variables": "size", "sample.aspect": "2:1"}), QUIET)
+    run, _ = open_dataset_for_run(image_run(photos, **{"control.variables": "size", "sample.aspect": "2:1"}), QUIET)
     rows = torch.tensor([[64.0, 40.0], [48.0, 96.0], [64.0, 40.0], [48.0, 100.0]])
     cond, _ = build_conditions.build_cond(run, range(40), rows, labels=[0] * 40)
     assert {tuple(row) for row in cond.control_low.tolist()} == {(48.0, 96.0), (48.0, 100.0)}
@@ -524,7 +455,7 @@ def test_rows_of_control_are_of_pictures_of_that_aspect(photos):
 
 
 def test_the_bucket_that_is_nearest():
-    run = tiny("digits", **{"data.buckets": "[[16,16],[12,20],[20,12]]", "sample.aspect": "3:2"})
+    run = image_run("digits", **{"data.buckets": "[[16,16],[12,20],[20,12]]", "sample.aspect": "3:2"})
     assert run.sample_size == (12, 20)
     with pytest.raises(UsageError, match=r"sample.aspect=wide: write width:height"):
-        tiny("digits", **{"sample.aspect": "wide"})
+        image_run("digits", **{"sample.aspect": "wide"})

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 import pytest
 import torch
-from conftest import tiny_run
+from helpers.run_factory import tiny_run
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import randomize_constants_
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from helpers.network_cases import randomize_constants_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError

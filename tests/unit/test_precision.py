@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_run
 from helpers.network_cases import CASES, example_batch, randomized_net
+from helpers.run_factory import tiny_run
 from rich.console import Console
 
 from gesso import config, models

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from conftest import tiny_run
+from helpers.run_factory import tiny_run
 
 from gesso import config, recipes, sampling
 from gesso.errors import UsageError

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import tiny_run
+from helpers.run_factory import tiny_run
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -245,3 +245,11 @@ def test_one_table_per_protocol(tmp_path):
     record(a, *(measurement(10 * s, sigma_rel=s) for s in (0.05, 0.2)))
     text = " ".join(checked(report.write([a, b], tmp_path / "both.html")).text)
     assert "sigma_rel 0.05" in text and "sigma_rel 0.2" in text and " 0.5 " in text and " 2 " in text
+
+
+def test_report_notes_runs_of_both_loss_reductions(tmp_path):
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    for folder, reduction in ((one, "mean"), (two, "sum"), (three, "sum")):
+        written(folder, log(), **{"loss.reduction": reduction})
+    assert "C*H*W times" in several.training(folders.opened([one, two]))
+    assert "C*H*W times" not in several.training(folders.opened([two, three]))

@@ -6,10 +6,10 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_run
+from helpers.images import portrait
+from helpers.run_factory import tiny_run
 from PIL import Image
 from rich.console import Console
-from test_face_blur import portrait
 
 from gesso import config, recipes
 from gesso.config import DataConfig, EvalConfig

@@ -1,76 +1,162 @@
-"""Plain technical English in names and docstrings (CONTRIBUTING.md), checked over the syntax trees."""
+"""Plain technical English in names and docstrings (CONTRIBUTING.md), and no imports between test modules."""
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("gesso", "tests", "benchmarks", "tools", "examples")
-FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-WORDS = {"found", "said", "told", "asked", "made", "kept", "beside", "theirs", "whole", "own", "settled", "stands", "grounds"}  # fmt: skip
-"""Words that name nothing: an identifier says what a thing is."""
-FRAGMENT_STARTS = {
-    "what", "of", "by", "as", "where", "which", "how", "whether", "if", "in", "over", "under", "on", "for", "with", "without",
-    "to", "from", "at", "after", "before", "until", "up", "all", "may", "raises",
+FILES = {str(path.relative_to(ROOT)): path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))}
+
+WORDS = {
+    "found", "said", "told", "asked", "made", "kept", "beside", "theirs", "whole", "own", "settled", "stands", "grounds",
 }  # fmt: skip
-"""First words that open a fragment instead of a sentence."""
+"""Words that no identifier contains, because they do not say what the thing is."""
+FRAGMENT_STARTS = {
+    "what", "of", "by", "as", "where", "when", "which", "how", "whether", "if", "in", "over", "under", "on", "for",
+    "with", "without", "to", "from", "at", "after", "before", "until", "up", "may", "that", "whose", "and", "but", "so",
+}  # fmt: skip
+"""First words of a docstring that open a fragment instead of a sentence."""
+
+PENDING_NAMES: set[str] = {
+    "gesso/data/cache/bounded_file_cache.py", "gesso/data/cache/encode.py", "gesso/data/cache/format.py",
+    "gesso/data/cache/read.py", "gesso/data/cache/remote.py", "gesso/data/cache/write.py",
+    "gesso/data/contact_sheet.py", "gesso/data/encoders/hub.py", "gesso/data/encoders/text.py",
+    "gesso/data/inspect.py", "gesso/data/inspect_tables.py", "gesso/data/shapes_dataset.py",
+    "gesso/data/sources/archives.py", "gesso/data/sources/base.py", "gesso/data/sources/folders.py",
+    "gesso/data/sources/parquet.py", "gesso/evaluation/ema_curves.py", "gesso/evaluation/ema_export.py",
+    "gesso/evaluation/ema_sweep.py", "gesso/evaluation/feature_stats.py", "gesso/evaluation/image_sets.py",
+    "gesso/evaluation/image_source.py", "gesso/evaluation/metrics/functional.py",
+    "gesso/evaluation/metrics/precision_recall.py", "gesso/evaluation/metrics/shapes_reader.py",
+    "gesso/evaluation/metrics/toy_metrics.py", "gesso/evaluation/networks/clip_dino.py",
+    "gesso/evaluation/networks/downloads.py", "gesso/evaluation/networks/inception.py",
+    "gesso/evaluation/networks/lpips.py", "gesso/evaluation/networks/toy_networks.py",
+    "gesso/evaluation/protocols.py", "gesso/evaluation/run_sampler.py", "gesso/evaluation/runner.py",
+    "gesso/evaluation/tasks.py", "gesso/evaluation/toy_evaluation.py", "gesso/evaluation/validation.py",
+    "gesso/papers/berrada2024/common_settings.py", "gesso/papers/berrada2024/conditioning.py",
+    "gesso/papers/berrada2024/learning_rates.py", "gesso/papers/berrada2024/networks.py",
+    "gesso/papers/berrada2024/paper_scale.py", "gesso/papers/berrada2024/resolution.py",
+    "gesso/papers/berrada2024/summary.py", "gesso/papers/berrada2024/text.py", "gesso/papers/edm2/costs.py",
+    "gesso/papers/edm2/ema.py", "gesso/papers/edm2/setups.py", "gesso/papers/edm2/tables.py",
+    "gesso/papers/edm2/training.py", "gesso/papers/gesso/tables.py",
+}  # fmt: skip
+PENDING_DOCSTRINGS: set[str] = {
+    "gesso/config/run.py", "gesso/data/__init__.py", "gesso/data/cache/bounded_file_cache.py",
+    "gesso/data/cache/encode.py", "gesso/data/cache/format.py", "gesso/data/cache/read.py",
+    "gesso/data/cache/remote.py", "gesso/data/cache/write.py", "gesso/data/contact_sheet.py",
+    "gesso/data/encoders/face_blur.py", "gesso/data/encoders/hub.py", "gesso/data/encoders/text.py",
+    "gesso/data/encoders/vae.py", "gesso/data/inspect.py", "gesso/data/inspect_tables.py",
+    "gesso/data/shapes_dataset.py", "gesso/data/sources/archives.py", "gesso/data/sources/base.py",
+    "gesso/data/sources/decode.py", "gesso/data/sources/parquet.py", "gesso/ema/combine.py",
+    "gesso/ema/profiles.py", "gesso/ema/solve.py", "gesso/evaluation/ema_curves.py",
+    "gesso/evaluation/ema_export.py", "gesso/evaluation/ema_sweep.py", "gesso/evaluation/feature_stats.py",
+    "gesso/evaluation/image_sets.py", "gesso/evaluation/image_source.py", "gesso/evaluation/metrics/functional.py",
+    "gesso/evaluation/metrics/precision_recall.py", "gesso/evaluation/metrics/shapes_reader.py",
+    "gesso/evaluation/metrics/toy_metrics.py", "gesso/evaluation/networks/clip_dino.py",
+    "gesso/evaluation/networks/downloads.py", "gesso/evaluation/networks/inception.py",
+    "gesso/evaluation/networks/lpips.py", "gesso/evaluation/networks/toy_networks.py",
+    "gesso/evaluation/protocols.py", "gesso/evaluation/run_sampler.py", "gesso/evaluation/runner.py",
+    "gesso/evaluation/tasks.py", "gesso/evaluation/toy_evaluation.py", "gesso/evaluation/validation.py",
+    "gesso/interop/__init__.py", "gesso/interop/dit.py", "gesso/interop/mapping.py", "gesso/interop/pixart.py",
+    "gesso/interop/sd3.py", "gesso/interop/unet.py", "gesso/papers/berrada2024/conditioning.py",
+    "gesso/papers/berrada2024/paper_scale.py", "gesso/papers/berrada2024/resolution.py",
+    "gesso/papers/berrada2024/summary.py", "gesso/papers/berrada2024/text.py",
+    "gesso/papers/berrada2024/transfer.py", "gesso/papers/edm2/costs.py", "gesso/papers/edm2/ema.py",
+    "gesso/papers/edm2/setups.py", "gesso/papers/edm2/tables.py", "gesso/report/folder.py",
+    "gesso/report/several.py", "gesso/report/single.py", "gesso/report/write.py",
+    "gesso/reproduce/attention_probe.py", "gesso/reproduce/claims.py", "gesso/reproduce/render.py",
+    "gesso/reproduce/schema.py", "gesso/reproduce/slurm.py", "gesso/snapshot.py",
+}  # fmt: skip
+"""Files that are not clean yet. Both sets must only shrink: remove a file as soon as it is clean."""
 
 
 def words_of(name: str) -> set[str]:
-    """Return the words of an identifier, in lower case."""
-    parts = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).split("_")
-    return {part.lower() for part in parts}
+    """Return the words of an identifier, split at underscores and capitals, in lower case."""
+    return {part.lower() for part in re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).split("_")}
 
 
 def identifiers(tree: ast.AST) -> Iterator[tuple[str, int]]:
     """Yield (name, line) of all functions, classes, parameters, variables and attributes that a file defines."""
     for node in ast.walk(tree):
         match node:
-            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-                yield node.name, node.lineno
-            case ast.arg():
-                yield node.arg, node.lineno
-            case ast.Name(ctx=ast.Store()):
-                yield node.id, node.lineno
-            case ast.Attribute(ctx=ast.Store()):
-                yield node.attr, node.lineno
-            case ast.alias(asname=str() as name):
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                if not name.startswith("test_"):  # the name of a test is a sentence
+                    yield name, node.lineno
+            case ast.arg(arg=name) | ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
                 yield name, node.lineno
-            case ast.ExceptHandler(name=str() as name):
+            case (
+                ast.alias(asname=str(name))
+                | ast.ExceptHandler(name=str(name))
+                | ast.MatchAs(name=str(name))
+                | ast.MatchStar(name=str(name))
+                | ast.MatchMapping(rest=str(name))
+            ):
                 yield name, node.lineno
 
 
-def docstrings(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """Yield (docstring, line) of modules, classes and functions."""
+def forbidden_names(tree: ast.AST) -> list[str]:
+    """Return "line: name" of every identifier with one of WORDS."""
+    return [f"{line}: {name}" for name, line in identifiers(tree) if words_of(name) & WORDS]
+
+
+def fragments(tree: ast.AST) -> list[str]:
+    """Return "line: text" of every docstring whose first line is a fragment or has no period at its end."""
+    wrong = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text:
-                yield text, getattr(node, "lineno", 1)
-
-
-def test_identifiers_say_what_things_are():
-    wrong = []
-    for path in FILES:
-        for name, line in identifiers(ast.parse(path.read_text(encoding="utf-8"))):
-            if words_of(name) & WORDS and not name.startswith("test_"):
-                wrong.append(f"{path.relative_to(ROOT)}:{line}: {name}")
-    assert not wrong, "\n".join(sorted(set(wrong)))
-
-
-@pytest.mark.parametrize("folder", ["gesso"])
-def test_docstrings_open_with_a_sentence(folder):
-    wrong = []
-    for path in FILES:
-        if path.relative_to(ROOT).parts[0] != folder:
-            continue
-        for text, line in docstrings(ast.parse(path.read_text(encoding="utf-8"))):
-            first = text.splitlines()[0]
+            first = (ast.get_docstring(node) or "None.").splitlines()[0]
             word = re.match(r"[A-Za-z]*", first)[0]
-            # A module may open with a noun phrase; a class and a function too, but never with a preposition or relative.
-            if word.lower() in FRAGMENT_STARTS or first[:1].islower():
-                wrong.append(f"{path.relative_to(ROOT)}:{line}: {first[:80]}")
-    assert not wrong, "\n".join(wrong)
+            if word.lower() in FRAGMENT_STARTS or re.match("[a-z](?!mDiT)", first) or not first.endswith("."):
+                wrong.append(f"{getattr(node, 'lineno', 1)}: {first}")
+    return wrong
+
+
+def check(find: Callable[[ast.AST], list[str]], folders: tuple[str, ...], pending: set[str]) -> None:
+    """Assert that no file has violations, except those of `pending`, which all have some."""
+    violations = {
+        name: find(ast.parse(path.read_text(encoding="utf-8")))
+        for name, path in FILES.items()
+        if name.startswith(tuple(f"{folder}/" for folder in folders))
+    }
+    lines = [f"{name}:{v}" for name, values in violations.items() if name not in pending for v in values]
+    assert not lines, "\n" + "\n".join(lines)
+    clean = sorted(name for name in pending if not violations.get(name))
+    assert not clean, f"remove from the pending files, they are clean: {clean}"
+
+
+def test_no_identifier_has_a_word_that_says_nothing():
+    check(forbidden_names, FOLDERS, PENDING_NAMES)
+
+
+def test_docstrings_open_with_a_sentence():
+    check(fragments, ("gesso",), PENDING_DOCSTRINGS)
+
+
+def test_no_test_module_is_imported():
+    for name in (name for name in FILES if name.startswith("tests/")):
+        for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for module in modules:
+                last = module.split(".")[-1]
+                assert last != "conftest" and not last.startswith("test_"), f"{name}:{node.lineno}: move it to helpers"
+
+
+@pytest.mark.parametrize("source, names", [
+    ("def keep(found_rows): pass", ["1: found_rows"]), ("x.whole = 1", ["1: whole"]),
+    ("class AskedRows: pass", ["1: AskedRows"]), ("owner, knowns, handmade = 1, 2, 3", []), ("f(found=1)", []), ("def test_what_is_found(): pass", []),
+    ("import a as told\ntry: pass\nexcept E as said: pass", ["1: told", "3: said"]),
+])  # fmt: skip
+def test_forbidden_names(source, names):
+    assert forbidden_names(ast.parse(source)) == names
+
+
+@pytest.mark.parametrize("text, clean", [
+    ("Return the length.", True), ("Return the length.\n\n    More.", True), ("Return the length", False),
+    ("What is read.", False), ("of one run.", False), ("Return the length\n    of a run.", False),
+])  # fmt: skip
+def test_fragments(text, clean):
+    assert (fragments(ast.parse(f'def f():\n    """{text}"""')) == []) == clean

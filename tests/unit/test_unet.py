@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import randomize_constants_
-from helpers.network_cases import UNET_SHAPE
+from helpers.network_cases import UNET_SHAPE, randomize_constants_
 from torch import nn
 
 from gesso.conditioning import Cond
