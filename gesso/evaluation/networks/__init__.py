@@ -47,7 +47,7 @@ NETWORKS: dict[str, NetworkEntry] = {
         lambda cfg, device, size: lpips.load_lpips(cfg.lpips, weights_dir(cfg), device),
         lambda cfg: lpips.BACKBONES[cfg.lpips].weight_files,
     ),
-    "digits": NetworkEntry(lambda cfg, device, size: toy_networks.GrayscaleDigitFeatures(device)),
+    "digits": NetworkEntry(lambda cfg, device, size: toy_networks.load_digit_features(device)),
     "digits_classifier": NetworkEntry(
         lambda cfg, device, size: toy_networks.LabelMatch(toy_networks.load_classifier(size, device))
     ),

@@ -29,7 +29,7 @@ CLASS_CHECKS = ("kind", "all", "border")
 
 
 class DigitFeatures(FeatureNetwork):
-    """Map uint8 digits (B, 1, 8, 8) or (B, 8, 8), 0 to 255, to features (B, D) float32.
+    """Map uint8 grayscale digits (B, 1, 8, 8), (B, 3, 8, 8) or (B, 8, 8) to features (B, D) float32.
 
     There is no normalization layer, so the features of an image do not depend on the rest of its batch, and a change
     of its contrast changes them.
@@ -61,21 +61,6 @@ class DigitFeatures(FeatureNetwork):
         return features, self.head(features)
 
 
-class GrayscaleDigitFeatures(FeatureNetwork):
-    """Map uint8 RGB images of grayscale digits (B, 3, 8, 8) to the features (B, D) of DigitFeatures."""
-
-    def __init__(self, device: str | torch.device = "cpu"):
-        super().__init__()
-        self.network = load_digit_features(device)
-        self.name, self.num_features = self.network.name, self.network.num_features
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return features (B, D). Raises UsageError for images with colour."""
-        if not (images == images[:, :1]).all():
-            raise UsageError(f"{self.name} reads grayscale images, but these have colour")
-        return self.network(images[:, :1])
-
-
 class LabelMatch(FeatureNetwork):
     """Check whether a classifier assigns RGB images to their labels: (B, 1), 1 for a match and 0 otherwise."""
 
@@ -85,7 +70,7 @@ class LabelMatch(FeatureNetwork):
 
     def extract_features(self, images: Tensor, conditions: SampleConditions) -> Tensor:
         """Return matches (B, 1) float32. Raises RunError if logits are NaN."""
-        logits = self.network.classify(images[:, :1])[1].cpu()
+        logits = self.network.classify(images)[1].cpu()
         if num_nan := int(logits.isnan().any(dim=1).sum()):
             raise RunError(f"no class accuracy: the logits of {num_nan} of {len(logits)} images are NaN")
         assert conditions.labels is not None  # Metric.needs has labels
@@ -104,7 +89,7 @@ class DigitDistance(FeatureNetwork):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the distance (B,) between RGB digits, two tensors (B, 3, 8, 8) uint8."""
-        return (self.network(a[:, :1]) - self.network(b[:, :1])).norm(dim=1)
+        return (self.network(a) - self.network(b)).norm(dim=1)
 
 
 class ShapeFeatures(FeatureNetwork):
@@ -217,13 +202,15 @@ def _load_weights(name: str, file: str, sha256: str) -> dict[str, Tensor]:
 
 
 def _check_digits(images: Tensor, resolution: int) -> Tensor:
-    """Return images (B, 1, R, R). Raises UsageError for another shape or dtype."""
-    x = images.unsqueeze(1) if images.ndim == 3 else images
-    if x.ndim != 4 or tuple(x.shape[1:]) != (1, resolution, resolution):
+    """Return images (B, 1, R, R). Raises UsageError for another shape or dtype, or for colour."""
+    name, x = DigitFeatures.name, images.unsqueeze(1) if images.ndim == 3 else images
+    if x.ndim != 4 or x.shape[1] not in (1, 3) or tuple(x.shape[2:]) != (resolution, resolution):
         raise UsageError(
-            f"{DigitFeatures.name} reads (B, 1, {resolution}, {resolution}) or (B, {resolution}, {resolution}), "
-            f"one grayscale channel; got {tuple(images.shape)}"
+            f"{name} reads (B, 1, {resolution}, {resolution}), (B, 3, {resolution}, {resolution}) or "
+            f"(B, {resolution}, {resolution}); got {tuple(images.shape)}"
         )
     if x.dtype != torch.uint8:
-        raise UsageError(f"{DigitFeatures.name} reads uint8 pixels from 0 to 255; got {images.dtype}")
-    return x
+        raise UsageError(f"{name} reads uint8 pixels from 0 to 255; got {images.dtype}")
+    if x.shape[1] == 3 and not (x == x[:, :1]).all():
+        raise UsageError(f"{name} reads grayscale images, but these have colour")
+    return x[:, :1]
