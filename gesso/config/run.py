@@ -120,18 +120,17 @@ class EvalConfig(Settings):
     """Settings of `gesso evaluate`."""
 
     toy_metrics: Literal["digits", "shapes", "none"] = "none"
-    """quick metrics without download: digits uses the digit classifier that gesso contains; shapes reads drawn shapes
-    back and compares them with the caption or class; none writes images and nearest training images only"""
+    """metrics without download, used if eval.metrics is empty: digits uses a small digit classifier; shapes reads drawn
+    shapes and compares them with the caption or class; none writes samples and nearest training images only"""
     halflives: tuple[PositiveCount, ...] = ()
     """half-lives in images of traditional EMAs that are evaluated in addition to the one that sample.* selects"""
     num_splits: Annotated[Count, Field(ge=1)] = 5
-    """toy metrics: number of random halves of the real images on which scores and their floor are computed"""
+    """number of random halves of the training images over which frechet_distance and its floor are averaged"""
     metrics: Annotated[tuple[str, ...], BeforeValidator(parse_list)] = ()
     """metrics of eval.num_samples samples. Inception: fid, kid, is, pr (precision, recall, density, coverage); DINOv2:
     fd_dinov2, kd_dinov2, pr_dinov2; CLIP: clip, fd_clip; lpips between samples conditioned on different sizes. Toy
-    data: fd_digits, digits_feature_distance (in place of lpips), fd_fashion (Fashion-MNIST), class_accuracy (digits,
-    Fashion-MNIST), fd_shapes, shape_accuracy (shapes). loss:
-    validation loss, needs no samples. Empty: eval.toy_metrics"""
+    data: fd_digits, digits_feature_distance (in place of lpips), class_accuracy (digits), fd_shapes, shape_accuracy
+    (shapes). loss: validation loss, without samples. Empty: eval.toy_metrics"""
     nimg: PositiveCount | None = None
     """number of images that the evaluated weights were trained on; null: the last snapshot"""
     num_samples: Annotated[Count, Field(ge=2)] = 50_000
@@ -172,7 +171,7 @@ class EvalConfig(Settings):
     rank_timeout_s: PositiveCount = 3600
     """seconds that the first rank waits for the samples of the others"""
     sweep_sigma_rels: tuple[SigmaRel, ...] = (0.02, 0.035, 0.05, 0.075, 0.10, 0.15, 0.20, 0.25)
-    """relative EMA lengths of the quality curve in metrics.json"""
+    """relative EMA lengths of the quality curve of eval.toy_metrics=digits"""
     sweep_guidance: float = 1.0
     """guidance scale of that curve"""
     sweep_steps: PositiveCount = 20

@@ -6,14 +6,14 @@ metrics.json is {"format": ..., "evaluations": {KEY: {"protocol", "weights", "me
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 from gesso import atomic_io
-from gesso.config import EvalConfig, RunConfig
+from gesso.config import RunConfig
 from gesso.errors import RunError
-from gesso.evaluation.metrics import format_value, kernel_distance, short_label
+from gesso.evaluation.metrics import format_value, short_label
 from gesso.evaluation.metrics.base import Metric
 from gesso.evaluation.networks.base import FeatureNetwork
 from gesso.snapshot import ReconstructionPlan, TargetProfile
@@ -174,13 +174,3 @@ def format_table(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
     ]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join([first.ljust(widths[0]), *(map(str.rjust, cells, widths[1:]))]) for first, *cells in table]
-
-
-def subset_size_note(metrics: Iterable[Metric], cfg: EvalConfig) -> list[str]:
-    """Return a note if kernel distances use subsets of another size than published ones."""
-    if not kernel_distance.uses_other_subset_size(metrics, cfg):
-        return []
-    return [
-        f"note: kernel distances over subsets of {cfg.kid_subset:,}; published ones have "
-        f"{kernel_distance.PUBLISHED_SUBSET_SIZE:,}"
-    ]

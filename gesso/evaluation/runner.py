@@ -86,7 +86,7 @@ def evaluate_metrics(context: EvalContext, progress: ProgressCallback) -> Evalua
     evaluation = Evaluation(protocol, results.describe_weights(plan, target))
     parts_dir = context.folder / "evaluation" / evaluation.key
 
-    notes = results.subset_size_note(metrics, cfg)
+    notes = kernel_distance.subset_size_note(metrics, cfg)
     tasks: dict[str, ShardedTask] = {}
     if networks:
         sampler = run_sampler.open_run_sampler(context.folder, run, denoiser, context.device)
@@ -198,9 +198,9 @@ def evaluate_images(args: ImageSetArgs, progress: ProgressCallback) -> tuple[Eva
         "size": list(samples.size), "resized": samples.resize_description,
         "networks": {name: network.name for name, network in networks.items()},
     }  # fmt: skip
-    if kernel_distance.uses_other_subset_size(metrics, cfg):
+    if kernel_distance.subset_size_note(metrics, cfg):
         protocol["kid_subset"] = cfg.kid_subset
-    notes = [*results.subset_size_note(metrics, cfg), *_few_samples_note(samples.num_images, metrics, networks)]
+    notes = [*kernel_distance.subset_size_note(metrics, cfg), *_few_samples_note(samples.num_images, metrics, networks)]
     evaluation = Evaluation(protocol, metrics=values, notes=tuple(notes))
     lines = results.format_evaluation(evaluation)
     if args.out:
@@ -402,7 +402,7 @@ def _protocol(
     }  # fmt: skip
     if cfg.num_repeats > 1 and cfg.repeated:
         protocol["repeated"] = list(cfg.repeated)
-    if kernel_distance.uses_other_subset_size(metrics, cfg):
+    if kernel_distance.subset_size_note(metrics, cfg):
         protocol["kid_subset"] = cfg.kid_subset
     if reference and reference.blur_faces:
         protocol["reference_faces"] = "blurred"

@@ -283,21 +283,17 @@ def nearest_images(images: Tensor, reference: Tensor, chunk_size: int = 1024) ->
     if images.shape[1:] != reference.shape[1:] or len(reference) == 0:
         raise UsageError(f"images {tuple(images.shape)} do not compare with {tuple(reference.shape)}")
     # |a - b|^2 = |a|^2 - 2ab + |b|^2 is a sum of integers: exact in float64, so equal images stay equal.
-    chunks = [chunk.flatten(1).double() for chunk in images.split(chunk_size) if len(chunk)]
-    indices = [_nearest_in_chunks(chunk, reference, chunk_size) for chunk in chunks]
-    return torch.cat(indices) if indices else torch.empty(0, dtype=torch.int64, device=images.device)
-
-
-def _nearest_in_chunks(a: Tensor, reference: Tensor, chunk_size: int) -> Tensor:
-    """Return the indices (n,) int64 of the images nearest to a (n, P) float64."""
-    best = torch.full((len(a),), torch.inf, dtype=torch.float64, device=a.device)
-    index = torch.zeros(len(a), dtype=torch.int64, device=a.device)
-    for start in range(0, len(reference), chunk_size):
-        b = reference[start : start + chunk_size].to(a.device).flatten(1).double()
-        distances = b.square().sum(dim=1) - 2 * a @ b.T  # |a|^2 is the same for every b
-        value = distances.min(dim=1).values
-        # argmax of a mask of 0 and 1: min() does not promise the first of equals.
-        first = (distances == value[:, None]).byte().argmax(dim=1) + start
-        closer = value < best
-        best, index = torch.where(closer, value, best), torch.where(closer, first, index)
-    return index
+    indices = [torch.empty(0, dtype=torch.int64, device=images.device)]
+    for a in images.flatten(1).double().split(chunk_size) if len(images) else ():
+        best = torch.full((len(a),), torch.inf, dtype=torch.float64, device=a.device)
+        index = torch.zeros(len(a), dtype=torch.int64, device=a.device)
+        for start in range(0, len(reference), chunk_size):
+            b = reference[start : start + chunk_size].to(a.device).flatten(1).double()
+            distances = b.square().sum(dim=1) - 2 * a @ b.T  # |a|^2 is the same for every b
+            value = distances.min(dim=1).values
+            # argmax of a mask of 0 and 1: min() does not promise the first of equals.
+            first = (distances == value[:, None]).byte().argmax(dim=1) + start
+            closer = value < best
+            best, index = torch.where(closer, value, best), torch.where(closer, first, index)
+        indices.append(index)
+    return torch.cat(indices)

@@ -70,7 +70,7 @@ def frechet(x: torch.Tensor, y: torch.Tensor) -> float:
 def test_a_run_is_measured(folder):
     run = recorded_run(folder, "eval.metrics=[fd_digits]", "eval.num_repeats=2", "eval.labels=random")
     result = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)
-    network = toy_networks.GrayscaleFeatures(toy_networks.load_digit_features())
+    network = toy_networks.load_digit_features()
     real = torch.cat(list(open_image_set("digits", 8).batches(500)))
     expected = [frechet(network(drawn(folder, run, seeds)), network(real)) for seeds in (range(75), range(75, 150))]
     assert result.metrics["fd_digits"]["values"] == pytest.approx(expected, rel=1e-6)

@@ -16,7 +16,7 @@ from gesso.evaluation.image_sets import open_image_set
 from gesso.evaluation.metrics.frechet import frechet_distance
 from gesso.evaluation.metrics.kernel_distance import kernel_distance
 from gesso.evaluation.networks import downloads, inception
-from gesso.evaluation.networks.toy_networks import GrayscaleFeatures, load_digit_features
+from gesso.evaluation.networks.toy_networks import load_digit_features
 
 
 def arguments(images, ref=None, metrics=("fid",), weights_dir=None, **fields) -> runner.ImageSetArgs:
@@ -57,9 +57,9 @@ def grey(n: int, seed: int, high: int = 256) -> torch.Tensor:
 
 def test_compare_two_folders(tmp_path):
     a, b = grey(90, 0), grey(70, 1, 200)
-    requested = arguments(write(tmp_path / "a", a), write(tmp_path / "b", b), ("fd_digits",), batch_size=32)
-    result, lines = evaluate(requested)
-    network = GrayscaleFeatures(load_digit_features())
+    asked = arguments(write(tmp_path / "a", a), write(tmp_path / "b", b), ("fd_digits",), batch_size=32)
+    result, lines = evaluate(asked)
+    network = load_digit_features()
     x, y = network(a).double(), network(b).double()
     expected = frechet_distance(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
     assert result.best()["fd_digits"] == pytest.approx(expected, rel=1e-9) and expected > 1
@@ -132,7 +132,7 @@ def test_npz_of_samples_and_of_statistics(tmp_path, packed):
     expected = evaluate(folder)[0].best()
     archive = folder._replace(images=str(tmp_path / "a.npz"))
     assert evaluate(archive)[0].best() == pytest.approx(expected, rel=1e-12)
-    y = GrayscaleFeatures(load_digit_features())(b).double()
+    y = load_digit_features()(b).double()
     np.savez(tmp_path / "b.npz", mu=y.mean(0).numpy(), sigma=y.T.cov().numpy())
     statistics = with_config(archive, reference=str(tmp_path / "b.npz"))
     assert evaluate(statistics)[0].best() == pytest.approx(expected, rel=1e-9)
@@ -165,7 +165,7 @@ def test_error_messages(tmp_path):
         (arguments(str(tmp_path / "empty"), a), "empty"),
         (arguments(str(tmp_path / "no.npz"), a), "there is no file"),
         (arguments(str(tmp_path / "odd.npz"), a), r"arr_0 is float64 \(3, 4, 4\)"),
-        (arguments(big, big, ("fd_digits",)), "reads grayscale images, but these have colour"),
+        (arguments(big, big, ("fd_digits",)), "digits-cnn-v1 reads"),
     ):
         with pytest.raises(UsageError, match=output):
             evaluate(requested)

@@ -294,7 +294,7 @@ def test_features_do_not_depend_on_the_batch(network, digits):
     network.eval()
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 1, 16, 16), (2, 8, 9), (8, 8), (2, 64)])
+@pytest.mark.parametrize("shape", [(2, 2, 8, 8), (2, 1, 16, 16), (2, 8, 9), (8, 8), (2, 64)])
 def test_other_images_are_refused(network, shape):
     with pytest.raises(UsageError, match="digits-cnn-v1 reads"):
         network(torch.zeros(shape, dtype=torch.uint8))

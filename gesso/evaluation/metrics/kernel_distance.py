@@ -63,9 +63,11 @@ def kernel_distance(
     return float(values.mean()), float(values.std(correction=0))
 
 
-def uses_other_subset_size(metrics: Iterable[Metric], cfg: EvalConfig) -> bool:
-    """Return True if a kernel distance is computed with subsets of another size than published ones."""
-    return cfg.kid_subset != PUBLISHED_SUBSET_SIZE and any(metric.compute is compute for metric in metrics)
+def subset_size_note(metrics: Iterable[Metric], cfg: EvalConfig) -> list[str]:
+    """Return a note if a kernel distance is computed with subsets of another size than published ones."""
+    if cfg.kid_subset == PUBLISHED_SUBSET_SIZE or not any(metric.compute is compute for metric in metrics):
+        return []
+    return [f"note: kernel distances over subsets of {cfg.kid_subset:,}; published ones have {PUBLISHED_SUBSET_SIZE:,}"]
 
 
 def check_subset_size(metrics: Iterable[Metric], cfg: EvalConfig, set_sizes: Sequence[int]) -> None:

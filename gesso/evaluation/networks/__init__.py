@@ -47,13 +47,8 @@ NETWORKS: dict[str, NetworkEntry] = {
         lambda cfg, device, size: lpips.load_lpips(cfg.lpips, weights_dir(cfg), device),
         lambda cfg: lpips.BACKBONES[cfg.lpips].weight_files,
     ),
-    "digits": NetworkEntry(
-        lambda cfg, device, size: toy_networks.GrayscaleFeatures(toy_networks.load_digit_features(device))
-    ),
-    "fashion": NetworkEntry(
-        lambda cfg, device, size: toy_networks.GrayscaleFeatures(toy_networks.load_fashion_features(device))
-    ),
-    "classifier": NetworkEntry(
+    "digits": NetworkEntry(lambda cfg, device, size: toy_networks.load_digit_features(device)),
+    "digits_classifier": NetworkEntry(
         lambda cfg, device, size: toy_networks.LabelMatch(toy_networks.load_classifier(size, device))
     ),
     "digits_distance": NetworkEntry(lambda cfg, device, size: toy_networks.DigitDistance(device)),

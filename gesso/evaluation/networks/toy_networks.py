@@ -31,7 +31,7 @@ CLASS_CHECKS = ("kind", "all", "border")
 
 
 class DigitFeatures(FeatureNetwork):
-    """Map uint8 digits (B, 1, 8, 8) or (B, 8, 8), 0 to 255, to features (B, D) float32.
+    """Map uint8 grayscale digits (B, 1, 8, 8), (B, 3, 8, 8) or (B, 8, 8) to features (B, D) float32.
 
     There is no normalization layer, so the features of an image do not depend on the rest of its batch, and a change
     of its contrast changes them.
@@ -63,55 +63,6 @@ class DigitFeatures(FeatureNetwork):
         return features, self.head(features)
 
 
-class FashionFeatures(FeatureNetwork):
-    """Classifier of Fashion-MNIST, trained on its 10,000 test images: uint8 (B, 1, 28, 28) -> float32 (B, D).
-
-    The training images, which runs learn from and are compared with, are unseen by it. No normalization layer, as in
-    DigitFeatures.
-    """
-
-    name = "fashion-cnn-v1"
-    resolution, num_features, num_classes = 28, 64, 10
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 24, 3, padding=1)
-        self.conv2 = nn.Conv2d(24, 32, 3, stride=2, padding=1)
-        self.conv3 = nn.Conv2d(32, 48, 3, padding=1)
-        self.conv4 = nn.Conv2d(48, 64, 3, stride=2, padding=1)
-        self.hidden = nn.Linear(64 * 7 * 7, self.num_features)
-        self.head = nn.Linear(self.num_features, self.num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return features (B, D). Raises UsageError unless the images are uint8, grey and 28x28."""
-        x = _check_grayscale(images, self.resolution, self.name).float() / 127.5 - 1
-        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
-            x = F.silu(conv(x))
-        return F.silu(self.hidden(x.flatten(1)))
-
-    def classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features (B, D) and class logits (B, K). Raises UsageError as `forward` does."""
-        features = self(images)
-        return features, self.head(features)
-
-
-Classifier = DigitFeatures | FashionFeatures
-
-
-class GrayscaleFeatures(FeatureNetwork):
-    """Map uint8 RGB images that are gray (B, 3, R, R) to the features (B, D) of a classifier."""
-
-    def __init__(self, network: Classifier):
-        super().__init__()
-        self.network, self.name, self.num_features = network, network.name, network.num_features
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return features (B, D). Raises UsageError for images with colour."""
-        if not (images == images[:, :1]).all():
-            raise UsageError(f"{self.name} reads grayscale images, but these have colour")
-        return self.network(images[:, :1])
-
-
 class LabelMatch(FeatureNetwork):
     """Check whether a classifier assigns RGB images to their labels: (B, 1), 1 for a match and 0 otherwise."""
 
@@ -121,7 +72,7 @@ class LabelMatch(FeatureNetwork):
 
     def extract_features(self, images: Tensor, conditions: SampleConditions) -> Tensor:
         """Return matches (B, 1) float32. Raises RunError if logits are NaN."""
-        logits = self.network.classify(images[:, :1])[1].cpu()
+        logits = self.network.classify(images)[1].cpu()
         if num_nan := int(logits.isnan().any(dim=1).sum()):
             raise RunError(f"no class accuracy: the logits of {num_nan} of {len(logits)} images are NaN")
         assert conditions.labels is not None  # Metric.needs has labels
@@ -140,7 +91,7 @@ class DigitDistance(FeatureNetwork):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the distance (B,) between RGB digits, two tensors (B, 3, 8, 8) uint8."""
-        return (self.network(a[:, :1]) - self.network(b[:, :1])).norm(dim=1)
+        return (self.network(a) - self.network(b)).norm(dim=1)
 
 
 class ShapeFeatures(FeatureNetwork):
@@ -262,14 +213,16 @@ def _load_weights(name: str, file: str, sha256: str) -> dict[str, Tensor]:
     return {key: value.float() for key, value in safetensors.torch.load(content).items()}
 
 
-def _check_grayscale(images: Tensor, resolution: int, name: str) -> Tensor:
-    """Return images (B, 1, R, R). Raises UsageError for another shape or dtype."""
-    x = images.unsqueeze(1) if images.ndim == 3 else images
-    if x.ndim != 4 or tuple(x.shape[1:]) != (1, resolution, resolution):
+def _check_digits(images: Tensor, resolution: int) -> Tensor:
+    """Return images (B, 1, R, R). Raises UsageError for another shape or dtype, or for colour."""
+    name, x = DigitFeatures.name, images.unsqueeze(1) if images.ndim == 3 else images
+    if x.ndim != 4 or x.shape[1] not in (1, 3) or tuple(x.shape[2:]) != (resolution, resolution):
         raise UsageError(
-            f"{name} reads (B, 1, {resolution}, {resolution}) or (B, {resolution}, {resolution}), "
-            f"one grayscale channel; got {tuple(images.shape)}"
+            f"{name} reads (B, 1, {resolution}, {resolution}), (B, 3, {resolution}, {resolution}) or "
+            f"(B, {resolution}, {resolution}); got {tuple(images.shape)}"
         )
     if x.dtype != torch.uint8:
         raise UsageError(f"{name} reads uint8 pixels from 0 to 255; got {images.dtype}")
-    return x
+    if x.shape[1] == 3 and not (x == x[:, :1]).all():
+        raise UsageError(f"{name} reads grayscale images, but these have colour")
+    return x[:, :1]
