@@ -19,6 +19,7 @@ slow: .venv/dev
 lint: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv

@@ -366,7 +366,7 @@ class RunConfig(Settings):
 
     @property
     def pos_embed_base(self) -> int | None:
-        """net.pos_embed_base in pixels; None if it is data.resolution or the network has no such setting."""
+        """Return net.pos_embed_base in pixels; None if it is data.resolution or the network has no such setting."""
         return self.net.pos_embed_base if isinstance(self.net, TransformerConfig) else None
 
     @property

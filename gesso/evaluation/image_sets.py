@@ -56,7 +56,7 @@ class ImageSet(NamedTuple):
 
     @property
     def resize_description(self) -> str:
-        """How each image is resized, for the protocol."""
+        """Description of the resizing, for the protocol."""
         return RESIZE_NAMES[self.resize] if self.crop_and_resize else "no"
 
     def batches(self, batch_size: int, first: int = 0, stop: int | None = None) -> Iterator[Tensor]:

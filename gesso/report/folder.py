@@ -1,4 +1,4 @@
-"""What a page is made of: the files of a run folder, read once."""
+"""Contents of a run folder, read once for a page."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,7 +57,7 @@ class Folder(NamedTuple):
         return next((value for line in reversed(self.lines) if (value := _under(line, keys)) is not None), None)
 
     def late(self, key: str) -> list[float | None]:
-        """Of lists under the key the mean of the last tenth, element by element, without what is missing."""
+        """Return the element-wise mean of lists under a key over the last tenth of the lines, without missing values."""
         values = [line[key] for line in self.lines if key in line]
         some = values[-max(1, len(values) // 10) :]
         columns = [[value for value in column if value is not None] for column in zip(*some, strict=True)]

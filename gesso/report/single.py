@@ -167,7 +167,7 @@ def training(run_data: Folder) -> str:
 
 
 def describe_weights(name: str) -> str:
-    """Of a name under `validation` in the log."""
+    """Return a description of the weights under a name of `validation` in the log."""
     length = name.removeprefix("ema")
     return "weights as they are" if name == "weights" else f"average, {'sigma_rel ' * length[0].isdigit()}{length}"
 

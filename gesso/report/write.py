@@ -1,4 +1,4 @@
-"""From run folders to one file."""
+"""Write the page on one or several run folders."""
 
 import importlib.util
 from collections.abc import Sequence

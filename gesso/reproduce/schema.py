@@ -54,7 +54,7 @@ class Training(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """How a row is measured.
+    """Measurement of a row.
 
     training: the training to measure; None if `settings` are enough. settings: overrides of sample.* and eval.*, and
     parameters of the method. guide: another training that guides the samples (sample.guide_run).
@@ -81,7 +81,7 @@ class ColumnGroup(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """How a table is measured at one scale. cost: cost of a row, in words."""
+    """Measurements of a table at one scale. cost: cost of a row, in words."""
 
     groups: tuple[ColumnGroup, ...]
     cost: str

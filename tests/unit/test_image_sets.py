@@ -57,8 +57,8 @@ def grey(n: int, seed: int, high: int = 256) -> torch.Tensor:
 
 def test_compare_two_folders(tmp_path):
     a, b = grey(90, 0), grey(70, 1, 200)
-    asked = arguments(write(tmp_path / "a", a), write(tmp_path / "b", b), ("fd_digits",), batch_size=32)
-    result, lines = evaluate(asked)
+    requested = arguments(write(tmp_path / "a", a), write(tmp_path / "b", b), ("fd_digits",), batch_size=32)
+    result, lines = evaluate(requested)
     network = load_digit_features()
     x, y = network(a).double(), network(b).double()
     expected = frechet_distance(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())

@@ -48,7 +48,8 @@ NETWORKS: dict[str, NetworkEntry] = {
         lambda cfg: lpips.BACKBONES[cfg.lpips].weight_files,
     ),
     "digits": NetworkEntry(lambda cfg, device, size: toy_networks.load_digit_features(device)),
-    "digits_classifier": NetworkEntry(
+    "fashion": NetworkEntry(lambda cfg, device, size: toy_networks.load_fashion_features(device)),
+    "classifier": NetworkEntry(
         lambda cfg, device, size: toy_networks.LabelMatch(toy_networks.load_classifier(size, device))
     ),
     "digits_distance": NetworkEntry(lambda cfg, device, size: toy_networks.DigitDistance(device)),

@@ -63,6 +63,41 @@ class DigitFeatures(FeatureNetwork):
         return features, self.head(features)
 
 
+class FashionFeatures(FeatureNetwork):
+    """Classifier of Fashion-MNIST, trained on its 10,000 test images: uint8 (B, 1, 28, 28) -> float32 (B, D).
+
+    The training images, which runs learn from and are compared with, are unseen by it. No normalization layer, as in
+    DigitFeatures.
+    """
+
+    name = "fashion-cnn-v1"
+    resolution, num_features, num_classes = 28, 64, 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 24, 3, padding=1)
+        self.conv2 = nn.Conv2d(24, 32, 3, stride=2, padding=1)
+        self.conv3 = nn.Conv2d(32, 48, 3, padding=1)
+        self.conv4 = nn.Conv2d(48, 64, 3, stride=2, padding=1)
+        self.hidden = nn.Linear(64 * 7 * 7, self.num_features)
+        self.head = nn.Linear(self.num_features, self.num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features (B, D). Raises UsageError unless the images are uint8, grey and 28x28."""
+        x = _check_grayscale(images, self.resolution, self.name).float() / 127.5 - 1
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            x = F.silu(conv(x))
+        return F.silu(self.hidden(x.flatten(1)))
+
+    def classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features (B, D) and class logits (B, K). Raises UsageError as `forward` does."""
+        features = self(images)
+        return features, self.head(features)
+
+
+Classifier = DigitFeatures | FashionFeatures
+
+
 class LabelMatch(FeatureNetwork):
     """Check whether a classifier assigns RGB images to their labels: (B, 1), 1 for a match and 0 otherwise."""
 
@@ -213,9 +248,9 @@ def _load_weights(name: str, file: str, sha256: str) -> dict[str, Tensor]:
     return {key: value.float() for key, value in safetensors.torch.load(content).items()}
 
 
-def _check_digits(images: Tensor, resolution: int) -> Tensor:
+def _check_grayscale(images: Tensor, resolution: int, name: str) -> Tensor:
     """Return images (B, 1, R, R). Raises UsageError for another shape or dtype, or for colour."""
-    name, x = DigitFeatures.name, images.unsqueeze(1) if images.ndim == 3 else images
+    x = images.unsqueeze(1) if images.ndim == 3 else images
     if x.ndim != 4 or x.shape[1] not in (1, 3) or tuple(x.shape[2:]) != (resolution, resolution):
         raise UsageError(
             f"{name} reads (B, 1, {resolution}, {resolution}), (B, 3, {resolution}, {resolution}) or "
