@@ -25,7 +25,7 @@ from gesso.evaluation.ema_export import parse_image_count as images_of
 from gesso.evaluation.ema_export import parse_sigma_rel
 from gesso.evaluation.networks import toy_networks
 from gesso.interop import edm2
-from gesso.recipes.edm2 import FIGURE_5B
+from gesso.published.edm2 import FIGURE_5B_LAYERS
 from gesso.snapshot import TargetProfile
 
 MAX_WEIGHTS_BYTES = 4e9
@@ -146,7 +146,7 @@ def _tensor_globs(run: RunConfig, requested: Sequence[str]) -> dict[str, str]:
             raise UsageError(
                 f"--tensors figure5b: layers of EDM2's U-Net; of {run.net.name} write GLOBs such as '*attn*'"
             )
-        names = FIGURE_5B if text == "figure5b" else [text]
+        names = FIGURE_5B_LAYERS if text == "figure5b" else [text]
         layers = {name: edm2.name_of_paper_layer(name, run.net, run.input_spec) if of_edm2 else None for name in names}
         found |= {name: glob for name, glob in layers.items() if glob} or {text: text}
     return found

@@ -1,4 +1,4 @@
-"""What a trained network does with its text tokens: Figures A3 and A4 of Berrada et al. 2024.
+"""Gradients and attention at the text tokens of a trained network: Figures A3 and A4 of Berrada et al. 2024.
 
 Legend: B samples, S text tokens, T image tokens, D channels of a token.
 """
@@ -21,23 +21,23 @@ from gesso.reproduce.plan import MeasurementJob
 from gesso.sampling import run_device
 
 NUM_SAMPLES = 256
-"""training images with their captions, each at a noise level of training"""
+"""Number of training images with captions, each at one noise level of training."""
 
 
 def measure_padding_gradients(job: MeasurementJob) -> dict[str, Any]:
-    """{"padding_share"}: the share of the norms of the loss's gradients by text tokens that falls behind the captions' ends."""
+    """Return `padding_fraction`: the fraction of the loss's gradient norms by text tokens that is at padding tokens."""
     denoiser, x0, cond, lengths = _open_run(job)
     text = cond.text.clone().requires_grad_()
     _loss(denoiser, x0, dataclasses.replace(cond, text=text)).sum().backward()
     norms = text.grad.norm(dim=2)  # (B, S)
-    return {"values": {"padding_share": _padding_share(norms, lengths)}}
+    return {"values": {"padding_fraction": _padding_fraction(norms, lengths)}}
 
 
 @torch.no_grad()
 def measure_padding_attention(job: MeasurementJob) -> dict[str, Any]:
     """Return statistics of the attention of image tokens to text tokens, averaged over blocks and heads.
 
-    padding_share: the share on padding tokens; entropy: relative to uniform attention; alike: mean cosine similarity of
+    padding_fraction: the fraction on padding tokens; entropy: relative to uniform attention; copy_similarity: mean cosine similarity of
     tokens and their copies.
     """
     denoiser, x0, cond, lengths = _open_run(job)
@@ -47,9 +47,9 @@ def measure_padding_attention(job: MeasurementJob) -> dict[str, Any]:
     weights = torch.stack(recorder.weights).mean(dim=0)  # (B, S), sums to 1
     entropy = -(weights * weights.clamp(min=1e-12).log()).sum(dim=1) / math.log(S)
     values = {
-        "padding_share": _padding_share(weights, lengths),
+        "padding_fraction": _padding_fraction(weights, lengths),
         "entropy": float(entropy.mean()),
-        "alike": _copy_similarity(cond.text, lengths),
+        "copy_similarity": _copy_similarity(cond.text, lengths),
     }
     return {"values": values}
 
@@ -69,9 +69,9 @@ def _open_run(job: MeasurementJob) -> tuple[Denoiser, Tensor, Cond, Tensor]:
     samples = batches.fetch(counter)
     x0, cond = batches.to_device(counter, samples)
     texts = batches.text_cache(samples) if batches.text_cache else samples.encoded_text
-    some = (texts.lengths < texts.tokens.shape[1]) & (texts.lengths > 0)
+    has_padding = (texts.lengths < texts.tokens.shape[1]) & (texts.lengths > 0)
     cond = dataclasses.replace(cond, has_semantic=None, has_control=None)
-    return denoiser, x0[some], cond[some], texts.lengths[some].to(x0.device)
+    return denoiser, x0[has_padding], cond[has_padding], texts.lengths[has_padding].to(x0.device)
 
 
 def _loss(denoiser: Denoiser, x0: Tensor, cond: Cond) -> Tensor:
@@ -82,29 +82,30 @@ def _loss(denoiser: Denoiser, x0: Tensor, cond: Cond) -> Tensor:
 
 
 class _AttentionRecorder(TorchFunctionMode):
-    """Notes the attention of image tokens to text tokens in every joint attention over S text and T image tokens: (B, S), of
-    sum 1."""
+    """Record the attention weights of image tokens to text tokens, (B, S) with sum 1, of every joint attention."""
 
-    def __init__(self, text: int, image: int):
+    def __init__(self, num_text_tokens: int, num_image_tokens: int):
         super().__init__()
-        self.text, self.image, self.weights = text, image, []
+        self.num_text_tokens = num_text_tokens
+        self.num_image_tokens = num_image_tokens
+        self.weights: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and args[1].shape[2] == self.text + self.image:
+        if func is F.scaled_dot_product_attention and args[1].shape[2] == self.num_text_tokens + self.num_image_tokens:
             self._record(args[0], args[1], kwargs["attn_mask"])
         return func(*args, **kwargs)
 
     def _record(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-        scores = q[:, :, -self.image :] @ k.transpose(2, 3) / q.shape[3] ** 0.5
+        scores = q[:, :, -self.num_image_tokens :] @ k.transpose(2, 3) / q.shape[3] ** 0.5
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
-        weights = scores.softmax(dim=3)[..., : self.text].mean(dim=(1, 2))
+        weights = scores.softmax(dim=3)[..., : self.num_text_tokens].mean(dim=(1, 2))
         self.weights.append(weights / weights.sum(dim=1, keepdim=True))
 
 
-def _padding_share(values: Tensor, lengths: Tensor) -> float:
-    """Return the share of values (B, S) at positions from `lengths` (B,) on, averaged over B."""
+def _padding_fraction(values: Tensor, lengths: Tensor) -> float:
+    """Return the fraction of values (B, S) at positions from `lengths` (B,) on, averaged over B."""
     is_padding = torch.arange(values.shape[1], device=values.device) >= lengths[:, None]
     return float(((values * is_padding).sum(dim=1) / values.sum(dim=1)).mean())
 

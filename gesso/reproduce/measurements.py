@@ -79,15 +79,15 @@ def measure_growth(job: MeasurementJob) -> dict[str, Any]:
 
 
 MEASUREMENT_METHODS: dict[Method, Callable[[MeasurementJob], dict[str, Any]]] = {
-    "scores": measure_metrics,
+    "metrics": measure_metrics,
     "tensors": measure_tensors,
     "gradients": attention_probe.measure_padding_gradients,
     "attention": attention_probe.measure_padding_attention,
     "growth": measure_growth,
     "counts": compute_cost.measure_counts,
     "noise_levels": analytic.noise_levels,
-    "responses": analytic.responses,
-    "reconstruction": analytic.reconstruction,
+    "responses": analytic.ema_responses,
+    "reconstruction": analytic.ema_reconstruction,
     "step_sizes": analytic.step_sizes,
-    "pictures": sample_grids.save_sample_grid,
+    "sample_grid": sample_grids.save_sample_grid,
 }

@@ -1,4 +1,4 @@
-"""List what a table needs on this machine, whether it is available, and how to get it. Nothing is downloaded."""
+"""Requirements of a table on this machine: which are available, and how to get the others. Nothing is downloaded."""
 
 import importlib.util
 import os
@@ -15,14 +15,14 @@ from gesso.recipes import data_requirements
 
 
 class Requirement(NamedTuple):
-    """Something that a table needs. how_to_get: a command or setting, if it is not available."""
+    """A file, package or data set that a table needs. `fix` is the command or setting that provides it."""
 
     label: str
     available: bool
-    how_to_get: str = ""
+    fix: str = ""
 
 
-HUB_ID = {"dinov2": "dinov2", "clip": "clip", "clip_images": "clip"}
+HUB_SETTINGS = {"dinov2": "dinov2", "clip": "clip", "clip_images": "clip"}
 """Setting of eval that names the folder or hub id of a feature network."""
 
 
@@ -51,10 +51,10 @@ def measurement_requirements(run: RunConfig) -> Iterator[Requirement]:
         for file in metric_files(name, run):
             path = downloads.local_path(file, Path(run.eval.weights_dir) if run.eval.weights_dir else None)
             yield Requirement(str(path), path.is_file(), f"downloaded at first use, or download {file.url}")
-        if name in HUB_ID:
+        if name in HUB_SETTINGS:
             yield package_requirement("transformers", "transformers", "text")
             yield hub_requirement(
-                getattr(run.eval, HUB_ID[name]), clip_dino.WEIGHTS_STEM, HUB_ID[name], f"eval.{HUB_ID[name]}=DIR"
+                getattr(run.eval, HUB_SETTINGS[name]), clip_dino.WEIGHTS_STEM, HUB_SETTINGS[name], f"eval.{HUB_SETTINGS[name]}=DIR"
             )
     for setting, uri in (("reference", run.eval.reference), ("prompts", run.eval.prompts)):
         if uri:
@@ -68,13 +68,13 @@ def metric_files(name: str, run: RunConfig) -> tuple[downloads.WeightFile, ...]:
     return lpips.BACKBONES[run.eval.lpips][1:] if name == "lpips" else ()
 
 
-def hub_requirement(model_id: str, stem: str, description: str, setting: str) -> Requirement:
+def hub_requirement(model_id: str, file_stem: str, description: str, setting: str) -> Requirement:
     """Return the requirement of a model: a local folder, or a Hugging Face hub id in the local cache."""
     label = f"{description} {model_id}"
     if os.path.isdir(os.path.expanduser(model_id)):
         return Requirement(label, True)
     names = [
-        f"{part}{stem}{end}"
+        f"{part}{file_stem}{end}"
         for part in ("", "vae/", "text_encoder/")
         for end in (".safetensors", ".safetensors.index.json")
     ]
@@ -85,7 +85,7 @@ def hub_requirement(model_id: str, stem: str, description: str, setting: str) ->
     )
 
 
-def is_in_hub_cache(model_id: str, name: str) -> bool:
+def is_in_hub_cache(model_id: str, file_name: str) -> bool:
     """Return True if a file of a hub id is in the local hub cache."""
     if importlib.util.find_spec("huggingface_hub") is None:
         return False
@@ -93,11 +93,11 @@ def is_in_hub_cache(model_id: str, name: str) -> bool:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return isinstance(try_to_load_from_cache(model_id, name), str)
+        return isinstance(try_to_load_from_cache(model_id, file_name), str)
     except HFValidationError:  # not of the form OWNER/NAME
         return False
 
 
-def package_requirement(module: str, name: str, extra: str) -> Requirement:
+def package_requirement(module: str, package: str, extra: str) -> Requirement:
     """Return the requirement of an installed Python package."""
-    return Requirement(name, importlib.util.find_spec(module) is not None, f"pip install 'gesso[{extra}]'")
+    return Requirement(package, importlib.util.find_spec(module) is not None, f"pip install 'gesso[{extra}]'")
