@@ -145,9 +145,7 @@ def table_a1_numbers(
         ("FLOPs, 512", "table_a1_flops", 512, 1e9),
     )
     return tuple(
-        PublishedNumber(
-            quantity, pixels, numbers[column] * unit, trust, "Table A1", note=notes.get(column, "")
-        )
+        PublishedNumber(quantity, pixels, numbers[column] * unit, trust, "Table A1", note=notes.get(column, ""))
         for (column, quantity, pixels, unit), trust in zip(columns, trusts, strict=True)
     )
 
@@ -208,7 +206,8 @@ TABLE_A1_MODELS = (
         "a1-dit-att-text",
         DiTAttConfig(**XL_SHAPE),
         TEXT_CONTROL_INPUTS,
-        table_a1_numbers("DiT w/ Att, words", ("medium", "low", "low"), dict.fromkeys(FLOPS_COLUMNS, NOTE_COUNTED_TWICE)
+        table_a1_numbers(
+            "DiT w/ Att, words", ("medium", "low", "low"), dict.fromkeys(FLOPS_COLUMNS, NOTE_COUNTED_TWICE)
         ),
         256,
         POSITIONS_512,
@@ -217,8 +216,7 @@ TABLE_A1_MODELS = (
         "a1-mmdit-text",
         MMDiTConfig(**XL_SHAPE),
         TEXT_CONTROL_INPUTS,
-        table_a1_numbers("mmDiT, words", ("high", "high", "high"), dict.fromkeys(FLOPS_COLUMNS, NOTE_NO_TEXT_MLP)
-        ),
+        table_a1_numbers("mmDiT, words", ("high", "high", "high"), dict.fromkeys(FLOPS_COLUMNS, NOTE_NO_TEXT_MLP)),
         256,
         POSITIONS_512,
     ),
@@ -226,7 +224,9 @@ TABLE_A1_MODELS = (
         "a1-mmdit-class",
         MMDiTConfig(**XL_SHAPE),
         CLASS_CONTROL_INPUTS,
-        table_a1_numbers("mmDiT, classes", ("low", "low", "low"), dict.fromkeys(("parameters", *FLOPS_COLUMNS), NOTE_COPIED_CELL)),
+        table_a1_numbers(
+            "mmDiT, classes", ("low", "low", "low"), dict.fromkeys(("parameters", *FLOPS_COLUMNS), NOTE_COPIED_CELL)
+        ),
         extra_parameters=POSITIONS_512,
     ),
 )

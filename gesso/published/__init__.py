@@ -29,7 +29,7 @@ def read_table(paper: Paper, name: str) -> dict[str, dict[str, float]]:
         if len(numbers) != len(table["columns"]):
             raise UsageError(
                 f"gesso/published/{paper}.toml, [{name}], row {row!r}: {len(numbers)} numbers for "
-                f"{len(table['columns'])} columns; write \"-\" where the paper has no number"
+                f'{len(table["columns"])} columns; write "-" where the paper has no number'
             )
     return {
         row: {column: value for column, value in zip(table["columns"], numbers, strict=True) if value != "-"}

@@ -44,7 +44,7 @@ class TrainingPreset(NamedTuple):
 
 
 class GuideResult(NamedTuple):
-    """Row of Table 4: the best FID of XXL with a guide, and parameters (10^9) and multiply-accumulates (10^12) of both."""
+    """Row of Table 4: the best FID of XXL with a guide, 10^9 parameters and 10^12 multiply-accumulates of both."""
 
     best: BestResult
     gparams: float

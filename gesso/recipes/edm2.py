@@ -41,8 +41,8 @@ from gesso.published import read_paper, read_table
 from gesso.published.edm2 import MI_IMAGES, BestResult, Cost, TrainingPreset
 
 BATCH_SIZE = 2048
-# XXS and the XS of ImageNet-64 are presets of the published code: channels, lr and its decay from there; the rest is our
-# choice, as for the next larger size.
+# XXS and the XS of ImageNet-64 are presets of the published code: channels, lr and its decay from there; the rest is
+# our choice, as for the next larger size.
 PRESETS_512 = {"XXS": TrainingPreset(64, 2048 * MI_IMAGES, 0.0, 0.0170, 70_000, 0.135), **published.PRESETS_512}
 PRESETS_64 = {"XS": TrainingPreset(128, 1024 * MI_IMAGES, 0.0, 0.0120, 35_000, 0.075), **published.PRESETS_64}
 
@@ -128,7 +128,10 @@ def img512_unconditional(size: str) -> RunConfig:
     Its training is not published; it is that of the network of the same size with labels (our choice).
     """
     run = run_from_preset(
-        f"edm2-img512-{size.lower()}-uncond", PRESETS_512[size], imagenet512_latents(), EDMConfig(P_mean=-0.4, P_std=1.0)
+        f"edm2-img512-{size.lower()}-uncond",
+        PRESETS_512[size],
+        imagenet512_latents(),
+        EDMConfig(P_mean=-0.4, P_std=1.0),
     )
     return run.model_copy(update={"semantic": SemanticConfig(kind="none")})
 
@@ -225,7 +228,11 @@ UNPUBLISHED = "cost and FID are not published"
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {}
 for size, p in PRESETS_64.items():
-    cost = f"{p.days} days on 32 A100; FID {published.FID_64[size].distance} (Table 6)" if size in published.FID_64 else UNPUBLISHED
+    cost = (
+        f"{p.days} days on 32 A100; FID {published.FID_64[size].distance} (Table 6)"
+        if size in published.FID_64
+        else UNPUBLISHED
+    )
     RECIPES |= document(img64, size, f"edm2-img64-{size.lower()}", f"Train EDM2-{size} on {PIXELS_TITLE}", cost)
 for size, p in PRESETS_512.items():
     name, cost = f"edm2-img512-{size.lower()}", UNPUBLISHED
@@ -238,9 +245,8 @@ for size, p in PRESETS_512.items():
     RECIPES |= document(img512, size, name, f"Train EDM2-{size} on {LATENTS_TITLE}", cost)
 for size in published.TABLE_4:
     name = f"edm2-img512-{size.lower()}-uncond"
-    days = (
-        f"about {PRESETS_512[size].days} days on 32 A100; guides EDM2-XXL to FID {published.TABLE_4[size].best.distance:.2f} (Table 4)"
-    )
+    fid = published.TABLE_4[size].best.distance
+    days = f"about {PRESETS_512[size].days} days on 32 A100; guides EDM2-XXL to FID {fid:.2f} (Table 4)"
     summary = f"Train EDM2-{size} without labels on {LATENTS_TITLE}"
     RECIPES |= document(img512_unconditional, size, name, summary, days)
 for size, cfg in LADDER_CONFIGS.items():

@@ -38,7 +38,7 @@ def ema_responses(job: MeasurementJob) -> dict[str, Any]:
     """
     params = job.params
     profile = ema.densities([1.0], [ema.PowerProfile(float(params["sigma_rel"]))])
-    return {"values": {"response": float(profile.pdf(np.float64(params["time"]))[0])}}
+    return {"values": {"response": float(profile.pdf(np.array(float(params["time"])))[0])}}
 
 
 def ema_reconstruction(job: MeasurementJob) -> dict[str, Any]:
@@ -60,9 +60,9 @@ NUM_ROWS, NUM_INPUTS, NUM_STEPS, LR, BETA2 = 32, 128, 1500, 1e-3, 0.99
 def step_sizes(job: MeasurementJob) -> dict[str, Any]:
     """Return the size of Adam's updates along the sphere relative to the learning rate (EDM2 Figure 23).
 
-    Gradients are Gaussian noise of standard deviation 1 in each direction of the tangent plane. Along the weight they have
-    `normal_ratio` times the length of the tangent part; project_gradients=yes removes that part (Eq. 46). Weights are
-    normalized after each step (Eq. 66). Without momentum, as in the figure.
+    Gradients are Gaussian noise of standard deviation 1 in each direction of the tangent plane. Along the weight they
+    have `normal_ratio` times the length of the tangent part; project_gradients=yes removes that part (Eq. 46). Weights
+    are normalized after each step (Eq. 66). Without momentum, as in the figure.
     """
     params = job.params
     g = torch.Generator().manual_seed(0)

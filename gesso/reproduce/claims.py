@@ -24,7 +24,7 @@ MISSING = math.nan
 """Value of a quantity for a seed in which a cell is not measured."""
 
 
-class MissingCell(LookupError):
+class MissingCellError(LookupError):
     """A number that a claim needs is not measured in any seed. Raised by `TableValues`, caught by `evaluate_claim`."""
 
 
@@ -124,14 +124,14 @@ def all_of(statements: Iterable[Statement]) -> Statement:
 
 
 def largest(options: Sequence[Quantity]) -> Quantity:
-    """Return the largest of several quantities. Raises MissingCell if there is none."""
+    """Return the largest of several quantities. Raises MissingCellError if there is none."""
     if not options:
-        raise MissingCell("no row has a number")
+        raise MissingCellError("no row has a number")
     return Quantity((0.0,) * len(options[0].values), ((1, tuple(options)),))
 
 
 def smallest(options: Sequence[Quantity]) -> Quantity:
-    """Return the smallest of several quantities. Raises MissingCell if there is none."""
+    """Return the smallest of several quantities. Raises MissingCellError if there is none."""
     return -largest([-option for option in options])
 
 
@@ -183,9 +183,9 @@ class TableValues:
         self._measured = {cell for values in seeds for cell in values}
 
     def __getitem__(self, cell: Cell) -> Quantity:
-        """Return the numbers at (row, column). Raises MissingCell if no seed has one."""
+        """Return the numbers at (row, column). Raises MissingCellError if no seed has one."""
         if cell not in self._measured:
-            raise MissingCell(cell)
+            raise MissingCellError(cell)
         return Quantity(tuple(values.get(cell, MISSING) for values in self.seeds))
 
     def score(self, row: str, column: str) -> Quantity:
@@ -193,10 +193,10 @@ class TableValues:
         return -self[row, column] if self.table.is_lower_better(column) else self[row, column]
 
     def rows(self, column: str, min_rows: int = 1) -> list[str]:
-        """Return the rows that any seed has in a column. Raises MissingCell for fewer than `min_rows`."""
+        """Return the rows that any seed has in a column. Raises MissingCellError for fewer than `min_rows`."""
         rows = [row.name for row in self.table.rows if (row.name, column) in self._measured]
         if len(rows) < min_rows:
-            raise MissingCell(column)
+            raise MissingCellError(column)
         return rows
 
     def best(self, column: str) -> Quantity:
@@ -234,7 +234,7 @@ class TableValues:
         """State that each measured row is better than the one before it."""
         measured = [row for row in rows if row in self.rows(column, 2)]
         if len(measured) < 2:
-            raise MissingCell(column)
+            raise MissingCellError(column)
         return all_of(self.improves((after, column), (before, column)) for before, after in pairwise(measured))
 
     def best_improves(self, column: str, baseline: str) -> Statement:
@@ -253,7 +253,7 @@ class TableValues:
         ends = ends or (curve[0], curve[-1])
         inner = [row for row in curve if row not in ends]
         if not inner or not set(ends) <= set(curve):
-            raise MissingCell(column)
+            raise MissingCellError(column)
         return self.best_score(column, inner) > self.best_score(column, ends)
 
     def power_law(self, column: str, power: float, margin: float) -> Statement:
@@ -430,7 +430,7 @@ def evaluate_claim(table: Table, claim: Claim, values: Sequence[Values]) -> Eval
     """Evaluate the expression of a claim; None if no seed has all of its numbers."""
     try:
         margins = claim.holds(TableValues(table, values)).margins
-    except MissingCell:
+    except MissingCellError:
         return None
     terms = [term for margin in margins for term in _terms(margin)]
     seeds = [i for i in range(len(values)) if not any(math.isnan(term.values[i]) for term in terms)]
@@ -444,9 +444,10 @@ def compute_effect(table: Table, claim: Claim, values: Values) -> float | None:
 
 
 def judge(table: Table, claim: Claim, values: Sequence[Values]) -> Judgement:
-    """Judge a claim: reproduced if every margin is significantly positive, contradicted if one is significantly negative.
+    """Judge a claim over seeds.
 
-    Each of the two verdicts is wrong in at most 5 % of cases.
+    Reproduced: every margin is significantly positive. Contradicted: one is significantly negative. Each of the two
+    verdicts is wrong in at most 5 % of cases.
     """
     evaluation = evaluate_claim(table, claim, values)
     if evaluation is None:

@@ -15,7 +15,8 @@ from gesso.reproduce import index
 from gesso.reproduce.schema import SCALES, Table, Tables, get_table
 
 PAPER_TITLES = {
-    "berrada": "Berrada et al. 2024, On Improved Conditioning Mechanisms and Pre-training Strategies for Diffusion Models",
+    "berrada": "Berrada et al. 2024, On Improved Conditioning Mechanisms and Pre-training Strategies for Diffusion "
+    "Models",
     "edm2": "Karras et al. 2024, Analyzing and Improving the Training Dynamics of Diffusion Models",
     "gesso": "Experiments of this project, in neither paper",
 }
@@ -95,7 +96,11 @@ def reproduce(args: ReproduceArgs, tables: Tables, console: Console, log: Callab
     from gesso.reproduce import dry_run, page, plan, runner
 
     def plan_rows(rows: Sequence[str], num_seeds: int) -> list[plan.MeasurementJob]:
-        return [] if table.checklist else plan.plan_jobs(table, args.scale, range(num_seeds), args.out, rows, args.settings)
+        return (
+            []
+            if table.checklist
+            else plan.plan_jobs(table, args.scale, range(num_seeds), args.out, rows, args.settings)
+        )
 
     jobs, all_jobs = plan_rows(args.rows, args.num_seeds), plan_rows((), max(args.num_seeds, num_stored_seeds(args)))
     if not jobs and not table.checklist:

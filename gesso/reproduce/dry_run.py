@@ -14,7 +14,9 @@ from gesso.reproduce.schema import Table
 ESTIMATE_NOTE = (
     f"an estimate: 3 forward passes per image, an A100 at {100 * estimates.FLOPS_UTILIZATION:g} % of its peak in the "
     "precision of the run, "
-    + ", ".join(f"{estimates.A100_PEAK_FLOPS[name] / 1e12:g} TFLOP/s in {name}" for name in ("float16", "tf32", "float32"))
+    + ", ".join(
+        f"{estimates.A100_PEAK_FLOPS[name] / 1e12:g} TFLOP/s in {name}" for name in ("float16", "tf32", "float32")
+    )
 )
 
 
@@ -66,7 +68,8 @@ def training_lines(job: TrainingJob, cost: CostEstimate, number: str, scale: str
     """Yield the network, command and cost of a training."""
     run = job.run
     finished = ", already trained" if runner.is_finished(job) else ""
-    yield f"{number}: {run.net.name}, {cost.parameters / 1e6:,.3g} M parameters, {run.train.total_images:,} images{finished}"
+    size = f"{cost.parameters / 1e6:,.3g} M parameters"
+    yield f"{number}: {run.net.name}, {size}, {run.train.total_images:,} images{finished}"
     yield f"  {launch_command(job, scale)}"
     paper = f" (the paper: {cost.published_gpu_hours:,.0f})" if cost.published_gpu_hours else ""
     hours = (
@@ -77,7 +80,8 @@ def training_lines(job: TrainingJob, cost: CostEstimate, number: str, scale: str
     disk = cost.disk_bytes
     yield (
         f"  {hours}{format_bytes(disk.total_bytes)}: {disk.num_snapshots:,} snapshots of "
-        f"{format_bytes(disk.snapshot_bytes)}, {disk.num_checkpoints} checkpoints of {format_bytes(disk.checkpoint_bytes)}"
+        f"{format_bytes(disk.snapshot_bytes)}, {disk.num_checkpoints} checkpoints of "
+        f"{format_bytes(disk.checkpoint_bytes)}"
     )
     yield ""
 
@@ -112,4 +116,5 @@ def total_lines(
         hours = f"{format_hours(sum(cost.gpu_hours for cost in costs))} GPU-hours of training"
         yield f"  about {hours} and {format_hours(sampling_hours)} of sampling ({ESTIMATE_NOTE})"
     if any(cost.published_gpu_hours for cost in costs):
-        yield f"  the paper states {sum(cost.published_gpu_hours or 0 for cost in costs):,.0f} for those that it gives hours for"
+        published = sum(cost.published_gpu_hours or 0 for cost in costs)
+        yield f"  the paper: {published:,.0f} GPU-hours, for the trainings whose hours it gives"

@@ -74,7 +74,7 @@ def measurement_hours(job: MeasurementJob) -> float:
 
 
 def macs_per_sample(run: RunConfig, guide: RunConfig | None) -> float:
-    """Return the multiply-accumulates of generating one image; decoding cost is proportional to the number of pixels."""
+    """Return the multiply-accumulates of generating one image; decoding is proportional to the number of pixels."""
     macs = count_model(run.net, run.input_spec, run.semantic.max_tokens).macs
     guide_macs = count_model(guide.net, guide.input_spec, guide.semantic.max_tokens).macs if guide else macs
     lam, beta = sampling.guidance_scale(run), run.sample.control_guidance

@@ -54,7 +54,10 @@ def measurement_requirements(run: RunConfig) -> Iterator[Requirement]:
         if name in HUB_SETTINGS:
             yield package_requirement("transformers", "transformers", "text")
             yield hub_requirement(
-                getattr(run.eval, HUB_SETTINGS[name]), clip_dino.WEIGHTS_STEM, HUB_SETTINGS[name], f"eval.{HUB_SETTINGS[name]}=DIR"
+                getattr(run.eval, HUB_SETTINGS[name]),
+                clip_dino.WEIGHTS_STEM,
+                HUB_SETTINGS[name],
+                f"eval.{HUB_SETTINGS[name]}=DIR",
             )
     for setting, uri in (("reference", run.eval.reference), ("prompts", run.eval.prompts)):
         if uri:

@@ -137,7 +137,7 @@ def collect_result(
 
 
 def load_result(table: Table, stored: Mapping[str, Any], out: Path, single_seed: set[Cell]) -> TableResult:
-    """Return the result stored in NAME-SCALE.json with new verdicts. Rows and columns that the table lacks are left out."""
+    """Return the result stored in NAME-SCALE.json with new verdicts, without rows and columns that the table lacks."""
     texts: list[str] = []
     cells: dict[Cell, CellNumbers] = {}
     published, seeds = table.published(), tuple(stored["seeds"])
@@ -266,7 +266,7 @@ def evaluate_commands(jobs: Sequence[MeasurementJob], out: Path) -> dict[str, li
 
 
 def relative_text(text: str, out: Path) -> str:
-    """Return a text with paths below `out` written as paths below the default --out, so that pages do not depend on it."""
+    """Replace `out` in the paths of a text by the default --out, so that pages do not depend on it."""
     for name in ("runs", "measurements"):
         text = re.sub(rf"(?<![\w/.-]){re.escape(str(out / name))}/", f"tables/{name}/", text)
     return text

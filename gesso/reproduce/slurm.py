@@ -1,4 +1,4 @@
-"""Slurm job arrays of a table: train.sh has a task for each training, measure.sh for each row; submit.sh submits both."""
+"""Slurm job arrays of a table: train.sh has a task for each training, measure.sh for each row, submit.sh submits."""
 
 import shlex
 from collections.abc import Sequence
@@ -30,7 +30,8 @@ case "$SLURM_ARRAY_TASK_ID" in
 esac
 """
 TORCHRUN_COMMAND = """srun torchrun --nnodes="$SLURM_NNODES" --nproc-per-node={gpus} --shutdown-timeout=240 \\
-  --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID-$SLURM_RESTART_COUNT" --rdzv-endpoint="$(scontrol show hostnames | head -n 1):29500" \\
+  --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID-$SLURM_RESTART_COUNT" \\
+  --rdzv-endpoint="$(scontrol show hostnames | head -n 1):29500" \\
   -m "${{command[@]}}" &
 wait $!
 """
@@ -40,7 +41,11 @@ wait $!
 
 
 def write_scripts(table: Table, args: ReproduceArgs, jobs: Sequence[MeasurementJob]) -> list[str]:
-    """Write the three scripts for missing trainings and rows into the folder --slurm; return lines on how to submit them."""
+    """Write the three scripts for missing trainings and rows into the folder --slurm.
+
+    Returns:
+        Lines on how to submit them.
+    """
     folder = args.slurm
     assert folder is not None
     trainings = [training for training in plan.unique_trainings(jobs) if not runner.is_finished(training)]
@@ -101,7 +106,9 @@ def submit_script(folder: Path, trainings: Sequence[TrainingJob], num_rows: int)
     variable_of: dict[str, str] = {}
     for number, (parent, members) in enumerate(arrays.items()):  # `trainings` has parents before children
         dependency = (
-            f"--dependency=afterok:${{{variable_of[parent]}}}_{index[parent]} --kill-on-invalid-dep=yes " if parent else ""
+            f"--dependency=afterok:${{{variable_of[parent]}}}_{index[parent]} --kill-on-invalid-dep=yes "
+            if parent
+            else ""
         )
         variable = f"train{number}"
         array = ",".join(map(str, members))

@@ -66,7 +66,7 @@ def test_tables_are_complete(name):
         assert len(set(filled)) == len(filled), "two parts fill one cell"
         assert {row for row, _ in filled} <= set(rows) and {column for _, column in filled} <= set(columns)
         assert all(part.protocol is None or part.protocol in protocols.PROTOCOLS for part in scale.groups)
-    assert bool(table.x) == any(row.x is not None for row in table.rows)
+    assert bool(table.x_axis) == any(row.x is not None for row in table.rows)
 
 
 # Read off the paper by a second pair of eyes.
@@ -110,7 +110,7 @@ def test_how_many_numbers_there_are(name, numbers):
 def test_claims_hold_on_the_published_numbers(name, i):
     table = ALL_TABLES[name]
     claim = table.claims[i]
-    effect = claims.effect_of(table, claim, table.published())
+    effect = claims.compute_effect(table, claim, table.published())
     assert effect is None or effect > 0
     assert len(claim.text) < 90 and not claim.text.endswith(".")
     # What only a picture shows, and what the paper does not compare.
@@ -127,21 +127,21 @@ def test_claims_can_be_judged_on_reproduced_tables(name):
     for scale in table.scales.values():
         cells = {(row, c): 1.0 for part in scale.groups for row in part.rows for c in part.columns}
         if cells and table.claims:
-            assert any(claims.effect_of(table, claim, cells) is not None for claim in table.claims)
+            assert any(claims.compute_effect(table, claim, cells) is not None for claim in table.claims)
 
 
 @pytest.mark.parametrize("name, scale", PLACES)
 def test_every_job_is_valid(name, scale):
     """Recipe, settings, what it starts from (plan.jobs), and how it is measured."""
-    found = JOBS[name, scale]
-    assert bool(found) == (name != "berrada/A5")
-    for job in found:
+    planned = JOBS[name, scale]
+    assert bool(planned) == (name != "berrada/A5")
+    for job in planned:
         assert job.training is not None
         if job.group.method == "noise_levels":
             assert job.settings[0].startswith("t=")
             continue
         run, _ = config.resolve(config.to_dict(job.training.run), job.overrides)
-        if job.group.method == "scores":
+        if job.group.method == "metrics":
             assert job.group.protocol or run.eval.metrics
             assert (run.eval.nimg or 1) <= run.train.total_images
         if scale != "paper":
@@ -152,8 +152,8 @@ def test_every_job_is_valid(name, scale):
 def test_what_trains_the_same_is_one_folder():
     """Over all tables: equal trainings lie in one place, whatever they are called."""
     folders: dict[str, set[Path]] = {}
-    for found in JOBS.values():
-        for one in plan.unique_trainings(found):
+    for planned in JOBS.values():
+        for one in plan.unique_trainings(planned):
             folders.setdefault(one.key, set()).add(one.folder)
     assert {key: at for key, at in folders.items() if len(at) > 1} == {}
 
@@ -170,7 +170,7 @@ def paths(name: str, scale: str) -> set[Path]:
 def test_tables_share_trainings(scale):
     assert len(keys("2a", scale)) == 6 and len(keys("A6", scale)) == 10
     assert len(keys("2b", scale)) == 2 and keys("2b", scale) < keys("2a", scale) < keys("A6", scale)
-    numbers = {job.path for job in JOBS["berrada/fig2", scale] if job.group.method == "scores"}
+    numbers = {job.path for job in JOBS["berrada/fig2", scale] if job.group.method == "metrics"}
     assert keys("fig2", scale) == keys("2b", scale) and numbers < paths("2a", scale)
     assert keys("figA5", scale) < keys("1", scale)
     assert len(keys("3", scale)) == 6 and len(keys("figA3", scale)) == 3
@@ -243,9 +243,9 @@ def test_equation_3_is_judged_by_the_closed_form():
         i = min(int(row.x * process.timesteps), process.timesteps - 1)
         for s in (1, 2):
             values[row.name, f"s = {s}"] = float(1 / (1 + (s * sigma[i]) ** 2))
-    assert all(claims.effect_of(table, claim, values) > 0 for claim in table.claims)
+    assert all(claims.compute_effect(table, claim, values) > 0 for claim in table.claims)
     off = {cell: value * (1.001 if cell[1] == "s = 2" else 1) for cell, value in values.items()}
-    more_noise, equation = (claims.effect_of(table, claim, off) for claim in table.claims)
+    more_noise, equation = (claims.compute_effect(table, claim, off) for claim in table.claims)
     assert equation < 0 < more_noise
 
 
@@ -260,12 +260,12 @@ def test_what_is_computed_is_judged_by_one_number(tmp_path):
 
 
 def test_the_checklist_asks_claims_that_there_are():
-    checks = ALL_TABLES["berrada/A5"].checks
+    checks = ALL_TABLES["berrada/A5"].checklist
     judged = [ALL_TABLES[check.table].claims[check.claim].text for check in checks]
     assert len(checks) == 12 and len(set(judged)) == 12
-    words = ("joint attention", "told the size helps", "cosine weight", "control guidance", "Noisy copies", "Pre-trained", "as many other images",
+    words = ("joint attention", "size as control helps", "cosine weight", "control guidance", "Noisy copies", "Pre-trained", "as many other images",
              "less pre-training", "Rescaled noise", "Resampled positions", "half the resolution", "Local crops")  # fmt: skip
-    assert all(word in says for word, says in zip(words, judged, strict=True))
+    assert all(word in text for word, text in zip(words, judged, strict=True))
 
 
 @pytest.mark.parametrize("scale", SCALES)

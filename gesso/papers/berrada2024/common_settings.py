@@ -47,7 +47,11 @@ SMALL_TRANSFORMER = (*AT_64, *DIT_S, *SMALL_SCHEDULE)
 SMALL_UNET = (*AT_64, *SMALL_UNET_NET, *SMALL_SCHEDULE)
 
 # Paper scale: crops of pre-training (Section 3.4), and references of metrics.
-GLOBAL_CROPS, LOCAL_CROPS, MIXED_CROPS = ("data.crop_scale=.9,1",), ("data.crop_scale=.4,.6",), ("data.crop_scale=.4,1",)
+GLOBAL_CROPS, LOCAL_CROPS, MIXED_CROPS = (
+    ("data.crop_scale=.9,1",),
+    ("data.crop_scale=.4,.6",),
+    ("data.crop_scale=.4,1",),
+)
 IMAGENET_VAL = ("eval.reference=/path/to/imagenet-val",)
 IN22K = ("eval.reference=imagenet-22k-200k",)
 CC12M_VAL = ("eval.reference=cc12m-val", "eval.prompts=cc12m-val")

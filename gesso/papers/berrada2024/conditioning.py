@@ -31,13 +31,13 @@ CONTROL_SCHEDULES = TABLE_SETTINGS["table-2a"]
 UNIFORM, COSINE_4, COSINE_8 = "uniform", "cosine, alpha = 4", "cosine, alpha = 8"
 SIZE_COLUMNS = (Column("FID"), Column("LPIPS"), Column("LPIPS/HR"), Column("detail", lower_is_better=False))
 MIXED_RESOLUTION_NOTE = (
-    "Digits of which every second was shrunk to 4x4, sampled with the sizes 4x4 and 8x8 as condition. LPIPS: distance in "
-    "the features of a digit classifier."
+    "Digits of which every second was shrunk to 4x4, sampled with the sizes 4x4 and 8x8 as condition. LPIPS: distance "
+    "in the features of a digit classifier."
 )
 DETAIL_NOTE = (
     "Detail: the rms of what halving a sample removes, with the largest size as condition divided by that with the "
-    "smallest; 1 if the network ignores the size. The requirement that it is at least half of that of the uniform schedule "
-    "is ours; the paper assumes that the size is used."
+    "smallest; 1 if the network ignores the size. The requirement that it is at least half of that of the uniform "
+    "schedule is ours; the paper assumes that the size is used."
 )
 
 
@@ -110,13 +110,13 @@ def table_2a() -> Table:
                 lambda v: v[COSINE_8, "FID"] < (1 + 0.02) * v[UNIFORM, "FID"],
             ),
         ),
-        notes=f"{DETAIL_NOTE} The network, and sampling without control guidance, are our choice. Section 3.1 speaks of ten "
-        "generations; the five sizes of the caption make ten pairs.",
+        notes=f"{DETAIL_NOTE} The network, and sampling without control guidance, are our choice. Section 3.1 speaks "
+        "of ten generations; the five sizes of the caption make ten pairs.",
     )
 
 
-# Further rows of Table A6: settings at paper and tiny scale. The standard deviation of the digits is half that of latents,
-# and so are the noise levels of the steps.
+# Further rows of Table A6: settings at paper and tiny scale. The standard deviation of the digits is half that of
+# latents, and so are the noise levels of the steps.
 STEP_SCHEDULE = "control.schedule=step"
 OTHER_SCHEDULES: dict[str, tuple[Settings, Settings]] = {
     "linear": (("control.schedule=linear",), ("control.schedule=linear",)),
@@ -270,7 +270,7 @@ def table_2c() -> Table:
     rows = ("crop", "crop, flip")
     paper = {row: Training("table-2c", settings) for row, settings in TABLE_SETTINGS["table-2c"].items()}
     columns = {"FID": "fd_shapes", "CLIP": "side"}
-    note = "Flips are the only control: crops hardly vary. CLIP: the share of single shapes on the side that the caption says."
+    note = "Flips are the only control: crops hardly vary. CLIP: the share of single shapes on the captioned side."
     return Table(
         name="berrada/2c",
         title="Crops and flips as control",
@@ -298,7 +298,8 @@ def table_2c() -> Table:
             Claim("Flips as control lower FID", lambda v: v["crop, flip", "FID"] < v["crop", "FID"]),
             Claim("Flips as control raise CLIP", lambda v: v["crop, flip", "CLIP"] > v["crop", "CLIP"]),
         ),
-        notes="The paper does not say that images are mirrored in the row without flips as control; Figure 6 implies it.",
+        notes="The paper does not say that images are mirrored in the row without flips as control; Figure 6 implies "
+        "it.",
     )
 
 
@@ -340,8 +341,8 @@ def figure_2() -> Table:
                 lambda v: (v[COSINE_8, "LPIPS"] < v[UNIFORM, "LPIPS"]) & uses_size(v, COSINE_8),
             ),
         ),
-        notes=f"{DETAIL_NOTE} The numbers are two rows of Table 2a. The samples of a row have the same seeds and sizes from "
-        "small to large as condition.",
+        notes=f"{DETAIL_NOTE} The numbers are two rows of Table 2a. The samples of a row have the same seeds and sizes "
+        "from small to large as condition.",
     )
 
 
@@ -371,8 +372,9 @@ def figure_6() -> Table:
                 "With flips as control, it mirrors less", lambda v: v["told", "mirrored"] < v["not told", "mirrored"]
             ),
         ),
-        notes='The paper shows images of models such as those of Table 2c. Half of the training images are mirrored in both '
-        'rows; "not told" has no control, "told" has flips as control. Right side: share of single shapes; mirrored: share '
+        notes="The paper shows images of models such as those of Table 2c. Half of the training images are mirrored in "
+        'both rows; "not told" has no control, "told" has flips as control. Right side: share of single shapes; '
+        "mirrored: share "
         "of captions with left or right whose sides are exchanged.",
     )
 
@@ -391,9 +393,7 @@ def lambda_group(
     return ColumnGroup({column: metric}, rows, settings=(*settings, *plain), protocol=protocol)
 
 
-def beta_group(
-    metric: str, training: Training, settings: Settings = (), protocol: str | None = None
-) -> ColumnGroup:
+def beta_group(metric: str, training: Training, settings: Settings = (), protocol: str | None = None) -> ColumnGroup:
     """Return the curve over the control guidance scale."""
     rows = {f"{x:g}": Measurement(training, (f"sample.control_guidance={x:g}",)) for x in BETAS}
     return ColumnGroup({BETA: metric}, rows, settings=settings, protocol=protocol)
@@ -453,8 +453,8 @@ def figure_7() -> Table:
                 lambda v: v.optimum_inside(BETA, rows=[f"{x:g}" for x in BETAS if x >= 1]),
             ),
         ),
-        notes="The paper plots the distances without numbers; its text gives the best lambda, 1.5 at 256 and 2.0 at 512, and "
-        "the best beta, 1.375. The model is our choice: the last row of Table 1 on ImageNet-1k.",
+        notes="The paper plots the distances without numbers; its text gives the best lambda, 1.5 at 256 and 2.0 at "
+        "512, and the best beta, 1.375. The model is our choice: the last row of Table 1 on ImageNet-1k.",
     )
 
 

@@ -20,9 +20,7 @@ def training_at_rate(net: str, batch_size: int, lr: str, *settings: str) -> Trai
     length = tuple(f"train.{name}={total}" for name in ("total_images", "snapshot_every", "checkpoint_every"))
     no_ema = ("ema.sigma_rels=[]", "ema.halflives=[1]", "sample.halflife=1")
     optim = (f"optim.lr={lr}", "optim.schedule=constant", "optim.warmup_images=0")
-    return Training(
-        f"digits-{net.lower()}", (f"train.batch_size={batch_size}", *length, *no_ema, *optim, *settings)
-    )
+    return Training(f"digits-{net.lower()}", (f"train.batch_size={batch_size}", *length, *no_ema, *optim, *settings))
 
 
 def table_a2() -> Table:
@@ -36,9 +34,7 @@ def table_a2() -> Table:
     }
 
     def paper_trainings(lr: str) -> dict[str, Training]:
-        return {
-            row.name: Training("table-a2", table_a2_settings(row.name, lr)) for row in rows if lr in row.published
-        }
+        return {row.name: Training("table-a2", table_a2_settings(row.name, lr)) for row in rows if lr in row.published}
 
     return Table(
         name="berrada/A2",
@@ -57,8 +53,8 @@ def table_a2() -> Table:
                     for column, lr in TINY_LEARNING_RATES.items()
                 ),
                 "4 minutes",
-                f"{NUM_STEPS} steps; batches of 16, 64 and 256 for 64, 512 and 2048, learning rates of 1e-1 to 1e-5 for 1e-3 "
-                "to 1e-6.",
+                f"{NUM_STEPS} steps; batches of 16, 64 and 256 for 64, 512 and 2048, learning rates of 1e-1 to 1e-5 "
+                "for 1e-3 to 1e-6.",
             ),
             "paper": Scale(
                 tuple(column_group({lr: "fid"}, paper_trainings(lr), protocol="berrada") for lr in LEARNING_RATES),
@@ -88,8 +84,8 @@ def table_a2() -> Table:
                 ("DiT, batch 64", "5e-4"),
             ),
         ),
-        notes="Weights without EMA. The text gives two learning rates for Table 1, 1e-4 and 10 x 1e-4; every run of this table "
-        "diverges at the second.",
+        notes="Weights without EMA. The text gives two learning rates for Table 1, 1e-4 and 10 x 1e-4; every run of "
+        "this table diverges at the second.",
     )
 
 
@@ -118,8 +114,8 @@ def figure_a2() -> Table:
             ),
         },
         claims=(improvement("(.9, .95) is better than (.9, .999)", ("0.9, 0.95", "FID"), ("0.9, 0.999", "FID")),),
-        notes="The text has two numbers of the grid. Learning rate, batch size and weights without EMA are those of Table A2: "
-        "our choice.",
+        notes="The text has two numbers of the grid. Learning rate, batch size and weights without EMA are those of "
+        "Table A2: our choice.",
     )
 
 

@@ -125,11 +125,11 @@ def table_1() -> Table:
                 (title["dit"], CLASS_COLUMNS[0]),
             ),
         ),
-        notes="The first block, numbers of other papers, is omitted. The introduction has FID 8.64 on CC12M at 512 where the "
-        "table has 6.27. Control and pooled text are readings: UNet (SDXL) has control (Table A4), the others of the second "
-        "block have none (Tables A3, A4), and no network has pooled text (the sizes of Table A1 include none). The sizes of "
-        f"Table A1 include control in all but mDT: that reading is {' '.join(CONTROL)} added to a recipe; SD3's pooled text is "
-        "net.pooled_mlp=own.",
+        notes="The first block, numbers of other papers, is omitted. The introduction has FID 8.64 on CC12M at 512 "
+        "where the table has 6.27. Control and pooled text are readings: UNet (SDXL) has control (Table A4), the "
+        "others of the second block have none (Tables A3, A4), and no network has pooled text (the sizes of Table A1 "
+        f"include none). The sizes of Table A1 include control in all but mDT: that reading is {' '.join(CONTROL)} "
+        "added to a recipe; SD3's pooled text is net.pooled_mlp=own.",
     )
 
 
@@ -190,9 +190,10 @@ def table_a1() -> Table:
                 ),
             ),
         ),
-        notes="The cell of mmDiT with classes repeats DiT's parameters and the FLOPs of DiT w/ Att, probably by mistake: not "
-        "part of the claims. FLOPs count 256 text tokens, and most of those with text are not reproduced. Control is added to "
-        "the recipes of Table 1 here: the published sizes include one MLP over six variables, and no pooled text.",
+        notes="The cell of mmDiT with classes repeats DiT's parameters and the FLOPs of DiT w/ Att, probably by "
+        "mistake: not part of the claims. FLOPs count 256 text tokens, and most of those with text are not reproduced. "
+        "Control is added to the recipes of Table 1 here: the published sizes include one MLP over six variables, and "
+        "no pooled text.",
     )
 
 
@@ -215,13 +216,14 @@ def table_a4() -> Table:
             "tiny": Scale(
                 (column_group({columns[0]: "fd_digits", columns[1]: "class_agreement"}, digits, DIGITS_METRICS),),
                 "2 minutes",
-                "Digits of mixed resolution by caption, each recipe with its own process and guidance. " + CLASS_SHARE_NOTE,
+                "Digits of mixed resolution by caption, each recipe with its own process and guidance. "
+                + CLASS_SHARE_NOTE,
             ),
             "paper": Scale(text_groups(nets), "two weeks on 16 A100"),
         },
         claims=tuple(is_best_claim("Ours", column) for column in columns),
-        notes="Numbers are those of Table 1. Table A4 pairs SD3's x = t x0 + (1-t) eps with v = eps - x0, of opposite signs, "
-        "and its shift needs the denominator s' + (s - s') t.",
+        notes="Numbers are those of Table 1. Table A4 pairs SD3's x = t x0 + (1-t) eps with v = eps - x0, of opposite "
+        "signs, and its shift needs the denominator s' + (s - s') t.",
     )
 
 

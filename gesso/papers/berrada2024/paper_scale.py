@@ -35,8 +35,8 @@ def in1k_training(net: str, resolution: int) -> Training:
 def cc12m_training(net: str, resolution: int, *settings: str) -> Training:
     """Return a training of Tables 1 and A4 on CC12M.
 
-    The paper's network is measured at 256 after crops of .9 to 1 (the recipe of Table 3); at 512 it starts from the crops
-    of its own recipe, .4 to .6.
+    The paper's network is measured at 256 after crops of .9 to 1 (the recipe of Table 3); at 512 it starts from a
+    training with crops of .4 to .6.
     """
     if resolution == 256:
         return Training("table-3" if net == "berrada" else f"cc12m-256-{net}", settings)

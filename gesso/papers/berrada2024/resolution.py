@@ -49,7 +49,10 @@ def tiny_transfer(settings: Settings, images: str, crops: Settings = (), init_se
 
 
 def small_transfer(settings: Settings, images: str, crops: Settings = (), init_settings: Settings = ()) -> Training:
-    """Return a training at 64x64 that starts from one at 32x32, for which `settings` are; init= scales the noise levels."""
+    """Return a training at 64x64 that starts from one at 32x32.
+
+    The settings are those at 32x32; init= scales the noise levels.
+    """
     low = Training("shapes-class", (*settings, *crops))
     high = (*settings, "data.resolution=64", *total_images(images), "train.snapshot_every=10k", *init_settings)
     return Training("shapes-class", high, low)
@@ -110,8 +113,8 @@ def table_4c() -> Table:
             )
             for scratch, pretrained in zip(("UNet, 1000k", "mmDiT, 500k"), transferred, strict=True)
         ),
-        notes="The numbers of steps are equal, those of images are not: a batch has 2048 images at 256 and 384 at 512. Noise "
-        "levels are not rescaled, as in Table 1.",
+        notes="The numbers of steps are equal, those of images are not: a batch has 2048 images at 256 and 384 at 512. "
+        "Noise levels are not rescaled, as in Table 1.",
     )
 
 
@@ -208,10 +211,14 @@ def figure_8() -> Table:
                 "Resampled positions are better than extrapolated ones", ("130k", BERRADA_BEST), ("130k", EXTRAPOLATED)
             ),
             improvement(
-                "Rescaled noise is better than the noise levels of 256", ("40k", BERRADA_BEST), ("40k", NOISE_NOT_RESCALED)
+                "Rescaled noise is better than the noise levels of 256",
+                ("40k", BERRADA_BEST),
+                ("40k", NOISE_NOT_RESCALED),
             ),
             improvement(
-                "Local crops in pre-training are better than full images", ("50k", BERRADA_BEST), ("50k", AFTER_FULL_CROPS)
+                "Local crops in pre-training are better than full images",
+                ("50k", BERRADA_BEST),
+                ("50k", AFTER_FULL_CROPS),
             ),
             Claim(
                 "At 256 full images are best",
@@ -220,9 +227,11 @@ def figure_8() -> Table:
                 ),
             ),
         ),
-        notes="The paper plots the curves without numbers. Section 3.4 has 2.36, 245.55 and 2.21 at 256 for local, global and "
-        "mixed crops, and says in the same sentence that local crops fail and full images are best there: the numbers are "
-        'assigned accordingly. "ours" has all three improvements. Bicubically interpolated positions are in Section 2.2 and '
+        notes="The paper plots the curves without numbers. Section 3.4 has 2.36, 245.55 and 2.21 at 256 for local, "
+        "global and mixed crops, and says in the same sentence that local crops fail and full images are best there: "
+        "the numbers are "
+        'assigned accordingly. "ours" has all three improvements. Bicubically interpolated positions are in Section '
+        "2.2 and "
         "Figure 4, but not among the paper's curves: an additional curve.",
     )
 

@@ -77,8 +77,8 @@ def table_a3() -> Table:
             for rows, column in zip((ablation_256[:5], ablation_256[3:], ablation_512), fid_columns, strict=True)
             for before, after in pairwise(rows)
         ),
-        notes="mmDiT's FID is 1.71 in Table 1 and 1.81 here; CLIP at equal FID differs from that of Table 1 too; 7.25 is the "
-        "number of Table 4a at 256. At other scales each change has its own table.",
+        notes="mmDiT's FID is 1.71 in Table 1 and 1.81 here; CLIP at equal FID differs from that of Table 1 too; 7.25 "
+        "is the number of Table 4a at 256. At other scales each change has its own table.",
     )
 
 

@@ -53,8 +53,8 @@ def table_3() -> Table:
                     ),
                 ),
                 "2 minutes",
-                "Digits by captions of 1, 3 and 6 words in 16 tokens, unguided. CLIP: the share of samples that a classifier "
-                "assigns to their class.",
+                "Digits by captions of 1, 3 and 6 words in 16 tokens, unguided. CLIP: the share of samples that a "
+                "classifier assigns to their class.",
             ),
             "small": Scale(
                 (
@@ -88,8 +88,8 @@ def table_3() -> Table:
             ),
             improvement("A little noise is better than much", (noisy, "FID"), ("noisy, 0.2", "FID")),
         ),
-        notes="Noise is a factor on the standard deviation of each channel; the paper calls it a variance, and Eq. 7 omits it. "
-        "Crops of .9 to 1 are our choice.",
+        notes="Noise is a factor on the standard deviation of each channel; the paper calls it a variance, and Eq. 7 "
+        "omits it. Crops of .9 to 1 are our choice.",
     )
 
 
@@ -127,8 +127,8 @@ def figure_a3() -> Table:
         {share: "padding_fraction"},
         "gradients",
         (Claim("With zeros more than a tenth of the gradient is on padding", lambda v: v["zero", share] > 0.1),),
-        "The paper shows one prompt. Here: the share of the gradient's norm after the end of captions, for the trainings of "
-        "Table 3. The paper says that the output depends on padding; a tenth is our choice.",
+        "The paper shows one prompt. Here: the share of the gradient's norm after the end of captions, for the "
+        "trainings of Table 3. The paper says that the output depends on padding; a tenth is our choice.",
     )
 
 
@@ -141,7 +141,8 @@ def figure_a4() -> Table:
         {share: "padding_fraction", "entropy": "entropy", "alike": "copy_similarity"},
         "attention",
         (Claim("With zeros more than a tenth of the attention is on padding", lambda v: v["zero", share] > 0.1),),
-        "The paper shows images and speaks of a significant part; a tenth is our choice. Attention of image tokens to text "
+        "The paper shows images and speaks of a significant part; a tenth is our choice. Attention of image tokens to "
+        "text "
         'tokens, for the trainings of Table 3. "alike" is the cosine similarity of tokens and their copies, which is 1 '
         "without noise and smaller with noise by construction: no claim.",
     )

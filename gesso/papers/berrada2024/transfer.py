@@ -78,8 +78,8 @@ def table_4a() -> Table:
             "tiny": Scale(
                 (column_group(TEXT_DIGITS_VALUES, tiny, DIGITS_UNGUIDED),),
                 "1 to 3 minutes",
-                "100k digits by class, then digits by caption: 1000 images for every 3000 steps of the paper. CLIP: the share "
-                "of samples that a classifier assigns to their class.",
+                "100k digits by class, then digits by caption: 1000 images for every 3000 steps of the paper. CLIP: "
+                "the share of samples that a classifier assigns to their class.",
             ),
             "small": Scale(
                 (column_group({"FID": "fd_shapes", "CLIP": "place"}, small, SMALL_SHAPES_METRICS),),
@@ -103,8 +103,8 @@ def table_4a() -> Table:
             ),
             improvement("More fine-tuning lowers FID further", (text[3], "FID"), (text[1], "FID")),
         ),
-        notes="The network is mmDiT of Table 1, whose 7.54 is in this table: our choice. The caption says 256, the text on "
-        "ImageNet-22k and CC12M 512; we follow the caption.",
+        notes="The network is mmDiT of Table 1, whose 7.54 is in this table: our choice. The caption says 256, the "
+        "text on ImageNet-22k and CC12M 512; we follow the caption.",
     )
 
 
@@ -144,8 +144,8 @@ def table_4b() -> Table:
                     column_group({fid: "fd_digits", clip: "class_agreement"}, tiny_text, DIGITS_UNGUIDED),
                 ),
                 "2 minutes",
-                "40k and 60k digits by class, then 30k and 10k by caption. CLIP: the share of samples that a classifier "
-                "assigns to their class.",
+                "40k and 60k digits by class, then 30k and 10k by caption. CLIP: the share of samples that a "
+                "classifier assigns to their class.",
             ),
             "small": Scale(
                 (
@@ -172,8 +172,8 @@ def table_4b() -> Table:
             improvement("Longer pre-training still helps on its own data", (late, before), (early, before)),
             improvement("Pre-training on as many other images helps at equal steps", (early, fid), (scratch, fid)),
         ),
-        notes="Pre-training is at 512, from random weights, of mmDiT: our reading; its 5.80 is that of 256 in Table 4a. The "
-        "paper has no row of CC12M alone at equal steps, which its summary needs.",
+        notes="Pre-training is at 512, from random weights, of mmDiT: our reading; its 5.80 is that of 256 in Table "
+        "4a. The paper has no row of CC12M alone at equal steps, which its summary needs.",
     )
 
 

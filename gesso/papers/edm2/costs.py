@@ -25,7 +25,9 @@ CostByName = Mapping[str, float]
 def cost_groups(setup: Setup, axis: str, cost_value: str) -> tuple[ColumnGroup, ...]:
     """Return FID and cost of all sizes; guided samples are separate rows."""
     distances = [
-        group._replace(rows={f"{row}, guided": m for row, m in group.rows.items()}) if GUIDED in group.columns else group
+        group._replace(rows={f"{row}, guided": m for row, m in group.rows.items()})
+        if GUIDED in group.columns
+        else group
         for group in distance_groups(setup, UNGUIDED)
     ]
     rows: dict[str, Measurement] = {}
@@ -119,9 +121,7 @@ def figure_9() -> Table:
         name: (numbers["Gflops"] * numbers["NFE"] + (DECODER_GFLOPS if name == "DiT-XL/2" else 0)) / 1000
         for name, numbers in PRIOR_WORK_512.items()
     }
-    return cost_figure(
-        "9", "teraflops of a sample", "sampling_macs", sampling, guided, prior, has_guided_prior=False
-    )
+    return cost_figure("9", "teraflops of a sample", "sampling_macs", sampling, guided, prior, has_guided_prior=False)
 
 
 def figure_10() -> Table:
@@ -164,7 +164,8 @@ def figure_10() -> Table:
             improvement("M ends better than XS", ("EDM2-M, 100 %", "EDM2-M"), ("EDM2-XS, 100 %", "EDM2-XS")),
             improvement("XXL ends better than S", ("EDM2-XXL, 100 %", "EDM2-XXL"), ("EDM2-S, 100 %", "EDM2-S")),
         ),
-        notes=f"At quarters of the training, each size at one EMA length; with and without dropout: edm2/fig12. {MACS_NOTE}",
+        notes="At quarters of the training, each size at one EMA length; with and without dropout: edm2/fig12. "
+        f"{MACS_NOTE}",
     )
 
 

@@ -1,6 +1,7 @@
 """Figures of Karras et al. 2024 on EMA lengths: 4, 5a to 5c, 6, 11b, 13, 14, 24, and a claim of Section 4."""
 
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 
 from gesso.papers.edm2.setups import (
@@ -66,9 +67,7 @@ def figure_5a() -> Table:
         scales=make_scales(groups, LADDER_COST),
         claims=(
             shorter_optimum("The best EMA length of B is shorter than that of G", "CONFIG B", "CONFIG G"),
-            Claim(
-                "The optimum of G is narrower than that of B", lambda v: v.is_narrower("CONFIG G", than="CONFIG B")
-            ),
+            Claim("The optimum of G is narrower than that of B", lambda v: v.is_narrower("CONFIG G", than="CONFIG B")),
             Claim("The best EMA length of G lies inside the sweep", lambda v: v.optimum_inside("CONFIG G")),
         ),
         notes="Published: the points of the text. A has one point at paper scale, its traditional EMA of about 3.4 %.",
@@ -117,8 +116,9 @@ def figure_5b() -> Table:
                 lambda v: v.improves_more("CONFIG B", than="CONFIG G", base=ALL_TENSORS),
             ),
         ),
-        notes="Each row: the best of the lengths of one weight, with all other weights at the best common length. The paper: "
-        "up to 10 % for B, nothing significant for G. One of the thirty lines of D.6 occurs twice and one names no layer.",
+        notes="Each row: the best of the lengths of one weight, with all other weights at the best common length. The "
+        "paper: up to 10 % for B, nothing significant for G. One of the thirty lines of D.6 occurs twice and one names "
+        "no layer.",
     )
 
 
@@ -128,13 +128,12 @@ def figure_5c() -> Table:
 
     def groups(setup: Setup) -> tuple[ColumnGroup, ...]:
         training = setup.configs["G"]
-        fractions = {name: at_fraction(training, fraction) for fraction, name in names.items()}
-        return setup.ema_sweep(
-            {
-                name: lambda sigma_rel, nimg=nimg: Measurement(training, (*at_ema(sigma_rel), *nimg))
-                for name, nimg in fractions.items()
-            }
-        )
+
+        def at(fraction: Fraction) -> Callable[[float], Measurement]:
+            nimg = at_fraction(training, fraction)
+            return lambda sigma_rel: Measurement(training, (*at_ema(sigma_rel), *nimg))
+
+        return setup.ema_sweep({name: at(fraction) for fraction, name in names.items()})
 
     first, last = names[TRAINING_FRACTIONS[0]], names[TRAINING_FRACTIONS[-1]]
     return Table(
@@ -159,9 +158,7 @@ def figure_6() -> Table:
 
     def groups(setup: Setup) -> tuple[ColumnGroup, ...]:
         network = setup.sizes["S"]
-        return setup.ema_sweep(
-            {names[w]: partial(setup.measure_guided, network, guidance=w) for w in setup.guidances}
-        )
+        return setup.ema_sweep({names[w]: partial(setup.measure_guided, network, guidance=w) for w in setup.guidances})
 
     published = {(names[best.guidance], best.sigma_rel): best.distance for best in FID_512["S"]}
     return Table(
@@ -211,8 +208,8 @@ def figure_11b() -> Table:
             best_improvement(f"{name} too is better for G than for B", f"{name}, CONFIG G", f"{name}, CONFIG B")
             for name in metrics
         ),
-        notes="Needs Inception's weights. The text does not say which two of the three metrics the figure shows; the two "
-        "CONFIGS are our choice.",
+        notes="Needs Inception's weights. The text does not say which two of the three metrics the figure shows; the "
+        "two CONFIGS are our choice.",
     )
 
 
@@ -239,9 +236,7 @@ def figure_13() -> Table:
 
     def groups(setup: Setup) -> tuple[ColumnGroup, ...]:
         setup = setup._replace(sigma_rels=tuple(sorted({*setup.sigma_rels, FIXED_SIGMA_REL})))
-        return setup.ema_sweep(
-            {names[t]: partial(measure_at_ema, with_decay(setup.sizes["S"], t)) for t in T_REFS}
-        )
+        return setup.ema_sweep({names[t]: partial(measure_at_ema, with_decay(setup.sizes["S"], t)) for t in T_REFS})
 
     best = FID_512["S"][0]
     return Table(
@@ -263,8 +258,8 @@ def figure_13() -> Table:
             ),
             shorter_optimum("The later the decay, the shorter the best EMA length", names[160_000], names[30_000]),
         ),
-        notes="Decays besides 30k, 70k and 160k are our choice; below paper scale in proportion to the recipe's. The fixed "
-        "length is the paper's, 13 %.",
+        notes="Decays besides 30k, 70k and 160k are our choice; below paper scale in proportion to the recipe's. The "
+        "fixed length is the paper's, 13 %.",
     )
 
 
@@ -342,12 +337,10 @@ def figure_4() -> Table:
                 power_law_claim(f"With two EMAs in a snapshot the error falls as 1/n^4: to {target}", target)
                 for target in ("7 %", "15 %")
             ),
-            improvement(
-                "One EMA in a snapshot is much worse", ("32", "two stored, 15 %"), ("32", "one stored, 15 %")
-            ),
+            improvement("One EMA in a snapshot is much worse", ("32", "two stored, 15 %"), ("32", "one stored, 15 %")),
         ),
-        notes="Squared error of the profile divided by its square; EMA lengths of 5 and 10 % are stored, or 10 % alone. The "
-        "figure shows 8 snapshots.",
+        notes="Squared error of the profile divided by its square; EMA lengths of 5 and 10 % are stored, or 10 % "
+        "alone. The figure shows 8 snapshots.",
     )
 
 

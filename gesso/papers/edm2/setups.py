@@ -17,11 +17,12 @@ from gesso.reproduce.schema import ColumnGroup, Measurement, Row, Scale, Setting
 # Tiny scale: digits, a minute or two of one CPU thread for each training.
 DIGITS_LADDER = (
     "net.name=edm2-ladder", "net.channels=32", "net.channel_mult=1,2", "net.num_blocks=1", "net.attention_levels=[1]",
-    "net.channels_per_head=32", "net.dropout=.1", "sample.guidance=1", "train.total_images=60k", "train.snapshot_every=3k",
-    "train.checkpoint_every=30k", "monitor.magnitude_every=6k", "monitor.magnitude_samples=512",
+    "net.channels_per_head=32", "net.dropout=.1", "sample.guidance=1", "train.total_images=60k",
+    "train.snapshot_every=3k", "train.checkpoint_every=30k", "monitor.magnitude_every=6k",
+    "monitor.magnitude_samples=512",
 )  # fmt: skip
-# Learning rates are the best of those tried with seed 0 (docs/log.md): 5e-4 to 2e-3 for A and B, 1e-2 to 8e-2 for D, E and
-# G. F, best at 8e-2 with that seed, is unstable there with another seed: it has the learning rate of E and G.
+# Learning rates are the best of those tried with seed 0 (docs/log.md): 5e-4 to 2e-3 for A and B, 1e-2 to 8e-2 for D, E
+# and G. F, best at 8e-2 with that seed, is unstable there with another seed: it has the learning rate of E and G.
 TINY_CONFIGS: dict[str, Settings] = {
     "A": (
         "net.config=A", "loss.weighting=native", "process.P_mean=-1.2", "process.P_std=1.2", "optim.schedule=constant",
@@ -118,8 +119,13 @@ class Setup(NamedTuple):
         self, columns: Mapping[str, str], rows: Mapping[str, Measurement], select_min: bool = False
     ) -> ColumnGroup:
         """Return columns of metrics; with `select_min` the smallest number of several groups counts."""
-        select = "min" if select_min else None
-        return ColumnGroup(columns, rows, settings=self.settings, protocol=self.protocol, select=select)
+        return ColumnGroup(
+            columns,
+            rows,
+            settings=self.settings,
+            protocol=self.protocol,
+            select="min" if select_min else None,
+        )
 
     def best_of_groups(
         self, columns: Mapping[str, str], rows: Mapping[str, Sequence[Measurement]]
@@ -234,7 +240,7 @@ PAPER_SETUP = Setup(
 )
 SETUPS = {"tiny": TINY_SETUP, "small": SMALL_SETUP, "paper": PAPER_SETUP}
 SCALE_NOTES = {
-    "tiny": "The digits, 8x8 pixels; networks of two levels, 60k images. FID is the Frechet distance in digit features.",
+    "tiny": "Digits, 8x8 pixels; networks of two levels, 60k images. FID is the Frechet distance in digit features.",
     "small": "Drawn shapes at 64x64, 3M images. FID is the Frechet distance in features of shapes.",
 }
 

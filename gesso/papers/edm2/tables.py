@@ -12,7 +12,8 @@ from gesso.reproduce.schema import Claim, Column, ColumnGroup, Measurement, Row,
 SIZE_COLUMNS = (Column("Mparams", None), Column("Gflops", None), Column("NFE", None))
 SIZE_VALUES = {"Mparams": "params", "Gflops": "gmacs", "NFE": "nfe"}
 MACS_NOTE = (
-    "Gflops are multiply-accumulates; our count leaves out weight normalization and elementwise operations, .9 to 1.4 %."
+    "Gflops are multiply-accumulates; our count leaves out weight normalization and elementwise operations, .9 to 1.4 "
+    "%."
 )
 NUM_EVALUATIONS = 63
 """Evaluations of a sample: 32 steps of Heun's method."""
@@ -89,7 +90,8 @@ def table_1() -> Table:
             step("G", "F", "Magnitude-preserving fixed functions help"),
             improvement("All changes together help", ("CONFIG G", "FID"), ("CONFIG A", "FID")),
         ),
-        notes="Each at the best of the EMA lengths of edm2/fig5a; A at paper scale at its traditional EMA. " + MACS_NOTE,
+        notes="Each at the best of the EMA lengths of edm2/fig5a; A at paper scale at its traditional EMA. "
+        + MACS_NOTE,
     )
 
 
@@ -120,8 +122,8 @@ def table_2() -> Table:
             ),
             improvement("EDM2-S without guidance is better than all prior work", ("EDM2-S", "FID"), ("VDM++", "FID")),
         ),
-        notes="Guided by EDM2-XS without labels, at the same EMA length. Some sizes of VDM++, U-ViT and StyleGAN-XL are the "
-        f"paper's estimates. {MACS_NOTE}",
+        notes="Guided by EDM2-XS without labels, at the same EMA length. Some sizes of VDM++, U-ViT and StyleGAN-XL "
+        f"are the paper's estimates. {MACS_NOTE}",
     )
 
 
@@ -141,7 +143,7 @@ def table_3() -> Table:
     def groups(setup: Setup) -> tuple[ColumnGroup, ...]:
         if setup is PAPER_SETUP:
             trainings = {size: Training(f"edm2-img64-{size.lower()}") for size in FID_64}
-            sigma_rels = {size: (FID_64[size].sigma_rel,) for size in FID_64}
+            sigma_rels: dict[str, tuple[float, ...]] = {size: (best.sigma_rel,) for size, best in FID_64.items()}
         else:
             trainings = {size: setup.sizes[size] for size in setup.sizes if size in FID_64}
             sigma_rels = dict.fromkeys(trainings, setup.sigma_rels)

@@ -73,9 +73,9 @@ def figure_3() -> Table:
             grows("C", "Activations, late", "Activations of C still grow in the second half"),
             grows("D", "Weights, late", "Weights of D still grow in the second half"),
         ),
-        notes="Magnitude at the end divided by that at the first measurement (late: half-way), as the geometric mean over the "
-        "levels of the network; for the EMA next to sample.sigma_rel, before weights are normalized. The figure has no numbers: "
-        "10 % is our margin for no growth.",
+        notes="Magnitude at the end divided by that at the first measurement (late: half-way), as the geometric mean "
+        "over the levels of the network; for the EMA next to sample.sigma_rel, before weights are normalized. The "
+        "figure has no numbers: 10 % is our margin for no growth.",
     )
 
 
@@ -97,7 +97,9 @@ def figure_11a() -> Table:
         )
 
     first = format_percent(TRAINING_FRACTIONS[0])
-    published = {(name, 1): LADDER_CONFIGS[config].fid for config, name in CONFIG_NAMES.items()}
+    published: dict[tuple[str, float], float] = {
+        (name, 1): LADDER_CONFIGS[config].fid for config, name in CONFIG_NAMES.items()
+    }
     return Table(
         name="edm2/fig11a",
         title="Convergence of CONFIGS A to G",
@@ -107,8 +109,8 @@ def figure_11a() -> Table:
         x_axis="share of the training",
         scales=make_scales(groups, LADDER_COST),
         claims=(improvement("B converges better than A", (first, "CONFIG B"), (first, "CONFIG A")),),
-        notes="Over images, of which all trainings use the same number; the axis of the paper is hours. At paper scale at the "
-        "EMA length of each recipe, else at 10 %.",
+        notes="Over images, of which all trainings use the same number; the axis of the paper is hours. At paper scale "
+        "at the EMA length of each recipe, else at 10 %.",
     )
 
 
@@ -146,16 +148,12 @@ def figure_12() -> Table:
         x_axis="share of the training",
         scales=make_scales(groups, {"tiny": "3 minutes", "paper": "9 days on 32 A100"}),
         claims=(
-            Claim(
-                "Without dropout FID is best before the end", lambda v: v.optimum_inside("no dropout", ends=(last,))
-            ),
-            Claim(
-                "With dropout progress lasts longer", lambda v: v.optimum("no dropout") < v.optimum("dropout 10 %")
-            ),
+            Claim("Without dropout FID is best before the end", lambda v: v.optimum_inside("no dropout", ends=(last,))),
+            Claim("With dropout progress lasts longer", lambda v: v.optimum("no dropout") < v.optimum("dropout 10 %")),
             Claim("With dropout the result is better", lambda v: v.best_improves("dropout 10 %", "no dropout")),
         ),
-        notes="XXL without dropout overfits after 537M images, 57 % of the training. Each point at the best of the EMA lengths "
-        "5, 7.5 and 10 %.",
+        notes="XXL without dropout overfits after 537M images, 57 % of the training. Each point at the best of the EMA "
+        "lengths 5, 7.5 and 10 %.",
     )
 
 
@@ -190,8 +188,9 @@ def figure_23() -> Table:
                 lambda v: close(v["8", projected], v["0", projected], 0.01),
             ),
         ),
-        notes="The figure is a drawing of one step; this is a simulation with gesso's layers. Adam divides each weight's "
-        "gradient by its own scale, so that even a gradient that is only normal moves the weights, by .6 of the intended size.",
+        notes="The figure is a drawing of one step; this is a simulation with gesso's layers. Adam divides each "
+        "weight's gradient by its own scale, so that even a gradient that is only normal moves the weights, by .6 of "
+        "the intended size.",
     )
 
 
@@ -255,8 +254,9 @@ def precision_table() -> Table:
         rows=(Row("FP32"), Row("FP16", {"FID": EDM2_S_FID}), Row("bfloat16")),
         scales=make_scales(groups, {"small": "an hour", "paper": "5 days on 32 A100"}),
         claims=(as_good_as_fp32("FP16"), as_good_as_fp32("bfloat16")),
-        notes="Loss scale 1 on the summed loss, the default of the published code; the paper's constant is in Figure 22, which "
-        "its text lacks. Not defined at the tiny scale, because 16 bits behave differently on a CPU; bfloat16 is our addition.",
+        notes="Loss scale 1 on the summed loss, the default of the published code; the paper's constant is in Figure "
+        "22, which its text lacks. Not defined at the tiny scale, because 16 bits behave differently on a CPU; "
+        "bfloat16 is our addition.",
     )
 
 

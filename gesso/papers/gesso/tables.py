@@ -17,7 +17,8 @@ MP_MMDIT, MMDIT, EDM2, DIT = "mp-mmDiT++", "mmDiT++", "EDM2", "DiT"
 SMALL_IMAGES = {MP_MMDIT: 3_000_000, MMDIT: 3_000_000, EDM2: 2_775_000, DIT: 3_000_000}
 """Images at which the multiply-accumulates of all trainings are equal."""
 SMALL_SHAPES_TRAINING = (
-    *AT_64, "train.batch_size=256", "train.precision=bfloat16", "train.checkpoint_every=500k", "optim.warmup_images=50k",
+    *AT_64, "train.batch_size=256", "train.precision=bfloat16", "train.checkpoint_every=500k",
+    "optim.warmup_images=50k",
 )  # fmt: skip
 SMALL_TRANSFORMER_NET = (*DIT_S, "net.patch_size=4")
 SMALL_NETWORKS: dict[str, Settings] = {
@@ -36,7 +37,7 @@ FASHION_SIGMA_RELS = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2)
 
 
 def shared_settings(images: int) -> Settings:
-    """Return settings shared by all networks: 20 snapshots and a learning rate that falls after a fifth of the training."""
+    """Return settings shared by all networks: 20 snapshots, and learning-rate decay after a fifth of the training."""
     return (
         f"train.total_images={images}", f"train.snapshot_every={images // 20}", f"optim.ref_images={images // 5}",
         "loss.weighting=uncertainty",
@@ -46,7 +47,7 @@ def shared_settings(images: int) -> Settings:
 def sweep_groups(
     trainings: Mapping[str, Training], columns: Mapping[str, str], settings: Settings, sigma_rels: tuple[float, ...]
 ) -> tuple[ColumnGroup, ...]:
-    """Return unguided metrics at the best of several EMA lengths."""
+    """Return metrics at the best of several EMA lengths."""
     return tuple(
         ColumnGroup(
             columns,
@@ -90,9 +91,9 @@ def table_equal() -> Table:
                     count_group(tiny),
                 ),
                 "4 minutes",
-                "Fashion-MNIST; held-out loss on 10,000 test images; FD is the Frechet distance in features of a classifier of "
-                "clothes, errors the share of samples that it does not assign to their class. EDM2's U-Net costs 12 times as "
-                "much per image there.",
+                "Fashion-MNIST; held-out loss on 10,000 test images; FD is the Frechet distance in features of a "
+                "classifier of clothes, errors the share of samples that it does not assign to their class. EDM2's "
+                "U-Net costs 12 times as much per image there.",
             ),
             "small": Scale(
                 (
@@ -105,21 +106,19 @@ def table_equal() -> Table:
                     count_group(small),
                 ),
                 "an hour",
-                "Drawn shapes at 64x64; FD is the Frechet distance in features of shapes, errors the share of samples that are "
-                "not one shape of their class.",
+                "Drawn shapes at 64x64; FD is the Frechet distance in features of shapes, errors the share of samples "
+                "that are not one shape of their class.",
             ),
         },
         claims=(
             improvement("Magnitude-preserving layers help mmDiT++", (MP_MMDIT, loss), (MMDIT, loss)),
             improvement("The magnitude-preserving mmDiT++ is better than DiT", (MP_MMDIT, loss), (DIT, loss)),
             improvement("mmDiT++ is better than DiT", (MMDIT, loss), (DIT, loss)),
-            improvement(
-                "The magnitude-preserving mmDiT++ is better than EDM2's U-Net", (MP_MMDIT, "FD"), (EDM2, "FD")
-            ),
+            improvement("The magnitude-preserving mmDiT++ is better than EDM2's U-Net", (MP_MMDIT, "FD"), (EDM2, "FD")),
         ),
-        notes="Section 5 of Karras et al. 2024 asks whether its methods serve other architectures. Equal multiply-accumulates "
-        "in training, learned uncertainty and learning-rate decay for all, a tuned learning rate for each; without guidance, "
-        "each at its best EMA length.",
+        notes="Section 5 of Karras et al. 2024 asks whether its methods serve other architectures. Equal "
+        "multiply-accumulates in training, learned uncertainty and learning-rate decay for all, a tuned learning rate "
+        "for each; without guidance, each at its best EMA length.",
     )
 
 
@@ -169,8 +168,9 @@ def table_both() -> Table:
             ),
             Claim("All three together are best", lambda v: v.is_best("all", "FID")),
         ),
-        notes="mmDiT++ with Berrada's disentangled control, EDM2's learned uncertainty and EDM2's post-hoc EMA, each alone and "
-        "all; without the last the EMA length is 10 %. The best of six lengths is selected on the metric itself.",
+        notes="mmDiT++ with Berrada's disentangled control, EDM2's learned uncertainty and EDM2's post-hoc EMA, each "
+        "alone and all; without the last the EMA length is 10 %. The best of six lengths is selected on the metric "
+        "itself.",
     )
 
 
