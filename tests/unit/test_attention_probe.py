@@ -49,9 +49,11 @@ def test_attention_that_sees_no_difference_is_even(tmp_path):
         weights, run, _ = snapshot.read(one.path)
         flat = {name: value * 0 if "qkv" in name else value for name, value in weights.items()}
         snapshot.write(one.path, flat, one.nimg, one.profile, run)
-    found = attention_probe.measure_padding_attention(even)["values"]
+    result = attention_probe.measure_padding_attention(even)["values"]
     share = float((1 - lengths_of(run) / 8).mean())
-    assert found["entropy"] == pytest.approx(1, abs=1e-5) and found["padding_fraction"] == pytest.approx(share, abs=1e-5)
+    assert result["entropy"] == pytest.approx(1, abs=1e-5) and result["padding_fraction"] == pytest.approx(
+        share, abs=1e-5
+    )
     assert 0.3 < share < 0.9
 
 
@@ -80,14 +82,14 @@ def test_sample_grid_uses_each_size_condition(tmp_path):
     write_run(
         folder, "digits", **{"data.source": "digits-mixed-resolution", "control.variables": "size", "control.alpha": 1}
     )
-    part, asked = ColumnGroup({}, {}, method="sample_grid"), ["eval.num_samples=3", "sample.steps=2"]
+    part, overrides = ColumnGroup({}, {}, method="sample_grid"), ["eval.num_samples=3", "sample.steps=2"]
     trained = SimpleNamespace(folder=folder)
     job = SimpleNamespace(
-        training=trained, group=part, overrides=asked, params={"sizes": "4,8"}, path=tmp_path / "a.json"
+        training=trained, group=part, overrides=overrides, params={"sizes": "4,8"}, path=tmp_path / "a.json"
     )
-    found = sample_grids.save_sample_grid(job)
-    assert found["values"] == {"num_images": 6} and found["protocol"]["sizes"] == ["4", "8"]
-    run = config.load_with_overrides(folder, asked, ("sample.", "eval."))
+    result = sample_grids.save_sample_grid(job)
+    assert result["values"] == {"num_images": 6} and result["protocol"]["sizes"] == ["4", "8"]
+    run = config.load_with_overrides(folder, overrides, ("sample.", "eval."))
     weights, *_ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(run.sample)])
     made = []
     for size in ("4x4", "8x8"):

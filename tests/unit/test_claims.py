@@ -62,7 +62,8 @@ def test_verdicts_are_the_test_of_scipy(effects):
 
 
 def test_a_claim_of_several_parts_is_their_intersection():
-    """Each part at the level of the whole; contradicted by one part at its share of the level."""
+    """Each part is tested at the full level; one part contradicts at its share of the level."""
+
     def both(v):
         return (v["r", "a"] > 0) & (v["s", "a"] > 0)
 
@@ -91,7 +92,9 @@ def test_the_mean_of_minima_is_not_what_is_tested():
 
 def test_verdicts_at_the_edges():
     def of(*numbers):
-        return judge(lambda v: v["r", "a"] > 0, *({("r", "a"): number} if number is not None else {} for number in numbers))
+        return judge(
+            lambda v: v["r", "a"] > 0, *({("r", "a"): number} if number is not None else {} for number in numbers)
+        )
 
     assert of() == of(None) == Verdict.NOT_MEASURED and of(1.0) == of(1.0, None) == Verdict.TOO_FEW_SEEDS
     # A diverged training has no t statistic; the sign test is significant from five seeds on.

@@ -1,4 +1,4 @@
-"""EDM2's tables as data: published numbers, claims, trainings that are shared, costs, closed forms."""
+"""Tables of EDM2 and gesso: published numbers, claims, shared trainings, costs, closed forms."""
 
 import functools
 import json
@@ -90,7 +90,7 @@ def test_published_numbers(table, row, column, value):
 
 
 def test_repeated_numbers_agree():
-    """Table 1's and 2's counts stand in models/published.py too."""
+    """The counts of Tables 1 and 2 agree with those of models/published.py."""
     known = {p.name: {f.quantity: f.value for f in p.numbers} for p in PUBLISHED_MODELS}
     for step, rung in LADDER_CONFIGS.items():
         layers = known[f"edm2-config-{step.lower()}"]
@@ -118,8 +118,8 @@ def test_claims_hold_on_the_published_numbers(name):
 
 
 @pytest.mark.parametrize("name, scale", TABLE_SCALES)
-def test_every_job_can_be_requested(name, scale):
-    """All settings are right, and every row and column of every part is one of the table."""
+def test_every_job_is_valid(name, scale):
+    """All settings are valid, and every row and column of a group is one of the table."""
     table = TABLES[name]()
     todo, seen = jobs(name, scale), set()
     assert todo and scale in SCALES
@@ -174,7 +174,7 @@ def test_trainings_are_shared():
             keys("edm2/1", scale) == keys("edm2/fig5a", scale) == keys("edm2/fig11a", scale) > keys("edm2/fig3", scale)
         )
     for scale in ("tiny", "paper"):
-        # What edm2/1 measures is what the figure shows, but for what costs nothing.
+        # edm2/1 and the figure have the same measurements, except counts.
         table, figure = (
             {one.path for one in jobs(n, scale) if one.group.method == "metrics"} for n in ("edm2/1", "edm2/fig5a")
         )
@@ -188,13 +188,16 @@ def test_trainings_are_shared():
             <= keys("edm2/6", scale)
         )
         assert keys("edm2/fig6", scale) < keys("edm2/2", scale) and keys("edm2/fig10", scale) < keys("edm2/2", scale)
-        assert len(keys("edm2/fig13", scale) & keys("edm2/rates", scale)) == 3  # the recipe's own, 30k and 160k
+        assert len(keys("edm2/fig13", scale) & keys("edm2/rates", scale)) == 3  # the recipe, 30k and 160k
         assert keys("edm2/fig13", scale) & keys("edm2/1", scale) and keys("edm2/lambda", scale) & keys("edm2/1", scale)
         assert keys("edm2/fig12", scale) & keys("edm2/2", scale) and keys("edm2/fig14", scale) <= keys(
             "edm2/1", scale
         ) | keys("edm2/2", scale)
     # CONFIG G is EDM2-S.
-    assert TINY_SETUP.sizes["S"] == TINY_SETUP.configs["G"] and PAPER_SETUP.sizes["S"] == PAPER_SETUP.configs["G"] == PAPER_SETUP.edm2_s
+    assert (
+        TINY_SETUP.sizes["S"] == TINY_SETUP.configs["G"]
+        and PAPER_SETUP.sizes["S"] == PAPER_SETUP.configs["G"] == PAPER_SETUP.edm2_s
+    )
     every = {
         key
         for name in NAMES
@@ -207,7 +210,7 @@ def test_trainings_are_shared():
 
 @pytest.mark.parametrize("setup", [TINY_SETUP, SMALL_SETUP, PAPER_SETUP], ids=["tiny", "small", "paper"])
 def test_setups(setup):
-    """The ladder is the paper's, one change after another; times are those of snapshots."""
+    """The ladder is that of the paper, one change after another; times are those of snapshots."""
     runs = {step: recipes.resolve(t.recipe, list(t.settings))[0] for step, t in setup.configs.items()}
     for step, run in runs.items():
         assert step in (getattr(run.net, "config", "G"),)
@@ -225,12 +228,12 @@ def test_setups(setup):
         for share in (Fraction(1, 4), Fraction(1, 2), Fraction(3, 4)):
             nimg = int(setups.at_fraction(t, share)[0].partition("=")[2])
             assert nimg % train.batch_size == 0
-            # Training stores where a multiple of snapshot_images lies in the step that ends here.
+            # A snapshot is written if a multiple of snapshot_every lies in the step that ends at nimg.
             assert nimg // train.snapshot_every > (nimg - train.batch_size) // train.snapshot_every
     assert setups.at_fraction(setup.configs["G"], Fraction(1)) == ()
 
 
-def test_the_papers_overfitting_lies_at_537m_images():
+def test_overfitting_is_at_537m_images():
     trained = PAPER_SETUP.sizes["XXL"]
     assert (
         setups.at_fraction(trained, Fraction(4, 7)) == (f"eval.nimg={512 * 2**20}",)
@@ -246,7 +249,7 @@ LARGER = [pytest.param(size, marks=pytest.mark.slow) for size in COST_512 if siz
 
 @pytest.mark.parametrize("size", ["XS", *LARGER])
 def test_counts_are_table_6s(size):
-    """The paper's own count holds 1 % more (weight normalization, elementwise operations)."""
+    """The paper's count is 1 % larger (weight normalization, elementwise operations)."""
     table = TABLES["edm2/6"]()
     actual = {}
     for one in jobs("edm2/6", "paper"):
@@ -260,7 +263,7 @@ def test_counts_are_table_6s(size):
 
 
 def test_costs_by_their_rules():
-    """63 evaluations, three forward passes an image, the VAE's decoder; a guide counts too; time counts what was seen."""
+    """63 evaluations, three forward passes per image, the VAE's decoder, a guide; training counts up to eval.nimg."""
     network = plan.plan_training(PAPER_SETUP.sizes["XS"], 0, OUT)
     guide = plan.plan_training(PAPER_SETUP.guides["XS"], 0, OUT)
     guided = ("sample.guidance=1.4", "sample.guide_run=somewhere")
@@ -274,13 +277,17 @@ def test_costs_by_their_rules():
     xs = compute_cost.measure_counts(job(trained=guide))["values"]
     assert both["sampling_macs"] == pytest.approx(plain["sampling_macs"] + 63 * xs["gmacs"] / 1000)
     assert both["params_with_guide"] == pytest.approx((plain["params"] + xs["params"]) / 1000)
-    assert alone["sampling_macs"] == pytest.approx(plain["sampling_macs"] + 63 * plain["gmacs"] / 1000)  # guides itself: twice
+    assert alone["sampling_macs"] == pytest.approx(
+        plain["sampling_macs"] + 63 * plain["gmacs"] / 1000
+    )  # guidance without a guide: two evaluations
     run = with_synthetic_data(network.run)[0]
     assert plain["gflops"] == flops.count_flops(run.net, run.input_spec).table_a1_flops / 1e9
     digits = compute_cost.measure_counts(job(trained=plan.plan_training(TINY_SETUP.sizes["S"], 0, OUT)))["values"]
     assert digits["sampling_macs"] == pytest.approx(20 * digits["gmacs"] / 1000)  # Euler, pixels
     with_ten = models.build_network(
-        *(lambda r: (r.net, r.input_spec._replace(num_classes=10)))(plan.plan_training(TINY_SETUP.sizes["S"], 0, OUT).run)
+        *(lambda r: (r.net, r.input_spec._replace(num_classes=10)))(
+            plan.plan_training(TINY_SETUP.sizes["S"], 0, OUT).run
+        )
     )
     assert digits["params"] * 1e6 == sum(p.numel() for p in with_ten.parameters())
 
@@ -299,8 +306,11 @@ def test_gesso_networks_have_equal_compute():
     assert set(tables.SMALL_IMAGES) == set(tables.SMALL_NETWORKS)
 
 
-def test_both_papers_differ_by_what_a_row_says():
-    runs = {row: recipes.resolve("digits", [*MIXED_RESOLUTION, *overrides])[0] for row, overrides in tables.COMBINATIONS.items()}
+def test_combinations_differ_by_their_settings():
+    runs = {
+        row: recipes.resolve("digits", [*MIXED_RESOLUTION, *overrides])[0]
+        for row, overrides in tables.COMBINATIONS.items()
+    }
     assert runs["neither"] == runs["post-hoc EMA"]
     changed = {row: {path for path, _, _ in config.differences(runs["neither"], run)} for row, run in runs.items()}
     assert changed["control"] == {"control.variables", "control.alpha"} and changed["uncertainty"] == {"loss.weighting"}
@@ -315,7 +325,7 @@ def test_both_papers_differ_by_what_a_row_says():
 
 @pytest.mark.parametrize("step", ["B", "G"])
 def test_the_layers_of_figure_5b(step):
-    """{published name: ours} on the networks themselves, and what the tiny ones have of them."""
+    """Published names match parameters of the networks; TINY_LAYERS are those of the tiny networks."""
     for setup, expected in ((PAPER_SETUP, FIGURE_5B_LAYERS), (TINY_SETUP, TINY_LAYERS)):
         training = setup.configs[step]
         run = with_synthetic_data(recipes.resolve(training.recipe, [*training.settings, "data.source=x"])[0])[0]
@@ -341,7 +351,7 @@ def test_the_layers_of_figure_5b(step):
             assert shapes[layers["dec-8x8-in0-affine"]][0] == 4 * c * (2 if step == "B" else 1)  # B has offsets too
 
 
-def test_one_weight_alone_has_its_length(tmp_path, monkeypatch):
+def test_one_weight_has_a_separate_length(tmp_path, monkeypatch):
     run = write_run(tmp_path, "digits-edm2")
     calls = {}
 
@@ -361,8 +371,8 @@ def test_one_weight_alone_has_its_length(tmp_path, monkeypatch):
         measurements.measure_tensors(job("tensor=enc-8x8-block0-skip=0.05", trained=trained))
 
 
-def test_another_average_is_another_score_and_is_not_recorded(tmp_path):
-    """With all weights at one length the score is that length's; scores.json has the run's own alone."""
+def test_another_ema_gives_another_metric_and_is_not_recorded(tmp_path):
+    """With all weights at one length the metric is that of the length; scores.json has only metrics of the run."""
     write_run(tmp_path, "digits-edm2")
     overrides = ("eval.metrics=fd_digits", "eval.num_samples=24", "sample.guidance=1")
     trained = SimpleNamespace(folder=tmp_path)
@@ -379,7 +389,7 @@ def test_another_average_is_another_score_and_is_not_recorded(tmp_path):
     assert (tmp_path / "scores.json").read_text() == before and len(json.loads(before)) == 1
 
 
-# What training logged.
+# Logged magnitudes.
 
 
 def test_growth(tmp_path):
@@ -420,8 +430,10 @@ def test_responses_are_densities_of_their_length(sigma_rel):
 
 @pytest.mark.parametrize("n, target", [(4, 0.15), (8, 0.07)])
 def test_the_error_of_an_average_by_brute_force(n, target):
-    """Least squares of densities on a fine grid of times."""
-    actual = analytic.ema_reconstruction(job("sigma_rels=.05,.1", f"snapshots={n}", f"target={target}"))["values"]["error"]
+    """Compare with least squares of densities on a fine grid of times."""
+    actual = analytic.ema_reconstruction(job("sigma_rels=.05,.1", f"snapshots={n}", f"target={target}"))["values"][
+        "error"
+    ]
     grid = (np.arange(200_000) + 0.5) / 200_000
 
     def density(length, t):
@@ -437,7 +449,7 @@ def test_the_error_of_an_average_by_brute_force(n, target):
 
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_noise_levels_of_ddpm(k):
-    """sigma of each index times k (Berrada et al. Prop. 1)."""
+    """The noise level of each index is multiplied by k (Berrada et al. Prop. 1)."""
     trained = plan.plan_training(Training("cc12m-256-berrada", (f"process.resolution_scale={k}",)), 0, OUT)
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     bar = np.cumprod(1 - betas)
@@ -459,9 +471,12 @@ def test_step_sizes(normal):
         0
     ] / math.sqrt(2 * math.pi)
     actual = {
-        p: analytic.step_sizes(job(f"normal_ratio={normal}", f"project_gradients={p}"))["values"]["update"] for p in ("no", "yes")
+        p: analytic.step_sizes(job(f"normal_ratio={normal}", f"project_gradients={p}"))["values"]["update"]
+        for p in ("no", "yes")
     }
-    assert actual["no"] == pytest.approx(math.sqrt(1 - lost**2), rel=0.05) and actual["yes"] == pytest.approx(1, rel=0.01)
+    assert actual["no"] == pytest.approx(math.sqrt(1 - lost**2), rel=0.05) and actual["yes"] == pytest.approx(
+        1, rel=0.01
+    )
 
 
 def test_lambda_1_under_the_learned_uncertainty():
@@ -486,7 +501,7 @@ def test_lambda_1_under_the_learned_uncertainty():
         )
 
 
-# What the tables need of the machinery.
+# Column groups and jobs.
 
 
 COLUMNS, ROWS = (Column("a"), Column("b", False)), (Row("r", x=1), Row("s", x=2), Row("t", x=3))
@@ -496,7 +511,7 @@ def small(*parts, x="", columns=COLUMNS, rows=ROWS):
     return Table("test/1", "", "", columns, rows, {"tiny": Scale(parts, "")}, x_axis=x)
 
 
-def test_a_cell_is_the_best_of_its_parts(tmp_path):
+def test_a_cell_is_the_best_of_its_groups(tmp_path):
     lengths = (0.05, 0.1)
     how = Measurement(Training("digits"))
     parts = [
@@ -509,7 +524,9 @@ def test_a_cell_is_the_best_of_its_parts(tmp_path):
     numbers = [(3.0, 0.25), (2.0, 0.5), None, (math.nan, 0.75), (4.0, 0.125)]
     for one, values in zip(todo, numbers, strict=True):
         one.path.parent.mkdir(exist_ok=True)
-        actual = {"n": 7} if values is None else {"fd": None if math.isnan(values[0]) else values[0], "share": values[1]}
+        actual = (
+            {"n": 7} if values is None else {"fd": None if math.isnan(values[0]) else values[0], "share": values[1]}
+        )
         one.path.write_text(json.dumps({"values": actual}))
     assert runner.collect_values(todo) == {
         0: {("r", "a"): 2.0, ("r", "b"): 0.5, ("s", "b"): 7},
@@ -524,7 +541,7 @@ def test_a_cell_is_the_best_of_its_parts(tmp_path):
         runner.collect_values(ambiguous)
 
 
-def test_what_needs_no_training_is_not_trained(tmp_path, monkeypatch):
+def test_untrained_methods_do_not_train(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "start_training", lambda *a: pytest.fail("trained"))
     todo = plan.plan_jobs(
         small(ColumnGroup({"a": "gmacs"}, {"r": Measurement(Training("digits-edm2"))}, method="counts")),
@@ -548,7 +565,7 @@ def test_a_figure_over_one_of_its_columns():
 
 
 def test_figure_13_compares_decays_at_the_papers_length():
-    """A.4 fixes 13 %: measured at every scale, and what the claim reads."""
+    """A.4 fixes 13 %: it is measured at every scale and used by the claim."""
     table = TABLES["edm2/fig13"]()
     for name, scale in table.scales.items():
         for part in scale.groups:
@@ -557,5 +574,5 @@ def test_figure_13_compares_decays_at_the_papers_length():
     columns = [column.name for column in table.columns]
     values = {(row, c): 10.0 for row in ("10 %", "13 %") for c in columns}
     values |= {("13 %", columns[0]): 17.2, ("10 %", columns[0]): 11.0}
-    # Own bests within 10 %, 72 % apart at 13 %; at 10 % alone layers would be no difference.
+    # Best numbers within 10 %, 72 % apart at 13 %; at 10 % there would be no difference.
     assert claims.compute_effect(table, claim, values) == pytest.approx(math.log(1.72) - math.log(1.1))

@@ -221,4 +221,3 @@ def test_table_a2_has_every_cell_that_did_not_diverge():
     }
     assert actual == expected and len(expected) == 33
     assert imagenet.table_a2().sample.halflife == 1
-

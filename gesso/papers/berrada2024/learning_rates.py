@@ -27,10 +27,9 @@ def table_a2() -> Table:
     """Return Table A2."""
     rows = published_rows("table_a2")
     tiny = {
-        row.name: (net, TINY_BATCH_SIZES[int(batch_size)])
-        for row in rows
-        for net, _, batch_size in [row.name.partition(", batch ")]
-        if int(batch_size) in TINY_BATCH_SIZES
+        f"{net}, batch {batch_size}": (net, tiny_size)
+        for net in NETS
+        for batch_size, tiny_size in TINY_BATCH_SIZES.items()
     }
 
     def paper_trainings(lr: str) -> dict[str, Training]:

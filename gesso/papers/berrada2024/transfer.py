@@ -116,21 +116,15 @@ def table_4b() -> Table:
     tiny = [Training("digits-mmdit", (*total_images(n), *SHORT_TRAINING)) for n in ("40k", "60k")]
     small = [small_class_training(n) for n in ("1.2M", "1.8M")]
     paper = [paper_training("in22k-512-mmdit", ksteps) for ksteps in (200, 300)]
-    tiny_text = by_row(
-        names, (digits_training("30k", tiny[0]), digits_training("10k", tiny[1]), digits_training("70k"))
-    )
-    small_text = by_row(
-        names,
-        (small_text_training("900k", small[0]), small_text_training("300k", small[1]), small_text_training("2.1M")),
-    )
-    paper_text = by_row(
-        names,
-        (
-            paper_training("cc12m-512-mmdit", 150, paper[0]),
-            paper_training("cc12m-512-mmdit", 50, paper[1]),
-            paper_training("cc12m-512-mmdit", 350),
-        ),
-    )
+    tiny_text = [*(digits_training(n, tiny[i]) for i, n in ((0, "30k"), (1, "10k"))), digits_training("70k")]
+    small_text = [
+        *(small_text_training(n, small[i]) for i, n in ((0, "900k"), (1, "300k"))),
+        small_text_training("2.1M"),
+    ]
+    paper_text = [
+        *(paper_training("cc12m-512-mmdit", ksteps, paper[i]) for i, ksteps in ((0, 150), (1, 50))),
+        paper_training("cc12m-512-mmdit", 350),
+    ]
     return Table(
         name="berrada/4b",
         title="Length of pre-training on a data set of the same size",
@@ -141,7 +135,9 @@ def table_4b() -> Table:
             "tiny": Scale(
                 (
                     column_group({before: "fd_digits"}, by_row(names[:2], tiny), DIGITS_UNGUIDED),
-                    column_group({fid: "fd_digits", clip: "class_agreement"}, tiny_text, DIGITS_UNGUIDED),
+                    column_group(
+                        {fid: "fd_digits", clip: "class_agreement"}, by_row(names, tiny_text), DIGITS_UNGUIDED
+                    ),
                 ),
                 "2 minutes",
                 "40k and 60k digits by class, then 30k and 10k by caption. CLIP: the share of samples that a "
@@ -150,7 +146,7 @@ def table_4b() -> Table:
             "small": Scale(
                 (
                     column_group({before: "fd_shapes"}, by_row(names[:2], small), SMALL_SHAPES_METRICS),
-                    column_group({fid: "fd_shapes", clip: "place"}, small_text, SMALL_SHAPES_METRICS),
+                    column_group({fid: "fd_shapes", clip: "place"}, by_row(names, small_text), SMALL_SHAPES_METRICS),
                 ),
                 "an hour",
                 "Shapes by class, then by caption. CLIP: the share of samples whose shapes are where the caption says.",
@@ -158,8 +154,8 @@ def table_4b() -> Table:
             "paper": Scale(
                 (
                     column_group({before: "fid"}, by_row(names[:2], paper), IN22K, "berrada-in22k"),
-                    column_group({fid: "fid"}, paper_text, CC12M_VAL, "berrada"),
-                    column_group({clip: "clip"}, paper_text, COCO, "berrada-coco"),
+                    column_group({fid: "fid"}, by_row(names, paper_text), CC12M_VAL, "berrada"),
+                    column_group({clip: "clip"}, by_row(names, paper_text), COCO, "berrada-coco"),
                 ),
                 "3 days on 16 A100",
             ),
