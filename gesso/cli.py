@@ -221,7 +221,7 @@ def reproduce_table(
     rows: Annotated[
         list[str] | None, typer.Option("--rows", help="row to reproduce; may be repeated (default: all)")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="number of trainings per row")] = 1,
+    num_seeds: Annotated[int, typer.Option(help="number of trainings per row")] = 1,
     out: Annotated[Path, typer.Option("--out", help="folder of trainings, measurements and pages")] = Path("tables"),
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check everything and print the cost; run nothing")
@@ -232,7 +232,7 @@ def reproduce_table(
     from gesso.papers import TABLES
     from gesso.reproduce.cli import ReproduceArgs, reproduce
 
-    args = ReproduceArgs(name, tuple(settings or ()), scale, tuple(rows or ()), seeds, out, dry_run, slurm)
+    args = ReproduceArgs(name, tuple(settings or ()), scale, tuple(rows or ()), num_seeds, out, dry_run, slurm)
     reproduce(args, TABLES, console, _print)
 
 

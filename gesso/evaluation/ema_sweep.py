@@ -24,7 +24,7 @@ from gesso.evaluation.results import Evaluation
 from gesso.evaluation.run_sampler import with_sample_settings
 from gesso.evaluation.toy_evaluation import Point
 from gesso.interop import edm2
-from gesso.recipes.edm2 import FIGURE_5B
+from gesso.published.edm2 import FIGURE_5B_LAYERS
 from gesso.snapshot import TargetProfile
 
 POINT_KEYS = ("sigma_rel", "halflife", "tensors", "rest", "guidance", "repeat", "seeds")
@@ -124,7 +124,7 @@ def _tensor_globs(run: RunConfig, requested: Sequence[str]) -> dict[str, str]:
             raise UsageError(
                 f"--tensors figure5b: these are layers of EDM2's U-Net; for {run.net.name} write globs such as '*attn*'"
             )
-        names = FIGURE_5B if text == "figure5b" else [text]
+        names = FIGURE_5B_LAYERS if text == "figure5b" else [text]
         layers = {name: edm2.name_of_paper_layer(name, net, run.input_spec) if net else None for name in names}
         globs |= {name: glob for name, glob in layers.items() if glob} or {text: text}
     return globs

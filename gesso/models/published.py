@@ -19,6 +19,8 @@ from gesso.config import (
     PixArtConfig,
     UNetConfig,
 )
+from gesso.published import read_paper, read_table
+from gesso.published.edm2 import COST_512
 
 Quantity = Literal["parameters", "macs", "table_a1_flops", "conv_macs"]
 Trust = Literal["exact", "high", "medium", "low"]
@@ -73,16 +75,19 @@ class PublishedModel(NamedTuple):
 
 
 PUBLIC_CODE = "public code, counted"
+XXL_CONVOLUTION_GFLOPS: float = read_paper("edm2")["xxl_convolution_gflops"]
 
 
-def edm2_model(size: str, parameters: int, gflops: float = 0, convolutions: float = 0) -> PublishedModel:
+def edm2_model(size: str) -> PublishedModel:
     """Return an EDM2 model; its published Gflops include weight normalization, about 3 operations per parameter."""
+    parameters = read_table("edm2", "public_code")[size]["parameters"]
     numbers = [PublishedNumber("parameters", 512, parameters, "exact", PUBLIC_CODE)]
-    if gflops:
+    if size in COST_512:
         note = "the published number includes weight normalization and elementwise operations, 0.9 to 1.4 %"
-        numbers.append(PublishedNumber("macs", 512, gflops * 1e9, "high", "EDM2 Table 2", (0.986, 0.991), 0.5e9, note))
-    if convolutions:
-        numbers.append(PublishedNumber("conv_macs", 512, convolutions * 1e9, "exact", "EDM2 D.5"))
+        macs = round(COST_512[size].gflops) * 1e9
+        numbers.append(PublishedNumber("macs", 512, macs, "high", "EDM2 Table 2", (0.986, 0.991), 0.5e9, note))
+    if size == "XXL":
+        numbers.append(PublishedNumber("conv_macs", 512, XXL_CONVOLUTION_GFLOPS * 1e9, "exact", "EDM2 D.5"))
     return PublishedModel(
         f"edm2-{size.lower()}",
         config.edm2_config(size),
@@ -93,15 +98,18 @@ def edm2_model(size: str, parameters: int, gflops: float = 0, convolutions: floa
     )
 
 
-def ladder_model(config_letter: str, parameters: float, gflops: float, trust: Trust = "high") -> PublishedModel:
+def ladder_model(config_letter: str) -> PublishedModel:
     """Return a row of EDM2's Table 1; CONFIGS A to C do not normalize weights."""
+    row, counted = read_table("edm2", "table_1")[config_letter], read_table("edm2", "public_code").get(config_letter)
     levels = (1, 2, 3) if config_letter == "A" else (2, 3)
-    numbers = (
-        PublishedNumber("parameters", 512, parameters, trust, PUBLIC_CODE if trust == "exact" else "EDM2 Table 1"),
-        PublishedNumber("macs", 512, gflops * 1e9, "high", "EDM2 Table 1", (0.98, 1.0), 0.05e9),
+    parameters = (
+        PublishedNumber("parameters", 512, counted["parameters"], "exact", PUBLIC_CODE)
+        if counted
+        else PublishedNumber("parameters", 512, row["Mparams"] * 1e6, "high", "EDM2 Table 1")
     )
+    macs = PublishedNumber("macs", 512, row["Gflops"] * 1e9, "high", "EDM2 Table 1", (0.98, 1.0), 0.05e9)
     net = EDM2LadderConfig(config=config_letter, attention_levels=levels)
-    return PublishedModel(f"edm2-config-{config_letter.lower()}", net, InputSpec(4, 64, 1000), numbers)
+    return PublishedModel(f"edm2-config-{config_letter.lower()}", net, InputSpec(4, 64, 1000), (parameters, macs))
 
 
 XL_WIDTH = 1152
@@ -121,21 +129,28 @@ NO_CLASS_MLP = {"MLP on the class table, only in gesso": -2 * (XL_WIDTH * XL_WID
 
 
 def table_a1_numbers(
-    parameters: float, at_256: float, at_512: float, trusts: tuple[Trust, Trust, Trust], notes: dict[int, str]
+    row: str, trusts: tuple[Trust, Trust, Trust], notes: dict[str, str] | None = None
 ) -> tuple[PublishedNumber, ...]:
-    """Return a cell of Table A1: parameters in millions, GFLOPs at 256 and 512 pixels, and the trust of each.
+    """Return a row of Table A1.
 
-    `notes` are keyed by 0 (parameters), 256 and 512.
+    Args:
+        row: name of the row.
+        trusts: trust in the parameters and in the FLOPs at 256 and 512 pixels.
+        notes: notes by column.
     """
-    of_parameters, of_256, of_512 = trusts
-    source = "Table A1"
-    return (
-        PublishedNumber("parameters", 512, parameters * 1e6, of_parameters, source, note=notes.get(0, "")),
-        PublishedNumber("table_a1_flops", 256, at_256 * 1e9, of_256, source, note=notes.get(256, "")),
-        PublishedNumber("table_a1_flops", 512, at_512 * 1e9, of_512, source, note=notes.get(512, "")),
+    numbers, notes = read_table("berrada2024", "table_a1")[row], notes or {}
+    columns: tuple[tuple[str, Quantity, int, float], ...] = (
+        ("parameters", "parameters", 512, 1e6),
+        ("FLOPs, 256", "table_a1_flops", 256, 1e9),
+        ("FLOPs, 512", "table_a1_flops", 512, 1e9),
+    )
+    return tuple(
+        PublishedNumber(quantity, pixels, numbers[column] * unit, trust, "Table A1", note=notes.get(column, ""))
+        for (column, quantity, pixels, unit), trust in zip(columns, trusts, strict=True)
     )
 
 
+FLOPS_COLUMNS = ("FLOPs, 256", "FLOPs, 512")
 NOTE_COPIED_CELL = "low trust: the parameters equal DiT's and the FLOPs Att-DiT's, probably a copied cell"
 NOTE_COUNTED_TWICE = "the published number results if the cross-attention is counted twice"
 NOTE_NO_TEXT_MLP = "the published number results from 7 D^2 per text token and block, without its MLP; gesso's has 12"
@@ -145,46 +160,46 @@ TABLE_A1_MODELS = (
         "a1-unet-class",
         UNetConfig(channels=256, channel_mult=(1, 2, 4), transformer_depth=(0, 1, 1)),
         CLASS_CONTROL_INPUTS,
-        table_a1_numbers(401.75, 95.38, 390, ("high", "high", "high"), {}),
+        table_a1_numbers("UNet, classes", ("high", "high", "high")),
     ),
     PublishedModel(
         "a1-unet-text",
         UNetConfig(channels=320, channel_mult=(1, 2, 4, 4), transformer_depth=(1, 1, 1, 0), num_heads=8),
         TEXT_CONTROL_INPUTS,
-        table_a1_numbers(864.31, 189.78, 819.56, ("high", "high", "high"), {}),
+        table_a1_numbers("UNet, words", ("high", "high", "high")),
         256,
     ),
     PublishedModel(
         "a1-pixart-class",
         PixArtConfig(**XL_SHAPE),
         CLASS_CONTROL_INPUTS,
-        table_a1_numbers(611.70, 275.14, 1200, ("high", "high", "high"), {}),
+        table_a1_numbers("PixArt, classes", ("high", "high", "high")),
     ),
     PublishedModel(
         "a1-pixart-text",
         PixArtConfig(**XL_SHAPE),
         TEXT_CONTROL_INPUTS,
-        table_a1_numbers(610.12, 314.68, 1140, ("medium", "low", "low"), dict.fromkeys((256, 512), "never reproduced")),
+        table_a1_numbers("PixArt, words", ("medium", "low", "low"), dict.fromkeys(FLOPS_COLUMNS, "never reproduced")),
         256,
     ),
     PublishedModel(
         "a1-dit-class",
         DiTConfig(**XL_SHAPE),
         CLASS_CONTROL_INPUTS,
-        table_a1_numbers(679.09, 237.40, 1050, ("high", "high", "high"), {}),
+        table_a1_numbers("DiT, classes", ("high", "high", "high")),
         extra_parameters=POSITIONS_512,
     ),
     PublishedModel(
         "a1-mdt-class",
         MDTConfig(**XL_SHAPE),
         CLASS_INPUTS,
-        table_a1_numbers(748.07, 259.08, 1140, ("medium", "medium", "medium"), {}),
+        table_a1_numbers("mDT, classes", ("medium", "medium", "medium")),
     ),
     PublishedModel(
         "a1-dit-att-class",
         DiTAttConfig(**XL_SHAPE),
         CLASS_CONTROL_INPUTS,
-        table_a1_numbers(792.44, 237.93, 1050, ("medium", "medium", "medium"), {}),
+        table_a1_numbers("DiT w/ Att, classes", ("medium", "medium", "medium")),
         extra_parameters=POSITIONS_256,
     ),
     PublishedModel(
@@ -192,7 +207,7 @@ TABLE_A1_MODELS = (
         DiTAttConfig(**XL_SHAPE),
         TEXT_CONTROL_INPUTS,
         table_a1_numbers(
-            940.49, 407.88, 1500, ("medium", "low", "low"), {256: NOTE_COUNTED_TWICE, 512: NOTE_COUNTED_TWICE}
+            "DiT w/ Att, words", ("medium", "low", "low"), dict.fromkeys(FLOPS_COLUMNS, NOTE_COUNTED_TWICE)
         ),
         256,
         POSITIONS_512,
@@ -201,9 +216,7 @@ TABLE_A1_MODELS = (
         "a1-mmdit-text",
         MMDiTConfig(**XL_SHAPE),
         TEXT_CONTROL_INPUTS,
-        table_a1_numbers(
-            791.64, 397.06, 1260, ("high", "high", "high"), {256: NOTE_NO_TEXT_MLP, 512: NOTE_NO_TEXT_MLP}
-        ),
+        table_a1_numbers("mmDiT, words", ("high", "high", "high"), dict.fromkeys(FLOPS_COLUMNS, NOTE_NO_TEXT_MLP)),
         256,
         POSITIONS_512,
     ),
@@ -211,7 +224,9 @@ TABLE_A1_MODELS = (
         "a1-mmdit-class",
         MMDiTConfig(**XL_SHAPE),
         CLASS_CONTROL_INPUTS,
-        table_a1_numbers(679.09, 237.93, 1050, ("low", "low", "low"), dict.fromkeys((0, 256, 512), NOTE_COPIED_CELL)),
+        table_a1_numbers(
+            "mmDiT, classes", ("low", "low", "low"), dict.fromkeys(("parameters", *FLOPS_COLUMNS), NOTE_COPIED_CELL)
+        ),
         extra_parameters=POSITIONS_512,
     ),
 )
@@ -285,24 +300,7 @@ CHECKPOINT_MODELS = (
     ),
 )
 
-EDM2_MODELS = (
-    edm2_model("XXS", 31_309_029),
-    edm2_model("XS", 124_713_253, 46),
-    edm2_model("S", 280_212_837, 102),
-    edm2_model("M", 497_807_781, 181),
-    edm2_model("L", 777_498_085, 282),
-    edm2_model("XL", 1_119_283_749, 406),
-    edm2_model("XXL", 1_523_164_773, 552, 545.50),
-)
-
-LADDER_MODELS = (
-    ladder_model("A", 295_902_724, 110.4, "exact"),
-    ladder_model("B", 291_757_828, 100.4, "exact"),
-    ladder_model("C", 277.8e6, 100.3),
-    ladder_model("D", 277.8e6, 101.2),
-    ladder_model("E", 277.8e6, 101.2),
-    ladder_model("F", 280.2e6, 102.1),
-    ladder_model("G", 280.2e6, 102.2),
-)
+EDM2_MODELS = tuple(edm2_model(size) for size in ("XXS", "XS", "S", "M", "L", "XL", "XXL"))
+LADDER_MODELS = tuple(map(ladder_model, "ABCDEFG"))
 
 PUBLISHED_MODELS: tuple[PublishedModel, ...] = (*EDM2_MODELS, *LADDER_MODELS, *TABLE_A1_MODELS, *CHECKPOINT_MODELS)

@@ -19,6 +19,7 @@ dropped in 10 % of the samples and control variables alone in 5 %, the two branc
 whose guidance keeps the control variables, also drops the text alone in 5 %.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -44,6 +45,7 @@ from gesso.config import (
     mmditpp_config,
 )
 from gesso.config.base import halflife_of
+from gesso.published import read_table
 from gesso.recipes.data_requirements import data_requirement, images
 from gesso.recipes.digits import digits
 
@@ -265,21 +267,23 @@ def document(
     return documented
 
 
-# Table 1: FID on the validation set and CLIP score on COCO; at 512x512 also FID on COCO.
-CC12M_RESULTS = {
-    ("sdxl", 256): {"FID": 8.53, "CLIP": 25.36},
-    ("sd3", 256): {"FID": 7.54, "CLIP": 24.78},
-    ("berrada", 256): {"FID": 6.79, "CLIP": 26.60},
-    ("sdxl", 512): {"FID": 12.56, "FID on COCO": 7.26, "CLIP": 24.79},
-    ("sd3", 512): {"FID": 11.24, "FID on COCO": 6.78, "CLIP": 26.01},
-    ("berrada", 512): {"FID": 6.27, "FID on COCO": 6.69, "CLIP": 26.17},
-}
-TITLES = {"sdxl": "SD-XL", "sd3": "SD3", "berrada": "Ours"}
+def cc12m_numbers(net: str, resolution: int) -> dict[str, float]:
+    """Return the numbers of Table 1 on CC12M: FID on the validation set, CLIP score on COCO, at 512x512 FID on COCO."""
+    suffix = f", CC12M {resolution}"
+    row = read_table("berrada2024", "table_1")[net]
+    return {column.removesuffix(suffix): value for column, value in row.items() if column.endswith(suffix)}
 
 
-def published_text(numbers: dict[str, float]) -> str:
-    """Return published numbers as text."""
+def published_result(numbers: dict[str, float]) -> str:
+    """Return published numbers as a sentence."""
+    if not all(map(math.isfinite, numbers.values())):
+        return "Published: the run diverged."
     return "Published: " + ", ".join(f"{name} {value:.2f}" for name, value in numbers.items()) + "."
+
+
+TABLE_1_ROWS = {"sdxl": "unet", "sd3": "mmdit", "berrada": "berrada"}
+"""Row of Table 1 by column of Table A4."""
+TITLES = {"sdxl": "SD-XL", "sd3": "SD3", "berrada": "Ours"}
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
@@ -290,9 +294,10 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         f"cc12m-{size}-{name}": document(
             partial(cc12m, name, size),
             f"Train Table A4's column {TITLES[name]} on CC12M at {size}x{size}.",
-            published_text(numbers),
+            published_result(cc12m_numbers(TABLE_1_ROWS[name], size)),
             init_recipe=f"cc12m-256-{name}" if size == 512 else "",
         )
-        for (name, size), numbers in CC12M_RESULTS.items()
+        for size in (256, 512)
+        for name in TITLES
     },
 }

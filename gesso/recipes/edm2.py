@@ -36,129 +36,15 @@ from gesso.config import (
     SemanticConfig,
     TrainConfig,
 )
+from gesso.published import edm2 as published
+from gesso.published import read_paper, read_table
+from gesso.published.edm2 import MI_IMAGES, BestResult, Cost, TrainingPreset
 
-MI_IMAGES = 2**20  # durations in Table 6 are multiples of 2^20 images: 2147.5M = 2048 * 2^20
 BATCH_SIZE = 2048
-
-
-class BestResult(NamedTuple):
-    """Frechet distance of Table 6 with its EMA length and guidance scale (1: no guidance)."""
-
-    distance: float
-    sigma_rel: float
-    guidance: float = 1.0
-
-
-class Preset(NamedTuple):
-    """Training settings in a column of Table 6; sigma_rel is the EMA length of its FID without guidance."""
-
-    channels: int
-    total_images: int
-    dropout: float
-    lr: float
-    t_ref: int
-    sigma_rel: float
-    days: float | None = None
-
-
-IMG512 = {
-    # XXS is a preset of the published code: channels, lr and its decay from there; the rest is our choice (as XS).
-    "XXS": Preset(64, 2048 * MI_IMAGES, 0.0, 0.0170, 70_000, 0.135),
-    "XS": Preset(128, 2048 * MI_IMAGES, 0.0, 0.0120, 70_000, 0.135, 3.0),
-    "S": Preset(192, 2048 * MI_IMAGES, 0.0, 0.0100, 70_000, 0.130, 5.3),
-    "M": Preset(256, 2048 * MI_IMAGES, 0.1, 0.0090, 70_000, 0.100, 7.8),
-    "L": Preset(320, 1792 * MI_IMAGES, 0.1, 0.0080, 70_000, 0.085, 10.2),
-    "XL": Preset(384, 1280 * MI_IMAGES, 0.1, 0.0070, 70_000, 0.085, 9.7),
-    "XXL": Preset(448, 896 * MI_IMAGES, 0.1, 0.0065, 70_000, 0.070, 9.1),
-}
-IMG64 = {
-    # XS is a preset of the published code: channels, lr and its decay from there; the rest is our choice (as S).
-    "XS": Preset(128, 1024 * MI_IMAGES, 0.0, 0.0120, 35_000, 0.075),
-    "S": Preset(192, 1024 * MI_IMAGES, 0.0, 0.0100, 35_000, 0.075, 2.6),
-    "M": Preset(256, 2048 * MI_IMAGES, 0.1, 0.0090, 35_000, 0.060, 7.8),
-    "L": Preset(320, 1024 * MI_IMAGES, 0.1, 0.0080, 35_000, 0.040, 5.8),
-    "XL": Preset(384, 640 * MI_IMAGES, 0.1, 0.0070, 35_000, 0.040, 4.9),
-}
-
-# Results without and with guidance by metric (Table 6). The unconditional XS guides all sizes at the same EMA length.
-FID_512 = {
-    "XS": (BestResult(3.53, 0.135), BestResult(2.91, 0.045, 1.4)),
-    "S": (BestResult(2.56, 0.130), BestResult(2.23, 0.025, 1.4)),
-    "M": (BestResult(2.25, 0.100), BestResult(2.01, 0.030, 1.2)),
-    "L": (BestResult(2.06, 0.085), BestResult(1.88, 0.015, 1.2)),
-    "XL": (BestResult(1.96, 0.085), BestResult(1.85, 0.020, 1.2)),
-    "XXL": (BestResult(1.91, 0.070), BestResult(1.81, 0.015, 1.2)),
-}
-DINO_512 = {
-    "XS": (BestResult(103.39, 0.200), BestResult(79.94, 0.150, 1.7)),
-    "S": (BestResult(68.64, 0.190), BestResult(52.32, 0.085, 1.9)),
-    "M": (BestResult(58.44, 0.155), BestResult(41.98, 0.015, 2.0)),
-    "L": (BestResult(52.25, 0.155), BestResult(38.20, 0.035, 1.7)),
-    "XL": (BestResult(45.96, 0.155), BestResult(35.67, 0.030, 1.7)),
-    "XXL": (BestResult(42.84, 0.150), BestResult(33.09, 0.015, 1.7)),
-}
-FID_64 = {
-    "S": BestResult(1.58, 0.075),
-    "M": BestResult(1.43, 0.060),
-    "L": BestResult(1.33, 0.040),
-    "XL": BestResult(1.33, 0.040),
-}
-# Table 4, by size of the unconditional network that guides XXL; Gparams and teraflops of both together.
-TABLE_4 = {
-    "XS": (BestResult(1.81, 0.015, 1.2), 1.65, 38.9),
-    "S": (BestResult(1.80, 0.015, 1.2), 1.80, 42.5),
-    "M": (BestResult(1.80, 0.015, 1.2), 2.02, 47.4),
-    "L": (BestResult(1.86, 0.020, 1.2), 2.30, 53.8),
-    "XL": (BestResult(1.82, 0.020, 1.2), 2.64, 61.6),
-    "XXL": (BestResult(1.85, 0.020, 1.2), 3.05, 70.8),
-}
-
-
-class Cost(NamedTuple):
-    """Costs in Table 6 (Tables 1 to 3 have fewer digits).
-
-    params: parameters in millions.
-    gflops: multiply-accumulates of an evaluation, in 10^9.
-    training: multiply-accumulates of training with three evaluations per image, in 10^21.
-    sampling, guided: multiply-accumulates of a sample without and with guidance, in 10^12: 63 evaluations and the VAE's
-        decoder.
-    """
-
-    params: float
-    gflops: float
-    training: float | None = None
-    sampling: float | None = None
-    guided: float | None = None
-
-
-DECODER_GFLOPS = 1260.9
-"""Gigaflops of decoding a 512x512 image from its latents (Figure 9)."""
-COST_512 = {
-    "XS": Cost(124.7, 45.5, 0.29, 4.13, 6.99),
-    "S": Cost(280.2, 102.2, 0.66, 7.70, 10.57),
-    "M": Cost(497.8, 180.8, 1.16, 12.65, 15.52),
-    "L": Cost(777.5, 282.2, 1.59, 19.04, 21.91),
-    "XL": Cost(1119.3, 405.9, 1.63, 26.83, 29.70),
-    "XXL": Cost(1523.2, 552.1, 1.56, 36.04, 38.91),
-}
-COST_64 = {
-    "S": Cost(280.2, 101.9, 0.33, 6.42),
-    "M": Cost(497.8, 180.8, 1.16, 11.39),
-    "L": Cost(777.5, 282.1, 0.91, 17.77),
-    "XL": Cost(1119.3, 405.9, 0.82, 25.57),
-}
-
-# Layers of Figure 5b (D.6). Its list has two more lines: enc-8x8-block2-conv0 occurs twice, and dec-8x8-block0-conv is
-# no layer.
-FIGURE_5B = (
-    "enc-64x64-block0-affine", "enc-64x64-block0-conv0", "enc-64x64-block0-conv1", "enc-64x64-conv",
-    "enc-32x32-block0-conv0", "enc-32x32-block0-skip", "enc-16x16-block0-affine", "enc-16x16-block0-conv0",
-    "enc-16x16-block2-conv0", "enc-8x8-block0-affine", "enc-8x8-block0-skip", "enc-8x8-block1-conv0",
-    "enc-8x8-block2-conv0", "dec-8x8-block0-conv0", "dec-8x8-block2-skip", "dec-8x8-in0-affine",
-    "dec-16x16-block0-affine", "dec-16x16-block0-conv1", "dec-16x16-block0-skip", "dec-32x32-block0-conv1",
-    "dec-32x32-block0-skip", "dec-32x32-up-affine", "dec-64x64-block0-conv1", "dec-64x64-block0-skip",
-    "dec-64x64-block3-skip", "dec-64x64-up-affine", "map-label", "map-layer0",
-)  # fmt: skip
+# XXS and the XS of ImageNet-64 are presets of the published code: channels, lr and its decay from there; the rest is
+# our choice, as for the next larger size.
+PRESETS_512 = {"XXS": TrainingPreset(64, 2048 * MI_IMAGES, 0.0, 0.0170, 70_000, 0.135), **published.PRESETS_512}
+PRESETS_64 = {"XS": TrainingPreset(128, 1024 * MI_IMAGES, 0.0, 0.0120, 35_000, 0.075), **published.PRESETS_64}
 
 
 def imagenet64_pixels() -> dict[str, Any]:
@@ -198,7 +84,7 @@ def ema(**lengths: Any) -> EmaConfig:
     return EmaConfig(**{"sigma_rels": (0.05, 0.10)} | lengths, snapshot_dtype="float16")
 
 
-def run_from_preset(name: str, preset: Preset, data: dict[str, Any], process: EDMConfig) -> RunConfig:
+def run_from_preset(name: str, preset: TrainingPreset, data: dict[str, Any], process: EDMConfig) -> RunConfig:
     """Return a run with the settings of a preset, data settings and a process."""
     return RunConfig(
         recipe=name,
@@ -221,7 +107,7 @@ def img64(size: str) -> RunConfig:
     gesso train edm2-img64-xl data.source=/path/to/imagenet    4.9 days on 32 A100; FID 1.33
     """
     return run_from_preset(
-        f"edm2-img64-{size.lower()}", IMG64[size], imagenet64_pixels(), EDMConfig(P_mean=-0.8, P_std=1.6)
+        f"edm2-img64-{size.lower()}", PRESETS_64[size], imagenet64_pixels(), EDMConfig(P_mean=-0.8, P_std=1.6)
     )
 
 
@@ -232,7 +118,7 @@ def img512(size: str) -> RunConfig:
     gesso train edm2-img512-xxl data.source=caches/imagenet-512  9.1 days on 32 A100; FID 1.91
     """
     return run_from_preset(
-        f"edm2-img512-{size.lower()}", IMG512[size], imagenet512_latents(), EDMConfig(P_mean=-0.4, P_std=1.0)
+        f"edm2-img512-{size.lower()}", PRESETS_512[size], imagenet512_latents(), EDMConfig(P_mean=-0.4, P_std=1.0)
     )
 
 
@@ -242,7 +128,10 @@ def img512_unconditional(size: str) -> RunConfig:
     Its training is not published; it is that of the network of the same size with labels (our choice).
     """
     run = run_from_preset(
-        f"edm2-img512-{size.lower()}-uncond", IMG512[size], imagenet512_latents(), EDMConfig(P_mean=-0.4, P_std=1.0)
+        f"edm2-img512-{size.lower()}-uncond",
+        PRESETS_512[size],
+        imagenet512_latents(),
+        EDMConfig(P_mean=-0.4, P_std=1.0),
     )
     return run.model_copy(update={"semantic": SemanticConfig(kind="none")})
 
@@ -253,26 +142,31 @@ class LadderConfig(NamedTuple):
     fid: float
     cost: Cost
     sigma_rel: float
-    batch_size: int = BATCH_SIZE
-    lr: float = 0.0002
-    beta2: float = 0.99
-    t_ref: int | None = None
-    dropout: float = 0.10
-    loss_scale: float = 1.0
+    batch_size: int
+    lr: float
+    beta2: float
+    t_ref: int | None
+    dropout: float
+    loss_scale: float
 
 
 # EMA lengths of C to F are in Figure 5a, which the paper's text lacks: 0.10 is our choice, to be replaced by the best
-# of a sweep. The caption has B's. A samples the EMA of CONFIG_A_HALFLIFE, of relative length 0.034 at the end (B.1).
-CONFIG_A_HALFLIFE = 50_000_000  # images, of CONFIG A's traditional EMA (B.1)
-RAMPUP = 0.05  # ramp-up ratio of that EMA: the default of EDM's code, in which A is implemented (B.1)
+# of a sweep. A samples its traditional EMA, of relative length 0.034 at the end (B.1).
+CONFIG_A_HALFLIFE: int = read_paper("edm2")["config_a_halflife"]
+RAMPUP: float = read_paper("edm2")["config_a_rampup"]
 LADDER_CONFIGS = {
-    "A": LadderConfig(8.00, Cost(295.9, 110.4), 0.034, batch_size=4096, lr=0.0001, beta2=0.999, loss_scale=100),
-    "B": LadderConfig(7.24, Cost(291.8, 100.4), 0.09),
-    "C": LadderConfig(6.96, Cost(277.8, 100.3), 0.10),
-    "D": LadderConfig(3.75, Cost(277.8, 101.2), 0.10, lr=0.0100),
-    "E": LadderConfig(3.02, Cost(277.8, 101.2), 0.10, lr=0.0100, t_ref=70_000),
-    "F": LadderConfig(2.71, Cost(280.2, 102.1), 0.10, lr=0.0100, t_ref=70_000),
-    "G": LadderConfig(2.56, COST_512["S"], 0.130, lr=0.0100, t_ref=70_000, dropout=0.0),
+    config: LadderConfig(
+        fid=row["FID"],
+        cost=Cost(row["Mparams"], row["Gflops"]),
+        sigma_rel=row.get("sigma_rel", 0.10),
+        batch_size=int(row["batch_size"]),
+        lr=row["lr"],
+        beta2=row["beta2"],
+        t_ref=int(row["t_ref"]) if "t_ref" in row else None,
+        dropout=row["dropout"],
+        loss_scale=100 if config == "A" else 1,
+    )
+    for config, row in read_table("edm2", "table_1").items()
 }
 
 
@@ -333,23 +227,26 @@ PIXELS_TITLE, LATENTS_TITLE = "ImageNet at 64x64 pixels", "ImageNet-512's latent
 UNPUBLISHED = "cost and FID are not published"
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {}
-for size, p in IMG64.items():
-    cost = f"{p.days} days on 32 A100; FID {FID_64[size].distance} (Table 6)" if size in FID_64 else UNPUBLISHED
+for size, p in PRESETS_64.items():
+    cost = (
+        f"{p.days} days on 32 A100; FID {published.FID_64[size].distance} (Table 6)"
+        if size in published.FID_64
+        else UNPUBLISHED
+    )
     RECIPES |= document(img64, size, f"edm2-img64-{size.lower()}", f"Train EDM2-{size} on {PIXELS_TITLE}", cost)
-for size, p in IMG512.items():
+for size, p in PRESETS_512.items():
     name, cost = f"edm2-img512-{size.lower()}", UNPUBLISHED
-    if size in FID_512:
-        cost = f"{p.days} days on 32 A100; FID {FID_512[size][0].distance} (Table 6)\n"
+    if size in published.FID_512:
+        cost = f"{p.days} days on 32 A100; FID {published.FID_512[size][0].distance} (Table 6)\n"
         cost += (
-            guided_command(name, FID_512[size][1], "FID")
-            + guided_command(name, DINO_512[size][1], "FD_DINOv2").rstrip()
+            guided_command(name, published.FID_512[size][1], "FID")
+            + guided_command(name, published.DINO_512[size][1], "FD_DINOv2").rstrip()
         )
     RECIPES |= document(img512, size, name, f"Train EDM2-{size} on {LATENTS_TITLE}", cost)
-for size in TABLE_4:
+for size in published.TABLE_4:
     name = f"edm2-img512-{size.lower()}-uncond"
-    days = (
-        f"about {IMG512[size].days} days on 32 A100; guides EDM2-XXL to FID {TABLE_4[size][0].distance:.2f} (Table 4)"
-    )
+    fid = published.TABLE_4[size].best.distance
+    days = f"about {PRESETS_512[size].days} days on 32 A100; guides EDM2-XXL to FID {fid:.2f} (Table 4)"
     summary = f"Train EDM2-{size} without labels on {LATENTS_TITLE}"
     RECIPES |= document(img512_unconditional, size, name, summary, days)
 for size, cfg in LADDER_CONFIGS.items():

@@ -16,10 +16,10 @@ does not say which variant the numbers of Table 1 belong to, and its statements 
   pooled text  The paper does not mention it, and the UNet and mmDiT of Table A1 have none, to 0.01 %. Here: none.
                SDXL and SD3 themselves have it: net.pooled_mlp=own gives that variant.
 
-A table whose rows are one training with other settings is one recipe; TABLE_CELLS has the settings and published
-numbers.
+A table whose rows are one training with other settings is one recipe; TABLE_SETTINGS has the settings of its rows.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -42,16 +42,17 @@ from gesso.config import (
     VPConfig,
     mmditpp_config,
 )
-from gesso.recipes.berrada import CC12M_RESULTS as TABLE_A4
+from gesso.published import read_table
 from gesso.recipes.berrada import (
     CLIP_SETTINGS,
     DDIM_SETTINGS,
     XL_SHAPE,
     berrada_best,
     cc12m,
+    cc12m_numbers,
     document,
     paper_scale_run,
-    published_text,
+    published_result,
     sdxl,
 )
 
@@ -60,15 +61,10 @@ GLOBAL_CROP = (0.9, 1.0)
 
 
 class Table1Row(NamedTuple):
-    """Row of Table 1.
-
-    published: FID at 256x256 and 512x512; None: the run diverged.
-    steps: thousands of steps at 256x256 and 512x512.
-    """
+    """Row of Table 1: network, title, and thousands of steps at 256x256 and 512x512."""
 
     net: NetConfig
     title: str
-    published: tuple[float | None, float | None]
     steps: tuple[int, int] = (600, 150)
 
 
@@ -76,15 +72,13 @@ class Table1Row(NamedTuple):
 # 500k to 1M (Section 3.1), and 600k for the ImageNet model that Table 4a starts from. 600k, and at 512x512 the 150k of
 # mmDiT for the other networks, are our choice.
 IN1K_ROWS = {
-    "unet": Table1Row(UNetConfig(), "UNet (SDXL)", (2.05, 4.81), (750, 250)),
-    "dit": Table1Row(DiTConfig(**XL_SHAPE, pos_embed="extrapolated"), "DiT-XL/2 w/ LN", (1.95, 2.85)),
-    "dit-att": Table1Row(DiTAttConfig(**XL_SHAPE, pos_embed="extrapolated"), "DiT-XL/2 w/ Att", (1.71, None)),
-    "mdt": Table1Row(MDTConfig(**XL_SHAPE), "mDT-v2-XL/2 w/ LN", (2.51, 3.75)),
-    "pixart": Table1Row(PixArtConfig(**XL_SHAPE, pos_embed="proportional"), "PixArt-alpha-XL/2", (2.06, 3.05)),
-    "mmdit": Table1Row(
-        MMDiTConfig(**XL_SHAPE, pos_embed="interpolated", pooled_mlp="none"), "mmDiT-XL/2 (SD3)", (1.71, 3.02)
-    ),
-    "berrada": Table1Row(mmditpp_config("XL/2"), "mmDiT-XL/2 (ours)", (1.59, 2.76)),
+    "unet": Table1Row(UNetConfig(), "UNet (SDXL)", (750, 250)),
+    "dit": Table1Row(DiTConfig(**XL_SHAPE, pos_embed="extrapolated"), "DiT-XL/2 w/ LN"),
+    "dit-att": Table1Row(DiTAttConfig(**XL_SHAPE, pos_embed="extrapolated"), "DiT-XL/2 w/ Att"),
+    "mdt": Table1Row(MDTConfig(**XL_SHAPE), "mDT-v2-XL/2 w/ LN"),
+    "pixart": Table1Row(PixArtConfig(**XL_SHAPE, pos_embed="proportional"), "PixArt-alpha-XL/2"),
+    "mmdit": Table1Row(MMDiTConfig(**XL_SHAPE, pos_embed="interpolated", pooled_mlp="none"), "mmDiT-XL/2 (SD3)"),
+    "berrada": Table1Row(mmditpp_config("XL/2"), "mmDiT-XL/2 (ours)"),
 }
 # Networks without a column of Table A4; UNet (SDXL), SD3 and mmDiT++ on CC12M are in recipes/berrada.py.
 CC12M_ROWS = ("dit-att", "pixart", "mmdit")
@@ -137,8 +131,7 @@ def other_variants(run: RunConfig) -> str:
 def in1k_recipe(name: str, resolution: int) -> Callable[[], RunConfig]:
     """Return the documented recipe of a row of Table 1 on ImageNet-1k."""
     row, is_512 = IN1K_ROWS[name], resolution == 512
-    published = row.published[is_512]
-    result = f"Published: FID {published:.2f}." if published else "Published: the run diverged."
+    result = published_result({"FID": read_table("berrada2024", "table_1")[name][f"FID, ImageNet {resolution}"]})
     # mmDiT in Table 4c starts from 350k steps; the paper's model from crops of 0.4 to 0.6 (Table A4, Figure 8c).
     suffix = {"mmdit": "@716.8M", "berrada": "-local"}.get(name, "")
     if name == "berrada" and is_512:
@@ -168,7 +161,7 @@ def cc12m_recipe(name: str, resolution: int) -> Callable[[], RunConfig]:
     return document(
         partial(cc12m_shared, name, resolution),
         f"Train {IN1K_ROWS[name].title} of Table 1 on CC12M at {resolution}x{resolution}.{variants}",
-        published_text(TABLE_A4["sd3", resolution]) if name == "mmdit" else "Published: the run diverged.",
+        published_result(cc12m_numbers(name, resolution)),
         init_recipe=f"cc12m-256-{name}" if resolution == 512 else "",
     )
 
@@ -239,81 +232,52 @@ def table_a2() -> RunConfig:
     return with_name_and_steps(run, "table-a2", 70_000, ema=EmaConfig(sigma_rels=(), halflives=(1,)), sample=sample)
 
 
-class TableCell(NamedTuple):
-    """Settings of a table cell, added to the recipe, and its published numbers."""
-
-    settings: tuple[str, ...]
-    published: dict[str, float]
-
-
-def table_2a_cell(settings: str, *values: float) -> TableCell:
-    """Return a cell of Tables 2a and 2b: settings separated by spaces, FID, LPIPS and LPIPS/HR."""
-    return TableCell(tuple(settings.split()), dict(zip(("fid", "lpips", "lpips_hr"), values, strict=False)))
+def table_a2_settings(row: str, lr: str) -> tuple[str, ...]:
+    """Return the settings of a cell of Table A2; the row is such as "DiT, batch 512"."""
+    net, _, batch = row.partition(", batch ")
+    network = () if net == "DiT" else ("net.name=unet",)
+    train = (f"train.batch_size={batch}", f"train.total_images={70_000 * int(batch)}", f"optim.base_batch_size={batch}")
+    return (*network, *train, f"optim.lr={lr}")
 
 
-RATES_A2 = ("1e-3", "5e-4", "1e-4", "1e-5", "1e-6")
-TABLE_A2 = {  # FID by (network, batch size) and learning rate; x: diverged, -: no number
-    ("unet", 64): "x 126.68 57.56 59.50 104.73",
-    ("unet", 512): "x 27.26 19.83 37.98 80.26",
-    ("unet", 1024): "x 18.01 19.25 30.00 62.82",
-    ("unet", 2048): "x 14.63 14.73 24.24 61.89",
-    ("unet", 4096): "x 49.24 9.26 15.71 -",
-    ("dit", 64): "x x 59.26 104.55 -",
-    ("dit", 256): "x 39.53 37.08 86.51 -",
-    ("dit", 512): "x 22.48 23.61 83.6 -",
-    ("dit", 1024): "x 12.03 17.13 76.15 -",
-    ("dit", 2048): "x 10.19 12.36 82.62 -",
+TABLE_SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
+    "table-2a": {
+        "not told": ("control.variables=[]",),
+        "uniform": ("control.schedule=uniform",),
+        **{f"cosine, alpha = {alpha}": (f"control.alpha={alpha}",) for alpha in (1, 2, 4, 8)},
+    },
+    "table-2c": {"crop": ("control.variables=[crop]",), "crop, flip": ()},
+    "table-3": {
+        "zero": ("semantic.padding=zero",),
+        "replicate": ("semantic.padding=replicate",),
+        "noisy, 0.02": (),
+        **{f"noisy, {noise}": (f"semantic.padding_noise={noise}",) for noise in (0.05, 0.1, 0.2)},
+    },
+    "table-4c": {
+        "mmDiT, 500k": (),
+        "UNet, 1000k": ("net.name=unet", *CONTROL, *KEEP_CONTROL, "train.total_images=384M"),
+    },
 }
-
-
-def table_a2_settings(net: str, batch: int, rate: str) -> tuple[str, ...]:
-    """Return the settings of a cell of Table A2."""
-    network = () if net == "dit" else ("net.name=unet",)
-    train = (f"train.batch_size={batch}", f"train.total_images={70_000 * batch}", f"optim.base_batch_size={batch}")
-    return (*network, *train, f"optim.lr={rate}")
-
-
-TABLE_CELLS: dict[str, list[TableCell]] = {
-    "table-2a": [
-        table_2a_cell("control.variables=[]", 3.29),
-        table_2a_cell("control.schedule=uniform", 3.08, 0.33, 0.210),
-        table_2a_cell("control.alpha=1", 3.08, 0.23, 0.076),
-        table_2a_cell("control.alpha=2", 3.09, 0.18, 0.045),
-        table_2a_cell("control.alpha=4", 3.05, 0.13, 0.025),
-        table_2a_cell("control.alpha=8", 3.04, 0.04, 0.009),
-    ],
-    "table-2c": [
-        TableCell(("control.variables=[crop]",), {"fid": 8.43, "clip": 23.59}),
-        TableCell((), {"fid": 8.40, "clip": 23.68}),
-    ],
-    "table-3": [
-        TableCell(("semantic.padding=zero",), {"fid": 7.19, "clip": 26.25}),
-        TableCell(("semantic.padding=replicate",), {"fid": 6.93, "clip": 26.47}),
-        TableCell((), {"fid": 6.79, "clip": 26.60}),
-        TableCell(("semantic.padding_noise=0.05",), {"fid": 6.82, "clip": 26.58}),
-        TableCell(("semantic.padding_noise=0.1",), {"fid": 7.01, "clip": 26.47}),
-        TableCell(("semantic.padding_noise=0.2",), {"fid": 7.02, "clip": 26.41}),
-    ],
-    "table-4c": [
-        TableCell((), {"fid": 3.98}),
-        TableCell(("net.name=unet", *CONTROL, *KEEP_CONTROL, "train.total_images=384M"), {"fid": 6.80}),
-    ],
-    "table-a2": [
-        TableCell(table_a2_settings(net, batch, rate), {"fid": float(fid)})
-        for (net, batch), fids in TABLE_A2.items()
-        for rate, fid in zip(RATES_A2, fids.split(), strict=True)
-        if fid not in "x-"
-    ],
-}  # fmt: skip
+"""Settings of the rows of a table, added to its recipe."""
 
 
 def document_table(name: str, recipe: Callable[[], RunConfig], title: str) -> Callable[[], RunConfig]:
-    """Return the recipe of a table with its rows in the docstring."""
-    rows = "\n    ".join(
-        " ".join(cell.settings or ("(no change)",)) + "  " + ", ".join(f"{k} {v:g}" for k, v in cell.published.items())
-        for cell in TABLE_CELLS[name]
+    """Return the recipe of a table with settings and published numbers of its rows in the docstring."""
+    published = read_table("berrada2024", name.replace("-", "_"))
+    if name == "table-a2":
+        rows = [
+            (table_a2_settings(row, lr), {"FID": fid})
+            for row, numbers in published.items()
+            for lr, fid in numbers.items()
+            if math.isfinite(fid)
+        ]
+    else:
+        rows = [(settings, published[row]) for row, settings in TABLE_SETTINGS[name].items()]
+    text = "\n    ".join(
+        " ".join(settings or ("(no change)",)) + "  " + ", ".join(f"{k} {v:g}" for k, v in numbers.items())
+        for settings, numbers in rows
     )
-    return document(recipe, f"{title}\n\n    {(recipe.__doc__ or '').strip()}", f"Published:\n    {rows}")
+    return document(recipe, f"{title}\n\n    {(recipe.__doc__ or '').strip()}", f"Published:\n    {text}")
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
@@ -323,9 +287,12 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         f"in22k-{size}-mmdit": document(
             partial(in22k, size),
             f"Train mmDiT-XL/2 of Table {table} on ImageNet-22k at {size}x{size}.",
-            "Published: FID 5.80.",
+            published_result({"FID": fid}),
         )
-        for size, table in ((256, "4a"), (512, "4b"))
+        for size, table, fid in (
+            (256, "4a", read_table("berrada2024", "table_4a")["IN22k (375k)"]["FID"]),
+            (512, "4b", read_table("berrada2024", "table_4b")["200k, then 150k"]["FID, ImageNet-22k"]),
+        )
     },
     "table-2a": document_table(
         "table-2a", table_2a, "Train Tables 2a and 2b: image size as control, by its weight over time."

@@ -1,6 +1,6 @@
-"""Values that follow from formulas or a small simulation: no images, no training.
+"""Measurements by a formula or a small simulation, without images and training.
 
-A row gives the parameters as name=value in Measurement.settings or ColumnGroup.settings, next to settings of a run.
+Parameters are given as name=value in Measurement.settings or ColumnGroup.settings.
 """
 
 import math
@@ -19,9 +19,9 @@ SNAPSHOT_INTERVAL = 2**23
 
 
 def noise_levels(job: MeasurementJob) -> dict[str, Any]:
-    """Return the signal's share of the variance, alpha^2 / (alpha^2 + s^2), at a time of the process.
+    """Return the signal's fraction of the variance, alpha^2 / (alpha^2 + s^2), at a time of the process.
 
-    The parameter `t` is the progress from clean (0) to noise (1) under the training distribution of the run's process.
+    Parameter `t`: progress from clean (0) to noise (1) under the training distribution of the run's process.
     """
     assert job.training is not None
     run, _ = config.resolve(config.to_dict(job.training.run), job.overrides)
@@ -31,24 +31,26 @@ def noise_levels(job: MeasurementJob) -> dict[str, Any]:
     return {"values": {"alpha_bar": float(signal / (signal + s**2))}}
 
 
-def responses(job: MeasurementJob) -> dict[str, Any]:
-    """Return the density of a power profile of length `sigma_rel` at the fraction `at` of training (EDM2 Eq. 121)."""
-    params = job.params
-    profile = ema.densities([1.0], [ema.PowerProfile(float(params["sigma_rel"]))])
-    return {"values": {"response": float(profile.pdf(np.float64(params["at"]))[0])}}
+def ema_responses(job: MeasurementJob) -> dict[str, Any]:
+    """Return the density of a power profile at a time of the training (EDM2 Eq. 121).
 
-
-def reconstruction(job: MeasurementJob) -> dict[str, Any]:
-    """Return the squared relative error of a reconstructed EMA profile (EDM2 Appendix C.5).
-
-    Parameters: length `target`; lengths `averages` tracked; number of `snapshots`.
+    Parameters: `sigma_rel`; `time`, a fraction of the training.
     """
     params = job.params
-    lengths = [ema.PowerProfile(float(length)) for length in params["averages"].split(",")]
-    times = [SNAPSHOT_INTERVAL * (i + 1) for i in range(int(params["snapshots"])) for _ in lengths]
-    fit = ema.fit_profile(
-        times, lengths * int(params["snapshots"]), times[-1], ema.PowerProfile(float(params["target"]))
-    )
+    profile = ema.densities([1.0], [ema.PowerProfile(float(params["sigma_rel"]))])
+    return {"values": {"response": float(profile.pdf(np.array(float(params["time"])))[0])}}
+
+
+def ema_reconstruction(job: MeasurementJob) -> dict[str, Any]:
+    """Return the squared relative error of a reconstructed EMA profile (EDM2 Appendix C.5).
+
+    Parameters: EMA length `target`; tracked EMA lengths `sigma_rels`; number of `snapshots`.
+    """
+    params = job.params
+    profiles = [ema.PowerProfile(float(sigma_rel)) for sigma_rel in params["sigma_rels"].split(",")]
+    num_snapshots = int(params["snapshots"])
+    times = [SNAPSHOT_INTERVAL * (i + 1) for i in range(num_snapshots) for _ in profiles]
+    fit = ema.fit_profile(times, profiles * num_snapshots, times[-1], ema.PowerProfile(float(params["target"])))
     return {"values": {"error": fit.squared_error}}
 
 
@@ -58,9 +60,9 @@ NUM_ROWS, NUM_INPUTS, NUM_STEPS, LR, BETA2 = 32, 128, 1500, 1e-3, 0.99
 def step_sizes(job: MeasurementJob) -> dict[str, Any]:
     """Return the size of Adam's updates along the sphere relative to the learning rate (EDM2 Figure 23).
 
-    Gradients are normal noise: standard deviation 1 along each direction of the tangent plane, and `normal` times the
-    length of all of that along the weight. projected=yes removes that part (Eq. 46). Weights are normalized after each step
-    (Eq. 66). Without momentum, as in the figure.
+    Gradients are Gaussian noise of standard deviation 1 in each direction of the tangent plane. Along the weight they
+    have `normal_ratio` times the length of the tangent part; project_gradients=yes removes that part (Eq. 46). Weights
+    are normalized after each step (Eq. 66). Without momentum, as in the figure.
     """
     params = job.params
     g = torch.Generator().manual_seed(0)
@@ -73,8 +75,8 @@ def step_sizes(job: MeasurementJob) -> dict[str, Any]:
         weight.grad = noise
         mp.project_gradients([weight])
         # Rows of the weight have norm sqrt(NUM_INPUTS), as the noise.
-        weight.grad += float(params["normal"]) * along * before
-        if params["projected"] == "yes":
+        weight.grad += float(params["normal_ratio"]) * along * before
+        if params["project_gradients"] == "yes":
             mp.project_gradients([weight])
         adam.step()
         mp.normalize_weights_([weight])

@@ -1,378 +1,317 @@
-"""Claims as expressions over the numbers of one seed, and the verdict over seeds.
+"""Claims about the numbers of a table, and the verdict on a claim over training seeds.
 
-An expression returns two trees of effects: those that are positive if the claim holds, and those that are positive if it
-fails. A missing number raises MissingCell, which `judge` catches. docs/reproduction.md explains how a verdict is made.
+A claim is an expression over the cells of a table:
+
+    Claim("Post-hoc EMA helps", lambda v: v["CONFIG G", "FID"] < v["CONFIG F", "FID"])
+
+`v` is a `TableValues`, `v[row, column]` a `Quantity`: one number for each seed. Comparing two quantities gives a
+`Statement`, whose margin (larger minus smaller side) is tested over paired seeds. docs/tables.md explains the verdicts.
 """
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
-from itertools import permutations
-from typing import NamedTuple
+from itertools import pairwise, permutations
+from typing import Any, NamedTuple
 
 from gesso.reproduce.schema import Cell, Claim, Table, Values
 from gesso.reproduce.significance import seeds_for_sign_test, sign_p_value, t_quantile
 
-LEVEL = 0.05
-"""the largest probability of a wrong "reproduced", and of a wrong "contradicted\""""
+SIGNIFICANCE_LEVEL = 0.05
+"""Largest probability of a wrong "reproduced", and of a wrong "contradicted"."""
+MISSING = math.nan
+"""Value of a quantity for a seed in which a cell is not measured."""
 
 
-class MissingCell(LookupError):
-    """A number that an expression needs is not measured."""
+class MissingCellError(LookupError):
+    """A number that a claim needs is not measured in any seed. Raised by `TableValues`, caught by `evaluate_claim`."""
 
 
-class Seed(NamedTuple):
-    """Numbers of one seed, by cell. rows: by column the rows that any seed has."""
+class Quantity:
+    """A number for each seed: a cell, or a formula of cells.
 
-    table: Table
-    values: Values
-    rows: Mapping[str, Sequence[str]]
+    The largest of several quantities is not computed, because the maximum of noisy numbers is biased. It is stored in
+    `maxima` as (sign, options), which means "plus sign times the largest option"; tests compare the options separately.
 
-    def __getitem__(self, cell: Cell) -> float:
-        if cell not in self.values:
-            raise MissingCell(cell)
-        return self.values[cell]
+    Attributes:
+        values: number of each seed; MISSING where a cell of the formula is not measured.
+        maxima: further terms of the sum.
+        sign_test: True if the numbers are not normally distributed, so that only their signs are tested.
+    """
 
-    def finite(self, cell: Cell) -> float:
-        """Return a number for ratios and logarithms; a diverged training counts as missing."""
-        if not math.isfinite(self[cell]):
-            raise MissingCell(cell)
-        return self[cell]
+    __slots__ = ("maxima", "sign_test", "values")
 
-    def score(self, cell: Cell) -> float:
-        """Return the number with the sign that makes larger better."""
-        return -self[cell] if self.table.is_lower_better(cell[1]) else self[cell]
+    def __init__(
+        self,
+        values: tuple[float, ...],
+        maxima: tuple[tuple[int, tuple["Quantity", ...]], ...] = (),
+        sign_test: bool = False,
+    ):
+        self.values = values
+        self.maxima = maxima
+        self.sign_test = sign_test
 
-    def rows_of(self, column: str, at_least: int = 1) -> Sequence[str]:
-        """Return the rows that any seed has in a column. Raises MissingCell for fewer than `at_least`."""
-        rows = self.rows.get(column, ())
-        if len(rows) < at_least:
-            raise MissingCell(column)
+    def _constant(self, value: float) -> "Quantity":
+        return Quantity((value,) * len(self.values))
+
+    def _map(self, function: Callable[..., float], *others: "Quantity") -> "Quantity":
+        """Apply a function to the numbers of each seed. Quantities with maxima are not supported."""
+        quantities = (self, *others)
+        assert not any(q.maxima for q in quantities), "a function of a maximum is not defined"
+        values = tuple(map(function, *(q.values for q in quantities)))
+        return Quantity(values, sign_test=any(q.sign_test for q in quantities))
+
+    def __add__(self, other: "Quantity | float") -> "Quantity":
+        if not isinstance(other, Quantity):
+            other = self._constant(other)
+        values = tuple(map(_add, self.values, other.values))
+        return Quantity(values, self.maxima + other.maxima, self.sign_test or other.sign_test)
+
+    def __neg__(self) -> "Quantity":
+        maxima = tuple((-sign, options) for sign, options in self.maxima)
+        return Quantity(tuple(-value for value in self.values), maxima, self.sign_test)
+
+    def __sub__(self, other: "Quantity | float") -> "Quantity":
+        return self + -other
+
+    def __rsub__(self, other: float) -> "Quantity":
+        return -self + other
+
+    def __mul__(self, factor: float) -> "Quantity":
+        """Multiply by a positive constant."""
+        assert factor > 0
+        maxima = tuple((sign, tuple(option * factor for option in options)) for sign, options in self.maxima)
+        return Quantity(tuple(factor * value for value in self.values), maxima, self.sign_test)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __truediv__(self, other: "Quantity") -> "Quantity":
+        """Divide. A seed in which a training diverged counts as missing, because its ratio says nothing."""
+        return self._map(lambda a, b: a / b if math.isfinite(a) and math.isfinite(b) else MISSING, other)
+
+    def __abs__(self) -> "Quantity":
+        return self._map(abs)
+
+    def __gt__(self, other: "Quantity | float") -> "Statement":
+        return Statement((self - other,))
+
+    def __lt__(self, other: "Quantity | float") -> "Statement":
+        return Statement((-self + other,))
+
+    def log(self) -> "Quantity":
+        """Return the natural logarithm. A seed in which a training diverged counts as missing."""
+        return self._map(lambda a: math.log(a) if math.isfinite(a) else MISSING)
+
+
+def _add(a: float, b: float) -> float:
+    """Add; the difference of two trainings that both diverged is zero."""
+    return 0.0 if a == -b else a + b
+
+
+class Statement(NamedTuple):
+    """A statement that is true if all of its margins are positive."""
+
+    margins: tuple[Quantity, ...]
+
+    def __and__(self, other: "Statement") -> "Statement":
+        return Statement(self.margins + other.margins)
+
+
+def all_of(statements: Iterable[Statement]) -> Statement:
+    """Return the statement that all of `statements` are true."""
+    return Statement(tuple(margin for statement in statements for margin in statement.margins))
+
+
+def largest(options: Sequence[Quantity]) -> Quantity:
+    """Return the largest of several quantities. Raises MissingCellError if there is none."""
+    if not options:
+        raise MissingCellError("no row has a number")
+    return Quantity((0.0,) * len(options[0].values), ((1, tuple(options)),))
+
+
+def smallest(options: Sequence[Quantity]) -> Quantity:
+    """Return the smallest of several quantities. Raises MissingCellError if there is none."""
+    return -largest([-option for option in options])
+
+
+def mean(quantities: Sequence[Quantity]) -> Quantity:
+    """Return the mean of several quantities, by seed."""
+    return quantities[0]._map(lambda *values: statistics.mean(values), *quantities[1:])
+
+
+def log_slope(x: Sequence[float], y: Sequence[Quantity]) -> Quantity:
+    """Return the exponent of the power law y ~ x^slope: least squares of ln y over ln x, by seed."""
+    log_x = [math.log(value) for value in x]
+    mean_x = statistics.mean(log_x)
+    variance = sum((a - mean_x) ** 2 for a in log_x)
+
+    def slope(*values: float) -> float:
+        log_y = [math.log(value) for value in values]
+        mean_y = statistics.mean(log_y)
+        return sum((a - mean_x) * (b - mean_y) for a, b in zip(log_x, log_y, strict=True)) / variance
+
+    return y[0]._map(slope, *y[1:])
+
+
+def within(difference: Quantity, margin: Quantity | float) -> Statement:
+    """State that a difference lies between -margin and margin: two one-sided tests."""
+    return (-difference + margin > 0.0) & (difference + margin > 0.0)
+
+
+def close(a: Quantity, b: Quantity, margin: float) -> Statement:
+    """State that two positive numbers differ by less than a fraction `margin` of their mean: two one-sided tests.
+
+    The form margin (a + b) / 2 -+ (a - b) is linear in the numbers, so that no ratio is tested. If a training diverged,
+    the numbers are close only if both did.
+    """
+    tolerance = ((a + b) * (margin / 2))._map(lambda value: 0.0 if math.isinf(value) else value)
+    return within(a - b, tolerance)
+
+
+def equals(a: Quantity, target: float, margin: float) -> Statement:
+    """State that a number differs from `target` by less than a fraction `margin` of it: two one-sided tests."""
+    return (a < (1 + margin) * target) & (a > (1 - margin) * target)
+
+
+class TableValues:
+    """Numbers of a table over seeds."""
+
+    def __init__(self, table: Table, seeds: Sequence[Values]):
+        self.table = table
+        self.seeds = seeds
+        self._measured = {cell for values in seeds for cell in values}
+
+    def __getitem__(self, cell: Cell) -> Quantity:
+        """Return the numbers at (row, column). Raises MissingCellError if no seed has one."""
+        if cell not in self._measured:
+            raise MissingCellError(cell)
+        return Quantity(tuple(values.get(cell, MISSING) for values in self.seeds))
+
+    def score(self, row: str, column: str) -> Quantity:
+        """Return the numbers of a cell with the sign that makes larger better."""
+        return -self[row, column] if self.table.is_lower_better(column) else self[row, column]
+
+    def rows(self, column: str, min_rows: int = 1) -> list[str]:
+        """Return the rows that any seed has in a column. Raises MissingCellError for fewer than `min_rows`."""
+        rows = [row.name for row in self.table.rows if (row.name, column) in self._measured]
+        if len(rows) < min_rows:
+            raise MissingCellError(column)
         return rows
 
-    def curve(self, column: str) -> list[tuple[float, float]]:
-        """Return (x, number) by row. Raises MissingCell if another seed has more points."""
-        for row in self.rows_of(column):
-            self[row, column]
-        return list(self.table.curve(self.values, column))
+    def best(self, column: str) -> Quantity:
+        """Return the best number of a column: the smallest if lower is better, else the largest."""
+        numbers = [self[row, column] for row in self.rows(column)]
+        return smallest(numbers) if self.table.is_lower_better(column) else largest(numbers)
 
+    def best_score(self, column: str, rows: Sequence[str]) -> Quantity:
+        """Return the largest score of several rows."""
+        return largest([self.score(row, column) for row in rows])
 
-class Effect(NamedTuple):
-    """by_sign: only its sign counts, as it is not normally distributed: the sign test."""
+    def optimum(self, column: str) -> Quantity:
+        """Return the x of the best point of a curve. Positions are not normally distributed: sign test."""
+        rows = self.rows(column)
+        choose = min if self.table.is_lower_better(column) else max
 
-    value: float
-    by_sign: bool = False
+        def position(values: Values) -> float:
+            points = [point for point in self.table.curve(values, column) if math.isfinite(point[1])]
+            if not points or any((row, column) not in values for row in rows):
+                return MISSING
+            return choose(points, key=lambda point: point[1])[0]
 
+        return Quantity(tuple(map(position, self.seeds)), sign_test=True)
 
-class All(NamedTuple):
-    """All are positive: each is tested at the level of the whole (intersection-union test)."""
+    def improves(self, cell: Cell, baseline: Cell) -> Statement:
+        """State that one cell is better than another."""
+        return self.score(*cell) > self.score(*baseline)
 
-    parts: tuple["Test", ...]
+    def is_best(self, row: str, column: str) -> Statement:
+        """State that a row is better than each other row of a column."""
+        others = [other for other in self.rows(column, 2) if other != row]
+        return all_of(self.improves((row, column), (other, column)) for other in others)
 
-
-class Any(NamedTuple):
-    """Some is positive: each is tested at its share of the level (Bonferroni)."""
-
-    parts: tuple["Test", ...]
-
-
-Test = Effect | All | Any
-
-
-class Tests(NamedTuple):
-    """Effects that show that a claim holds, and effects that show that it fails."""
-
-    holds: Test
-    fails: Test
-
-
-Expression = Callable[[Seed], Tests]
-Value = Callable[[Seed, str], float]
-
-
-def _tests(*effects: float, by_sign: bool = False) -> Tests:
-    """Return the tests of parts, each of which contradicts the claim if it is negative."""
-    return Tests(
-        All(tuple(Effect(value, by_sign) for value in effects)),
-        Any(tuple(Effect(-value, by_sign) for value in effects)),
-    )
-
-
-def _all_of(each: Sequence[Tests]) -> Tests:
-    return Tests(All(tuple(one.holds for one in each)), Any(tuple(one.fails for one in each)))
-
-
-def _difference(a: float, b: float) -> float:
-    """Zero for two trainings that both diverged."""
-    return 0.0 if a == b else a - b
-
-
-def all_of(*expressions: Expression) -> Expression:
-    """All of them hold."""
-    return lambda seed: _all_of([expression(seed) for expression in expressions])
-
-
-def improves_on(cell: Cell, baseline: Cell) -> Expression:
-    """The number at (row, column) `cell` is better than that at `baseline`."""
-    return lambda seed: _tests(
-        _difference(seed[baseline], seed[cell]) * (1 if seed.table.is_lower_better(cell[1]) else -1),
-    )
-
-
-def improves_by(cell: Cell, baseline: Cell, share: float) -> Expression:
-    """A number is lower than `baseline` by more than a share of it."""
-    return lambda seed: _tests(_difference((1 - share) * seed[baseline], seed[cell]))
-
-
-def at_most(cell: Cell, baseline: Cell, margin: float) -> Expression:
-    """A number exceeds `baseline` by less than a share `margin` of it: one-sided equivalence."""
-    return lambda seed: _tests(_difference((1 + margin) * seed[baseline], seed[cell]))
-
-
-def at_least(cell: Cell, baseline: Cell, share: float) -> Expression:
-    """A number is larger than a share of another."""
-    return lambda seed: _tests(_difference(seed[cell], share * seed[baseline]))
-
-
-def within(cell: Cell, other: Cell, margin: float) -> Expression:
-    """Two positive numbers differ by less than a share `margin` of their mean: two one-sided tests.
-
-    In the form margin (a+b)/2 -+ (a-b), which is linear in the numbers, so that no ratio is tested.
-    """
-
-    def tests(seed: Seed) -> Tests:
-        a, b = seed[cell], seed[other]
-        if math.isinf(a) or math.isinf(b):
-            return _tests(0.0 if a == b else -math.inf)
-        room = margin * (a + b) / 2
-        return _tests(room - (a - b), room + (a - b))
-
-    return tests
-
-
-def equals(cell: Cell, level: float, margin: float) -> Expression:
-    """A number differs from `level` by less than a share `margin` of it: two one-sided tests."""
-    return lambda seed: _tests((1 + margin) * level - seed[cell], seed[cell] - (1 - margin) * level)
-
-
-def greater_than(cell: Cell, level: float) -> Expression:
-    """A number is larger than `level`."""
-    return lambda seed: _tests(seed[cell] - level)
-
-
-def matches_published(cells: Sequence[Cell], margin: float) -> Expression:
-    """Numbers differ from the published ones by less than a share of those."""
-
-    def tests(seed: Seed) -> Tests:
-        published = seed.table.published()
-        return all_of(*(equals(cell, published[cell], margin) for cell in cells))(seed)
-
-    return tests
-
-
-def is_best(row: str, column: str) -> Expression:
-    """A row is better than each of the others of its column."""
-
-    def tests(seed: Seed) -> Tests:
-        others = [other for other in seed.rows_of(column, 2) if other != row]
-        return all_of(*(improves_on((row, column), (other, column)) for other in others))(seed)
-
-    return tests
-
-
-def each_improves(column: str, rows: Sequence[str]) -> Expression:
-    """Each measured row is better than the one before it."""
-
-    def tests(seed: Seed) -> Tests:
-        measured = [row for row in rows if row in seed.rows_of(column, 2)]
+    def each_improves(self, column: str, rows: Sequence[str]) -> Statement:
+        """State that each measured row is better than the one before it."""
+        measured = [row for row in rows if row in self.rows(column, 2)]
         if len(measured) < 2:
-            raise MissingCell(column)
-        pairs = zip(measured, measured[1:], strict=False)
-        return all_of(*(improves_on((after, column), (before, column)) for before, after in pairs))(seed)
+            raise MissingCellError(column)
+        return all_of(self.improves((after, column), (before, column)) for before, after in pairwise(measured))
 
-    return tests
+    def best_improves(self, column: str, baseline: str) -> Statement:
+        """State that the best row of a column is better than the best row of another column."""
+        return self.best_score(column, self.rows(column)) > self.best_score(baseline, self.rows(baseline))
 
+    def optimum_inside(self, column: str, ends: Sequence[str] = (), rows: Sequence[str] = ()) -> Statement:
+        """State that some row between the ends of a curve is better than the ends.
 
-def _maximum_exceeds(
-    seed: Seed, options: Sequence[str], value: Value, others: Sequence[str], other_value: Value
-) -> Tests:
-    """The largest mean of `options` exceeds the largest mean of `others`.
+        Args:
+            column: the curve.
+            ends: names of the ends, one or both; by default the first and the last row.
+            rows: limits the curve to these rows.
+        """
+        curve = [row for row in self.rows(column, 3) if not rows or row in rows]
+        ends = ends or (curve[0], curve[-1])
+        inner = [row for row in curve if row not in ends]
+        if not inner or not set(ends) <= set(curve):
+            raise MissingCellError(column)
+        return self.best_score(column, inner) > self.best_score(column, ends)
 
-    Holds if some option exceeds every one of `others`; fails if one of `others` exceeds every option. Neither side takes
-    the maximum of noisy numbers.
-    """
-    left, right = [value(seed, option) for option in options], [other_value(seed, other) for other in others]
-    return Tests(
-        Any(tuple(All(tuple(Effect(_difference(a, b)) for b in right)) for a in left)),
-        Any(tuple(All(tuple(Effect(_difference(b, a)) for a in left)) for b in right)),
-    )
+    def power_law(self, column: str, power: float, margin: float) -> Statement:
+        """State that a curve follows a power of x, within `margin` of the fitted exponent: two one-sided tests."""
+        x = {row.name: row.x for row in self.table.rows if row.x is not None}
+        rows = self.rows(column, 3)
+        return within(log_slope([x[row] for row in rows], [self[row, column] for row in rows]) - power, margin)
 
+    def improves_more(self, column: str, than: str, base: str) -> Statement:
+        """State that the best row improves on row `base` by a larger fraction in one column than in another."""
 
-def best_of(column: str, than: str) -> Expression:
-    """The best row of a column is better than the best of another."""
+        def gain(name: str) -> Quantity:
+            gains = [1 - self[row, name] / self[base, name] for row in self.rows(name, 2) if row != base]
+            return largest(gains if self.table.is_lower_better(name) else [-gain for gain in gains])
 
-    def tests(seed: Seed) -> Tests:
-        def score(name: str) -> Value:
-            return lambda seed, row: seed.score((row, name))
+        return gain(column) > gain(than)
 
-        return _maximum_exceeds(seed, seed.rows_of(column), score(column), seed.rows_of(than), score(than))
+    def is_narrower(self, column: str, than: str) -> Statement:
+        """State that a curve rises more around its optimum than another, by its mean relative to the optimum."""
 
-    return tests
+        def rise(name: str) -> Quantity:
+            numbers = [self[row, name] for row in self.rows(name, 3)]
+            rises = [mean(numbers) / number - 1 for number in numbers]
+            return largest(rises if self.table.is_lower_better(name) else [-rise for rise in rises])
 
+        return rise(column) > rise(than)
 
-def optimum_inside(column: str, ends: tuple[str, ...] | None = None, rows: Sequence[str] | None = None) -> Expression:
-    """Some row between the ends of a curve is better than both.
+    def optimum_follows(self, x: Mapping[str, float], power: float, margin: float) -> Statement:
+        """State that the best x of each column follows a power of the value of `x`, within `margin` in the exponent."""
+        return abs(log_slope(list(x.values()), [self.optimum(column) for column in x]) - power) < margin
 
-    rows: limits the curve; ends: names one end or both.
-    """
-
-    def tests(seed: Seed) -> Tests:
-        curve = [row for row in seed.rows_of(column, 3) if rows is None or row in rows]
-        outer = ends or (curve[0], curve[-1])
-        inner = [row for row in curve if row not in outer]
-        if not inner or not set(outer) <= set(curve):
-            raise MissingCell(column)
-
-        def beats(row: str, other: str) -> Effect:
-            return Effect(_difference(seed.score((row, column)), seed.score((other, column))))
-
-        return Tests(
-            Any(tuple(All(tuple(beats(row, end) for end in outer)) for row in inner)),
-            Any(tuple(All(tuple(beats(end, row) for row in inner)) for end in outer)),
-        )
-
-    return tests
-
-
-def optimum_earlier(column: str, than: str) -> Expression:
-    """The best point of a curve lies at a smaller x than that of another in most trainings."""
-    return lambda seed: _tests(_optimum(seed, than) - _optimum(seed, column), by_sign=True)
-
-
-def optimum_follows(given: Mapping[str, float], power: float, margin: float) -> Expression:
-    """The best x of each column follows a power of the value given for it, within `margin` in the exponent."""
-
-    def tests(seed: Seed) -> Tests:
-        slope = _slope([(value, _optimum(seed, column)) for column, value in given.items()])
-        return _tests(margin - abs(slope - power), by_sign=True)
-
-    return tests
-
-
-def _optimum(seed: Seed, column: str) -> float:
-    curve = [point for point in seed.curve(column) if math.isfinite(point[1])]
-    if not curve:
-        raise MissingCell(column)
-    choose = min if seed.table.is_lower_better(column) else max
-    return choose(curve, key=lambda point: point[1])[0]
-
-
-def power_law(column: str, power: float, margin: float) -> Expression:
-    """A curve goes as a power of x, but for `margin` in the fitted exponent: two one-sided tests."""
-
-    def tests(seed: Seed) -> Tests:
-        seed.rows_of(column, 3)
-        slope = _slope(seed.curve(column))
-        return _tests(margin - (slope - power), margin + (slope - power))
-
-    return tests
-
-
-def _slope(points: Sequence[tuple[float, float]]) -> float:
-    """Least squares of ln y over ln x."""
-    x, y = ([math.log(point[i]) for point in points] for i in (0, 1))
-    mean_x, mean_y = statistics.mean(x), statistics.mean(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
-
-
-def helps_more(column: str, than: str, base: str) -> Expression:
-    """The best row of a column is better than its row `base` by a larger share than that of another column."""
-
-    def tests(seed: Seed) -> Tests:
-        def share(name: str) -> Value:
-            sign = 1 if seed.table.is_lower_better(name) else -1
-            return lambda one, row: sign * (1 - one.finite((row, name)) / one.finite((base, name)))
-
-        rows = [[row for row in seed.rows_of(name, 2) if row != base] for name in (column, than)]
-        return _maximum_exceeds(seed, rows[0], share(column), rows[1], share(than))
-
-    return tests
-
-
-def narrower(column: str, than: str) -> Expression:
-    """A curve rises more around its optimum than another: by the mean of its points over the optimum."""
-
-    def tests(seed: Seed) -> Tests:
-        def rise(name: str) -> Value:
-            rows, sign = seed.rows_of(name, 3), 1 if seed.table.is_lower_better(name) else -1
-            return lambda one, row: (
-                sign * (statistics.mean(one.finite((r, name)) for r in rows) / one.finite((row, name)) - 1)
-            )
-
-        return _maximum_exceeds(seed, seed.rows_of(column, 3), rise(column), seed.rows_of(than, 3), rise(than))
-
-    return tests
-
-
-def bests_within(columns: Sequence[str], margin: float) -> Expression:
-    """The best (lowest) numbers of columns exceed one another by less than a share `margin`."""
-
-    def tests(seed: Seed) -> Tests:
-        def below(name: str, factor: float) -> Value:
-            return lambda one, row: -factor * one[row, name]
-
-        each = [
-            _maximum_exceeds(seed, seed.rows_of(a), below(a, 1.0), seed.rows_of(b), below(b, 1 + margin))
-            for a, b in permutations(columns, 2)
-        ]
-        return _all_of(each)
-
-    return tests
-
-
-def less_spread(columns: Sequence[str], row: str) -> Expression:
-    """The lowest numbers of columns, each at its own best row, differ by a smaller factor than those of one row."""
-
-    def tests(seed: Seed) -> Tests:
-        logs = {c: {r: math.log(seed.finite((r, c))) for r in seed.rows_of(c)} for c in columns}
-        if any(row not in numbers for numbers in logs.values()):
-            raise MissingCell(row)
+    def spreads_less(self, columns: Sequence[str], row: str) -> Statement:
+        """State that columns, each at its best (lowest) row, differ by a smaller factor than in one row."""
+        best = {column: smallest([self[other, column].log() for other in self.rows(column)]) for column in columns}
+        fixed = {column: self[row, column].log() for column in columns}
         pairs = list(permutations(columns, 2))
-        fixed = [logs[a][row] - logs[b][row] for a, b in pairs]
+        return largest([fixed[a] - fixed[b] for a, b in pairs]) > largest([best[a] - best[b] for a, b in pairs])
 
-        def closer(a: str, b: str, factor: float) -> Any:
-            """The best of a exceeds the best of b by less than `factor`."""
-            each = (All(tuple(Effect(factor + y - x) for y in logs[b].values())) for x in logs[a].values())
-            return Any(tuple(each))
+    def is_cheaper(self, cost: str, column: str, than: str, factor: float) -> Statement:
+        """State that the best number of column `than` is surpassed in another column at `factor` times less cost.
 
-        apart = (
-            All(tuple(Effect(x - y - factor) for x in logs[a].values() for factor in fixed))
-            for a, b in pairs
-            for y in logs[b].values()
-        )
-        return Tests(Any(tuple(All(tuple(closer(a, b, f) for a, b in pairs)) for f in fixed)), Any(tuple(apart)))
+        A row of `column` that is cheap enough must be better than all rows of `than`.
+        """
 
-    return tests
+        def average(quantity: Quantity) -> float:
+            return statistics.mean(value for value in quantity.values if not math.isnan(value))
 
-
-def cheaper(cost: str, column: str, than: str, times: float) -> Expression:
-    """The best number of a column is beaten by another column at so many times less cost.
-
-    Some row of `column` that is cheap enough is better than all of `than`, whose best row must be the same in every seed.
-    """
-
-    def tests(seed: Seed) -> Tests:
-        def score(name: str) -> Value:
-            return lambda seed, row: seed.score((row, name))
-
-        record = max(seed.rows_of(than), key=lambda row: seed.score((row, than)))
-        rows = [row for row in seed.rows_of(column) if seed[row, cost] * times <= seed[record, cost]]
+        record = max(self.rows(than), key=lambda row: average(self.score(row, than)))
+        budget = average(self[record, cost])
+        rows = [row for row in self.rows(column) if average(self[row, cost]) * factor <= budget]
         if not rows:
-            return _tests(-math.inf)
-        return _maximum_exceeds(seed, rows, score(column), seed.rows_of(than), score(than))
+            return Statement((Quantity((-math.inf,) * len(self.seeds)),))
+        return self.best_score(column, rows) > self.best_score(than, self.rows(than))
 
-    return tests
+
+def improvement(text: str, cell: Cell, baseline: Cell) -> Claim:
+    """Return the claim that the number at (row, column) `cell` is better than that at `baseline`."""
+    return Claim(text, lambda v: v.improves(cell, baseline))
 
 
 class Verdict(StrEnum):
@@ -390,8 +329,14 @@ class Verdict(StrEnum):
 class Judgement(NamedTuple):
     """Verdict on a claim with its evidence.
 
-    effect: of the whole claim, from the means over seeds; low, high: the bounds that decide "reproduced" and
-    "contradicted", None if the sign test decides; parts: number of comparisons.
+    Attributes:
+        text: the claim.
+        verdict: the verdict.
+        effect: smallest margin of the claim, from means over seeds.
+        low: bound that decides "reproduced"; None if the sign test decides.
+        high: bound that decides "contradicted"; None if the sign test decides.
+        num_seeds: seeds that have all numbers of the claim.
+        num_parts: number of comparisons.
     """
 
     text: str
@@ -399,110 +344,130 @@ class Judgement(NamedTuple):
     effect: float
     low: float | None
     high: float | None
-    seeds: int
-    parts: int
+    num_seeds: int
+    num_parts: int
 
 
 class _Bound(NamedTuple):
-    """The mean of an effect over seeds, its lower bound (None: sign test), and whether it is significantly positive."""
+    """Lower bound of a margin over seeds.
 
+    effect is the estimate of the margin; mean and low belong to the comparison that decides (low None: sign test).
+    """
+
+    effect: float
     mean: float
     low: float | None
-    positive: bool
+    is_positive: bool
 
-    def order(self) -> tuple[bool, float]:
-        return self.positive, self.mean if self.low is None else self.low
-
-
-def _one_sided_bound(tests: Sequence[Test], level: float) -> _Bound:
-    """One test over seeds. Its bound is that of the part that decides."""
-    first = tests[0]
-    if isinstance(first, Effect):
-        return _bound(tests, level)
-    share = level if isinstance(first, All) else level / len(first.parts)
-    bounds = [_one_sided_bound(part, share) for part in zip(*(test.parts for test in tests), strict=True)]
-    return (min if isinstance(first, All) else max)(bounds, key=_Bound.order)
+    def sort_key(self) -> tuple[bool, float]:
+        return self.is_positive, self.mean if self.low is None else self.low
 
 
-def _estimate(tests: Sequence[Test]) -> float:
-    """The effect of the whole by the means over seeds."""
-    first = tests[0]
-    if isinstance(first, Effect):
-        return sum(test.value for test in tests) / len(tests)
-    parts = (_estimate(part) for part in zip(*(test.parts for test in tests), strict=True))
-    return min(parts) if isinstance(first, All) else max(parts)
+def _lower_bound(margin: Quantity, seeds: Sequence[int], level: float) -> _Bound:
+    """Test at a level whether a margin is positive.
+
+    "The largest option is positive" holds if some option is: each is tested at its share of the level (Bonferroni).
+    "Minus the largest option is positive" holds if that is true of every option: each is tested at the full level
+    (intersection-union test). Maxima that are added are expanded first.
+    """
+    if not margin.maxima:
+        return _comparison_bound([margin.values[i] for i in seeds], margin.sign_test, level)
+    index = next((i for i, (sign, _) in enumerate(margin.maxima) if sign > 0), 0)
+    sign, options = margin.maxima[index]
+    rest = Quantity(margin.values, margin.maxima[:index] + margin.maxima[index + 1 :], margin.sign_test)
+    if sign > 0:
+        return _select([_lower_bound(rest + option, seeds, level / len(options)) for option in options], max)
+    return _select([_lower_bound(rest - option, seeds, level) for option in options], min)
 
 
-def _bound(effects: Sequence[Effect], level: float) -> _Bound:
-    values = [effect.value for effect in effects]
+def _select(bounds: Sequence[_Bound], choose: Callable[..., Any]) -> _Bound:
+    """Return the bound that decides, with the smallest or largest effect."""
+    effects = [bound.effect for bound in bounds]
+    return choose(bounds, key=_Bound.sort_key)._replace(effect=choose(effects))
+
+
+def _comparison_bound(values: Sequence[float], sign_test: bool, level: float) -> _Bound:
+    """Test one comparison by Student's t, or by the sign test where t is not defined."""
     n = len(values)
-    mean = sum(values) / n
-    finite = n > 1 and math.isfinite(mean)
-    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1)) if finite else math.nan
-    if any(effect.by_sign for effect in effects) or not spread > 1e-12 * abs(mean):
-        positive = sum(value > 0 for value in values)
-        return _Bound(mean, None, sign_p_value(positive, n) <= level)
-    low = mean - t_quantile(1 - level, n - 1) * spread / math.sqrt(n)
-    return _Bound(mean, low, low > 0)
+    average = sum(values) / n
+    finite = n > 1 and math.isfinite(average)
+    std = math.sqrt(sum((value - average) ** 2 for value in values) / (n - 1)) if finite else math.nan
+    if sign_test or not std > 1e-12 * abs(average):
+        return _Bound(average, average, None, sign_p_value(sum(value > 0 for value in values), n) <= level)
+    low = average - t_quantile(1 - level, n - 1) * std / math.sqrt(n)
+    return _Bound(average, average, low, low > 0)
 
 
-def _leaves(test: Test) -> Iterator[Effect]:
-    if isinstance(test, Effect):
-        yield test
-    else:
-        for part in test.parts:
-            yield from _leaves(part)
+def _terms(quantity: Quantity) -> Iterator[Quantity]:
+    """Yield a quantity and, recursively, the options of its maxima."""
+    yield quantity
+    for _, options in quantity.maxima:
+        for option in options:
+            yield from _terms(option)
 
 
-def to_seeds(table: Table, values: Sequence[Values]) -> list[Seed]:
-    """Views of the numbers of each seed, which know the rows of all."""
-    measured = {cell for one in values for cell in one}
-    rows = {
-        column.name: [row.name for row in table.rows if (row.name, column.name) in measured] for column in table.columns
-    }
-    return [Seed(table, numbers, rows) for numbers in values]
+def _num_comparisons(quantity: Quantity) -> int:
+    return math.prod(sum(map(_num_comparisons, options)) for _, options in quantity.maxima)
 
 
-def _expressions_of_seeds(claim: Claim, seeds: Sequence[Seed]) -> list[Tests]:
-    """Return the tests of the seeds that have every number that the claim needs."""
-    complete = []
-    for seed in seeds:
-        try:
-            complete.append(claim.tests(seed))
-        except MissingCell:
-            continue
-    return complete
+class Evaluation(NamedTuple):
+    """A claim over seeds: its margins, and the indices of the seeds that have all of its numbers."""
+
+    margins: tuple[Quantity, ...]
+    seeds: list[int]
+
+    def holds(self) -> _Bound:
+        """Test whether all margins are positive."""
+        return _select([_lower_bound(margin, self.seeds, SIGNIFICANCE_LEVEL) for margin in self.margins], min)
+
+    def fails(self) -> _Bound:
+        """Test whether some margin is negative."""
+        level = SIGNIFICANCE_LEVEL / len(self.margins)
+        return _select([_lower_bound(-margin, self.seeds, level) for margin in self.margins], max)
 
 
-def effect_of(table: Table, claim: Claim, values: Values) -> float | None:
-    """Return by how much a claim holds in the numbers of one seed; None if one is missing."""
-    complete = _expressions_of_seeds(claim, to_seeds(table, [values]))
-    return _estimate([complete[0].holds]) if complete else None
+def evaluate_claim(table: Table, claim: Claim, values: Sequence[Values]) -> Evaluation | None:
+    """Evaluate the expression of a claim; None if no seed has all of its numbers."""
+    try:
+        margins = claim.holds(TableValues(table, values)).margins
+    except MissingCellError:
+        return None
+    terms = [term for margin in margins for term in _terms(margin)]
+    seeds = [i for i in range(len(values)) if not any(math.isnan(term.values[i]) for term in terms)]
+    return Evaluation(margins, seeds) if seeds else None
+
+
+def compute_effect(table: Table, claim: Claim, values: Values) -> float | None:
+    """Return the smallest margin of a claim in the numbers of one seed; None if one is missing."""
+    evaluation = evaluate_claim(table, claim, [values])
+    return evaluation.holds().effect if evaluation else None
 
 
 def judge(table: Table, claim: Claim, values: Sequence[Values]) -> Judgement:
-    """Judge a claim: reproduced if every part is significantly positive, contradicted if the opposite is shown.
+    """Judge a claim over seeds.
 
-    Each of the two verdicts is wrong in at most 5 % of cases.
+    Reproduced: every margin is significantly positive. Contradicted: one is significantly negative. Each of the two
+    verdicts is wrong in at most 5 % of cases.
     """
-    each = _expressions_of_seeds(claim, to_seeds(table, values))
-    if not each:
+    evaluation = evaluate_claim(table, claim, values)
+    if evaluation is None:
         return Judgement(claim.text, Verdict.NOT_MEASURED, math.nan, None, None, 0, 0)
-    holds, fails = (_one_sided_bound([tests[i] for tests in each], LEVEL) for i in (0, 1))
-    estimate, leaves = _estimate([tests.holds for tests in each]), list(_leaves(each[0].holds))
+    holds, fails, n = evaluation.holds(), evaluation.fails(), len(evaluation.seeds)
+    num_parts = sum(map(_num_comparisons, evaluation.margins))
+    if n < 2:
+        return Judgement(claim.text, Verdict.TOO_FEW_SEEDS, holds.effect, None, None, n, num_parts)
     verdict = Verdict.UNDECIDED
-    if len(each) < 2:
-        return Judgement(claim.text, Verdict.TOO_FEW_SEEDS, estimate, None, None, 1, len(leaves))
-    if holds.positive != fails.positive:
-        verdict = Verdict.REPRODUCED if holds.positive else Verdict.CONTRADICTED
-    elif len(each) < seeds_for_sign_test(LEVEL) and any(effect.by_sign for effect in leaves):
+    if holds.is_positive != fails.is_positive:
+        verdict = Verdict.REPRODUCED if holds.is_positive else Verdict.CONTRADICTED
+    elif n < seeds_for_sign_test(SIGNIFICANCE_LEVEL) and any(
+        term.sign_test for margin in evaluation.margins for term in _terms(margin)
+    ):
         verdict = Verdict.TOO_FEW_SEEDS
     high = None if fails.low is None else -fails.low
-    return Judgement(claim.text, verdict, estimate, holds.low, high, len(each), len(leaves))
+    return Judgement(claim.text, verdict, holds.effect, holds.low, high, n, num_parts)
 
 
-def check(table: Table, claim: Claim, values: Sequence[Values]) -> Judgement:
-    """Judge a claim on numbers that no training decides: an exact check."""
-    effect = min(effect_of(table, claim, numbers) for numbers in values)
-    verdict = Verdict.EXACT if effect > 0 else Verdict.FAILED
-    return Judgement(claim.text, verdict, effect, None, None, len(values), 1)
+def judge_exact(claim: Claim, effects: Sequence[float]) -> Judgement:
+    """Judge a claim on numbers that no training decides, from its effect in each seed."""
+    verdict = Verdict.EXACT if min(effects) > 0 else Verdict.FAILED
+    return Judgement(claim.text, verdict, min(effects), None, None, len(effects), 1)

@@ -1,4 +1,4 @@
-"""The command `gesso reproduce`: list the tables, make and write one, or say what making it would take."""
+"""Command `gesso reproduce`: list the tables, reproduce one, or print its cost and requirements."""
 
 import shlex
 import tempfile
@@ -14,21 +14,22 @@ from gesso.errors import GessoError, UsageError
 from gesso.reproduce import index
 from gesso.reproduce.schema import SCALES, Table, Tables, get_table
 
-PAPERS = {
-    "berrada": "Berrada et al. 2024, On Improved Conditioning Mechanisms and Pre-training Strategies for Diffusion Models",
+PAPER_TITLES = {
+    "berrada": "Berrada et al. 2024, On Improved Conditioning Mechanisms and Pre-training Strategies for Diffusion "
+    "Models",
     "edm2": "Karras et al. 2024, Analyzing and Improving the Training Dynamics of Diffusion Models",
     "gesso": "Experiments of this project, in neither paper",
 }
 
 
 class ReproduceArgs(NamedTuple):
-    """Arguments of `gesso reproduce`. out: folder for trainings, measurements and pages."""
+    """Arguments of `gesso reproduce`. `out` is the folder of trainings, measurements and pages."""
 
     name: str
     settings: tuple[str, ...] = ()
     scale: str = "tiny"
     rows: tuple[str, ...] = ()
-    seeds: int = 1
+    num_seeds: int = 1
     out: Path = Path("tables")
     dry_run: bool = False
     slurm: Path | None = None
@@ -36,22 +37,12 @@ class ReproduceArgs(NamedTuple):
     def command_line(self) -> str:
         """Return the command line that repeats this."""
         rows = [word for row in self.rows for word in ("--rows", row)]
-        words = [
-            "gesso",
-            "reproduce",
-            self.name,
-            *self.settings,
-            "--scale",
-            self.scale,
-            *rows,
-            "--seeds",
-            str(self.seeds),
-        ]
-        return shlex.join([*words, "--out", str(self.out)])
+        words = ["gesso", "reproduce", self.name, *self.settings, "--scale", self.scale, *rows]
+        return shlex.join([*words, "--num-seeds", str(self.num_seeds), "--out", str(self.out)])
 
 
 def list_tables(tables: Tables, out: Path) -> list[str]:
-    """Return a line for every table, by paper, with the results of it in `out`."""
+    """Return a line for every table, by paper, with its results in `out`."""
     results: dict[str, list[str]] = {}
     for page in index.list_results(out):
         seeds = "" if page["checks"] else f", {pluralize(len(page['seeds']), 'seed')}"
@@ -60,18 +51,18 @@ def list_tables(tables: Tables, out: Path) -> list[str]:
     width = max(len(table.name) for table in built) + 2
     lines = []
     for paper in dict.fromkeys(table.name.partition("/")[0] for table in built):
-        lines += ["", PAPERS.get(paper, paper)]
+        lines += ["", PAPER_TITLES.get(paper, paper)]
         for table in built:
             if table.name.partition("/")[0] == paper:
                 verdicts = "".join(f"\n  {'':{width}}  {text}" for text in results.get(table.name, ()))
                 lines.append(f"  {table.name:{width}}{table.title}  ({describe_table(table)}){verdicts}")
-    return [*lines[1:], "", "gesso reproduce NAME --scale tiny makes one; --dry-run lists what that needs"]
+    return [*lines[1:], "", "`gesso reproduce NAME` reproduces one; --dry-run prints its requirements and cost"]
 
 
 def describe_table(table: Table) -> str:
     """Return the scales of a table and its number of claims."""
-    if table.checks:
-        return f"{len(table.checks)} checks of other tables"
+    if table.checklist:
+        return f"{len(table.checklist)} checks of other tables"
     return f"{', '.join(table.scales)}; {pluralize(len(table.claims), 'claim')}"
 
 
@@ -102,17 +93,20 @@ def reproduce(args: ReproduceArgs, tables: Tables, console: Console, log: Callab
         log(f"wrote {', '.join(str(path) for path in page.rejudge_all(tables, args.out))}")
         return
     table = check_args(args, tables)
-    from gesso.reproduce import dry_run as dry
-    from gesso.reproduce import page, plan, runner
+    from gesso.reproduce import dry_run, page, plan, runner
 
-    def plan_rows(rows: Sequence[str], seeds: int) -> list[plan.MeasurementJob]:
-        return [] if table.checks else plan.plan_jobs(table, args.scale, range(seeds), args.out, rows, args.settings)
+    def plan_rows(rows: Sequence[str], num_seeds: int) -> list[plan.MeasurementJob]:
+        return (
+            []
+            if table.checklist
+            else plan.plan_jobs(table, args.scale, range(num_seeds), args.out, rows, args.settings)
+        )
 
-    jobs, all_jobs = plan_rows(args.rows, args.seeds), plan_rows((), max(args.seeds, stored_seeds(args)))
-    if not jobs and not table.checks:
+    jobs, all_jobs = plan_rows(args.rows, args.num_seeds), plan_rows((), max(args.num_seeds, num_stored_seeds(args)))
+    if not jobs and not table.checklist:
         raise UsageError(f"{table.name}: no row of {', '.join(args.rows) or 'it'} is defined at --scale {args.scale}")
     if args.dry_run or args.slurm:
-        for line in dry.dry_run_lines(table, args, jobs):
+        for line in dry_run.dry_run_lines(table, args, jobs):
             log(line)
         return
     check_writable(args.out)
@@ -127,26 +121,27 @@ def reproduce(args: ReproduceArgs, tables: Tables, console: Console, log: Callab
     log(f"wrote {', '.join(str(path) for path in pages)}")
 
 
-def stored_seeds(args: ReproduceArgs) -> int:
-    """Return the number of seeds of the stored page: making one row or fewer seeds keeps all of them."""
+def num_stored_seeds(args: ReproduceArgs) -> int:
+    """Return the number of seeds of the stored page, all of which a new page shows."""
     same = [page for page in index.list_results(args.out) if (page["table"], page["scale"]) == (args.name, args.scale)]
     return max((len(page["seeds"]) for page in same if page["settings"] == list(args.settings)), default=0)
 
 
 def check_args(args: ReproduceArgs, tables: Tables) -> Table:
-    """Return the table. Raises UsageError for wrong arguments before anything heavy is loaded."""
+    """Return the table. Raises UsageError for wrong arguments, before torch is imported."""
     table = get_table(tables, args.name)
-    if args.seeds < 1:
-        raise UsageError(f"--seeds {args.seeds}: must be at least 1, such as --seeds 3")
+    if args.num_seeds < 1:
+        raise UsageError(f"--num-seeds {args.num_seeds}: must be at least 1, such as --num-seeds 3")
     if args.scale not in SCALES:
         raise UsageError(f"--scale {args.scale}: {suggest(args.scale, list(SCALES))}")
     if args.slurm and args.slurm.exists() and not args.slurm.is_dir():
         raise UsageError(
             f"--slurm {args.slurm} is a file: name a folder to write train.sh, measure.sh and submit.sh into"
         )
-    if table.checks and (args.rows or args.settings or args.dry_run or args.slurm):
+    if table.checklist and (args.rows or args.settings or args.dry_run or args.slurm):
         raise UsageError(
-            f"{table.name} only collects the verdicts of other tables; run gesso reproduce {table.name} without rows, settings, --dry-run or --slurm"
+            f"{table.name} only collects the verdicts of other tables; run gesso reproduce {table.name} without rows, "
+            "settings, --dry-run or --slurm"
         )
     return table
 

@@ -1,4 +1,4 @@
-"""The option --dry-run of `gesso reproduce`: check every training and list what a table needs, without running it."""
+"""Option --dry-run of `gesso reproduce`: check every training and print requirements and costs without running it."""
 
 from collections.abc import Iterator, Sequence
 
@@ -14,7 +14,9 @@ from gesso.reproduce.schema import Table
 ESTIMATE_NOTE = (
     f"an estimate: 3 forward passes per image, an A100 at {100 * estimates.FLOPS_UTILIZATION:g} % of its peak in the "
     "precision of the run, "
-    + ", ".join(f"{estimates.A100[name] / 1e12:g} TFLOP/s in {name}" for name in ("float16", "tf32", "float32"))
+    + ", ".join(
+        f"{estimates.A100_PEAK_FLOPS[name] / 1e12:g} TFLOP/s in {name}" for name in ("float16", "tf32", "float32")
+    )
 )
 
 
@@ -29,25 +31,24 @@ def dry_run_lines(table: Table, args: ReproduceArgs, jobs: Sequence[MeasurementJ
     all_costs: list[CostEstimate] = []
     lines = [header_lines(table, args, jobs, trainings), ""]
     for i, training in enumerate(trainings, 1):
-        needed |= {need.label: need for need in requirements.training_requirements(training.run)}
+        needed |= {item.label: item for item in requirements.training_requirements(training.run)}
         cost = estimates.training_cost(training.run)
         all_costs.append(cost)
         lines += training_lines(training, cost, f"{i} of {len(trainings)}", args.scale)
     sampling_hours, measurements = 0.0, []
     for job in jobs:
         try:
-            if job.group.method in ("scores", "tensors"):
-                needed |= {
-                    need.label: need for need in requirements.measurement_requirements(estimates.evaluation_config(job))
-                }
+            if job.group.method in ("metrics", "tensors"):
+                run = estimates.evaluation_config(job)
+                needed |= {item.label: item for item in requirements.measurement_requirements(run)}
                 sampling_hours += estimates.measurement_hours(job)
         except UsageError as error:
             label = f"{job.row}, {', '.join(job.group.columns)}"
             needed[label] = Requirement(label, False, str(error))
         done = "  (done)" if job.path.is_file() else ""
-        command = job.evaluation_args or f"{job.group.method} of {job.row}, {', '.join(job.group.columns)}"
+        command = job.evaluate_command or f"{job.group.method} of {job.row}, {', '.join(job.group.columns)}"
         measurements.append(f"  {command}{done}")
-    lines += ["measurements, run by gesso reproduce itself:", *dict.fromkeys(measurements), ""]
+    lines += ["measurements, run by gesso reproduce:", *dict.fromkeys(measurements), ""]
     lines += [*missing_lines(list(needed.values())), *total_lines(args, all_costs, sampling_hours, table)]
     return [*lines, *(slurm.write_scripts(table, args, jobs) if args.slurm else ["nothing was run"])]
 
@@ -59,7 +60,7 @@ def header_lines(
     done, measured = sum(map(runner.is_finished, trainings)), sum(job.path.is_file() for job in jobs)
     return (
         f"{table.name} at --scale {args.scale}: {pluralize(len(jobs), 'measurement')} ({measured} done) of "
-        f"{pluralize(len(trainings), 'training')} ({done} done), {pluralize(args.seeds, 'seed')}"
+        f"{pluralize(len(trainings), 'training')} ({done} done), {pluralize(args.num_seeds, 'seed')}"
     )
 
 
@@ -67,18 +68,20 @@ def training_lines(job: TrainingJob, cost: CostEstimate, number: str, scale: str
     """Yield the network, command and cost of a training."""
     run = job.run
     finished = ", already trained" if runner.is_finished(job) else ""
-    yield f"{number}: {run.net.name}, {cost.parameters / 1e6:,.3g} M parameters, {run.train.total_images:,} images{finished}"
+    size = f"{cost.parameters / 1e6:,.3g} M parameters"
+    yield f"{number}: {run.net.name}, {size}, {run.train.total_images:,} images{finished}"
     yield f"  {launch_command(job, scale)}"
-    paper = f" (the paper: {cost.published:,.0f})" if cost.published else ""
+    paper = f" (the paper: {cost.published_gpu_hours:,.0f})" if cost.published_gpu_hours else ""
     hours = (
         ""
         if scale == "tiny"
-        else f"about {format_hours(cost.hours)} GPU-hours in {estimates.training_precision(run)}{paper}, "
+        else f"about {format_hours(cost.gpu_hours)} GPU-hours in {estimates.training_precision(run)}{paper}, "
     )
     disk = cost.disk_bytes
     yield (
         f"  {hours}{format_bytes(disk.total_bytes)}: {disk.num_snapshots:,} snapshots of "
-        f"{format_bytes(disk.snapshot_bytes)}, {disk.num_checkpoints} checkpoints of {format_bytes(disk.checkpoint_bytes)}"
+        f"{format_bytes(disk.snapshot_bytes)}, {disk.num_checkpoints} checkpoints of "
+        f"{format_bytes(disk.checkpoint_bytes)}"
     )
     yield ""
 
@@ -94,10 +97,10 @@ def launch_command(job: TrainingJob, scale: str) -> str:
 
 
 def missing_lines(requirements: Sequence[Requirement]) -> Iterator[str]:
-    """Yield what is missing and how to get it, then what is available."""
+    """Yield the missing requirements with their fixes, then the available ones."""
     if missing := [requirement for requirement in requirements if not requirement.available]:
         yield "needed, missing:"
-        yield from (f"  {requirement.label}\n      {requirement.how_to_get}" for requirement in missing)
+        yield from (f"  {requirement.label}\n      {requirement.fix}" for requirement in missing)
     if available := [requirement.label for requirement in requirements if requirement.available]:
         yield f"needed, available: {', '.join(available)}"
     yield ""
@@ -110,7 +113,8 @@ def total_lines(
     disk = format_bytes(sum(cost.disk_bytes.total_bytes for cost in costs))
     yield f"total: {pluralize(len(costs), 'training')}, {disk}; a row and seed: {table.scales[args.scale].cost}"
     if args.scale != "tiny" and costs:
-        hours = f"{format_hours(sum(cost.hours for cost in costs))} GPU-hours of training"
+        hours = f"{format_hours(sum(cost.gpu_hours for cost in costs))} GPU-hours of training"
         yield f"  about {hours} and {format_hours(sampling_hours)} of sampling ({ESTIMATE_NOTE})"
-    if any(cost.published for cost in costs):
-        yield f"  the paper states {sum(cost.published or 0 for cost in costs):,.0f} for those that it gives hours for"
+    if any(cost.published_gpu_hours for cost in costs):
+        published = sum(cost.published_gpu_hours or 0 for cost in costs)
+        yield f"  the paper: {published:,.0f} GPU-hours, for the trainings whose hours it gives"

@@ -59,7 +59,7 @@ def protocol_facts(record: Mapping[str, Any], job: MeasurementJob, column: str) 
         facts["reference"] = f"{reference[1]:,} of {reference[0]} ({str(reference[2])[:6]})"
     facts |= {f"network {key}": network for key, network in networks.items()} | {"protocol": protocol_name}
     # Columns of counts or of growth have one name each; two metrics are two measures.
-    facts |= {"measure": name} if job.group.method in ("scores", "tensors") else {"measure": job.group.method}
+    facts |= {"measure": name} if job.group.method in ("metrics", "tensors") else {"measure": job.group.method}
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
 
 

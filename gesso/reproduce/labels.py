@@ -9,16 +9,16 @@ from gesso.reproduce.schema import Table
 
 METRIC_LABELS = value_labels() | {
     "params": "millions of parameters",
-    "params_both": "billions of parameters of the network and of its guide",
+    "params_with_guide": "billions of parameters of the network and of its guide",
     "gmacs": "billions of multiply-accumulates of an evaluation",
     "gflops": "billions of FLOPs of an evaluation, as Berrada et al. count them",
     "nfe": "network evaluations per sample",
-    "training": "10^21 multiply-accumulates of a training",
-    "sampling": "10^12 multiply-accumulates of a sample",
-    "pictures": "number of images shown below",
-    "padding_share": "share on padding tokens",
+    "training_macs": "10^21 multiply-accumulates of a training",
+    "sampling_macs": "10^12 multiply-accumulates of a sample",
+    "num_images": "number of images shown below",
+    "padding_fraction": "share on padding tokens",
     "entropy": "entropy of the attention to text tokens, relative to uniform attention",
-    "alike": "mean cosine similarity of tokens and their copies",
+    "copy_similarity": "mean cosine similarity of tokens and their copies",
 }
 """Description of a value, by its name in the record."""
 SHORT_LABELS = {
@@ -26,6 +26,7 @@ SHORT_LABELS = {
     "alpha_bar": "share of the signal",
 }
 """Axis label of a value whose name in the record is not a good one."""
+SELECTIONS = {"min": "least", "max": "most"}
 
 
 def describe_columns(table: Table, jobs: Sequence[MeasurementJob]) -> dict[str, str]:
@@ -33,7 +34,11 @@ def describe_columns(table: Table, jobs: Sequence[MeasurementJob]) -> dict[str, 
     descriptions: dict[str, dict[str, None]] = {column.name: {} for column in table.columns}
     for job in jobs:
         for column, name in job.group.columns.items():
-            best = f", the {job.group.best} over {', '.join(varying_label(column, jobs))}" if job.group.best else ""
+            best = (
+                f", the {SELECTIONS[job.group.select]} over {', '.join(varying_label(column, jobs))}"
+                if job.group.select
+                else ""
+            )
             descriptions[column][_method_label(job.group.method, name) + best] = None
     columns_of: dict[str, list[str]] = {}
     for column, words in descriptions.items():
@@ -56,7 +61,7 @@ def _method_label(method: str, name: str) -> str:
     key = name.removeprefix("1-")
     if key in METRIC_LABELS:
         label = METRIC_LABELS[key]
-    elif method == "scores":
+    elif method == "metrics":
         label = key
     else:
         summary = (measurements.MEASUREMENT_METHODS[method].__doc__ or method).strip().splitlines()[0].rstrip(".")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gesso import ema
-from gesso.config import RunConfig
+from gesso.config import EDM2Config, EDM2LadderConfig, RunConfig
 from gesso.errors import UsageError
 from gesso.evaluation import protocols, runner
 from gesso.interop import edm2
@@ -35,30 +35,34 @@ def _evaluate_metrics(
     return {"values": evaluation.best(), "protocol": evaluation.protocol}
 
 
-PAPER_RESOLUTION = 64
-"""Latent size after which Figure 5b names the highest level of its networks, 64x64."""
+EDM2_LATENT_RESOLUTION = 64
+"""Size of EDM2's latents: Figure 5b names the layers of the highest level 64x64, whatever the resolution."""
 
 
 def measure_tensors(job: MeasurementJob) -> dict[str, Any]:
     """Return metrics with one weight tensor at another EMA length than all others.
 
-    The parameter tensor=LAYER=LENGTH names the layer as Appendix D.6 does (the highest level is 64x64, whatever its size).
+    Parameter tensor=LAYER=LENGTH: the layer by its name in Appendix D.6 (the highest level is 64x64 at any resolution).
     """
+    assert job.training is not None
+    folder = job.training.folder
     name, _, length = job.params["tensor"].rpartition("=")
 
-    def average(run: RunConfig) -> TargetProfile:
-        tensor = edm2.name_of_paper_layer(name, run.net, run.input_spec._replace(resolution=PAPER_RESOLUTION))
+    def ema_target(run: RunConfig) -> TargetProfile:
+        if not isinstance(run.net, EDM2Config | EDM2LadderConfig):
+            raise UsageError(f"{folder}: layers of Appendix D.6 are those of net.name=edm2 and edm2-ladder")
+        tensor = edm2.name_of_paper_layer(name, run.net, run.input_spec._replace(resolution=EDM2_LATENT_RESOLUTION))
         if tensor is None:
-            raise UsageError(f"{job.training.folder} has no layer {name}")
+            raise UsageError(f"{folder} has no layer {name}")
         return ema.PerTensorProfile(ema.sampling_profile(run.sample), ((tensor, ema.PowerProfile(float(length))),))
 
-    return _evaluate_metrics(job, average)
+    return _evaluate_metrics(job, ema_target)
 
 
 def measure_growth(job: MeasurementJob) -> dict[str, Any]:
     """Return the growth of magnitudes during training, from the log.
 
-    The ratio of the last value to the first (and to the one half-way: suffix _late), as the geometric mean over the levels
+    The ratio of the last value to the first (suffix _late: to the one half-way), as the geometric mean over the levels
     of the network, for the largest (_max) and the mean feature (EDM2 Figures 3 and 15).
     """
     assert job.training is not None
@@ -71,26 +75,26 @@ def measure_growth(job: MeasurementJob) -> dict[str, Any]:
     half = min(lines, key=lambda line: abs(line["nimg"] - lines[-1]["nimg"] / 2))
     growth = {}
     for kind in ("activations", "main_path", "weights"):
-        for i, which in enumerate(("max", "mean")):
+        for i, statistic in enumerate(("max", "mean")):
             for since, suffix in ((lines[0], ""), (half, "_late")):
                 ratios = [
                     values[i] / since["magnitudes"][kind][level][i]
                     for level, values in lines[-1]["magnitudes"][kind].items()
                 ]
-                growth[f"{kind}_{which}{suffix}"] = math.exp(sum(map(math.log, ratios)) / len(ratios))
+                growth[f"{kind}_{statistic}{suffix}"] = math.exp(sum(map(math.log, ratios)) / len(ratios))
     return {"values": growth}
 
 
 MEASUREMENT_METHODS: dict[Method, Callable[[MeasurementJob], dict[str, Any]]] = {
-    "scores": measure_metrics,
+    "metrics": measure_metrics,
     "tensors": measure_tensors,
     "gradients": attention_probe.measure_padding_gradients,
     "attention": attention_probe.measure_padding_attention,
     "growth": measure_growth,
     "counts": compute_cost.measure_counts,
     "noise_levels": analytic.noise_levels,
-    "responses": analytic.responses,
-    "reconstruction": analytic.reconstruction,
+    "responses": analytic.ema_responses,
+    "reconstruction": analytic.ema_reconstruction,
     "step_sizes": analytic.step_sizes,
-    "pictures": sample_grids.save_sample_grid,
+    "sample_grid": sample_grids.save_sample_grid,
 }

@@ -25,7 +25,7 @@ from gesso.reproduce.render import (
     TableBlock,
     Title,
 )
-from gesso.reproduce.results import CellNumbers, Result
+from gesso.reproduce.results import CellNumbers, TableResult
 from gesso.reproduce.schema import Column, Table, Tables, get_table
 
 SCALES = {"tiny": "two CPU cores, minutes a row", "small": "one GPU, about an hour a row", "paper": "as published"}
@@ -46,7 +46,7 @@ RULE = (
     "Effect: by how much the claim holds, in the unit of what it compares, with the bounds that decide. Reproduced: every part "
     "of the claim is above 0 at 95 % (one-sided Student's t over paired seeds; sign test for positions of optima and where a "
     "training diverged). Contradicted: the opposite holds at 95 %. Each is wrong in at most one case of twenty; otherwise the "
-    "claim is undecided. An exact check needs no training. See docs/reproduction.md."
+    "claim is undecided. An exact check needs no training. See docs/tables.md."
 )
 
 
@@ -61,7 +61,7 @@ def write_page(
         UsageError: if a record lacks a number that the table shows.
     """
     result = results.collect_result(table, scale, out, jobs, settings)
-    result = result._replace(described=labels.describe_columns(table, jobs), runtime=runtime_text(result))
+    result = result._replace(column_descriptions=labels.describe_columns(table, jobs), runtime=runtime_text(result))
     name = file_name(table.name, scale)
     drawn = plots.make_plots(result, jobs) if importlib.util.find_spec("matplotlib") else None
     pictures = [
@@ -72,12 +72,12 @@ def write_page(
         with atomic_io.atomic_file(out / each.file) as temporary:
             plots.save_png(each.figure, temporary)
     missing = (
-        "" if drawn is not None or not table.x else "No picture: it needs matplotlib (pip install 'gesso[plots]')."
+        "" if drawn is not None or not table.x_axis else "No picture: it needs matplotlib (pip install 'gesso[plots]')."
     )
     return [*_write_files(result, out, pictures, missing), write_index(out)]
 
 
-def _write_files(result: Result, out: Path, pictures: Sequence[PlotBlock], missing: str = "") -> list[Path]:
+def _write_files(result: TableResult, out: Path, pictures: Sequence[PlotBlock], missing: str = "") -> list[Path]:
     name = file_name(result.table.name, result.scale)
     markdown, page, numbers = (out / f"{name}.{end}" for end in ("md", "html", "json"))
     shown = page_blocks(result, pictures, missing)
@@ -106,10 +106,10 @@ def rejudge_all(tables: Tables, out: Path) -> list[Path]:
     return [*(rejudge(table, scale, out)[0] for table, scale in known), write_index(out)]
 
 
-def page_header(result: Result) -> str:
+def page_header(result: TableResult) -> str:
     """Return one or two lines on scale, settings and seeds."""
     table, n = result.table, len(result.seeds)
-    if table.checks:
+    if table.checklist:
         return f"Verdicts from the tables at --scale {result.scale}."
     about = table.scales[result.scale]
     parts = [f"Scale {result.scale}: {SCALES[result.scale]}. {about.notes}".strip()]
@@ -118,17 +118,17 @@ def page_header(result: Result) -> str:
     if result.settings:
         parts.append(f"Every training with {' '.join(result.settings)}.")
     seeds = f"{n} seeds: mean \u00b1 standard deviation" if n > 1 else "One seed"
-    seeds = seeds if result.trainings else "Nothing is trained, so seeds do not matter"
+    seeds = seeds if result.training_commands else "Nothing is trained, so seeds do not matter"
     parts.append(f"{seeds}; {NONE}: not defined at this scale, or not yet measured.")
-    if result.scale != "paper" and result.trainings:
+    if result.scale != "paper" and result.training_commands:
         parts.append("Only directions compare with the paper, not numbers.")
     return " ".join(parts)
 
 
-def column_cells(result: Result, column: Column) -> list[Cell]:
+def column_cells(result: TableResult, column: Column) -> list[Cell]:
     """Return the cells of a column with our numbers, the best marked."""
     cells = [result.cells[row.name, column.name] for row in result.table.rows]
-    means = [cell.mean for cell in cells if cell.finite]
+    means = [cell.mean for cell in cells if cell.finite_values]
     best = None
     if column.lower_is_better is not None and len(set(means)) > 1:
         best = min(means) if column.lower_is_better else max(means)
@@ -136,8 +136,8 @@ def column_cells(result: Result, column: Column) -> list[Cell]:
     return [
         Cell(
             format_cell(cell, digits, len(result.seeds)),
-            cell.notes,
-            "best" if cell.finite and cell.mean == best else "",
+            cell.footnotes,
+            "best" if cell.finite_values and cell.mean == best else "",
         )
         for cell in cells
     ]
@@ -148,9 +148,9 @@ def significant_digits(cells: Sequence[CellNumbers]) -> int | None:
 
     Two digits of the spread, else four digits of the largest number, none for whole numbers.
     """
-    spreads = [cell.spread for cell in cells if cell.spread]
-    means = [abs(cell.mean) for cell in cells if cell.finite and cell.mean] or [1.0]
-    if not spreads and all(float(cell.mean).is_integer() and cell.mean for cell in cells if cell.finite):
+    spreads = [cell.std for cell in cells if cell.std]
+    means = [abs(cell.mean) for cell in cells if cell.finite_values and cell.mean] or [1.0]
+    if not spreads and all(float(cell.mean).is_integer() and cell.mean for cell in cells if cell.finite_values):
         return 0
     digits = -math.floor(math.log10(statistics.median(spreads) if spreads else max(means))) + (1 if spreads else 3)
     digits = min(max(digits, 0), 5)
@@ -160,16 +160,16 @@ def significant_digits(cells: Sequence[CellNumbers]) -> int | None:
 
 def format_cell(cell: CellNumbers, digits: int | None, seeds: int) -> str:
     """Return "1.79 ± 0.11", with diverged or missing seeds in brackets."""
-    if not cell.seeds:
+    if not cell.by_seed:
         return NONE
     text = format_number(cell.mean, digits)
-    if cell.spread is not None:
-        text += f"\u00a0\u00b1\u00a0{format_number(cell.spread, digits)}"  # non-breaking
-    lost = len(cell.seeds) - len(cell.finite)
-    if cell.finite and lost:
-        kind = "diverged" if any(math.isinf(value) for value in cell.seeds.values()) else "NaN"
-        return f"{text} ({lost} of {len(cell.seeds)} {kind})"
-    return text if cell.single_seed or len(cell.seeds) == seeds else f"{text} ({len(cell.seeds)} of {seeds} seeds)"
+    if cell.std is not None:
+        text += f"\u00a0\u00b1\u00a0{format_number(cell.std, digits)}"  # non-breaking
+    lost = len(cell.by_seed) - len(cell.finite_values)
+    if cell.finite_values and lost:
+        kind = "diverged" if any(math.isinf(value) for value in cell.by_seed.values()) else "NaN"
+        return f"{text} ({lost} of {len(cell.by_seed)} {kind})"
+    return text if cell.single_seed or len(cell.by_seed) == seeds else f"{text} ({len(cell.by_seed)} of {seeds} seeds)"
 
 
 def format_number(value: float, digits: int | None = None) -> str:
@@ -181,7 +181,7 @@ def format_number(value: float, digits: int | None = None) -> str:
     return f"{value:.4g}" if digits is None else f"{value:,.{digits}f}"
 
 
-def published_of(result: Result, column: Column) -> list[str]:
+def published_of(result: TableResult, column: Column) -> list[str]:
     """Return the published numbers of a column, all with the same number of decimals."""
     values = [row.published.get(column.name) for row in result.table.rows]
     ends = [len(f"{value:g}".partition(".")[2]) for value in values if value is not None and "e" not in f"{value:g}"]
@@ -196,40 +196,40 @@ def format_effect(value: float | None) -> str:
     return f"{value:+.3g}" if math.isfinite(value) else "the other diverged" if value > 0 else "it diverged"
 
 
-def claim_rows(result: Result) -> Iterator[tuple[str, str, str, str]]:
+def claim_rows(result: TableResult) -> Iterator[tuple[str, str, str, str]]:
     """Yield claim, verdict, effect with bounds, and effect in the paper's numbers."""
     for judgement, paper in result.verdicts:
         low, high = judgement.low, judgement.high
         bounds = "" if low is None or high is None else f" ({low:+.3g} to {high:+.3g})"
-        parts = f"; {judgement.parts} comparisons" if judgement.parts > 1 else ""
-        ours = format_effect(judgement.effect) + bounds + parts if judgement.seeds else NONE
+        parts = f"; {judgement.num_parts} comparisons" if judgement.num_parts > 1 else ""
+        ours = format_effect(judgement.effect) + bounds + parts if judgement.num_seeds else NONE
         yield judgement.text, judgement.verdict, ours, format_effect(paper)
 
 
-def runtime_text(result: Result) -> str:
+def runtime_text(result: TableResult) -> str:
     """Return how many minutes a row took, or a training where the rows of a figure are points of one."""
-    rows = {row: minutes.training + minutes.measuring for row, minutes in result.minutes.items()}
-    times = sorted(result.each_training if result.table.x else rows.values())
-    if not times or not result.trainings:
+    rows = {row: minutes.training + minutes.measurement for row, minutes in result.minutes.items()}
+    times = sorted(result.minutes_per_training if result.table.x_axis else rows.values())
+    if not times or not result.training_commands:
         return ""
     low, middle, high = (f"{value:.2g}" for value in (times[0], statistics.median(times), times[-1]))
     duration = f"{low} to {high} minutes, median {middle}" if low != high else f"{low} minutes"
-    on = f" ({'; '.join(result.machine_names)})" if result.machine_names else ""
-    subject = "A training" if result.table.x else "A row and seed"
-    shared = "" if result.table.x else " A training that rows share counts for each of them."
+    on = f" ({'; '.join(result.environments)})" if result.environments else ""
+    subject = "A training" if result.table.x_axis else "A row and seed"
+    shared = "" if result.table.x_axis else " A training that rows share counts for each of them."
     return f"{subject} took {duration}{on}; expected for a row: {result.table.scales[result.scale].cost}.{shared}"
 
 
-def page_blocks(result: Result, pictures: Sequence[PlotBlock], missing: str) -> list[Block]:
+def page_blocks(result: TableResult, pictures: Sequence[PlotBlock], missing: str) -> list[Block]:
     """Return everything that the page shows, in order."""
     table = result.table
     shown: list[Block] = [Title(table.title, f"{table.name}: {table.source}"), Paragraph(page_header(result))]
-    if result.outdated:
-        shown.append(Paragraph(f"To be made again: {result.outdated}"))
-    if table.checks:
+    if result.outdated_note:
+        shown.append(Paragraph(f"To be made again: {result.outdated_note}"))
+    if table.checklist:
         shown += [checklist(result)]
     else:
-        shown += [DefinitionList(dict(result.described)), *numbers_grid(result)]
+        shown += [DefinitionList(dict(result.column_descriptions)), *numbers_grid(result)]
     if result.verdicts:
         rows = [
             (Cell(text), verdict_tag(verdict), Cell(ours), Cell(paper))
@@ -249,9 +249,9 @@ def page_blocks(result: Result, pictures: Sequence[PlotBlock], missing: str) -> 
     return shown + [Paragraph(text) for text in (result.runtime, table.notes) if text]
 
 
-def numbers_grid(result: Result) -> list[Block]:
+def numbers_grid(result: TableResult) -> list[Block]:
     """Return the table of our numbers next to the published ones; folded if a figure has many points."""
-    axis = "" if result.table.x in {column.name for column in result.table.columns} else result.table.x
+    axis = "" if result.table.x_axis in {column.name for column in result.table.columns} else result.table.x_axis
     names, rows = [axis], [[Cell(row.name)] for row in result.table.rows]
     for column in result.table.columns:
         has = any(column.name in row.published for row in result.table.rows)
@@ -264,31 +264,33 @@ def numbers_grid(result: Result) -> list[Block]:
         if has:
             for row, text in zip(rows, published_of(result, column), strict=True):
                 row.append(Cell(text, kind="soft"))
-    if result.table.x:  # drop points of other scales
+    if result.table.x_axis:  # drop points of other scales
         rows = [row for row in rows if any(cell.text != NONE for cell in row[1:])]
     blocks: list[Block] = [
         TableBlock(names, rows, numbers=True),
-        *(Paragraph(note, i) for i, note in enumerate(result.notes, 1)),
+        *(Paragraph(note, i) for i, note in enumerate(result.footnotes, 1)),
     ]
     return (
-        [Details(f"Numbers of {len(rows)} points", blocks)] if result.table.x and len(rows) > MAX_OPEN_ROWS else blocks
+        [Details(f"Numbers of {len(rows)} points", blocks)]
+        if result.table.x_axis and len(rows) > MAX_OPEN_ROWS
+        else blocks
     )
 
 
-def checklist(result: Result) -> TableBlock:
+def checklist(result: TableResult) -> TableBlock:
     """Return the table of a checklist."""
     names = ("question", "recommendation", "verdict", "by the claim", "of")
     return TableBlock(
         names,
         [
             (
-                Cell(check.question),
-                Cell(check.recommendation),
+                Cell(item.question),
+                Cell(item.recommendation),
                 verdict_tag(verdict),
                 Cell(text or NONE),
-                Cell(check.table),
+                Cell(item.table),
             )
-            for check, text, verdict in result.checks
+            for item, text, verdict in result.checklist
         ],
     )
 
@@ -298,18 +300,18 @@ def verdict_tag(verdict: str) -> Cell:
     return Cell(verdict, kind=COLOURS[verdict])
 
 
-def command_blocks(result: Result) -> list[Block]:
+def command_blocks(result: TableResult) -> list[Block]:
     """Return the commands of trainings and measurements, folded."""
     lines = []
-    for row, commands in result.evaluations.items():
+    for row, commands in result.evaluate_commands.items():
         minutes = result.minutes.get(row)
-        cost = f", {minutes.training:.2g} minutes training, {minutes.measuring:.2g} measuring" if minutes else ""
+        cost = f", {minutes.training:.2g} minutes training, {minutes.measurement:.2g} measuring" if minutes else ""
         lines += [f"# {row}{cost}", *commands]
-    sections = {"Trainings": result.trainings, "Measurements": lines}
+    sections = {"Trainings": result.training_commands, "Measurements": lines}
     return [Details(title, [CodeBlock(lines)]) for title, lines in sections.items() if lines]
 
 
-def protocol_blocks(result: Result) -> list[Block]:
+def protocol_blocks(result: TableResult) -> list[Block]:
     """Return the protocols, folded; columns that share one are listed together."""
     shared: dict[str, list[str]] = {}
     for column, protocol in result.protocols.items():

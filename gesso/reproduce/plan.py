@@ -1,7 +1,7 @@
-"""Turn a table into jobs: its trainings and measurements, their folders and commands. Tables share equal ones.
+"""Turn a table into jobs: its trainings and measurements, with their folders and commands. Tables share equal jobs.
 
-OUT/trained/RECIPE-KEY/    run folder of a training, shared by all rows that train the same
-OUT/measured/KEY.json      record of a measurement, shared by all rows that measure the same
+OUT/runs/RECIPE-KEY/         run folder of a training, shared by all rows with the same training
+OUT/measurements/KEY.json    record of a measurement, shared by all rows with the same measurement
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from gesso.reproduce.schema import (
     Training,
 )
 
-MEASUREMENT_SETTINGS = (
+NON_TRAINING_SETTINGS = (
     "sample.",
     "eval.",
     "monitor.",
@@ -49,7 +49,12 @@ MEASUREMENT_SETTINGS = (
 class TrainingJob(NamedTuple):
     """One training at one seed.
 
-    run: its configuration before the data set is opened; key: fingerprint of all settings that change the weights.
+    Attributes:
+        run: configuration before the data set is opened.
+        folder: run folder.
+        key: fingerprint of all settings that change the weights.
+        command: command that repeats the training.
+        parent: the training whose final weights it starts from.
     """
 
     run: RunConfig
@@ -58,15 +63,15 @@ class TrainingJob(NamedTuple):
     command: str
     parent: "TrainingJob | None" = None
 
-    def ancestors(self) -> Iterator["TrainingJob"]:
+    def lineage(self) -> Iterator["TrainingJob"]:
         """Yield the trainings that this one starts from, in order, and then itself."""
         if self.parent:
-            yield from self.parent.ancestors()
+            yield from self.parent.lineage()
         yield self
 
 
 class MeasurementJob(NamedTuple):
-    """One measurement: a row and column group at one seed. path: its record."""
+    """One measurement: a row and column group at one seed. `path` is its record."""
 
     row: str
     group: ColumnGroup
@@ -78,14 +83,14 @@ class MeasurementJob(NamedTuple):
 
     @property
     def trainings(self) -> tuple[TrainingJob, ...]:
-        """The trainings that the measurement needs."""
+        """Trainings that the measurement needs."""
         if self.group.method in UNTRAINED_METHODS:
             return ()
         return tuple(training for training in (self.training, self.guide) if training)
 
     @property
     def single_seed(self) -> bool:
-        """True if one measurement is valid for every seed."""
+        """Whether one measurement is valid for every seed."""
         return self.training is None or self.group.method in SINGLE_SEED_METHODS
 
     @property
@@ -100,43 +105,43 @@ class MeasurementJob(NamedTuple):
         return [setting for setting in self.settings if "." in setting.partition("=")[0]]
 
     @property
-    def evaluation_args(self) -> str:
-        """The `gesso evaluate` command that repeats the measurement; empty if there is none."""
-        if self.training is None or self.group.method != "scores":
+    def evaluate_command(self) -> str:
+        """Command `gesso evaluate` that repeats the measurement; empty if there is none."""
+        if self.training is None or self.group.method != "metrics":
             return ""
         protocol = f"--protocol {self.group.protocol}" if self.group.protocol else ""
-        words = ["gesso evaluate", shlex.quote(str(self.training.folder)), protocol, shlex.join(self.settings)]
-        return " ".join(filter(None, words))
+        parts = ["gesso evaluate", shlex.quote(str(self.training.folder)), protocol, shlex.join(self.settings)]
+        return " ".join(filter(None, parts))
 
 
 def get_scale(table: Table, scale: str) -> Scale:
     """Return one scale of a table. Raises UsageError if the table is not defined at it."""
     if scale not in table.scales:
-        raise UsageError(f"{table.name} is defined at --scale {' or '.join(table.scales)}, not {scale!r}")
+        raise UsageError(f"{table.name} is not defined at --scale {scale}: use --scale {' or '.join(table.scales)}")
     return table.scales[scale]
 
 
 def plan_jobs(
     table: Table, scale: str, seeds: Sequence[int], out: Path, rows: Sequence[str] = (), overrides: Sequence[str] = ()
 ) -> list[MeasurementJob]:
-    """Return the measurements of a table; those that no training decides appear once, for the first seed.
+    """Return the measurements of a table; those that do not depend on a training appear once, for the first seed.
 
     Args:
         table: the table.
         scale: "tiny", "small" or "paper".
         seeds: training seeds.
         out: folder for trainings and records.
-        rows: names of the rows to make; empty for all.
-        overrides: settings laid over every training.
+        rows: names of the rows to measure; empty for all.
+        overrides: settings added to every training.
 
     Raises:
         UsageError: for an unknown row or scale, or wrong settings.
     """
-    groups, known = get_scale(table, scale).groups, [row.name for row in table.rows]
+    groups, names = get_scale(table, scale).groups, [row.name for row in table.rows]
     for name in rows:
-        if name not in known:
-            raise UsageError(f"{table.name} has no row {name!r}; {config.suggest(name, known)}")
-    selected = [name for name in known if name in (rows or known)]
+        if name not in names:
+            raise UsageError(f"{table.name} has no row {name!r}; {config.suggest(name, names)}")
+    selected = [name for name in names if name in (rows or names)]
     return [
         _plan_job(name, group, group.rows[name], seed, out, tuple(overrides))
         for seed in seeds
@@ -161,7 +166,7 @@ def _plan_job(
         *group.settings,
         *measurement.settings,
     ]
-    path = out / "measured" / f"{_fingerprint(identity)}.json"
+    path = out / "measurements" / f"{_fingerprint(identity)}.json"
     return MeasurementJob(row, group, seed, training, guide, settings, path)
 
 
@@ -173,9 +178,9 @@ def plan_training(training: Training, seed: int, out: Path, overrides: tuple[str
     if not run.data.source:
         settings.append(f"data.source={data_requirements.data_requirement(run).folder}")
         run, _ = recipes.resolve(training.recipe, settings)
-    identity = {k: value for k, value in config.flatten(run).items() if not k.startswith(MEASUREMENT_SETTINGS)}
+    identity = {k: value for k, value in config.flatten(run).items() if not k.startswith(NON_TRAINING_SETTINGS)}
     key = _fingerprint([identity, parent and parent.key])
-    folder = out / "trained" / f"{training.recipe.rpartition(':')[2].replace('/', '-')}-{key}"
+    folder = out / "runs" / f"{training.recipe.rpartition(':')[2].replace('/', '-')}-{key}"
     command = f"gesso train {training.recipe} {shlex.join(settings)} --out {shlex.quote(str(folder))}"
     return TrainingJob(run, folder, key, command, parent)
 
@@ -185,7 +190,7 @@ def unique_trainings(jobs: Sequence[MeasurementJob]) -> list[TrainingJob]:
     result: dict[str, TrainingJob] = {}
     for job in jobs:
         for training in job.trainings:
-            for step in training.ancestors():
+            for step in training.lineage():
                 result.setdefault(step.key, step)
     return list(result.values())
 
@@ -195,7 +200,7 @@ def _fingerprint(value: object) -> str:
 
 
 def cells_without_training(table: Table, scale: str) -> set[Cell]:
-    """Return the cells that no training decides, for which one seed is enough."""
+    """Return the cells that do not depend on a training, for which one seed is enough."""
     groups = table.scales[scale].groups if scale in table.scales else ()
     return {
         (row, column)

@@ -11,7 +11,7 @@ from PIL import Image
 from gesso.report import figures
 from gesso.reproduce import labels, sample_grids
 from gesso.reproduce.plan import MeasurementJob
-from gesso.reproduce.results import Result
+from gesso.reproduce.results import TableResult
 from gesso.reproduce.schema import Row
 
 LOG_AXIS_RATIO = 30
@@ -28,15 +28,15 @@ class Plot(NamedTuple):
 CAPTION = "Mean over seeds; the band is their standard deviation, a cross at the upper edge where all diverged."
 
 
-def make_plots(result: Result, jobs: Sequence[MeasurementJob]) -> list[Plot]:
+def make_plots(result: TableResult, jobs: Sequence[MeasurementJob]) -> list[Plot]:
     """Return the plots of a result: curves, then samples."""
     caption = CAPTION if len(result.seeds) > 1 else ""
     return [*(Plot(figure, caption) for figure in curve_plots(result, jobs)), *sample_plots(result, jobs)]
 
 
-def sample_plots(result: Result, jobs: Sequence[MeasurementJob]) -> list[Plot]:
+def sample_plots(result: TableResult, jobs: Sequence[MeasurementJob]) -> list[Plot]:
     """Return the sample grids of the first seed."""
-    shown = [job for job in jobs if job.group.method == "pictures" and job.seed == result.seeds[0]]
+    shown = [job for job in jobs if job.group.method == "sample_grid" and job.seed == result.seeds[0]]
     return [
         Plot(_image(sample_grids.sample_grid(job)), job.row) for job in shown if sample_grids.sample_grid(job).is_file()
     ]
@@ -50,14 +50,14 @@ def _image(path: Path) -> Any:
     return figure
 
 
-def curve_plots(result: Result, jobs: Sequence[MeasurementJob]) -> list[Any]:
+def curve_plots(result: TableResult, jobs: Sequence[MeasurementJob]) -> list[Any]:
     """Return one matplotlib figure per measure; none for a table, or if no curve has two points."""
-    if not result.table.x:
+    if not result.table.x_axis:
         return []
     groups: dict[str, dict[str, str]] = {}
     for job in jobs:
         for column, name in job.group.columns.items():
-            groups.setdefault(name if job.group.method == "scores" else job.group.method, {})[column] = name
+            groups.setdefault(name if job.group.method == "metrics" else job.group.method, {})[column] = name
     plots = [
         _plotted_points(result, list(columns), _label(measure, columns.values())) for measure, columns in groups.items()
     ]
@@ -71,13 +71,13 @@ def _label(measure: str, names: Iterable[str]) -> str:
     return labels.SHORT_LABELS.get(name, name.replace("_", " "))
 
 
-def _plotted_points(result: Result, columns: Sequence[str], label: str) -> Any | None:
+def _plotted_points(result: TableResult, columns: Sequence[str], label: str) -> Any | None:
     """Numbers as they are; a cross at the upper edge where all seeds diverged."""
     rows = [(x, row.name) for row in result.table.rows if (x := _x_position(result, row)) is not None]
     curves = {
-        c: [(x, result.cells[row, c]) for x, row in rows if result.cells[row, c].seeds]
+        c: [(x, result.cells[row, c]) for x, row in rows if result.cells[row, c].by_seed]
         for c in columns
-        if c != result.table.x
+        if c != result.table.x_axis
     }
     curves = {c: sorted(points, key=lambda point: point[0]) for c, points in curves.items() if points}
     if all(sum(math.isfinite(cell.mean) for _, cell in points) < 2 for points in curves.values()):
@@ -86,7 +86,7 @@ def _plotted_points(result: Result, columns: Sequence[str], label: str) -> Any |
     for i, (column, points) in enumerate(curves.items()):
         colour, dash = figures.stroke(i)
         x, mean = [x for x, _ in points], [cell.mean if math.isfinite(cell.mean) else math.nan for _, cell in points]
-        reach = [cell.spread if cell.spread is not None else math.nan for _, cell in points]
+        reach = [cell.std if cell.std is not None else math.nan for _, cell in points]
         axes.plot(x, mean, dash, color=colour, lw=1.6, marker="o" if len(x) < 16 else None, ms=3.5, label=column)
         low, high = ([m + sign * r for m, r in zip(mean, reach, strict=True)] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
@@ -97,19 +97,19 @@ def _plotted_points(result: Result, columns: Sequence[str], label: str) -> Any |
     if needs_log_axis([cell.mean for points in curves.values() for _, cell in points if math.isfinite(cell.mean)]):
         axes.set_yscale("log")
         figures.plain_ticks(axes)
-    axes.set_xlabel(result.table.x, color=figures.INK)
+    axes.set_xlabel(result.table.x_axis, color=figures.INK)
     axes.set_ylabel(columns[0] if len(curves) == 1 else label, color=figures.INK)
     if len(curves) > 1:
         figures.legend(figure, axes)
     return figure
 
 
-def _x_position(result: Result, row: Row) -> float | None:
+def _x_position(result: TableResult, row: Row) -> float | None:
     """Its x, or its number in the column that is the axis."""
     if row.x is not None:
         return row.x
-    cell = result.cells.get((row.name, result.table.x))
-    return cell.mean if cell and cell.finite else None
+    cell = result.cells.get((row.name, result.table.x_axis))
+    return cell.mean if cell and cell.finite_values else None
 
 
 def needs_log_axis(values: Sequence[float]) -> bool:

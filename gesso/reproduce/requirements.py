@@ -1,4 +1,4 @@
-"""List what a table needs on this machine, whether it is available, and how to get it. Nothing is downloaded."""
+"""Requirements of a table on this machine: which are available, and how to get the others. Nothing is downloaded."""
 
 import importlib.util
 import os
@@ -15,11 +15,11 @@ from gesso.recipes import data_requirements
 
 
 class Requirement(NamedTuple):
-    """Something that a table needs. how_to_get: a command or setting, if it is not available."""
+    """A file, package or data set that a table needs. `fix` is the command or setting that provides it."""
 
     label: str
     available: bool
-    how_to_get: str = ""
+    fix: str = ""
 
 
 def training_requirements(run: RunConfig) -> Iterator[Requirement]:
@@ -58,13 +58,13 @@ def measurement_requirements(run: RunConfig) -> Iterator[Requirement]:
             yield Requirement(f"eval.{setting}={uri}", source_exists(uri), f"set eval.{setting}=DIR")
 
 
-def hub_requirement(model_id: str, stem: str, description: str, setting: str) -> Requirement:
+def hub_requirement(model_id: str, file_stem: str, description: str, setting: str) -> Requirement:
     """Return the requirement of a model: a local folder, or a Hugging Face hub id in the local cache."""
     label = f"{description} {model_id}"
     if os.path.isdir(os.path.expanduser(model_id)):
         return Requirement(label, True)
     names = [
-        f"{part}{stem}{end}"
+        f"{part}{file_stem}{end}"
         for part in ("", "vae/", "text_encoder/")
         for end in (".safetensors", ".safetensors.index.json")
     ]
@@ -75,7 +75,7 @@ def hub_requirement(model_id: str, stem: str, description: str, setting: str) ->
     )
 
 
-def is_in_hub_cache(model_id: str, name: str) -> bool:
+def is_in_hub_cache(model_id: str, file_name: str) -> bool:
     """Return True if a file of a hub id is in the local hub cache."""
     if importlib.util.find_spec("huggingface_hub") is None:
         return False
@@ -83,11 +83,11 @@ def is_in_hub_cache(model_id: str, name: str) -> bool:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return isinstance(try_to_load_from_cache(model_id, name), str)
+        return isinstance(try_to_load_from_cache(model_id, file_name), str)
     except HFValidationError:  # not of the form OWNER/NAME
         return False
 
 
-def package_requirement(module: str, name: str, extra: str) -> Requirement:
+def package_requirement(module: str, package: str, extra: str) -> Requirement:
     """Return the requirement of an installed Python package."""
-    return Requirement(name, importlib.util.find_spec(module) is not None, f"pip install 'gesso[{extra}]'")
+    return Requirement(package, importlib.util.find_spec(module) is not None, f"pip install 'gesso[{extra}]'")

@@ -1,6 +1,6 @@
 """Result of a table: numbers by row, column and seed, published numbers, footnotes, verdicts, cost and commands.
 
-It is stored as NAME-SCALE.json; page.py shows it.
+It is stored as NAME-SCALE.json, from which page.py writes the pages.
 """
 
 import json
@@ -17,50 +17,71 @@ from gesso.reproduce.claims import Judgement, Verdict
 from gesso.reproduce.footnotes import footnotes
 from gesso.reproduce.index import file_name
 from gesso.reproduce.plan import MeasurementJob
-from gesso.reproduce.schema import Cell, Check, Table, Values
+from gesso.reproduce.schema import Cell, ChecklistItem, Claim, Table, Values
 
 
 class CellNumbers(NamedTuple):
     """Numbers of a cell.
 
-    seeds: number by seed (inf: the training diverged, NaN: not finite); single_seed: one measurement counts for all seeds.
+    Attributes:
+        by_seed: number by seed; inf: the training diverged, NaN: not finite.
+        published: the paper's number.
+        footnotes: numbers of footnotes.
+        single_seed: True if one measurement counts for all seeds.
     """
 
-    seeds: Mapping[int, float]
+    by_seed: Mapping[int, float]
     published: float | None = None
-    notes: tuple[int, ...] = ()
+    footnotes: tuple[int, ...] = ()
     single_seed: bool = False
 
     @property
-    def finite(self) -> list[float]:
+    def finite_values(self) -> list[float]:
         """Finite numbers."""
-        return [value for value in self.seeds.values() if math.isfinite(value)]
+        return [value for value in self.by_seed.values() if math.isfinite(value)]
 
     @property
     def mean(self) -> float:
         """Mean over the seeds that did not diverge; inf if all did, NaN without a number."""
-        if self.finite:
-            return statistics.mean(self.finite)
-        return max(self.seeds.values(), default=math.nan)
+        if self.finite_values:
+            return statistics.mean(self.finite_values)
+        return max(self.by_seed.values(), default=math.nan)
 
     @property
-    def spread(self) -> float | None:
+    def std(self) -> float | None:
         """Standard deviation over seeds; None for a single number."""
-        return statistics.stdev(self.finite) if len(self.finite) > 1 and not self.single_seed else None
+        values = self.finite_values
+        return statistics.stdev(values) if len(values) > 1 and not self.single_seed else None
 
 
-class RunMinutes(NamedTuple):
+class RowMinutes(NamedTuple):
     """Minutes of a row, averaged over seeds; a training that rows share counts for each of them."""
 
     training: float
-    measuring: float
+    measurement: float
 
 
-class Result(NamedTuple):
+class TableResult(NamedTuple):
     """Result of one table at one scale.
 
-    notes: footnotes, numbered from 1; verdicts: one per claim, with the effect in the paper's own numbers; described: what
-    each column measures; runtime: how long it took; outdated: why new runs would give other numbers.
+    Attributes:
+        table: the table.
+        scale: the scale.
+        seeds: training seeds.
+        settings: overrides that the user applied to every training.
+        cells: numbers by (row, column).
+        footnotes: footnotes, numbered from 1.
+        verdicts: verdict of each claim, with its effect in the paper's own numbers.
+        checklist: items of a checklist, each with the text and verdict of its claim.
+        minutes: minutes by row.
+        minutes_per_training: minutes of each training.
+        protocols: evaluation protocol by column.
+        environments: devices, threads and versions, the most frequent first.
+        training_commands: commands of all trainings.
+        evaluate_commands: commands that repeat the measurements, by row.
+        column_descriptions: what is measured, by columns.
+        runtime: text on how long a row took.
+        outdated_note: reason why new runs would give other numbers.
     """
 
     table: Table
@@ -68,72 +89,92 @@ class Result(NamedTuple):
     seeds: tuple[int, ...]
     settings: tuple[str, ...]
     cells: Mapping[Cell, CellNumbers]
-    notes: Sequence[str]
+    footnotes: Sequence[str]
     verdicts: Sequence[tuple[Judgement, float | None]]
-    checks: Sequence[tuple[Check, str, str]]
-    minutes: Mapping[str, RunMinutes]
-    each_training: Sequence[float]
+    checklist: Sequence[tuple[ChecklistItem, str, str]]
+    minutes: Mapping[str, RowMinutes]
+    minutes_per_training: Sequence[float]
     protocols: Mapping[str, Mapping[str, Any]]
-    machine_names: Sequence[str]
-    trainings: Sequence[str]
-    evaluations: Mapping[str, Sequence[str]]
-    described: Mapping[str, str] = {}
+    environments: Sequence[str]
+    training_commands: Sequence[str]
+    evaluate_commands: Mapping[str, Sequence[str]]
+    column_descriptions: Mapping[str, str] = {}
     runtime: str = ""
-    outdated: str = ""
+    outdated_note: str = ""
 
 
 def collect_result(
     table: Table, scale: str, out: Path, jobs: Sequence[MeasurementJob], settings: Sequence[str] = ()
-) -> Result:
-    """Return the result of all finished jobs. settings: overrides that the user applied to every training."""
+) -> TableResult:
+    """Return the result of all finished jobs. `settings` are overrides that the user applied to every training."""
     records = {job.path: runner.read_record(job.path) for job in jobs if job.path.is_file()}
     values, published = runner.collect_values(jobs), table.published()
-    marks, notes = footnotes(table, jobs, records)
+    marks, texts = footnotes(table, jobs, records)
     cells: dict[Cell, CellNumbers] = {}
     single_seed = {(job.row, column) for job in jobs if job.single_seed for column in job.group.columns}
     for row in table.rows:
         for column in table.columns:
             cell = (row.name, column.name)
-            seeds = {seed: numbers[cell] for seed, numbers in values.items() if cell in numbers}
-            cells[cell] = CellNumbers(seeds, published.get(cell), marks.get(cell, ()), cell in single_seed)
-    machines = Counter(describe_machine(record) for record in records.values() if "environment" in record)
-    return Result(
-        table, scale, tuple(values) or (0,), tuple(settings), cells, notes,
-        judge_claims(table, values, single_seed),
-        [(check, *judge_check(check, scale, out)) for check in table.checks],
-        total_minutes(jobs, records), minutes_per_training(jobs, records), collect_protocols(jobs, records, out),
-        [name for name, _ in machines.most_common()],
-        [relative_text(training.command, out) for training in plan.unique_trainings(jobs)], evaluations(jobs, out),
-    )  # fmt: skip
+            by_seed = {seed: numbers[cell] for seed, numbers in values.items() if cell in numbers}
+            cells[cell] = CellNumbers(by_seed, published.get(cell), marks.get(cell, ()), cell in single_seed)
+    environments = Counter(describe_environment(record) for record in records.values() if "environment" in record)
+    return TableResult(
+        table=table,
+        scale=scale,
+        seeds=tuple(values) or (0,),
+        settings=tuple(settings),
+        cells=cells,
+        footnotes=texts,
+        verdicts=judge_claims(table, values, single_seed),
+        checklist=judge_checklist(table, scale, out),
+        minutes=row_minutes(jobs, records),
+        minutes_per_training=minutes_per_training(jobs, records),
+        protocols=collect_protocols(jobs, records, out),
+        environments=[name for name, _ in environments.most_common()],
+        training_commands=[relative_text(training.command, out) for training in plan.unique_trainings(jobs)],
+        evaluate_commands=evaluate_commands(jobs, out),
+    )
 
 
-def load_result(table: Table, stored: Mapping[str, Any], out: Path, single_seed: set[Cell]) -> Result:
-    """Return the result stored in NAME-SCALE.json with new verdicts. Rows and columns that the table lacks are left out."""
-    notes: list[str] = []
+def load_result(table: Table, stored: Mapping[str, Any], out: Path, single_seed: set[Cell]) -> TableResult:
+    """Return the result stored in NAME-SCALE.json with new verdicts, without rows and columns that the table lacks."""
+    texts: list[str] = []
     cells: dict[Cell, CellNumbers] = {}
     published, seeds = table.published(), tuple(stored["seeds"])
     values: dict[int, dict[Cell, float]] = {seed: {} for seed in seeds}
     for row in table.rows:
         for column in table.columns:
             cell, entry = (row.name, column.name), stored["rows"].get(row.name, {}).get(column.name, {})
-            numbers = {int(seed): _parse_number(value) for seed, value in entry.get("ours", {}).items()}
-            notes += [note for note in entry.get("notes", ()) if note not in notes]
-            marks = tuple(notes.index(note) + 1 for note in entry.get("notes", ()))
+            numbers = {int(seed): _parse_number(value) for seed, value in entry.get("by_seed", {}).items()}
+            texts += [text for text in entry.get("footnotes", ()) if text not in texts]
+            marks = tuple(texts.index(text) + 1 for text in entry.get("footnotes", ()))
             cells[cell] = CellNumbers(numbers, published.get(cell), marks, cell in single_seed)
             for seed, value in numbers.items():
                 values.setdefault(seed, {})[cell] = value
-    scale = stored["scale"]
-    unmeasured = [c for c in table.columns if not any(cells[r.name, c.name].seeds for r in table.rows)]
-    described = dict(stored.get("columns", {}))
-    known = {name for names in described for name in names.split("; ")}
-    described |= {c.name: "not measured on this page" for c in unmeasured if c.name not in known}
-    return Result(
-        table, scale, seeds, tuple(stored["settings"]), cells, notes, judge_claims(table, values, single_seed),
-        [(check, *judge_check(check, scale, out)) for check in table.checks],
-        {row: RunMinutes(entry["training"], entry["measuring"]) for row, entry in stored["minutes"].items()}, (),
-        stored["protocols"], stored["environment"], stored["trainings"], stored["evaluations"], described,
-        stored.get("runtime", ""), stored.get("outdated", ""),
-    )  # fmt: skip
+    descriptions = dict(stored.get("columns", {}))
+    described = {name for names in descriptions for name in names.split("; ")}
+    for column in table.columns:
+        if column.name not in described and not any(cells[row.name, column.name].by_seed for row in table.rows):
+            descriptions[column.name] = "not measured on this page"
+    return TableResult(
+        table=table,
+        scale=stored["scale"],
+        seeds=seeds,
+        settings=tuple(stored["settings"]),
+        cells=cells,
+        footnotes=texts,
+        verdicts=judge_claims(table, values, single_seed),
+        checklist=judge_checklist(table, stored["scale"], out),
+        minutes={row: RowMinutes(entry["training"], entry["measurement"]) for row, entry in stored["minutes"].items()},
+        minutes_per_training=(),
+        protocols=stored["protocols"],
+        environments=stored["environments"],
+        training_commands=stored["training_commands"],
+        evaluate_commands=stored["evaluate_commands"],
+        column_descriptions=descriptions,
+        runtime=stored.get("runtime", ""),
+        outdated_note=stored.get("outdated", ""),
+    )
 
 
 def _parse_number(value: float | str) -> float:
@@ -147,52 +188,58 @@ def judge_claims(
     """Return the verdict of each claim and the effect in the paper's own numbers."""
     published = table.published()
     return [
-        (judge_claim(table, claim, values, single_seed), claims.effect_of(table, claim, published))
+        (judge_claim(table, claim, values, single_seed), claims.compute_effect(table, claim, published))
         for claim in table.claims
     ]
 
 
-def judge_claim(table: Table, claim: claims.Claim, values: Mapping[int, Values], single_seed: set[Cell]) -> Judgement:
+def judge_claim(table: Table, claim: Claim, values: Mapping[int, Values], single_seed: set[Cell]) -> Judgement:
     """Judge a claim over the numbers that are not NaN. A claim that no training decides is an exact check."""
     usable = [{c: v for c, v in numbers.items() if not math.isnan(v)} for numbers in values.values() if numbers]
     exact = [{c: v for c, v in numbers.items() if c in single_seed} for numbers in usable]
-    effects = [claims.effect_of(table, claim, numbers) for numbers in exact]
-    if effects and None not in effects and effects == [claims.effect_of(table, claim, numbers) for numbers in usable]:
-        return claims.check(table, claim, exact)
+    effects = [claims.compute_effect(table, claim, numbers) for numbers in exact]
+    known = [effect for effect in effects if effect is not None]
+    if known and effects == [claims.compute_effect(table, claim, numbers) for numbers in usable]:
+        return claims.judge_exact(claim, known)
     return claims.judge(table, claim, usable)
 
 
-def judge_check(check: Check, scale: str, out: Path) -> tuple[str, str]:
-    """Return the text and verdict of the claim of a check, from the stored page of its table at the same scale."""
-    path = out / f"{file_name(check.table, scale)}.json"
-    if not path.is_file():
-        return "", Verdict.NOT_MEASURED
-    stored = runner.read_record(path)["claims"]
-    if check.claim >= len(stored):
-        return "", Verdict.NOT_MEASURED
-    return stored[check.claim]["text"], stored[check.claim]["verdict"]
+def judge_checklist(table: Table, scale: str, out: Path) -> list[tuple[ChecklistItem, str, str]]:
+    """Return the items of a checklist, each with the text and verdict of its claim."""
+    return [(item, *judge_checklist_item(item, scale, out)) for item in table.checklist]
 
 
-def total_minutes(jobs: Sequence[MeasurementJob], records: Mapping[Path, dict[str, Any]]) -> dict[str, RunMinutes]:
+def judge_checklist_item(item: ChecklistItem, scale: str, out: Path) -> tuple[str, str]:
+    """Return the text and verdict of the claim of an item, from the stored page of its table at the same scale."""
+    path = out / f"{file_name(item.table, scale)}.json"
+    stored = runner.read_record(path)["claims"] if path.is_file() else []
+    if item.claim >= len(stored):
+        return "", Verdict.NOT_MEASURED
+    return stored[item.claim]["text"], stored[item.claim]["verdict"]
+
+
+def row_minutes(jobs: Sequence[MeasurementJob], records: Mapping[Path, dict[str, Any]]) -> dict[str, RowMinutes]:
     """Return the minutes of each measured row."""
-    trained: dict[str, dict[tuple[int, str], float]] = {}
-    measured: dict[str, dict[int, float]] = {}
+    training: dict[str, dict[tuple[int, str], float]] = {}
+    measurement: dict[str, dict[int, float]] = {}
     for job in jobs:
         if record := records.get(job.path):
-            by_seed = measured.setdefault(job.row, {})
-            by_seed[job.seed] = by_seed.get(job.seed, 0) + record.get("minutes", 0)
-            key = (job.seed, json.dumps(record.get("training")))
-            trained.setdefault(job.row, {})[key] = record.get("training_minutes", 0)
+            by_seed = measurement.setdefault(job.row, {})
+            by_seed[job.seed] = by_seed.get(job.seed, 0) + record.get("measurement_minutes", 0)
+            key = (job.seed, json.dumps(record.get("training_commands")))
+            training.setdefault(job.row, {})[key] = record.get("training_minutes", 0)
     return {
-        row: RunMinutes(sum(trained[row].values()) / len(by_seed), sum(by_seed.values()) / len(by_seed))
-        for row, by_seed in measured.items()
+        row: RowMinutes(sum(training[row].values()) / len(by_seed), sum(by_seed.values()) / len(by_seed))
+        for row, by_seed in measurement.items()
     }
 
 
 def minutes_per_training(jobs: Sequence[MeasurementJob], records: Mapping[Path, dict[str, Any]]) -> list[float]:
     """Return the minutes of each training that was measured, once."""
     measured = [records[job.path] for job in jobs if job.path in records]
-    minutes = {json.dumps(r["training"]): r.get("training_minutes", 0.0) for r in measured if r["training"]}
+    minutes = {
+        json.dumps(r["training_commands"]): r.get("training_minutes", 0.0) for r in measured if r["training_commands"]
+    }
     return list(minutes.values())
 
 
@@ -209,36 +256,36 @@ def collect_protocols(
     return result
 
 
-def evaluations(jobs: Sequence[MeasurementJob], out: Path) -> dict[str, list[str]]:
+def evaluate_commands(jobs: Sequence[MeasurementJob], out: Path) -> dict[str, list[str]]:
     """Return the evaluation commands of each row, each once."""
     result: dict[str, dict[str, None]] = {}
     for job in jobs:
-        if job.evaluation_args:
-            result.setdefault(job.row, {})[relative_text(job.evaluation_args, out)] = None
+        if job.evaluate_command:
+            result.setdefault(job.row, {})[relative_text(job.evaluate_command, out)] = None
     return {row: list(commands) for row, commands in result.items()}
 
 
 def relative_text(text: str, out: Path) -> str:
-    """Return a text with paths below `out` written as paths below the default --out, so that pages do not depend on it."""
-    for name in ("trained", "measured"):
+    """Replace `out` in the paths of a text by the default --out, so that pages do not depend on it."""
+    for name in ("runs", "measurements"):
         text = re.sub(rf"(?<![\w/.-]){re.escape(str(out / name))}/", f"tables/{name}/", text)
     return text
 
 
-def describe_machine(record: Mapping[str, Any]) -> str:
+def describe_environment(record: Mapping[str, Any]) -> str:
     """Return the device, threads and torch version of a record."""
     env = record["environment"]
     threads = f", {env['threads']} thread{'s' * (env['threads'] != 1)}" if env["device"] == "cpu" else ""
     return f"{env['device']}{threads}, torch {env['torch']}"
 
 
-def reproduce_command(result: Result) -> str:
+def reproduce_command(result: TableResult) -> str:
     """Return the command that makes the table."""
-    seeds = f" --seeds {len(result.seeds)}" if len(result.seeds) > 1 else ""
+    seeds = f" --num-seeds {len(result.seeds)}" if len(result.seeds) > 1 else ""
     return " ".join(["gesso reproduce", result.table.name, *result.settings, f"--scale {result.scale}{seeds}"])
 
 
-def to_json(result: Result) -> dict[str, Any]:
+def to_json(result: TableResult) -> dict[str, Any]:
     """Return the content of NAME-SCALE.json; numbers that are not finite become "diverged" or "NaN"."""
     table = result.table
     return {
@@ -251,14 +298,14 @@ def to_json(result: Result) -> dict[str, Any]:
         "rows": {
             row.name: {
                 column.name: {
-                    "ours": {str(seed): number_to_json(value) for seed, value in cell.seeds.items()},
-                    "mean": number_to_json(cell.mean) if cell.seeds else None,
-                    "spread": cell.spread,
+                    "by_seed": {str(seed): number_to_json(value) for seed, value in cell.by_seed.items()},
+                    "mean": number_to_json(cell.mean) if cell.by_seed else None,
+                    "std": cell.std,
                     "published": None if cell.published is None else number_to_json(cell.published),
-                    "notes": [result.notes[i - 1] for i in cell.notes],
+                    "footnotes": [result.footnotes[i - 1] for i in cell.footnotes],
                 }
                 for column in table.columns
-                if (cell := result.cells[row.name, column.name]).seeds or cell.published is not None
+                if (cell := result.cells[row.name, column.name]).by_seed or cell.published is not None
             }
             for row in table.rows
         },
@@ -266,30 +313,30 @@ def to_json(result: Result) -> dict[str, Any]:
             {
                 "text": judgement.text,
                 "verdict": judgement.verdict,
-                "effect": effect_to_json(judgement.effect) if judgement.seeds else None,
+                "effect": effect_to_json(judgement.effect) if judgement.num_seeds else None,
                 "bounds": [judgement.low, judgement.high],
-                "parts": judgement.parts,
-                "seeds": judgement.seeds,
+                "parts": judgement.num_parts,
+                "seeds": judgement.num_seeds,
                 "published_effect": None if paper is None else effect_to_json(paper),
             }
             for judgement, paper in result.verdicts
         ],
         "checks": [
             {
-                "question": check.question, "recommendation": check.recommendation, "table": check.table, "text": text,
+                "question": item.question, "recommendation": item.recommendation, "table": item.table, "text": text,
                 "verdict": verdict,
             }
-            for check, text, verdict in result.checks
+            for item, text, verdict in result.checklist
         ],
-        "minutes": {row: {"training": m.training, "measuring": m.measuring} for row, m in result.minutes.items()},
-        "environment": list(result.machine_names),
+        "minutes": {row: minutes._asdict() for row, minutes in result.minutes.items()},
+        "environments": list(result.environments),
         "protocols": result.protocols,
         "command": reproduce_command(result),
-        "trainings": list(result.trainings),
-        "evaluations": {row: list(commands) for row, commands in result.evaluations.items()},
-        "columns": dict(result.described),
+        "training_commands": list(result.training_commands),
+        "evaluate_commands": {row: list(commands) for row, commands in result.evaluate_commands.items()},
+        "columns": dict(result.column_descriptions),
         "runtime": result.runtime,
-        "outdated": result.outdated,
+        "outdated": result.outdated_note,
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Run the jobs of a table: train and measure what is missing, one job after another; any stop can be resumed."""
+"""Run the jobs of a table one after another. A stopped command can be resumed."""
 
 import contextlib
 import json
@@ -30,8 +30,8 @@ def run_jobs(
 ) -> Iterator[MeasurementJob]:
     """Run every job without a record; yield each job when its record exists.
 
-    Processes that make tables in the same folder share the work: a job that another process has locked is skipped, and
-    waited for at the end.
+    Processes that use the same folder share the work: a job that another process has locked is skipped, and awaited at
+    the end.
 
     Args:
         jobs: measurements, in order.
@@ -40,7 +40,7 @@ def run_jobs(
         resume_command: the command that the message of an interruption names.
 
     Raises:
-        StoppedError: on SIGINT, SIGUSR1 and SIGTERM; all finished work is stored.
+        StoppedError: on SIGINT, SIGUSR1 and SIGTERM. Finished work is stored.
     """
     pending, waiting = list(enumerate(jobs, 1)), False
     try:
@@ -68,7 +68,7 @@ def run_jobs(
 
 
 def run_measurement(job: MeasurementJob, position: str, console: Console, log: LogCallback) -> bool:
-    """Train and measure one job. Returns False, with nothing done, if another process has locked it.
+    """Train and measure one job. Return False, without doing anything, if another process has locked it.
 
     position: number of the job for the log, such as "2 of 7".
     """
@@ -78,21 +78,21 @@ def run_measurement(job: MeasurementJob, position: str, console: Console, log: L
             if not locks.enter_context(atomic_io.try_lock(path)):
                 return False
         if job.path.is_file():
-            return True  # another process has written it meanwhile
+            return True  # written by another process since the first check
         log(f"{position}: {job.row}, {', '.join(job.group.columns)}, seed {job.seed}")
         record: dict[str, Any] = {
-            "by": job.group.method,
+            "method": job.group.method,
             "row": job.row,
             "seed": job.seed,
-            "training": [step.command for step in steps],
-            "evaluation": job.evaluation_args,
+            "training_commands": [step.command for step in steps],
+            "evaluate_command": job.evaluate_command,
         }
         try:
             for step in steps:
                 run_training(step, console, log)
             started = time.monotonic()
             record |= measurements.MEASUREMENT_METHODS[job.group.method](job)
-            record["minutes"] = round((time.monotonic() - started) / 60, 4)
+            record["measurement_minutes"] = round((time.monotonic() - started) / 60, 4)
         except DivergenceError as error:
             record["diverged"] = str(error).splitlines()[0]
         record["training_minutes"] = round(sum(training_minutes(step) for step in steps), 4)
@@ -148,8 +148,8 @@ def collect_values(jobs: Sequence[MeasurementJob]) -> dict[int, dict[tuple[str, 
         for column, name in job.group.columns.items():
             value = _cell_value(job, record, column, name)
             for seed in seeds if job.single_seed else (job.seed,):
-                known = values[seed].get((job.row, column))
-                values[seed][job.row, column] = value if known is None else _choose_best(job, known, value)
+                previous = values[seed].get((job.row, column))
+                values[seed][job.row, column] = value if previous is None else _choose_best(job, previous, value)
     return values
 
 
@@ -159,7 +159,7 @@ def _cell_value(job: MeasurementJob, record: dict[str, Any], column: str, name: 
         return DIVERGED
     if key not in record["values"]:
         raise UsageError(
-            f"{job.path} has no value {key!r}, which column {column} of row {job.row} shows; it has "
+            f"{job.path} has no value {key!r} for column {column} of row {job.row}; its values are "
             f"{', '.join(record['values'])}. Delete the file to measure again"
         )
     value = record["values"][key]
@@ -170,9 +170,9 @@ def _cell_value(job: MeasurementJob, record: dict[str, Any], column: str, name: 
 
 def _choose_best(job: MeasurementJob, a: float, b: float) -> float:
     """Return the better of two numbers of one cell."""
-    assert job.group.best, f"two column groups fill {job.row}, {', '.join(job.group.columns)}"
-    real = [x for x in (a, b) if not math.isnan(x)]
-    return math.nan if not real else min(real) if job.group.best == "least" else max(real)
+    assert job.group.select, f"two column groups fill {job.row}, {', '.join(job.group.columns)}"
+    valid = [value for value in (a, b) if not math.isnan(value)]
+    return math.nan if not valid else min(valid) if job.group.select == "min" else max(valid)
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def save_sample_grid(job: MeasurementJob) -> dict[str, Any]:
     columns = len(seeds) if sizes else math.ceil(len(seeds) ** 0.5)
     sampling.save_png(sampling.image_grid(samples, columns), sample_grid(job))
     protocol = {"drawn": sampling.describe_sampling(run), "seeds": f"0 to {seeds.stop - 1}", "nimg": nimg}
-    return {"values": {"pictures": len(samples)}, "protocol": protocol | ({"sizes": sizes} if sizes else {})}
+    return {"values": {"num_images": len(samples)}, "protocol": protocol | ({"sizes": sizes} if sizes else {})}
 
 
 def sample_grid(job: MeasurementJob) -> Path:

@@ -1,4 +1,4 @@
-"""A table as job arrays of Slurm: train.sh has a task for every training, measure.sh for every row, submit.sh their order."""
+"""Slurm job arrays of a table: train.sh has a task for each training, measure.sh for each row, submit.sh submits."""
 
 import shlex
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from gesso.reproduce.cli import ReproduceArgs, pluralize
 from gesso.reproduce.plan import MeasurementJob, TrainingJob
 from gesso.reproduce.schema import Table
 
-GPUS = {"tiny": 0, "small": 1, "paper": 8}
-"""of a node, by scale"""
+GPUS_PER_SCALE = {"tiny": 0, "small": 1, "paper": 8}
+"""GPUs of a node, by scale."""
 SCRIPT_HEADER = """#!/bin/bash
-# {what}
-# Add what your cluster wants: --partition, --account; more --nodes for a training.
+# {description}
+# Add the options of your cluster: --partition, --account; more --nodes for a training.
 #SBATCH --job-name={name}
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -30,7 +30,8 @@ case "$SLURM_ARRAY_TASK_ID" in
 esac
 """
 TORCHRUN_COMMAND = """srun torchrun --nnodes="$SLURM_NNODES" --nproc-per-node={gpus} --shutdown-timeout=240 \\
-  --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID-$SLURM_RESTART_COUNT" --rdzv-endpoint="$(scontrol show hostnames | head -n 1):29500" \\
+  --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID-$SLURM_RESTART_COUNT" \\
+  --rdzv-endpoint="$(scontrol show hostnames | head -n 1):29500" \\
   -m "${{command[@]}}" &
 wait $!
 """
@@ -40,70 +41,81 @@ wait $!
 
 
 def write_scripts(table: Table, args: ReproduceArgs, jobs: Sequence[MeasurementJob]) -> list[str]:
-    """Write the three scripts into the folder --slurm, of what is not there; returns how to submit them."""
+    """Write the three scripts for missing trainings and rows into the folder --slurm.
+
+    Returns:
+        Lines on how to submit them.
+    """
     folder = args.slurm
     assert folder is not None
-    left = [one for one in plan.unique_trainings(jobs) if not runner.is_finished(one)]
+    trainings = [training for training in plan.unique_trainings(jobs) if not runner.is_finished(training)]
     rows = list(dict.fromkeys(job.row for job in jobs if not job.path.is_file()))
     if not rows:
-        return ["all is measured: nothing was written; without --slurm the page is"]
-    gpus, name = GPUS[args.scale], table.name.replace("/", "-")
-    atomic_io.write_text(
-        folder / "train.sh",
-        format_script(f"{name}-train", f"The trainings of {table.name}.", training_cases(left), gpus),
-    )
-    measuring = format_script(
-        f"{name}-measure", f"The rows of {table.name}.", measurement_cases(args, rows), min(gpus, 1)
-    )
-    atomic_io.write_text(folder / "measure.sh", measuring)
-    atomic_io.write_text(folder / "submit.sh", submit_script(folder, left, len(rows)))
+        return ["everything is measured: no script was written; run the command without --slurm to write the page"]
+    gpus, name = GPUS_PER_SCALE[args.scale], table.name.replace("/", "-")
+    scripts = {
+        "train.sh": format_script(f"{name}-train", f"Trainings of {table.name}.", training_cases(trainings), gpus),
+        "measure.sh": format_script(
+            f"{name}-measure", f"Rows of {table.name}.", measurement_cases(args, rows), min(gpus, 1)
+        ),
+        "submit.sh": submit_script(folder, trainings, len(rows)),
+    }
+    for file_name, text in scripts.items():
+        atomic_io.write_text(folder / file_name, text)
     return [
-        f"wrote train.sh ({pluralize(len(left), 'training')}), measure.sh ({pluralize(len(rows), 'row')}) and submit.sh to {folder}",
-        f"submit them from this folder, which their paths are relative to:  bash {shlex.quote(str(folder / 'submit.sh'))}",
-        f"when all is measured, the page is written by:  {args.command_line()}",
+        f"wrote train.sh ({pluralize(len(trainings), 'training')}), measure.sh ({pluralize(len(rows), 'row')}) and "
+        f"submit.sh to {folder}",
+        f"paths are relative to this folder: submit from here with  bash {shlex.quote(str(folder / 'submit.sh'))}",
+        f"after all jobs have finished, write the page with:  {args.command_line()}",
     ]
 
 
 def format_script(name: str, description: str, cases: Sequence[str], gpus: int) -> str:
     """Return a job array script with one case per task."""
     header = SCRIPT_HEADER.format(
-        name=name, what=description, cases="\n".join(cases), cpus=8 * gpus or 2,
+        name=name, description=description, cases="\n".join(cases), cpus=8 * gpus or 2,
         gpus=f"#SBATCH --gpus-per-node={gpus}\n" if gpus else "",
     )  # fmt: skip
     return header + (TORCHRUN_COMMAND.format(gpus=gpus) if gpus > 1 else SINGLE_PROCESS_COMMAND)
 
 
-def training_cases(left: Sequence[TrainingJob]) -> list[str]:
-    return [f"  {i}) command=({one.command} --resume) ;;" for i, one in enumerate(left)]
+def training_cases(trainings: Sequence[TrainingJob]) -> list[str]:
+    """Return the case of each training."""
+    return [f"  {i}) command=({training.command} --resume) ;;" for i, training in enumerate(trainings)]
 
 
 def measurement_cases(args: ReproduceArgs, rows: Sequence[str]) -> list[str]:
+    """Return the case of each row."""
     return [f"  {i}) command=({args._replace(rows=(row,)).command_line()}) ;;" for i, row in enumerate(rows)]
 
 
-def submit_script(folder: Path, left: Sequence[TrainingJob], rows: int) -> str:
-    """Trainings that start from another one wait for it alone, and are dropped where it fails; measuring waits for all that
-    ended, as a row whose training diverged is a result."""
+def submit_script(folder: Path, trainings: Sequence[TrainingJob], num_rows: int) -> str:
+    """Return the script that submits the arrays.
+
+    A training waits only for the one that it starts from, and is cancelled if that fails. Measurements wait for all
+    trainings to end, whether they succeed or not, because a diverged training is a result.
+    """
     train, measure = (shlex.quote(str(folder / name)) for name in ("train.sh", "measure.sh"))
-    place = {one.key: i for i, one in enumerate(left)}
-    groups: dict[str | None, list[int]] = {}
-    for i, one in enumerate(left):
-        parent = one.parent.key if one.parent and one.parent.key in place else None
-        groups.setdefault(parent, []).append(i)
-    lines, jobs, job_of = (
-        ["#!/bin/bash", "# In the folder that `gesso reproduce --slurm` was called in.", "set -e"],
-        [],
-        {},
-    )
-    for number, (parent, members) in enumerate(groups.items()):  # parents stand before their children in `left`
-        after = (
-            f"--dependency=afterok:${{{job_of[parent]}}}_{place[parent]} --kill-on-invalid-dep=yes " if parent else ""
+    index = {training.key: i for i, training in enumerate(trainings)}
+    arrays: dict[str | None, list[int]] = {}
+    for i, training in enumerate(trainings):
+        parent = training.parent.key if training.parent and training.parent.key in index else None
+        arrays.setdefault(parent, []).append(i)
+    lines = ["#!/bin/bash", "# Run in the folder in which `gesso reproduce --slurm` was run.", "set -e"]
+    variables: list[str] = []
+    variable_of: dict[str, str] = {}
+    for number, (parent, members) in enumerate(arrays.items()):  # `trainings` has parents before children
+        dependency = (
+            f"--dependency=afterok:${{{variable_of[parent]}}}_{index[parent]} --kill-on-invalid-dep=yes "
+            if parent
+            else ""
         )
-        job = f"train{number}"
-        lines.append(f"{job}=$(sbatch --parsable --array={','.join(map(str, members))} {after}{train} | cut -d';' -f1)")
-        job_of |= {left[i].key: job for i in members}
-        jobs.append(f"${job}")
-    after = f"--dependency=afterany:{':'.join(jobs)} " if jobs else ""
-    lines.append(f"measured=$(sbatch --parsable --array=0-{rows - 1} {after}{measure} | cut -d';' -f1)")
-    lines.append(f'echo "submitted {" ".join([*jobs, "$measured"])}"')
+        variable = f"train{number}"
+        array = ",".join(map(str, members))
+        lines.append(f"{variable}=$(sbatch --parsable --array={array} {dependency}{train} | cut -d';' -f1)")
+        variable_of |= {trainings[i].key: variable for i in members}
+        variables.append(f"${variable}")
+    dependency = f"--dependency=afterany:{':'.join(variables)} " if variables else ""
+    lines.append(f"measured=$(sbatch --parsable --array=0-{num_rows - 1} {dependency}{measure} | cut -d';' -f1)")
+    lines.append(f'echo "submitted {" ".join([*variables, "$measured"])}"')
     return "\n".join(lines) + "\n"

@@ -1,6 +1,6 @@
 """The command `gesso sweep`: train a recipe at every point of a grid of settings and compare one metric at equal budget.
 
-OUT/trained/, OUT/measured/     as those of `gesso reproduce`, which shares equal trainings
+OUT/runs/, OUT/measurements/    as those of `gesso reproduce`, which shares equal trainings
 OUT/sweep-NAME.md, .json        the page
 
 Its training seeds begin at FIRST_SEED, so that the seeds of a table that uses the chosen settings are fresh.

@@ -16,7 +16,7 @@ from gesso.evaluation import ema_curves, ema_sweep, results, toy_evaluation
 from gesso.evaluation.ema_curves import CurvePoint
 from gesso.evaluation.results import Evaluation
 from gesso.interop import edm2
-from gesso.recipes.edm2 import FIGURE_5B
+from gesso.published.edm2 import FIGURE_5B_LAYERS
 
 QUICK = ["sample.steps=2", "sample.sampler=euler"]
 
@@ -205,7 +205,7 @@ def test_the_layers_of_figure_5b_by_name(gesso_text, folder):
     with torch.device("meta"):
         net = models.build_network(run.net, run.input_spec)
     shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
-    layers = {name: edm2.name_of_paper_layer(name, run.net, run.input_spec) for name in FIGURE_5B}
+    layers = {name: edm2.name_of_paper_layer(name, run.net, run.input_spec) for name in FIGURE_5B_LAYERS}
     assert len(set(layers.values())) == 28 and set(layers.values()) <= shapes.keys()
     c = run.net.channels
     assert shapes[layers["enc-64x64-conv"]] == (c, 5, 3, 3) and shapes[layers["enc-8x8-block0-skip"]] == (

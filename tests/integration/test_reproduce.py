@@ -1,4 +1,4 @@
-"""gesso reproduce: jobs, trainings shared by fingerprint, verdicts, pages, what it would take, and a real run through the command."""
+"""gesso reproduce: jobs, shared trainings, verdicts, pages, dry runs, and a real run through the command."""
 
 import io
 import itertools
@@ -36,7 +36,7 @@ from gesso.reproduce import (
 from gesso.reproduce.cli import ReproduceArgs
 from gesso.reproduce.schema import (
     DIVERGED,
-    Check,
+    ChecklistItem,
     Claim,
     Column,
     ColumnGroup,
@@ -52,12 +52,12 @@ from gesso.training import loop
 QUIET = Console(quiet=True)
 SMALL = ("net.hidden_size=32", "net.depth=1", "net.num_heads=2", "train.total_images=256", "train.batch_size=32", "train.snapshot_every=64",
          "train.checkpoint_every=64", "train.log_every=64", "train.num_threads=1", "optim.warmup_images=64")  # fmt: skip
-DRAWN = ("eval.metrics=fd_digits,class_accuracy", "eval.num_samples=40", "sample.steps=3")
+METRICS = ("eval.metrics=fd_digits,class_accuracy", "eval.num_samples=40", "sample.steps=3")
 SLOW, FAST = Training("digits", (*SMALL, "optim.lr=1e-4")), Training("digits", (*SMALL, "optim.lr=4e-3"))
 
 
 def fake(**changes) -> Table:
-    """Two rows that train, one that shares the training of another, one column that needs none."""
+    """Return a table of two trained rows, a row that shares a training, and a column that needs no training."""
     scored = {
         "slow": Measurement(SLOW),
         "fast": Measurement(FAST),
@@ -77,7 +77,7 @@ def fake(**changes) -> Table:
         {
             "tiny": Scale(
                 (
-                    ColumnGroup({"FID": "fd_digits", "right": "class_accuracy"}, scored, settings=DRAWN),
+                    ColumnGroup({"FID": "fd_digits", "right": "class_accuracy"}, scored, settings=METRICS),
                     ColumnGroup(
                         {"size": "parameters"}, {"slow": Measurement(settings=("net.hidden_size=32",))}, method="counts"
                     ),
@@ -88,8 +88,8 @@ def fake(**changes) -> Table:
             "small": Scale((), cost="nothing"),
         },
         (
-            Claim("A higher rate is better", claims.improves_on(("fast", "FID"), ("slow", "FID"))),
-            Claim("It is right more often", claims.improves_on(("fast", "right"), ("slow", "right"))),
+            Claim("A higher rate is better", lambda v: v.improves(("fast", "FID"), ("slow", "FID"))),
+            Claim("It is right more often", lambda v: v.improves(("fast", "right"), ("slow", "right"))),
         ),
         notes="The paper says nothing of it.",
     )
@@ -99,23 +99,23 @@ def fake(**changes) -> Table:
 def numbers(
     table: Table, where: Path, values: dict[tuple[str, str, int], float | None], **protocol
 ) -> list[plan.MeasurementJob]:
-    """Jobs of three seeds with made-up numbers by (row, name, seed), each with a protocol."""
+    """Write records of three seeds with made-up numbers by (row, name, seed), and return the jobs."""
     todo = plan.plan_jobs(table, "tiny", range(3), where)
     for job in todo:
-        actual = {name: values.get((job.row, name, job.seed), 0.5) for name in job.group.columns.values()}
-        recorded = {"name": None, "num_samples": 40, "diversity_prompts": 9, "reference": "digits", "reference_images": 1797,
-                "reference_fingerprint": "abc", "networks": {"digits": "a"}, "nimg": 256, "guidance": 1.5, "sigma_rel": 0.1}  # fmt: skip
+        collected = {name: values.get((job.row, name, job.seed), 0.5) for name in job.group.columns.values()}
+        content = {"name": None, "images": 40, "diversity_seeds": 9, "reference": "digits", "reference_images": 1797,
+                "reference_pictures": "abc", "networks": {"digits": "a"}, "nimg": 256, "guidance": 1.5, "sigma_rel": 0.1}  # fmt: skip
         atomic_io.write_json(job.path, {
-            "by": job.group.method, "row": job.row, "seed": job.seed, "evaluation": job.evaluation_args, "values": actual,
-            "training": [one.command for one in plan.unique_trainings([job])], "protocol": recorded | protocol.get(job.row, {}),
-            "minutes": 0.25, "training_minutes": 1.5 * bool(job.training), "environment": {"device": "cpu", "threads": 1, "torch": "2.13"},
+            "method": job.group.method, "row": job.row, "seed": job.seed, "evaluate_command": job.evaluate_command, "values": collected,
+            "training_commands": [step.command for step in plan.unique_trainings([job])], "protocol": content | protocol.get(job.row, {}),
+            "measurement_minutes": 0.25, "training_minutes": 1.5 * bool(job.training), "environment": {"device": "cpu", "threads": 1, "torch": "2.13"},
         })  # fmt: skip
     return todo
 
 
 @pytest.fixture
 def known(monkeypatch):
-    """The fake as a table that there is, and a way of counting that needs no torch."""
+    """Register the fake table, and a count that needs no torch."""
     monkeypatch.setitem(TABLES, "test/1", fake)
     monkeypatch.setitem(runner.measurements.MEASUREMENT_METHODS, "counts", lambda job: {"values": {"parameters": 17.0}})
 
@@ -126,8 +126,8 @@ def known(monkeypatch):
 def test_jobs_of_rows_parts_and_seeds(tmp_path):
     todo = plan.plan_jobs(fake(), "tiny", range(2), tmp_path)
     assert [(job.row, job.group.method, job.seed) for job in todo] == [
-        ("slow", "scores", 0), ("fast", "scores", 0), ("fast, guided", "scores", 0), ("slow", "counts", 0),
-        ("slow", "scores", 1), ("fast", "scores", 1), ("fast, guided", "scores", 1),
+        ("slow", "metrics", 0), ("fast", "metrics", 0), ("fast, guided", "metrics", 0), ("slow", "counts", 0),
+        ("slow", "metrics", 1), ("fast", "metrics", 1), ("fast, guided", "metrics", 1),
     ]  # fmt: skip
     assert [job.row for job in plan.plan_jobs(fake(), "tiny", [0], tmp_path, ["fast"])] == ["fast"]
     assert len({job.path for job in todo}) == 7
@@ -136,8 +136,8 @@ def test_jobs_of_rows_parts_and_seeds(tmp_path):
 def test_trainings_are_shared_within_and_between_tables(tmp_path):
     todo = plan.plan_jobs(fake(), "tiny", range(3), tmp_path)
     assert len(plan.unique_trainings(todo)) == 6  # two rates, three seeds
-    other = fake(name="test/2", rows=(Row("its own name"),))
-    part = ColumnGroup({"FID": "fd_digits"}, {"its own name": Measurement(FAST)}, settings=DRAWN)
+    other = fake(name="test/2", rows=(Row("another name"),))
+    part = ColumnGroup({"FID": "fd_digits"}, {"another name": Measurement(FAST)}, settings=METRICS)
     (job,) = plan.plan_jobs(other._replace(scales={"tiny": Scale((part,), "")}), "tiny", [0], tmp_path)
     assert job.training.folder == todo[1].training.folder and job.path == todo[1].path
 
@@ -156,7 +156,7 @@ FIRST = plan.plan_training(FAST, 0, Path("w"))
         "train.num_threads=2",
     ],
 )
-def test_what_is_not_trained_does_not_count(setting):
+def test_settings_that_do_not_change_the_weights_do_not_change_the_key(setting):
     assert plan.plan_training(Training("digits", (*FAST.settings, setting)), 0, Path("w")).key == FIRST.key
 
 
@@ -171,11 +171,11 @@ def test_what_is_not_trained_does_not_count(setting):
         "ema.sigma_rels=[0.05]",
     ],
 )
-def test_what_is_trained_counts(setting):
+def test_settings_that_change_the_weights_change_the_key(setting):
     assert plan.plan_training(Training("digits", (*FAST.settings, setting)), 0, Path("w")).key != FIRST.key
 
 
-def test_seeds_and_beginnings_count():
+def test_seeds_and_parents_change_the_key():
     later = Training("digits", FAST.settings, parent=SLOW)
     keys = {
         plan.plan_training(t, seed, Path("w")).key
@@ -183,10 +183,13 @@ def test_seeds_and_beginnings_count():
         for seed in (0, 1)
     }
     assert len(keys) == 6
-    one = plan.plan_training(later, 0, Path("w"))
-    assert one.parent.key == plan.plan_training(SLOW, 0, Path("w")).key and f"init={one.parent.folder}" in one.command
-    assert [step.key for step in plan.unique_trainings([plan.MeasurementJob("r", fake().scales["tiny"].groups[0], 0, one, None, (), Path("x"))])] == [
-        one.parent.key, one.key,
+    training = plan.plan_training(later, 0, Path("w"))
+    assert (
+        training.parent.key == plan.plan_training(SLOW, 0, Path("w")).key
+        and f"init={training.parent.folder}" in training.command
+    )
+    assert [step.key for step in plan.unique_trainings([plan.MeasurementJob("r", fake().scales["tiny"].groups[0], 0, training, None, (), Path("x"))])] == [
+        training.parent.key, training.key,
     ]  # fmt: skip
 
 
@@ -196,6 +199,11 @@ def test_the_order_of_settings_does_not_matter(settings):
 
 
 # Pages
+
+
+def get_stored_table(path: Path) -> str:
+    """Return the table of a stored page; empty for other files."""
+    return json.loads(path.read_text()).get("table", "")
 
 
 def test_a_page(tmp_path, known):
@@ -210,42 +218,42 @@ def test_a_page(tmp_path, known):
     assert "| slow | 10.00\u00a0\u00b1\u00a01.00 | 9.50 |" in text and "| 3.10\u00a0\u00b1\u00a00.10 | 3.25 |" in text
     assert (
         "| fast, guided | **0.50\u00a0\u00b1\u00a00.00** | diverged |" in text and text.count("**0.5") == 1
-    )  # all alike: none is best
+    )  # equal means: none is best
     assert "| never made | - | - | - | - |" in text and "(1 of 3 NaN)" in text
     assert "not FID" in text and "As small as can be." in text and "Every training with train.device=cpu." in text
     assert "| A higher rate is better | **reproduced** | +6.9 (+5.38 to +8.42) | +6.25 |" in text
-    assert "| It is right more often | **undecided**" in text  # a NaN is no number
+    assert "| It is right more often | **undecided**" in text  # NaN does not count
     assert "# Rates \\| of \\<two\\> kinds" in text and "<h1>Rates | of &lt;two&gt; kinds</h1>" in html
     assert (
-        "gesso reproduce test/1 train.device=cpu --scale tiny --seeds 3" in text
+        "gesso reproduce test/1 train.device=cpu --scale tiny --num-seeds 3" in text
         and text.count("gesso train digits") == 6
     )
-    assert str(tmp_path) not in text + html and "tables/trained/digits-" in text
+    assert str(tmp_path) not in text + html and "tables/runs/digits-" in text
     assert 'class="tag"' in html and "src=" not in html and "The paper says nothing of it." in html
     assert "A row and seed took 1.8 minutes (cpu, 1 thread, torch 2.13); expected for a row: a second." in text
-    recorded = json.loads((tmp_path / "test-1-tiny.json").read_text())
+    content = json.loads((tmp_path / "test-1-tiny.json").read_text())
     assert (
-        recorded["rows"]["slow"]["FID"]["ours"] == {"0": 9, "1": 10, "2": 11}
-        and recorded["rows"]["slow"]["FID"]["published"] == 9.5
+        content["rows"]["slow"]["FID"]["by_seed"] == {"0": 9, "1": 10, "2": 11}
+        and content["rows"]["slow"]["FID"]["published"] == 9.5
     )
     assert (
-        recorded["rows"]["fast"]["right"]["ours"]["1"] == "NaN"
-        and recorded["rows"]["fast, guided"]["FID"]["published"] == "diverged"
+        content["rows"]["fast"]["right"]["by_seed"]["1"] == "NaN"
+        and content["rows"]["fast, guided"]["FID"]["published"] == "diverged"
     )
-    assert recorded["claims"][0]["verdict"] == "reproduced" and recorded["claims"][0]["published_effect"] == 6.25
-    assert str(tmp_path) not in json.dumps(recorded)
+    assert content["claims"][0]["verdict"] == "reproduced" and content["claims"][0]["published_effect"] == 6.25
+    assert str(tmp_path) not in json.dumps(content)
 
 
 def test_stored_pages_are_judged_again(tmp_path, known, gesso, monkeypatch):
-    """`gesso reproduce judge`: the same page from its JSON alone; other claims, another verdict; the mark stays."""
+    """`gesso reproduce judge` writes the same page from its JSON, new verdicts of new claims, and the outdated note."""
     values = {("slow", "fd_digits", s): 9 + s for s in range(3)} | {("fast", "class_accuracy", 1): None}
     page.write_page(fake(), "tiny", tmp_path, numbers(fake(), tmp_path, values))
-    for path in tmp_path.glob("measured/*"):
+    for path in tmp_path.glob("measurements/*"):
         path.unlink()
     before = {end: (tmp_path / f"test-1-tiny.{end}").read_text() for end in ("md", "html", "json")}
     assert gesso("reproduce", "judge", "--out", tmp_path)[0] == 0
     assert before == {end: (tmp_path / f"test-1-tiny.{end}").read_text() for end in ("md", "html", "json")}
-    claim = Claim("The contrary", claims.improves_on(("slow", "FID"), ("fast", "FID")))
+    claim = Claim("The contrary", lambda v: v.improves(("slow", "FID"), ("fast", "FID")))
     monkeypatch.setitem(TABLES, "test/1", lambda: fake(claims=(claim,)))
     stored = json.loads(before["json"]) | {"outdated": "the recipes have changed."}
     atomic_io.write_json(tmp_path / "test-1-tiny.json", stored)
@@ -255,11 +263,34 @@ def test_stored_pages_are_judged_again(tmp_path, known, gesso, monkeypatch):
     assert "1 contradicted; to be made again |" in (tmp_path / "README.md").read_text()
 
 
-def test_a_diverged_seed_and_a_lone_one(tmp_path, known):
+STORED = [
+    path
+    for path in sorted((Path(__file__).parents[2] / "docs" / "results").glob("*.json"))
+    if get_stored_table(path) in TABLES
+]
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_stored_verdicts_follow_from_the_stored_numbers(path):
+    """Every verdict, effect and bound in docs/results is reproduced from the numbers of its page."""
+    stored = json.loads(path.read_text())
+    table = TABLES[stored["table"]]()
+    single_seed = plan.cells_without_training(table, stored["scale"])
+    result = results.load_result(table, stored, path.parent, single_seed)
+    assert len(result.verdicts) == len(stored["claims"])
+    for (judgement, _), claim in zip(result.verdicts, stored["claims"], strict=True):
+        assert judgement.verdict == claim["verdict"], judgement.text
+        if claim["effect"] is not None:
+            assert judgement.effect == pytest.approx(float(claim["effect"]), rel=1e-9, abs=1e-12)
+            for actual, expected in zip((judgement.low, judgement.high), claim["bounds"], strict=True):
+                assert actual == (expected if expected is None else pytest.approx(expected, rel=1e-6))
+
+
+def test_a_diverged_seed_and_a_single_seed(tmp_path, known):
     todo = numbers(fake(), tmp_path, {})
     for job in todo:
-        if job.row == "fast" or (job.row == "slow" and job.seed == 2 and job.group.method == "scores"):
-            atomic_io.write_json(job.path, {"training": [], "diverged": "at image 3"})
+        if job.row == "fast" or (job.row == "slow" and job.seed == 2 and job.group.method == "metrics"):
+            atomic_io.write_json(job.path, {"training_commands": [], "diverged": "at image 3"})
         if job.row == "fast, guided" and job.seed:
             job.path.unlink()
     text = page.write_page(fake(), "tiny", tmp_path, todo)[0].read_text()
@@ -267,33 +298,33 @@ def test_a_diverged_seed_and_a_lone_one(tmp_path, known):
     assert "(1 of 3 seeds)" in text and "| it diverged | +6.25 |" in text and "**contradicted**" not in text
 
 
-def test_what_needs_no_seed_needs_no_second(tmp_path, known):
-    claim = Claim("It is small", lambda seed: claims._tests(20 - seed["slow", "size"]))
+def test_untrained_cells_need_one_seed(tmp_path, known):
+    claim = Claim("It is small", lambda v: v["slow", "size"] < 20)
     table = fake(claims=(claim,))
     todo = plan.plan_jobs(table, "tiny", [0], tmp_path)
     (counted,) = [job for job in todo if job.group.method == "counts"]
-    atomic_io.write_json(counted.path, {"training": [], "values": {"parameters": 17.0}})
+    atomic_io.write_json(counted.path, {"training_commands": [], "values": {"parameters": 17.0}})
     result = results.collect_result(table, "tiny", tmp_path, todo)
-    assert result.verdicts[0][0].verdict == claims.Verdict.EXACT and result.cells["slow", "size"].spread is None
+    assert result.verdicts[0][0].verdict == claims.Verdict.EXACT and result.cells["slow", "size"].std is None
 
 
-def test_cells_measured_otherwise_are_marked(tmp_path, known):
-    """But not for what their row varies on purpose, nor for the EMA length and time of their own training."""
+def test_cells_with_another_protocol_have_footnotes(tmp_path, known):
+    """Except for what a row varies on purpose, and for the EMA length and time of its training."""
     unlike = {
-        "fast": {"num_samples": 20, "diversity_prompts": 1, "sigma_rel": 0.2, "nimg": 9},
+        "fast": {"images": 20, "diversity_seeds": 1, "sigma_rel": 0.2, "nimg": 9},
         "fast, guided": {"guidance": 2.0, "networks": {"digits": "b", "classifier": "c"}},
     }
     todo = numbers(fake(), tmp_path, {}, **unlike)
     result = results.collect_result(fake(), "tiny", tmp_path, todo)
-    assert result.notes == ["num_samples 20, where other rows have 40", "network digits b, where other rows have a"]
-    assert {cell: n.notes for cell, n in result.cells.items() if n.notes} == {
+    assert result.footnotes == ["images 20, where other rows have 40", "network digits b, where other rows have a"]
+    assert {cell: n.footnotes for cell, n in result.cells.items() if n.footnotes} == {
         ("fast", "FID"): (1,), ("fast", "right"): (1,), ("fast, guided", "FID"): (2,), ("fast, guided", "right"): (2,),
     }  # fmt: skip
     text = page.write_page(fake(), "tiny", tmp_path, todo)[0].read_text()
-    assert "<sup>1</sup> num\\_samples 20" in text and text.count("<sup>2</sup>") == 3
+    assert "<sup>1</sup> images 20" in text and text.count("<sup>2</sup>") == 3
 
 
-def test_another_reference_or_another_measure_is_marked(tmp_path):
+def test_another_reference_or_measure_has_a_footnote(tmp_path):
     table = fake()
     first = table.scales["tiny"].groups[0]
     parts = (
@@ -317,7 +348,7 @@ def curves(where: Path, names: str) -> tuple[Table, list[plan.MeasurementJob]]:
         ColumnGroup({name: "fd_digits"}, {row.name: Measurement(FAST, (f"sample.S_noise={row.x}{i}",)) for row in rows})
         for i, name in enumerate(names)
     )
-    table = fake(name="test/fig2", columns=tuple(Column(name) for name in names), rows=rows, x="length", claims=(),
+    table = fake(name="test/fig2", columns=tuple(Column(name) for name in names), rows=rows, x_axis="length", claims=(),
                  scales={"tiny": Scale(parts, "")})  # fmt: skip
     todo = numbers(table, where, {(r.name, "fd_digits", s): (r.x - 1) ** 2 + 1 + s for r in rows for s in range(3)})
     return table, todo
@@ -327,7 +358,7 @@ def test_a_figure_has_a_picture(tmp_path):
     table, todo = curves(tmp_path, "abcdefg")
     for job in todo:
         if job.group.columns == {"c": "fd_digits"} and job.row == "10":
-            atomic_io.write_json(job.path, {"training": [], "diverged": "x"})
+            atomic_io.write_json(job.path, {"training_commands": [], "diverged": "x"})
     paths = page.write_page(table, "tiny", tmp_path, todo)
     assert (tmp_path / "test-fig2-tiny.png").read_bytes().startswith(b"\x89PNG")
     assert "](test-fig2-tiny.png)" in paths[0].read_text() and paths[1].read_text().count("<svg") == 1
@@ -341,13 +372,13 @@ def test_a_figure_has_a_picture(tmp_path):
 
 
 def test_a_figure_of_samples_shows_them_once(tmp_path):
-    """Of the first seed, whatever the number of seeds; how many counts for all."""
-    part = ColumnGroup({"samples": "pictures"}, {"fast": Measurement(FAST)}, method="pictures")
+    """Samples are those of the first seed; their number counts for all seeds."""
+    part = ColumnGroup({"samples": "num_images"}, {"fast": Measurement(FAST)}, method="sample_grid")
     table = fake(name="test/fig9", columns=(Column("samples", None),), rows=(Row("fast"),), claims=(),
                  scales={"tiny": Scale((part,), "")})  # fmt: skip
     todo = plan.plan_jobs(table, "tiny", range(3), tmp_path)
     assert [job.seed for job in todo] == [0] and len(plan.unique_trainings(todo)) == 1
-    atomic_io.write_json(todo[0].path, {"training": [todo[0].training.command], "values": {"pictures": 12}})
+    atomic_io.write_json(todo[0].path, {"training_commands": [todo[0].training.command], "values": {"num_images": 12}})
     paths = page.write_page(table, "tiny", tmp_path, todo)
     assert not (tmp_path / "test-fig9-tiny.png").exists() and "| fast | 12 |" in paths[0].read_text()
     Image.new("RGB", (40, 10), "red").save(page.plots.sample_grids.sample_grid(todo[0]))
@@ -359,14 +390,17 @@ def test_a_figure_of_samples_shows_them_once(tmp_path):
 
 
 def test_a_figure_over_a_column(tmp_path, known):
-    """Rows without an x stand at what was measured of the column that the axis is named after."""
+    """The x of rows without one is their number in the column of the x axis."""
     part = ColumnGroup(
         {"cost": "fd_digits", "right": "class_accuracy"},
         {"slow": Measurement(SLOW), "fast": Measurement(FAST)},
-        settings=DRAWN,
+        settings=METRICS,
     )
     table = fake(
-        columns=(Column("cost", None), Column("right", False)), x="cost", scales={"tiny": Scale((part,), "")}, claims=()
+        columns=(Column("cost", None), Column("right", False)),
+        x_axis="cost",
+        scales={"tiny": Scale((part,), "")},
+        claims=(),
     )
     values = {(row, "fd_digits", s): x for s in range(3) for row, x in (("slow", 4.0), ("fast", 2.0))}
     todo = numbers(table, tmp_path, values | {("fast", "class_accuracy", s): 0.75 for s in range(3)})
@@ -384,8 +418,11 @@ def test_no_picture_without_matplotlib(tmp_path, monkeypatch):
 
 
 def test_a_checklist_reads_the_verdicts_of_its_tables(tmp_path, known):
-    checks = (Check("Which rate?", "a high one", "test/1", 0), Check("Which size?", "large", "test/9", 1))
-    table = Table("test/a5", "Advice", "Nobody 2024", (), (), {}, checks=checks)
+    checks = (
+        ChecklistItem("Which rate?", "a high one", "test/1", 0),
+        ChecklistItem("Which size?", "large", "test/9", 1),
+    )
+    table = Table("test/a5", "Advice", "Nobody 2024", (), (), {}, checklist=checks)
     values = {("slow", "fd_digits", s): 9 + s for s in range(3)}
     page.write_page(fake(), "tiny", tmp_path, numbers(fake(), tmp_path, values))
     text = page.write_page(table, "tiny", tmp_path, [])[0].read_text()
@@ -405,7 +442,7 @@ def test_column_descriptions():
     lengths = tuple(
         first._replace(
             columns={"FID": "1-all"},
-            best="least",
+            select="min",
             rows={"slow": Measurement(SLOW, (f"sample.sigma_rel={s}", "sample.steps=3"))},
         )
         for s in (0.05, 0.1)
@@ -413,14 +450,14 @@ def test_column_descriptions():
     todo = plan.plan_jobs(
         table._replace(scales={"tiny": Scale((*lengths, *table.scales["tiny"].groups[1:]), "")}), "tiny", [0], Path("w")
     )
-    recorded = page.labels.describe_columns(table, todo)
-    assert recorded["FID"].startswith("one minus the share of samples") and recorded["FID"].endswith(
+    content = page.labels.describe_columns(table, todo)
+    assert content["FID"].startswith("one minus the share of samples") and content["FID"].endswith(
         ", the least over sample.sigma_rel"
     )
-    assert recorded == {
-        **recorded,
+    assert content == {
+        **content,
         "right": "not made at this scale",
-        "size": "parameters (counts of the network that a run builds, without training it)",
+        "size": "parameters (counts of the network of a run, without training it)",
     }
 
 
@@ -448,17 +485,17 @@ def test_digits(values, due):
     assert page.format_number(values[0], page.significant_digits(cells)) == due
 
 
-# Making
+# Running jobs
 
 
-def test_what_is_measured_is_not_measured_again(tmp_path, known, monkeypatch):
+def test_measured_jobs_are_not_measured_again(tmp_path, known, monkeypatch):
     calls = []
 
     def measured(job):
         calls.append((job.row, job.seed))
         return {"values": {"fd_digits": 1.0, "class_accuracy": 1.0}}
 
-    monkeypatch.setitem(runner.measurements.MEASUREMENT_METHODS, "scores", measured)
+    monkeypatch.setitem(runner.measurements.MEASUREMENT_METHODS, "metrics", measured)
     monkeypatch.setattr(runner, "start_training", lambda *arguments: None)
     todo = plan.plan_jobs(fake(), "tiny", range(2), tmp_path)
     assert [job.row for job in runner.run_jobs(todo, QUIET, lambda text: None)] == [job.row for job in todo]
@@ -481,19 +518,19 @@ def test_a_row_that_diverges_is_a_result(tmp_path, known, monkeypatch):
     monkeypatch.setattr(runner, "start_training", start)
     monkeypatch.setitem(
         runner.measurements.MEASUREMENT_METHODS,
-        "scores",
+        "metrics",
         lambda job: {"values": {"fd_digits": 1.0, "class_accuracy": 1.0}},
     )
     todo = plan.plan_jobs(fake(), "tiny", [0], tmp_path)
     list(runner.run_jobs(todo, QUIET, lambda text: None))
-    assert tried == [1e-4, 4e-3]  # two rows have the second: it is not tried again
-    actual = runner.collect_values(todo)[0]
-    assert actual["slow", "FID"] == 1 and actual["fast", "FID"] == actual["fast, guided", "right"] == DIVERGED
+    assert tried == [1e-4, 4e-3]  # two rows share the second training, which is not tried again
+    collected = runner.collect_values(todo)[0]
+    assert collected["slow", "FID"] == 1 and collected["fast", "FID"] == collected["fast, guided", "right"] == DIVERGED
     assert runner.read_record(todo[1].path)["diverged"] == "the loss is not finite at image 64"
 
 
-def test_what_is_stopped_names_the_command_that_goes_on(tmp_path, known, monkeypatch):
-    """A signal in the middle of a training: its state is saved, and the same command goes on from there."""
+def test_an_interruption_names_the_command_that_resumes(tmp_path, known, monkeypatch):
+    """After a signal during a training the state is saved, and the same command resumes it."""
     after, sent = loop.Monitor.on_step_end, []
 
     def interrupted(watcher, before):
@@ -505,14 +542,14 @@ def test_what_is_stopped_names_the_command_that_goes_on(tmp_path, known, monkeyp
     monkeypatch.setattr(loop.Monitor, "on_step_end", interrupted)
     monkeypatch.setitem(
         runner.measurements.MEASUREMENT_METHODS,
-        "scores",
+        "metrics",
         lambda job: {"values": {"fd_digits": 1.0, "class_accuracy": 1.0}},
     )
     todo = plan.plan_jobs(fake(), "tiny", [0], tmp_path, ["slow"])
     with pytest.raises(StoppedError) as stopped:
         list(runner.run_jobs(todo, QUIET, lambda text: None, "gesso reproduce test/1"))
-    recorded = str(stopped.value).splitlines()
-    assert recorded == ["SIGINT at image 160: the state is saved. Resume with", "  gesso reproduce test/1"]
+    content = str(stopped.value).splitlines()
+    assert content == ["SIGINT at image 160: the state is saved. Resume with", "  gesso reproduce test/1"]
     assert stopped.value.exit_code == 130 and not todo[0].path.exists()
     console = Console(record=True, quiet=False, file=io.StringIO())
     list(runner.run_jobs(todo, console, lambda text: None))
@@ -526,12 +563,12 @@ def test_what_is_stopped_names_the_command_that_goes_on(tmp_path, known, monkeyp
 
 
 def test_two_processes_share_the_work(tmp_path, known, monkeypatch):
-    """What another one is making is left to it, done last, and not done again."""
+    """A job that another process has locked is skipped, awaited at the end, and not run again."""
     monkeypatch.setattr(runner, "POLL_INTERVAL_S", 0.001)
     monkeypatch.setattr(runner, "start_training", lambda *arguments: None)
     monkeypatch.setitem(
         runner.measurements.MEASUREMENT_METHODS,
-        "scores",
+        "metrics",
         lambda job: {"values": {"fd_digits": 1.0, "class_accuracy": 1.0}},
     )
     todo, output = plan.plan_jobs(fake(), "tiny", [0], tmp_path), []
@@ -542,7 +579,7 @@ def test_two_processes_share_the_work(tmp_path, known, monkeypatch):
             order.append((job.row, job.group.method))
             if len(order) == 3:
                 break
-    assert order == [("fast", "scores"), ("fast, guided", "scores"), ("slow", "counts")]
+    assert order == [("fast", "metrics"), ("fast, guided", "metrics"), ("slow", "counts")]
     held = atomic_io.try_lock(todo[0].path)
     assert held.__enter__()
 
@@ -571,7 +608,7 @@ def test_minutes_are_those_of_the_steps(tmp_path):
     assert runner.training_minutes(step) == 3
 
 
-# What it would take
+# Dry runs and Slurm
 
 
 def reproduce_args(where: Path, **changes) -> ReproduceArgs:
@@ -591,12 +628,12 @@ def test_a_dry_run(tmp_path, known):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_missing_is_named(tmp_path, monkeypatch):
+def test_missing_requirements_are_listed(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.chdir(tmp_path)
     table = get_table(TABLES, "berrada/2a")
     todo = plan.plan_jobs(table, "paper", [0], Path("tables"), ["uniform"])
-    text = "\n".join(dry_run.dry_run_lines(table, reproduce_args(Path("tables"), scale="paper", seeds=1), todo))
+    text = "\n".join(dry_run.dry_run_lines(table, reproduce_args(Path("tables"), scale="paper", num_seeds=1), todo))
     assert "torchrun --nproc-per-node 8 -m gesso train table-2a control.schedule=uniform" in text
     assert (
         "the cache caches/imagenet-256-0.9-1-flip\n      gesso cache /path/to/imagenet caches/imagenet-256-0.9-1-flip"
@@ -641,45 +678,49 @@ def test_networks_of_the_hub_are_needed(tmp_path):
     run = plan.plan_training(
         Training("digits", ("eval.metrics=fd_dinov2,clip,fd_clip,fid", "eval.clip=a/b")), 0, tmp_path
     ).run
-    actual = [need.label for need in requirements.measurement_requirements(run)]
-    assert "dinov2 facebook/dinov2-large" in actual and actual.count("clip a/b") == 2 and "pt_inception" in actual[-1]
+    collected = [need.label for need in requirements.measurement_requirements(run)]
+    assert (
+        "dinov2 facebook/dinov2-large" in collected
+        and collected.count("clip a/b") == 2
+        and "pt_inception" in collected[-1]
+    )
 
 
 def test_hours_by_hand(tmp_path):
-    """EDM2-S is 102 G multiply-accumulates (Table 2); its training of 2^31 images took 5.3 days on 32 A100 (Table 6)."""
+    """EDM2-S has 102 G multiply-accumulates (Table 2); training on 2^31 images took 5.3 days on 32 A100 (Table 6)."""
     run = plan.plan_training(Training("edm2-img512-s"), 0, tmp_path).run
     cost = estimates.training_cost(run)
-    assert cost.hours == pytest.approx(2 * 3 * 102e9 * 2**31 / (0.4 * 312e12) / 3600, rel=0.02)
+    assert cost.gpu_hours == pytest.approx(2 * 3 * 102e9 * 2**31 / (0.4 * 312e12) / 3600, rel=0.02)
     assert (
-        cost.published == 5.3 * 32 * 24
+        cost.published_gpu_hours == 5.3 * 32 * 24
         and cost.disk_bytes.num_snapshots == 2 * 256
         and cost.parameters == pytest.approx(280.2e6, rel=1e-3)
     )
     shorter = plan.plan_training(Training("edm2-img512-s", ("train.total_images=1M",)), 0, tmp_path).run
-    assert estimates.training_cost(shorter).published is None
+    assert estimates.training_cost(shorter).published_gpu_hours is None
 
 
 @pytest.mark.parametrize(
-    ("output", "passes"),
+    ("settings", "passes"),
     [
         ((), 20 * 2), (("sample.guidance=1",), 20), (("sample.sampler=heun",), 39 * 2), (("eval.num_repeats=3",), 3 * 20 * 2),
         (("control.variables=size", "sample.control_guidance=1.4"), 20 * 3),
         (("control.variables=size", "eval.metrics=digits_feature_distance", "eval.diversity_prompts=50"), 20 * 2),
     ],
 )  # fmt: skip
-def test_passes_of_drawing(tmp_path, output, passes):
-    """Hours of 100 samples, in passes of the network."""
-    part = ColumnGroup({}, {"r": Measurement(Training("digits", tuple(s for s in output if s.startswith("control"))), tuple(s for s in output if not s.startswith("control")))},
+def test_evaluations_of_sampling(tmp_path, settings, passes):
+    """Hours of 100 samples, in network evaluations."""
+    part = ColumnGroup({}, {"r": Measurement(Training("digits", tuple(s for s in settings if s.startswith("control"))), tuple(s for s in settings if not s.startswith("control")))},
                 settings=("eval.metrics=fd_digits", "eval.num_samples=100"))  # fmt: skip
     table = fake(rows=(Row("r"),), scales={"tiny": Scale((part,), "")})
     (job,) = plan.plan_jobs(table, "tiny", [0], tmp_path)
-    run = estimates.resolved_config(estimates.evaluation_config(job))
-    one = estimates.count_macs(run.net, run.input_spec, run.semantic.max_tokens).macs
-    assert estimates.measurement_hours(job) == pytest.approx(estimates.gpu_hours(100 * passes * one, "float32"))
+    run = estimates.with_dataset_info(estimates.evaluation_config(job))
+    macs = estimates.count_model(run.net, run.input_spec, run.semantic.max_tokens).macs
+    assert estimates.measurement_hours(job) == pytest.approx(estimates.gpu_hours(100 * passes * macs, "float32"))
 
 
 def test_slurm_scripts(tmp_path, known):
-    """They parse; submit.sh, with a stand-in for sbatch, lets a training wait for the one it starts from alone."""
+    """The scripts parse; with a fake sbatch, a training waits only for the training that it starts from."""
     part = ColumnGroup(
         {"FID": "fd_digits"},
         {
@@ -687,7 +728,7 @@ def test_slurm_scripts(tmp_path, known):
             "fast": Measurement(Training("digits", FAST.settings, parent=SLOW)),
             "never made": Measurement(FAST, guide=SLOW),
         },
-        settings=DRAWN,
+        settings=METRICS,
     )
     table = fake(scales={"tiny": Scale((part,), "")})
     where, out = tmp_path / "some where", tmp_path / "jobs"
@@ -714,10 +755,8 @@ def test_slurm_scripts(tmp_path, known):
         ["--parsable", "--array=0-2", "--dependency=afterany:1:2:3", measure],
     ]
     env |= {"SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "7"}
-    recorded = subprocess.run(
-        ["bash", measure], env=env, check=True, capture_output=True, text=True
-    ).stdout.splitlines()
-    assert recorded == [
+    content = subprocess.run(["bash", measure], env=env, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert content == [
         "gesso",
         "reproduce",
         "test/1",
@@ -725,15 +764,15 @@ def test_slurm_scripts(tmp_path, known):
         "tiny",
         "--rows",
         "fast",
-        "--seeds",
+        "--num-seeds",
         "2",
         "--out",
         str(where),
     ]
-    recorded = subprocess.run(["bash", train], env=env, check=True, capture_output=True, text=True).stdout.splitlines()
+    content = subprocess.run(["bash", train], env=env, check=True, capture_output=True, text=True).stdout.splitlines()
     child = plan.unique_trainings(todo)[1]
-    assert recorded[:3] == ["gesso", "train", "digits"] and f"init={child.parent.folder}" in recorded
-    assert recorded[-3:] == ["--out", str(child.folder), "--resume"]
+    assert content[:3] == ["gesso", "train", "digits"] and f"init={child.parent.folder}" in content
+    assert content[-3:] == ["--out", str(child.folder), "--resume"]
 
 
 def test_slurm_on_many_gpus_is_torchrun(tmp_path):
@@ -755,36 +794,36 @@ def test_every_table_at_every_scale(name, tmp_path):
 
 
 def test_two_rows_and_two_seeds(tmp_path, known, gesso):
-    """Really trained and measured, then found again."""
+    """Train and measure for real; a second run uses the stored results."""
     where = tmp_path / "made here"
-    code, output, _ = gesso("reproduce", "test/1", "--rows", "slow", "--rows", "fast", "--seeds", 2, "--out", where)
+    code, output, _ = gesso("reproduce", "test/1", "--rows", "slow", "--rows", "fast", "--num-seeds", 2, "--out", where)
     assert code == 0 and "5 of 5" in output and output.count("gesso train digits") == 4
     assert output.splitlines()[-1].startswith(f"wrote {where}/test-1-tiny.md")
-    assert len(list((where / "trained").glob("digits-*/snapshots/*"))) == 4 * 4 * 2
-    recorded = json.loads((where / "test-1-tiny.json").read_text())
+    assert len(list((where / "runs").glob("digits-*/snapshots/*"))) == 4 * 4 * 2
+    content = json.loads((where / "test-1-tiny.json").read_text())
     for row in ("slow", "fast"):
-        values = list(recorded["rows"][row]["FID"]["ours"].values())
+        values = list(content["rows"][row]["FID"]["by_seed"].values())
         assert len(values) == 2 and all(value > 0 for value in values) and values[0] != values[1]
-        assert all(0 <= value <= 1 for value in recorded["rows"][row]["right"]["ours"].values())
-        assert recorded["minutes"][row]["training"] > 0
-    assert recorded["rows"]["fast, guided"]["FID"]["ours"] == {} and recorded["rows"]["slow"]["size"]["ours"] == {
+        assert all(0 <= value <= 1 for value in content["rows"][row]["right"]["by_seed"].values())
+        assert content["minutes"][row]["training"] > 0
+    assert content["rows"]["fast, guided"]["FID"]["by_seed"] == {} and content["rows"]["slow"]["size"]["by_seed"] == {
         "0": 17,
         "1": 17,
     }
-    assert recorded["protocols"]["FID"]["num_samples"] == 40 and recorded["environment"][0].startswith("cpu, 1 thread")
-    code, again, _ = gesso("reproduce", "test/1", "--rows", "slow", "--seeds", 2, "--out", where)
-    assert code == 0 and again.count("\n") <= 2  # nothing but what is written
+    assert content["protocols"]["FID"]["num_samples"] == 40 and content["environments"][0].startswith("cpu, 1 thread")
+    code, again, _ = gesso("reproduce", "test/1", "--rows", "slow", "--num-seeds", 2, "--out", where)
+    assert code == 0 and again.count("\n") <= 2  # only the line on written files
     assert gesso("reproduce", "test/1", "--rows", "slow", "--out", where)[0] == 0
-    assert (
-        json.loads((where / "test-1-tiny.json").read_text())["rows"] == recorded["rows"]
-    )  # all rows and seeds that are there
+    assert json.loads((where / "test-1-tiny.json").read_text())["rows"] == content["rows"]  # all stored rows and seeds
     code, listed, _ = gesso("reproduce", "list", "--out", where)
-    assert "test/1" in listed and f"{index.count_verdicts(recorded)} (tiny, 2 seeds)" in listed
+    assert "test/1" in listed and f"{index.count_verdicts(content)} (tiny, 2 seeds)" in listed
 
 
 def test_bad_input(tmp_path, known, gesso, monkeypatch):
     monkeypatch.setitem(
-        TABLES, "test/a5", lambda: Table("test/a5", "A", "B", (), (), {}, checks=(Check("q", "r", "test/1"),))
+        TABLES,
+        "test/a5",
+        lambda: Table("test/a5", "A", "B", (), (), {}, checklist=(ChecklistItem("q", "r", "test/1"),)),
     )
     (tmp_path / "file").write_text("x")
     (tmp_path / "other").mkdir()
@@ -793,10 +832,10 @@ def test_bad_input(tmp_path, known, gesso, monkeypatch):
         "did you mean test/1?": ("tst/1",),
         "did you mean slow?": ("test/1", "--rows", "slwo"),
         suggest("tyni", ["tiny", "small", "paper"]): ("test/1", "--scale", "tyni"),
-        "--scale tiny or small, not 'paper'": ("test/1", "--scale", "paper"),
+        "is not defined at --scale paper: use --scale tiny or small": ("test/1", "--scale", "paper"),
         "no row of it is defined at --scale small": ("test/1", "--scale", "small"),
         "no row of never made is defined": ("test/1", "--rows", "never made"),
-        "--seeds 0: must be at least 1": ("test/1", "--seeds", 0),
+        "--num-seeds 0: must be at least 1": ("test/1", "--num-seeds", 0),
         "is a file: name a folder": ("test/1", "--slurm", tmp_path / "file"),
         "choose another": ("test/1", "--out", tmp_path / "file"),
         "choose another --out": ("test/1", "--out", tmp_path / "other"),
@@ -812,23 +851,23 @@ def test_bad_input(tmp_path, known, gesso, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "other"]
 
 
-def test_what_fails_leaves_a_page_of_what_is_there(tmp_path, known, gesso, monkeypatch):
+def test_a_failure_leaves_a_page_of_finished_jobs(tmp_path, known, gesso, monkeypatch):
     def fails(job):
         if job.row == "fast":
             raise UsageError("weights are missing")
         return {"values": {"fd_digits": 1.0, "class_accuracy": 1.0}}
 
     monkeypatch.setattr(runner, "start_training", lambda *arguments: None)
-    monkeypatch.setitem(runner.measurements.MEASUREMENT_METHODS, "scores", fails)
+    monkeypatch.setitem(runner.measurements.MEASUREMENT_METHODS, "metrics", fails)
     code, _, error = gesso("reproduce", "test/1", "--out", tmp_path)
     assert (
         code == 2 and "weights are missing" in error and "| slow | **1" not in (tmp_path / "test-1-tiny.md").read_text()
     )
-    assert json.loads((tmp_path / "test-1-tiny.json").read_text())["rows"]["slow"]["FID"]["ours"] == {"0": 1.0}
+    assert json.loads((tmp_path / "test-1-tiny.json").read_text())["rows"]["slow"]["FID"]["by_seed"] == {"0": 1.0}
 
 
 def test_the_list_is_by_paper(gesso, tmp_path):
     code, listed, _ = gesso("reproduce", "list", "--out", tmp_path)
     heads = [line for line in listed.splitlines() if line and not line.startswith(" ")]
-    assert code == 0 and heads[0] == cli.PAPERS["berrada"] and "berrada/2a" in listed
-    assert list(itertools.chain(heads))[-1].startswith("gesso reproduce NAME")
+    assert code == 0 and heads[0] == cli.PAPER_TITLES["berrada"] and "berrada/2a" in listed
+    assert list(itertools.chain(heads))[-1].startswith("`gesso reproduce NAME`")

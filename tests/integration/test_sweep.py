@@ -22,10 +22,10 @@ def test_points_are_trained_measured_and_ranked_once(tmp_path):
     assert all(len(set(p.values)) == 2 for p in points)
     page = json.loads((tmp_path / "sweep-digits.json").read_text())
     assert page["seeds"] == [FIRST_SEED, FIRST_SEED + 1] and page["points"][0]["values"] == list(points[0].values)
-    folders = sorted(path.name for path in (tmp_path / "trained").iterdir() if path.is_dir())
+    folders = sorted(path.name for path in (tmp_path / "runs").iterdir() if path.is_dir())
     lines = []
     assert sweep(args, QUIET_CONSOLE, lines.append) == points
-    assert folders == sorted(path.name for path in (tmp_path / "trained").iterdir() if path.is_dir())
+    assert folders == sorted(path.name for path in (tmp_path / "runs").iterdir() if path.is_dir())
     assert not any(line.startswith("gesso train") for line in lines)
     assert "| `optim.lr=1e-2 net.depth=" in (tmp_path / "sweep-digits.md").read_text()
 

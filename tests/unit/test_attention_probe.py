@@ -36,10 +36,10 @@ def lengths_of(run) -> torch.Tensor:
 
 def test_what_is_masked_has_no_part(tmp_path):
     masked, zero = (job(tmp_path / padding, padding) for padding in ("masked", "zero"))
-    assert attention_probe.measure_padding_gradients(masked)["values"]["padding_share"] == 0
-    assert attention_probe.measure_padding_attention(masked)["values"]["padding_share"] == 0
-    assert 0.05 < attention_probe.measure_padding_gradients(zero)["values"]["padding_share"] < 0.95
-    assert 0.05 < attention_probe.measure_padding_attention(zero)["values"]["padding_share"] < 0.95
+    assert attention_probe.measure_padding_gradients(masked)["values"]["padding_fraction"] == 0
+    assert attention_probe.measure_padding_attention(masked)["values"]["padding_fraction"] == 0
+    assert 0.05 < attention_probe.measure_padding_gradients(zero)["values"]["padding_fraction"] < 0.95
+    assert 0.05 < attention_probe.measure_padding_attention(zero)["values"]["padding_fraction"] < 0.95
 
 
 def test_attention_that_sees_no_difference_is_even(tmp_path):
@@ -49,9 +49,11 @@ def test_attention_that_sees_no_difference_is_even(tmp_path):
         weights, run, _ = snapshot.read(one.path)
         flat = {name: value * 0 if "qkv" in name else value for name, value in weights.items()}
         snapshot.write(one.path, flat, one.nimg, one.profile, run)
-    actual = attention_probe.measure_padding_attention(even)["values"]
+    result = attention_probe.measure_padding_attention(even)["values"]
     share = float((1 - lengths_of(run) / 8).mean())
-    assert actual["entropy"] == pytest.approx(1, abs=1e-5) and actual["padding_share"] == pytest.approx(share, abs=1e-5)
+    assert result["entropy"] == pytest.approx(1, abs=1e-5) and result["padding_fraction"] == pytest.approx(
+        share, abs=1e-5
+    )
     assert 0.3 < share < 0.9
 
 
@@ -59,7 +61,7 @@ def test_copies_are_alike(tmp_path):
     alike = {
         padding: attention_probe.measure_padding_attention(
             job(tmp_path / padding, padding, **{"semantic.padding_noise": 1.0})
-        )["values"]["alike"]
+        )["values"]["copy_similarity"]
         for padding in ("zero", "replicate", "noisy")
     }
     assert alike["zero"] == 0 and alike["replicate"] == pytest.approx(1, abs=1e-6) and 0 < alike["noisy"] < 0.999
@@ -67,7 +69,7 @@ def test_copies_are_alike(tmp_path):
 
 def test_share_by_hand():
     values = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 0.0, 0.0, 5.0]])
-    assert attention_probe._padding_share(values, torch.tensor([3, 1])) == pytest.approx((0.4 + 0.5) / 2)
+    assert attention_probe._padding_fraction(values, torch.tensor([3, 1])) == pytest.approx((0.4 + 0.5) / 2)
 
 
 def test_sample_grid_uses_each_size_condition(tmp_path):
@@ -80,14 +82,14 @@ def test_sample_grid_uses_each_size_condition(tmp_path):
     write_run(
         folder, "digits", **{"data.source": "digits-mixed-resolution", "control.variables": "size", "control.alpha": 1}
     )
-    part, requested = ColumnGroup({}, {}, method="pictures"), ["eval.num_samples=3", "sample.steps=2"]
+    part, overrides = ColumnGroup({}, {}, method="sample_grid"), ["eval.num_samples=3", "sample.steps=2"]
     trained = SimpleNamespace(folder=folder)
     job = SimpleNamespace(
-        training=trained, group=part, overrides=requested, params={"sizes": "4,8"}, path=tmp_path / "a.json"
+        training=trained, group=part, overrides=overrides, params={"sizes": "4,8"}, path=tmp_path / "a.json"
     )
-    actual = sample_grids.save_sample_grid(job)
-    assert actual["values"] == {"pictures": 6} and actual["protocol"]["sizes"] == ["4", "8"]
-    run = config.load_with_overrides(folder, requested, ("sample.", "eval."))
+    result = sample_grids.save_sample_grid(job)
+    assert result["values"] == {"num_images": 6} and result["protocol"]["sizes"] == ["4", "8"]
+    run = config.load_with_overrides(folder, overrides, ("sample.", "eval."))
     weights, *_ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(run.sample)])
     created = []
     for size in ("4x4", "8x8"):
@@ -100,7 +102,7 @@ def test_sample_grid_uses_each_size_condition(tmp_path):
     with Image.open(sample_grids.sample_grid(job)) as picture:
         assert (np.asarray(picture) == due).all()
     job.params, job.path = {}, tmp_path / "b.json"
-    assert sample_grids.save_sample_grid(job)["values"] == {"pictures": 3}
+    assert sample_grids.save_sample_grid(job)["values"] == {"num_images": 3}
     with Image.open(sample_grids.sample_grid(job)) as picture:
         width, height = picture.size
     assert width == height and sample_grids.sample_grid(job) == tmp_path / "b.png"

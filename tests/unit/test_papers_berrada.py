@@ -1,4 +1,4 @@
-"""Tables and figures of Berrada et al. 2024: the paper's numbers, claims, jobs, and which trainings they share."""
+"""Tables and figures of Berrada et al. 2024: published numbers, claims, jobs, and shared trainings."""
 
 import math
 from pathlib import Path
@@ -26,7 +26,7 @@ def jobs(name: str, scale: str) -> list[plan.MeasurementJob]:
 JOBS = {place: jobs(*place) for place in PLACES}
 
 
-def test_the_list():
+def test_all_tables_exist():
     names = [
         "1",
         "2a",
@@ -63,13 +63,13 @@ def test_tables_are_complete(name):
     assert all(set(row.published) <= set(columns) for row in table.rows)
     for scale in table.scales.values():
         filled = [(row, column) for part in scale.groups for row in part.rows for column in part.columns]
-        assert len(set(filled)) == len(filled), "two parts fill one cell"
+        assert len(set(filled)) == len(filled), "two groups measure one cell"
         assert {row for row, _ in filled} <= set(rows) and {column for _, column in filled} <= set(columns)
         assert all(part.protocol is None or part.protocol in protocols.PROTOCOLS for part in scale.groups)
-    assert bool(table.x) == any(row.x is not None for row in table.rows)
+    assert bool(table.x_axis) == any(row.x is not None for row in table.rows)
 
 
-# Read off the paper by a second pair of eyes.
+# Numbers read from the paper independently.
 SPOTS = {
     "1": {("DiT-XL/2 w/ LN", "FID, ImageNet 512"): 2.85, ("PixArt-alpha-XL/2", "FID, ImageNet 256"): 2.06,
           ("PixArt-alpha-XL/2", "CLIP, CC12M 512"): DIVERGED, ("DiT-XL/2 w/ Att", "FID, ImageNet 512"): DIVERGED,
@@ -102,7 +102,7 @@ def test_published_numbers(name):
     [("1", 14 + 5 + 2 * 5 + 2 * 5), ("2a", 16), ("2b", 8), ("2c", 4), ("3", 12), ("4a", 11), ("4b", 6), ("4c", 4), ("A1", 30),
      ("A2", 33 + 5 + 5 + 1), ("A3", 5 + 4 + 4 + 10), ("A4", 15), ("A6", 28), ("fig8", 3), ("figA2", 2)],
 )  # fmt: skip
-def test_how_many_numbers_there_are(name, numbers):
+def test_number_of_published_numbers(name, numbers):
     assert len(ALL_TABLES[f"berrada/{name}"].published()) == numbers
 
 
@@ -110,10 +110,10 @@ def test_how_many_numbers_there_are(name, numbers):
 def test_claims_hold_on_the_published_numbers(name, i):
     table = ALL_TABLES[name]
     claim = table.claims[i]
-    effect = claims.effect_of(table, claim, table.published())
+    effect = claims.compute_effect(table, claim, table.published())
     assert effect is None or effect > 0
     assert len(claim.text) < 90 and not claim.text.endswith(".")
-    # What only a picture shows, and what the paper does not compare.
+    # Figures without numbers, and comparisons that the paper does not make.
     pictures = {"berrada/fig2", "berrada/fig6", "berrada/fig7", "berrada/figA1", "berrada/figA3", "berrada/figA4"}
     detail = {("berrada/2a", 0), ("berrada/2a", 1), ("berrada/2b", 1), ("berrada/A6", 0), ("berrada/A6", 3)}
     silent = name in pictures or (name, i) in {("berrada/4b", 2), *detail} or (name == "berrada/fig8" and i < 3)
@@ -122,38 +122,38 @@ def test_claims_hold_on_the_published_numbers(name, i):
 
 @pytest.mark.parametrize("name", BERRADA)
 def test_claims_can_be_judged_on_reproduced_tables(name):
-    """At each scale some claim finds all its cells."""
+    """At each scale some claim has all of its cells."""
     table = ALL_TABLES[name]
     for scale in table.scales.values():
         cells = {(row, c): 1.0 for part in scale.groups for row in part.rows for c in part.columns}
         if cells and table.claims:
-            assert any(claims.effect_of(table, claim, cells) is not None for claim in table.claims)
+            assert any(claims.compute_effect(table, claim, cells) is not None for claim in table.claims)
 
 
 @pytest.mark.parametrize("name, scale", PLACES)
 def test_every_job_is_valid(name, scale):
-    """Recipe, settings, what it starts from (plan.jobs), and how it is measured."""
-    actual = JOBS[name, scale]
-    assert bool(actual) == (name != "berrada/A5")
-    for job in actual:
+    """Recipe, settings, parent and measurement are valid."""
+    planned = JOBS[name, scale]
+    assert bool(planned) == (name != "berrada/A5")
+    for job in planned:
         assert job.training is not None
         if job.group.method == "noise_levels":
             assert job.settings[0].startswith("t=")
             continue
         run, _ = config.resolve(config.to_dict(job.training.run), job.overrides)
-        if job.group.method == "scores":
+        if job.group.method == "metrics":
             assert job.group.protocol or run.eval.metrics
             assert (run.eval.nimg or 1) <= run.train.total_images
         if scale != "paper":
             assert run.data.source.startswith(("digits", "shapes"))
-            assert not {"fid", "clip", "lpips"} & set(run.eval.metrics), "nothing is to be downloaded"
+            assert not {"fid", "clip", "lpips"} & set(run.eval.metrics), "no downloads"
 
 
-def test_what_trains_the_same_is_one_folder():
-    """Over all tables: equal trainings lie in one place, whatever they are called."""
+def test_equal_trainings_have_one_folder():
+    """Over all tables: equal trainings have one folder."""
     folders: dict[str, set[Path]] = {}
-    for actual in JOBS.values():
-        for one in plan.unique_trainings(actual):
+    for planned in JOBS.values():
+        for one in plan.unique_trainings(planned):
             folders.setdefault(one.key, set()).add(one.folder)
     assert {key: at for key, at in folders.items() if len(at) > 1} == {}
 
@@ -170,7 +170,7 @@ def paths(name: str, scale: str) -> set[Path]:
 def test_tables_share_trainings(scale):
     assert len(keys("2a", scale)) == 6 and len(keys("A6", scale)) == 10
     assert len(keys("2b", scale)) == 2 and keys("2b", scale) < keys("2a", scale) < keys("A6", scale)
-    numbers = {job.path for job in JOBS["berrada/fig2", scale] if job.group.method == "scores"}
+    numbers = {job.path for job in JOBS["berrada/fig2", scale] if job.group.method == "metrics"}
     assert keys("fig2", scale) == keys("2b", scale) and numbers < paths("2a", scale)
     assert keys("figA5", scale) < keys("1", scale)
     assert len(keys("3", scale)) == 6 and len(keys("figA3", scale)) == 3
@@ -187,12 +187,12 @@ def test_tables_share_trainings(scale):
         assert len(keys("1", scale)) == 24
         assert len(keys("1", scale) & keys("3", scale)) == 1 and len(keys("1", scale) & keys("A4", scale)) == 4
         assert keys("fig7", scale) < keys("1", scale) and len(keys("4c", scale) & keys("1", scale)) == 2
-        assert len(keys("fig8", scale) & keys("1", scale)) == 2  # whole crops at 256, ours at 512
+        assert len(keys("fig8", scale) & keys("1", scale)) == 2  # full crops at 256, ours at 512
         assert len(keys("A3", scale) & keys("1", scale)) == 5
 
 
-def test_what_starts_from_what():
-    """At full scale: weights from 256 in 512, moved as each network's paper has it."""
+def test_parents_of_trainings():
+    """At paper scale, runs at 512 start from 256, with positions and noise levels as in each network's paper."""
     for job in JOBS["berrada/1", "paper"]:
         run, before = job.training.run, job.training.parent
         assert (before is not None) == (run.data.resolution == 512)
@@ -212,7 +212,7 @@ def test_what_starts_from_what():
         assert job.training.run.process.resolution_scale == (1 if "noise kept" in job.group.columns else 2)
 
 
-def test_local_crops_alone_change_what_figure_8_starts_from():
+def test_crops_decide_the_pretraining_of_figure_8():
     by_curve = {next(iter(job.group.columns)): job.training for job in JOBS["berrada/fig8", "tiny"]}
     befores = {curve: one.parent for curve, one in by_curve.items()}
     assert len({one.key for one in befores.values()}) == 3 and len({one.key for one in by_curve.values()}) == 6
@@ -222,7 +222,7 @@ def test_local_crops_alone_change_what_figure_8_starts_from():
 
 @pytest.mark.parametrize("name, scale", [place for place in PLACES if place[1] != "tiny"])
 def test_networks_can_be_built(name, scale):
-    """One of each network and kind of condition, on the meta device."""
+    """Build each network and kind of condition once, on the meta device."""
     kinds = {}
     for one in plan.unique_trainings(JOBS[name, scale]):
         run, _ = with_synthetic_data(one.run)
@@ -243,13 +243,13 @@ def test_equation_3_is_judged_by_the_closed_form():
         i = min(int(row.x * process.timesteps), process.timesteps - 1)
         for s in (1, 2):
             values[row.name, f"s = {s}"] = float(1 / (1 + (s * sigma[i]) ** 2))
-    assert all(claims.effect_of(table, claim, values) > 0 for claim in table.claims)
+    assert all(claims.compute_effect(table, claim, values) > 0 for claim in table.claims)
     off = {cell: value * (1.001 if cell[1] == "s = 2" else 1) for cell, value in values.items()}
-    more_noise, equation = (claims.effect_of(table, claim, off) for claim in table.claims)
+    more_noise, equation = (claims.compute_effect(table, claim, off) for claim in table.claims)
     assert equation < 0 < more_noise
 
 
-def test_what_is_computed_is_judged_by_one_number(tmp_path):
+def test_computed_values_are_judged_exactly(tmp_path):
     table = ALL_TABLES["berrada/figA1"]
     todo = plan.plan_jobs(table, "paper", [0], tmp_path)
     for _ in runner.run_jobs(todo, Console(quiet=True), lambda line: None):
@@ -259,17 +259,17 @@ def test_what_is_computed_is_judged_by_one_number(tmp_path):
     assert [verdict.verdict for verdict in verdicts] == [claims.Verdict.EXACT] * 2
 
 
-def test_the_checklist_asks_claims_that_there_are():
-    checks = ALL_TABLES["berrada/A5"].checks
+def test_the_checklist_refers_to_existing_claims():
+    checks = ALL_TABLES["berrada/A5"].checklist
     judged = [ALL_TABLES[check.table].claims[check.claim].text for check in checks]
     assert len(checks) == 12 and len(set(judged)) == 12
-    words = ("joint attention", "told the size helps", "cosine weight", "control guidance", "Noisy copies", "Pre-trained", "as many other images",
+    words = ("joint attention", "size as control helps", "cosine weight", "control guidance", "Noisy copies", "Pre-trained", "as many other images",
              "less pre-training", "Rescaled noise", "Resampled positions", "half the resolution", "Local crops")  # fmt: skip
-    assert all(word in says for word, says in zip(words, judged, strict=True))
+    assert all(word in text for word, text in zip(words, judged, strict=True))
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_rows_of_table_3_are_padded_as_they_say(scale):
+def test_padding_of_the_rows_of_table_3(scale):
     for job in JOBS["berrada/3", scale]:
         semantic, (padding, _, noise) = job.training.run.semantic, job.row.partition(", ")
         assert semantic.kind == "text" and semantic.padding == padding
@@ -277,7 +277,7 @@ def test_rows_of_table_3_are_padded_as_they_say(scale):
 
 
 def test_rates_and_batches_of_table_a2():
-    """Equal steps, the weights themselves, at both scales."""
+    """Equal steps and no EMA at both scales."""
     for scale, steps in (("tiny", 400), ("paper", 70_000)):
         for job in JOBS["berrada/A2", scale]:
             run = job.training.run
@@ -290,7 +290,7 @@ def test_rates_and_batches_of_table_a2():
 
 
 def test_figure_8_has_bicubic_positions():
-    """Section 2.2 and Figure 4: the table of the weights at 256, which are resampled, resized."""
+    """Section 2.2 and Figure 4: the position table at 256 is resized."""
     for scale, side in (("tiny", 16), ("paper", 256)):
         job = next(j for j in JOBS["berrada/fig8", scale] if "positions interpolated" in j.group.columns)
         assert job.training.run.net.pos_embed == "interpolated"

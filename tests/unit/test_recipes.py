@@ -1,5 +1,6 @@
 """Every recipe resolves, and its settings and published numbers are those of the papers."""
 
+import math
 import re
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 
 from gesso import models, recipes
 from gesso.models.published import TABLE_A1_MODELS
+from gesso.published import read_table
 from gesso.recipes import imagenet
-from gesso.recipes.imagenet import CONTROL, IN1K_ROWS, TABLE_CELLS
+from gesso.recipes.imagenet import CONTROL, IN1K_ROWS, TABLE_SETTINGS, table_a2_settings
 
 PAPER_SCALE = [name for name in recipes.RECIPES if re.match(r"in1k|cc12m|table", name)]
 AT_256 = [name for name in PAPER_SCALE if name.startswith(("cc12m-256", "in1k-256"))]
@@ -135,18 +137,30 @@ def test_documented_variants_of_control_and_pooled_text_have_their_sizes(name):
         assert added == (768 * width + width) + (width * width + width)
 
 
-CELLS = [(table, i) for table, cells in TABLE_CELLS.items() for i in range(len(cells))]
+CELLS = {
+    **{(table, row): settings for table, rows in TABLE_SETTINGS.items() for row, settings in rows.items()},
+    **{
+        ("table-a2", f"{row}, {lr}"): table_a2_settings(row, lr)
+        for row, numbers in read_table("berrada2024", "table_a2").items()
+        for lr, fid in numbers.items()
+        if math.isfinite(fid)
+    },
+}
 
 
-@pytest.mark.parametrize("table, index", CELLS)
-def test_rows_of_tables_resolve_to_different_runs(table, index):
-    cell = TABLE_CELLS[table][index]
-    run, notes = recipes.resolve(table, list(cell.settings))
+@pytest.mark.parametrize("table, row", CELLS)
+def test_rows_of_tables_resolve_to_different_runs(table, row):
+    run, notes = recipes.resolve(table, list(CELLS[table, row]))
     assert all("dropped" in note for note in notes)
-    others = [recipes.resolve(table, list(c.settings))[0] for k, c in enumerate(TABLE_CELLS[table]) if k != index]
+    others = [recipes.resolve(t, list(settings))[0] for (t, r), settings in CELLS.items() if t == table and r != row]
     assert run not in others
     if table == "table-a2":
         assert run.train.total_images == 70_000 * run.train.batch_size and run.ema.halflives == (1,)
+
+
+@pytest.mark.parametrize("table", TABLE_SETTINGS)
+def test_rows_with_settings_are_the_published_ones(table):
+    assert set(TABLE_SETTINGS[table]) == set(read_table("berrada2024", table.replace("-", "_")))
 
 
 # As printed in the paper. Table 1: ImageNet-1k at 256 and 512; on CC12M FID, CLIP at 256 and FID, FID on COCO, CLIP at
@@ -190,14 +204,20 @@ def test_published_numbers_of_table_1(net):
 
 
 def test_table_a2_has_every_cell_that_did_not_diverge():
-    expected = []
+    expected = {}
     for i, line in enumerate(TABLE_A2.split("\n")[1:-1]):
         batch, *fids = line.split()
-        net = ("net.name=unet",) if i < 5 else ()
         for rate, fid in zip(("1e-3", "5e-4", "1e-4", "1e-5", "1e-6"), fids, strict=True):
             if fid not in "x-":
+                net = ("net.name=unet",) if i < 5 else ()
                 total = f"train.total_images={70_000 * int(batch)}"
                 settings = (f"train.batch_size={batch}", total, f"optim.base_batch_size={batch}", f"optim.lr={rate}")
-                expected.append(((*net, *settings), {"fid": float(fid)}))
-    assert [tuple(cell) for cell in TABLE_CELLS["table-a2"]] == expected and len(expected) == 33
+                expected[(*net, *settings)] = float(fid)
+    actual = {
+        table_a2_settings(row, lr): fid
+        for row, numbers in read_table("berrada2024", "table_a2").items()
+        for lr, fid in numbers.items()
+        if math.isfinite(fid)
+    }
+    assert actual == expected and len(expected) == 33
     assert imagenet.table_a2().sample.halflife == 1

@@ -1,115 +1,102 @@
-"""What Berrada et al. 2024 sums up: Tables A3, A5."""
+"""Tables A3 and A5 of Berrada et al. 2024: the effect of each change, and the recommendations."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 from gesso.papers.berrada2024.common_settings import CC12M_VAL, COCO
-from gesso.papers.berrada2024.networks import AT_256, AT_512, CLASSES, CONTROL
-from gesso.papers.berrada2024.paper_scale import cc12m, in1k
-from gesso.reproduce import claims
+from gesso.papers.berrada2024.networks import CLASS_COLUMNS, COLUMNS_256, COLUMNS_512
+from gesso.papers.berrada2024.paper_scale import cc12m_training, in1k_training, published_rows
+from gesso.recipes.imagenet import CONTROL
+from gesso.reproduce.claims import improvement
 from gesso.reproduce.schema import (
     SCALES,
-    Check,
-    Claim,
+    ChecklistItem,
     Column,
     ColumnGroup,
     Measurement,
-    Row,
     Scale,
     Settings,
     Table,
     Training,
 )
 
-LADDER = {  # Table A3, left: FID on ImageNet, FID and CLIP on CC12M, all at 256
-    "DiT": (1.95, None, None),
-    "+ mmDiT's attention": (1.81, None, None),
-    "+ control": (1.76, None, None),
-    "+ control apart, by a cosine": (1.71, 7.54, 25.88),
-    "+ control guidance": (1.59, 7.32, 26.13),
-    "+ flips as control": (None, 7.19, 26.25),
-    "+ noisy padding": (None, 6.79, 26.60),
-}
-HIGHER = {  # right: FID and CLIP on CC12M at 512
-    "from nothing": (11.24, 24.23),
-    "+ pre-training at 256": (7.25, 25.69),
-    "+ local crops before": (6.89, 25.57),
-    "+ resampled positions": (6.73, 25.70),
-    "+ rescaled noise": (6.27, 25.91),
-}
+
+def table_a3_groups(ablation_256: list[str], ablation_512: list[str]) -> tuple[ColumnGroup, ...]:
+    """Return the measurements of Table A3; the arguments are its rows at 256 and at 512."""
+    dit, mmdit, best = (in1k_training(net, 256) for net in ("dit", "mmdit", "berrada"))
+    classes = dict(zip(ablation_256, (dit, mmdit, Training("in1k-256-mmdit", CONTROL), best, best), strict=False))
+    disentangled = cc12m_training("berrada", 256, "semantic.padding=zero", "control.variables=[crop,size]")
+    flips, noisy = cc12m_training("berrada", 256, "semantic.padding=zero"), cc12m_training("berrada", 256)
+    text = dict(zip(ablation_256[3:], (disentangled, disentangled, flips, noisy), strict=True))
+    keep_noise, extrapolate = ("process.resolution_scale=1", "init.noise_levels=keep"), "init.pos_embed=extrapolated"
+    local = Training("cc12m-256-berrada")
+    trainings_512 = (
+        Training("cc12m-512-berrada", keep_noise[:1]),
+        Training("cc12m-512-berrada", (*keep_noise, extrapolate), noisy),
+        Training("cc12m-512-berrada", (*keep_noise, extrapolate), local),
+        Training("cc12m-512-berrada", keep_noise, local),
+        cc12m_training("berrada", 512),
+    )
+    text_512 = dict(zip(ablation_512, trainings_512, strict=True))
+    without_control_guidance = ablation_256[3]
+
+    def group(
+        column: str, metric: str, trainings: Mapping[str, Training], settings: Settings, protocol: str
+    ) -> ColumnGroup:
+        rows = {
+            row: Measurement(t, ("sample.control_guidance=1",) if row == without_control_guidance else ())
+            for row, t in trainings.items()
+        }
+        return ColumnGroup({column: metric}, rows, settings=settings, protocol=protocol)
+
+    return (
+        group(CLASS_COLUMNS[0], "fid", classes, (), "berrada"),
+        group(COLUMNS_256["FID"], "fid", text, CC12M_VAL, "berrada"),
+        group(COLUMNS_256["CLIP"], "clip", text, COCO, "berrada-coco"),
+        group(COLUMNS_512["FID"], "fid", text_512, CC12M_VAL, "berrada"),
+        group(COLUMNS_512["CLIP"], "clip", text_512, COCO, "berrada-coco"),
+    )
 
 
 def table_a3() -> Table:
-    (fid, clip), (high, high_clip) = (tuple(c[k] for k in ("FID", "CLIP")) for c in (AT_256, AT_512))
-    dit, mmdit, ours = (in1k(net, 256) for net in ("dit", "mmdit", "berrada"))
-    classes = dict(zip(LADDER, (dit, mmdit, Training("in1k-256-mmdit", CONTROL), ours, ours), strict=False))
-    apart = cc12m("berrada", 256, "semantic.padding=zero", "control.variables=[crop,size]")
-    flips = cc12m("berrada", 256, "semantic.padding=zero")
-    words = dict(zip(list(LADDER)[3:], (apart, apart, flips, cc12m("berrada", 256)), strict=True))
-    plain = {row: ("sample.control_guidance=1",) for row in list(LADDER)[3:4]}
-    kept, local = ("process.resolution_scale=1", "init.noise_levels=keep"), Training("cc12m-256-berrada")
-    steps = (
-        Training("cc12m-512-berrada", kept[:1]),
-        Training("cc12m-512-berrada", (*kept, "init.pos_embed=extrapolated"), cc12m("berrada", 256)),
-        Training("cc12m-512-berrada", (*kept, "init.pos_embed=extrapolated"), local),
-        Training("cc12m-512-berrada", kept, local),
-        cc12m("berrada", 512),
-    )
-    higher = dict(zip(HIGHER, steps, strict=True))
-
-    def measured(
-        column: str, score: str, trained: Mapping[str, Training], measure: Settings, protocol: str
-    ) -> ColumnGroup:
-        return ColumnGroup(
-            {column: score},
-            {row: Measurement(t, plain.get(row, ())) for row, t in trained.items()},
-            settings=measure,
-            protocol=protocol,
-        )
-
+    """Return Table A3."""
+    rows_256, rows_512 = published_rows("table_a3_256"), published_rows("table_a3_512")
+    ablation_256, ablation_512 = ([row.name for row in rows] for rows in (rows_256, rows_512))
+    fid_columns = (CLASS_COLUMNS[0], COLUMNS_256["FID"], COLUMNS_512["FID"])
+    clip_columns = (COLUMNS_256["CLIP"], COLUMNS_512["CLIP"])
+    names = (CLASS_COLUMNS[0], fid_columns[1], clip_columns[0], fid_columns[2], clip_columns[1])
     return Table(
         name="berrada/A3",
         title="Each change, on top of those above it",
         source="Berrada et al. 2024, Table A3",
-        columns=(Column(CLASSES[0]), Column(fid), Column(clip, lower_is_better=False), Column(high), Column(high_clip, lower_is_better=False)),
-        rows=(
-            *(Row(row, {c: v for c, v in zip((CLASSES[0], fid, clip), numbers, strict=True) if v}) for row, numbers in LADDER.items()),
-            *(Row(row, dict(zip((high, high_clip), numbers, strict=True))) for row, numbers in HIGHER.items()),
-        ),
-        scales={
-            "paper": Scale(
-                (
-                    measured(CLASSES[0], "fid", classes, (), "berrada"),
-                    measured(fid, "fid", words, CC12M_VAL, "berrada"), measured(clip, "clip", words, COCO, "berrada-coco"),
-                    measured(high, "fid", higher, CC12M_VAL, "berrada"), measured(high_clip, "clip", higher, COCO, "berrada-coco"),
-                ),
-                "two weeks on 16 A100",
-            )
-        },
+        columns=tuple(Column(name, lower_is_better=name not in clip_columns) for name in names),
+        rows=(*rows_256, *rows_512),
+        scales={"paper": Scale(table_a3_groups(ablation_256, ablation_512), "two weeks on 16 A100")},
         claims=tuple(
-            Claim(f"Adding {after.removeprefix('+ ')} lowers {column}", claims.improves_on((after, column), (before, column)))
-            for rows, column in ((list(LADDER)[:5], CLASSES[0]), (list(LADDER)[3:], fid), (list(HIGHER), high))
-            for before, after in zip(rows, rows[1:], strict=False)
+            improvement(f"Adding {after.removeprefix('+ ')} lowers {column}", (after, column), (before, column))
+            for rows, column in zip((ablation_256[:5], ablation_256[3:], ablation_512), fid_columns, strict=True)
+            for before, after in pairwise(rows)
         ),
-        notes="mmDiT's FID is 1.71 in Table 1 and 1.81 here; CLIP at equal FID differs from Table 1's too; 7.25 is Table 4a's number at 256. "
-        "At other scales each change has a table of its own.",
-    )  # fmt: skip
+        notes="mmDiT's FID is 1.71 in Table 1 and 1.81 here; CLIP at equal FID differs from that of Table 1 too; 7.25 "
+        "is the number of Table 4a at 256. At other scales each change has its own table.",
+    )
 
 
 def table_a5() -> Table:
-    yes = "yes"
-    checks = (
-        Check("How to condition on text?", "self-attention over both", "berrada/1", 5),
-        Check("Use control conditioning?", yes, "berrada/2a", 2),
-        Check("Weight it by a power cosine?", yes, "berrada/2a", 0),
-        Check("A guidance scale of its own for control?", yes, "berrada/fig7", 1),
-        Check("Noisy copies in the padding of text?", yes, "berrada/3", 0),
-        Check("Pre-train on smaller data sets?", yes, "berrada/4a", 0),
-        Check("Pre-train on data of the same size, but otherwise distributed?", yes, "berrada/4b", 2),
-        Check("Pre-train until convergence?", "diminishing returns after a while", "berrada/4b", 0),
-        Check("Rescale the noise levels?", yes, "berrada/fig8", 1),
-        Check("Resample the grid of positions?", yes, "berrada/fig8", 0),
-        Check("Pre-train at smaller resolution?", yes, "berrada/4c", 1),
-        Check("Crop more where that is smaller?", yes, "berrada/fig8", 2),
+    """Return Table A5."""
+    items = (
+        ChecklistItem("How to condition on text?", "self-attention over both", "berrada/1", 5),
+        ChecklistItem("Use control conditioning?", "yes", "berrada/2a", 2),
+        ChecklistItem("Weight it by a power cosine?", "yes", "berrada/2a", 0),
+        ChecklistItem("A separate guidance scale for control?", "yes", "berrada/fig7", 1),
+        ChecklistItem("Noisy copies in the padding of text?", "yes", "berrada/3", 0),
+        ChecklistItem("Pre-train on smaller data sets?", "yes", "berrada/4a", 0),
+        ChecklistItem("Pre-train on data of the same size and another distribution?", "yes", "berrada/4b", 2),
+        ChecklistItem("Pre-train until convergence?", "diminishing returns after a while", "berrada/4b", 0),
+        ChecklistItem("Rescale the noise levels?", "yes", "berrada/fig8", 1),
+        ChecklistItem("Resample the grid of positions?", "yes", "berrada/fig8", 0),
+        ChecklistItem("Pre-train at smaller resolution?", "yes", "berrada/4c", 1),
+        ChecklistItem("Crop more at the smaller resolution?", "yes", "berrada/fig8", 2),
     )
     return Table(
         name="berrada/A5",
@@ -117,9 +104,9 @@ def table_a5() -> Table:
         source="Berrada et al. 2024, Table A5",
         columns=(),
         rows=(),
-        scales={scale: Scale((), "what its tables cost") for scale in SCALES},
-        checks=checks,
-        notes="Verdicts are those of the claims of other tables, as far as they have been made at this scale.",
+        scales={scale: Scale((), "no cost of its own") for scale in SCALES},
+        checklist=items,
+        notes="The verdicts are those of claims of other tables, as far as these are measured at this scale.",
     )
 
 

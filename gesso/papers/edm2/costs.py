@@ -1,107 +1,152 @@
-"""Quality against cost: Figures 1, 8, 9 and 10 of Karras et al. 2024."""
+"""Figures 1, 8, 9 and 10 of Karras et al. 2024: quality against cost."""
 
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 
-from gesso.papers.edm2.setups import PAPER, TRAINING_FRACTIONS, Setup, at_ema, at_fraction, percent, scales
-from gesso.papers.edm2.tables import MACS, PRIOR_512, distance_groups
-from gesso.recipes.edm2 import COST_512, DECODER_GFLOPS, FID_512
-from gesso.reproduce import claims
+from gesso.papers.edm2.setups import (
+    PAPER_SETUP,
+    SIZES_COST,
+    TRAINING_FRACTIONS,
+    Setup,
+    at_ema,
+    at_fraction,
+    format_percent,
+    make_scales,
+)
+from gesso.papers.edm2.tables import MACS_NOTE, PAPER_ROWS, PRIOR_WORK_512, distance_groups
+from gesso.published.edm2 import COST_512, DECODER_GFLOPS, FID_512
+from gesso.reproduce.claims import improvement
 from gesso.reproduce.schema import Claim, Column, ColumnGroup, Measurement, Row, Table
 
-OURS, GUIDED, EARLIER, EARLIER_GUIDED = "EDM2", "EDM2, guided", "earlier", "earlier, guided"
-Price = Mapping[str, float]
+UNGUIDED, GUIDED, PRIOR, PRIOR_GUIDED = "EDM2", "EDM2, guided", "earlier", "earlier, guided"
+CostByName = Mapping[str, float]
+
+
+def cost_groups(setup: Setup, axis: str, cost_value: str) -> tuple[ColumnGroup, ...]:
+    """Return FID and cost of all sizes; guided samples are separate rows."""
+    distances = [
+        group._replace(rows={f"{row}, guided": m for row, m in group.rows.items()})
+        if GUIDED in group.columns
+        else group
+        for group in distance_groups(setup, UNGUIDED)
+    ]
+    rows: dict[str, Measurement] = {}
+    for size, training in setup.sizes.items():
+        guided = setup.measure_guided(training, 0.1, 1.2)
+        rows[f"EDM2-{size}"] = Measurement(training)
+        # The multiply-accumulates of an evaluation do not include the guide.
+        rows[f"EDM2-{size}, guided"] = Measurement(training) if cost_value == "gmacs" else guided
+    return (*distances, ColumnGroup({axis: cost_value}, rows, method="counts"))
 
 
 def cost_figure(
-    name: str, figure: str, axis: str, found: str, ours: Price, guided: Price, earlier: Price, both: bool = True
+    number: str,
+    axis: str,
+    cost_value: str,
+    cost: CostByName,
+    guided_cost: CostByName,
+    prior_cost: CostByName,
+    has_guided_prior: bool = True,
 ) -> Table:
-    """FID over a cost, by size; guided samples have a row of their own where they cost more. earlier: also with guidance where
-    `both`."""
+    """Return a figure of FID over a cost.
 
-    def parts(g: Setup) -> tuple[ColumnGroup, ...]:
-        of = {f"EDM2-{size}": size for size in g.sizes}
-        scored = [
-            part._replace(rows={f"{row}, guided": how for row, how in part.rows.items()})
-            if GUIDED in part.columns
-            else part
-            for part in distance_groups(g, OURS)
-        ]
-        rows = {row: Measurement(g.sizes[size]) for row, size in of.items()}
-        rows |= {f"{row}, guided": g.guided(g.sizes[size], 0.1, 1.2) for row, size in of.items()}
-        if found == "gmacs":  # of the network alone
-            rows = {row: Measurement(how.training) for row, how in rows.items()}
-        return (*scored, ColumnGroup({axis: found}, rows, method="counts"))
-
+    Args:
+        number: number of the figure.
+        axis: title of the x axis.
+        cost_value: name of the counted value.
+        cost: published cost by size.
+        guided_cost: the same with guidance.
+        prior_cost: published cost of earlier methods.
+        has_guided_prior: whether earlier methods with guidance are shown at the same cost.
+    """
     rows = []
-    for other, price in sorted(earlier.items(), key=lambda item: item[1]):
-        plain, with_guidance = PRIOR_512[other][:2]
-        known = {EARLIER: plain, EARLIER_GUIDED: with_guidance if both else None}
-        if fids := {column: fid for column, fid in known.items() if fid is not None}:
-            rows.append(Row(other, {axis: price, **fids}))
-    rows += [Row(f"EDM2-{size}", {axis: ours[size], OURS: FID_512[size][0].distance}) for size in FID_512]
-    rows += [Row(f"EDM2-{size}, guided", {axis: guided[size], GUIDED: FID_512[size][1].distance}) for size in FID_512]
+    for name, value in sorted(prior_cost.items(), key=lambda item: item[1]):
+        numbers = PRIOR_WORK_512[name]
+        fids = {PRIOR: numbers.get("FID"), PRIOR_GUIDED: numbers.get("FID, guided") if has_guided_prior else None}
+        if known := {column: fid for column, fid in fids.items() if fid is not None}:
+            rows.append(Row(name, {axis: value, **known}))
+    rows += [Row(f"EDM2-{size}", {axis: cost[size], UNGUIDED: fid.distance}) for size, (fid, _) in FID_512.items()]
+    rows += [
+        Row(f"EDM2-{size}, guided", {axis: guided_cost[size], GUIDED: fid.distance})
+        for size, (_, fid) in FID_512.items()
+    ]
+    curves = (UNGUIDED, GUIDED, PRIOR, PRIOR_GUIDED)[: 4 if has_guided_prior else 3]
     return Table(
-        name=name,
+        name=f"edm2/fig{number}",
         title=f"FID over {axis}",
-        source=f"Karras et al. 2024, {figure}",
-        columns=(Column(axis, None), *(Column(c) for c in (OURS, GUIDED, EARLIER, *((EARLIER_GUIDED,) if both else ())))),
+        source=f"Karras et al. 2024, Figure {number}",
+        columns=(Column(axis, None), *map(Column, curves)),
         rows=tuple(rows),
-        x=axis,
-        scales=scales(parts, {"tiny": "4 minutes", "paper": "3 to 10 days on 32 A100"}),
+        x_axis=axis,
+        scales=make_scales(lambda setup: cost_groups(setup, axis, cost_value), SIZES_COST),
         claims=(
-            Claim("Larger networks are better without guidance", claims.each_improves(OURS, [f"EDM2-{size}" for size in FID_512])),
-            Claim("Larger networks are better with guidance", claims.each_improves(GUIDED, [f"EDM2-{size}, guided" for size in FID_512])),
-            Claim("What was best before is beaten at a fifth of its cost", claims.cheaper(axis, OURS, EARLIER, 5)),
+            Claim("Larger networks are better without guidance", lambda v: v.each_improves(UNGUIDED, PAPER_ROWS)),
+            Claim(
+                "Larger networks are better with guidance",
+                lambda v: v.each_improves(GUIDED, [f"{row}, guided" for row in PAPER_ROWS]),
+            ),
+            Claim(
+                "The best earlier method is surpassed at a fifth of its cost",
+                lambda v: v.is_cheaper(axis, UNGUIDED, PRIOR, 5),
+            ),
         ),
-        notes=MACS,
-    )  # fmt: skip
-
-
-def figure_1() -> Table:
-    flops = {size: cost.gflops for size, cost in COST_512.items()}
-    earlier = {name: values[3] for name, values in PRIOR_512.items()}
-    return cost_figure("edm2/fig1", "Figure 1", "gigaflops of an evaluation", "gmacs", flops, flops, earlier)
-
-
-def figure_8() -> Table:
-    """With guidance those of the network that guides count too."""
-    params = {size: cost.params / 1000 for size, cost in COST_512.items()}
-    guided = {size: count + params["XS"] for size, count in params.items()}
-    earlier = {name: values[2] / 1000 for name, values in PRIOR_512.items()}
-    return cost_figure("edm2/fig8", "Figure 8", "billions of parameters", "params_both", params, guided, earlier)
-
-
-def figure_9() -> Table:
-    """Of earlier methods evaluations times gigaflops; DiT, too, decodes. What guidance costs them the paper does not say."""
-    sampling = {size: cost.sampling for size, cost in COST_512.items()}
-    guided = {size: cost.guided for size, cost in COST_512.items()}
-    earlier = {
-        name: (flops * nfe + (DECODER_GFLOPS if name == "DiT-XL/2" else 0)) / 1000
-        for name, (_, _, _, flops, nfe) in PRIOR_512.items()
-    }
-    return cost_figure(
-        "edm2/fig9", "Figure 9", "teraflops of a sample", "sampling", sampling, guided, earlier, both=False
+        notes=MACS_NOTE,
     )
 
 
+def figure_1() -> Table:
+    """Return Figure 1."""
+    gflops = {size: cost.gflops for size, cost in COST_512.items()}
+    prior = {name: numbers["Gflops"] for name, numbers in PRIOR_WORK_512.items()}
+    return cost_figure("1", "gigaflops of an evaluation", "gmacs", gflops, gflops, prior)
+
+
+def figure_8() -> Table:
+    """Return Figure 8. With guidance, the parameters of the guide count too."""
+    params = {size: cost.params / 1000 for size, cost in COST_512.items()}
+    guided = {size: count + params["XS"] for size, count in params.items()}
+    prior = {name: numbers["Mparams"] / 1000 for name, numbers in PRIOR_WORK_512.items()}
+    return cost_figure("8", "billions of parameters", "params_with_guide", params, guided, prior)
+
+
+def figure_9() -> Table:
+    """Return Figure 9.
+
+    The cost of earlier methods is evaluations times gigaflops, for DiT plus the decoder; that of their guidance is not
+    published.
+    """
+    sampling = {size: cost.sampling for size, cost in COST_512.items() if cost.sampling is not None}
+    guided = {size: cost.guided_sampling for size, cost in COST_512.items() if cost.guided_sampling is not None}
+    prior = {
+        name: (numbers["Gflops"] * numbers["NFE"] + (DECODER_GFLOPS if name == "DiT-XL/2" else 0)) / 1000
+        for name, numbers in PRIOR_WORK_512.items()
+    }
+    return cost_figure("9", "teraflops of a sample", "sampling_macs", sampling, guided, prior, has_guided_prior=False)
+
+
 def figure_10() -> Table:
+    """Return Figure 10."""
     axis, names = "zettaflops of training", {size: f"EDM2-{size}" for size in FID_512}
 
-    def at(g: Setup, size: str, share: Fraction) -> Measurement:
-        length = FID_512[size][0].sigma_rel if g is PAPER else 0.1
-        return Measurement(g.sizes[size], (*at_ema(length), *at_fraction(g.sizes[size], share)))
+    def measure(setup: Setup, size: str, fraction: Fraction) -> Measurement:
+        sigma_rel = FID_512[size][0].sigma_rel if setup is PAPER_SETUP else 0.1
+        return Measurement(setup.sizes[size], (*at_ema(sigma_rel), *at_fraction(setup.sizes[size], fraction)))
 
-    def parts(g: Setup) -> tuple[ColumnGroup, ...]:
+    def groups(setup: Setup) -> tuple[ColumnGroup, ...]:
         rows = {
-            size: {f"{names[size]}, {percent(share)}": at(g, size, share) for share in TRAINING_FRACTIONS}
-            for size in g.sizes
+            size: {f"{names[size]}, {format_percent(x)}": measure(setup, size, x) for x in TRAINING_FRACTIONS}
+            for size in setup.sizes
         }
-        every = {row: how for some in rows.values() for row, how in some.items()}
+        all_rows = {row: measurement for points in rows.values() for row, measurement in points.items()}
         return (
-            *(g.metric_group({names[size]: g.metric}, some) for size, some in rows.items()),
-            ColumnGroup({axis: "training"}, every, method="counts"),
+            *(setup.metric_group({names[size]: setup.metric}, points) for size, points in rows.items()),
+            ColumnGroup({axis: "training_macs"}, all_rows, method="counts"),
         )
+
+    def published(size: str) -> dict[str, float]:
+        training = COST_512[size].training
+        assert training is not None
+        return {axis: training, names[size]: FID_512[size][0].distance}
 
     return Table(
         name="edm2/fig10",
@@ -109,21 +154,19 @@ def figure_10() -> Table:
         source="Karras et al. 2024, Figure 10",
         columns=(Column(axis, None), *(Column(name) for name in names.values())),
         rows=tuple(
-            Row(
-                f"{name}, {percent(share)}",
-                {axis: COST_512[size].training, name: FID_512[size][0].distance} if share == 1 else {},
-            )
+            Row(f"{name}, {format_percent(x)}", published(size) if x == 1 else {})
             for size, name in names.items()
-            for share in TRAINING_FRACTIONS
+            for x in TRAINING_FRACTIONS
         ),
-        x=axis,
-        scales=scales(parts, {"tiny": "2 minutes", "paper": "3 to 10 days on 32 A100"}),
+        x_axis=axis,
+        scales=make_scales(groups, {"tiny": "2 minutes", "paper": "3 to 10 days on 32 A100"}),
         claims=(
-            Claim("M ends better than XS", claims.improves_on(("EDM2-M, 100 %", "EDM2-M"), ("EDM2-XS, 100 %", "EDM2-XS"))),
-            Claim("XXL ends better than S", claims.improves_on(("EDM2-XXL, 100 %", "EDM2-XXL"), ("EDM2-S, 100 %", "EDM2-S"))),
+            improvement("M ends better than XS", ("EDM2-M, 100 %", "EDM2-M"), ("EDM2-XS, 100 %", "EDM2-XS")),
+            improvement("XXL ends better than S", ("EDM2-XXL, 100 %", "EDM2-XXL"), ("EDM2-S, 100 %", "EDM2-S")),
         ),
-        notes=f"At quarters of the training, each size at one length; with and without dropout: edm2/fig12. {MACS}",
-    )  # fmt: skip
+        notes="At quarters of the training, each size at one EMA length; with and without dropout: edm2/fig12. "
+        f"{MACS_NOTE}",
+    )
 
 
 TABLES: tuple[Callable[[], Table], ...] = (figure_1, figure_8, figure_9, figure_10)

@@ -1,149 +1,177 @@
-"""Tables of our own: the question that EDM2 leaves open, and both papers on one network."""
+"""Experiments that are in neither paper: EDM2's open question, and both papers combined in one network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from gesso.papers.berrada2024.common_settings import AT_64, DIGITS, LARGE, MIXED_RESOLUTION, SHAPES_SMALL
-from gesso.papers.edm2.setups import TINY_LENGTHS, at_ema
-from gesso.reproduce import claims
+from gesso.papers.berrada2024.common_settings import (
+    AT_64,
+    DIGITS_METRICS,
+    DIT_S,
+    SMALL_SHAPES_METRICS,
+    mixed_resolution_training,
+)
+from gesso.papers.edm2.setups import TINY_SIGMA_RELS, at_ema
+from gesso.reproduce.claims import improvement
 from gesso.reproduce.schema import Claim, Column, ColumnGroup, Measurement, Row, Scale, Settings, Table, Training
 
-MP, PLAIN, CONV, ADALN = "mp-mmDiT++", "mmDiT++", "EDM2", "DiT"
-# Images at which the multiply-accumulates of all trainings are equal.
-SMALL_IMAGES = {MP: 3_000_000, PLAIN: 3_000_000, CONV: 2_775_000, ADALN: 3_000_000}
-SHAPES = (
-    *AT_64,
-    "train.batch_size=256",
-    "train.precision=bfloat16",
-    "train.checkpoint_every=500k",
+MP_MMDIT, MMDIT, EDM2, DIT = "mp-mmDiT++", "mmDiT++", "EDM2", "DiT"
+SMALL_IMAGES = {MP_MMDIT: 3_000_000, MMDIT: 3_000_000, EDM2: 2_775_000, DIT: 3_000_000}
+"""Images at which the multiply-accumulates of all trainings are equal."""
+SMALL_SHAPES_TRAINING = (
+    *AT_64, "train.batch_size=256", "train.precision=bfloat16", "train.checkpoint_every=500k",
     "optim.warmup_images=50k",
-)
-TOKENS = (*LARGE, "net.patch_size=4")
-WIDE_TRANSFORMER = {
-    MP: ("net.name=mp-mmdit++", *TOKENS, "optim.lr=1e-2"),
-    PLAIN: (*TOKENS, "optim.lr=5e-4"),
-    CONV: (
-        "net.name=edm2",
-        "net.channels=64",
-        "net.num_blocks=1",
-        "net.channels_per_head=32",
-        "optim.lr=1e-2",
+)  # fmt: skip
+SMALL_TRANSFORMER_NET = (*DIT_S, "net.patch_size=4")
+SMALL_NETWORKS: dict[str, Settings] = {
+    MP_MMDIT: ("net.name=mp-mmdit++", *SMALL_TRANSFORMER_NET, "optim.lr=1e-2"),
+    MMDIT: (*SMALL_TRANSFORMER_NET, "optim.lr=5e-4"),
+    EDM2: (
+        "net.name=edm2", "net.channels=64", "net.num_blocks=1", "net.channels_per_head=32", "optim.lr=1e-2",
         "loss.reduction=sum",
     ),
-    ADALN: ("net.name=dit", *TOKENS, "optim.lr=5e-4"),
-}
-RECIPES = {MP: "digits-mp-mmdit++", PLAIN: "digits", CONV: "digits-edm2", ADALN: "digits-dit"}
-
-
-FASHION_RECIPES = {MP: "fashion-mp-mmdit++", PLAIN: "fashion", ADALN: "fashion-dit"}
-FASHION_LR = {MP: "1e-2", PLAIN: "1e-3", ADALN: "1e-3"}
+    DIT: ("net.name=dit", *SMALL_TRANSFORMER_NET, "optim.lr=5e-4"),
+}  # fmt: skip
+FASHION_RECIPES = {MP_MMDIT: "fashion-mp-mmdit++", MMDIT: "fashion", DIT: "fashion-dit"}
+FASHION_LR = {MP_MMDIT: "1e-2", MMDIT: "1e-3", DIT: "1e-3"}
 """Best of five learning rates by held-out loss (docs/results/sweep-*.md)."""
 FASHION_SIGMA_RELS = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2)
 
 
-def equal_compute(images: int) -> Settings:
-    """Return settings shared by all networks: 20 snapshots and a learning rate that falls after a fifth of the training."""
+def shared_settings(images: int) -> Settings:
+    """Return settings shared by all networks: 20 snapshots, and learning-rate decay after a fifth of the training."""
     return (
         f"train.total_images={images}", f"train.snapshot_every={images // 20}", f"optim.ref_images={images // 5}",
         "loss.weighting=uncertainty",
     )  # fmt: skip
 
 
+def sweep_groups(
+    trainings: Mapping[str, Training], columns: Mapping[str, str], settings: Settings, sigma_rels: tuple[float, ...]
+) -> tuple[ColumnGroup, ...]:
+    """Return metrics at the best of several EMA lengths."""
+    return tuple(
+        ColumnGroup(
+            columns,
+            {row: Measurement(training, at_ema(sigma_rel)) for row, training in trainings.items()},
+            settings=settings,
+            select="min" if len(sigma_rels) > 1 else None,
+        )
+        for sigma_rel in sigma_rels
+    )
+
+
+COST_VALUES = {"Mparams": "params", "Gflops": "gmacs", "Training, Zflops": "training_macs"}
+
+
+def count_group(trainings: Mapping[str, Training]) -> ColumnGroup:
+    """Return size and cost of networks."""
+    return ColumnGroup(COST_VALUES, {row: Measurement(t) for row, t in trainings.items()}, method="counts")
+
+
 def table_equal() -> Table:
+    """Return the comparison of networks at equal compute."""
     tiny = {row: Training(recipe, (f"optim.lr={FASHION_LR[row]}",)) for row, recipe in FASHION_RECIPES.items()}
     small = {
-        row: Training("shapes-class", (*SHAPES, *WIDE_TRANSFORMER[row], *equal_compute(n)))
-        for row, n in SMALL_IMAGES.items()
+        row: Training("shapes-class", (*SMALL_SHAPES_TRAINING, *SMALL_NETWORKS[row], *shared_settings(images)))
+        for row, images in SMALL_IMAGES.items()
     }
-
-    def metric_groups(
-        trainings: dict[str, Training], columns: dict[str, str], settings: Settings, sigma_rels: tuple[float, ...]
-    ) -> tuple[ColumnGroup, ...]:
-        return tuple(
-            ColumnGroup(
-                columns,
-                {row: Measurement(t, at_ema(sigma_rel)) for row, t in trainings.items()},
-                settings=(*settings, "sample.guidance=1"),
-                best="least" if len(sigma_rels) > 1 else None,
-            )
-            for sigma_rel in sigma_rels
-        )
-
-    def count_group(trainings: dict[str, Training]) -> ColumnGroup:
-        costs = {"Mparams": "params", "Gflops": "gmacs", "Training, Zflops": "training"}
-        return ColumnGroup(costs, {row: Measurement(t) for row, t in trainings.items()}, method="counts")
-
-    fashion_samples = ("eval.metrics=fd_fashion,class_accuracy", "eval.num_samples=2000")
+    unguided = ("sample.guidance=1",)
+    fashion_samples = ("eval.metrics=fd_fashion,class_accuracy", "eval.num_samples=2000", *unguided)
+    distances, loss = {"FD": "fd_fashion", "errors": "1-class_accuracy"}, "held-out loss"
     return Table(
         name="gesso/equal",
         title="A magnitude-preserving transformer compared with others, at equal compute",
         source="gesso",
-        columns=(Column("held-out loss"), Column("FD"), Column("errors"), *(Column(name, None) for name in ("Mparams", "Gflops", "Training, Zflops"))),
-        rows=tuple(Row(row) for row in RECIPES),
+        columns=(Column(loss), Column("FD"), Column("errors"), *(Column(name, None) for name in COST_VALUES)),
+        rows=tuple(map(Row, SMALL_NETWORKS)),
         scales={
-            "tiny": Scale((*metric_groups(tiny, {"held-out loss": "loss"}, ("eval.metrics=loss",), FASHION_SIGMA_RELS),
-                           *metric_groups(tiny, {"FD": "fd_fashion", "errors": "1-class_accuracy"}, fashion_samples, (0.1,)), count_group(tiny)), "4 minutes",
-                          "Fashion-MNIST; held-out loss on 10,000 test images; FD is the Frechet distance in features of a classifier of clothes, "
-                          "errors the share of samples that it does not assign to their class. EDM2's U-Net costs 12 times as much per image there."),
-            "small": Scale((*metric_groups(small, {"FD": "fd_shapes", "errors": "1-all"}, SHAPES_SMALL, TINY_LENGTHS[1:]), count_group(small)), "an hour",
-                           "Drawn shapes at 64x64; FD is the Frechet distance in features of shapes, errors what is not one shape of its class."),
+            "tiny": Scale(
+                (
+                    *sweep_groups(tiny, {loss: "loss"}, ("eval.metrics=loss", *unguided), FASHION_SIGMA_RELS),
+                    *sweep_groups(tiny, distances, fashion_samples, (0.1,)),
+                    count_group(tiny),
+                ),
+                "4 minutes",
+                "Fashion-MNIST; held-out loss on 10,000 test images; FD is the Frechet distance in features of a "
+                "classifier of clothes, errors the share of samples that it does not assign to their class. EDM2's "
+                "U-Net costs 12 times as much per image there.",
+            ),
+            "small": Scale(
+                (
+                    *sweep_groups(
+                        small,
+                        {"FD": "fd_shapes", "errors": "1-all"},
+                        (*SMALL_SHAPES_METRICS, *unguided),
+                        TINY_SIGMA_RELS[1:],
+                    ),
+                    count_group(small),
+                ),
+                "an hour",
+                "Drawn shapes at 64x64; FD is the Frechet distance in features of shapes, errors the share of samples "
+                "that are not one shape of their class.",
+            ),
         },
         claims=(
-            Claim("Magnitude-preserving layers help mmDiT++", claims.improves_on((MP, "held-out loss"), (PLAIN, "held-out loss"))),
-            Claim("The magnitude-preserving mmDiT++ is better than DiT", claims.improves_on((MP, "held-out loss"), (ADALN, "held-out loss"))),
-            Claim("mmDiT++ is better than DiT", claims.improves_on((PLAIN, "held-out loss"), (ADALN, "held-out loss"))),
-            Claim("The magnitude-preserving mmDiT++ is better than EDM2's U-Net", claims.improves_on((MP, "FD"), (CONV, "FD"))),
+            improvement("Magnitude-preserving layers help mmDiT++", (MP_MMDIT, loss), (MMDIT, loss)),
+            improvement("The magnitude-preserving mmDiT++ is better than DiT", (MP_MMDIT, loss), (DIT, loss)),
+            improvement("mmDiT++ is better than DiT", (MMDIT, loss), (DIT, loss)),
+            improvement("The magnitude-preserving mmDiT++ is better than EDM2's U-Net", (MP_MMDIT, "FD"), (EDM2, "FD")),
         ),
-        notes="Section 5 of Karras et al. 2024 asks whether its methods serve other architectures. Equal multiply-accumulates in "
-        "training, learned uncertainty and learning-rate decay in all, a searched learning rate for each; without guidance, each at its best EMA length.",
-    )  # fmt: skip
+        notes="Section 5 of Karras et al. 2024 asks whether its methods serve other architectures. Equal "
+        "multiply-accumulates in training, learned uncertainty and learning-rate decay for all, a tuned learning rate "
+        "for each; without guidance, each at its best EMA length.",
+    )
 
 
-# At 8x8 the paper's alpha = 8 lets the size in too late to be of use (berrada/2a).
-ALPHA = ("control.alpha=4",)
-BOTH: dict[str, Settings] = {
-    "neither": ("control.variables=[]",),
-    "control": ALPHA,
-    "uncertainty": ("control.variables=[]", "loss.weighting=uncertainty"),
-    "post-hoc EMA": ("control.variables=[]",),
-    "all": (*ALPHA, "loss.weighting=uncertainty"),
+CONTROL_ALPHA = ("control.alpha=4",)
+"""At 8x8 the paper's alpha = 8 lets the size in too late to be used (berrada/2a)."""
+NO_CONTROL = ("control.variables=[]",)
+COMBINATIONS: dict[str, Settings] = {
+    "neither": NO_CONTROL,
+    "control": CONTROL_ALPHA,
+    "uncertainty": (*NO_CONTROL, "loss.weighting=uncertainty"),
+    "post-hoc EMA": NO_CONTROL,
+    "all": (*CONTROL_ALPHA, "loss.weighting=uncertainty"),
 }
-FIXED = 0.1
-"""EMA length where it is not chosen afterwards"""
+FIXED_SIGMA_REL = 0.1
+"""EMA length of the rows without post-hoc EMA."""
 
 
 def table_both() -> Table:
+    """Return the combination of both papers."""
     columns = {"FID": "fd_digits", "errors": "1-class_accuracy"}
-    trained = {row: Training("digits", (*MIXED_RESOLUTION, *said)) for row, said in BOTH.items()}
-    afterwards = ("post-hoc EMA", "all")
-    fixed = {row: Measurement(t, at_ema(FIXED)) for row, t in trained.items() if row not in afterwards}
-    swept = tuple(
-        ColumnGroup(
-            columns,
-            {row: Measurement(trained[row], at_ema(length)) for row in afterwards},
-            settings=DIGITS,
-            best="least",
-        )
-        for length in TINY_LENGTHS
-    )
+    trainings = {row: mixed_resolution_training(*settings) for row, settings in COMBINATIONS.items()}
+    posthoc = ("post-hoc EMA", "all")
+    fixed = {row: Measurement(t, at_ema(FIXED_SIGMA_REL)) for row, t in trainings.items() if row not in posthoc}
     return Table(
         name="gesso/both",
-        title="Both papers on one network",
+        title="Both papers in one network",
         source="gesso",
         columns=(Column("FID"), Column("errors")),
-        rows=tuple(Row(row) for row in BOTH),
+        rows=tuple(map(Row, COMBINATIONS)),
         scales={
-            "tiny": Scale((ColumnGroup(columns, fixed, settings=DIGITS), *swept), "2 minutes",
-                          "Digits of which every second was shrunk to 4x4; FID is the Frechet distance in digit features."),
+            "tiny": Scale(
+                (
+                    ColumnGroup(columns, fixed, settings=DIGITS_METRICS),
+                    *sweep_groups({row: trainings[row] for row in posthoc}, columns, DIGITS_METRICS, TINY_SIGMA_RELS),
+                ),
+                "2 minutes",
+                "Digits of which every second was shrunk to 4x4; FID is the Frechet distance in digit features.",
+            ),
         },
         claims=(
-            *(Claim(f"{row[0].upper()}{row[1:]} alone helps", claims.improves_on((row, "FID"), ("neither", "FID"))) for row in list(BOTH)[1:3]),
-            # The best of several lengths is never worse than one of them: only a gain of some size is a claim.
-            Claim("Post-hoc EMA alone lowers FID by more than a tenth", claims.improves_by(("post-hoc EMA", "FID"), ("neither", "FID"), 0.1)),
-            Claim("All three together are best", claims.is_best("all", "FID")),
+            improvement("Control alone helps", ("control", "FID"), ("neither", "FID")),
+            improvement("Uncertainty alone helps", ("uncertainty", "FID"), ("neither", "FID")),
+            # The best of several lengths is never worse than one of them: the claim needs a margin.
+            Claim(
+                "Post-hoc EMA alone lowers FID by more than a tenth",
+                lambda v: v["post-hoc EMA", "FID"] < (1 - 0.1) * v["neither", "FID"],
+            ),
+            Claim("All three together are best", lambda v: v.is_best("all", "FID")),
         ),
-        notes="mmDiT++ with Berrada's disentangled control, EDM2's learned uncertainty and EDM2's averages of any length, each alone "
-        "and all; without the last the EMA length is 10 %. The best of six lengths is chosen on the score itself.",
-    )  # fmt: skip
+        notes="mmDiT++ with Berrada's disentangled control, EDM2's learned uncertainty and EDM2's post-hoc EMA, each "
+        "alone and all; without the last the EMA length is 10 %. The best of six lengths is selected on the metric "
+        "itself.",
+    )
 
 
 TABLES: tuple[Callable[[], Table], ...] = (table_equal, table_both)
