@@ -47,7 +47,10 @@ def build_curves(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, Curve
             f", {row['tensors']} with the rest at {row['rest']}" if row["tensors"] else ""
         )
         grouped.setdefault(name, {}).setdefault(row["sigma_rel"], []).append(row)
-    return {name: {s: _build_point(some, key) for s, some in by.items()} for name, by in grouped.items()}
+    return {
+        name: {sigma_rel: _build_point(repeats, key) for sigma_rel, repeats in points.items()}
+        for name, points in grouped.items()
+    }
 
 
 def _build_point(rows: Sequence[Mapping[str, Any]], key: str) -> CurvePoint:

@@ -75,7 +75,7 @@ def select_metric(run: RunConfig, name: str | None) -> str:
     return name or known[0]
 
 
-def runs_by_guidance(run: RunConfig, text: str | None) -> list[RunConfig]:
+def runs_at_guidance(run: RunConfig, text: str | None) -> list[RunConfig]:
     """Return the run at each guidance scale of `1,1.5,2`, or at its own scale for None."""
     try:
         values = [float(part) for part in text.split(",")] if text else [run.sample.guidance]
@@ -136,7 +136,7 @@ def run_ema_sweep(folder: Path, run: RunConfig, args: EmaSweepArgs, progress: Pr
     Raises:
         UsageError: A point cannot be evaluated; before any work.
     """
-    name, runs = select_metric(run, args.metric), runs_by_guidance(run, args.guidance)
+    name, runs = select_metric(run, args.metric), runs_at_guidance(run, args.guidance)
     points = sweep_points(runs, args)
     if args.sigma_rels and not args.tensors:
         raise UsageError(

@@ -67,7 +67,7 @@ def mdt(run: RunConfig) -> list[str]:
 def edm2(run: RunConfig) -> list[str]:
     """Return the protocol of Karras et al. 2024, D.4 and A.5.
 
-    50k samples of random classes, compared with the whole training set: FID is the best of three, FD-DINOv2 is computed
+    50k samples of random classes, compared with the full training set: FID is the best of three, FD-DINOv2 is computed
     once. 32 steps of Heun are 63 evaluations (a guided one counts once). The Inception network is NVIDIA's.
     """
     return [

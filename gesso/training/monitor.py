@@ -77,6 +77,7 @@ class Monitor:
         self.trainer, self.dataset, self.out, self.log = trainer, dataset, out, log
         self.run, self.cfg, self.ranks, self.device = run, run.monitor, trainer.ranks, trainer.device
         self.throughput = ThroughputMeter(run, trainer.ranks, trainer.device, trainer.nimg)
+        select_metrics((*run.eval.metrics, *run.eval.repeated))  # an unknown name is an error before training
         self.ema_profile = nearest_tracked_profile(run)
         self.validation_set = validation.open_validation_set(run, dataset) if self.cfg.validate_every else None
         end = run.train.total_images + run.train.batch_size - 1

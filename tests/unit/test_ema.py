@@ -512,7 +512,7 @@ def test_ema_command_writes_other_lengths(gesso_text, folder, tmp_path):
     [
         (["ema", "--halflife", "soon"], "write a number of images above 0"),
         (["ema", "--halflife", "0"], "write a number of images above 0"),
-        (["ema"], "say --sigma-rel or --halflife"),
+        (["ema"], "set --sigma-rel or --halflife"),
         (["ema", "--halflife", "50M", "--nimg", "10"], "no snapshot up to image 10"),
         (["sample", "sample.halflife=0"], "greater than 0"),
         (["sample", "sample.halflife=-1"], "sample.halflife"),
@@ -559,10 +559,10 @@ def test_evaluation_uses_the_halflife(folder, monkeypatch):
     class Enough(Exception):
         pass
 
-    def requested(place, profiles, nimg=None):
-        raise Enough(profiles)
+    def plan(snapshots, targets, nimg=None):
+        raise Enough(targets)
 
-    monkeypatch.setattr(snapshot, "reconstruct_from_run", requested)
+    monkeypatch.setattr(snapshot, "plan_reconstruction", plan)
     run = with_settings(
         config.load_config(folder / "run.yaml"), **{"sample.halflife": 1000, "eval.sweep_sigma_rels": "[0.07]"}
     )
