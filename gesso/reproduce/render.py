@@ -116,9 +116,7 @@ def to_html(blocks: Sequence[Block]) -> Iterator[str]:
                 yield f"<pre>{page.escape(chr(10).join(lines))}</pre>"
             case PlotBlock(figure, _, _, caption):
                 stored = isinstance(figure, Path)
-                yield page.beside(
-                    [page.image(figure, caption) if stored else page.figure(figures.svg(figure), caption)]
-                )
+                yield page.row([page.image(figure, caption) if stored else page.figure(figures.svg(figure), caption)])
             case Details(title, inner):
                 yield page.folded(title, "".join(to_html(inner)))
 

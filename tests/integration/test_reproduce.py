@@ -103,8 +103,8 @@ def numbers(
     todo = plan.plan_jobs(table, "tiny", range(3), where)
     for job in todo:
         collected = {name: values.get((job.row, name, job.seed), 0.5) for name in job.group.columns.values()}
-        content = {"name": None, "images": 40, "diversity_seeds": 9, "reference": "digits", "reference_images": 1797,
-                "reference_pictures": "abc", "networks": {"digits": "a"}, "nimg": 256, "guidance": 1.5, "sigma_rel": 0.1}  # fmt: skip
+        content = {"name": None, "num_samples": 40, "diversity_prompts": 9, "reference": "digits", "reference_images": 1797,
+                "reference_fingerprint": "abc", "networks": {"digits": "a"}, "nimg": 256, "guidance": 1.5, "sigma_rel": 0.1}  # fmt: skip
         atomic_io.write_json(job.path, {
             "method": job.group.method, "row": job.row, "seed": job.seed, "evaluate_command": job.evaluate_command, "values": collected,
             "training_commands": [step.command for step in plan.unique_trainings([job])], "protocol": content | protocol.get(job.row, {}),
@@ -311,17 +311,17 @@ def test_untrained_cells_need_one_seed(tmp_path, known):
 def test_cells_with_another_protocol_have_footnotes(tmp_path, known):
     """Except for what a row varies on purpose, and for the EMA length and time of its training."""
     unlike = {
-        "fast": {"images": 20, "diversity_seeds": 1, "sigma_rel": 0.2, "nimg": 9},
+        "fast": {"num_samples": 20, "diversity_prompts": 1, "sigma_rel": 0.2, "nimg": 9},
         "fast, guided": {"guidance": 2.0, "networks": {"digits": "b", "classifier": "c"}},
     }
     todo = numbers(fake(), tmp_path, {}, **unlike)
     result = results.collect_result(fake(), "tiny", tmp_path, todo)
-    assert result.footnotes == ["images 20, where other rows have 40", "network digits b, where other rows have a"]
+    assert result.footnotes == ["num_samples 20, where other rows have 40", "network digits b, where other rows have a"]
     assert {cell: n.footnotes for cell, n in result.cells.items() if n.footnotes} == {
         ("fast", "FID"): (1,), ("fast", "right"): (1,), ("fast, guided", "FID"): (2,), ("fast, guided", "right"): (2,),
     }  # fmt: skip
     text = page.write_page(fake(), "tiny", tmp_path, todo)[0].read_text()
-    assert "<sup>1</sup> images 20" in text and text.count("<sup>2</sup>") == 3
+    assert "<sup>1</sup> num_samples 20" in text and text.count("<sup>2</sup>") == 3
 
 
 def test_another_reference_or_measure_has_a_footnote(tmp_path):
