@@ -75,9 +75,9 @@ def detail_rms(images: Tensor) -> float:
 def size_disentanglement(folder: Path) -> dict[str, float]:
     """Return what the size changes in samples of the same seeds: content, features, detail; and the quality."""
     trained = TrainedRun(folder)
-    small, large = trained.sample(size_conditioning="4x4"), trained.sample(size_conditioning="8x8")
+    small, large = trained.sample(size="4x4"), trained.sample(size="8x8")
     # The same classes with other seeds.
-    unrelated = trained.sample(first_seed=NUM_SAMPLES + 2, size_conditioning="8x8")
+    unrelated = trained.sample(first_seed=NUM_SAMPLES + 2, size="8x8")
     metrics = {}
     for name, embed in (
         ("content", lambda x: downsample(x).flatten(1)),
