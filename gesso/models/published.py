@@ -75,6 +75,7 @@ class PublishedModel(NamedTuple):
 
 
 PUBLIC_CODE = "public code, counted"
+DIT_XL_MACS = read_table("edm2", "table_2")["DiT-XL/2"]["Gflops"] * 1e9
 XXL_CONVOLUTION_GFLOPS: float = read_paper("edm2")["xxl_convolution_gflops"]
 
 
@@ -242,7 +243,7 @@ CHECKPOINT_MODELS = (
         "dit-xl/2",
         DiTConfig(**XL_SHAPE),
         CLASS_INPUTS,
-        (checkpoint_size(675.13, 256), PublishedNumber("macs", 512, 525e9, "high", "EDM2 Table 2")),
+        (checkpoint_size(675.13, 256), PublishedNumber("macs", 512, DIT_XL_MACS, "high", "EDM2 Table 2")),
         extra_parameters=POSITIONS_256 | LEARNED_SIGMA,
     ),
     PublishedModel(

@@ -1,4 +1,4 @@
-"""Numbers that papers publish, as TOML files, and their reader. Recipes, `gesso models` and tables read them here."""
+"""Numbers that papers publish, as TOML files, and their reader. They are read by recipes, `gesso models` and tables."""
 
 import functools
 import tomllib

@@ -101,22 +101,14 @@ def run_from_preset(name: str, preset: TrainingPreset, data: dict[str, Any], pro
 
 
 def img64(size: str) -> RunConfig:
-    """Train EDM2 on ImageNet at 64x64 pixels; size is XS, S, M, L or XL.
-
-    gesso train edm2-img64-s data.source=/path/to/imagenet     2.6 days on 32 A100 (Table 6); FID 1.58
-    gesso train edm2-img64-xl data.source=/path/to/imagenet    4.9 days on 32 A100; FID 1.33
-    """
+    """Train EDM2 on ImageNet at 64x64 pixels; size is XS, S, M, L or XL."""
     return run_from_preset(
         f"edm2-img64-{size.lower()}", PRESETS_64[size], imagenet64_pixels(), EDMConfig(P_mean=-0.8, P_std=1.6)
     )
 
 
 def img512(size: str) -> RunConfig:
-    """Train EDM2 on 64x64x4 latents of ImageNet-512; size is XXS, XS, S, M, L, XL or XXL.
-
-    gesso train edm2-img512-s data.source=caches/imagenet-512    5.3 days on 32 A100 (Table 6); FID 2.56
-    gesso train edm2-img512-xxl data.source=caches/imagenet-512  9.1 days on 32 A100; FID 1.91
-    """
+    """Train EDM2 on 64x64x4 latents of ImageNet-512; size is XXS, XS, S, M, L, XL or XXL."""
     return run_from_preset(
         f"edm2-img512-{size.lower()}", PRESETS_512[size], imagenet512_latents(), EDMConfig(P_mean=-0.4, P_std=1.0)
     )
@@ -173,9 +165,6 @@ LADDER_CONFIGS = {
 def ladder(config: str) -> RunConfig:
     """Train CONFIG A to G of Table 1 at 192 channels; each adds one change to the one before.
 
-    gesso train edm2-ladder-a data.source=caches/imagenet-512    32 A100, time not published; FID 8.00
-    gesso train edm2-ladder-g data.source=caches/imagenet-512    5.3 days on 32 A100; FID 2.56
-
     Training takes 2^31 images. CONFIG A samples its traditional EMA; it also tracks power profiles of 0.034 (the
     relative length of that EMA at the end) and 0.05 (our choice), so that other lengths can be sampled with
     sample.halflife=null sample.sigma_rel=0.1. The warm-up of A to F is that of G (our choice). Noise levels are for
@@ -192,7 +181,7 @@ def ladder(config: str) -> RunConfig:
         loss=LossConfig(weighting="native" if is_a else "uncertainty", reduction="sum"),
         optim=adam(cfg.lr, betas=(0.9, cfg.beta2), base_batch_size=cfg.batch_size, **decay),
         train=train_settings(2048 * MI_IMAGES, cfg.batch_size, cfg.loss_scale),
-        ema=ema(sigma_rels=(0.034, 0.05), halflives=(CONFIG_A_HALFLIFE,), rampup=RAMPUP) if is_a else ema(),
+        ema=ema(sigma_rels=(cfg.sigma_rel, 0.05), halflives=(CONFIG_A_HALFLIFE,), rampup=RAMPUP) if is_a else ema(),
         sample=SampleConfig(
             sampler="heun",
             steps=32,

@@ -64,7 +64,7 @@ class TrainingJob(NamedTuple):
     parent: "TrainingJob | None" = None
 
     def lineage(self) -> Iterator["TrainingJob"]:
-        """Yield the trainings that this one starts from, in order, and then itself."""
+        """Yield the trainings that this one starts from, oldest first, and this one last."""
         if self.parent:
             yield from self.parent.lineage()
         yield self
@@ -90,7 +90,7 @@ class MeasurementJob(NamedTuple):
 
     @property
     def single_seed(self) -> bool:
-        """Whether one measurement is valid for every seed."""
+        """True if one measurement is valid for every seed."""
         return self.training is None or self.group.method in SINGLE_SEED_METHODS
 
     @property

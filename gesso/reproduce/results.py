@@ -71,7 +71,7 @@ class TableResult(NamedTuple):
         settings: overrides that the user applied to every training.
         cells: numbers by (row, column).
         footnotes: footnotes, numbered from 1.
-        verdicts: verdict of each claim, with its effect in the paper's own numbers.
+        verdicts: verdict of each claim, with its effect in the paper's numbers.
         checklist: items of a checklist, each with the text and verdict of its claim.
         minutes: minutes by row.
         minutes_per_training: minutes of each training.
@@ -185,7 +185,7 @@ def _parse_number(value: float | str) -> float:
 def judge_claims(
     table: Table, values: Mapping[int, Values], single_seed: set[Cell]
 ) -> list[tuple[Judgement, float | None]]:
-    """Return the verdict of each claim and the effect in the paper's own numbers."""
+    """Return the verdict of each claim and the effect in the paper's numbers."""
     published = table.published()
     return [
         (judge_claim(table, claim, values, single_seed), claims.compute_effect(table, claim, published))

@@ -5,9 +5,9 @@ import math
 
 
 def t_cdf(t: float, dof: int) -> float:
-    """Probability that Student's t with `dof` degrees of freedom is at most `t`.
+    """Return the probability that Student's t with `dof` degrees of freedom is at most `t`.
 
-    The finite series for whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4).
+    Finite series for integer degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4).
     """
     theta = math.atan2(t, math.sqrt(dof))
     sin, cos2 = math.sin(theta), math.cos(theta) ** 2
@@ -29,7 +29,7 @@ def t_cdf(t: float, dof: int) -> float:
 
 @functools.cache
 def t_quantile(probability: float, dof: int) -> float:
-    """The t that `t_cdf` takes to `probability`, of .5 or more; by bisection."""
+    """Return the quantile of Student's t for a probability of at least .5, by bisection of `t_cdf`."""
     low, high = 0.0, 1.0
     while t_cdf(high, dof) < probability:
         high *= 2
@@ -43,11 +43,11 @@ def t_quantile(probability: float, dof: int) -> float:
 
 @functools.cache
 def sign_p_value(positive: int, n: int) -> float:
-    """Probability of at least `positive` heads among `n` tosses of a fair coin."""
+    """Return the probability of at least `positive` heads among `n` tosses of a fair coin."""
     return sum(math.comb(n, k) for k in range(positive, n + 1)) / 2**n
 
 
 @functools.cache
 def seeds_for_sign_test(level: float) -> int:
-    """The number of seeds from which a unanimous sign test is significant at `level`: 5 at 5 %."""
+    """Return the smallest number of seeds at which a unanimous sign test is significant at `level`: 5 at 5 %."""
     return math.ceil(-math.log2(level) - 1e-12)

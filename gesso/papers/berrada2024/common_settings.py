@@ -16,6 +16,8 @@ TINY_SHAPES_FD = ("eval.metrics=fd_shapes", "eval.num_samples=500")
 SMALL_SHAPES_METRICS = (
     "eval.metrics=fd_shapes,shape_accuracy", "eval.num_samples=5000", "sample.guidance_base_resolution=null",
 )  # fmt: skip
+CLASS_SHARE_NOTE = "CLIP: the share of samples that a classifier assigns to their class."
+POSITION_SHARE_NOTE = "CLIP: the share of samples whose shapes are where the caption says."
 UNGUIDED = ("sample.guidance=1", "sample.control_guidance=1")
 
 # Tiny scale: digits, of which every second is shrunk to 4x4, with the size as control.

@@ -1,10 +1,12 @@
 """Table A2 and Figure A2 of Berrada et al. 2024: learning rate, batch size and momentum."""
 
+from collections.abc import Sequence
+
 from gesso.papers.berrada2024.common_settings import DIGITS_METRICS, IMAGENET_VAL, UNGUIDED, column_group
 from gesso.papers.berrada2024.paper_scale import published_rows
 from gesso.recipes.imagenet import table_a2_settings
 from gesso.reproduce.claims import all_of, improvement
-from gesso.reproduce.schema import Claim, Column, Scale, Table, Training
+from gesso.reproduce.schema import Claim, Column, Row, Scale, Table, Training
 
 LEARNING_RATES = ("1e-3", "5e-4", "1e-4", "1e-5", "1e-6")
 TINY_LEARNING_RATES = dict(zip(LEARNING_RATES, ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5"), strict=True))
@@ -23,6 +25,11 @@ def training_at_rate(net: str, batch_size: int, lr: str, *settings: str) -> Trai
     return Training(f"digits-{net.lower()}", (f"train.batch_size={batch_size}", *length, *no_ema, *optim, *settings))
 
 
+def paper_trainings(rows: Sequence[Row], lr: str) -> dict[str, Training]:
+    """Return the trainings of Table A2 with a published number at a learning rate."""
+    return {row.name: Training("table-a2", table_a2_settings(row.name, lr)) for row in rows if lr in row.published}
+
+
 def table_a2() -> Table:
     """Return Table A2."""
     rows = published_rows("table_a2")
@@ -31,9 +38,6 @@ def table_a2() -> Table:
         for net in NETS
         for batch_size, tiny_size in TINY_BATCH_SIZES.items()
     }
-
-    def paper_trainings(lr: str) -> dict[str, Training]:
-        return {row.name: Training("table-a2", table_a2_settings(row.name, lr)) for row in rows if lr in row.published}
 
     return Table(
         name="berrada/A2",
@@ -56,7 +60,9 @@ def table_a2() -> Table:
                 "for 1e-3 to 1e-6.",
             ),
             "paper": Scale(
-                tuple(column_group({lr: "fid"}, paper_trainings(lr), protocol="berrada") for lr in LEARNING_RATES),
+                tuple(
+                    column_group({lr: "fid"}, paper_trainings(rows, lr), protocol="berrada") for lr in LEARNING_RATES
+                ),
                 "3 days on 16 A100 for the largest batch",
             ),
         },

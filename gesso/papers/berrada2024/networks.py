@@ -4,9 +4,11 @@ from collections.abc import Mapping
 
 from gesso.papers.berrada2024.common_settings import (
     CC12M_VAL,
+    CLASS_SHARE_NOTE,
     COCO,
     DIGITS_METRICS,
     IMAGES_100K,
+    POSITION_SHARE_NOTE,
     SMALL_SHAPES_METRICS,
     SMALL_TRANSFORMER,
     SMALL_UNET,
@@ -29,7 +31,6 @@ TEXT_COLUMNS = tuple(
 )
 TEXT_NETWORKS = {"unet": "sdxl", **{net: net for net in CC12M_ROWS}, "berrada": "berrada"}
 """Name of the recipes on CC12M by row of Table 1."""
-CLASS_SHARE_NOTE = "CLIP: the share of samples that a classifier assigns to their class."
 
 
 def text_groups(nets: Mapping[str, str]) -> tuple[ColumnGroup, ...]:
@@ -79,7 +80,7 @@ def table_1_scales() -> dict[str, Scale]:
                 column_group({fid: "fd_shapes", clip: "place"}, by_title(small_text), SMALL_SHAPES_METRICS),
             ),
             "two hours",
-            "Shapes by class and by caption. CLIP: the share of samples whose shapes are where the caption says.",
+            f"Shapes by class and by caption. {POSITION_SHARE_NOTE}",
         ),
         "paper": Scale(
             (

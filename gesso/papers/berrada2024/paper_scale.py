@@ -16,7 +16,7 @@ def published_rows(table: str) -> tuple[Row, ...]:
 
 
 def finetune_at_512(recipe: str, init_from: Training, settings: Settings = ()) -> Training:
-    """Return a training at 512 that starts from weights at 256, as the network's own paper does it."""
+    """Return a training at 512 that starts from weights at 256, as in the paper of the network."""
     return Training(recipe, (*init_settings_512(recipes.RECIPES[recipe]()), *settings), init_from)
 
 

@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterable
 
 from gesso.papers.berrada2024.common_settings import (
     CC12M_VAL,
+    CLASS_SHARE_NOTE,
     COCO,
     DIGITS_METRICS,
+    POSITION_SHARE_NOTE,
     SMALL_SHAPES_METRICS,
     UNGUIDED,
     column_group,
@@ -53,8 +55,7 @@ def table_3() -> Table:
                     ),
                 ),
                 "2 minutes",
-                "Digits by captions of 1, 3 and 6 words in 16 tokens, unguided. CLIP: the share of samples that a "
-                "classifier assigns to their class.",
+                f"Digits by captions of 1, 3 and 6 words in 16 tokens, unguided. {CLASS_SHARE_NOTE}",
             ),
             "small": Scale(
                 (
@@ -65,7 +66,7 @@ def table_3() -> Table:
                     ),
                 ),
                 "an hour",
-                "Shapes by caption. CLIP: the share of samples whose shapes are where the caption says.",
+                f"Shapes by caption. {POSITION_SHARE_NOTE}",
             ),
             "paper": Scale(
                 (

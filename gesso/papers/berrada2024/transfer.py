@@ -4,9 +4,11 @@ from collections.abc import Iterable
 
 from gesso.papers.berrada2024.common_settings import (
     CC12M_VAL,
+    CLASS_SHARE_NOTE,
     COCO,
     DIGITS_METRICS,
     IN22K,
+    POSITION_SHARE_NOTE,
     SMALL_SHAPES_METRICS,
     SMALL_TRANSFORMER,
     TEXT_CONDITION,
@@ -78,13 +80,13 @@ def table_4a() -> Table:
             "tiny": Scale(
                 (column_group(TEXT_DIGITS_VALUES, tiny, DIGITS_UNGUIDED),),
                 "1 to 3 minutes",
-                "100k digits by class, then digits by caption: 1000 images for every 3000 steps of the paper. CLIP: "
-                "the share of samples that a classifier assigns to their class.",
+                "100k digits by class, then digits by caption: 1000 images for every 3000 steps of the paper. "
+                + CLASS_SHARE_NOTE,
             ),
             "small": Scale(
                 (column_group({"FID": "fd_shapes", "CLIP": "place"}, small, SMALL_SHAPES_METRICS),),
                 "half an hour",
-                "Shapes by class, then by caption. CLIP: the share of samples whose shapes are where the caption says.",
+                f"Shapes by class, then by caption. {POSITION_SHARE_NOTE}",
             ),
             "paper": Scale(
                 (
@@ -138,8 +140,7 @@ def table_4b() -> Table:
                     column_group({fid: "fd_digits", clip: "class_accuracy"}, by_row(names, tiny_text), DIGITS_UNGUIDED),
                 ),
                 "2 minutes",
-                "40k and 60k digits by class, then 30k and 10k by caption. CLIP: the share of samples that a "
-                "classifier assigns to their class.",
+                f"40k and 60k digits by class, then 30k and 10k by caption. {CLASS_SHARE_NOTE}",
             ),
             "small": Scale(
                 (
@@ -147,7 +148,7 @@ def table_4b() -> Table:
                     column_group({fid: "fd_shapes", clip: "place"}, by_row(names, small_text), SMALL_SHAPES_METRICS),
                 ),
                 "an hour",
-                "Shapes by class, then by caption. CLIP: the share of samples whose shapes are where the caption says.",
+                f"Shapes by class, then by caption. {POSITION_SHARE_NOTE}",
             ),
             "paper": Scale(
                 (

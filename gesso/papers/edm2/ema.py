@@ -62,7 +62,7 @@ def figure_5a() -> Table:
         title="FID over EMA length",
         source="Karras et al. 2024, Figure 5a",
         columns=tuple(map(Column, CONFIG_NAMES.values())),
-        rows=fraction_rows(SIGMA_RELS, published),
+        rows=fraction_rows(sorted({*SIGMA_RELS, *PAPER_SETUP.sigma_rels_of("A")}), published),
         x_axis="EMA length",
         scales=make_scales(groups, LADDER_COST),
         claims=(

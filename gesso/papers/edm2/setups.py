@@ -59,8 +59,8 @@ class Setup(NamedTuple):
         sizes: EDM2-XS and larger.
         guides: the same networks without labels.
         edm2_s: EDM2-S as net.name=edm2, which has settings that the ladder does not have.
-        metric: the value that stands for FID.
-        second_metric: the value that stands for the Frechet distance of DINOv2.
+        metric: the value in place of FID.
+        second_metric: the value in place of the Frechet distance of DINOv2.
         settings: settings of the measurements.
         protocol: evaluation protocol.
         sigma_rels: EMA lengths of a sweep.
@@ -272,7 +272,7 @@ def fraction_rows(
     )
 
 
-SIGMA_RELS = tuple(sorted({*TINY_SETUP.sigma_rels, *PAPER_SETUP.sigma_rels, *PAPER_SETUP.sigma_rels_of("A")}))
+SIGMA_RELS = tuple(sorted({*TINY_SETUP.sigma_rels, *PAPER_SETUP.sigma_rels}))
 TRAINING_FRACTIONS = tuple(Fraction(k, 4) for k in (1, 2, 3, 4))
 LADDER_COST = {"tiny": "2 minutes", "small": "an hour", "paper": "5 days on 32 A100 and more"}
 TRAINING_COST = {"tiny": "2 minutes", "small": "an hour", "paper": "5 days on 32 A100"}
