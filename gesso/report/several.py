@@ -182,9 +182,24 @@ def training(runs: Sequence[Folder]) -> str:
         )
     )
     for name in dict.fromkeys(n for f in runs for n in f.last("metrics") or {} if not n.endswith("_std")):
-        drawn = overlaid(runs, lambda f, name=name: f.curve("metrics", name), short_label(name))
+        drawn = overlaid(runs, metric_curve(name), short_label(name))
         plots.append((drawn, "Measured on the way."))
     return page.section("Training", single.shown(plots))
+
+
+def metric_curve(name: str) -> Callable[[Folder], Points]:
+    """Return the function that reads a logged metric of a run."""
+    return lambda run_data: run_data.curve("metrics", name)
+
+
+def bucket_curve(kind: str, i: int) -> Callable[[Folder], Points]:
+    """Return the function that reads magnitudes of a run, as `over_buckets`."""
+    return lambda run_data: over_buckets(run_data, kind, i)
+
+
+def growth_curve(kind: str, i: int) -> Callable[[Folder], Points]:
+    """Return the function that reads the growth of magnitudes of a run, as `growth`."""
+    return lambda run_data: growth(run_data, kind, i)
 
 
 def magnitudes(runs: Sequence[Folder]) -> str:
@@ -192,7 +207,7 @@ def magnitudes(runs: Sequence[Folder]) -> str:
     for what, title in (("activations", "what layers put out"), ("main_path", "what blocks put out")):
         for i, how in enumerate(("largest", "mean")):
             name = f"{what.replace('_', ' ')}, {how}"
-            drawn = overlaid(runs, lambda f, what=what, i=i: over_buckets(f, what, i), name, from_zero=True)
+            drawn = overlaid(runs, bucket_curve(what, i), name, from_zero=True)
             plots.append(
                 (
                     drawn,
@@ -200,7 +215,7 @@ def magnitudes(runs: Sequence[Folder]) -> str:
                 )
             )
     for i, how in enumerate(("largest", "mean")):
-        drawn = overlaid(runs, lambda f, i=i: growth(f, "weights", i), f"weights, {how}, first = 1")
+        drawn = overlaid(runs, growth_curve("weights", i), f"weights, {how}, first = 1")
         plots.append((drawn, f"Weights: {how} magnitude over all blocks, over its first value."))
     return page.section("Magnitudes", single.shown(plots))
 

@@ -160,7 +160,7 @@ def training(run_data: Folder) -> str:
         if not name.endswith("_std"):
             drawn = figures.lines({name: run_data.curve("metrics", name)}, short_label(name))
             plots.append((drawn, "Measured on the way, with the tracked average next to that of sample.*."))
-    skipped = next((line["unreadable"] for line in run_data.lines if "unreadable" in line), [])
+    skipped: list[tuple[str, str]] = next((line["unreadable"] for line in run_data.lines if "unreadable" in line), [])
     names = ", ".join(name for name, _ in skipped[:20])
     left_out = page.paragraph(f"{len(skipped)} unreadable images were left out: {names}") if skipped else ""
     return page.section("Training", shown(plots), left_out)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from gesso.evaluation.metrics import METRICS, value_labels
 from gesso.reproduce import measurements
 from gesso.reproduce.plan import MeasurementJob
-from gesso.reproduce.schema import Table
+from gesso.reproduce.schema import Method, Table
 
 METRIC_LABELS = value_labels() | {
     "params": "millions of parameters",
@@ -57,7 +57,7 @@ def varying_label(column: str, jobs: Sequence[MeasurementJob]) -> list[str]:
     return list(dict.fromkeys(name for (name, _), distinct in values.items() if len(distinct) > 1))
 
 
-def _method_label(method: str, name: str) -> str:
+def _method_label(method: Method, name: str) -> str:
     key = name.removeprefix("1-")
     if key in METRIC_LABELS:
         label = METRIC_LABELS[key]

@@ -297,7 +297,7 @@ def checklist(result: TableResult) -> TableBlock:
 
 def verdict_tag(verdict: str) -> Cell:
     """Return a verdict as a coloured cell."""
-    return Cell(verdict, kind=COLOURS[verdict])
+    return Cell(verdict, kind=COLOURS[Verdict(verdict)])
 
 
 def command_blocks(result: TableResult) -> list[Block]:

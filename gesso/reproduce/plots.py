@@ -85,11 +85,11 @@ def _plotted_points(result: TableResult, columns: Sequence[str], label: str) -> 
     figure, axes = figures.started()
     for i, (column, points) in enumerate(curves.items()):
         colour, dash = figures.stroke(i)
-        x, mean = [x for x, _ in points], [cell.mean if math.isfinite(cell.mean) else math.nan for _, cell in points]
+        xs, mean = [x for x, _ in points], [cell.mean if math.isfinite(cell.mean) else math.nan for _, cell in points]
         reach = [cell.std if cell.std is not None else math.nan for _, cell in points]
-        axes.plot(x, mean, dash, color=colour, lw=1.6, marker="o" if len(x) < 16 else None, ms=3.5, label=column)
+        axes.plot(xs, mean, dash, color=colour, lw=1.6, marker="o" if len(xs) < 16 else None, ms=3.5, label=column)
         low, high = ([m + sign * r for m, r in zip(mean, reach, strict=True)] for sign in (-1, 1))
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+        axes.fill_between(xs, low, high, color=colour, alpha=0.15, lw=0)
         gone = [x for x, cell in points if math.isinf(cell.mean)]
         axes.plot(gone, [1.0] * len(gone), "x", color=colour, ms=6, transform=axes.get_xaxis_transform(), clip_on=False)
     if needs_log_axis([x for points in curves.values() for x, _ in points]):

@@ -9,7 +9,10 @@ from gesso.reproduce.markdown import escape, to_markdown_table
 
 
 class Cell(NamedTuple):
-    """marks: numbers of footnotes; kind: "best" of ours in its column, "soft" for the paper's, or the colour of a tag."""
+    """A cell of a table.
+
+    marks: numbers of footnotes. kind: "best" of ours in its column, "soft" for the paper's, or the color of a tag.
+    """
 
     text: str
     marks: tuple[int, ...] = ()
@@ -26,7 +29,7 @@ class Heading(NamedTuple):
 
 
 class Paragraph(NamedTuple):
-    """mark: of a footnote."""
+    """A paragraph; mark: number of a footnote."""
 
     text: str
     mark: int | None = None
@@ -37,7 +40,7 @@ class DefinitionList(NamedTuple):
 
 
 class TableBlock(NamedTuple):
-    """numbers: all but the first column are."""
+    """A table; numbers: all columns but the first are numeric."""
 
     names: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -49,7 +52,7 @@ class CodeBlock(NamedTuple):
 
 
 class PlotBlock(NamedTuple):
-    """figure: of matplotlib, or the path of a PNG; file: where Markdown finds it."""
+    """A figure of matplotlib, or the path of a PNG; file: its path in Markdown."""
 
     figure: Any
     file: str

@@ -20,7 +20,7 @@ def save_sample_grid(job: MeasurementJob) -> dict[str, Any]:
     device = sampling.run_device(run)
     sampler = run_sampler.open_run_sampler(folder, run, snapshot.denoiser_from_weights(weights[0], run, device), device)
     seeds, sizes = range(run.eval.num_samples), job.params["sizes"].split(",") if "sizes" in job.params else []
-    controls = [{"size": f"{size}x{size}"} for size in sizes] or [None]
+    controls: list[dict[str, str] | None] = [{"size": f"{size}x{size}"} for size in sizes] or [None]
     samples = torch.cat(
         [images.cpu() for control in controls for images, _ in sampler.generate_batches(seeds, control)]
     )

@@ -99,7 +99,7 @@ class ColumnGroup(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """How a table is measured at one scale. `cost` is the cost of a row, as text."""
+    """Measurements of a table at one scale. `cost` is the cost of a row, as text."""
 
     groups: tuple[ColumnGroup, ...]
     cost: str

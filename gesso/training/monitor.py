@@ -18,6 +18,7 @@ from gesso.diffusion import denoiser as diffusion
 from gesso.diffusion.denoiser import Denoiser
 from gesso.ema import Profile
 from gesso.evaluation import validation
+from gesso.evaluation.metrics import select_metrics
 from gesso.evaluation.metrics.validation_loss import mean_losses
 from gesso.evaluation.toy_evaluation import ToyEvaluator
 from gesso.models import mp
