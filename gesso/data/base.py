@@ -7,7 +7,7 @@ Legend: N images, B samples; C channels of pixels, H W their size; c channels of
 """
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from gesso.config import RunConfig, SemanticConfig
 from gesso.data import crops
 from gesso.data.encoders.text import EncodedText
-from gesso.data.samplers import EpochShuffle, ExcludeIndices, select_validation
+from gesso.data.samplers import EpochShuffle, ExcludeIndices, SampleOrder, select_validation
 from gesso.errors import UsageError
 
 
@@ -43,7 +43,7 @@ class SampleBatch(NamedTuple):
     indices: Tensor
     encoded_text: EncodedText | None = None
 
-    def control_columns(self) -> dict[str, Tensor]:
+    def control_columns(self) -> Mapping[str, Tensor]:
         """Return the control variables by name, (B,) float32 each, in the units of config.CONTROLS."""
         return crops.control_columns(self.original_sizes, self.crop_boxes, self.flips, self.pixel_stats)
 
@@ -125,7 +125,7 @@ class Dataset(abc.ABC):
             )
         self.validation_indices = select_validation(len(self), count) if count else self.validation_indices
 
-    def sample_order(self, seed: int, batch_size: int) -> EpochShuffle | ExcludeIndices:
+    def sample_order(self, seed: int, batch_size: int) -> SampleOrder:
         """Return the function that maps sample indices (B,) to image indices (B,)."""
         order = EpochShuffle(len(self) - len(self.validation_indices), seed)
         return ExcludeIndices(order, self.validation_indices) if len(self.validation_indices) else order

@@ -79,9 +79,9 @@ class Batcher:
     def _semantic_fields(self, sample_index: Tensor, samples: SampleBatch) -> dict[str, Tensor | None]:
         cfg, seed = self.run.semantic, self.run.train.seed
         if cfg.kind == "text":
-            return text_tensors(
-                cfg, self.text_cache(samples) if self.text_cache else samples.encoded_text, seed, sample_index
-            )
+            encoded = self.text_cache(samples) if self.text_cache else samples.encoded_text
+            assert encoded is not None  # the data set stores tokens if there is no encoder
+            return text_tensors(cfg, encoded, seed, sample_index)
         return {"label": samples.labels} if cfg.kind == "label" and self.run.data.num_classes else {}
 
     def control_rows(self, sample_index: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ def _draw_row(row: SheetRow, width: int) -> Image.Image:
 
 def _draw_image(row: SheetRow) -> Image.Image:
     """Return the full image, as large as it fits, with the boxes of its views."""
+    assert row.views is not None
     H, W = row.views.original_sizes[0].tolist() if row.image is None else (row.image.height, row.image.width)
     scale = min(IMAGE_WIDTH / W, VIEW_SIZE / H)
     w, h = max(1, round(W * scale)), max(1, round(H * scale))
@@ -152,7 +153,9 @@ def resize(picture: Image.Image, width: int, height: int) -> Image.Image:
 @functools.lru_cache
 def load_font(size: int) -> ImageFont.FreeTypeFont:
     """Return Pillow's built-in font."""
-    return ImageFont.load_default(size)
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # with a size
+    return font
 
 
 @functools.lru_cache(4096)
@@ -181,9 +184,10 @@ def _drawable_char(char: str) -> str:
 
 def wrap_text(text: str, width: int, max_lines: int) -> list[str]:
     """Return at most `max_lines` lines of at most `width` pixels; omitted text shows as three dots."""
-    lines = []
+    lines: list[str] = []
     while text and len(lines) < max_lines:
-        fits = bisect.bisect_right(range(len(text) + 1), width, key=lambda n: load_font(13).getlength(text[:n]))
+        lengths = [load_font(13).getlength(text[:n]) for n in range(len(text) + 1)]
+        fits = bisect.bisect_right(lengths, width)
         count = max(1, fits - 1)
         if count < len(text) and " " in text[:count]:
             count = text.rindex(" ", 0, count + 1)

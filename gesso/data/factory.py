@@ -1,5 +1,6 @@
 """Open the dataset that data.source names, and complete the settings of a run with its statistics."""
 
+import numpy as np
 import torch
 
 from gesso.config import DataConfig, LatentConfig
@@ -78,7 +79,7 @@ def _check_latents(source: Source, data: DataConfig, latent: LatentConfig) -> No
     if data.flip or data.crop_scale:
         raise UsageError(f"{prefix}, which cannot be mirrored or cropped: set data.flip=false data.crop_scale=null")
     edge = data.resolution // latent.downsample_factor
-    shape, expected = source.item(0).image.shape, (2 * latent.channels, edge, edge)
+    shape, expected = np.shape(source.item(0).image), (2 * latent.channels, edge, edge)
     if shape != expected:
         raise UsageError(
             f"{prefix} of {shape[0] // 2} channels, {shape[1]}x{shape[2]}, where latent.channels={latent.channels}, "

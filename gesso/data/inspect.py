@@ -99,7 +99,8 @@ def reject_cache_options(args: InspectArgs) -> None:
 def cache_rows(cache: CachedDataset, args: InspectArgs) -> tuple[list[SheetRow], list[str]]:
     """Return rows of images spread evenly over a cache, with the first of their views, and notes."""
     latent = cache.plan.latent
-    shown, notes = lambda x: x, []
+    shown: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
+    notes: list[str] = []
     if cache.has_latents:
         shown, notes = open_decoder(args.vae or latent.vae, latent.convention, latent.channels)
     rows = []
@@ -122,7 +123,8 @@ def source_rows(source: Source, sizes: np.ndarray, args: InspectArgs) -> tuple[l
         resize=args.resize,
     )
     places = evenly_spaced(len(source), args.num_rows).tolist()
-    shown, notes = lambda x: x, []
+    shown: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
+    notes: list[str] = []
     if source.has_latents:
         shown, notes = open_decoder(args.vae, args.convention, len(source.item(places[0]).image) // 2)
     K = args.num_views if data.crop_scale else min(args.num_views, 1 + data.flip)

@@ -44,7 +44,7 @@ class Table(NamedTuple):
 
     title: str
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
 def print_tables(console: Console, tables: Iterable[Table]) -> None:
@@ -250,7 +250,7 @@ def class_tables(labels: np.ndarray, names: Sequence[str]) -> list[Table]:
         title += f" of {int(np.median(counts)):,} images (median): the {n} largest and the {n} smallest"
     if empty:
         title += f"; {empty:,} without an image"
-    return [Table(title, ("", "images", ""), bar_rows((truncate(names[i]), int(counts[i])) for i in order))]
+    return [Table(title, ("", "images", ""), bar_rows((truncate(names[i]), int(counts[i])) for i in order.tolist()))]
 
 
 def truncate(text: str, max_width: int = MAX_NAME_WIDTH) -> str:

@@ -84,6 +84,7 @@ class Normalizer:
 
 def open_vae(latent: LatentConfig, device: torch.device | str) -> VAE:
     """Load the VAE of a run; raise UsageError if it cannot be loaded or differs from the settings."""
+    assert latent.vae is not None
     vae = VAE(latent.vae, device, getattr(torch, latent.dtype), latent.convention)
     for name, actual in (("channels", vae.latent_channels), ("downsample_factor", vae.downsample_factor)):
         value = getattr(latent, name)

@@ -212,3 +212,6 @@ class ExcludeIndices:
         """Map sample indices (B,) to image indices (B,)."""
         place = self.base(sample_index)
         return place + torch.searchsorted(self._shift_thresholds, place, right=True)
+
+
+SampleOrder = EpochShuffle | ShardWindowShuffle | BucketSampler | ExcludeIndices

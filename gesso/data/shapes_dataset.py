@@ -191,7 +191,8 @@ def _sample_background(u: Iterator[float]) -> Background:
 def _muted_colour(hue: float, chroma: float, lightness: float) -> tuple[float, float, float]:
     """Return RGB of a grey with a faint hue."""
     third = 2 * math.pi / 3
-    return tuple(lightness + chroma * math.cos(hue - i * third) for i in range(3))
+    red, green, blue = (lightness + chroma * math.cos(hue - i * third) for i in range(3))
+    return red, green, blue
 
 
 def _sample_texture(u: Iterator[float], low: float, high: float) -> Texture:
@@ -271,7 +272,8 @@ def parse_caption(caption: str) -> Facts:
 
 def mirror_facts(facts: Facts) -> Facts:
     """Return the facts after left and right are exchanged."""
-    return Facts(facts.shapes, {"left": "right", "right": "left"}.get(facts.place, facts.place))
+    mirrored = {"left": "right", "right": "left"}
+    return Facts(facts.shapes, mirrored.get(facts.place, facts.place) if facts.place else None)
 
 
 def _star_distance(u: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -40,6 +40,7 @@ class SyntheticDataset(Dataset):
         boxes = torch.tensor([0.0, 0.0, 1000.0, 1000.0]).expand(n, 4)
         texts, cfg = None, run.semantic
         if self.text_config:
+            assert cfg.embed_dim is not None and cfg.pooled_dim is not None
             tokens, pooled = torch.randn(n, cfg.max_tokens, cfg.embed_dim), torch.randn(n, cfg.pooled_dim)
             texts = EncodedText(tokens, torch.full((n,), -(-cfg.max_tokens // 4)), pooled)
         sizes, flips = torch.full((n, 2), run.data.resolution), torch.zeros(n, dtype=torch.bool)

@@ -55,7 +55,7 @@ class EncodedImage(NamedTuple):
     squares, None for latents.
     """
 
-    index: int
+    position: int
     label: int
     caption: str
     original_size: tuple[int, int]
@@ -126,7 +126,7 @@ def _stored_latent_settings(plan: CachePlan, source: Source) -> dict[str, int]:
             raise UsageError(f"{where}, which can neither be cropped nor changed: leave {flag} out")
     for i in range(len(source)):
         try:
-            doubled, h, w = source.item(i).image.shape
+            doubled, h, w = np.shape(source.item(i).image)
             break
         except UnreadableImageError:
             continue
@@ -142,9 +142,9 @@ def _bytes_per_image(plan: CachePlan) -> int:
     R, K = plan.data.resolution, plan.views
     if plan.latent.vae is None:
         return K * plan.data.channels * R * R
-    return (
-        K * 2 * plan.latent.channels * (R // plan.latent.downsample_factor) ** 2 * getattr(torch, plan.dtype).itemsize
-    )
+    assert plan.dtype is not None
+    side = R // plan.latent.downsample_factor
+    return K * 2 * plan.latent.channels * side**2 * getattr(torch, plan.dtype).itemsize
 
 
 def nearest_bucket(sizes: Sequence[tuple[int, int]], height: int, width: int) -> int:
@@ -231,7 +231,7 @@ def pixel_stats_from_sums(sums: np.ndarray, area: int) -> np.ndarray:
 
 def _check_latent_shape(plan: CachePlan, item: SourceItem) -> None:
     edge = plan.data.resolution // plan.latent.downsample_factor
-    due, shape = (2 * plan.latent.channels, edge, edge), item.image.shape
+    due, shape = (2 * plan.latent.channels, edge, edge), np.shape(item.image)
     if shape != due:
         raise UnreadableImageError(item.name, f"latents of shape {shape}, where the first have {due}")
 
@@ -251,6 +251,7 @@ class ShardBuilder:
     def add(self, image: EncodedImage) -> None:
         """Add an image."""
         plan = self.job.plan
+        assert image.x is not None
         self.images.append(image._replace(x=None))
         if self.job.vae:
             self._pending_views += image.x.unbind()
@@ -277,13 +278,13 @@ class ShardBuilder:
         plan, n = self.job.plan, len(self.images)
         captions = StringArray.from_strings(image.caption for image in self.images)
 
-        def column(values: Sequence, dtype: torch.dtype) -> Tensor:
+        def column(values: Sequence | np.ndarray, dtype: torch.dtype) -> Tensor:
             return torch.from_numpy(np.array(values)).to(dtype)
 
         x = torch.cat(self._x)
         result = {
             "moments" if plan.latent.vae else "pixels": x.unflatten(0, (n, plan.views)),
-            "index": column([image.index for image in self.images], torch.int64),
+            "index": column([image.position for image in self.images], torch.int64),
             "label": column([image.label for image in self.images], torch.int64),
             "size": column([image.original_size for image in self.images], torch.int32),
             "box": column([image.crop_boxes for image in self.images], torch.float32),
@@ -302,10 +303,12 @@ class ShardBuilder:
         size = self.job.plan.batch_size
         batch, self._pending_views = torch.stack(self._pending_views[:size]), self._pending_views[size:]
         full = torch.cat([batch, batch.new_zeros(size - len(batch), *batch.shape[1:])])
+        assert self.job.vae is not None
         moments = torch.cat(self.job.vae.encode(full), dim=1)[: len(batch)].cpu()
         self._append(self._to_stored_dtype(moments, "latents"), None)
 
     def _encode_captions(self) -> None:
+        assert self.job.encoder is not None
         tokens, lengths, pooled = self.job.encoder(self._captions)
         real = torch.arange(tokens.shape[1]) < lengths[:, None]
         self._encoded_texts.append(
@@ -321,7 +324,12 @@ class ShardBuilder:
 
     def _append(self, x: Tensor, pixel_sums: np.ndarray | None) -> None:
         self._x.append(x)
-        self.sums = add_sums(self.sums, _latent_sums(x) if self.job.plan.latent.vae else _pixel_sums(x, pixel_sums))
+        if self.job.plan.latent.vae:
+            sums = _latent_sums(x)
+        else:
+            assert pixel_sums is not None
+            sums = _pixel_sums(x, pixel_sums)
+        self.sums = add_sums(self.sums, sums)
 
 
 def add_sums(one: MomentSums, other: MomentSums) -> MomentSums:

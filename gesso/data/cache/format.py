@@ -84,7 +84,8 @@ def parse_record(tree: object, path: Path | str, kind: type[Record]) -> Record:
         first = error.errors()[0]
         raise UsageError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     hostile = [shard.name for shard in getattr(record, "files", ()) if not SHARD_NAME_PATTERN.fullmatch(shard.name)]
-    hostile += [record.columns.name] if kind is CacheManifest and record.columns.name != COLUMNS_FILE else []
+    if isinstance(record, CacheManifest) and record.columns.name != COLUMNS_FILE:
+        hostile.append(record.columns.name)
     if hostile:
         raise UsageError(f"{path}: refused, for it names a file {hostile[0]!r}, which gesso cache never writes")
     return record
@@ -93,7 +94,8 @@ def parse_record(tree: object, path: Path | str, kind: type[Record]) -> Record:
 def open_manifest(folder: str | Path) -> CacheManifest:
     """Read and check a manifest. Raises UsageError if the cache is missing, incomplete, outdated or damaged."""
     manifest = _read_manifest(Path(folder))
-    for shard in (*manifest.files, manifest.columns):
+    shards: tuple[ShardFile | ColumnFile, ...] = (*manifest.files, manifest.columns)
+    for shard in shards:
         if wrong := size_problem(Path(folder), shard):
             raise UsageError(f"{wrong}; gesso cache --check {folder} says more")
     return manifest
@@ -283,6 +285,7 @@ def _digest_problem(folder: Path, shard: ShardFile | ColumnFile) -> str | None:
 def _content_problem(manifest: CacheManifest, shard: ShardFile, tensors: dict[str, Tensor]) -> str | None:
     """Return a description of contents that were wrong when the file was written, else None."""
     plan, r = manifest.plan, int(shard.name[6:].split("-")[0].split(".")[0])
+    assert plan.images_per_shard is not None  # of a written cache
     start = r * plan.images_per_shard
     index, label, ends = (tensors[name].numpy() for name in ("index", "label", "caption_end"))
     problems = {

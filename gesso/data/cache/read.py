@@ -19,7 +19,7 @@ from gesso.data.base import Dataset, SampleBatch
 from gesso.data.cache import remote
 from gesso.data.cache.format import COLUMNS_FILE, SHARD_DIR, TEXT_TENSORS, map_columns, map_shard, open_manifest
 from gesso.data.encoders.text import EncodedText
-from gesso.data.samplers import BucketSampler, EpochShuffle, ExcludeIndices, ShardWindowShuffle
+from gesso.data.samplers import BucketSampler, EpochShuffle, ExcludeIndices, SampleOrder, ShardWindowShuffle
 from gesso.data.sources.base import StringArray
 from gesso.errors import UsageError
 
@@ -98,7 +98,7 @@ class CachedDataset(Dataset):
                 tensors = map_shard(self._path(shard.name), self.plan, shard)
                 x = tensors["moments" if self.has_latents else "pixels"].numpy().reshape(-1).view(np.uint8)
                 self._open_shards[f] = OpenShard(
-                    memoryview(x), {name: tensors[name].numpy() for name in TEXT_TENSORS if name in tensors}
+                    x.data, {name: tensors[name].numpy() for name in TEXT_TENSORS if name in tensors}
                 )
             return self._open_shards[f]
 
@@ -117,9 +117,7 @@ class CachedDataset(Dataset):
             [files[f].name for f in self._window_shuffle.shards_for(first, stop + self._window_shuffle.max_window_size)]
         )
 
-    def sample_order(
-        self, seed: int, batch_size: int
-    ) -> EpochShuffle | ShardWindowShuffle | BucketSampler | ExcludeIndices:
+    def sample_order(self, seed: int, batch_size: int) -> SampleOrder:
         """Return the sample order. Raises UsageError for a window with buckets, or if no bucket fills a batch."""
         order = self._training_order(seed, batch_size)
         self._window_shuffle = order if isinstance(order, ShardWindowShuffle) else None
@@ -146,12 +144,14 @@ class CachedDataset(Dataset):
 
     def implied_settings(self, run: RunConfig) -> dict[str, dict[str, object]]:
         """Return the settings that the cache determines."""
-        data = {
+        data: dict[str, object] = {
             name: getattr(self.plan.data, name) for name in ("resolution", "channels", "flip", "crop_scale", "resize")
         }
         data["buckets"] = tuple(self.buckets) if len(self.buckets) > 1 else None
         names = ("vae", "convention", "channels", "downsample_factor")
-        latent = {name: getattr(self.plan.latent, name) for name in names} if self.has_latents else {"vae": None}
+        latent: dict[str, object] = {"vae": None}
+        if self.has_latents:
+            latent = {name: getattr(self.plan.latent, name) for name in names}
         return {"data": data, "latent": latent}
 
     def get(self, indices: Tensor, sample_index: Tensor) -> SampleBatch:
@@ -193,7 +193,7 @@ class CachedDataset(Dataset):
         size = math.prod(shape) * self._dtype.itemsize
         # Of numpy, which asks for huge pages. Row by row: nearly as fast as one gather, and files may be many.
         x = np.empty(len(files) * size, np.uint8)
-        to, parts, here = memoryview(x), {f: self._shard(f).x for f in set(files)}, 0
+        to, parts, here = x.data, {f: self._shard(f).x for f in set(files)}, 0
         for f, start in zip(files, (size * (place - K * self._starts[file])).tolist(), strict=True):
             to[here : here + size] = parts[f][start : start + size]
             here += size
@@ -213,6 +213,7 @@ class CachedDataset(Dataset):
         semantic = self.plan.semantic
         if semantic.kind != "text":
             return None
+        assert semantic.embed_dim is not None and semantic.pooled_dim is not None  # of a written cache
         tokens = np.zeros((len(files), semantic.max_tokens, semantic.embed_dim), np.float32)
         pooled = np.zeros((len(files), semantic.pooled_dim), np.float32)
         lengths = torch.zeros(len(files), dtype=torch.int64)

@@ -46,7 +46,8 @@ IN_FLIGHT_PER_THREAD = 4
 BARRIER_TIMEOUT = datetime.timedelta(days=30)
 """Timeout of a rank that waits for live ranks."""
 
-Argument, Result = TypeVar("Argument"), TypeVar("Result")
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 def write_cache(
@@ -174,7 +175,8 @@ def _prepare_folder(out: Path, header: CacheHeader) -> None:
     if manifest.is_file():
         known = format.read_record(manifest, CacheManifest)
         _check_same_settings(out, known, header)
-        if not any(format.size_problem(out, shard) for shard in (*known.files, known.columns)):
+        shards: tuple[ShardFile | ColumnFile, ...] = (*known.files, known.columns)
+        if not any(format.size_problem(out, shard) for shard in shards):
             plan.unlink(missing_ok=True)
             return
         atomic_io.write_json(plan, header.model_dump(mode="json"))
@@ -204,6 +206,7 @@ def _settings_digest(header: CacheHeader) -> str:
 def _range_bounds(header: CacheHeader) -> list[tuple[int, int]]:
     """Return the first image of each range, and the end of the last."""
     size = header.plan.images_per_shard
+    assert size is not None  # of a complete plan
     return [(start, min(start + size, header.num_source_images)) for start in range(0, header.num_source_images, size)]
 
 

@@ -39,7 +39,7 @@ def import_opencv() -> Any:
     except ImportError:
         raise UsageError("faces are found by OpenCV: pip install 'gesso[faces]'") from None
     try:
-        there = cv2.CascadeClassifier is not None and os.path.isfile(cv2.data.haarcascades + CASCADE_FILE)
+        there = cv2.CascadeClassifier is not None and os.path.isfile(cv2.data.haarcascades + CASCADE_FILE)  # type: ignore[attr-defined]
     except AttributeError:
         there = False
     if not there:
@@ -54,7 +54,8 @@ def detect_faces(picture: Image.Image) -> list[tuple[int, int, int, int]]:
         UsageError: As `import_opencv`.
     """
     scale = max(1.0, max(picture.size) / MAX_SEARCH_EDGE)
-    small = tuple(max(1, round(edge / scale)) for edge in picture.size)
+    width, height = (max(1, round(edge / scale)) for edge in picture.size)
+    small = width, height
     if min(small) < MIN_FACE_SIZE:
         return []
     grey = picture.convert("L")
@@ -63,7 +64,8 @@ def detect_faces(picture: Image.Image) -> list[tuple[int, int, int, int]]:
     boxes = _load_cascade().detectMultiScale(
         np.array(grey), 1.1, MIN_NEIGHBOURS, minSize=(MIN_FACE_SIZE, MIN_FACE_SIZE)
     )
-    return sorted(tuple(round(int(edge) * scale) for edge in box) for box in boxes)
+    scaled = ([round(int(edge) * scale) for edge in box] for box in boxes)
+    return sorted((x, y, w, h) for x, y, w, h in scaled)
 
 
 def _load_cascade() -> Any:

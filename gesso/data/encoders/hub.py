@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from gesso.errors import UsageError
 
@@ -99,7 +98,7 @@ def model_file_patterns(stem: str) -> tuple[str, ...]:
     return ("config.json", f"{stem}.safetensors", f"{stem}-*.safetensors", f"{stem}.safetensors.index.json")
 
 
-def load_model(model_class: Any, package: str, folder: Path, label: str) -> nn.Module:
+def load_model(model_class: Any, package: str, folder: Path, label: str) -> Any:
     """Return the frozen network of a folder, loaded by from_pretrained of `model_class`.
 
     Raises:

@@ -147,7 +147,7 @@ def _truncation_note(caption: str, unit: str, n: int, seen: int, rest: str) -> s
 class LoadedEncoder(NamedTuple):
     """A model and its tokenizer, with their folders."""
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
     config: dict[str, Any]
     folder: Path
@@ -313,7 +313,7 @@ def _load_encoder(model_id: str) -> LoadedEncoder:
     names = (*hub.model_file_patterns("model"), *TOKENIZER_FILES)
     folder = hub.model_folder(model_id, what, ("text_encoder", "tokenizer"), names)
     config = hub.read_config(folder, what)
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     family = ENCODER_CLASSES.get(kind)
     if family is None:
         raise UsageError(

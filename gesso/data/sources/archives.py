@@ -217,7 +217,7 @@ class TarSource(Source):
     """
 
     def __init__(self, uri: str, paths: Sequence[str]):
-        lists = [cached_listing(path, "tar", lambda stamps, path=path: _list_tar(path, stamps)) for path in paths]
+        lists = [cached_listing(path, "tar", functools.partial(_list_tar, path)) for path in paths]
         self.paths, self.listings = paths, lists
         self.starts = np.cumsum([0] + [len(listing["names"]) for listing in lists])
         total = int(self.starts[-1])
@@ -314,7 +314,8 @@ def _list_tar(path: str, stamps: FileStamps) -> Listing:
 
 def _read_members(path: str, size: int) -> tuple[dict[str, dict[str, tuple[int, int]]], int, bool]:
     """Return {key: {suffix: (offset, size)}}, the number of duplicate keys, and whether the tar is truncated."""
-    samples, repeated, end = {}, set(), 0
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    repeated, end = set(), 0
     try:
         with tarfile.open(path, "r:", encoding="utf-8") as tar:
             for member in tar:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -156,7 +156,8 @@ class StringArray(Sequence[str]):
         return self.blob[start : self.ends[i]].tobytes().decode("utf-8", "surrogatepass")
 
 
-Listing = dict[str, np.ndarray | StringArray]
+Listing = dict[str, Any]
+"""Arrays (np.ndarray) and strings (StringArray) by name."""
 
 
 def file_stamp(path: str) -> tuple[int, int]:
@@ -176,7 +177,7 @@ def cached_listing(uri: str, kind: str, build: Callable[[FileStamps], Listing]) 
     stored = _read_cached_listing(file)
     if stored is not None:
         return stored
-    started, stamps = time.time_ns(), {}
+    started, stamps = time.time_ns(), FileStamps()
     lists = build(stamps)
     if started - max(changed for _, changed in stamps.values()) > MIN_AGE_NS:
         _write_cached_listing(file, lists, stamps)
@@ -202,7 +203,7 @@ def _read_cached_listing(file: Path) -> Listing | None:
 
 
 def _write_cached_listing(file: Path, listing: Listing, stamps: FileStamps) -> None:
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name, values in (listing | {"paths": StringArray.from_strings(stamps)}).items():
         if isinstance(values, StringArray):
             arrays |= {f"{name}.blob": values.blob, f"{name}.ends": values.ends}

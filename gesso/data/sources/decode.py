@@ -78,7 +78,7 @@ def open_header(data: bytes) -> ImageFile.ImageFile:
     for name in IMAGE_FORMATS:
         if name in Image.OPEN:
             make, accepts = Image.OPEN[name]
-            if accepts(data[:16]) is True:  # a str where Pillow was built without the format
+            if accepts is not None and accepts(data[:16]) is True:  # a str where Pillow was built without the format
                 return make(io.BytesIO(data), "")
     raise UnreadableImageError("", f"not an image ({', '.join(IMAGE_FORMATS)})")
 

@@ -173,8 +173,8 @@ def _scan_tree(uri: str, stamps: FileStamps) -> Listing:
         folder = os.path.join(uri, inside)
         try:
             stamps[os.path.abspath(folder)] = file_stamp(folder)
-            with os.scandir(folder) as entries:
-                entries = list(entries)
+            with os.scandir(folder) as listed:
+                entries = list(listed)
         except OSError as error:
             raise UsageError(
                 f"data.source={uri}: {format_names([folder])} cannot be listed ({error.strerror})"

@@ -41,7 +41,8 @@ class IdxSource(Source):
         self.pixels = read_idx(uri, path, 3)
         labels_path = _labels_path(uri, path)
         if labels_path is None:
-            labels, class_names = np.zeros(len(self.pixels), np.int64), ()
+            labels = np.zeros(len(self.pixels), np.int64)
+            class_names: tuple[str, ...] = ()
             notes.append(f"no labels file beside {path}: training without classes")
         else:
             raw = read_idx(uri, labels_path, 1)

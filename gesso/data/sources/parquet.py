@@ -92,9 +92,11 @@ class ParquetSource(Source):
             raise UsageError(f"data.source={uri}: no rows in {format_names(paths)}")
         self.paths, self.starts = paths, np.array(starts)
         if self.label_column:
-            labels = validate_labels(uri, labels, self.name, len(names) or None)
-            names = names or numbered_class_names(labels)
-        super().__init__(uri, labels if self.label_column else np.zeros(starts[-1], np.int64), names, notes)
+            label_array = validate_labels(uri, labels, self.name, len(names) or None)
+            names = names or numbered_class_names(label_array)
+        else:
+            label_array = np.zeros(starts[-1], np.int64)
+        super().__init__(uri, label_array, names, notes)
         self._cached_row_group = functools.lru_cache(MAX_CACHED_ROW_GROUPS)(self._read_row_group)
         self._read_lock = threading.Lock()  # of many threads in one row group the first reads it
 
