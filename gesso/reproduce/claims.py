@@ -5,7 +5,7 @@ A claim is an expression over the cells of a table:
     Claim("Post-hoc EMA helps", lambda v: v["CONFIG G", "FID"] < v["CONFIG F", "FID"])
 
 `v` is a `TableValues`, `v[row, column]` a `Quantity`: one number for each seed. Comparing two quantities gives a
-`Statement`, whose margin (larger minus smaller side) is tested over paired seeds. docs/tables.md explains the verdicts.
+`Statement`, whose margin (larger minus smaller side) is tested over paired seeds. docs/reproduction.md explains the verdicts.
 """
 
 import math

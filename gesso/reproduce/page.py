@@ -46,7 +46,7 @@ RULE = (
     "Effect: by how much the claim holds, in the unit of what it compares, with the bounds that decide. Reproduced: every part "
     "of the claim is above 0 at 95 % (one-sided Student's t over paired seeds; sign test for positions of optima and where a "
     "training diverged). Contradicted: the opposite holds at 95 %. Each is wrong in at most one case of twenty; otherwise the "
-    "claim is undecided. An exact check needs no training. See docs/tables.md."
+    "claim is undecided. An exact check needs no training. See docs/reproduction.md."
 )
 
 
