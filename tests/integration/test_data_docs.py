@@ -248,7 +248,7 @@ def run(section: str, run_step, folder: Path, *more: str) -> dict[str, CachedDat
 
 
 def test_imagenet(run_step, tmp_path):
-    caches = run("ImageNet-1k", run_step, tmp_path, "Several GPUs", "Checking")
+    caches = run("ImageNet-1k", run_step, tmp_path, "Several GPUs", "Check")
     for cache in caches.values():
         assert cache.labels.tolist() == [0, 0, 0, 1, 1] and cache.class_names == ("n01440764", "n01443537")
     plan = caches["caches/imagenet-512-edm2"].plan
