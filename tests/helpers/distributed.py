@@ -49,9 +49,9 @@ def start_driver() -> subprocess.Popen:
 
 def free_port() -> int:
     """Return a free TCP port of this machine."""
-    with socket.socket() as some:
-        some.bind(("localhost", 0))
-        return some.getsockname()[1]
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
 
 
 def launch(

@@ -50,8 +50,8 @@ def step_with_faults(job: dict) -> Callable[[loop.Trainer], object]:
     def step(self):
         if self.nimg == job.get("stop_at"):
             raise KeyboardInterrupt
-        for what, number in (("kill", signal.SIGKILL), ("signal", job.get("number", signal.SIGTERM))):
-            if job.get(what) in ([self.nimg, self.ranks.rank], [self.nimg, None]):
+        for kind, number in (("kill", signal.SIGKILL), ("signal", job.get("number", signal.SIGTERM))):
+            if job.get(kind) in ([self.nimg, self.ranks.rank], [self.nimg, None]):
                 os.kill(os.getpid(), number)
         return ORIGINAL_STEP(self)
 
@@ -85,9 +85,9 @@ def fork_ranks(launch: dict) -> list[int]:
             children.append(child)
             continue
         if world > 1:
-            where = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % per_node, "LOCAL_WORLD_SIZE": per_node,
+            environment = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % per_node, "LOCAL_WORLD_SIZE": per_node,
                      "MASTER_ADDR": "localhost", "MASTER_PORT": port}  # fmt: skip
-            os.environ.update({name: str(value) for name, value in where.items()})
+            os.environ.update({name: str(value) for name, value in environment.items()})
         with open(launch["log"], "a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)

@@ -69,7 +69,7 @@ def make_run(
     latents: int | None = None,
     pooled: int = 10,
     seed: int = 0,
-    **more,
+    **options,
 ) -> RunConfig:
     """Return a run in float64, as after opening its dataset.
 
@@ -92,9 +92,9 @@ def make_run(
         mean=(0.0,) * n, std=(1.0,) * n,
     )  # fmt: skip
     return RunConfig(
-        data=data, latent=vae, net=more.pop("net", NETS[name]), process=more.pop("process", EDMConfig()),
+        data=data, latent=vae, net=options.pop("net", NETS[name]), process=options.pop("process", EDMConfig()),
         semantic=SemanticConfig(kind=kind, embed_dim=12, pooled_dim=pooled or None), control=ControlConfig(variables=variables),
-        train=TrainConfig(dtype="float64", seed=seed), sample=more.pop("sample", SampleConfig()), init=InitConfig(**more),
+        train=TrainConfig(dtype="float64", seed=seed), sample=options.pop("sample", SampleConfig()), init=InitConfig(**options),
     )  # fmt: skip
 
 
