@@ -872,7 +872,7 @@ def test_relative_paths_are_cached(tmp_path, monkeypatch, temporary_cache_dir):
         assert len(open_source(path)) == 6
     monkeypatch.chdir(tmp_path / "flat")
     stored = {file: file.read_bytes() for file in temporary_cache_dir.iterdir()}
-    monkeypatch.setattr(archives, "_list_tar", None)  # called, it would fail
+    monkeypatch.setattr(archives, "_list_tar", lambda path: pytest.fail(f"lists {path} again"))
     monkeypatch.setattr(folders, "_scan_tree", None)
     for path in ("../tars", "../flat", "../tars/w-00.tar"):
         assert len(open_source(path)) == 6
