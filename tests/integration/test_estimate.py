@@ -52,9 +52,9 @@ def test_disk_is_what_a_run_writes(tmp_path):
     assert int(states) >= len(folders) >= 2  # milestones that are among the last are counted twice
     room = {"kB": 1e3, "MB": 1e6}
     for output, path in ((size, files[0]), (state, folders[0])):
-        held = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.iterdir())
+        num_bytes = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.iterdir())
         number, unit = output.split()
-        assert float(number) * room[unit] == pytest.approx(held, rel=0.15)
+        assert float(number) * room[unit] == pytest.approx(num_bytes, rel=0.15)
 
 
 def test_time_of_a_full_batch():
@@ -151,7 +151,7 @@ def test_two_ranks(tmp_path):
     cwd.mkdir()
     settings = ["net.hidden_size=32", "net.depth=1", "net.num_heads=2", "train.batch_size=8", "train.total_images=64"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, "train", "digits", "--estimate", *settings],
         cwd=cwd,
         capture_output=True,
@@ -159,7 +159,7 @@ def test_two_ranks(tmp_path):
         timeout=200,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("on cpu, 2 ranks:") == 1 and "4 samples at once" in done.stdout
-    assert done.stdout.count("gloo threads at exit: 0") == 2
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.count("on cpu, 2 ranks:") == 1 and "4 samples at once" in process.stdout
+    assert process.stdout.count("gloo threads at exit: 0") == 2
     assert list(cwd.iterdir()) == []

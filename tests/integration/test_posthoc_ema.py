@@ -29,21 +29,21 @@ def make_module(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).double()
 
 
-def train_random_walk(net: nn.Module, folder: Path, ends: list[int], save_every: int, seed: int = 0, **how):
+def train_random_walk(net: nn.Module, folder: Path, ends: list[int], save_every: int, seed: int = 0, **options):
     """Train by random steps: at each of `ends` the weights move, are averaged, and now and then saved; all weights seen."""
     g = torch.Generator().manual_seed(seed)
-    stored = PostHocEMA(net, **how)
-    seen = [{k: v.clone() for k, v in net.state_dict().items()}]
+    stored = PostHocEMA(net, **options)
+    history = [{k: v.clone() for k, v in net.state_dict().items()}]
     for i, end in enumerate(ends, 1):
         with torch.no_grad():
             for p in net.parameters():
                 p += 0.1 * torch.randn(p.shape, generator=g, dtype=torch.float64)
             net[1].num_batches_tracked += 1
         stored.update(end)
-        seen.append({k: v.clone() for k, v in net.state_dict().items()})
+        history.append({k: v.clone() for k, v in net.state_dict().items()})
         if i % save_every == 0:
             stored.save(folder)
-    return stored, seen
+    return stored, history
 
 
 @settings(max_examples=8, deadline=None)
@@ -52,7 +52,7 @@ def test_matches_the_continuous_profile_at_any_update_interval(tmp_path_factory,
     """Kept in three lines, through files: int p(tau) theta(tau) dtau with theta constant between updates."""
     folder = tmp_path_factory.mktemp("any")
     ends = np.cumsum(steps).tolist()
-    _, seen = train_random_walk(make_module(), folder, ends, len(ends), sigma_rels=(sigma_rel,), halflives=(300,))
+    _, history = train_random_walk(make_module(), folder, ends, len(ends), sigma_rels=(sigma_rel,), halflives=(300,))
     exact = {PowerProfile(sigma_rel): PostHocEMA.reconstruct(folder, sigma_rel)}
     exact[TraditionalProfile(300)] = snapshot.reconstruct(
         snapshot.plan_reconstruction(snapshot.list_snapshots(folder), [TraditionalProfile(300)])
@@ -61,23 +61,23 @@ def test_matches_the_continuous_profile_at_any_update_interval(tmp_path_factory,
         part = torch.from_numpy(interval_weights(profile, np.r_[0.0, ends]))
         for name, value in weights.items():
             if value.is_floating_point():
-                wanted = torch.einsum("t,t...->...", part, torch.stack([one[name] for one in seen]))
-                torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-12)
+                expected = torch.einsum("t,t...->...", part, torch.stack([state[name] for state in history]))
+                torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
     assert exact[TraditionalProfile(300)]["1.num_batches_tracked"] == len(ends)
 
 
 def test_other_lengths_and_earlier_times(tmp_path):
     net = make_module()
     ends = list(range(10, 6401, 10))
-    _, seen = train_random_walk(net, tmp_path, ends, 20)
+    _, history = train_random_walk(net, tmp_path, ends, 20)
     for sigma_rel, until in ((0.03, 6400), (0.075, 6400), (0.2, 6400), (0.15, 3200)):
-        ours = PostHocEMA.reconstruct(tmp_path, sigma_rel, until)
+        actual = PostHocEMA.reconstruct(tmp_path, sigma_rel, until)
         edges = np.r_[0.0, [end for end in ends if end <= until]]
         part = torch.from_numpy(interval_weights(PowerProfile(sigma_rel), edges))
         for name in ("0.weight", "2.bias"):
-            wanted = torch.einsum("t,t...->...", part, torch.stack([one[name] for one in seen[: len(edges)]]))
-            assert float((ours[name] - wanted).norm() / wanted.norm()) < 1e-2, (sigma_rel, name)
-    net.load_state_dict(ours)
+            expected = torch.einsum("t,t...->...", part, torch.stack([state[name] for state in history[: len(edges)]]))
+            assert float((actual[name] - expected).norm() / expected.norm()) < 1e-2, (sigma_rel, name)
+    net.load_state_dict(actual)
 
 
 def test_resume_from_state_dict(tmp_path):
@@ -168,10 +168,10 @@ def test_sharded_averages_equal_unsharded_ones(tmp_path):
     output = [rank.communicate(timeout=180)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], output
     for path in sorted((tmp_path / "one" / "snapshots").iterdir()):
-        ours, wanted = load_file(tmp_path / "parts" / "snapshots" / path.name), load_file(path)
-        assert ours.keys() == wanted.keys()
-        for name, value in wanted.items():
-            torch.testing.assert_close(ours[name], value, rtol=1e-12, atol=1e-12)
+        actual, expected = load_file(tmp_path / "parts" / "snapshots" / path.name), load_file(path)
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, rtol=1e-12, atol=1e-12)
 
 
 # Files.
@@ -222,8 +222,8 @@ def test_damaged_files(tmp_path):
         SafetensorsFile(tmp_path / "none")
 
 
-def write_snapshots(folder: Path, seed: int = 0, **how) -> Path:
-    train_random_walk(make_module(seed), folder, list(range(10, 801, 10)), 10, seed, **how)
+def write_snapshots(folder: Path, seed: int = 0, **options) -> Path:
+    train_random_walk(make_module(seed), folder, list(range(10, 801, 10)), 10, seed, **options)
     return folder
 
 
@@ -287,19 +287,19 @@ def test_per_tensor_lengths(tmp_path):
     """The tensors that a glob names are those of the other length; the rest stay."""
     available = snapshot.list_snapshots(write_snapshots(tmp_path))
     target = PerTensorProfile(PowerProfile(0.15), (("0.*", PowerProfile(0.03)), ("*.bias", PowerProfile(0.2))))
-    how = snapshot.plan_reconstruction(available, [target, PowerProfile(0.15), PowerProfile(0.03), PowerProfile(0.2)])
-    mixed, rest, first, biases = snapshot.reconstruct(how)
+    plan = snapshot.plan_reconstruction(available, [target, PowerProfile(0.15), PowerProfile(0.03), PowerProfile(0.2)])
+    mixed, others, first, biases = snapshot.reconstruct(plan)
     for name, value in mixed.items():
-        wanted = first if name.startswith("0.") else biases if name.endswith("bias") else rest
-        torch.testing.assert_close(value, wanted[name], rtol=1e-13, atol=1e-14)
-    assert not mixed["0.weight"].equal(rest["0.weight"])
-    assert how.worst_fit(target) == max((how.fits[p] for p in target.profiles), key=lambda fit: fit.squared_error)
+        expected = first if name.startswith("0.") else biases if name.endswith("bias") else others
+        torch.testing.assert_close(value, expected[name], rtol=1e-13, atol=1e-14)
+    assert not mixed["0.weight"].equal(others["0.weight"])
+    assert plan.worst_fit(target) == max((plan.fits[p] for p in target.profiles), key=lambda fit: fit.squared_error)
     (path,) = snapshot.reconstruct_to_files(snapshot.plan_reconstruction(available, [target]), tmp_path / "out")
     for name, value in load_file(path).items():
         torch.testing.assert_close(value, mixed[name], rtol=1e-13, atol=1e-14)
     described = json.loads(SafetensorsFile(path).metadata["gesso"])
     assert described["tensors"] == {"0.*": {"sigma_rel": 0.03}, "*.bias": {"sigma_rel": 0.2}}
-    assert path != snapshot.snapshot_path(tmp_path / "out", how.nimg, PowerProfile(0.15))
+    assert path != snapshot.snapshot_path(tmp_path / "out", plan.nimg, PowerProfile(0.15))
 
 
 # Runs of other trainers.
@@ -324,8 +324,8 @@ def test_revisiting_raw_checkpoints(gesso_text, tmp_path):
     for sigma_rel in (0.1, 0.2):
         created = load_file(tmp_path / "theirs" / "ema" / f"nimg000000032000-ema{sigma_rel:.4f}.safetensors")
         part = torch.from_numpy(interval_weights(PowerProfile(sigma_rel), np.arange(4001.0)))
-        wanted = torch.einsum("t,t...->...", part, torch.stack([one["w"] for one in path]))
-        assert float((created["w"] - wanted).norm() / wanted.norm()) < 1e-3
+        expected = torch.einsum("t,t...->...", part, torch.stack([state["w"] for state in path]))
+        assert float((created["w"] - expected).norm() / expected.norm()) < 1e-3
     # A past time, in images; the same file named by its time.
     code, output = gesso_text("ema", tmp_path / "theirs", "--sigma-rel", "0.1", "--nimg", "16k", *files)
     assert code == 0 and "at image 16,000" in output
@@ -348,8 +348,8 @@ def test_revisiting_a_traditional_ema(tmp_path):
     lines = ema_export.export_ema(tmp_path, requested, tmp_path / "out", {})
     created = load_file(tmp_path / "out" / "nimg000000032000-ema0.1000.safetensors")["w"]
     part = torch.from_numpy(interval_weights(PowerProfile(0.1), np.arange(4001.0)))
-    wanted = torch.einsum("t,t...->...", part, torch.stack([one["w"] for one in path]))
-    assert float((created - wanted).norm() / wanted.norm()) < 1e-3, lines
+    expected = torch.einsum("t,t...->...", part, torch.stack([state["w"] for state in path]))
+    assert float((created - expected).norm() / expected.norm()) < 1e-3, lines
     (stored,) = {
         s.profile
         for s in ema_export.external_snapshots(tmp_path, ["ema_{nimg}.safetensors"], None, TraditionalProfile(552))
@@ -363,8 +363,8 @@ def test_snapshots_of_any_trainer_on_the_command_line(gesso_text, tmp_path):
     assert code == 0 and "module.load_state_dict(safetensors.torch.load_file(" in output
     code, output = gesso_text("ema", folder / "snapshots", "--sigma-rel", "0.07", "--out", tmp_path / "out")
     created = load_file(tmp_path / "out" / "nimg000000000800-ema0.0700.safetensors")
-    wanted = PostHocEMA.reconstruct(folder, 0.07)
-    assert code == 0 and created.keys() == wanted.keys() and all(created[k].equal(wanted[k]) for k in created)
+    expected = PostHocEMA.reconstruct(folder, 0.07)
+    assert code == 0 and created.keys() == expected.keys() and all(created[k].equal(expected[k]) for k in created)
     make_module().load_state_dict(created)
     code, output = gesso_text("ema", folder, "--sweep", ".05:.2:3")
     assert code == 2 and "no run.yaml: EMA weights can be written (--sigma-rel), but not evaluated" in output
@@ -443,9 +443,9 @@ def corrupt_snapshot(folder: Path, change) -> Path:
 )
 def test_incompatible_snapshot(tmp_path, change, output):
     path = corrupt_snapshot(tmp_path, change)
-    for way in (snapshot.reconstruct, lambda plan: snapshot.reconstruct_to_files(plan, tmp_path / "out")):
+    for function in (snapshot.reconstruct, lambda plan: snapshot.reconstruct_to_files(plan, tmp_path / "out")):
         with pytest.raises(RunError, match=output) as caught:
-            way(snapshot.plan_reconstruction(snapshot.list_snapshots(tmp_path), [PowerProfile(0.07)]))
+            function(snapshot.plan_reconstruction(snapshot.list_snapshots(tmp_path), [PowerProfile(0.07)]))
         assert str(path) in str(caught.value)
     assert not list((tmp_path / "out").glob("*"))
 
@@ -477,8 +477,8 @@ def test_raw_snapshots_of_a_tracker(tmp_path):
 def test_the_example_runs(tmp_path):
     script = Path(__file__).parents[2] / "examples" / "any_trainer.py"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, script, tmp_path], env=env, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    rows = dict(line.split("%")[0].rsplit(maxsplit=1) for line in done.stdout.splitlines())
+    process = subprocess.run([sys.executable, script, tmp_path], env=env, capture_output=True, text=True, timeout=180)
+    assert process.returncode == 0, process.stderr
+    rows = dict(line.split("%")[0].rsplit(maxsplit=1) for line in process.stdout.splitlines())
     assert float(rows["sigma_rel 0.15"]) < float(rows["last weights"])
     assert ema.PowerProfile(0.15) not in {s.profile for s in snapshot.list_snapshots(tmp_path)}

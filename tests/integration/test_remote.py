@@ -322,10 +322,10 @@ def test_manifest_of_a_folder(tmp_path):
 
 
 def test_is_remote():
-    for where in ("s3://a/b", "gs://a", "https://a/b", "memory://a", "S3://a"):
-        assert remote.is_remote(where)
-    for where in ("a/b", "/a//b", "digits", "shapes:500", Path("/a"), "a-{000..009}.tar", "C:\\a"):
-        assert not remote.is_remote(where)
+    for url in ("s3://a/b", "gs://a", "https://a/b", "memory://a", "S3://a"):
+        assert remote.is_remote(url)
+    for url in ("a/b", "/a//b", "digits", "shapes:500", Path("/a"), "a-{000..009}.tar", "C:\\a"):
+        assert not remote.is_remote(url)
 
 
 @pytest.mark.parametrize(
@@ -361,11 +361,11 @@ def test_packages_that_are_missing():
                 print(error)
             del sys.modules[package]
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.splitlines() == [
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stdout.splitlines() == [
         "this needs fsspec: pip install 'gesso[s3]'",
         "s3://a/b: s3:// is read with a package that is not installed: pip install 'gesso[s3]'",
-    ], done.stderr
+    ], process.stderr
     with pytest.raises(UsageError, match="gs:// is read with a package that is not installed: pip install gcsfs"):
         remote.read_manifest("gs://a/b")
     with pytest.raises(UsageError, match=r"no-such://a/b cannot be opened: Protocol not known"):
@@ -624,8 +624,8 @@ def test_a_process_ends_while_it_fetches_ahead(server):
     for name in NAMES:
         server.faults[f"shards/{name}"] = ["stall"] * 9
     code = f"from gesso.data.cache import remote; remote.RemoteShards({url!r}).prefetch({NAMES!r}); import time; time.sleep(0.5)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stderr == ""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0 and process.stderr == ""
 
 
 # ---- with an order ----

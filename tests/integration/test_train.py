@@ -46,13 +46,13 @@ def straight(photos, tmp_path_factory) -> Path:
     return out
 
 
-def arguments(photos: Path, out: Path, *more: str) -> list[str]:
-    return ["train", f"folder:{photos}", *TINY, *more, "--out", str(out), "--resume"]
+def arguments(photos: Path, out: Path, *settings: str) -> list[str]:
+    return ["train", f"folder:{photos}", *TINY, *settings, "--out", str(out), "--resume"]
 
 
-def command(photos, out, *more, prelude="", check=True, **popen):
+def command(photos, out, *settings, prelude="", check=True, **popen):
     """Train in another process, after some Python of the test's own."""
-    code = f"import sys\nsys.argv = ['gesso', *{arguments(photos, out, *more)!r}]\n{prelude}\nfrom gesso.cli import main\nmain()"
+    code = f"import sys\nsys.argv = ['gesso', *{arguments(photos, out, *settings)!r}]\n{prelude}\nfrom gesso.cli import main\nmain()"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-c", code], check=check, env=environment, capture_output=True, text=True, **popen
@@ -69,12 +69,12 @@ def everything(out: Path) -> dict:
 
 
 def assert_same(a: Path, b: Path) -> None:
-    one, other = everything(a), everything(b)
-    assert one["tensors"].keys() == other["tensors"].keys() and len(one["tensors"]) > 50
-    assert [k for k in one["tensors"] if not one["tensors"][k].equal(other["tensors"][k])] == []
-    assert one["snapshots"].keys() == other["snapshots"].keys() and len(one["snapshots"]) == 8
-    assert [k for k in one["snapshots"] if one["snapshots"][k] != other["snapshots"][k]] == []
-    assert one["log"] == other["log"] and len(one["log"]) == 5
+    first, second = everything(a), everything(b)
+    assert first["tensors"].keys() == second["tensors"].keys() and len(first["tensors"]) > 50
+    assert [k for k in first["tensors"] if not first["tensors"][k].equal(second["tensors"][k])] == []
+    assert first["snapshots"].keys() == second["snapshots"].keys() and len(first["snapshots"]) == 8
+    assert [k for k in first["snapshots"] if first["snapshots"][k] != second["snapshots"][k]] == []
+    assert first["log"] == second["log"] and len(first["log"]) == 5
 
 
 def killed_at_random(photos: Path, out: Path, rng: random.Random) -> bool:
@@ -168,9 +168,9 @@ def stepping(self):
     return step(self)
 loop.Trainer.step = stepping
 """
-    done = command(photos, out, prelude=at_step, check=False)
-    assert done.returncode == 128 + number
-    assert "the state is saved" in done.stderr and "--resume" in done.stderr and "Traceback" not in done.stderr
+    process = command(photos, out, prelude=at_step, check=False)
+    assert process.returncode == 128 + number
+    assert "the state is saved" in process.stderr and "--resume" in process.stderr and "Traceback" not in process.stderr
     assert checkpoint.list_checkpoints(out / "state")[-1].name == "nimg000000000256"
     command(photos, out)
     assert_same(straight, out)
@@ -278,9 +278,9 @@ def test_all_states_damaged(digits_run, tmp_path):
 
 
 def test_the_state_of_another_network(digits_run, tmp_path):
-    other = loop.Trainer(*open_dataset_for_run(tiny_run(**{"net.depth": 2}), QUIET))
+    other_trainer = loop.Trainer(*open_dataset_for_run(tiny_run(**{"net.depth": 2}), QUIET))
     with pytest.raises(RunError, match=r"state of another network: missing \['ema"):
-        checkpoint.load_latest(digits_run / "state", other.state_tensors(), print)
+        checkpoint.load_latest(digits_run / "state", other_trainer.state_tensors(), print)
 
 
 @pytest.mark.parametrize("when", [0, 160])
@@ -318,8 +318,8 @@ def full(tensors, path, metadata):
     return save(tensors, path, metadata)
 snapshot.save_file = full
 """
-    done = command(photos, out, prelude=full, check=False)
-    assert done.returncode == 1 and "no space left" in done.stderr and "Traceback" not in done.stderr
+    process = command(photos, out, prelude=full, check=False)
+    assert process.returncode == 1 and "no space left" in process.stderr and "Traceback" not in process.stderr
     assert len(list((out / "snapshots").iterdir())) == 4
     command(photos, out)
     assert_same(straight, out)

@@ -45,10 +45,10 @@ def test_what_is_masked_has_no_part(tmp_path):
 def test_attention_that_sees_no_difference_is_even(tmp_path):
     """With keys of zero all weights are 1/(S+T): entropy 1, and padding has its share of the places."""
     even = job(tmp_path / "run", "zero")
-    for one in snapshot.list_snapshots(tmp_path / "run"):
-        weights, run, _ = snapshot.read(one.path)
+    for stored in snapshot.list_snapshots(tmp_path / "run"):
+        weights, run, _ = snapshot.read(stored.path)
         flat = {name: value * 0 if "qkv" in name else value for name, value in weights.items()}
-        snapshot.write(one.path, flat, one.nimg, one.profile, run)
+        snapshot.write(stored.path, flat, stored.nimg, stored.profile, run)
     result = attention_probe.measure_padding_attention(even)["values"]
     share = float((1 - lengths_of(run) / 8).mean())
     assert result["entropy"] == pytest.approx(1, abs=1e-5) and result["padding_fraction"] == pytest.approx(
@@ -98,9 +98,9 @@ def test_sample_grid_uses_each_size_condition(tmp_path):
         )
         created += sampling.generate(snapshot.denoiser_from_weights(weights[0], run), run, range(3), cond)
     assert not created[0].equal(created[1])
-    due = np.asarray(sampling.image_grid(torch.cat(created).expand(-1, 3, -1, -1), 3))
+    expected = np.asarray(sampling.image_grid(torch.cat(created).expand(-1, 3, -1, -1), 3))
     with Image.open(sample_grids.sample_grid(job)) as picture:
-        assert (np.asarray(picture) == due).all()
+        assert (np.asarray(picture) == expected).all()
     job.params, job.path = {}, tmp_path / "b.json"
     assert sample_grids.save_sample_grid(job)["values"] == {"num_images": 3}
     with Image.open(sample_grids.sample_grid(job)) as picture:

@@ -133,8 +133,8 @@ def test_default_crop_of_local_crop_run_is_the_largest_training_crop():
     torch.testing.assert_close(sides, (0.6**0.5 * shortest)[:, None].expand(-1, 2), rtol=1e-5, atol=0)
     torch.testing.assert_close(box[:, :2] + box[:, 2:], torch.ones(200, 2))
     for scale in ("null", "[.4,1]", "[.9,1]"):
-        other = with_settings(run_with(), **{"data.crop_scale": scale})
-        assert crop_box(build_control(other, rows=non_square_control_rows())).equal(
+        local_crop_run = with_settings(run_with(), **{"data.crop_scale": scale})
+        assert crop_box(build_control(local_crop_run, rows=non_square_control_rows())).equal(
             crop_box(build_control(run_with(), rows=non_square_control_rows()))
         )
 
@@ -190,21 +190,21 @@ def test_user_values_override_only_their_columns(names):
 
 
 @settings(max_examples=30, deadline=None)
-@given(low=st.integers(1, 3000), more=st.integers(0, 50), method=st.sampled_from(["fixed", "square", "free"]))
-def test_size_samplers_of_table_2b(low, more, method):
-    at = build_control(run_with(size_conditioning=method, size_range=f"[{low},{low + more}]"), range(400))
+@given(low=st.integers(1, 3000), extent=st.integers(0, 50), method=st.sampled_from(["fixed", "square", "free"]))
+def test_size_samplers_of_table_2b(low, extent, method):
+    at = build_control(run_with(size_conditioning=method, size_range=f"[{low},{low + extent}]"), range(400))
     h, w = at["height"], at["width"]
     for side in (h, w):
-        assert side.frac().abs().max() == 0 and side.min() >= low and side.max() <= low + more
+        assert side.frac().abs().max() == 0 and side.min() >= low and side.max() <= low + extent
     torch.testing.assert_close(at["aspect"], 1000 * w / h)
     if method == "fixed":
         assert (h == low).all() and (w == low).all()
     elif method == "square":
         assert h.equal(w)
-    elif more > 3:
+    elif extent > 3:
         assert abs(float(torch.corrcoef(torch.stack([h, w]))[0, 1])) < 0.25
-    if method != "fixed" and more <= 10:
-        assert set(h.tolist()) == set(map(float, range(low, low + more + 1)))  # both ends are drawn
+    if method != "fixed" and extent <= 10:
+        assert set(h.tolist()) == set(map(float, range(low, low + extent + 1)))  # both ends are drawn
     rows = at["brightness"] - 0.08
     torch.testing.assert_close(rows, rows.round())  # the rest still comes from training rows
 
@@ -303,7 +303,7 @@ def run_with_classes(names=("cat", "dog", "hen"), **settings):
 
 
 @pytest.mark.parametrize(
-    "text, wanted",
+    "text, expected",
     [
         (None, [0, 1, 2, 0, 1]),
         ("2", [2] * 5),
@@ -313,8 +313,8 @@ def run_with_classes(names=("cat", "dog", "hen"), **settings):
         ("3", [3] * 5),
     ],
 )
-def test_labels_cycle(text, wanted):
-    assert build_conditions.expand_labels(run_with_classes(), text, 5) == wanted
+def test_labels_cycle(text, expected):
+    assert build_conditions.expand_labels(run_with_classes(), text, 5) == expected
 
 
 @pytest.mark.parametrize(
@@ -358,15 +358,17 @@ def test_unlabelled_samples_drop_control_unless_trained(semantic):
 
 def test_labels_and_prompts_for_the_wrong_run():
     arguments = with_settings(small_run(), **{"semantic.kind": "text", "data.num_classes": 10})
-    nothing = with_settings(small_run(), **{"semantic.kind": "none", "data.num_classes": 10, "sample.guidance": 1})
+    unconditional = with_settings(
+        small_run(), **{"semantic.kind": "none", "data.num_classes": 10, "sample.guidance": 1}
+    )
     with pytest.raises(UsageError, match="trained with text: use --prompt"):
         build_conditions.expand_labels(arguments, "3", 1)
     with pytest.raises(UsageError, match="no classes: it takes no label"):
-        build_conditions.expand_labels(nothing, "3", 1)
+        build_conditions.expand_labels(unconditional, "3", 1)
     with pytest.raises(UsageError, match="--prompt 'a cat': this run was trained with classes: use --label"):
         build_conditions.expand_prompts(run_with_classes(), ["a cat"], 1)
     with pytest.raises(UsageError, match="neither classes nor text"):
-        build_conditions.expand_prompts(nothing, ["a cat"], 1)
+        build_conditions.expand_prompts(unconditional, ["a cat"], 1)
     assert (
         build_conditions.expand_labels(arguments, None, 3) is None
         and build_conditions.expand_prompts(run_with_classes(), [], 3) is None
@@ -582,13 +584,13 @@ def test_sample_command_errors(sample, monkeypatch, folder, arguments, message, 
 
 
 def test_sample_options_reach_the_network(sample, monkeypatch):
-    seen = []
+    calls = []
     build = build_conditions.build_cond
-    monkeypatch.setattr(build_conditions, "build_cond", lambda *a, **k: seen.append(build(*a, **k)) or seen[-1])
+    monkeypatch.setattr(build_conditions, "build_cond", lambda *a, **k: calls.append(build(*a, **k)) or calls[-1])
     for arguments in ([], ["--size", "4x8"], ["--control", "size=4x8", "--flip", "yes"]):
         code, out, _ = sample("sized", *arguments)
         assert code == 0 and "wrote 2 images" in out
-    silent, sized, both = (cond for cond, _ in seen)
+    silent, sized, both = (cond for cond, _ in calls)
     assert silent.control_low.tolist() == [[8, 8]] * 2 and not silent.control_high.any()
     assert sized.control_low.tolist() == [[4, 8]] * 2 and not sized.control_high.any()
     assert both.control_low.tolist() == [[4, 8]] * 2 and (both.control_high == 1000).all()
@@ -621,8 +623,8 @@ def test_different_sample_settings_use_different_folders(folders):
     folder = folders / "sized"
     names = [sampling._samples_folder_name(folder, run, args) for args in (SampleArgs(), *variants)]
     for update in settings_lists:
-        other = with_settings(run, **{f"sample.{name}": value for name, value in update.items()})
-        names += [sampling._samples_folder_name(folder, other, args) for args in (SampleArgs(), variants[0])]
+        changed = with_settings(run, **{f"sample.{name}": value for name, value in update.items()})
+        names += [sampling._samples_folder_name(folder, changed, args) for args in (SampleArgs(), variants[0])]
     assert len(set(names)) == len(names) and max(map(len, names)) <= 80
     assert not any("/" in name or name.startswith((".", "-")) for name in names)
     assert names[:2] == ["default", "label3"] and "guidance-2.0" in names
@@ -663,9 +665,9 @@ def test_truncated_prompt_warns_on_the_command_line(sample):
 def test_size_error_names_the_required_multiple(recipe, size):
     run = small_run(recipe)
     net = models.build_network(run.net, InputSpec(1, 8))
-    some = torch.full((1,), 0.5)
+    level = torch.full((1,), 0.5)
     with pytest.raises(ValueError, match=f"multiples of 2, but was given {size[0]} x {size[1]}"):
-        net(torch.zeros(1, 1, *size), some, some, build_conditions.Cond())
+        net(torch.zeros(1, 1, *size), level, level, build_conditions.Cond())
 
 
 def test_ladder_size_error_names_the_required_multiple():
@@ -696,8 +698,8 @@ def test_ladder_size_error_names_the_required_multiple():
     ],
 )
 def test_missing_pooled_text(cfg):
-    net, some = models.build_network(cfg, InputSpec(1, 8, text_dim=6, pooled_dim=6)), torch.full((1,), 0.5)
+    net, level = models.build_network(cfg, InputSpec(1, 8, text_dim=6, pooled_dim=6)), torch.full((1,), 0.5)
     cond = build_conditions.Cond(text=torch.zeros(1, 3, 6))
     for withheld in (cond, cond.without(semantic=True)):
         with pytest.raises(ValueError, match=r"built for pooled text needs Cond\.pooled"):
-            net(torch.zeros(1, 1, 8, 8), some, some, withheld)
+            net(torch.zeros(1, 1, 8, 8), level, level, withheld)

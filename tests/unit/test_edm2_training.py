@@ -301,10 +301,10 @@ def test_the_uncertainty_follows_its_config(step):
     weight = u.linear.weight.detach()
     if step in "BC":
         assert float(weight.abs().max()) <= 128**-0.5  # as the other layers of A to C at the start
-        wanted = features @ weight[0] + (u.linear.bias if step == "B" else 0)
+        expected = features @ weight[0] + (u.linear.bias if step == "B" else 0)
     else:  # of unit length, by Eq. 47 on every use or on the sphere
-        wanted = features @ (weight[0] / weight[0].norm())
-    torch.testing.assert_close(u(s), wanted, rtol=1e-4, atol=1e-5)
+        expected = features @ (weight[0] / weight[0].norm())
+    torch.testing.assert_close(u(s), expected, rtol=1e-4, atol=1e-5)
     # Twice the weight is the same in D, where only its direction counts.
     before = u(s).detach()
     with torch.no_grad():

@@ -119,21 +119,23 @@ def batch(inputs: InputSpec, dtype: torch.dtype):
     )
 
 
-def call_diffusers(peer, given):
+def call_diffusers(peer, inputs):
     if isinstance(peer, diffusers.UNet2DConditionModel):
-        added = {"text_embeds": given.get("pooled_projections"), "time_ids": given.get("time_ids")}
-        return peer(given["hidden_states"], given["timestep"], given["encoder_hidden_states"], added_cond_kwargs=added)
-    return peer(**{name: value for name, value in given.items() if name != "time_ids"})
+        added = {"text_embeds": inputs.get("pooled_projections"), "time_ids": inputs.get("time_ids")}
+        return peer(
+            inputs["hidden_states"], inputs["timestep"], inputs["encoder_hidden_states"], added_cond_kwargs=added
+        )
+    return peer(**{name: value for name, value in inputs.items() if name != "time_ids"})
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("name", list(CASES))
 def test_exported_model_is_the_same_function(name, dtype, tolerance):
     net, peer, inputs = pair(name, dtype)
-    args, given = batch(inputs, dtype)
+    args, peer_inputs = batch(inputs, dtype)
     with torch.no_grad():
-        ours, reference = net(*args), call_diffusers(peer, given).sample
-    assert ours.std() > 1e-2 and (ours - reference).abs().max() <= tolerance * reference.abs().max()
+        output, reference = net(*args), call_diffusers(peer, peer_inputs).sample
+    assert output.std() > 1e-2 and (output - reference).abs().max() <= tolerance * reference.abs().max()
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -213,9 +215,9 @@ def test_dit_time_frequencies_differ_from_diffusers():
     kind, config, state = interop.to_diffusers(net, cfg, inputs)
     untouched = CLASSES[kind](**config).eval()
     untouched.load_state_dict(state)
-    args, given = batch(inputs, torch.float32)
+    args, peer_inputs = batch(inputs, torch.float32)
     with torch.no_grad():
-        off = (net(*args) - untouched(**given).sample).abs().max()
+        off = (net(*args) - untouched(**peer_inputs).sample).abs().max()
     assert off > 1e-3 and "downscale_freq_shift=1" in interop.dit.NOTE_TIME_FREQUENCIES
 
 

@@ -149,16 +149,16 @@ def test_published_sizes_match(rows):
 
 def test_edm2_sizes_are_exact(rows):
     """The macs are below the published Gflops by weight normalization and less than 1 % of other operations."""
-    mine = [row for row in rows if row.net == "edm2"]
-    exact = [row for row in mine if row.quantity == "parameters"]
+    edm2_rows = [row for row in rows if row.net == "edm2"]
+    exact = [row for row in edm2_rows if row.quantity == "parameters"]
     assert len(exact) == 7 and all(row.computed == row.published for row in exact)
     parameters = {row.model: row.computed for row in exact}
-    for row in mine:
+    for row in edm2_rows:
         if row.quantity == "macs":
             # A norm, a division and a product per weight (EDM2 D.5), the rest elementwise on activations.
             with_normalization = row.computed + 3 * parameters[row.model]
             assert 0.99 * (row.published - 0.5e9) < with_normalization < row.published + 0.5e9
-    convolutions = next(row for row in mine if row.quantity == "conv_macs")
+    convolutions = next(row for row in edm2_rows if row.quantity == "conv_macs")
     assert convolutions.computed == pytest.approx(545.50e9, rel=1e-4)
 
 

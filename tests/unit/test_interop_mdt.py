@@ -94,10 +94,10 @@ def test_import_original_mdt(sigma):
     assert notes["source"] == "MDTv2 (sail-sg/MDT)" and ("variance" in notes) == sigma
     x, t = torch.randn(2, CHANNELS, 8, 8, dtype=torch.float64), torch.tensor([3.0, 700.0]).double()
     label = torch.tensor([1, CLASSES])
-    wanted = reference_forward({k: v.double() for k, v in state.items()}, x, t, label)
-    ours = net.double()(x, t, t / 1000, Cond(label=label))
-    assert ours.std() > 0.1
-    torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+    expected = reference_forward({k: v.double() for k, v in state.items()}, x, t, label)
+    output = net.double()(x, t, t / 1000, Cond(label=label))
+    assert output.std() > 0.1
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_settings_of_mdt():
