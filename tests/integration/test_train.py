@@ -170,7 +170,7 @@ loop.Trainer.step = stepping
 """
     done = command(photos, out, prelude=at_step, check=False)
     assert done.returncode == 128 + number
-    assert "the state is saved" in done.stderr and "--resume" in done.stderr and "Traceback" not in done.stderr
+    assert "a checkpoint is written" in done.stderr and "--resume" in done.stderr and "Traceback" not in done.stderr
     assert checkpoint.list_checkpoints(out / "state")[-1].name == "nimg000000000256"
     command(photos, out)
     assert_same(straight, out)
@@ -297,7 +297,7 @@ def test_nan_stops_the_run_and_reaches_nothing(tmp_path, monkeypatch, when):
         trained(tmp_path)
     output = str(caught.value)
     assert f"not finite at image {when}" in output and "noise levels" in output and "optim.lr" in output
-    assert ("nimg000000000096" in output) if when else ("no state was saved" in output)
+    assert ("nimg000000000096" in output) if when else ("no checkpoint was written" in output)
     for file in (tmp_path / "run").rglob("*.safetensors"):
         assert all(t.isfinite().all() for t in load_file(file).values())
 
