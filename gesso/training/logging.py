@@ -14,7 +14,7 @@ from rich.text import Text
 from gesso import atomic_io
 from gesso.training.trackers import Tracker, flatten_numbers
 
-HARDWARE_KEYS = ("images_per_second", "waiting", "utilisation", "product_teraflops", "peak_gigabytes", "slow_ranks")
+HARDWARE_KEYS = ("images_per_second", "data_wait_fraction", "mfu", "matmul_tflops", "peak_memory_gb", "slow_ranks")
 """Log values that depend on the machine; all others are bit-equal when a run is repeated."""
 
 

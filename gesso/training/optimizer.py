@@ -31,7 +31,7 @@ def learning_rate(config: OptimConfig, train: TrainConfig, nimg: int) -> float:
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate of every group, times the multiplier of the group."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
+        group["lr"] = rate * group["lr_multiplier"]
 
 
 def build_optimizer(config: OptimConfig, modules: nn.ModuleDict) -> torch.optim.Optimizer:
@@ -116,7 +116,7 @@ def param_groups(config: OptimConfig, modules: nn.ModuleDict) -> list[dict[str, 
     for group, spheres in used.items():
         _check_group(group, spheres, [name.removeprefix("net.") for name, _ in modules.named_parameters()])
     return [
-        {"params": groups[key], "factor": key[1], "betas": key[2], "weight_decay": key[3]}
+        {"params": groups[key], "lr_multiplier": key[1], "betas": key[2], "weight_decay": key[3]}
         for key in sorted(groups, key=lambda key: key[0])
     ]
 

@@ -34,12 +34,12 @@ class ThroughputMeter:
         self.matmul_flops = self.matmul_flops or measure_matmul_flops(self.run, self.device)
         values = {
             "images_per_second": round(rate, 1),
-            "waiting": round((data_wait_s - self.last_data_wait_s) / seconds, 4),
-            "utilisation": round(rate * self.flops_per_image / (self.matmul_flops * self.ranks.world_size), 4),
-            "product_teraflops": round(self.matmul_flops / 1e12, 3),
+            "data_wait_fraction": round((data_wait_s - self.last_data_wait_s) / seconds, 4),
+            "mfu": round(rate * self.flops_per_image / (self.matmul_flops * self.ranks.world_size), 4),
+            "matmul_tflops": round(self.matmul_flops / 1e12, 3),
         }
         if self.device.type == "cuda":
-            values["peak_gigabytes"] = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 2)
+            values["peak_memory_gb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 2)
         self.last_time, self.last_nimg, self.last_data_wait_s = time.perf_counter(), nimg, data_wait_s
         return values
 

@@ -32,7 +32,7 @@ def settings_of(some: loop.Trainer) -> dict[str, tuple]:
     """What holds for each parameter, by name."""
     names = {id(p): name for name, p in some.modules.named_parameters()}
     return {
-        names[id(p)].removeprefix("net."): (group["factor"], tuple(group["betas"]), group["weight_decay"])
+        names[id(p)].removeprefix("net."): (group["lr_multiplier"], tuple(group["betas"]), group["weight_decay"])
         for group in some.optimizer.param_groups
         for p in group["params"]
     }
