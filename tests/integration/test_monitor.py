@@ -591,7 +591,7 @@ def test_watching_may_change_on_resume_and_holding_out_may_not(seen, tmp_path, m
     import shutil
 
     out = Path(shutil.copytree(seen, tmp_path / "run"))
-    with pytest.raises(UsageError, match=r"data.num_validation: 40 there, 30 here"):
+    with pytest.raises(UsageError, match=r"data.num_validation: recorded 40, now 30"):
         start_training(edm2_run(**ALL_ON | {"data.num_validation": 30}), out, True, QUIET, lambda text: None)
     start_training(edm2_run(**OFF), out, True, QUIET, lambda text: None)  # nothing left to do
     assert without_speed(out) == without_speed(seen)
