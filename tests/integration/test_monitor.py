@@ -284,7 +284,7 @@ def test_validation_over_buckets_takes_pictures_of_one_size_together(photos, tmp
 def test_validation_that_would_never_be(tmp_path):
     with pytest.raises(UsageError, match=r"monitor.validate_every=250000 is above train.total_images=640"):
         tiny_run(**{"data.num_validation": 5})
-    with pytest.raises(UsageError, match=r"validate on the one or the other"):
+    with pytest.raises(UsageError, match=r"exclude each other"):
         tiny_run(**{"data.num_validation": 5, "monitor.validate_every": 64, "monitor.validation_source": "digits"})
     with pytest.raises(
         UsageError, match=r"monitor.evaluate_every=64 measures what eval.toy_metrics says, which is none"
