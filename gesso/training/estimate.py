@@ -25,6 +25,7 @@ from gesso.training import optimizer
 from gesso.training.loop import is_due
 from gesso.training.ranks import Ranks, init_distributed, local_shard
 from gesso.training.run_folder import configure_backends, open_dataset_for_run
+from gesso.training.throughput import synchronized_time
 from gesso.training.trainer import Trainer
 
 NUM_STEPS, NUM_WARMUP_STEPS, MAX_SECONDS = 20, 2, 60.0
@@ -257,13 +258,6 @@ def exceeds_memory_when_doubled(trainer: Trainer, measurements: StepMeasurements
         increase = measurements.predict_peak(0, 2 * size) - measurements.peak_bytes[size]
     limit = 0.5 * available_memory(trainer.device) / trainer.ranks.local_world_size
     return max(trainer.ranks.all_gather(float(increase > limit), trainer.device)) > 0
-
-
-def synchronized_time(device: torch.device) -> float:
-    """Return the time in seconds after all work of the device is finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.monotonic()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -123,7 +123,7 @@ def test_more_than_there_is_is_not_tried(monkeypatch):
 
 
 def test_errors_are_those_of_training():
-    with pytest.raises(UsageError, match="fits no parameter"):
+    with pytest.raises(UsageError, match="matches no parameter"):
         estimate.estimate(recipes.resolve("digits", ['optim.param_groups=[{"match":"x.*"}]'])[0], QUIET)
 
 
