@@ -86,7 +86,7 @@ def open_dataset_for_run(run: RunConfig, console: Console) -> tuple[RunConfig, D
     for note in dataset.notes:
         console.print(f"note: {note}", highlight=False)
     for name, reason in dataset.unreadable[:10]:
-        console.print(f"skipped: {name} ({reason})", highlight=False, markup=False)
+        console.print(f"left out: {name} ({reason})", highlight=False, markup=False)
     run = _apply_dataset_settings(run, dataset, console)
     text_dims = text_dims or _use_stored_text(run, dataset, console) or text.text_dims(run.semantic)
     if dataset.text_config is None:
