@@ -234,9 +234,9 @@ def growth(run_data: Folder, what: str, i: int) -> Points:
 
 def speed(runs: Sequence[Folder]) -> str:
     rate = overlaid(runs, lambda f: f.curve("images_per_second"), "images/s", from_zero=True)
-    used = overlaid(runs, lambda f: f.curve("utilisation"), "model FLOP utilisation", from_zero=True)
+    used = overlaid(runs, lambda f: f.curve("mfu"), "model FLOP utilization", from_zero=True)
     return page.section(
-        "Speed", single.shown([(rate, "Images/s between log lines."), (used, "Model FLOP utilisation.")])
+        "Speed", single.shown([(rate, "Images/s between log lines."), (used, "Model FLOP utilization.")])
     )
 
 

@@ -221,10 +221,10 @@ def magnitudes(run_data: Folder) -> str:
 def speed(run_data: Folder) -> str:
     texts = {
         "images_per_second": ("images/s", "All that happened between log lines included."),
-        "waiting": ("share of time", "Share of time that steps waited for their batch."),
-        "utilisation": ("model FLOP utilisation", "Of what a large matrix product reaches on this device, "
-                        f"{run_data.last('product_teraflops') or 0:g} TFLOP/s."),
-        "peak_gigabytes": ("GB", "Most memory that was allocated on the GPU so far."),
+        "data_wait_fraction": ("share of time", "Share of time that steps waited for their batch."),
+        "mfu": ("model FLOP utilization", "Of what a large matrix product reaches on this device, "
+                        f"{run_data.last('matmul_tflops') or 0:g} TFLOP/s."),
+        "peak_memory_gb": ("GB", "Most memory that was allocated on the GPU so far."),
     }  # fmt: skip
     plots = [(figures.lines({k: run_data.curve(k)}, label, from_zero=True), text) for k, (label, text) in texts.items()]
     return page.section("Speed", shown(plots))

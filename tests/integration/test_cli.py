@@ -207,7 +207,7 @@ def test_training_never_overwrites_a_run(gesso, tmp_path, monkeypatch):
     tiny = ["net.hidden_size=32", "net.depth=1", "net.num_heads=2", "train.total_images=64", "train.batch_size=32"]
     code, out, _ = gesso("train", "digits", *tiny)
     assert code == 0 and "training in runs/digits" in out and "gesso sample runs/digits" in out
-    assert_refused(gesso("train", "digits", *tiny), "already holds a run: go on with --resume")
+    assert_refused(gesso("train", "digits", *tiny), "already contains a run: add --resume")
     assert gesso("train", "runs/digits/run.yaml")[0] == 0  # repeats it in another folder
     names = sorted(p.name for p in Path("runs").iterdir())
     assert names == ["digits", "digits-2"]

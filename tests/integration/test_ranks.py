@@ -205,7 +205,7 @@ def test_more_ranks_than_samples(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "0")
     with (
-        pytest.raises(UsageError, match=r"8 ranks for train.batch_size=4"),
+        pytest.raises(UsageError, match=r"8 ranks, but train.batch_size=4"),
         ranks.init_distributed(tiny_run(**{"train.batch_size": 4})),
     ):
         pass

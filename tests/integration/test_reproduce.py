@@ -530,7 +530,7 @@ def test_a_row_that_diverges_is_a_result(tmp_path, known, monkeypatch):
 
 
 def test_an_interruption_names_the_command_that_resumes(tmp_path, known, monkeypatch):
-    """After a signal during a training the state is saved, and the same command resumes it."""
+    """After a signal during a training a checkpoint is written, and the same command resumes it."""
     after, sent = loop.Monitor.on_step_end, []
 
     def interrupted(watcher, before):
@@ -549,7 +549,7 @@ def test_an_interruption_names_the_command_that_resumes(tmp_path, known, monkeyp
     with pytest.raises(StoppedError) as stopped:
         list(runner.run_jobs(todo, QUIET, lambda text: None, "gesso reproduce test/1"))
     content = str(stopped.value).splitlines()
-    assert content == ["SIGINT at image 160: the state is saved. Resume with", "  gesso reproduce test/1"]
+    assert content == ["SIGINT at image 160: a checkpoint is written. Resume with", "  gesso reproduce test/1"]
     assert stopped.value.exit_code == 130 and not todo[0].path.exists()
     console = Console(record=True, quiet=False, file=io.StringIO())
     list(runner.run_jobs(todo, console, lambda text: None))

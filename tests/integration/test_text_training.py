@@ -211,7 +211,7 @@ def test_captions_of_a_folder(tmp_path):
 def test_a_folder_without_captions(tmp_path):
     write_image_folders(tmp_path, {".": 4})
     settings = {"data.source": tmp_path, "data.channels": 3, "eval.toy_metrics": "none"}
-    with pytest.raises(UsageError, match=r"has no captions; put image\.txt beside each image"):
+    with pytest.raises(UsageError, match=r"has no captions; put image\.txt next to each image"):
         open_dataset_for_run(small_run(**TEXT | settings), QUIET_CONSOLE)
 
 

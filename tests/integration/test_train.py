@@ -170,7 +170,7 @@ loop.Trainer.step = stepping
 """
     process = command(photos, out, prelude=at_step, check=False)
     assert process.returncode == 128 + number
-    assert "the state is saved" in process.stderr and "--resume" in process.stderr and "Traceback" not in process.stderr
+    assert "a checkpoint is written" in process.stderr and "--resume" in process.stderr and "Traceback" not in process.stderr
     assert checkpoint.list_checkpoints(out / "state")[-1].name == "nimg000000000256"
     command(photos, out)
     assert_same(straight, out)
@@ -197,18 +197,18 @@ def test_same_seed_same_numbers_other_seed_others(digits_run, tmp_path):
 
 def test_a_run_folder_is_not_overwritten(digits_run, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in digits_run.rglob("*")}
-    with pytest.raises(UsageError, match="already holds a run"):
+    with pytest.raises(UsageError, match="already contains a run"):
         start_training(tiny_run(), digits_run, False, QUIET, print)
-    with pytest.raises(UsageError, match="already holds a run"):
+    with pytest.raises(UsageError, match="already contains a run"):
         start_training(tiny_run(**{"train.seed": 5}), digits_run, False, QUIET, print)
-    with pytest.raises(UsageError, match=r"train\.seed: 0 there, 5 here"):
+    with pytest.raises(UsageError, match=r"train\.seed: recorded 0, now 5"):
         start_training(tiny_run(**{"train.seed": 5}), digits_run, True, QUIET, print)
     assert {p: p.stat().st_mtime_ns for p in digits_run.rglob("*") if p.name != ".lock"}.items() <= before.items()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UsageError, match=r"holds other files \(thesis.tex\)"):
+    with pytest.raises(UsageError, match=r"contains other files \(thesis.tex\)"):
         start_training(tiny_run(), tmp_path, True, QUIET, print)
 
 
@@ -229,7 +229,7 @@ def test_changed_images_are_noticed(photos, tmp_path):
     out = tmp_path / "run"
     start_training(run, out, False, QUIET, print)
     (tmp_path / "images" / "a" / "0.png").unlink()
-    with pytest.raises(UsageError, match=r"data\.num_images: 10 there, 9 here"):
+    with pytest.raises(UsageError, match=r"data\.num_images: recorded 10, now 9"):
         start_training(run, out, True, QUIET, print)
 
 
@@ -273,13 +273,13 @@ def test_all_states_damaged(digits_run, tmp_path):
     out = copy_of(digits_run, tmp_path)
     for state in checkpoint.list_checkpoints(out / "state"):
         next(state.glob("*.safetensors")).write_bytes(b"")
-    with pytest.raises(RunError, match="no state can be read"):
+    with pytest.raises(RunError, match="all checkpoints are damaged"):
         start_training(tiny_run(), out, True, QUIET, print)
 
 
 def test_the_state_of_another_network(digits_run, tmp_path):
     other_trainer = loop.Trainer(*open_dataset_for_run(tiny_run(**{"net.depth": 2}), QUIET))
-    with pytest.raises(RunError, match=r"state of another network: missing \['ema"):
+    with pytest.raises(RunError, match=r"checkpoint of another network: missing \['ema"):
         checkpoint.load_latest(digits_run / "state", other_trainer.state_tensors(), print)
 
 
@@ -297,7 +297,7 @@ def test_nan_stops_the_run_and_reaches_nothing(tmp_path, monkeypatch, when):
         trained(tmp_path)
     output = str(caught.value)
     assert f"not finite at image {when}" in output and "noise levels" in output and "optim.lr" in output
-    assert ("nimg000000000096" in output) if when else ("no state was saved" in output)
+    assert ("nimg000000000096" in output) if when else ("no checkpoint was written" in output)
     for file in (tmp_path / "run").rglob("*.safetensors"):
         assert all(t.isfinite().all() for t in load_file(file).values())
 

@@ -440,7 +440,7 @@ def test_hours_depend_on_precision():
     """An A100 has 312, 156 or 19.5 TFLOP/s; an image costs three forward passes, 2 FLOPs per MAC, at 40 %."""
 
     def hours(*settings: str) -> float:
-        return estimates.training_cost(recipes.resolve("edm2-img512-s", ["data.source=x", *settings])[0]).hours
+        return estimates.training_cost(recipes.resolve("edm2-img512-s", ["data.source=x", *settings])[0]).gpu_hours
 
     half = hours()
     macs = estimates.count_macs(*[getattr(estimates.resolved_config(recipes.resolve("edm2-img512-s", ["data.source=x"])[0]), n)

@@ -788,11 +788,11 @@ def test_float16_snapshots(tmp_path):
 
 def test_values_beyond_float16():
     from gesso.errors import RunError
-    from gesso.training.loop import _to_cpu_dtype
+    from gesso.training.loop import _to_cpu
 
-    with pytest.raises(RunError, match="w has numbers above 65,504"):
-        _to_cpu_dtype(torch.tensor([1.0, 7e4]), "w", "float16")
-    assert _to_cpu_dtype(torch.tensor([7e4]), "w", "same").tolist() == [7e4]
+    with pytest.raises(RunError, match="w has values above 65,504"):
+        _to_cpu(torch.tensor([1.0, 7e4]), "w", "float16")
+    assert _to_cpu(torch.tensor([7e4]), "w", "same").tolist() == [7e4]
 
 
 def test_float16_average_would_not_move():

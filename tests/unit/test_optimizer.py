@@ -32,7 +32,7 @@ def settings_of(loop_trainer: loop.Trainer) -> dict[str, tuple]:
     """What holds for each parameter, by name."""
     names = {id(p): name for name, p in loop_trainer.modules.named_parameters()}
     return {
-        names[id(p)].removeprefix("net."): (group["factor"], tuple(group["betas"]), group["weight_decay"])
+        names[id(p)].removeprefix("net."): (group["lr_multiplier"], tuple(group["betas"]), group["weight_decay"])
         for group in loop_trainer.optimizer.param_groups
         for p in group["params"]
     }
@@ -109,7 +109,7 @@ def test_the_sphere_never_decays():
         if id(parameter) in sphere:
             assert actual[name.removeprefix("net.")][2] == 0
     assert actual["out_gain"][2] == 0.2 and actual["uncertainty.linear.weight"][0] == 3
-    with pytest.raises(UsageError, match="all its weights are on the sphere"):
+    with pytest.raises(UsageError, match="all its weights are normalized"):
         tree["optim"]["param_groups"] = [{"match": "conv_*.weight", "weight_decay": 0.2}]
         loop.Trainer(*open_dataset_for_run(config.validate(tree), QUIET))
 
@@ -117,9 +117,9 @@ def test_the_sphere_never_decays():
 @pytest.mark.parametrize(
     "groups, output",
     [
-        ([{"match": "blocks.0.imag.*"}], "fits no parameter of this network; did you mean .*blocks.0.image"),
-        ([{"match": "nothing-like-it"}], "fits no parameter"),
-        ([{"match": "*"}, {"match": "*.bias"}], r"match=\*.bias comes after groups that take all its parameters"),
+        ([{"match": "blocks.0.imag.*"}], "matches no parameter of this network; did you mean .*blocks.0.image"),
+        ([{"match": "nothing-like-it"}], "matches no parameter"),
+        ([{"match": "*"}, {"match": "*.bias"}], r"match=\*.bias has no effect: earlier groups match all its parameters"),
     ],
 )
 def test_globs_that_fit_nothing(groups, output):
@@ -296,6 +296,6 @@ def test_errors_are_reported_before_a_folder_is_created(tmp_path):
     from gesso.training.run_folder import start_training
 
     run = recipes.resolve("digits", ['optim.param_groups=[{"match":"nothing.*"}]'])[0]
-    with pytest.raises(UsageError, match="fits no parameter"):
+    with pytest.raises(UsageError, match="matches no parameter"):
         start_training(run, tmp_path / "run", False, QUIET, print)
     assert not (tmp_path / "run").exists()

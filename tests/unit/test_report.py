@@ -55,7 +55,8 @@ def log(scale: float = 1.0, n: int = 40) -> list[dict]:
         loss = scale / i
         lines.append({
             "nimg": 100 * i, "loss": loss, "lr": 1e-3, "loss_by_noise": [None] + [loss * (b + 1) for b in range(1, 10)],
-            "grad_norm": 1.0 + i % 3, "images_per_second": 50.0, "waiting": 0.01, "utilisation": 0.3, "product_teraflops": 0.1,
+            "grad_norm": 1.0 + i % 3, "images_per_second": 50.0,
+            "data_wait_fraction": 0.01, "mfu": 0.3, "matmul_tflops": 0.1,
         })  # fmt: skip
         if i % 10 == 0:
             by = [loss] * 10

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from safetensors.torch import save_file
 
-from gesso import atomic_io, devices, torchrun
+from gesso import atomic_io, devices
 from gesso.data.cache import encode, format
 from gesso.data.cache.encode import CacheJob, ShardBuilder
 from gesso.data.cache.plan import (
@@ -81,7 +81,7 @@ def write_cache(
     source = open_source(plan.data.source)
     with _init_ranks() as (rank, world, together):
         work = encode.open_job(
-            plan, source, devices.resolve_device(device, "--device ", torchrun.rank_from_env().local_rank)
+            plan, source, devices.resolve_device(device, "--device ", devices.rank_from_env().local_rank)
         )
         vae, text = work.identities()
         started = CacheHeader(
@@ -135,7 +135,7 @@ def _summary(manifest: CacheManifest, out: Path) -> list[str]:
 @contextlib.contextmanager
 def _init_ranks() -> Iterator[tuple[int, int, Callable[[], None]]]:
     """Yield rank and number of processes of this torchrun, and a barrier."""
-    rank, world, *_ = torchrun.rank_from_env()
+    rank, world, *_ = devices.rank_from_env()
     if world == 1:
         yield 0, 1, lambda: None
         return
@@ -247,7 +247,7 @@ def _write_missing_ranges(
             for i, u in zip(range(start, stop), encode.view_uniforms(job.plan, start, stop), strict=True):
                 yield job, i, u, smallest
 
-    threads = max((os.cpu_count() or 1) // torchrun.rank_from_env().local_world_size, 1)
+    threads = max((os.cpu_count() or 1) // devices.rank_from_env().local_world_size, 1)
     pool, writer, writing = ThreadPoolExecutor(threads, "decode"), ThreadPoolExecutor(1, "write"), None
     try:
         stream = _map_ahead(pool, lambda four: encode.encode_image(*four), arguments(), IN_FLIGHT_PER_THREAD * threads)
