@@ -103,8 +103,8 @@ def numbers(
     todo = plan.plan_jobs(table, "tiny", range(3), where)
     for job in todo:
         collected = {name: values.get((job.row, name, job.seed), 0.5) for name in job.group.columns.values()}
-        content = {"name": None, "images": 40, "diversity_seeds": 9, "reference": "digits", "reference_images": 1797,
-                "reference_pictures": "abc", "networks": {"digits": "a"}, "nimg": 256, "guidance": 1.5, "sigma_rel": 0.1}  # fmt: skip
+        content = {"name": None, "num_samples": 40, "diversity_prompts": 9, "reference": "digits", "reference_images": 1797,
+                "reference_fingerprint": "abc", "networks": {"digits": "a"}, "nimg": 256, "guidance": 1.5, "sigma_rel": 0.1}  # fmt: skip
         atomic_io.write_json(job.path, {
             "method": job.group.method, "row": job.row, "seed": job.seed, "evaluate_command": job.evaluate_command, "values": collected,
             "training_commands": [step.command for step in plan.unique_trainings([job])], "protocol": content | protocol.get(job.row, {}),
@@ -311,17 +311,17 @@ def test_untrained_cells_need_one_seed(tmp_path, known):
 def test_cells_with_another_protocol_have_footnotes(tmp_path, known):
     """Except for what a row varies on purpose, and for the EMA length and time of its training."""
     unlike = {
-        "fast": {"images": 20, "diversity_seeds": 1, "sigma_rel": 0.2, "nimg": 9},
+        "fast": {"num_samples": 20, "diversity_prompts": 1, "sigma_rel": 0.2, "nimg": 9},
         "fast, guided": {"guidance": 2.0, "networks": {"digits": "b", "classifier": "c"}},
     }
     todo = numbers(fake(), tmp_path, {}, **unlike)
     result = results.collect_result(fake(), "tiny", tmp_path, todo)
-    assert result.footnotes == ["images 20, where other rows have 40", "network digits b, where other rows have a"]
+    assert result.footnotes == ["num_samples 20, where other rows have 40", "network digits b, where other rows have a"]
     assert {cell: n.footnotes for cell, n in result.cells.items() if n.footnotes} == {
         ("fast", "FID"): (1,), ("fast", "right"): (1,), ("fast, guided", "FID"): (2,), ("fast, guided", "right"): (2,),
     }  # fmt: skip
     text = page.write_page(fake(), "tiny", tmp_path, todo)[0].read_text()
-    assert "<sup>1</sup> images 20" in text and text.count("<sup>2</sup>") == 3
+    assert "<sup>1</sup> num\\_samples 20" in text and text.count("<sup>2</sup>") == 3
 
 
 def test_another_reference_or_measure_has_a_footnote(tmp_path):
@@ -337,7 +337,7 @@ def test_another_reference_or_measure_has_a_footnote(tmp_path):
     )
     table = table._replace(scales={"tiny": Scale(parts, "")})
     todo = numbers(table, tmp_path, {}, **{"never made": {"reference": "shapes"}})
-    notes = footnotes.footnotes(table, todo, {job.path: runner.read_record(job.path) for job in todo})[1]
+    notes = footnotes.collect_footnotes(table, todo, {job.path: runner.read_record(job.path) for job in todo})[1]
     assert any(note.startswith("reference 1,797 of shapes (abc), where") for note in notes)
     assert "measure digits_feature_distance, where other rows have fd_digits" in notes
 
@@ -381,7 +381,7 @@ def test_a_figure_of_samples_shows_them_once(tmp_path):
     atomic_io.write_json(todo[0].path, {"training_commands": [todo[0].training.command], "values": {"num_images": 12}})
     paths = page.write_page(table, "tiny", tmp_path, todo)
     assert not (tmp_path / "test-fig9-tiny.png").exists() and "| fast | 12 |" in paths[0].read_text()
-    Image.new("RGB", (40, 10), "red").save(page.plots.sample_grids.sample_grid(todo[0]))
+    Image.new("RGB", (40, 10), "red").save(page.plots.sample_grids.grid_path(todo[0]))
     paths = page.write_page(table, "tiny", tmp_path, todo)
     with Image.open(tmp_path / "test-fig9-tiny.png") as picture:
         width, height = picture.size
@@ -452,11 +452,11 @@ def test_column_descriptions():
     )
     content = page.labels.describe_columns(table, todo)
     assert content["FID"].startswith("one minus the share of samples") and content["FID"].endswith(
-        ", the least over sample.sigma_rel"
+        ", the minimum over sample.sigma_rel"
     )
     assert content == {
         **content,
-        "right": "not made at this scale",
+        "right": "not measured at this scale",
         "size": "parameters (counts of the network of a run, without training it)",
     }
 
@@ -468,7 +468,7 @@ def test_names_are_in_the_order_of_their_numbers():
 
 def test_another_readme_is_not_overwritten(tmp_path):
     (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(UsageError, match="choose another --out"):
+    with pytest.raises(UsageError, match="choose another folder"):
         index.write_index(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
 
@@ -482,7 +482,7 @@ def test_another_readme_is_not_overwritten(tmp_path):
 )  # fmt: skip
 def test_digits(values, due):
     cells = [results.CellNumbers({0: value}) for value in values]
-    assert page.format_number(values[0], page.significant_digits(cells)) == due
+    assert page.format_number(values[0], page.column_decimals(cells)) == due
 
 
 # Running jobs
@@ -838,7 +838,7 @@ def test_bad_input(tmp_path, known, gesso, monkeypatch):
         "--num-seeds 0: must be at least 1": ("test/1", "--num-seeds", 0),
         "is a file: name a folder": ("test/1", "--slurm", tmp_path / "file"),
         "choose another": ("test/1", "--out", tmp_path / "file"),
-        "choose another --out": ("test/1", "--out", tmp_path / "other"),
+        "choose another folder": ("test/1", "--out", tmp_path / "other"),
         "did you mean net.hidden_size?": ("test/1", "net.hiden_size=3"),
         "only collects the verdicts": ("test/a5", "--dry-run"),
     }

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from gesso.cli import app
 from gesso.errors import UsageError
 from gesso.evaluation import results
 from gesso.report import compare, load, plotting
+from gesso.report.render import Figure
+from gesso.reproduce.markdown import escape, format_table_cell, markdown_to_html, to_markdown_table
 from gesso.training.run_folder import open_dataset_for_run
 
 MEASURED = {"class_accuracy": 0.9, "frechet_distance": 1.5, "frechet_distance_std": 0.1}
@@ -254,3 +258,31 @@ def test_report_notes_runs_of_both_loss_reductions(tmp_path):
     for folders, has_note in (([one, two], True), ([two, three], False)):
         captions = " ".join(figure.caption for figure in compare.training(load.load_runs(folders)))
         assert ("C*H*W times" in captions) == has_note
+
+
+def test_markdown_pages_become_html_in_the_style_of_reports(tmp_path):
+    """Texts are the same after both escapes; verdicts are tags, published numbers gray, images inline."""
+    text = "a|b *c* _d_ <e> & `f` [g](h) ~i~ $j$ \\"
+    Image.new("L", (8, 8)).save(tmp_path / "grid.png")
+    rows = [[format_table_cell(text, footnotes=(1,)), format_table_cell("2", bold=True), "3"]]
+    page = "\n\n".join([
+        f"# {escape(text)}", to_markdown_table(("", "FID", "paper"), rows, numeric=True),
+        to_markdown_table(("claim", "verdict"), [["x", format_table_cell("failed", bold=True)]]),
+        "![Plot](plot.png)", "![Grid](grid.png)", f"caption {escape(text)}",
+    ])  # fmt: skip
+    figures = {"plot.png": Figure("", svg="<svg></svg>"), "grid.png": Figure("", image=tmp_path / "grid.png")}
+    html = markdown_to_html(page, figures, {"failed": "#a33a2a"})
+    actual = Checker()
+    actual.feed(html)
+    assert actual.open == [] and actual.loaded == []
+    assert "".join(actual.text).count(text) == 3 and f"{text}1" in "".join(actual.text)
+    assert '<table class="numbers">' in html and '<table class="words">' in html
+    assert re.search(r'<td [^>]*class="paper">3</td>', html) and "<strong>2</strong>" in html
+    assert '<strong class="tag" style="background:#a33a2a">failed</strong>' in html
+    assert "<figure><svg></svg></figure>" in html and '<figure><img src="data:image/png;base64,' in html
+
+
+def test_cli_does_not_import_template_engines():
+    code = "import sys, gesso.cli; print(sorted({'jinja2', 'markdown_it', 'matplotlib'} & sys.modules.keys()))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
