@@ -110,7 +110,7 @@ def evaluation_tables(runs: Sequence[RunData]) -> list[tuple[TableData, dict[str
 
     Protocols are compared without the keys of the snapshot, unless a run has several evaluations that differ only in them.
     """
-    repeated = {
+    ambiguous_keys = {
         key
         for run_data in runs
         for key, n in Counter(_protocol_key(e, SNAPSHOT_DEPENDENT) for e in run_data.evaluations).items()
@@ -120,7 +120,7 @@ def evaluation_tables(runs: Sequence[RunData]) -> list[tuple[TableData, dict[str
     for run_data in runs:
         for evaluation in run_data.evaluations:
             key = _protocol_key(evaluation, SNAPSHOT_DEPENDENT)
-            key = _protocol_key(evaluation) if key in repeated else key
+            key = _protocol_key(evaluation) if key in ambiguous_keys else key
             values.setdefault(key, {})[run_data.label] = evaluation.best()
     result = []
     for key, by_run in values.items():

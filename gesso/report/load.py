@@ -70,8 +70,8 @@ class RunData(NamedTuple):
     def late_mean(self, key: str) -> list[float | None]:
         """Return the element-wise mean of lists under a key over the last tenth of the lines, without missing values."""
         values = [line[key] for line in self.lines if key in line]
-        late = values[-max(1, len(values) // 10) :]
-        columns = [[value for value in column if value is not None] for column in zip(*late, strict=True)]
+        late_values = values[-max(1, len(values) // 10) :]
+        columns = [[value for value in column if value is not None] for column in zip(*late_values, strict=True)]
         return [sum(column) / len(column) if column else None for column in columns]
 
     def sample_grids(self) -> list[tuple[int, Path]]:
@@ -108,20 +108,22 @@ def load_runs(folders: Sequence[Path]) -> list[RunData]:
 
 
 def _load_run(folder: Path, label: str) -> RunData:
-    recorded = list(results.read_evaluations(folder).values())
-    evaluations = [evaluation for evaluation in recorded if "series" not in evaluation.protocol]
+    evaluations = list(results.read_evaluations(folder).values())
+    metrics = [evaluation for evaluation in evaluations if "series" not in evaluation.protocol]
     run, lines = config.load_config(folder / "run.yaml"), read_log(folder / "log.jsonl")
-    return RunData(folder, label, run, lines, toy_results(recorded), evaluations)
+    return RunData(folder, label, run, lines, toy_results(evaluations), metrics)
 
 
-def toy_results(recorded: Sequence[Evaluation]) -> ToyResults:
+def toy_results(evaluations: Sequence[Evaluation]) -> ToyResults:
     """Return the newest evaluations with toy metrics."""
-    newest = {evaluation.protocol["series"]: evaluation for evaluation in recorded if "series" in evaluation.protocol}
-    samples = [newest[series] for series in ("guided", "unguided") if series in newest]
+    newest_by_series = {
+        evaluation.protocol["series"]: evaluation for evaluation in evaluations if "series" in evaluation.protocol
+    }
+    samples = [newest_by_series[series] for series in ("guided", "unguided") if series in newest_by_series]
     metrics = {f"guidance {evaluation.protocol['guidance']:g}": evaluation.best() for evaluation in samples}
     if samples:
         metrics["training images"] = samples[0].reference_metrics
-    points = [e for e in recorded if e.protocol.get("series") == "ema_sweep" and "frechet_distance" in e.metrics]
+    points = [e for e in evaluations if e.protocol.get("series") == "ema_sweep" and "frechet_distance" in e.metrics]
     points = [e for e in points if not e.protocol["repeat"] and "tensors" not in e.protocol]
     if points:
         guidance = points[-1].protocol["guidance"]

@@ -98,8 +98,8 @@ def training_samples(run_data: RunData) -> list[Figure]:
     """Return grids of samples from the training, evenly spaced from the first to the last."""
     grids = run_data.sample_grids()
     n = min(MAX_GRIDS, len(grids))
-    chosen = [grids[round(i * (len(grids) - 1) / max(n - 1, 1))] for i in range(n)]
-    return [Figure(f"image {nimg:,}", image=path) for nimg, path in chosen]
+    selection = [grids[round(i * (len(grids) - 1) / max(n - 1, 1))] for i in range(n)]
+    return [Figure(f"image {nimg:,}", image=path) for nimg, path in selection]
 
 
 def scores_table(metrics: Mapping[str, Mapping[str, float]]) -> TableData | None:
@@ -117,14 +117,14 @@ def scores_table(metrics: Mapping[str, Mapping[str, float]]) -> TableData | None
 def evaluation_tables(evaluations: Sequence[Evaluation]) -> list[tuple[TableData, dict[str, Any]]]:
     """Return a table and the protocol of each evaluation."""
     result = []
-    varied = [
+    varying_keys = [
         name
         for name in DISTINGUISHING_FIELDS
         if len({evaluation.protocol.get(name) for evaluation in evaluations} - {None}) > 1
     ]
     for evaluation in evaluations:
         protocol = {name: value for name, value in evaluation.protocol.items() if value is not None}
-        differences = "".join(f", {name} {protocol[name]}" for name in varied if name in protocol)
+        differences = "".join(f", {name} {protocol[name]}" for name in varying_keys if name in protocol)
         name = protocol.get("name", "scores")
         title = f"{name}: {sample_count_text(protocol)}, image {protocol['nimg']:,}{differences}"
         summaries: dict[Literal["best", "mean"], str] = {"mean": ""}

@@ -44,10 +44,10 @@ def collect_footnotes(
                 counts.setdefault(name, Counter())[facts[name]] += 1
         for job, facts in facts_of_jobs:
             for name, value in facts.items():
-                usual = counts[name].most_common(1)[0][0] if name in counts else value
-                if value == usual or name in intended_differences(job):
+                most_frequent = counts[name].most_common(1)[0][0] if name in counts else value
+                if value == most_frequent or name in intended_differences(job):
                     continue
-                text = f"{name} {value}, where other rows have {usual}"
+                text = f"{name} {value}, where other rows have {most_frequent}"
                 if text not in texts:
                     texts.append(text)
                 cell = (job.row, column.name)
@@ -75,5 +75,5 @@ def intended_differences(job: MeasurementJob) -> set[str]:
     measurement = job.group.rows[job.row]
     settings = (*measurement.settings, *(measurement.training.settings if measurement.training else ()))
     names = {setting.partition("=")[0] for setting in settings}
-    varied = {name.partition(".")[2] for name in names if name.startswith(("sample.", "eval."))}
-    return varied | ({"guide_run"} if measurement.guide else set())
+    varied_keys = {name.partition(".")[2] for name in names if name.startswith(("sample.", "eval."))}
+    return varied_keys | ({"guide_run"} if measurement.guide else set())

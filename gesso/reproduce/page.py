@@ -106,8 +106,8 @@ def rejudge(table: Table, scale: str, out: Path) -> list[Path]:
 def rejudge_all(tables: Tables, out: Path) -> list[Path]:
     """Judge every page of a folder again, checklists last, and write the list of pages; return the paths."""
     pages = sorted(list_results(out), key=lambda page: bool(page["checks"]))
-    known = [(get_table(tables, page["table"]), page["scale"]) for page in pages]
-    return [*(rejudge(table, scale, out)[0] for table, scale in known), write_index(out)]
+    targets = [(get_table(tables, page["table"]), page["scale"]) for page in pages]
+    return [*(rejudge(table, scale, out)[0] for table, scale in targets), write_index(out)]
 
 
 def page_context(result: TableResult) -> dict[str, Any]:
