@@ -155,9 +155,9 @@ class Run:
 
     def report(self, out: str | Path | None = None) -> Path:
         """Write a self-contained HTML page on the run; return its path (default: report.html in the run folder)."""
-        from gesso.report import write
+        from gesso.report import write_report
 
-        return Path(write([self.folder], Path(out) if out else None))
+        return Path(write_report([self.folder], Path(out) if out else None))
 
     def _denoiser(self, run: RunConfig, nimg: int | None) -> Denoiser:
         profile, device = ema.sampling_profile(run.sample), sampling.run_device(run)

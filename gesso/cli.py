@@ -208,9 +208,9 @@ def report(
     out: Out = None,
 ) -> None:
     """Write a self-contained HTML page on a run, or a comparison of several runs."""
-    from gesso.report import write
+    from gesso.report import write_report
 
-    _print(f"wrote {write(folders, out)}")
+    _print(f"wrote {write_report(folders, out)}")
 
 
 @app.command("reproduce")

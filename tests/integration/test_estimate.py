@@ -118,7 +118,9 @@ def test_a_source_that_is_not_there_yet(recipe):
 def test_more_than_there_is_is_not_tried(monkeypatch):
     monkeypatch.setattr(estimate, "available_memory", lambda device: 1e9)
     lines = estimate.estimate(recipes.resolve("cc12m-256-berrada", [])[0], QUIET)
-    assert "not measured, as a rank needs 22" in lines[0] and "weights 3.17 GB" in lines[1] and "optimizer 6.3" in lines[1]
+    assert (
+        "not measured, as a rank needs 22" in lines[0] and "weights 3.17 GB" in lines[1] and "optimizer 6.3" in lines[1]
+    )
     assert "snapshots of 3.17 GB" in lines[2]
 
 

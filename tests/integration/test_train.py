@@ -170,7 +170,11 @@ loop.Trainer.step = stepping
 """
     process = command(photos, out, prelude=at_step, check=False)
     assert process.returncode == 128 + number
-    assert "a checkpoint is written" in process.stderr and "--resume" in process.stderr and "Traceback" not in process.stderr
+    assert (
+        "a checkpoint is written" in process.stderr
+        and "--resume" in process.stderr
+        and "Traceback" not in process.stderr
+    )
     assert checkpoint.list_checkpoints(out / "state")[-1].name == "nimg000000000256"
     command(photos, out)
     assert_same(straight, out)

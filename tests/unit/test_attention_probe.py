@@ -98,11 +98,11 @@ def test_sample_grid_uses_each_size_condition(tmp_path):
         )
         created += sampling.generate(snapshot.denoiser_from_weights(weights[0], run), run, range(3), cond)
     assert not created[0].equal(created[1])
-    expected = np.asarray(sampling.image_grid(torch.cat(created).expand(-1, 3, -1, -1), 3))
-    with Image.open(sample_grids.sample_grid(job)) as picture:
-        assert (np.asarray(picture) == expected).all()
+    due = np.asarray(sampling.image_grid(torch.cat(created).expand(-1, 3, -1, -1), 3))
+    with Image.open(sample_grids.grid_path(job)) as picture:
+        assert (np.asarray(picture) == due).all()
     job.params, job.path = {}, tmp_path / "b.json"
     assert sample_grids.save_sample_grid(job)["values"] == {"num_images": 3}
-    with Image.open(sample_grids.sample_grid(job)) as picture:
+    with Image.open(sample_grids.grid_path(job)) as picture:
         width, height = picture.size
-    assert width == height and sample_grids.sample_grid(job) == tmp_path / "b.png"
+    assert width == height and sample_grids.grid_path(job) == tmp_path / "b.png"

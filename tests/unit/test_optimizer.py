@@ -119,7 +119,10 @@ def test_the_sphere_never_decays():
     [
         ([{"match": "blocks.0.imag.*"}], "matches no parameter of this network; did you mean .*blocks.0.image"),
         ([{"match": "nothing-like-it"}], "matches no parameter"),
-        ([{"match": "*"}, {"match": "*.bias"}], r"match=\*.bias has no effect: earlier groups match all its parameters"),
+        (
+            [{"match": "*"}, {"match": "*.bias"}],
+            r"match=\*.bias has no effect: earlier groups match all its parameters",
+        ),
     ],
 )
 def test_globs_that_fit_nothing(groups, output):
