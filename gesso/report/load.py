@@ -68,7 +68,7 @@ class RunData(NamedTuple):
         return next((value for line in reversed(self.lines) if (value := _nested_get(line, keys)) is not None), None)
 
     def late_mean(self, key: str) -> list[float | None]:
-        """Return the element-wise mean of the lists under a key in the last tenth of the lines, without missing values."""
+        """Return the element-wise mean of the lists under a key over the last tenth of the lines that have it."""
         values = [line[key] for line in self.lines if key in line]
         late_values = values[-max(1, len(values) // 10) :]
         columns = [[value for value in column if value is not None] for column in zip(*late_values, strict=True)]

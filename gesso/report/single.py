@@ -20,10 +20,8 @@ DISTINGUISHING_FIELDS = (
 """Protocol keys that the heading of an evaluation shows if evaluations differ in them."""
 MAGNITUDES_NOTE = (
     "Magnitudes of features (EDM2 Eq. 3) of the averaged network, by resolution or third of the blocks; unit-normal "
-    "values "
-    "have magnitude 1. Activations are outputs of layers, the main path is the output of blocks; averaged weights are "
-    "not "
-    "normalized again."
+    "values have magnitude 1. Activations are outputs of layers, the main path is the output of blocks; averaged "
+    "weights are not normalized again."
 )
 
 
@@ -152,8 +150,7 @@ def ema_sweep_figures(toy: ToyResults) -> list[Figure]:
     caption = (
         "Each length is reconstructed after training from the stored EMAs (EDM2 Section 3), guidance "
         f"{first.protocol['guidance']:g}, {first.protocol['sampler']}, {first.protocol['steps']} steps; the band is "
-        "the "
-        "standard deviation over halves of the training images."
+        "the standard deviation over halves of the training images."
     )
     rows = [ema_sweep.curve_row(point) for point in toy.ema_sweep]
     return [Figure(caption, plotting.plot_ema_sweep(rows, first.reference_metrics["frechet_distance"]))]
@@ -173,8 +170,7 @@ def training(run_data: RunData) -> list[Figure]:
         ),
         Figure(
             "Loss of validation images, which are not trained on, with fixed noise levels and noise; the MSE of the "
-            "network's "
-            "training target.",
+            "network's training target.",
             plotting.plot_curves(validation, "validation loss"),
         ),
         Figure(
@@ -202,9 +198,8 @@ def loss_by_noise(run_data: RunData) -> list[Figure]:
     """Return the losses by noise level: over time, and the newest ones."""
     bins = range(NUM_BINS)
     caption = (
-        f"Training loss in {NUM_BINS} equal bins of progress. All bins get equally many samples, because noise levels are "
-        "drawn "
-        "uniformly in progress."
+        f"Training loss in {NUM_BINS} equal bins of progress. All bins get equally many samples, because noise levels "
+        "are drawn uniformly in progress."
     )
     curves = {b: run_data.curve("loss_by_noise", b) for b in bins}
     figures = [Figure(caption, plotting.plot_loss_by_noise(curves, "loss"))]
@@ -218,8 +213,7 @@ def loss_by_noise(run_data: RunData) -> list[Figure]:
     if run_data.run.loss.weighting == "native" or not names:
         caption = (
             "Training loss, mean over the last tenth of the log, and newest validation loss. A gap between "
-            "training and "
-            "validation images shows memorization."
+            "training and validation images shows memorization."
         )
         figures.append(Figure(caption, plotting.plot_loss_over_noise(latest, "loss")))
     return non_empty(figures)

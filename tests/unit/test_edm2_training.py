@@ -443,8 +443,8 @@ def test_hours_depend_on_precision():
         return estimates.training_cost(recipes.resolve("edm2-img512-s", ["data.source=x", *settings])[0]).gpu_hours
 
     half = hours()
-    macs = estimates.count_macs(*[getattr(estimates.resolved_config(recipes.resolve("edm2-img512-s", ["data.source=x"])[0]), n)
-                               for n in ("net", "input_spec")], 1).macs  # fmt: skip
+    config = recipes.resolve("edm2-img512-s", ["data.source=x"])[0]
+    macs = estimates.count_model(config.net, config.input_spec, 1).macs
     assert half == pytest.approx(6 * macs * 2048 * 2**20 / (0.4 * 312e12) / 3600, rel=0.01)
     assert hours("train.precision=bfloat16") == half
     assert hours("train.precision=full", "train.tf32=true") == pytest.approx(2 * half)
