@@ -14,9 +14,9 @@ from gesso.config import InputSpec, NetConfig, RunConfig
 from gesso.config.base import parse_count
 from gesso.config.net import TransformerConfig
 from gesso.config.process import ProcessConfig
-from gesso.ema.safetensors_io import SafetensorsFile
 from gesso.errors import RunError, UsageError
 from gesso.interop.mapping import NOTE_ASSUMED_RESOLUTION, ImportedModel
+from gesso.safetensors_io import read_metadata, read_tensors
 from gesso.sampling import MAX_PROFILE_ERROR
 
 TRANSFERABLE_DIFFERENCES = (
@@ -157,12 +157,10 @@ def _from_run(
 
 def _from_file(path: Path, run: RunConfig) -> InitSource:
     if path.suffix == ".safetensors":
-        file = SafetensorsFile(path)
-        if "gesso" in file.metadata:
+        if "gesso" in read_metadata(path):
             weights, there, stored = snapshot.read(path)
             return _from_run(f"{path} (image {stored.nimg:,})", there, weights, stored.profile, stored.nimg, run, [])
-        state = {name: file.read(name) for name in list(file.keys())}
-        notes: list[str] = []
+        state, notes = read_tensors(path), list[str]()
     else:
         state, notes = _load_torch_file(path)
     imported = _detect_format(path, state, run)
