@@ -249,7 +249,7 @@ NOT_EXPORTABLE = {
     "reason, cfg, inputs", [(why, *case) for why, cases in NOT_EXPORTABLE.items() for case in cases]
 )
 def test_unexportable_settings_are_named(reason, cfg, inputs):
-    with pytest.raises(UsageError, match=f"cannot hold (.*, )?{reason}"):
+    with pytest.raises(UsageError, match=f"does not support (.*, )?{reason}"):
         interop.to_diffusers(models.build_network(cfg, inputs), cfg, inputs)
 
 
