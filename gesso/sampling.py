@@ -284,7 +284,7 @@ def _check_guide_conditioning(run: RunConfig, guide: RunConfig) -> None:
     cfg = run.sample
     shape = ["semantic.kind", "semantic.max_tokens", "semantic.embed_dim", "semantic.pooled_dim"]
     names = [*shape, "semantic.encoder", "data.class_names", "control.variables"]
-    if cfg.guide_conditioning == "nothing":
+    if cfg.guide_conditioning == "none":
         if not guide.learned_without(semantic=True, control=not cfg.keep_control):
             share = "semantic" if guide.control.variables and cfg.keep_control else "both"
             raise UsageError(

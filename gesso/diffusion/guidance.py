@@ -34,7 +34,7 @@ def guidance_terms(
     *,
     keep_control: bool = False,
     guide: nn.Module | None = None,
-    guide_conditioning: str = "nothing",
+    guide_conditioning: str = "none",
 ) -> list[GuidanceTerm]:
     """Return the terms of guidance of strength l = guidance, b = control_guidance (Berrada et al. Eq. 2).
 
@@ -49,7 +49,7 @@ def guidance_terms(
         control_guidance: Strength b of the control variables; 1 is no guidance.
         keep_control: Give the guide the control variables but no semantic condition (as SDXL does).
         guide: The guiding network; None uses `denoiser` (classifier-free guidance).
-        guide_conditioning: "nothing" withholds the conditions from the guide (EDM2 Eq. 152); "all" keeps them
+        guide_conditioning: "none" withholds the conditions from the guide (EDM2 Eq. 152); "all" keeps them
             (autoguidance).
     """
     guide_cond = cond if guide_conditioning == "all" else cond.without(semantic=True, control=not keep_control)

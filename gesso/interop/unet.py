@@ -181,7 +181,7 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> t
         num_heads=num_heads,
         text_projection="none",
         transformer_depth_middle=middle_transformer_depth(state),
-        pooled_mlp="shared" if pooled else "own",
+        pooled_mlp="shared" if pooled else "separate",
     )
     text_width = next(value.shape[1] for name, value in state.items() if name.endswith(".attn2.to_k.weight"))
     control = SDXL_CONTROL if pooled else ControlSpec()

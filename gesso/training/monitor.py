@@ -87,7 +87,7 @@ class Monitor:
             sampling.check_device(run, self.device)
             self.normalizer = sampling.open_decoder(run)
             # Another time or length of this run is not stored yet.
-            alone = run.sample.model_copy(update={"guide_run": None, "guidance": 1.0, "guide_conditioning": "nothing",
+            alone = run.sample.model_copy(update={"guide_run": None, "guidance": 1.0, "guide_conditioning": "none",
                                                   "guide_sigma_rel": None, "guide_nimg": None})  # fmt: skip
             self.sample_run = run.model_copy(update={"sample": alone}) if run.sample.guide_run == "self" else run
             self.guide = sampling.load_guide(out, self.sample_run)

@@ -34,7 +34,7 @@ class Tracker(Protocol):
 
 def check_trackers(run: RunConfig) -> None:
     """Raise UsageError if a selected library is not installed."""
-    wanted = {"tensorboard": run.monitor.tensorboard, "wandb": run.monitor.wandb != "no"}
+    wanted = {"tensorboard": run.monitor.tensorboard, "wandb": run.monitor.wandb != "disabled"}
     for name, enabled in wanted.items():
         if enabled and importlib.util.find_spec(name) is None:
             raise UsageError(f"monitor.{name} needs {name}: pip install 'gesso[log]'")
@@ -45,7 +45,7 @@ def open_trackers(run: RunConfig, out: Path, nimg: int) -> list[Tracker]:
     trackers: list[Tracker] = []
     if run.monitor.tensorboard:
         trackers.append(TensorBoard(out, nimg))
-    if run.monitor.wandb != "no":
+    if run.monitor.wandb != "disabled":
         trackers.append(Wandb(run, out))
     return trackers
 
@@ -103,7 +103,7 @@ class Wandb:
         try:
             self.run = wandb.init(
                 project=run.monitor.wandb_project, name=out.name, id=self.id, dir=str(out), config=config.to_dict(run),
-                mode=None if run.monitor.wandb == "no" else run.monitor.wandb,
+                mode=None if run.monitor.wandb == "disabled" else run.monitor.wandb,
                 resume="allow", settings=wandb.Settings(console="off", silent=True),
             )  # fmt: skip
         except wandb.Error as error:

@@ -508,7 +508,7 @@ def test_training_rejects_unavailable_noise_levels_early(monkeypatch):
         ({"sample.schedule": "trailing"}, "this process has karras"),
         ({"process.name": "rf", "sample.schedule": "leading"}, "this process has linear, sd3, karras"),
         ({"process.name": "vp", "sample.steps": 2000}, "allows at most 1000 steps"),
-        ({"sample.final_level": "first"}, "only process.name=vp"),
+        ({"sample.final_level": "sigma_min"}, "only process.name=vp"),
         ({"sample.shift": 3}, "above 40"),
     ):
         with pytest.raises(UsageError, match=message):
