@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from gesso import build_conditions, config, ema, models, recipes, sampling, snapshot
+from gesso import config, ema, models, recipes, sampling, snapshot
 from gesso.config import InputSpec, RunConfig
 from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import UsageError
@@ -116,12 +116,12 @@ class Run:
         """
         run = self.with_settings(self._sampling_settings(settings, guidance, sigma_rel))
         sampling.check_sampling(run)
-        sampling.check_device(run)
+        sampling.check_device(run, sampling.run_device(run))
         seeds = list(seeds)
         indices = self._label_indices(run, labels, len(seeds))
-        captions = build_conditions.expand_prompts(run, tuple(prompts or ()), len(seeds))
+        captions = sampling.expand_prompts(run, tuple(prompts or ()), len(seeds))
         rows = snapshot.load_control_rows(self.folder)
-        cond, _ = build_conditions.build_cond(run, seeds, rows, indices, captions, dict(control or {}))
+        cond, _ = sampling.build_cond(run, seeds, rows, indices, captions, dict(control or {}))
         guide, normalizer = sampling.load_guide(self.folder, run), sampling.open_decoder(run)
         return torch.cat(list(sampling.generate(self._denoiser(run, nimg), run, seeds, cond, guide, normalizer)))
 
@@ -174,7 +174,7 @@ class Run:
 
     def _label_indices(self, run: RunConfig, labels: Sequence[int | str] | None, count: int) -> list[int] | None:
         if labels is None:
-            return build_conditions.expand_labels(run, None, count)
+            return sampling.expand_labels(run, None, count)
         names = list(self.class_names)
         for label in labels:
             if isinstance(label, str) and label not in names:
@@ -182,7 +182,7 @@ class Run:
         indices = [names.index(label) if isinstance(label, str) else int(label) for label in labels]
         if not indices:
             raise UsageError("labels is empty: name a class, or pass None for all classes in turn")
-        build_conditions.check_labels(run, indices)
+        sampling.check_labels(run, indices)
         return [indices[i % len(indices)] for i in range(count)]
 
 

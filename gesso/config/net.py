@@ -280,8 +280,8 @@ class MMDiTConfig(TransformerConfig):
     """weights that text tokens do not share with image tokens: qkv (parameter count of Berrada et al. Table A1) or all
     (SD3's block)"""
     pooled_mlp: Literal["separate", "none"] = "separate"
-    """separate: an MLP adds the pooled text to adaLN (SD3); none: pooled text is not used (parameter count of Berrada et
-    al. Table A1)"""
+    """separate: an MLP adds the pooled text to adaLN (SD3); none: pooled text is not used (parameter count of
+    Berrada et al. Table A1)"""
     pos_embed_max_size: PositiveInt | None = None
     """rows and columns of SD3's position table, from which the central crop is used (SD3 medium: 192); null: positions
     as set by net.pos_embed"""

@@ -372,10 +372,10 @@ class RunConfig(Settings):
     @property
     def sample_size(self) -> tuple[int, int]:
         """Height and width to sample at, in pixels."""
-        sample, aspect = self.sample, self.sample.aspect_value
-        side = sample.resolution or self.data.resolution
+        sample, side = self.sample, self.sample.resolution or self.data.resolution
         if sample.aspect is None:
             return side, side
+        aspect = sample.aspect_value
         if self.data.buckets and sample.resolution is None:
             return min(self.data.buckets, key=lambda size: abs(math.log(size[1] / size[0] / aspect)))
         unit = self.net.size_multiple * self.downsample_factor

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gesso import build_conditions, ema, rng, sampling
+from gesso import ema, rng, sampling
 from gesso.conditioning import Cond
 from gesso.config import RunConfig
 from gesso.data.base import Dataset
@@ -181,10 +181,10 @@ class Monitor:
         """Return the conditions of a sample grid."""
         n = self.cfg.num_samples
         labels, prompts = (
-            build_conditions.expand_labels(self.run, None, n),
-            build_conditions.expand_prompts(self.run, (), n),
+            sampling.expand_labels(self.run, None, n),
+            sampling.expand_prompts(self.run, (), n),
         )
-        return build_conditions.build_cond(self.run, range(n), self.trainer.control_rows, labels, prompts)[0]
+        return sampling.build_cond(self.run, range(n), self.trainer.control_rows, labels, prompts)[0]
 
     def log_samples(self) -> None:
         """Write a sample grid."""

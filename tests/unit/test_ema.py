@@ -478,7 +478,7 @@ def test_sample_command_with_other_lengths(gesso_text, folder, tmp_path):
     tensors, run, _ = snapshot.read(folder / "snapshots" / "nimg000000000640-halflife1000.safetensors")
     drawn = with_settings(run, **{"sample.halflife": 1000})
     direct = snapshot.denoiser_from_weights(tensors, drawn)
-    cond, _ = sampling.build_conditions.build_cond(drawn, range(3), None, [0, 1, 2])
+    cond, _ = sampling.build_cond(drawn, range(3), None, [0, 1, 2])
     for seed, image in enumerate(torch.cat(list(sampling.generate(direct, drawn, range(3), cond)))):
         sampling.save_png(sampling.to_pil(image), tmp_path / "direct" / f"seed{seed:06d}.png")
     assert half == read_images(tmp_path / "direct")
