@@ -57,7 +57,7 @@ def generate(
     """
     cfg = run.sample
     device = next(denoiser.parameters()).device
-    check_device(run, device)
+    devices.check_precision(device, "sample.precision", cfg.precision)
     dtype = getattr(torch, cfg.state_dtype)
     shape = (run.x0_channels, *(side // run.downsample_factor for side in run.sample_size))
     normalizer = normalizer or Normalizer(run.data, run.latent, denoiser.process.sigma_data, device, cfg.to_uint8)
@@ -84,14 +84,11 @@ def open_decoder(run: RunConfig) -> Normalizer:
     return normalizer
 
 
-def check_sampling(run: RunConfig) -> None:
-    """Raise UsageError for sampling settings that the process of the run does not have."""
+def check_sampling(run: RunConfig, device: torch.device | None = None) -> None:
+    """Raise UsageError for settings `sample.*` that the process of the run, or the device, does not support."""
     schedules.levels_from_config(process.build_process(run.process), run.sample)
-
-
-def check_device(run: RunConfig, device: torch.device) -> None:
-    """Raise UsageError if the device cannot compute in sample.precision."""
-    devices.check_precision(device, "sample.precision", run.sample.precision)
+    if device is not None:
+        devices.check_precision(device, "sample.precision", run.sample.precision)
 
 
 def guidance_scale(run: RunConfig) -> float:
@@ -162,27 +159,33 @@ def check_labels(run: RunConfig, labels: Sequence[int]) -> None:
         raise UsageError(f"label {wrong[0]} is out of range: the run has {valid}")
 
 
-def expand_labels(run: RunConfig, text: str | None, n: int) -> list[int] | None:
-    """Return n labels that cycle through those in `text` (numbers, ranges, class names), or all classes for None.
+def parse_labels(run: RunConfig, text: str) -> list[int | str]:
+    """Parse "cat, 3, 5-7" to ["cat", 3, 5, 6, 7]; names of classes that look like numbers are names."""
+    labels: list[int | str] = []
+    for part in (part.strip() for part in text.split(",")):
+        is_name = part in (run.data.class_names or ()) or not part[:1].isdigit()
+        labels += [part] if is_name else parse_int_ranges(part, "--label")
+    return labels
+
+
+def expand_labels(run: RunConfig, labels: Sequence[int | str] | None, n: int) -> list[int] | None:
+    """Return n labels that cycle through `labels` (numbers or class names), or through all classes for None.
 
     Returns None for a run without classes. Raises UsageError for an unknown label.
     """
-    classes = run.input_spec.num_classes
-    if text is None:
+    classes, names = run.input_spec.num_classes, list(run.data.class_names or ())
+    if labels is None:
         return [i % classes for i in range(n)] if classes else None
-    names = list(run.data.class_names or ())
+    if len(labels) == 0:
+        raise UsageError("labels is empty: name a class, or pass None for all classes in turn")
     if not classes:
         check_labels(run, [])
-    labels: list[int] = []
-    for part in (part.strip() for part in text.split(",")):
-        if part in names:
-            labels.append(names.index(part))
-        elif part[:1].isdigit():
-            labels += parse_int_ranges(part, "--label")
-        else:
-            raise UsageError(f"--label {part!r}: no such class; {config.suggest(part, names)}")
-    check_labels(run, labels)
-    return [labels[i % len(labels)] for i in range(n)]
+    for label in labels:
+        if isinstance(label, str) and label not in names:
+            raise UsageError(f"label {label!r}: no such class; {config.suggest(label, names)}")
+    indices = [names.index(label) if isinstance(label, str) else int(label) for label in labels]
+    check_labels(run, indices)
+    return [indices[i % len(indices)] for i in range(n)]
 
 
 def expand_prompts(run: RunConfig, prompts: Sequence[str], n: int) -> list[str] | None:
@@ -400,10 +403,9 @@ def sample_to_folder(folder: Path, run: RunConfig, args: SampleArgs, out: Path |
     Raises:
         UsageError: A setting or a condition is invalid for this run.
     """
-    check_sampling(run)
-    check_device(run, run_device(run))
+    check_sampling(run, run_device(run))
     seeds = parse_int_ranges(args.seeds, "--seeds")
-    labels = expand_labels(run, args.label, len(seeds))
+    labels = expand_labels(run, None if args.label is None else parse_labels(run, args.label), len(seeds))
     prompts = expand_prompts(run, args.prompts, len(seeds))
     cond, lines = build_cond(run, seeds, snapshot.load_control_rows(folder), labels, prompts, args.control)
     guide, normalizer, profile = load_guide(folder, run), open_decoder(run), ema.sampling_profile(run.sample)

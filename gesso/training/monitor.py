@@ -83,8 +83,7 @@ class Monitor:
         self.validation_set = validation.open_validation_set(run, dataset) if self.cfg.validate_every else None
         end = run.train.total_images + run.train.batch_size - 1
         if any(is_due(0, end, every) for every in (self.cfg.sample_every, self.cfg.evaluate_every)):
-            sampling.check_sampling(run)
-            sampling.check_device(run, self.device)
+            sampling.check_sampling(run, self.device)
             self.normalizer = sampling.open_decoder(run)
             # Another time or length of this run is not stored yet.
             alone = run.sample.model_copy(update={"guide_run": None, "guidance": 1.0, "guide_conditioning": "none",

@@ -310,7 +310,8 @@ def run_with_classes(names=("cat", "dog", "hen"), **settings):
     ],
 )
 def test_labels_cycle(text, wanted):
-    assert sampling.expand_labels(run_with_classes(), text, 5) == wanted
+    run = run_with_classes()
+    assert sampling.expand_labels(run, None if text is None else sampling.parse_labels(run, text), 5) == wanted
 
 
 @pytest.mark.parametrize(
@@ -326,14 +327,14 @@ def test_labels_cycle(text, wanted):
 )
 def test_invalid_labels(text, message):
     with pytest.raises(UsageError) as refused:
-        sampling.expand_labels(run_with_classes(), text, 5)
+        sampling.expand_labels(run_with_classes(), sampling.parse_labels(run_with_classes(), text), 5)
     assert message in str(refused.value)
 
 
 def test_null_label_requires_condition_dropout():
     run = run_with_classes(**{"dropout.both": 0, "sample.guidance": 1})
     with pytest.raises(UsageError, match=r"label 3 is out of range: the run has labels 0 to 2$"):
-        sampling.expand_labels(run, "3", 1)
+        sampling.expand_labels(run, [3], 1)
 
 
 @pytest.mark.parametrize("semantic", [0.0, 0.05])
@@ -356,9 +357,9 @@ def test_labels_and_prompts_for_the_wrong_run():
     arguments = with_settings(small_run(), **{"semantic.kind": "text", "data.num_classes": 10})
     nothing = with_settings(small_run(), **{"semantic.kind": "none", "data.num_classes": 10, "sample.guidance": 1})
     with pytest.raises(UsageError, match="trained with text: use --prompt"):
-        sampling.expand_labels(arguments, "3", 1)
+        sampling.expand_labels(arguments, [3], 1)
     with pytest.raises(UsageError, match="no classes: it takes no label"):
-        sampling.expand_labels(nothing, "3", 1)
+        sampling.expand_labels(nothing, [3], 1)
     with pytest.raises(UsageError, match="--prompt 'a cat': this run was trained with classes: use --label"):
         sampling.expand_prompts(run_with_classes(), ["a cat"], 1)
     with pytest.raises(UsageError, match="neither classes nor text"):
