@@ -874,7 +874,7 @@ def test_pickles_of_tensors_and_of_code(tmp_path):
     torch.save({"layer.weight": torch.ones(3)}, tmp_path / "unknown.pt")
     for name, words in {
         "code.pt": "carries code, which is not run", "torn.pt": "is damaged", "nothing.pt": "holds no named weights",
-        "unknown.pt": "weights of no project that gesso knows",
+        "unknown.pt": "no project that gesso knows",
     }.items():  # fmt: skip
         with pytest.raises(GessoError, match=words):
             transfer_to(peer_run("mmdit", source=str(tmp_path / name)))
