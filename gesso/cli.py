@@ -369,9 +369,9 @@ def diff(a: Recipe, b: Recipe) -> None:
 @app.command()
 def doctor() -> None:
     """Check this machine's installation, print problems and how to fix them."""
-    from gesso.doctor import examine, render
+    from gesso.doctor import render, run_checks
 
-    findings = examine()
+    findings = run_checks()
     _print(render(findings))
     if any(f.level == "problem" for f in findings):
         raise typer.Exit(1)

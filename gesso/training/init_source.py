@@ -14,9 +14,9 @@ from gesso.config import InputSpec, NetConfig, RunConfig
 from gesso.config.base import parse_count
 from gesso.config.net import TransformerConfig
 from gesso.config.process import ProcessConfig
-from gesso.ema.safetensors_io import SafetensorsFile
 from gesso.errors import RunError, UsageError
 from gesso.interop.mapping import NOTE_ASSUMED_RESOLUTION, ImportedModel
+from gesso.safetensors_io import read_metadata, read_tensors
 from gesso.sampling import MAX_PROFILE_ERROR
 
 TRANSFERABLE_DIFFERENCES = (
@@ -165,12 +165,11 @@ def _from_run(
 def _from_file(path: Path, run: RunConfig) -> InitSource:
     notes: list[str] = []
     if path.suffix == ".safetensors":
-        file = SafetensorsFile(path)
-        if "gesso" in file.metadata:
+        if "gesso" in read_metadata(path):
             weights, source_run, stored = snapshot.read(path)
             description = f"{path} (image {stored.nimg:,})"
             return _from_run(description, source_run, weights, stored.profile, stored.nimg, run, notes)
-        state = {name: file.read(name) for name in list(file.keys())}
+        state = read_tensors(path)
     else:
         state, notes = _load_torch_file(path)
     imported = _detect_format(path, state, run)

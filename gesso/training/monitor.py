@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gesso import build_conditions, ema, rng, sampling
+from gesso import ema, rng, sampling
 from gesso.conditioning import Cond
 from gesso.config import RunConfig
 from gesso.data.base import Dataset
@@ -85,12 +85,11 @@ class Monitor:
         self.validation_set = validation.open_validation_set(run, dataset) if self.cfg.validate_every else None
         end = run.train.total_images + run.train.batch_size - 1
         if any(is_due(0, end, every) for every in (self.cfg.sample_every, self.cfg.evaluate_every)):
-            sampling.check_sampling(run)
-            sampling.check_device(run, self.device)
+            sampling.check_sampling(run, self.device)
             self.normalizer = sampling.open_decoder(run)
             self.sample_run = run
             if run.sample.guide_run == "self":  # a guide from snapshots that do not exist yet: sample without guidance
-                update = {"guide_run": None, "guidance": 1.0, "guide_conditioning": "nothing",
+                update = {"guide_run": None, "guidance": 1.0, "guide_conditioning": "none",
                           "guide_sigma_rel": None, "guide_nimg": None}  # fmt: skip
                 self.sample_run = run.model_copy(update={"sample": run.sample.model_copy(update=update)})
             self.guide = sampling.load_guide(out, self.sample_run)
@@ -182,9 +181,9 @@ class Monitor:
     def sample_cond(self) -> Cond:
         """The conditions of a sample grid."""
         n = self.cfg.num_samples
-        labels = build_conditions.expand_labels(self.run, None, n)
-        prompts = build_conditions.expand_prompts(self.run, (), n)
-        return build_conditions.build_cond(self.run, range(n), self.trainer.control_rows, labels, prompts)[0]
+        labels = sampling.expand_labels(self.run, None, n)
+        prompts = sampling.expand_prompts(self.run, (), n)
+        return sampling.build_cond(self.run, range(n), self.trainer.control_rows, labels, prompts)[0]
 
     def log_samples(self) -> None:
         """Write a sample grid."""

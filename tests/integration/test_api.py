@@ -117,7 +117,7 @@ def test_models_are_built_by_name():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda run: run.sample(labels=["eleven"]), "no class 'eleven'"),
+        (lambda run: run.sample(labels=["eleven"]), "label 'eleven': no such class"),
         (lambda run: run.sample(labels=[11]), "label 11 is out of range"),
         (lambda run: run.sample(labels=[]), "labels is empty"),
         (lambda run: run.sample(settings={"net.depth": 3}), "net.depth"),

@@ -198,7 +198,7 @@ def test_other_safetensors_file_is_no_snapshot(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(UsageError, match="was not written by gesso"):
+    with pytest.raises(UsageError, match="is not a snapshot of gesso"):
         snapshot.read(tmp_path / "x.safetensors")
 
 

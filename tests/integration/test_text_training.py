@@ -10,7 +10,7 @@ from helpers.network_cases import randomize_constants_
 from helpers.run_factory import QUIET_CONSOLE, small_run, with_settings, write_run
 from rich.console import Console
 
-from gesso import build_conditions, sampling, snapshot
+from gesso import sampling, snapshot
 from gesso.conditioning import Cond
 from gesso.config import DataConfig
 from gesso.data.batching import Batcher
@@ -83,8 +83,8 @@ def test_an_empty_prompt_is_withheld_text_under_every_padding(recipe, trained):
     for padding in PADDINGS:
         denoiser, run = trained(recipe, padding)
         denoiser.load_state_dict(weights)
-        empty, _ = build_conditions.build_cond(run, [3, 4], None, prompts=["", " ..."])
-        words, _ = build_conditions.build_cond(run, [3, 4], None, prompts=["a", "the digit seven"])
+        empty, _ = sampling.build_cond(run, [3, 4], None, prompts=["", " ..."])
+        words, _ = sampling.build_cond(run, [3, 4], None, prompts=["a", "the digit seven"])
         outputs.append(call(denoiser, empty))
         assert call(denoiser, words.without(semantic=True)).equal(outputs[-1])
         assert call(denoiser, empty.without(semantic=True)).equal(outputs[-1])
@@ -101,7 +101,7 @@ def test_paddings_differ_where_there_is_padding(recipe, trained):
         denoiser, run = trained(recipe, padding)
         denoiser.load_state_dict(weights)
         for stored, prompts in ((short, ["the seven"] * 2), (full, ["a b c d e f"] * 2)):
-            stored.append(call(denoiser, build_conditions.build_cond(run, [3, 4], None, prompts=prompts)[0]))
+            stored.append(call(denoiser, sampling.build_cond(run, [3, 4], None, prompts=prompts)[0]))
     for i in range(4):
         torch.testing.assert_close(full[i], full[0], rtol=1e-4, atol=1e-4)  # T = length: no padding, m = 1, no noise
         for j in range(i):
@@ -168,10 +168,10 @@ def test_noise_in_training_is_keyed_to_the_sample_and_the_seed():
 def test_noise_in_sampling_is_keyed_to_the_seed():
     run = with_settings(text_run("digits", "noisy"), **{"data.num_classes": 10})
     prompts = ["the seven"] * 5
-    full, _ = build_conditions.build_cond(run, range(5), None, prompts=prompts)
-    single, _ = build_conditions.build_cond(run, [3], None, prompts=prompts[:1])
+    full, _ = sampling.build_cond(run, range(5), None, prompts=prompts)
+    single, _ = sampling.build_cond(run, [3], None, prompts=prompts[:1])
     assert single.text[0].equal(full.text[3]) and not full.text[2].equal(full.text[3])
-    reseeded, _ = build_conditions.build_cond(with_settings(run, **{"train.seed": 9}), [3], None, prompts=prompts[:1])
+    reseeded, _ = sampling.build_cond(with_settings(run, **{"train.seed": 9}), [3], None, prompts=prompts[:1])
     assert reseeded.text.equal(single.text)
 
 

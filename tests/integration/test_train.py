@@ -310,8 +310,8 @@ def test_a_full_disk_loses_nothing(photos, straight, tmp_path, monkeypatch):
     out = tmp_path / "run"
     full = """
 import errno
-from gesso import snapshot
-save = snapshot.save_file
+from gesso import safetensors_io
+save = safetensors_io.save_file
 count = 0
 def full(tensors, path, metadata):
     global count
@@ -320,7 +320,7 @@ def full(tensors, path, metadata):
         open(path, "wb").write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
     return save(tensors, path, metadata)
-snapshot.save_file = full
+safetensors_io.save_file = full
 """
     process = command(photos, out, prelude=full, check=False)
     assert process.returncode == 1 and "no space left" in process.stderr and "Traceback" not in process.stderr

@@ -947,7 +947,7 @@ def test_damaged_files(tmp_path):
     with pytest.raises(RunError, match="is damaged"):
         transfer_to(make_run("dit", source=str(bad)))
     save_file({"layer.weight": torch.ones(3)}, bad)
-    with pytest.raises(UsageError, match="weights of no project that gesso knows"):
+    with pytest.raises(UsageError, match="no project that gesso knows"):
         transfer_to(make_run("dit", source=str(bad)))
 
 

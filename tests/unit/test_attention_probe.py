@@ -74,7 +74,7 @@ def test_share_by_hand():
 
 def test_sample_grid_uses_each_size_condition(tmp_path):
     """The grid is what generate draws of the same seeds, a row for each size; without sizes about a square."""
-    from gesso import build_conditions, config, ema, sampling
+    from gesso import config, ema, sampling
     from gesso.reproduce import sample_grids
     from gesso.reproduce.schema import ColumnGroup
 
@@ -93,7 +93,7 @@ def test_sample_grid_uses_each_size_condition(tmp_path):
     weights, *_ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(run.sample)])
     created = []
     for size in ("4x4", "8x8"):
-        cond, _ = build_conditions.build_cond(
+        cond, _ = sampling.build_cond(
             run, range(3), snapshot.load_control_rows(folder), [0, 1, 2], None, {"size": size}
         )
         created += sampling.generate(snapshot.denoiser_from_weights(weights[0], run), run, range(3), cond)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from gesso import build_conditions, cli, config, models, recipes, sampling, snapshot
+from gesso import cli, config, models, recipes, sampling, snapshot
 from gesso.config import CONTROL_VARIABLES, DataConfig, InputSpec, MMDiTConfig, UNetConfig
 from gesso.data import crops, factory
 from gesso.data.batching import Batcher
@@ -39,9 +39,7 @@ def training_rows(n: int = 50) -> torch.Tensor:
 
 
 def build_control(run, seeds=range(40), rows=None, **control: str) -> dict[str, torch.Tensor]:
-    cond, warnings = build_conditions.build_cond(
-        run, list(seeds), training_rows() if rows is None else rows, control=control
-    )
+    cond, warnings = sampling.build_cond(run, list(seeds), training_rows() if rows is None else rows, control=control)
     assert warnings == []
     values = torch.cat([v for v in (cond.control_high, cond.control_low) if v is not None], dim=1)
     columns = run.control.column_names("high") + run.control.column_names("low")
@@ -118,7 +116,7 @@ def test_default_crop_occurs_in_training(tmp_path):
     run, loaded = open_dataset_for_run(run, Console(quiet=True))
     batches = Batcher(loaded, run, 0.5, torch.device("cpu"))
     displayed = batches.control_rows(torch.arange(len(loaded)))
-    cond, _ = build_conditions.build_cond(run, range(100), displayed, labels=[0] * 100)
+    cond, _ = sampling.build_cond(run, range(100), displayed, labels=[0] * 100)
     sampled = torch.cat([cond.control_high, cond.control_low], dim=1)
     assert all((row == displayed).all(1).any() for row in sampled) and len(sampled.unique(dim=0)) == 4
 
@@ -228,13 +226,13 @@ def test_run_with_a_subset_of_control_variables():
     at = build_control(run_with("flip,size"), rows=rows)
     assert list(at) == ["flip", "height", "width"] and not at["flip"].any()
     assert at["width"].equal(at["height"] + 1) and set(at["height"].tolist()) == {4.0, 6.0}
-    cond, _ = build_conditions.build_cond(run_with("flip"), [0], rows[:, :1])
+    cond, _ = sampling.build_cond(run_with("flip"), [0], rows[:, :1])
     assert cond.control_low is None and cond.control_high.shape == (1, 1)
 
 
 def test_snapshot_without_control_rows():
     with pytest.raises(UsageError, match="has no control variables"):
-        build_conditions.build_cond(run_with(), [0], None)
+        sampling.build_cond(run_with(), [0], None)
 
 
 # What is written wrongly.
@@ -289,9 +287,7 @@ def test_unknown_and_untrained_control_variables():
     with pytest.raises(UsageError, match="not trained with crop; its control variables: flip, size"):
         build_control(run_with("flip,size"), rows=torch.zeros(1, 3), crop="full")
     with pytest.raises(UsageError, match="its control variables: none"):
-        build_conditions.build_cond(
-            with_settings(small_run(), **{"data.num_classes": 10}), [0], None, control={"size": "4x4"}
-        )
+        sampling.build_cond(with_settings(small_run(), **{"data.num_classes": 10}), [0], None, control={"size": "4x4"})
 
 
 # Labels and prompts.
@@ -314,7 +310,9 @@ def run_with_classes(names=("cat", "dog", "hen"), **settings):
     ],
 )
 def test_labels_cycle(text, expected):
-    assert build_conditions.expand_labels(run_with_classes(), text, 5) == expected
+    run = run_with_classes()
+    labels = None if text is None else sampling.parse_labels(run, text)
+    assert sampling.expand_labels(run, labels, 5) == expected
 
 
 @pytest.mark.parametrize(
@@ -330,14 +328,14 @@ def test_labels_cycle(text, expected):
 )
 def test_invalid_labels(text, message):
     with pytest.raises(UsageError) as refused:
-        build_conditions.expand_labels(run_with_classes(), text, 5)
+        sampling.expand_labels(run_with_classes(), sampling.parse_labels(run_with_classes(), text), 5)
     assert message in str(refused.value)
 
 
 def test_null_label_requires_condition_dropout():
     run = run_with_classes(**{"dropout.both": 0, "sample.guidance": 1})
     with pytest.raises(UsageError, match=r"label 3 is out of range: the run has labels 0 to 2$"):
-        build_conditions.expand_labels(run, "3", 1)
+        sampling.expand_labels(run, [3], 1)
 
 
 @pytest.mark.parametrize("semantic", [0.0, 0.05])
@@ -346,13 +344,13 @@ def test_unlabelled_samples_drop_control_unless_trained(semantic):
     run = run_with("size", **{"guidance": 1})
     run = with_settings(run, **{"dropout.semantic": semantic})
     rows, labels = torch.tensor([[8.0, 8.0]]), [3, 10, 10, 0]
-    cond, _ = build_conditions.build_cond(run, range(4), rows, labels)
+    cond, _ = sampling.build_cond(run, range(4), rows, labels)
     displayed = [True] * 4 if cond.has_control is None else cond.has_control.tolist()
     assert displayed == ([True] * 4 if semantic else [True, False, False, True])
-    cond, _ = build_conditions.build_cond(run, range(4), rows, labels, None, {"size": "8x8"})
+    cond, _ = sampling.build_cond(run, range(4), rows, labels, None, {"size": "8x8"})
     assert cond.has_control is None  # the user names them
     arguments = with_settings(run, **{"semantic.kind": "text"})
-    cond, _ = build_conditions.build_cond(arguments, range(2), rows, None, ["seven", ""])
+    cond, _ = sampling.build_cond(arguments, range(2), rows, None, ["seven", ""])
     assert (cond.has_control is None) if semantic else cond.has_control.tolist() == [True, False]
 
 
@@ -362,36 +360,36 @@ def test_labels_and_prompts_for_the_wrong_run():
         small_run(), **{"semantic.kind": "none", "data.num_classes": 10, "sample.guidance": 1}
     )
     with pytest.raises(UsageError, match="trained with text: use --prompt"):
-        build_conditions.expand_labels(arguments, "3", 1)
+        sampling.expand_labels(arguments, [3], 1)
     with pytest.raises(UsageError, match="no classes: it takes no label"):
-        build_conditions.expand_labels(unconditional, "3", 1)
+        sampling.expand_labels(unconditional, [3], 1)
     with pytest.raises(UsageError, match="--prompt 'a cat': this run was trained with classes: use --label"):
-        build_conditions.expand_prompts(run_with_classes(), ["a cat"], 1)
+        sampling.expand_prompts(run_with_classes(), ["a cat"], 1)
     with pytest.raises(UsageError, match="neither classes nor text"):
-        build_conditions.expand_prompts(unconditional, ["a cat"], 1)
+        sampling.expand_prompts(unconditional, ["a cat"], 1)
     assert (
-        build_conditions.expand_labels(arguments, None, 3) is None
-        and build_conditions.expand_prompts(run_with_classes(), [], 3) is None
+        sampling.expand_labels(arguments, None, 3) is None
+        and sampling.expand_prompts(run_with_classes(), [], 3) is None
     )
 
 
 def test_prompts_cycle_or_default_to_the_run():
     run = with_settings(small_run(), **{"semantic.kind": "text"})
-    assert build_conditions.expand_prompts(run, ["a", "b"], 3) == ["a", "b", "a"]
-    assert build_conditions.expand_prompts(run, [], 2) == ["", ""]
+    assert sampling.expand_prompts(run, ["a", "b"], 3) == ["a", "b", "a"]
+    assert sampling.expand_prompts(run, [], 2) == ["", ""]
     run = with_settings(run, **{"data.example_captions": '["x","y"]'})
-    assert build_conditions.expand_prompts(run, [], 3) == ["x", "y", "x"]
+    assert sampling.expand_prompts(run, [], 3) == ["x", "y", "x"]
 
 
 def test_truncated_prompt_warns_once():
     run = with_settings(small_run(), **{"semantic.kind": "text", "semantic.max_tokens": 3, "data.num_classes": 10})
     long = "A fine-haired cat, asleep"
-    cond, warnings = build_conditions.build_cond(run, [0, 1, 2], None, prompts=[long, "a cat", long])
+    cond, warnings = sampling.build_cond(run, [0, 1, 2], None, prompts=[long, "a cat", long])
     assert warnings == [
         "warning: 'A fine-haired cat, asleep': of 5 words the first 3 are seen, cut from 'cat' on",
     ]
     short = "a fine haired"
-    same, none = build_conditions.build_cond(run, [0, 1, 2], None, prompts=[short, "A CAT!", short])
+    same, none = sampling.build_cond(run, [0, 1, 2], None, prompts=[short, "A CAT!", short])
     assert none == [] and cond.text.shape == (3, 3, 64)
     assert cond.text.equal(same.text)
 
@@ -510,7 +508,7 @@ def test_training_rejects_unavailable_noise_levels_early(monkeypatch):
         ({"sample.schedule": "trailing"}, "this process has karras"),
         ({"process.name": "rf", "sample.schedule": "leading"}, "this process has linear, sd3, karras"),
         ({"process.name": "vp", "sample.steps": 2000}, "allows at most 1000 steps"),
-        ({"sample.final_level": "first"}, "only process.name=vp"),
+        ({"sample.final_level": "sigma_min"}, "only process.name=vp"),
         ({"sample.shift": 3}, "above 40"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -585,8 +583,8 @@ def test_sample_command_errors(sample, monkeypatch, folder, arguments, message, 
 
 def test_sample_options_reach_the_network(sample, monkeypatch):
     calls = []
-    build = build_conditions.build_cond
-    monkeypatch.setattr(build_conditions, "build_cond", lambda *a, **k: calls.append(build(*a, **k)) or calls[-1])
+    build = sampling.build_cond
+    monkeypatch.setattr(sampling, "build_cond", lambda *a, **k: calls.append(build(*a, **k)) or calls[-1])
     for arguments in ([], ["--size", "4x8"], ["--control", "size=4x8", "--flip", "yes"]):
         code, out, _ = sample("sized", *arguments)
         assert code == 0 and "wrote 2 images" in out
@@ -667,7 +665,7 @@ def test_size_error_names_the_required_multiple(recipe, size):
     net = models.build_network(run.net, InputSpec(1, 8))
     level = torch.full((1,), 0.5)
     with pytest.raises(ValueError, match=f"multiples of 2, but was given {size[0]} x {size[1]}"):
-        net(torch.zeros(1, 1, *size), level, level, build_conditions.Cond())
+        net(torch.zeros(1, 1, *size), level, level, sampling.Cond())
 
 
 def test_ladder_size_error_names_the_required_multiple():
@@ -680,7 +678,7 @@ def test_ladder_size_error_names_the_required_multiple():
             InputSpec(1, 8),
         )
         with pytest.raises(ValueError, match="multiples of 2, but was given 7 x 8"):
-            net(torch.zeros(1, 1, 7, 8), torch.zeros(1), torch.zeros(1), build_conditions.Cond())
+            net(torch.zeros(1, 1, 7, 8), torch.zeros(1), torch.zeros(1), sampling.Cond())
 
 
 @pytest.mark.parametrize(
@@ -699,7 +697,7 @@ def test_ladder_size_error_names_the_required_multiple():
 )
 def test_missing_pooled_text(cfg):
     net, level = models.build_network(cfg, InputSpec(1, 8, text_dim=6, pooled_dim=6)), torch.full((1,), 0.5)
-    cond = build_conditions.Cond(text=torch.zeros(1, 3, 6))
+    cond = sampling.Cond(text=torch.zeros(1, 3, 6))
     for withheld in (cond, cond.without(semantic=True)):
         with pytest.raises(ValueError, match=r"built for pooled text needs Cond\.pooled"):
             net(torch.zeros(1, 1, 8, 8), level, level, withheld)

@@ -401,7 +401,7 @@ def test_a_recipe_of_edm2_on_a_processor(tmp_path):
 
 
 def test_a_16_bit_network_samples_near_the_full_one():
-    from gesso import sampling
+    from gesso import devices, sampling
     from gesso.conditioning import Cond
 
     trainer = digits_trainer("train.dtype=float32")
@@ -411,7 +411,7 @@ def test_a_16_bit_network_samples_near_the_full_one():
     for precision in ("full", "tf32", "bfloat16", "float16"):
         sample = trainer.run.sample.model_copy(update={"precision": precision})
         run = trainer.run.model_copy(update={"sample": sample})
-        with torch.no_grad():
+        with torch.no_grad(), devices.precision_context(x.device, precision):
             result[precision] = sampling.guided_denoiser(denoiser, run, cond, None)(x, s)
         assert result[precision].dtype == torch.float32
     assert result["full"].equal(result["tf32"])  # a processor has no TF32

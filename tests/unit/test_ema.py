@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from gesso import config, ema, recipes, sampling, snapshot
-from gesso.ema import Density, PowerProfile, RawProfile, TraditionalProfile, combine
+from gesso.ema import Density, PowerProfile, RawProfile, TraditionalProfile
+from gesso.ema.combine import TENSORS_PER_BLOCK
 from gesso.evaluation import runner
+from gesso.safetensors_io import read_metadata
 from gesso.training import loop
 from gesso.training.run_folder import start_training
 
@@ -181,19 +183,8 @@ def random_walk(n=N, size=16):
     return theta, average
 
 
-class InMemoryReader:
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-    def meta_tensor(self, name):
-        return self.tensor.to("meta")
-
-    def read_slice(self, name, start, stop):
-        return self.tensor.reshape(-1)[start:stop]
-
-
-def combine_readers(readers, x):
-    return ema.linear_combination(readers, x[:, None], "w")[0]
+def combine(tensors, x):
+    return ema.linear_combination(tensors, x[:, None])[0]
 
 
 def snapshot_times(profiles, snapshots=32, n=N, end=None):
@@ -210,8 +201,8 @@ def reconstruct(average, target, profiles=TWO_POWER_PROFILES, end=None, dtype=to
     times, kinds = snapshot_times(profiles, end=end, **options)
     fit = ema.fit_profile(times, kinds, end or N, target)
     assert fit.coefficients.sum() == pytest.approx(1)
-    readers = [InMemoryReader(average(p, t).to(dtype)) for t, p in zip(times, kinds, strict=True)]
-    return combine_readers(readers, fit.coefficients), fit
+    tensors = [average(p, t).to(dtype) for t, p in zip(times, kinds, strict=True)]
+    return combine(tensors, fit.coefficients), fit
 
 
 def relative_distance(actual, expected):
@@ -298,13 +289,13 @@ def test_combined_averages_match_combined_profiles(profiles, target):
     live = theta[0].clone()
     tracker = ema.Tracker({"w": live}, profiles)
     times, kinds = snapshot_times(profiles, 8, n)
-    readers, last = [], 0
+    tensors, last = [], 0
     for t in range(1, n + 1):
         live.copy_(theta[t])
         tracker.update(last, t)
         last = t
         if t in times:
-            readers += [InMemoryReader(tracker.averages[p]["w"].clone()) for p in profiles]
+            tensors += [tracker.averages[p]["w"].clone() for p in profiles]
     fit = ema.fit_profile(times, kinds, n, target)
     fine = 4000  # midpoints in every step
     tau = (np.arange(n * fine) + 0.5) / fine
@@ -314,7 +305,7 @@ def test_combined_averages_match_combined_profiles(profiles, target):
         inside = tau <= times[i]
         p[inside] += x * Density(*(v[i] for v in stored)).pdf(tau[inside])
     weights = np.r_[fit.initial_weight, p.reshape(n, fine).mean(1)]
-    actual = combine_readers(readers, fit.coefficients)
+    actual = combine(tensors, fit.coefficients)
     torch.testing.assert_close(actual, torch.from_numpy(weights) @ theta, rtol=1e-5, atol=1e-5)
     # The error told is that of the profile; theta(0) counts as the weights of the first snapshot's time before 0.
     expected = Density(*(v[0] for v in ema.densities([n], [target])))
@@ -379,11 +370,11 @@ def test_nearly_identical_snapshots(profiles, bound):
 
 
 def test_several_targets_in_one_pass():
-    readers = [InMemoryReader(torch.randn(2, 3)) for _ in range(4)]
+    tensors = [torch.randn(2, 3) for _ in range(4)]
     x = np.random.default_rng(0).normal(size=(4, 2))
-    combined = ema.linear_combination(readers, x, "w")
+    combined = ema.linear_combination(tensors, x)
     for j in range(2):
-        torch.testing.assert_close(combined[j], combine_readers(readers, x[:, j]))
+        torch.testing.assert_close(combined[j], combine(tensors, x[:, j]))
 
 
 # Snapshots, settings, sampling.
@@ -426,7 +417,7 @@ def test_snapshots_without_halflife_metadata(tmp_path):
     # The files of power profiles are still written under this name, with these keys in this order.
     assert snapshot.snapshot_path(path.parent, 640, PowerProfile(0.05)) == path
     snapshot.write(path, {"w": torch.ones(3)}, 640, PowerProfile(0.05), run)
-    assert list(snapshot._read_header(path)) == list(description)
+    assert list(json.loads(read_metadata(path)["gesso"])) == list(description)
 
 
 def test_training_resumes_bit_equal_and_samples(tmp_path):
@@ -489,7 +480,7 @@ def test_sample_command_with_other_lengths(gesso_text, folder, tmp_path):
     tensors, run, _ = snapshot.read(folder / "snapshots" / "nimg000000000640-halflife1000.safetensors")
     halflife_run = with_settings(run, **{"sample.halflife": 1000})
     direct = snapshot.denoiser_from_weights(tensors, halflife_run)
-    cond, _ = sampling.build_conditions.build_cond(halflife_run, range(3), None, [0, 1, 2])
+    cond, _ = sampling.build_cond(halflife_run, range(3), None, [0, 1, 2])
     for seed, image in enumerate(torch.cat(list(sampling.generate(direct, halflife_run, range(3), cond)))):
         sampling.save_png(sampling.to_pil(image), tmp_path / "direct" / f"seed{seed:06d}.png")
     assert half == read_images(tmp_path / "direct")
@@ -632,9 +623,7 @@ def test_averages_of_raw_weights_converge(target):
     for snapshots in (32, 64, 128):
         times = [n * (i + 1) // snapshots for i in range(snapshots)]
         fit = ema.fit_profile(times, [RawProfile()] * snapshots, n, target)
-        errors.append(
-            abs(float(combine_readers([InMemoryReader(path(float(t))) for t in times], fit.coefficients) - expected))
-        )
+        errors.append(abs(float(combine([path(float(t)) for t in times], fit.coefficients) - expected)))
     assert errors[2] < errors[1] / 3 < errors[0] / 9 and errors[2] < 1e-3
 
 
@@ -706,17 +695,17 @@ def test_linear_combination_in_chunks(shape, files, seed):
     g = torch.Generator().manual_seed(seed)
     thetas = [torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(files)]
     x = np.random.default_rng(seed).normal(size=(files, 3)) * np.array([1, 40, 0.1])
-    actual = ema.linear_combination([InMemoryReader(theta) for theta in thetas], x, "w")
+    actual = ema.linear_combination(thetas, x)
     expected = torch.einsum("fm,f...->m...", torch.from_numpy(x), torch.stack(thetas))
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-10)
     # Of 32-bit weights, u = 2^-24 (Higham, "Accuracy and Stability", Eq. 3.5): rounding of each coefficient and difference and
     # of a sum of up to BLOCK products, all relative to the sum of magnitudes; then that of the result.
     stored = [theta.float() for theta in thetas]
-    single = ema.linear_combination([InMemoryReader(theta) for theta in stored], x, "w")
+    single = ema.linear_combination(stored, x)
     full = torch.stack(stored).double()
     expected = torch.einsum("fm,f...->m...", torch.from_numpy(x), full)
     magnitudes = torch.einsum("fm,f...->m...", torch.from_numpy(abs(x)), (full - full[-1]).abs())
-    bound = (min(files, combine.FILES_PER_BLOCK) + 3) * 2**-24 * magnitudes + 1.01 * 2**-24 * expected.abs()
+    bound = (min(files, TENSORS_PER_BLOCK) + 3) * 2**-24 * magnitudes + 1.01 * 2**-24 * expected.abs()
     assert single.dtype == torch.float32 and (single - expected).abs().le(bound + 1e-40).all()
 
 
@@ -728,7 +717,7 @@ def test_short_lengths_from_float32_snapshots():
     x = np.random.default_rng(0).normal(size=n)
     x *= 42 / np.linalg.norm(x)
     x[-1] += 1 - x.sum()
-    actual = combine_readers([InMemoryReader(theta) for theta in thetas], x).double()
+    actual = combine(thetas, x).double()
     expected = torch.einsum("f,fk->k", torch.from_numpy(x), torch.stack(thetas).double())
     assert float((actual - expected).norm() / expected.norm()) < 2**-23
     # Not by the sum as it stands: in 32 bits that is ten times worse.
@@ -740,17 +729,15 @@ def test_stored_target_among_others_is_bit_equal():
     thetas = [torch.randn(50) for _ in range(5)]
     x = np.eye(5)[:, [1, 4]] + np.array([[0.0, 0.0]] * 5)
     x = np.c_[x, np.full(5, 0.2)]
-    actual = ema.linear_combination([InMemoryReader(theta) for theta in thetas], x, "w")
+    actual = ema.linear_combination(thetas, x)
     assert actual[0].equal(thetas[1]) and actual[1].equal(thetas[4])
 
 
 def test_integer_tensors_and_unused_files():
-    counts = [InMemoryReader(torch.tensor([i, 10 * i])) for i in range(3)]
-    assert ema.linear_combination(counts, np.array([[0.3], [0.7], [0.0]]), "w").tolist() == [[1, 10]]
-    unused = InMemoryReader(torch.full((4,), float("nan")))
-    assert ema.linear_combination([unused, InMemoryReader(torch.ones(4))], np.array([[0.0], [1.0]]), "w").equal(
-        torch.ones(1, 4)
-    )
+    counts = [torch.tensor([i, 10 * i]) for i in range(3)]
+    assert ema.linear_combination(counts, np.array([[0.3], [0.7], [0.0]])).tolist() == [[1, 10]]
+    unused = torch.full((4,), float("nan"))
+    assert ema.linear_combination([unused, torch.ones(4)], np.array([[0.0], [1.0]])).equal(torch.ones(1, 4))
 
 
 # Averages in the host's memory, snapshots in 16 bits.

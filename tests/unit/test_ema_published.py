@@ -84,7 +84,7 @@ def test_buffers_are_copied_from_the_last_snapshot(tmp_path):
         assert abs(float(weights["w"][0])) < 0.2  # of a cosine the mean, not the last value
     plan = snapshot.plan_reconstruction(snapshot.list_snapshots(tmp_path), [PowerProfile(0.08), PowerProfile(0.1)])
     for path in snapshot.reconstruct_to_files(plan, tmp_path / "made"):
-        assert snapshot._from_header(path, snapshot._read_header(path)).buffers == ("b", "n")
+        assert snapshot.read_header(path).buffers == ("b", "n")
     again = PostHocEMA.reconstruct(tmp_path / "made", 0.08)
     assert float(again["b"]) == math.sin(400)
 

@@ -44,7 +44,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from gesso import build_conditions, sampling, snapshot
+from gesso import sampling, snapshot
 from gesso.config import SemanticConfig
 from gesso.data import factory
 from gesso.data.encoders import hub as pretrained
@@ -554,7 +554,7 @@ def test_prompts_become_the_encoders_tokens(folders, tmp_path):
     run = write_run(tmp_path, "digits-mmdit", **{"semantic.kind": "text", "semantic.encoder": folders["clip"],
                                                "semantic.max_tokens": 8, "semantic.padding": "masked"})  # fmt: skip
     prompts = ["the seven", "", "a"]
-    cond, _ = build_conditions.build_cond(run, [0, 1, 2], None, prompts=prompts)
+    cond, _ = sampling.build_cond(run, [0, 1, 2], None, prompts=prompts)
     tokens, lengths, pooled = encoder(folders["clip"], 8)(prompts)
     assert cond.text.equal(tokens) and cond.pooled.equal(pooled)
     assert cond.text_mask.sum(1).tolist() == [int(lengths[0]), 8, int(lengths[2])]  # no text: all zeros, all seen
@@ -581,7 +581,7 @@ def test_an_encoder_of_another_width_than_recorded_is_refused_when_sampling(fold
         (with_settings(run, **{"semantic.embed_dim": 14}), "pooled_dim=16, but"),
     ):
         with pytest.raises(UsageError, match=output):
-            build_conditions.build_cond(recorded, [0], None, prompts=["a"])
+            sampling.build_cond(recorded, [0], None, prompts=["a"])
 
 
 # VAE.

@@ -241,7 +241,7 @@ NOT_EXPORTABLE = {
     "net.pos_embed=extrapolated without net.pos_embed_max_size": [(MMDiTConfig(**SHAPE_EXTRAPOLATED, separate_text_weights="all"), POOLED)],
     "net.text_projection=mlp": [(UNetConfig(**{**LEVELS, "text_projection": "mlp"}), TEXT)],
     "pooled text without control": [(UNetConfig(**SDXL), POOLED)],
-    "net.pooled_mlp=own": [(UNetConfig(**{**SDXL, "pooled_mlp": "own"}), WITH_SIZES)],
+    "net.pooled_mlp=separate": [(UNetConfig(**{**SDXL, "pooled_mlp": "separate"}), WITH_SIZES)],
     "net.transformer_depth_middle=1": [(UNetConfig(**{**SDXL, "transformer_depth_middle": 1}), WITH_SIZES)],
     "net.transformer_depth_middle=0": [(UNetConfig(**{**LEVELS, "transformer_depth_middle": 0}), TEXT)],
 }  # fmt: skip
@@ -251,7 +251,7 @@ NOT_EXPORTABLE = {
     "reason, cfg, inputs", [(why, *case) for why, cases in NOT_EXPORTABLE.items() for case in cases]
 )
 def test_unexportable_settings_are_named(reason, cfg, inputs):
-    with pytest.raises(UsageError, match=f"cannot hold (.*, )?{reason}"):
+    with pytest.raises(UsageError, match=f"does not support (.*, )?{reason}"):
         interop.to_diffusers(models.build_network(cfg, inputs), cfg, inputs)
 
 

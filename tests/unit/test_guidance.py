@@ -58,7 +58,7 @@ def expected_output(net: CountingDenoiser, semantic: bool, control: bool) -> Ten
     b=guidance_weights,
     keep=st.booleans(),
     has_guide=st.booleans(),
-    sees=st.sampled_from(["nothing", "all"]),
+    sees=st.sampled_from(["none", "all"]),
 )
 def test_weights_sum_to_one(l, b, keep, has_guide, sees):  # noqa: E741
     net, guide = CountingDenoiser(), CountingDenoiser(0.1) if has_guide else None
@@ -273,7 +273,7 @@ def sample_images(folder, run, label="3", seeds="0-3"):
     return torch.cat(list(sampling.generate(denoiser, run, range(4), cond, sampling.load_guide(folder, run))))
 
 
-@pytest.mark.parametrize("sees", ["nothing", "all"])
+@pytest.mark.parametrize("sees", ["none", "all"])
 def test_self_guidance_at_another_ema_length(folders, sees):
     folder = folders / "plain"
     run = load_run(folder, guide_run="self", guide_sigma_rel=0.1, guide_conditioning=sees, guidance=3, steps=4)

@@ -95,7 +95,7 @@ def test_a_published_network_of_three_levels_loads():
 def test_an_embedding_of_another_width_is_refused():
     """channel_mult_emb of the published code, which no published model has."""
     state = published_edm2_weights() | {"unet.emb_noise.weight": torch.randn(256, 64)}
-    with pytest.raises(UsageError, match=r"embedding has 256 channels .* its widest level 128"):
+    with pytest.raises(UsageError, match=r"embedding of this EDM2 network has 256 channels .* its widest level 128"):
         interop.load_network(state)
 
 
@@ -269,7 +269,7 @@ def test_import_original_dit():
     assert "resolution" not in notes
     label, x = torch.tensor([1, 5]), randn(2, 4, 8, 8)
     assert_close(net(x, T, T / 1000, Cond(label=label)), peer(x, timestep=T, class_labels=label).sample[:, :4])
-    with pytest.raises(RunError, match="pos_embed of shape"):
+    with pytest.raises(RunError, match="pos_embed has shape"):
         interop.load_network(state | {"pos_embed": torch.zeros(1, 15, 32)}, num_heads=2)
 
 
@@ -310,7 +310,7 @@ def test_pixart_on_other_grids(names, grid):
     net, notes = interop.load_network(state, num_heads=2, resolution=8 if names == "told" else None)
     x, text = randn(2, 4, *grid), randn(2, 6, 12)
     assert_close(net(x, T, T / 1000, Cond(text=text)), peer(x, text, timestep=T).sample[:, :4])
-    assert notes["positions"] == "step base/n on a grid of n tokens, as theirs" and "resolution" not in notes
+    assert notes["positions"] == "step base/n on a grid of n tokens, as in the source" and "resolution" not in notes
     tokens = [side // 2 for side in grid]
     difference = (net.trunk.position(*tokens) - SinCosPosEmbed(32, (4, 4), "extrapolated")(*tokens)).abs().max()
     assert difference < 1e-6 if grid == (8, 8) else difference > 0.1
@@ -364,7 +364,7 @@ def test_pixart_1024_raises():
         num_attention_heads=2, attention_head_dim=18, num_layers=1, sample_size=128, cross_attention_dim=36,
         caption_channels=12,
     )  # fmt: skip
-    with pytest.raises(UsageError, match="counts positions in halves"):
+    with pytest.raises(UsageError, match="positions in half steps"):
         interop.load_network(peer.state_dict(), num_heads=2)
 
 
@@ -467,7 +467,7 @@ def test_import_original_sd3(qk_norm, dual):
         state["joint_blocks.2.context_block.attn.ln_q.weight"] = torch.ones(8)
     one_file = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}
     net, notes = interop.load_network(one_file | {"first_stage_model.x": torch.zeros(1)}, num_heads=4)
-    assert "Stability" in notes["source"] and notes["left behind"].startswith("1 tensors outside")
+    assert "Stability" in notes["source"] and notes["ignored"].startswith("1 tensors outside")
     converted = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(dict(state))
     peer = diffusers_sd3(qk_norm, dual)
     peer.load_state_dict(converted)
@@ -534,9 +534,9 @@ def test_heads_of_known_sizes(width, depth, heads):
 
 @pytest.mark.parametrize("make", [diffusers_dit, diffusers_pixart, diffusers_sd3])
 def test_ambiguous_heads_require_an_argument(make):
-    with pytest.raises(UsageError, match="say heads="):
+    with pytest.raises(UsageError, match="pass num_heads="):
         interop.load_network(make().state_dict())
-    with pytest.raises(UsageError, match="heads=5 does not fit"):
+    with pytest.raises(UsageError, match="num_heads=5 does not fit"):
         interop.load_network(make().state_dict(), num_heads=5)
 
 

@@ -11,7 +11,7 @@ from helpers.run_factory import image_run
 from PIL import Image
 from rich.console import Console
 
-from gesso import build_conditions, config, recipes, sampling, snapshot
+from gesso import config, recipes, sampling, snapshot
 from gesso import rng as keyed
 from gesso.config import DataConfig, LatentConfig
 from gesso.data import crops, factory, inspect
@@ -448,9 +448,9 @@ def test_samples_of_another_aspect_have_as_many_pixels(photos, tmp_path, aspect,
 def test_rows_of_control_are_of_pictures_of_that_aspect(photos):
     run, _ = open_dataset_for_run(image_run(photos, **{"control.variables": "size", "sample.aspect": "2:1"}), QUIET)
     rows = torch.tensor([[64.0, 40.0], [48.0, 96.0], [64.0, 40.0], [48.0, 100.0]])
-    cond, _ = build_conditions.build_cond(run, range(40), rows, labels=[0] * 40)
+    cond, _ = sampling.build_cond(run, range(40), rows, labels=[0] * 40)
     assert {tuple(row) for row in cond.control_low.tolist()} == {(48.0, 96.0), (48.0, 100.0)}
-    cond, _ = build_conditions.build_cond(run, range(40), rows[::2], labels=[0] * 40)  # none is: any
+    cond, _ = sampling.build_cond(run, range(40), rows[::2], labels=[0] * 40)  # none is: any
     assert cond.control_low.unique(dim=0).tolist() == [[64.0, 40.0]]
 
 

@@ -346,7 +346,7 @@ def test_guidance_one_needs_one_evaluation():
 
 def test_weights_must_sum_to_one():
     with pytest.raises(ValueError, match="sum to 1"):
-        guidance.combine_terms([guidance.GuidanceTerm(0.7, CountingDenoiser(), Cond())])
+        guidance.combine_terms([guidance.GuidanceTerm(0.7, CountingDenoiser(), Cond(), 0.7)])
 
 
 class PosteriorDenoiser(torch.nn.Module):

@@ -395,7 +395,7 @@ def diffusers_scheduler(name, spacing, one_last):
 
 
 @pytest.mark.parametrize("name", ["vp", "vp-v", "vp-v-zero"])
-@pytest.mark.parametrize("spacing, last", [("leading", "first"), ("leading", "zero"), ("trailing", "zero")])
+@pytest.mark.parametrize("spacing, last", [("leading", "sigma_min"), ("leading", "zero"), ("trailing", "zero")])
 @pytest.mark.parametrize("eta", [0.0, 0.4, 0.999])  # at 1 from zero terminal SNR diffusers takes the root of -1e-17
 def test_steps_agree_with_diffusers_ddim(name, spacing, last, eta):
     """The same network under both, step by step, with the same noise."""
@@ -671,7 +671,7 @@ def test_default_schedule_of_each_process():
     grid=st.sampled_from([None, "karras", "trailing", "leading", "linspace", "respaced", "ddim", "linear", "sd3"]),
     steps=st.integers(1, 600),
     shift=st.floats(0.2, 5),
-    last=st.sampled_from(["zero", "first"]),
+    last=st.sampled_from(["zero", "sigma_min"]),
 )
 def test_levels_decrease_or_raise(name, grid, steps, shift, last):
     proc = PROCESSES[name]
@@ -701,9 +701,9 @@ def test_levels_decrease_or_raise(name, grid, steps, shift, last):
         (EDM, {"steps": -1, "schedule": "karras"}, "set at least 1"),
         (EDM, {"shift": 2.0}, "the first level would be 160, above 80"),
         (VPV, {"shift": 1.1}, "a shift above 1 is for process.name=rf"),
-        (RF, {"final_level": "first"}, "only process.name=vp"),
-        (VP, {"final_level": "first"}, "sample.schedule=leading or trailing"),
-        (VP, {"final_level": "first", "schedule": "karras"}, "sample.schedule=leading or trailing"),
+        (RF, {"final_level": "sigma_min"}, "only process.name=vp"),
+        (VP, {"final_level": "sigma_min"}, "sample.schedule=leading or trailing"),
+        (VP, {"final_level": "sigma_min", "schedule": "karras"}, "sample.schedule=leading or trailing"),
     ],
 )
 def test_invalid_schedules(proc, options, message):
