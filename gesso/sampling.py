@@ -60,7 +60,7 @@ def generate(
     devices.check_precision(device, "sample.precision", cfg.precision)
     dtype = getattr(torch, cfg.state_dtype)
     shape = (run.x0_channels, *(side // run.downsample_factor for side in run.sample_size))
-    normalizer = normalizer or Normalizer(run.data, run.latent, denoiser.process.sigma_data, device, cfg.to_uint8)
+    normalizer = normalizer or open_decoder(run, device)
     for start in range(0, len(seeds), cfg.batch_size):
         chunk = slice(start, start + cfg.batch_size)
         seed = torch.tensor(seeds[chunk], dtype=torch.int64, device=device)
@@ -75,10 +75,14 @@ def generate(
         yield normalizer.x0_to_pixels(x).cpu()
 
 
-def open_decoder(run: RunConfig) -> Normalizer:
-    """Return the conversion of x0 to pixels with its VAE loaded; raises UsageError if the VAE cannot be loaded."""
+def open_decoder(run: RunConfig, device: torch.device | None = None) -> Normalizer:
+    """Return the conversion of x0 to pixels with its VAE loaded on a device (default: train.device).
+
+    Raises:
+        UsageError: The VAE cannot be loaded.
+    """
     sigma_data = process.build_process(run.process).sigma_data
-    normalizer = Normalizer(run.data, run.latent, sigma_data, run_device(run), run.sample.to_uint8)
+    normalizer = Normalizer(run.data, run.latent, sigma_data, device or run_device(run), run.sample.to_uint8)
     if run.latent.vae:
         _ = normalizer.vae
     return normalizer
