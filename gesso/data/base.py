@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gesso.config import RunConfig, SemanticConfig
+from gesso.config import CONTROL_VARIABLES, RunConfig, SemanticConfig
 from gesso.data import crops
 from gesso.data.encoders.text import EncodedText
 from gesso.data.samplers import EpochShuffle, ExcludeIndices, SampleOrder, select_validation
@@ -44,8 +44,19 @@ class SampleBatch(NamedTuple):
     encoded_text: EncodedText | None = None
 
     def control_columns(self) -> Mapping[str, Tensor]:
-        """Return the control variables by name, (B,) float32 each, in the units of config.CONTROLS."""
-        return crops.control_columns(self.original_sizes, self.crop_boxes, self.flips, self.pixel_stats)
+        """Return the columns of the control variables by name, (B,) float32 each, in the units of CONTROL_VARIABLES.
+
+        Raises:
+            UsageError: A control variable of the user returns another shape.
+        """
+        columns = dict(crops.control_columns(self.original_sizes, self.crop_boxes, self.flips, self.pixel_stats))
+        for name, variable in CONTROL_VARIABLES.items():
+            if variable.measure is not None:
+                values, shape = variable.measure(self), (len(self.labels), len(variable.columns))
+                if tuple(values.shape) != shape:
+                    raise UsageError(f"control variable {name}: measure returned {tuple(values.shape)}, not {shape}")
+                columns |= dict(zip(variable.columns, values.float().unbind(1), strict=True))
+        return columns
 
 
 class Dataset(abc.ABC):

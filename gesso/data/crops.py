@@ -141,7 +141,7 @@ def mirrored(boxes: Tensor) -> Tensor:
 def control_columns(
     original_sizes: Tensor, crop_boxes: Tensor, flips: Tensor, pixel_stats: Tensor
 ) -> Mapping[str, Tensor]:
-    """Return the control variables by name, (B,) float32 each, in the units of config.CONTROLS.
+    """Return the control variables by name, (B,) float32 each, in the units of config.CONTROL_VARIABLES.
 
     The crop of a mirrored sample is given in the mirrored image: left -> 1 - right, right -> 1 - left.
 

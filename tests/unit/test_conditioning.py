@@ -518,7 +518,9 @@ def test_training_rejects_unavailable_noise_levels_early(monkeypatch):
 @pytest.mark.parametrize("update", [{"semantic.kind": "none"}, {"semantic.kind": "none", "sample.guidance": 3}])
 def test_training_without_guidable_conditions_notes_it(update, capsys):
     run, _ = open_dataset_for_run(small_run(**update), Console(width=200))
-    assert run.sample.guidance == 1 and "sample.guidance=1, because the images have no classes" in capsys.readouterr().out
+    assert (
+        run.sample.guidance == 1 and "sample.guidance=1, because the images have no classes" in capsys.readouterr().out
+    )
 
 
 # Refused before any work: on the command line.
