@@ -85,8 +85,9 @@ class OnTheFlyDataset(Dataset):
                 item = self.source.item(j)
                 if self.has_latents:
                     size = item.original_size or (data.resolution, data.resolution)
-                    return j, torch.from_numpy(item.image), crops.View(0.0, 0.0, 1.0, 1.0), size
-                image, full_size = item.decode(data.channels, self._min_decode_edge(), data.resize)
+                    return j, torch.from_numpy(item.image), crops.FULL_VIEW, size
+                min_edge = crops.min_decode_edge(self.data, data.resolution)
+                image, full_size = item.decode(data.channels, min_edge, data.resize)
             except UnreadableImageError as error:
                 self._record_unreadable(j, error.name, error.reason)
                 continue
@@ -95,11 +96,6 @@ class OnTheFlyDataset(Dataset):
             x = crops.crop_resize(image, view, data.resolution, data.resolution, data.resize)
             return j, torch.from_numpy(x), view, size
         raise RunError(f"no image of {self.uri} can be read")
-
-    def _min_decode_edge(self) -> int:
-        """Return the shorter edge in pixels below which a reduced JPEG decode would have to be enlarged."""
-        scale = self.data.crop_scale
-        return int(np.ceil(self.data.resolution / (scale[0] ** 0.5 if scale else 1)))
 
     def _record_unreadable(self, i: int, name: str, reason: str) -> None:
         with self._unreadable_lock:
