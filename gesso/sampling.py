@@ -121,7 +121,7 @@ def guided_denoiser(denoiser: Denoiser, run: RunConfig, cond: Cond, guide: Denoi
             with_guidance, lambda s: guidance.power_cosine(strength, float(process.progress(s)), cfg.guidance_power)
         )
     if cfg.clip:  # x0 of pixels in [-1, 1], by channel
-        low, high = Normalizer(run.data, run.latent, process.sigma_data, "cpu").ends()
+        low, high = Normalizer(run.data, run.latent, process.sigma_data, "cpu").x0_range()
         inside, outside = (guidance.clip_x0(denoise, low, high) for denoise in (inside, outside))
     inside, outside = (with_precision(denoise, cfg.precision) for denoise in (inside, outside))
     if cfg.guidance_interval:

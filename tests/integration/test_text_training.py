@@ -203,7 +203,7 @@ def test_captions_of_a_folder(tmp_path):
     batches, loaded = batcher_for(small_run(**TEXT | settings))
     assert loaded.captions == ("dog", "red cat", "A cat, ünder a table.")
     assert (
-        batches.text_cache(loaded.get(torch.arange(3), torch.arange(3))).lengths.tolist() == [1, 2, 5]
+        batches.encoded_text(loaded.get(torch.arange(3), torch.arange(3))).lengths.tolist() == [1, 2, 5]
         and batches.run.data.example_captions == loaded.captions
     )
 

@@ -166,10 +166,10 @@ def nearest_bucket(sizes: Sequence[tuple[int, int]], height: int, width: int) ->
     return min(range(len(sizes)), key=lambda b: abs(math.log(sizes[b][1] * height / (sizes[b][0] * width))))
 
 
-def view_uniforms(plan: CachePlan, start: int, stop: int) -> np.ndarray:
+def view_uniforms(seed: int, K: int, start: int, stop: int) -> np.ndarray:
     """Return uniform draws (stop - start, K, UNIFORMS_PER_VIEW) of images; those of a view do not depend on K."""
     index = torch.arange(start, stop)
-    u = [rng.uniform(plan.seed, index, f"view {v}", crops.UNIFORMS_PER_VIEW) for v in range(plan.views)]
+    u = [rng.uniform(seed, index, f"view {v}", crops.UNIFORMS_PER_VIEW) for v in range(K)]
     return torch.stack(u, dim=1).numpy()
 
 

@@ -56,7 +56,7 @@ CacheFile = ShardFile | ColumnFile
 
 
 def shard_name(r: int, size: tuple[int, int] | None = None) -> str:
-    """Return the file name of the shard of range r; `size` (height, width) is that of its bucket if there are several."""
+    """Return the file name of the shard of range r; with several buckets, `size` is height and width of its bucket."""
     return f"shard-{r:06d}.safetensors" if size is None else f"shard-{r:06d}-{size[0]}x{size[1]}.safetensors"
 
 
@@ -82,7 +82,8 @@ def parse_record(tree: object, path: Path | str, kind: type[Record]) -> Record:
     version = tree.get("format") if isinstance(tree, dict) else None
     if kind is not ShardRecord and version != FORMAT:
         raise UsageError(
-            f"{path} has the format {str(version)[:40]}, but this version of gesso reads {FORMAT}: write the cache again"
+            f"{path} has the format {str(version)[:40]}, but this version of gesso reads {FORMAT}: "
+            "write the cache again"
         )
     try:
         record = kind.model_validate(tree)
@@ -226,7 +227,7 @@ def files_fingerprint(files: Sequence[ShardFile]) -> str:
 
 
 def verify_cache(folder: str | Path, progress: ProgressCallback = lambda done, total: None) -> list[str]:
-    """Check all contents of a cache; return a line per problem and the commands that repair it, no lines if it is valid.
+    """Check all contents of a cache; return a line per problem and the commands that repair it, or no lines.
 
     Raises:
         UsageError: There is no manifest.

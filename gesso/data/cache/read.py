@@ -19,7 +19,7 @@ from gesso.data.base import Dataset, SampleBatch
 from gesso.data.cache import remote
 from gesso.data.cache.format import COLUMNS_FILE, SHARD_DIR, TEXT_TENSORS, map_columns, map_shard, open_manifest
 from gesso.data.encoders.text import EncodedText
-from gesso.data.samplers import BucketSampler, EpochShuffle, ExcludeIndices, SampleOrder, ShardWindowShuffle
+from gesso.data.samplers import BucketSampler, EpochSampler, ShardWindowShuffle
 from gesso.data.sources.base import StringArray
 from gesso.errors import UsageError
 
@@ -117,14 +117,9 @@ class CachedDataset(Dataset):
             [files[f].name for f in self._window_shuffle.shards_for(first, stop + self._window_shuffle.max_window_size)]
         )
 
-    def sample_order(self, seed: int, batch_size: int) -> SampleOrder:
-        """Return the sample order. Raises UsageError for a window with buckets, or if no bucket fills a batch."""
-        order = self._training_order(seed, batch_size)
-        self._window_shuffle = order if isinstance(order, ShardWindowShuffle) else None
-        return ExcludeIndices(order, self.validation_indices) if len(self.validation_indices) else order
-
-    def _training_order(self, seed: int, batch_size: int) -> EpochShuffle | ShardWindowShuffle | BucketSampler:
-        """Return the order over the training images, numbered without gaps."""
+    def _training_order(self, seed: int, batch_size: int) -> EpochSampler:
+        """Return the order of the training images; raise UsageError for a window with buckets, or too small buckets."""
+        self._window_shuffle = None
         excluded = self.validation_indices.numpy()
         if len(self.buckets) > 1:
             if self.window:
@@ -133,9 +128,11 @@ class CachedDataset(Dataset):
                 )
             return BucketSampler(torch.from_numpy(np.delete(self.bucket_of, excluded)), batch_size, seed)
         if self.window is None:
-            return EpochShuffle(len(self) - len(excluded), seed)
+            return super()._training_order(seed, batch_size)
         num_excluded = np.bincount(np.searchsorted(self._ends, excluded, side="right"), minlength=len(self._ends))
-        return ShardWindowShuffle((self._ends - self._starts - num_excluded).tolist(), self.window, seed)
+        shard_sizes = (self._ends - self._starts - num_excluded).tolist()
+        self._window_shuffle = ShardWindowShuffle(shard_sizes, self.window, seed)
+        return self._window_shuffle
 
     def indices_of_size(self, height: int, width: int) -> Tensor:
         """Return the indices of the images of one bucket."""

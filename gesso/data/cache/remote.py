@@ -1,4 +1,4 @@
-"""Shards of a cache at an address that fsspec opens (s3://bucket/prefix, gs://, https://), downloaded to the local disk.
+"""Shards of a cache at an address that fsspec opens (s3://bucket/prefix, gs://, https://), downloaded to the disk.
 
     shards = RemoteShards(url, files, fingerprint, max_bytes=50 * 10**9)
     shards.prefetch(names)     start to download these

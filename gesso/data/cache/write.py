@@ -231,8 +231,8 @@ def _write_missing_ranges(
 
     def arguments() -> Iterator[tuple]:
         for r in missing:
-            start, stop = bounds[r]
-            for i, u in zip(range(start, stop), encode.view_uniforms(job.plan, start, stop), strict=True):
+            uniforms = encode.view_uniforms(job.plan.seed, job.plan.views, *bounds[r])
+            for i, u in zip(range(*bounds[r]), uniforms, strict=True):
                 yield job, i, u, min_edge
 
     threads = max((os.cpu_count() or 1) // torchrun.rank_from_env().local_world_size, 1)
