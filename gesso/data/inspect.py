@@ -98,9 +98,8 @@ def reject_cache_options(args: InspectArgs) -> None:
 
 def cache_rows(cache: CachedDataset, args: InspectArgs) -> tuple[list[SheetRow], list[str]]:
     """Return rows of images spread evenly over a cache, with the first of their views, and notes."""
-    latent, to_pixels, notes = cache.plan.latent, _unchanged, []
-    if cache.has_latents:
-        to_pixels, notes = open_decoder(args.vae or latent.vae, latent.convention, latent.channels)
+    latent = cache.plan.latent
+    to_pixels, notes = _open_decoder(cache.has_latents, args.vae or latent.vae, latent.convention, latent.channels)
     rows = []
     for i in evenly_spaced(len(cache), args.num_rows).tolist():
         view = torch.arange(min(args.num_views, cache.plan.views))
@@ -120,27 +119,27 @@ def source_rows(source: Source, sizes: np.ndarray, args: InspectArgs) -> tuple[l
         crop_scale=args.crop_scale,
         resize=args.resize,
     )
-    indices, to_pixels, notes = evenly_spaced(len(source), args.num_rows).tolist(), _unchanged, []
-    if source.has_latents:
-        to_pixels, notes = open_decoder(args.vae, args.convention, len(source.item(indices[0]).image) // 2)
+    indices = evenly_spaced(len(source), args.num_rows).tolist()
+    channels = len(source.item(indices[0]).image) // 2 if source.has_latents else 0
+    to_pixels, notes = _open_decoder(source.has_latents, args.vae, args.convention, channels)
     K = args.num_views if data.crop_scale else min(args.num_views, 1 + data.flip)
     return [source_row(source, i, data, K, args.seed, to_pixels) for i in indices], notes
 
 
-def _unchanged(x: Tensor) -> Tensor:
-    return x
-
-
-def open_decoder(vae_id: str | None, convention: str, channels: int) -> tuple[Callable[[Tensor], Tensor], list[str]]:
-    """Return a decoder of latents (K, 2c, h, w) to pixels (K, 3, H, W) uint8, and notes; identity without a VAE."""
+def _open_decoder(
+    has_latents: bool, vae_id: str | None, convention: str, channels: int
+) -> tuple[Callable[[Tensor], Tensor], list[str]]:
+    """Return a function of SampleBatch.x to pixels (K, 3, H, W) uint8, the identity without a VAE, and notes."""
+    if not has_latents:
+        return lambda x: x, []
     if vae_id is None:
-        return _unchanged, ["the latents are not decoded: add --vae and --convention"]
+        return lambda x: x, ["the latents are not decoded: add --vae and --convention"]
     try:
         vae = VAE(vae_id, convention=convention)
         if vae.latent_channels != channels:
             raise UsageError(f"the VAE {vae_id} has {vae.latent_channels} latent channels instead of {channels}")
     except UsageError as error:
-        return _unchanged, [f"the latents are not decoded: {error}"]
+        return lambda x: x, [f"the latents are not decoded: {error}"]
     return lambda x: vae.decode(x.float().chunk(2, dim=1)[0]), []
 
 

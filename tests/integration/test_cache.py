@@ -660,7 +660,7 @@ def test_vaes_that_do_not_fit(vae, photos, tmp_path):
     grey = write_vae(tmp_path / "grey", 4, in_channels=1, out_channels=1)
     assert "needs multiples of 8 pixels, not 20x20" in refused(o, photos, 20, latent=LatentConfig(vae=str(vae)))
     assert "use dit" in refused(o, photos, latent=LatentConfig(vae=str(deep), convention="edm2"))
-    assert "from 1 channels to 1, where RGB has 3" in refused(o, photos, latent=LatentConfig(vae=str(grey)))
+    assert "it maps 1 channels to 1, but RGB has 3" in refused(o, photos, latent=LatentConfig(vae=str(grey)))
     assert "latent.channels=3, but --vae" in refused(o, photos, latent=LatentConfig(vae=str(vae), channels=3))
     assert "there is no such folder" in refused(o, photos, latent=LatentConfig(vae="no-where"))
     assert "--text: " in refused(o, captioned(tmp_path / "s", photos, [""] * 3), semantic=SemanticConfig(kind="text"))
