@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gesso import build_conditions, config, ema, rng, sampling, snapshot
+from gesso import config, ema, rng, sampling, snapshot
 from gesso.data.factory import open_dataset
 from gesso.evaluation.feature_stats import Moments
 from gesso.evaluation.metrics.frechet import frechet_distance
@@ -45,7 +45,7 @@ class TrainedRun:
         """Return NUM_SAMPLES images of all classes in turn, uint8 (N, 1, 8, 8)."""
         run = self.run.model_copy(update={"sample": self.run.sample.model_copy(update=sample_settings or {})})
         seeds, labels = range(first_seed, first_seed + NUM_SAMPLES), [i % 10 for i in range(NUM_SAMPLES)]
-        cond, _ = build_conditions.build_cond(run, seeds, self.control_rows, labels, None, control)
+        cond, _ = sampling.build_cond(run, seeds, self.control_rows, labels, None, control)
         return torch.cat(list(sampling.generate(self.denoiser, run, seeds, cond)))
 
     def quality(self, images: Tensor) -> dict[str, float]:

@@ -19,10 +19,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from gesso import build_conditions, config, ema, models, recipes, sampling, snapshot
+from gesso import config, ema, models, recipes, sampling, snapshot
 from gesso.config import InputSpec, RunConfig
 from gesso.diffusion.denoiser import Denoiser
-from gesso.errors import UsageError
 from gesso.evaluation import runner
 from gesso.training.run_folder import start_training
 
@@ -115,13 +114,12 @@ class Run:
             UsageError: A setting or condition is invalid for this run.
         """
         run = self.with_settings(self._sampling_settings(settings, guidance, sigma_rel))
-        sampling.check_sampling(run)
-        sampling.check_device(run)
+        sampling.check_sampling(run, sampling.run_device(run))
         seeds = list(seeds)
-        indices = self._label_indices(run, labels, len(seeds))
-        captions = build_conditions.expand_prompts(run, tuple(prompts or ()), len(seeds))
+        indices = sampling.expand_labels(run, labels, len(seeds))
+        captions = sampling.expand_prompts(run, tuple(prompts or ()), len(seeds))
         rows = snapshot.load_control_rows(self.folder)
-        cond, _ = build_conditions.build_cond(run, seeds, rows, indices, captions, dict(control or {}))
+        cond, _ = sampling.build_cond(run, seeds, rows, indices, captions, dict(control or {}))
         guide, normalizer = sampling.load_guide(self.folder, run), sampling.open_decoder(run)
         return torch.cat(list(sampling.generate(self._denoiser(run, nimg), run, seeds, cond, guide, normalizer)))
 
@@ -155,9 +153,9 @@ class Run:
 
     def report(self, out: str | Path | None = None) -> Path:
         """Write a self-contained HTML page on the run; return its path (default: report.html in the run folder)."""
-        from gesso.report import write
+        from gesso.report import write_report
 
-        return Path(write([self.folder], Path(out) if out else None))
+        return Path(write_report([self.folder], Path(out) if out else None))
 
     def _denoiser(self, run: RunConfig, nimg: int | None) -> Denoiser:
         profile, device = ema.sampling_profile(run.sample), sampling.run_device(run)
@@ -171,19 +169,6 @@ class Run:
     def _sampling_settings(settings: Settings | None, guidance: float | None, sigma_rel: float | None) -> Settings:
         given = {"sample.guidance": guidance, "sample.sigma_rel": sigma_rel}
         return {**(settings or {}), **{name: value for name, value in given.items() if value is not None}}
-
-    def _label_indices(self, run: RunConfig, labels: Sequence[int | str] | None, count: int) -> list[int] | None:
-        if labels is None:
-            return build_conditions.expand_labels(run, None, count)
-        names = list(self.class_names)
-        for label in labels:
-            if isinstance(label, str) and label not in names:
-                raise UsageError(f"labels: no class {label!r}; {config.suggest(label, names)}")
-        indices = [names.index(label) if isinstance(label, str) else int(label) for label in labels]
-        if not indices:
-            raise UsageError("labels is empty: name a class, or pass None for all classes in turn")
-        build_conditions.check_labels(run, indices)
-        return [indices[i % len(indices)] for i in range(count)]
 
 
 def load_run(folder: str | Path) -> Run:

@@ -1,5 +1,6 @@
 """Command line of gesso: parses arguments, calls the library, prints the result."""
 
+import os
 import signal
 import sys
 import traceback
@@ -12,7 +13,6 @@ from typing import Annotated, Any, get_args
 import typer
 from rich.console import Console
 
-from gesso import torchrun
 from gesso.errors import GessoError, UsageError
 
 # Pillow warns about unusual image metadata; images that it cannot decode are counted and reported.
@@ -26,7 +26,7 @@ app = typer.Typer(
     "Settings are written a.b=c, such as train.total_images=200k; gesso config RECIPE lists them.",
 )
 # Only the first rank prints; every rank may print errors.
-console = Console(highlight=False, emoji=False, quiet=torchrun.rank_from_env().rank > 0)
+console = Console(highlight=False, emoji=False, quiet=int(os.environ.get("RANK", 0)) > 0)
 errors = Console(stderr=True, highlight=False, emoji=False)
 
 
@@ -208,9 +208,9 @@ def report(
     out: Out = None,
 ) -> None:
     """Write a self-contained HTML page on a run, or a comparison of several runs."""
-    from gesso.report import write
+    from gesso.report import write_report
 
-    _print(f"wrote {write(folders, out)}")
+    _print(f"wrote {write_report(folders, out)}")
 
 
 @app.command("reproduce")
@@ -369,9 +369,9 @@ def diff(a: Recipe, b: Recipe) -> None:
 @app.command()
 def doctor() -> None:
     """Check this machine's installation, print problems and how to fix them."""
-    from gesso.doctor import examine, render
+    from gesso.doctor import render, run_checks
 
-    findings = examine()
+    findings = run_checks()
     _print(render(findings))
     if any(f.level == "problem" for f in findings):
         raise typer.Exit(1)

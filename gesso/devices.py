@@ -1,11 +1,28 @@
-"""Device and precision of matrix products."""
+"""Rank and device of this process, and precision of matrix products."""
 
 import contextlib
+import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from gesso.errors import UsageError
+
+
+class RankInfo(NamedTuple):
+    """Rank of this process among all ranks and among those of its machine; the default is a single process."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+def rank_from_env() -> RankInfo:
+    """Return the rank of this process from the environment variables of torchrun; without them, a single process."""
+    variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return RankInfo(*(int(os.environ.get(name, default)) for name, default in zip(variables, RankInfo(), strict=True)))
 
 
 def resolve_device(name: str, option: str, local_rank: int | None = None) -> torch.device:

@@ -17,17 +17,17 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Literal
 
-OLDEST_PYTHON = (3, 11)
-OLDEST_TORCH = (2, 6)
-LOW_DISK = 5e9  # bytes
-IMPORT_SECONDS = 120  # a first import from a cold network disk can take a minute
+MIN_PYTHON = (3, 11)
+MIN_TORCH = (2, 6)
+MIN_FREE_BYTES = 5e9
+IMPORT_TIMEOUT_S = 120  # a first import from a cold network disk can take a minute
 
-REQUIRED = ("gesso", "torch", "numpy", "safetensors")
-OPTIONAL = {"diffusers": "vae", "transformers": "text"}
+REQUIRED_PACKAGES = ("gesso", "torch", "numpy", "safetensors")
+OPTIONAL_PACKAGES = {"diffusers": "vae", "transformers": "text"}
 
 # Looking up an operator shows that the compiled part is loaded; some versions only warn if it is not.
 TORCHVISION_PROBE = "import torch, torchvision.ops, torchvision.transforms; torch.ops.torchvision.nms"
-TORCHVISION_VICTIMS = "diffusers' AutoencoderKL, transformers' CLIPTextModel and Dinov2Model"
+TORCHVISION_DEPENDENTS = "diffusers' AutoencoderKL, transformers' CLIPTextModel and Dinov2Model"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Finding:
     fix: str | None = None
 
 
-def examine(folder: Path = Path("runs")) -> list[Finding]:
+def run_checks(folder: Path = Path("runs")) -> list[Finding]:
     """Run every check. Never raises and leaves no files.
 
     Args:
@@ -56,7 +56,7 @@ def examine(folder: Path = Path("runs")) -> list[Finding]:
         ("writing", lambda: check_writing(folder)),
         ("git", check_git),
     )
-    return [finding for topic, check in checks for finding in _guarded(topic, check)]
+    return [finding for topic, check in checks for finding in _run_check(topic, check)]
 
 
 def render(findings: list[Finding]) -> str:
@@ -74,9 +74,9 @@ def render(findings: list[Finding]) -> str:
 def check_python() -> list[Finding]:
     """Check the version of Python."""
     text = f"{platform.python_version()} in {sys.prefix}"
-    if sys.version_info[:2] >= OLDEST_PYTHON:
+    if sys.version_info[:2] >= MIN_PYTHON:
         return [Finding("ok", "python", text)]
-    oldest = _dotted(OLDEST_PYTHON)
+    oldest = _format_version(MIN_PYTHON)
     return [
         Finding(
             "problem", "python", f"{text}, older than {oldest}", f"create an environment with Python {oldest} or newer"
@@ -86,52 +86,52 @@ def check_python() -> list[Finding]:
 
 def check_versions() -> list[Finding]:
     """Check the required and optional packages and their versions."""
-    required = [_required(package) for package in REQUIRED]
-    return required + [_optional(package, extra) for package, extra in OPTIONAL.items()]
+    required = [_check_required(package) for package in REQUIRED_PACKAGES]
+    return required + [_check_optional(package, extra) for package, extra in OPTIONAL_PACKAGES.items()]
 
 
-def _required(package: str) -> Finding:
-    version = _version(package)
+def _check_required(package: str) -> Finding:
+    version = _package_version(package)
     if version is None and package == "gesso":
         return Finding("warning", package, "runs from a source tree, not installed", "pip install -e . in that tree")
     if version is None:
         return Finding("problem", package, "not installed", f"pip install {package}")
     if package == "torch":
-        return _torch(version)
+        return _check_torch(version)
     return Finding("ok", package, version)
 
 
-def _torch(version: str) -> Finding:
+def _check_torch(version: str) -> Finding:
     match = re.match(r"(\d+)\.(\d+)", version)
-    oldest = _dotted(OLDEST_TORCH)
+    oldest = _format_version(MIN_TORCH)
     if not match:
         return Finding("warning", "torch", f"{version}: not a version number", f"pip install 'torch>={oldest}'")
-    if (int(match[1]), int(match[2])) < OLDEST_TORCH:
+    if (int(match[1]), int(match[2])) < MIN_TORCH:
         return Finding(
             "problem", "torch", f"{version}, older than {oldest}", f"pip install --upgrade 'torch>={oldest}'"
         )
     return Finding("ok", "torch", version)
 
 
-def _optional(package: str, extra: str) -> Finding:
-    return Finding("ok", package, _version(package) or f"not installed; pip install 'gesso[{extra}]' adds it")
+def _check_optional(package: str, extra: str) -> Finding:
+    return Finding("ok", package, _package_version(package) or f"not installed; pip install 'gesso[{extra}]' adds it")
 
 
 def check_torchvision() -> list[Finding]:
     """Import torchvision in another process, since a broken one can raise, abort or register some of its operators."""
     if util.find_spec("torchvision") is None:
         return [Finding("ok", "torchvision", "absent; gesso never needs it")]
-    name = f"torchvision {_version('torchvision') or 'of unknown version'}"
+    name = f"torchvision {_package_version('torchvision') or 'of unknown version'}"
     fix = "pip uninstall torchvision (gesso never needs it)"
     try:
-        result = _call([sys.executable, "-c", TORCHVISION_PROBE])
+        result = _run_command([sys.executable, "-c", TORCHVISION_PROBE])
     except subprocess.TimeoutExpired:
-        text = f"{name} does not import within {IMPORT_SECONDS} s; this also blocks {TORCHVISION_VICTIMS}"
+        text = f"{name} does not import within {IMPORT_TIMEOUT_S} s; this also blocks {TORCHVISION_DEPENDENTS}"
         return [Finding("warning", "torchvision", text, fix)]
     if result.returncode != 0:
-        text = f"{name} is broken and breaks {TORCHVISION_VICTIMS}: {_last_line(result)}"
+        text = f"{name} is broken and breaks {TORCHVISION_DEPENDENTS}: {_last_line(result)}"
         return [Finding("problem", "torchvision", text, fix)]
-    required, torch_version = _torch_required_by_torchvision(), _version("torch")
+    required, torch_version = _torch_required_by_torchvision(), _package_version("torch")
     # The requirement has no local part such as +cu126.
     if required and torch_version and torch_version.split("+")[0] != required:
         text = f"{name} imports, but is built for torch {required}, not {torch_version}"
@@ -181,7 +181,7 @@ def check_cuda() -> list[Finding]:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if available:
-        return [_gpu(index) for index in range(torch.cuda.device_count())]
+        return [_check_gpu(index) for index in range(torch.cuda.device_count())]
     if torch.version.cuda:
         reason = f": {_one_line(str(messages[0].message))}" if messages else ""
         fix = "check nvidia-smi, the driver and CUDA_VISIBLE_DEVICES; without a GPU gesso trains on the CPU"
@@ -194,7 +194,7 @@ def check_cuda() -> list[Finding]:
     return [Finding("ok", "cuda", "no device; gesso trains on the CPU")]
 
 
-def _gpu(index: int) -> Finding:
+def _check_gpu(index: int) -> Finding:
     import torch
 
     properties = torch.cuda.get_device_properties(index)
@@ -213,18 +213,18 @@ def _gpu(index: int) -> Finding:
 
 def check_disk(folder: Path) -> list[Finding]:
     """Check the free disk space for runs."""
-    free = shutil.disk_usage(_nearest(folder)).free
+    free = shutil.disk_usage(_nearest_existing(folder)).free
     text = f"{free / 1e9:.1f} GB free for {folder}"
-    if free >= LOW_DISK:
+    if free >= MIN_FREE_BYTES:
         return [Finding("ok", "disk", text)]
     fix = "free some space, or write to another disk with --out"
-    return [Finding("warning", "disk", f"{text}, less than {LOW_DISK / 1e9:.0f} GB", fix)]
+    return [Finding("warning", "disk", f"{text}, less than {MIN_FREE_BYTES / 1e9:.0f} GB", fix)]
 
 
 def check_writing(folder: Path) -> list[Finding]:
     """Create and delete a file: permission bits do not show quotas, read-only mounts or root's rights."""
     try:
-        parent = _nearest(folder)
+        parent = _nearest_existing(folder)
         with tempfile.NamedTemporaryFile(dir=parent, prefix=".gesso-doctor-") as file:
             file.write(b"gesso")
             file.flush()
@@ -238,20 +238,20 @@ def check_writing(folder: Path) -> list[Finding]:
 def check_git() -> list[Finding]:
     """Check that git runs; reports use it to record the commit."""
     try:
-        result = _call(["git", "--version"])
+        result = _run_command(["git", "--version"])
     except FileNotFoundError:
-        return [_no_git("not found")]
+        return [_git_missing("not found")]
     if result.returncode != 0:  # macOS has a stub that only asks for developer tools
-        return [_no_git(f"does not run: {_last_line(result)}")]
+        return [_git_missing(f"does not run: {_last_line(result)}")]
     return [Finding("ok", "git", result.stdout.strip().removeprefix("git version "))]
 
 
-def _no_git(problem: str) -> Finding:
-    text = f"{problem}; reports will not contain the commit"
+def _git_missing(reason: str) -> Finding:
+    text = f"{reason}; reports will not contain the commit"
     return Finding("warning", "git", text, "install git (apt, brew, conda)")
 
 
-def _guarded(topic: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+def _run_check(topic: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     """Return the findings of a check, or a problem if the check itself fails."""
     try:
         return check()
@@ -266,9 +266,9 @@ def _guarded(topic: str, check: Callable[[], list[Finding]]) -> list[Finding]:
         return [Finding("problem", topic, text, fix)]
 
 
-def _call(command: list[str]) -> subprocess.CompletedProcess[str]:
+def _run_command(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, capture_output=True, text=True, errors="replace", timeout=IMPORT_SECONDS, check=False
+        command, capture_output=True, text=True, errors="replace", timeout=IMPORT_TIMEOUT_S, check=False
     )
 
 
@@ -283,17 +283,17 @@ def _one_line(text: str) -> str:
     return re.sub(r"(?<![\w.:/])/(?:[^\s'\":,()]*/)*([^\s'\":,()/]+)", r"\1", " ".join(text.split()))
 
 
-def _nearest(folder: Path) -> Path:
+def _nearest_existing(folder: Path) -> Path:
     """Return the folder or its closest parent that exists; the first run creates runs/."""
     return next((path for path in (folder, *folder.parents) if path.exists()), Path("."))
 
 
-def _version(package: str) -> str | None:
+def _package_version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _dotted(version: tuple[int, int]) -> str:
+def _format_version(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))

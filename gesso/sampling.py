@@ -1,11 +1,12 @@
-"""Sample images: weights, seeds and conditions in, uint8 images out.
+"""Sample images from a run: build conditions from labels, prompts and control variables, generate, write files.
 
 An image depends on its seed, its condition and the settings of the sampler, not on its batch.
 
-Legend: N images, C channels, H W height and width.
+Legend: N images, C channels, H W height and width, M training samples, n columns of control variables.
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from gesso import atomic_io, build_conditions, config, devices, ema, rng, snapshot
+from gesso import atomic_io, config, devices, ema, rng, snapshot
 from gesso.conditioning import Cond
-from gesso.config import RunConfig
+from gesso.config import CONTROL_VARIABLES, RunConfig
 from gesso.config.base import parse_count
+from gesso.data import crops
+from gesso.data.batching import control_tensors, text_tensors
+from gesso.data.encoders.text import build_text_encoder
 from gesso.data.normalization import Normalizer
 from gesso.diffusion import guidance, process, samplers, schedules
 from gesso.diffusion.denoiser import Denoiser, VarianceDenoiser
@@ -43,7 +47,7 @@ def generate(
         denoiser: The denoiser; its device is used.
         run: Settings of the run.
         seeds: N seeds.
-        cond: Conditions of the N samples (`build_conditions.build_cond`).
+        cond: Conditions of the N samples (`build_cond`).
         guide: The guiding network that sample.guide_run names.
         normalizer: Result of `open_decoder`, to load a VAE only once; None loads it.
 
@@ -53,10 +57,10 @@ def generate(
     """
     cfg = run.sample
     device = next(denoiser.parameters()).device
-    check_device(run, device)
+    devices.check_precision(device, "sample.precision", cfg.precision)
     dtype = getattr(torch, cfg.state_dtype)
     shape = (run.x0_channels, *(side // run.downsample_factor for side in run.sample_size))
-    normalizer = normalizer or Normalizer(run.data, run.latent, denoiser.process.sigma_data, device, cfg.to_uint8)
+    normalizer = normalizer or open_decoder(run, device)
     for start in range(0, len(seeds), cfg.batch_size):
         chunk = slice(start, start + cfg.batch_size)
         seed = torch.tensor(seeds[chunk], dtype=torch.int64, device=device)
@@ -66,27 +70,29 @@ def generate(
         def noise(i: int, seed: Tensor = seed) -> Tensor:
             return rng.normal(0, seed, f"noise of step {i}", shape, dtype)
 
-        x = samplers.sample(cfg, denoiser.process, denoise, first, noise)
+        with devices.precision_context(device, cfg.precision):
+            x = samplers.sample(cfg, denoiser.process, denoise, first, noise)
         yield normalizer.x0_to_pixels(x).cpu()
 
 
-def open_decoder(run: RunConfig) -> Normalizer:
-    """Return the conversion of x0 to pixels with its VAE loaded; raises UsageError if the VAE cannot be loaded."""
+def open_decoder(run: RunConfig, device: torch.device | None = None) -> Normalizer:
+    """Return the conversion of x0 to pixels with its VAE loaded on a device (default: train.device).
+
+    Raises:
+        UsageError: The VAE cannot be loaded.
+    """
     sigma_data = process.build_process(run.process).sigma_data
-    normalizer = Normalizer(run.data, run.latent, sigma_data, run_device(run), run.sample.to_uint8)
+    normalizer = Normalizer(run.data, run.latent, sigma_data, device or run_device(run), run.sample.to_uint8)
     if run.latent.vae:
         _ = normalizer.vae
     return normalizer
 
 
-def check_sampling(run: RunConfig) -> None:
-    """Raise UsageError for sampling settings that the process of the run does not have."""
+def check_sampling(run: RunConfig, device: torch.device | None = None) -> None:
+    """Raise UsageError for settings `sample.*` that the process of the run, or the device, does not support."""
     schedules.levels_from_config(process.build_process(run.process), run.sample)
-
-
-def check_device(run: RunConfig, device: torch.device | None = None) -> None:
-    """Raise UsageError if the device (default: train.device) cannot compute in sample.precision."""
-    devices.check_precision(device or run_device(run), "sample.precision", run.sample.precision)
+    if device is not None:
+        devices.check_precision(device, "sample.precision", run.sample.precision)
 
 
 def guidance_scale(run: RunConfig) -> float:
@@ -99,8 +105,8 @@ def guidance_scale(run: RunConfig) -> float:
 
 
 def guided_denoiser(denoiser: Denoiser, run: RunConfig, cond: Cond, guide: Denoiser | None) -> guidance.DenoiseFn:
-    """Return the denoiser with guidance, clipping and precision by the settings `sample.*`."""
-    cfg, process, strength = run.sample, denoiser.process, guidance_scale(run)
+    """Return the denoiser with guidance and clipping by the settings `sample.*`."""
+    cfg, strength = run.sample, guidance_scale(run)
     channels = cfg.guided_channels
     net: nn.Module = denoiser
     guide_net: nn.Module | None = guide
@@ -118,25 +124,238 @@ def guided_denoiser(denoiser: Denoiser, run: RunConfig, cond: Cond, guide: Denoi
     inside, outside = with_guidance(strength), with_guidance(1.0)
     if cfg.guidance_schedule == "power_cosine":
         inside = guidance.scheduled_guidance(
-            with_guidance, lambda s: guidance.power_cosine(strength, float(process.progress(s)), cfg.guidance_power)
+            with_guidance,
+            lambda s: guidance.power_cosine(strength, float(denoiser.process.progress(s)), cfg.guidance_power),
         )
     if cfg.clip:  # x0 of pixels in [-1, 1], by channel
-        low, high = Normalizer(run.data, run.latent, process.sigma_data, "cpu").x0_range()
+        low, high = Normalizer(run.data, run.latent, denoiser.process.sigma_data, "cpu").x0_range()
         inside, outside = (guidance.clip_x0(denoise, low, high) for denoise in (inside, outside))
-    inside, outside = (with_precision(denoise, cfg.precision) for denoise in (inside, outside))
     if cfg.guidance_interval:
-        return guidance.GuidanceInterval(inside, outside, process.alpha, cfg.guidance_interval)
+        return guidance.GuidanceInterval(inside, outside, denoiser.process.alpha, cfg.guidance_interval)
     return inside
 
 
-def with_precision(denoise: guidance.DenoiseFn, precision: str) -> guidance.DenoiseFn:
-    """Return `denoise` with matrix products computed in `precision` (sample.precision)."""
+def parse_int_ranges(text: str, option: str) -> list[int]:
+    """Parse "0-3,7" to [0, 1, 2, 3, 7].
 
-    def rounded(x: Tensor, s: Tensor) -> Tensor:
-        with devices.precision_context(x.device, precision):
-            return denoise(x, s)
+    Raises:
+        UsageError: The text is not a list of ranges; the error names `option`.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise UsageError(f"{option} {text!r}: write numbers such as 0-15 or 1,5,9")
+        numbers += range(int(first), int(last if dash else first) + 1)
+    return numbers
 
-    return rounded
+
+def check_labels(run: RunConfig, labels: Sequence[int]) -> None:
+    """Raise UsageError for a label that the run does not have."""
+    classes = run.input_spec.num_classes
+    has_null = run.dropout.both + run.dropout.semantic > 0  # otherwise the null class was not trained
+    if not classes:
+        kind = "text: use --prompt" if run.semantic.kind == "text" else "no classes: it takes no label"
+        raise UsageError(f"this run was trained with {kind}")
+    wrong = sorted({label for label in labels if not 0 <= label < classes + has_null})
+    if wrong:
+        valid = f"labels 0 to {classes - 1}" + (f" (and {classes} for none)" if has_null else "")
+        raise UsageError(f"label {wrong[0]} is out of range: the run has {valid}")
+
+
+def parse_labels(run: RunConfig, text: str) -> list[int | str]:
+    """Parse "cat, 3, 5-7" to ["cat", 3, 5, 6, 7]; names of classes that look like numbers are names."""
+    labels: list[int | str] = []
+    for part in (part.strip() for part in text.split(",")):
+        is_name = part in (run.data.class_names or ()) or not part[:1].isdigit()
+        labels += [part] if is_name else parse_int_ranges(part, "--label")
+    return labels
+
+
+def expand_labels(run: RunConfig, labels: Sequence[int | str] | None, n: int) -> list[int] | None:
+    """Return n labels that cycle through `labels` (numbers or class names), or through all classes for None.
+
+    Returns None for a run without classes. Raises UsageError for an unknown label.
+    """
+    classes, names = run.input_spec.num_classes, list(run.data.class_names or ())
+    if labels is None:
+        return [i % classes for i in range(n)] if classes else None
+    if len(labels) == 0:
+        raise UsageError("labels is empty: name a class, or pass None for all classes in turn")
+    if not classes:
+        check_labels(run, [])
+    for label in labels:
+        if isinstance(label, str) and label not in names:
+            raise UsageError(f"label {label!r}: no such class; {config.suggest(label, names)}")
+    indices = [names.index(label) if isinstance(label, str) else int(label) for label in labels]
+    check_labels(run, indices)
+    return [indices[i % len(indices)] for i in range(n)]
+
+
+def expand_prompts(run: RunConfig, prompts: Sequence[str], n: int) -> list[str] | None:
+    """Return n prompts that cycle through `prompts`, or through the run's example captions if empty.
+
+    Returns None for a run without text. Raises UsageError for prompts that the run does not take.
+    """
+    if run.semantic.kind != "text":
+        if prompts:
+            kind = "classes: use --label" if run.input_spec.num_classes else "neither classes nor text"
+            raise UsageError(f"--prompt {prompts[0]!r}: this run was trained with {kind}")
+        return None
+    prompts = list(prompts) or list(run.data.example_captions or ("",))
+    return [prompts[i % len(prompts)] for i in range(n)]
+
+
+def build_cond(
+    run: RunConfig,
+    seeds: Sequence[int],
+    control_rows: Tensor | None,
+    labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    control: Mapping[str, str] | None = None,
+) -> tuple[Cond, list[str]]:
+    """Return the conditions of N samples, on the CPU, and warnings. Each sample depends on its seed only.
+
+    Control variables that the user does not set have their default (no flip) or come together from one training row,
+    the best variant of Berrada et al. Table 2b; the crop is the centered box that training shows of an image of the
+    sampled size.
+
+    Args:
+        run: Settings of the run.
+        seeds: N seeds.
+        control_rows: Control variables of training samples, (M, n).
+        labels: N labels, or None.
+        prompts: N prompts, or None.
+        control: The user's control variables by name, as text.
+
+    Raises:
+        UsageError: A label or a control variable is invalid for this run.
+    """
+    seed = torch.tensor(list(seeds), dtype=torch.int64)
+    fields: dict[str, Tensor | None] = {}
+    warnings: list[str] = []
+    is_null = torch.zeros(len(seed), dtype=torch.bool)
+    if labels is not None:
+        check_labels(run, labels)
+        fields["label"] = label = torch.tensor(list(labels))
+        is_null = label == run.input_spec.num_classes
+    if prompts is not None:
+        encoder = build_text_encoder(run.semantic)
+        warnings = encoder.truncation_notes(prompts)
+        encoded = encoder(prompts)
+        fields |= text_tensors(run.semantic, encoded, 0, seed)
+        is_null = encoded.lengths == 0
+    user_values = _parse_control(run, control or {})
+    if run.control.variables:
+        fields |= control_tensors(run, _choose_control_rows(run, seed, control_rows, user_values))
+        if not user_values and not run.learned_without(semantic=True):
+            fields["has_control"] = ~is_null  # training never shows control variables without label or text
+    return Cond(**fields), [f"warning: {line}" for line in dict.fromkeys(warnings)]
+
+
+def _parse_control(run: RunConfig, control: Mapping[str, str]) -> dict[str, tuple[float, ...]]:
+    """Return the columns of the control variables that the user sets."""
+    values: dict[str, tuple[float, ...]] = {}
+    for name, text in control.items():
+        if name not in CONTROL_VARIABLES:
+            raise UsageError(
+                f"{name}={text}: no such control variable; {config.suggest(name, list(CONTROL_VARIABLES))}"
+            )
+        if name not in run.control.variables:
+            has = ", ".join(run.control.variables) or "none"
+            raise UsageError(f"{name}={text}: this run was not trained with {name}; its control variables: {has}")
+        try:
+            values[name] = CONTROL_VARIABLES[name].parse(text)
+        except (ValueError, KeyError):
+            raise UsageError(f"{name}={text}: write {CONTROL_VARIABLES[name].input_format}") from None
+    if "size" in values and "aspect" in run.control.variables and "aspect" not in values:
+        height, width = values["size"]
+        values["aspect"] = (1000 * width / height,)
+    return values
+
+
+def _choose_control_rows(
+    run: RunConfig, seed: Tensor, control_rows: Tensor | None, user_values: Mapping[str, tuple[float, ...]]
+) -> Tensor:
+    """Return control variables (N, n) that occur together in training, except where the user sets them."""
+    if control_rows is None:
+        raise UsageError("the snapshot has no control variables of training samples, which sampling needs")
+    columns = run.control.column_names("high") + run.control.column_names("low")
+    control_rows = _rows_near_aspect(run, control_rows, columns)
+    pick = (rng.uniform(0, seed, "control row")[:, 0] * len(control_rows)).long()
+    chosen = dict(zip(columns, control_rows[pick].T, strict=True))
+    defaults: dict[str, tuple[float, ...]] = {
+        name: default for name in run.control.variables if (default := CONTROL_VARIABLES[name].default)
+    }
+    settings: dict[str, Sequence[Tensor | float]] = {**defaults, **_sample_original_sizes(run, seed), **user_values}
+    for name, values in settings.items():
+        for column, value in zip(CONTROL_VARIABLES[name].columns, values, strict=True):
+            chosen[column] = value if isinstance(value, Tensor) else torch.full_like(chosen[column], float(value))
+    if "aspect" in user_values and "height" in chosen and "size" not in user_values:
+        # The number of pixels of the row in the aspect that the user sets.
+        area, ratio = chosen["height"] * chosen["width"], chosen["aspect"] / 1000
+        chosen |= {"height": (area / ratio).sqrt().round(), "width": (area * ratio).sqrt().round()}
+    if "crop" in run.control.variables and "crop" not in user_values:
+        chosen |= _center_crop_columns(run, chosen)
+    return torch.stack([chosen[column] for column in columns], dim=1)
+
+
+def _center_crop_columns(run: RunConfig, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the crop columns, (N,) each, of the largest centered box that training shows of an image of this size.
+
+    The box has the aspect of the sampled image. Where neither size nor aspect is a control variable, the original
+    aspect follows from the crop box of the training row, whose aspect in pixels is that of the training images.
+    """
+    height, width = run.sample_size
+    if "height" in values:
+        sizes = torch.stack([values["height"], values["width"]], dim=1)
+    elif "aspect" in values:
+        sizes = torch.stack([torch.ones_like(values["aspect"]), values["aspect"] / 1000], dim=1)
+    else:
+        top, left, bottom, right = (values[column] for column in crops.BOX)
+        trained = width / height if run.data.buckets else 1.0
+        sizes = torch.stack([right - left, trained * (bottom - top)], dim=1)
+    boxes = [crops.largest_view(run.data, h, w, width / height)[:4] for h, w in sizes.tolist()]
+    return dict(zip(crops.BOX, (1000 * torch.tensor(boxes)).unbind(1), strict=True))
+
+
+def _rows_near_aspect(run: RunConfig, control_rows: Tensor, columns: Sequence[str]) -> Tensor:
+    """Return the training rows of images of about the sampled aspect, or all rows if there are none.
+
+    For a run with buckets these are the rows of the sampled bucket; for others with sample.aspect set, the rows whose
+    aspect is within a factor of 1.2.
+    """
+    buckets = run.data.buckets
+    if (run.sample.aspect is None and not buckets) or not {"aspect", "width"} & set(columns):
+        return control_rows
+    values = dict(zip(columns, control_rows.unbind(1), strict=True))
+    log_aspect = (values["aspect"] / 1000 if "aspect" in values else values["width"] / values["height"]).log()
+    if buckets:
+        aspects = torch.tensor([w / h for h, w in buckets]).log()
+        sampled = math.log(run.sample_size[1] / run.sample_size[0])
+        near = (log_aspect[:, None] - aspects).abs().argmin(dim=1) == (aspects - sampled).abs().argmin()
+    else:
+        near = (log_aspect - math.log(run.sample.aspect_value)).abs() < math.log(1.2)
+    return control_rows[near] if bool(near.any()) else control_rows
+
+
+def _sample_original_sizes(run: RunConfig, seed: Tensor) -> dict[str, tuple[Tensor | float, ...]]:
+    """Return original sizes from the samplers of Table 2b; empty for the training distribution."""
+    cfg = run.sample
+    if cfg.size_conditioning == "train" or "size" not in run.control.variables:
+        return {}
+    low, high = cfg.size_range
+    u = rng.uniform(0, seed, "size", 2)
+    sides = (low + u * (high - low + 1)).floor().float()
+    height, width = {
+        "fixed": (torch.full_like(sides[:, 0], low),) * 2,
+        "square": (sides[:, 0], sides[:, 0]),
+        "free": (sides[:, 0], sides[:, 1]),
+    }[cfg.size_conditioning]
+    sizes: dict[str, tuple[Tensor | float, ...]] = {"size": (height, width)}
+    if "aspect" in run.control.variables:
+        sizes["aspect"] = (1000 * width / height,)
+    return sizes
 
 
 def image_grid(images: Tensor, columns: int, min_tile_size: int = 48) -> Image.Image:
@@ -188,14 +407,11 @@ def sample_to_folder(folder: Path, run: RunConfig, args: SampleArgs, out: Path |
     Raises:
         UsageError: A setting or a condition is invalid for this run.
     """
-    check_sampling(run)
-    check_device(run)
-    seeds = build_conditions.parse_int_ranges(args.seeds, "--seeds")
-    labels = build_conditions.expand_labels(run, args.label, len(seeds))
-    prompts = build_conditions.expand_prompts(run, args.prompts, len(seeds))
-    cond, lines = build_conditions.build_cond(
-        run, seeds, snapshot.load_control_rows(folder), labels, prompts, args.control
-    )
+    check_sampling(run, run_device(run))
+    seeds = parse_int_ranges(args.seeds, "--seeds")
+    labels = expand_labels(run, None if args.label is None else parse_labels(run, args.label), len(seeds))
+    prompts = expand_prompts(run, args.prompts, len(seeds))
+    cond, lines = build_cond(run, seeds, snapshot.load_control_rows(folder), labels, prompts, args.control)
     guide, normalizer, profile = load_guide(folder, run), open_decoder(run), ema.sampling_profile(run.sample)
     weights, _, nimg, fits = snapshot.reconstruct_from_run(folder, [profile], _parse_nimg(args.nimg))
     denoiser = snapshot.denoiser_from_weights(weights[0], run, run_device(run))
@@ -284,7 +500,7 @@ def _check_guide_conditioning(run: RunConfig, guide: RunConfig) -> None:
     cfg = run.sample
     shape = ["semantic.kind", "semantic.max_tokens", "semantic.embed_dim", "semantic.pooled_dim"]
     names = [*shape, "semantic.encoder", "data.class_names", "control.variables"]
-    if cfg.guide_conditioning == "nothing":
+    if cfg.guide_conditioning == "none":
         if not guide.learned_without(semantic=True, control=not cfg.keep_control):
             share = "semantic" if guide.control.variables and cfg.keep_control else "both"
             raise UsageError(

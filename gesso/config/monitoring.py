@@ -33,7 +33,7 @@ class MonitorConfig(Settings):
     closest to the requested one"""
     tensorboard: bool = False
     """also write log.jsonl and the sample grids as TensorBoard events to the run folder's tensorboard/"""
-    wandb: Literal["no", "offline", "online"] = "no"
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
     """also log to Weights & Biases; offline writes to the run folder's wandb/, for `wandb sync`"""
     wandb_project: str = "gesso"
     """name of the Weights & Biases project"""

@@ -279,9 +279,9 @@ class MMDiTConfig(TransformerConfig):
     separate_text_weights: Literal["qkv", "all"] = "qkv"
     """weights that text tokens do not share with image tokens: qkv (parameter count of Berrada et al. Table A1) or all
     (SD3's block)"""
-    pooled_mlp: Literal["own", "none"] = "own"
-    """own: an MLP adds the pooled text to adaLN (SD3); none: pooled text is not used (parameter count of Berrada et al.
-    Table A1)"""
+    pooled_mlp: Literal["separate", "none"] = "separate"
+    """separate: an MLP adds the pooled text to adaLN (SD3); none: pooled text is not used (parameter count of
+    Berrada et al. Table A1)"""
     pos_embed_max_size: PositiveInt | None = None
     """rows and columns of SD3's position table, from which the central crop is used (SD3 medium: 192); null: positions
     as set by net.pos_embed"""
@@ -372,9 +372,9 @@ class UNetConfig(Settings):
     """channels of the tokens of cross-attention; null: 1024 for a class, those of a text token for text"""
     text_projection: Literal["mlp", "none"] = "mlp"
     """projection of text tokens before cross-attention: mlp (Linear-SiLU-Linear) or none (SD1.5, SDXL)"""
-    pooled_mlp: Literal["own", "shared", "none"] = "own"
-    """MLP of the pooled text: own; shared, one MLP over pooled text and control variables concatenated (SDXL); or none,
-    pooled text is not used (parameter count of Berrada et al. Table A1)"""
+    pooled_mlp: Literal["separate", "shared", "none"] = "separate"
+    """MLP of the pooled text: separate; shared, one MLP over pooled text and control variables concatenated (SDXL); or
+    none, pooled text is not used (parameter count of Berrada et al. Table A1)"""
     norm_num_groups: PositiveInt = 32
     """number of groups of GroupNorm"""
 

@@ -274,7 +274,9 @@ def load_with_overrides(folder: Path, arguments: list[str] | None, changeable: t
     if not (folder / "run.yaml").is_file():
         raise UsageError(f"{folder} is no run folder (no run.yaml): train one with gesso train RECIPE --out {folder}")
     trained = load_config(folder / "run.yaml")
-    run, _ = resolve(to_dict(trained), list(arguments or ()))
+    if not arguments:
+        return trained
+    run, _ = resolve(to_dict(trained), arguments)
     for path, _, _ in differences(trained, run):
         if not path.startswith(changeable):
             allowed = ", ".join(f"{prefix}*" for prefix in changeable)

@@ -290,7 +290,7 @@ class RunConfig(Settings):
         if shared and self.control.variables and self.control.mlp == "split":
             raise ValueError(
                 "net.pooled_mlp=shared embeds pooled text and control variables with one MLP: "
-                "set control.mlp=joint and control.schedule=uniform, or net.pooled_mlp=own"
+                "set control.mlp=joint and control.schedule=uniform, or net.pooled_mlp=separate"
             )
 
     def _check_guidance(self) -> None:
@@ -300,7 +300,7 @@ class RunConfig(Settings):
                 f"sample.guidance={sample.guidance} has nothing to guide towards, as the run has neither classes nor "
                 "text: set sample.guidance=1, or a guiding network with sample.guide_run"
             )
-        drops_conditions = sample.guide_run in (None, "self") and sample.guide_conditioning == "nothing"
+        drops_conditions = sample.guide_run in (None, "self") and sample.guide_conditioning == "none"
         if sample.guidance != 1 and drops_conditions:
             keep = bool(self.control.variables) and sample.keep_control
             if not self.learned_without(semantic=True, control=not sample.keep_control):
@@ -372,10 +372,10 @@ class RunConfig(Settings):
     @property
     def sample_size(self) -> tuple[int, int]:
         """Height and width to sample at, in pixels."""
-        sample, aspect = self.sample, self.sample.aspect_value
-        side = sample.resolution or self.data.resolution
+        sample, side = self.sample, self.sample.resolution or self.data.resolution
         if sample.aspect is None:
             return side, side
+        aspect = sample.aspect_value
         if self.data.buckets and sample.resolution is None:
             return min(self.data.buckets, key=lambda size: abs(math.log(size[1] / size[0] / aspect)))
         unit = self.net.size_multiple * self.downsample_factor

@@ -23,7 +23,7 @@ class SampleConfig(Settings):
     """factor on sigma = s/alpha of every level (SD3's shift with process.name=rf)"""
     to_uint8: Literal["round", "truncate"] = "round"
     """conversion of pixel-space samples to 8 bits (ADM's scripts truncate); latents follow latent.convention"""
-    final_level: Literal["zero", "first"] = "zero"
+    final_level: Literal["zero", "sigma_min"] = "zero"
     """noise level after the last step: zero, or the lowest level of VP (diffusers' set_alpha_to_one=False)"""
     eta: Probability = 0.0
     """euler: fraction of DDPM's noise that is added in every step"""
@@ -81,8 +81,8 @@ class SampleConfig(Settings):
     guide_run: str | None = None
     """run folder of the guiding network; self: this run with another EMA length or number of images. null: the same
     weights without conditions (classifier-free guidance)"""
-    guide_conditioning: Literal["nothing", "all"] = "nothing"
-    """conditions of the guiding network: nothing (a small unconditional network, EDM2 Eq. 152) or all (autoguidance)"""
+    guide_conditioning: Literal["none", "all"] = "none"
+    """conditions of the guiding network: none (a small unconditional network, EDM2 Eq. 152) or all (autoguidance)"""
     guide_sigma_rel: SigmaRel | None = None
     """relative EMA length of the guiding network; null: sample.sigma_rel of its run"""
     guide_nimg: PositiveCount | None = None

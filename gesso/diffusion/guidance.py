@@ -17,13 +17,13 @@ DenoiseFn = Callable[[Tensor, Tensor], Tensor]
 class GuidanceTerm(NamedTuple):
     """One term of the weighted sum: weight * denoiser(x, s, cond).
 
-    `unguided_weight` is the weight in channels that are not guided; None means `weight`.
+    `unguided_weight` is the weight in channels that are not guided.
     """
 
     weight: float
     denoiser: nn.Module
     cond: Cond
-    unguided_weight: float | None = None
+    unguided_weight: float
 
 
 def guidance_terms(
@@ -34,7 +34,7 @@ def guidance_terms(
     *,
     keep_control: bool = False,
     guide: nn.Module | None = None,
-    guide_conditioning: str = "nothing",
+    guide_conditioning: str = "none",
 ) -> list[GuidanceTerm]:
     """Return the terms of guidance of strength l = guidance, b = control_guidance (Berrada et al. Eq. 2).
 
@@ -49,7 +49,7 @@ def guidance_terms(
         control_guidance: Strength b of the control variables; 1 is no guidance.
         keep_control: Give the guide the control variables but no semantic condition (as SDXL does).
         guide: The guiding network; None uses `denoiser` (classifier-free guidance).
-        guide_conditioning: "nothing" withholds the conditions from the guide (EDM2 Eq. 152); "all" keeps them
+        guide_conditioning: "none" withholds the conditions from the guide (EDM2 Eq. 152); "all" keeps them
             (autoguidance).
     """
     guide_cond = cond if guide_conditioning == "all" else cond.without(semantic=True, control=not keep_control)
@@ -125,12 +125,12 @@ def combine_terms(terms: list[GuidanceTerm], guided_channels: int | None = None)
     Raises:
         ValueError: The weights do not sum to 1.
     """
-    for total in (sum(t.weight for t in terms), sum(_unguided_weight(t) for t in terms)):
+    for total in (sum(t.weight for t in terms), sum(t.unguided_weight for t in terms)):
         if abs(total - 1) > 1e-9:
             raise ValueError(f"guidance weights must sum to 1, but sum to {total}")
     groups: dict[nn.Module, list[GuidanceTerm]] = {}
     for term in terms:
-        if term.weight != 0 or (guided_channels is not None and _unguided_weight(term) != 0):
+        if term.weight != 0 or (guided_channels is not None and term.unguided_weight != 0):
             groups.setdefault(term.denoiser, []).append(term)
 
     def denoise(x: Tensor, s: Tensor) -> Tensor:
@@ -152,8 +152,4 @@ def _scale(term: GuidanceTerm, D: Tensor, guided_channels: int | None) -> Tensor
     if guided_channels is None:
         return term.weight * D
     guided, unguided = D[:, :guided_channels], D[:, guided_channels:]
-    return torch.cat([term.weight * guided, _unguided_weight(term) * unguided], dim=1)
-
-
-def _unguided_weight(term: GuidanceTerm) -> float:
-    return term.weight if term.unguided_weight is None else term.unguided_weight
+    return torch.cat([term.weight * guided, term.unguided_weight * unguided], dim=1)

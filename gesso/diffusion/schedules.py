@@ -31,7 +31,7 @@ def levels(
             respaced: timesteps T-1 to 0 at a fractional stride, rounded (ADM, DiT, MDT);
             ddim: every n-th timestep from 0 up, for example 980, 960, ..., 0 (ddimN of ADM and DiT).
         shift: Factor on the sigma of every level; for RF it is SD3's shift s -> k s/(1 + (k-1) s).
-        final_level: "zero", or "first" for the level of timestep 0 (set_alpha_to_one=False in diffusers).
+        final_level: "zero", or "sigma_min" for the level of timestep 0 (set_alpha_to_one=False in diffusers).
 
     Raises:
         UsageError: The process does not have this schedule, final level, number of steps or shift.
@@ -127,11 +127,11 @@ def _final_level(process: Process, s: Tensor, final_level: str) -> float:
         return 0.0
     if not isinstance(process, VP | VPv):
         raise UsageError(
-            "sample.final_level=first: only process.name=vp has a first level above 0; set sample.final_level=zero"
+            "sample.final_level=sigma_min: only process.name=vp has a lowest level above 0; set sample.final_level=zero"
         )
     if float(s[-1]) <= process.min_level:
         raise UsageError(
-            "sample.final_level=first: this schedule already reaches the first level before its last step; "
+            "sample.final_level=sigma_min: this schedule reaches the lowest level before its last step; "
             "set sample.schedule=leading or trailing, fewer steps, or sample.final_level=zero"
         )
     return process.min_level

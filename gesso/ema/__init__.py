@@ -1,6 +1,6 @@
 """EMAs of weights: tracked in training, and reconstructed at any length afterwards (EDM2 Section 3, Appendix C)."""
 
-from gesso.ema.combine import TensorReader, linear_combination
+from gesso.ema.combine import linear_combination
 from gesso.ema.profiles import (
     PerTensorProfile,
     PowerProfile,
@@ -21,7 +21,6 @@ __all__ = [
     "PowerProfile",
     "Profile",
     "RawProfile",
-    "TensorReader",
     "Tracker",
     "TraditionalProfile",
     "build_mixture",

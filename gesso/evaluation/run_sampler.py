@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gesso import build_conditions, rng, sampling, snapshot
+from gesso import rng, sampling, snapshot
 from gesso.config import RunConfig
 from gesso.data.normalization import Normalizer
 from gesso.data.sources import open_source
@@ -79,7 +79,7 @@ class RunSampler(NamedTuple):
         if self.prompts is not None:
             prompts = [self.prompts[seed % len(self.prompts)] for seed in seeds]
             captions = [prompt.caption for prompt in prompts]
-        cond, _ = build_conditions.build_cond(self.run, seeds, self.control_rows, labels, captions, control)
+        cond, _ = sampling.build_cond(self.run, seeds, self.control_rows, labels, captions, control)
         if self.prompts is not None:
             labels = [prompt.label for prompt in prompts]
         start = 0

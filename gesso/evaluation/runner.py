@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from gesso import atomic_io, devices, ema, sampling, snapshot, torchrun
+from gesso import atomic_io, devices, ema, sampling, snapshot
 from gesso.config import EvalConfig, RunConfig
 from gesso.data.cache.format import is_cache, open_manifest
 from gesso.data.factory import open_dataset
@@ -50,7 +50,7 @@ def evaluate_run(folder: Path, run: RunConfig, progress: ProgressCallback) -> li
     """
     if not run.eval.metrics:
         return toy_evaluation.evaluate(folder, run, progress)
-    rank, world_size, local_rank, _ = torchrun.rank_from_env()
+    rank, world_size, local_rank, _ = devices.rank_from_env()
     device = sampling.run_device(run)
     if device.type == "cuda" and world_size > 1:
         device = torch.device("cuda", local_rank)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gesso import build_conditions, ema, sampling, snapshot
+from gesso import ema, sampling, snapshot
 from gesso.config import RunConfig
 from gesso.data.base import Dataset
 from gesso.data.factory import open_dataset
@@ -64,9 +64,9 @@ class ToyEvaluator:
         self.networks = load_networks((metric.network for metric in self.metrics), run.eval, device, run.sample_size)
         # Conditions of samples: labels that cycle through the classes, or captions of training images.
         n = self.num_samples
-        labels, indices = build_conditions.expand_labels(run, None, n), torch.arange(n) % len(dataset)
+        labels, indices = sampling.expand_labels(run, None, n), torch.arange(n) % len(dataset)
         prompts = [dataset.captions[i] for i in indices.tolist()] if run.semantic.kind == "text" else None
-        self.cond, _ = build_conditions.build_cond(run, range(n), control_rows, labels, prompts)
+        self.cond, _ = sampling.build_cond(run, range(n), control_rows, labels, prompts)
         self.conditions = SampleConditions(labels or dataset.labels[indices].tolist(), prompts)
 
     @functools.cached_property

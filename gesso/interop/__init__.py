@@ -1,9 +1,9 @@
 """Import and export weights of other projects, as plain dicts of tensors.
 
-net, notes = gesso.interop.load_network(state_dict)  # num_heads=..., resolution=... if the weights do not tell them
-denoiser, notes = gesso.interop.load_denoiser(state_dict)  # the same with the process the weights were trained under
-imported = gesso.interop.detect_format(state_dict)  # the same, not yet built
-name, config, state_dict = gesso.interop.to_diffusers(net, cfg, inputs)
+net, notes = gesso.interop.load_network(state_dict)  # num_heads=, resolution= if they cannot be inferred
+denoiser, notes = gesso.interop.load_denoiser(state_dict)  # with the process that the weights were trained under
+imported = gesso.interop.detect_format(state_dict)  # settings and tensors only
+class_name, config, state_dict = gesso.interop.to_diffusers(net, cfg, inputs)
 """
 
 from collections.abc import Callable, Mapping
@@ -19,17 +19,17 @@ from gesso.interop import dit, edm2, mdt, pixart, sd3, unet
 from gesso.interop.mapping import NOTE_ASSUMED_RESOLUTION, NOTE_PROPORTIONAL, NOTE_UNKNOWN_BASE, ImportedModel
 from gesso.models import mp
 
-IMPORTERS = (edm2, dit, mdt, pixart, sd3, unet)
-"""Modules with `matches(keys)` and `convert(state, heads) -> Found`, asked in order."""
+FORMATS = (edm2, dit, mdt, pixart, sd3, unet)
+"""Modules with `matches(keys)` and `import_weights(state, num_heads)`; the first that matches is used."""
 EXPORTERS: dict[type, Callable[..., tuple[str, dict, dict[str, Tensor]]]] = {
     DiTConfig: dit.to_diffusers,
     PixArtConfig: pixart.to_diffusers,
     MMDiTConfig: sd3.to_diffusers,
     UNetConfig: unet.to_diffusers,
 }
-"""(weights, cfg, inputs) -> class name, configuration, weights."""
+"""Functions (weights, cfg, inputs) -> class name, configuration, weights, by the settings class."""
 SINGLE_FILE_PREFIX = "model.diffusion_model."
-"""Where SD1.5, SDXL and SD3 in one file have the network, beside the VAE and text encoders."""
+"""Prefix of the network in single files of SD1.5, SDXL and SD3, which also hold the VAE and the text encoders."""
 
 
 def detect_format(
@@ -39,35 +39,32 @@ def detect_format(
 
     Args:
         state: The state dict.
-        num_heads: Attention heads, which no shape tells without qk-norm; None: those of the published size.
-        resolution: Height and width of x in training, for weights that do not tell it. For PixArt and diffusers' DiT it
-            makes positions on other grids those of the source.
+        num_heads: Attention heads; None infers them from qk-norm or the published size.
+        resolution: Height and width of x in training, for weights without a position table. For PixArt and diffusers'
+            DiT, positions on other grids then equal those of the source.
 
     Raises:
         UsageError: The project is unknown, or num_heads is needed or does not fit.
         RunError: A tensor that defines the settings is missing.
     """
-    inside = {
-        name.removeprefix(SINGLE_FILE_PREFIX): v for name, v in state.items() if name.startswith(SINGLE_FILE_PREFIX)
-    }
-    network = inside or state
+    prefix = SINGLE_FILE_PREFIX
+    network = {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)} or state
     keys = set(network)
-    for reader in IMPORTERS:
-        if reader.matches(keys):
-            imported = reader.import_weights(network, num_heads)
-            if len(network) < len(state):
-                imported.notes["left behind"] = f"{len(state) - len(network)} tensors outside {SINGLE_FILE_PREFIX}*"
-            return (
-                _with_resolution(imported, resolution)
-                if resolution and imported.notes.get("resolution") == NOTE_ASSUMED_RESOLUTION
-                else imported
-            )
-    shown = ", ".join(sorted(keys)[:3])
-    raise UsageError(f"weights of no project that gesso knows (tensors such as {shown})")
+    module = next((module for module in FORMATS if module.matches(keys)), None)
+    if module is None:
+        examples = ", ".join(sorted(keys)[:3])
+        raise UsageError(f"the weights belong to no project that gesso knows (tensors such as {examples})")
+    imported = module.import_weights(network, num_heads)
+    imported = imported._replace(weights={name: tensor.float() for name, tensor in imported.weights.items()})
+    if len(network) < len(state):
+        imported.notes["ignored"] = f"{len(state) - len(network)} tensors outside {prefix}*"
+    if resolution and imported.notes.get("resolution") == NOTE_ASSUMED_RESOLUTION:
+        return _with_resolution(imported, resolution)
+    return imported
 
 
 def _with_resolution(imported: ImportedModel, resolution: int) -> ImportedModel:
-    """Return settings and notes with the resolution of training, which the weights do not tell."""
+    """Return the imported model with the resolution of training, which cannot be inferred from its weights."""
     cfg, notes = imported.cfg, {name: text for name, text in imported.notes.items() if name != "resolution"}
     if notes.get("positions", "").startswith(NOTE_UNKNOWN_BASE):
         cfg, notes["positions"] = cfg.model_copy(update={"pos_embed": "proportional"}), NOTE_PROPORTIONAL
@@ -80,7 +77,7 @@ def load_network(
     """Return the network with these weights, in evaluation mode, and notes.
 
     Raises:
-        UsageError: As `detect_format`.
+        UsageError: As for `detect_format`.
         RunError: Tensors are missing or unknown; the message lists them.
     """
     imported = detect_format(state, num_heads, resolution)
@@ -90,7 +87,7 @@ def load_network(
 def load_denoiser(
     state: Mapping[str, Tensor], num_heads: int | None = None, resolution: int | None = None
 ) -> tuple[Denoiser, dict[str, str]]:
-    """Return the denoiser of these weights with their own process, and notes; raises as `load_network`."""
+    """Return the denoiser of these weights under their process, and notes; errors as for `load_network`."""
     imported = detect_format(state, num_heads, resolution)
     net = _build(imported).requires_grad_(False)
     mp.fold_gains_(net)
@@ -109,12 +106,13 @@ def to_diffusers(net: nn.Module, cfg: NetConfig, inputs: InputSpec) -> tuple[str
     """Return the class name, configuration and state dict of an equivalent diffusers model.
 
     It is equivalent at the training resolution, and on other grids with net.pos_embed=proportional, the positions of
-    diffusers' DiT and PixArt. diffusers' DiT has other time frequencies (`dit.SPACING`). No two tensors share memory.
+    diffusers' DiT and PixArt. diffusers' DiT has other time frequencies (`dit.NOTE_TIME_FREQUENCIES`). No two tensors
+    share memory.
 
     Raises:
         UsageError: diffusers cannot represent a setting; the message names it.
     """
     if type(cfg) not in EXPORTERS:
-        known = ", ".join(sorted(kind().name for kind in EXPORTERS))
-        raise UsageError(f"diffusers has no class for net.name={cfg.name}; it has one for {known}")
+        supported = ", ".join(sorted(settings().name for settings in EXPORTERS))
+        raise UsageError(f"diffusers has no class for net.name={cfg.name}; it has classes for {supported}")
     return EXPORTERS[type(cfg)](net.state_dict(), cfg, inputs)

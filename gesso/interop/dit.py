@@ -1,7 +1,7 @@
 """Weights of DiT: diffusers' DiTTransformer2DModel and facebookresearch/DiT (facts about its names).
 
-Both order the last layer as (patch, patch, channels) and adaLN as shift, scale, gate of attention, then of the MLP, as
-gesso does. diffusers has a copy of the time and class embedders in every block.
+Both order the last layer as (patch, patch, channels) and adaLN as shift, scale, gate of attention, then of the MLP; so
+does gesso. diffusers has a copy of the time and class embedders in every block.
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ EMBEDDER_NAMES = {
     "class_embedder.embedding_table.weight": "table.weight",
 }
 NOTE_TIME_FREQUENCIES = (
-    "diffusers spaces its time frequencies with downscale_freq_shift=1, we as DiT does: outputs 2 % off"
+    "diffusers spaces its time frequencies with downscale_freq_shift=1, gesso as DiT does: outputs differ by 2 %"
 )
 
 
@@ -68,21 +68,21 @@ def original_block_mappings(foreign: str, name: str) -> list[TensorMapping]:
 
 def diffusers_mappings(depth: int) -> list[TensorMapping]:
     """Return the mappings of all tensors of diffusers' model."""
-    ties = map_layers({"pos_embed.proj": "trunk.patch_embed.proj", "proj_out_1": "final_ada.linear"})
-    ties += map_layers({"proj_out_2": "trunk.final", "proj_out_2.variance": "trunk.variance"})
-    for foreign, ours in EMBEDDER_NAMES.items():
-        ties.append(
-            TensorMapping(ours, tuple(f"transformer_blocks.{i}.norm1.emb.{foreign}" for i in range(depth)), "copies")
+    mappings = map_layers({"pos_embed.proj": "trunk.patch_embed.proj", "proj_out_1": "final_ada.linear"})
+    mappings += map_layers({"proj_out_2": "trunk.final", "proj_out_2.variance": "trunk.variance"})
+    for foreign, name in EMBEDDER_NAMES.items():
+        mappings.append(
+            TensorMapping(name, tuple(f"transformer_blocks.{i}.norm1.emb.{foreign}" for i in range(depth)), "copies")
         )
     for i in range(depth):
-        ties += diffusers_block_mappings(f"transformer_blocks.{i}", f"blocks.{i}")
-        ties += map_layers({f"transformer_blocks.{i}.norm1.linear": f"blocks.{i}.ada.linear"})
-    return ties
+        mappings += diffusers_block_mappings(f"transformer_blocks.{i}", f"blocks.{i}")
+        mappings += map_layers({f"transformer_blocks.{i}.norm1.linear": f"blocks.{i}.ada.linear"})
+    return mappings
 
 
 def original_mappings(depth: int) -> list[TensorMapping]:
     """Return the mappings of all tensors of the original model."""
-    ties = map_layers(
+    mappings = map_layers(
         {
             "x_embedder.proj": "trunk.patch_embed.proj",
             "t_embedder.mlp.0": "trunk.time.mlp.0",
@@ -92,11 +92,11 @@ def original_mappings(depth: int) -> list[TensorMapping]:
             "final_layer.linear.variance": "trunk.variance",
         }
     )
-    ties.append(TensorMapping("table.weight", ("y_embedder.embedding_table.weight",)))
+    mappings.append(TensorMapping("table.weight", ("y_embedder.embedding_table.weight",)))
     for i in range(depth):
-        ties += original_block_mappings(f"blocks.{i}", f"blocks.{i}")
-        ties += map_layers({f"blocks.{i}.adaLN_modulation.1": f"blocks.{i}.ada.linear"})
-    return ties
+        mappings += original_block_mappings(f"blocks.{i}", f"blocks.{i}")
+        mappings += map_layers({f"blocks.{i}.adaLN_modulation.1": f"blocks.{i}.ada.linear"})
+    return mappings
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -141,37 +141,38 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> t
 def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> ImportedModel:
     """Return the imported model of a state dict in this format."""
     cfg, inputs = infer_config(state, num_heads)
-    peer = DIFFUSERS_KEY in state
-    weights = from_diffusers(state) if peer else from_original(state)
+    is_diffusers = DIFFUSERS_KEY in state
+    weights = from_diffusers(state) if is_diffusers else from_original(state)
     notes = {
-        "source": "DiT (diffusers)" if peer else "DiT (facebookresearch/DiT)",
+        "source": "DiT (diffusers)" if is_diffusers else "DiT (facebookresearch/DiT)",
         "process": "VP, 1000 steps, beta linear from 1e-4 to 0.02, epsilon",
         "c_noise": "timestep index 0..999",
-        "positions": NOTE_UNIT_STEP if not peer else NOTE_PROPORTIONAL if "pos_embed" in state else NOTE_UNKNOWN_BASE,
+        "positions": NOTE_PROPORTIONAL if "pos_embed" in state else NOTE_UNKNOWN_BASE,
         "latents": "SD VAE times 0.18215 when 4 channels",
     }
     if "pos_embed" not in state:
         notes["resolution"] = NOTE_ASSUMED_RESOLUTION
-    if peer:
+    if is_diffusers:
         notes["time"] = NOTE_TIME_FREQUENCIES
     else:
-        notes["process"] += " (SiT has the same names, and a process of its own)"
+        notes["positions"] = NOTE_UNIT_STEP
+        notes["process"] += " (SiT has the same names, but another process)"
     notes |= variance_note(cfg.learned_variance)
-    return ImportedModel(cfg, inputs, {name: tensor.float() for name, tensor in weights.items()}, notes, ADM_PROCESS)
+    return ImportedModel(cfg, inputs, weights, notes, ADM_PROCESS)
 
 
 def to_diffusers(
     weights: Mapping[str, Tensor], cfg: DiTConfig, inputs: InputSpec
 ) -> tuple[str, dict, dict[str, Tensor]]:
     """Return class name, configuration and weights. Raises UsageError for settings that the class does not have."""
-    peer = "DiTTransformer2DModel"
+    class_name = "DiTTransformer2DModel"
     check_exportable(
-        peer,
+        class_name,
         {
-            "net.pos_embed=resampled (proportional it holds)": cfg.pos_embed == "resampled",
+            "net.pos_embed=resampled (only proportional)": cfg.pos_embed == "resampled",
             f"net.pos_embed={cfg.pos_embed} from another grid": has_other_base_grid(cfg, inputs),
             "net.qk_norm=true": cfg.qk_norm,
-            f"net.mlp_ratio={cfg.mlp_ratio} (its own is 4)": cfg.mlp_ratio != 4,
+            f"net.mlp_ratio={cfg.mlp_ratio} (only 4)": cfg.mlp_ratio != 4,
             "a network without classes": not inputs.num_classes,
             "control": num_control(inputs) > 0,
         },
@@ -188,4 +189,4 @@ def to_diffusers(
         "norm_eps": 1e-6,
     }
     exported = export_tensors(weights, diffusers_mappings(cfg.depth))
-    return peer, config, join_variance(exported, "proj_out_2", cfg.patch_size, inputs.channels)
+    return class_name, config, join_variance(exported, "proj_out_2", cfg.patch_size, inputs.channels)

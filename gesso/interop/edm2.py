@@ -32,7 +32,7 @@ BLOCK_NAMES = {
     "attn_proj.weight": "attention.proj.weight",
 }
 PAPER_LAYER_NAMES = {"affine": "emb_linear", "conv0": "conv_res0", "conv1": "conv_res1", "skip": "conv_skip"}
-UNCERTAINTY_PREFIX = "logvar_"  # trained alongside, discarded for sampling
+UNCERTAINTY_PREFIX = "logvar_"  # unused in sampling
 
 
 def matches(keys: set[str]) -> bool:
@@ -45,13 +45,12 @@ def infer_config(state: Mapping[str, Tensor]) -> tuple[EDM2Config, InputSpec]:
     resolutions = sorted({int(m[1]) for k in state if (m := re.match(r"unet\.enc\.(\d+)x", k))}, reverse=True)
     blocks = len([k for k in state if re.match(rf"unet\.enc\.{resolutions[0]}x\d+_block\d+\.conv_res0", k)])
     widths = [state[f"unet.enc.{r}x{r}_block0.conv_res1.weight"].shape[0] for r in resolutions]
-    c = math.gcd(*widths)  # the base width, or a multiple of it: only products of width and multiplier count
+    c = math.gcd(*widths)  # the base width or a multiple of it; only products of width and multiplier matter
     embedding = state["unet.emb_noise.weight"].shape[0]
     if embedding != max(widths):
         raise UsageError(
-            f"this EDM2 network's embedding has {embedding} channels (channel_mult_emb), its widest level "
-            f"{max(widths)}: "
-            "gesso builds the published default, where both are equal"
+            f"the embedding of this EDM2 network has {embedding} channels (channel_mult_emb), its widest level "
+            f"{max(widths)}; gesso has only the published default, where both are equal"
         )
     attention = [i for i, r in enumerate(resolutions) if f"unet.enc.{r}x{r}_block0.attn_qkv.weight" in state]
     label = state.get("unet.emb_label.weight")
@@ -63,7 +62,7 @@ def infer_config(state: Mapping[str, Tensor]) -> tuple[EDM2Config, InputSpec]:
 
 
 def published_names(cfg: EDM2Config | EDM2LadderConfig, inputs: InputSpec) -> dict[str, str]:
-    """Return published name -> gesso's name for every tensor of such a network; all CONFIGS have CONFIG G's names."""
+    """Return the map of published names to gesso's names for every tensor; all CONFIGS have CONFIG G's names."""
     levels = len(cfg.channel_mult)
     resolutions = [inputs.resolution >> level for level in range(levels)]
     encoder, decoder = [], []
@@ -71,15 +70,13 @@ def published_names(cfg: EDM2Config | EDM2LadderConfig, inputs: InputSpec) -> di
         encoder += [f"unet.enc.{r}x{r}_down"] if level else []
         encoder += [f"unet.enc.{r}x{r}_block{i}" for i in range(cfg.num_blocks)]
     for level, r in reversed(list(enumerate(resolutions))):
-        ways_in = ["in0", "in1"] if level == levels - 1 else ["up"]
-        decoder += [
-            f"unet.dec.{r}x{r}_{name}" for name in [*ways_in, *(f"block{i}" for i in range(cfg.num_blocks + 1))]
-        ]
+        first = ["in0", "in1"] if level == levels - 1 else ["up"]
+        decoder += [f"unet.dec.{r}x{r}_{name}" for name in [*first, *(f"block{i}" for i in range(cfg.num_blocks + 1))]]
     table = dict(TOP_LEVEL_NAMES)
     table[f"unet.enc.{resolutions[0]}x{resolutions[0]}_conv.weight"] = "conv_in.weight"
     for side, blocks in (("encoder", encoder), ("decoder", decoder)):
         for i, block in enumerate(blocks):
-            table |= {f"{block}.{foreign}": f"{side}.{i}.{ours}" for foreign, ours in BLOCK_NAMES.items()}
+            table |= {f"{block}.{foreign}": f"{side}.{i}.{name}" for foreign, name in BLOCK_NAMES.items()}
     return table
 
 
@@ -98,11 +95,11 @@ def name_of_paper_layer(name: str, cfg: EDM2Config | EDM2LadderConfig, inputs: I
 def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> ImportedModel:
     """Return the imported model, with weights as the published forward pass uses them.
 
-    It divides a weight by 1e-4 + RMS in every forward pass; here that happens once. The rows are normalized again only
-    when the network is trained.
+    The published code divides a weight by 1e-4 + RMS in every forward pass, this function once. The rows are normalized
+    again only when the network is trained.
     """
     if num_heads is not None:
-        raise UsageError("EDM2's heads are 64 channels wide; leave heads= out")
+        raise UsageError("EDM2's heads are 64 channels wide; remove num_heads=")
     cfg, inputs = infer_config(state)
     table = published_names(cfg, inputs)
     weights = {}
@@ -120,7 +117,7 @@ def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> Import
         "source": "EDM2 (NVlabs/edm2)",
         "process": "EDM, sigma_data 0.5",
         "c_noise": "ln(sigma)/4",
-        "adapted": "weights normalized once with eps 1e-4; q, k, v regrouped; uncertainty function left behind",
+        "adapted": "weights normalized once with eps 1e-4; q, k, v regrouped; uncertainty function ignored",
         "latents": "SD VAE, input in [0, 1], mean (5.81, 3.25, 0.12, -2.15), std (4.17, 4.62, 3.71, 3.28) when 4 "
         "channels",
     }

@@ -13,23 +13,24 @@ from gesso.errors import RunError, UsageError
 from gesso.models.embeddings import sincos_pos_embed_2d
 
 KNOWN_HEADS = {(384, 12): 6, (768, 12): 12, (1024, 24): 16, (1152, 28): 16, (1536, 24): 24}
-"""Heads by width and depth: S, B, L and XL of the DiT family, SD3 medium."""
+"""Attention heads by width and depth: S, B, L and XL of the DiT family, SD3 medium."""
 PARAMETERS = ("weight", "bias")
-NOTE_UNIT_STEP = "one step per token on every grid here; theirs at the original's resolution"
-NOTE_PROPORTIONAL = "step base/n on a grid of n tokens, as theirs"
+NOTE_UNIT_STEP = "step 1 per token on every grid, as in the source at its training resolution"
+NOTE_PROPORTIONAL = "step base/n on a grid of n tokens, as in the source"
 NOTE_UNKNOWN_BASE = (
-    "step 1 on every grid, theirs at the original's resolution; on others theirs is base/n: say that resolution"
+    "step 1 on every grid, as in the source at its training resolution; on other grids the source has step base/n: "
+    "pass resolution="
 )
 ADM_PROCESS = VPConfig(betas="linear")
-"""the process of ADM, DiT, MDT and PixArt: 1000 betas from 1e-4 to .02"""
-NOTE_ASSUMED_RESOLUTION = "32 x 32, assumed: neither names nor shapes tell it"
+"""Process of ADM, DiT, MDT and PixArt: 1000 betas from 1e-4 to .02."""
+NOTE_ASSUMED_RESOLUTION = "32 x 32, assumed: it cannot be inferred from the weights"
 
 
 class ImportedModel(NamedTuple):
     """Settings inferred from names and shapes, tensors under gesso's names, and notes.
 
-    notes: source, process, c_noise convention, adaptations. process: the process the weights were trained under; of its
-    noise distribution in training, the published one at most.
+    `notes` name the source, its process, its convention of c_noise and the adaptations. `process` is the process that
+    the weights were trained under; its distribution of training noise is the published one where it is known.
     """
 
     cfg: NetConfig
@@ -40,10 +41,11 @@ class ImportedModel(NamedTuple):
 
 
 class TensorMapping(NamedTuple):
-    """One tensor of gesso and its foreign counterparts; a list of them is a map in both directions.
+    """A tensor of gesso and its foreign counterparts; a list of them is a map in both directions.
 
-    layout: "rows": the foreign tensors concatenated; "copies": each foreign tensor equals gesso's; "swapped": foreign
-    scale, shift is gesso's shift, scale; "square": foreign (1, n^2, D) is gesso's (1, n, n, D).
+    Layouts: "rows": gesso's tensor is the concatenation of the foreign ones; "copies": each foreign tensor equals it;
+    "swapped": the foreign tensor is (scale, shift), gesso's (shift, scale); "square": the foreign tensor has shape
+    (1, n^2, D), gesso's (1, n, n, D).
     """
 
     name: str
@@ -54,8 +56,8 @@ class TensorMapping(NamedTuple):
 def map_layers(pairs: Mapping[str, str], layout: Literal["rows", "swapped"] = "rows") -> list[TensorMapping]:
     """Return the mappings of weight and bias of layers, given foreign name -> gesso's name."""
     return [
-        TensorMapping(f"{ours}.{part}", (f"{foreign}.{part}",), layout)
-        for foreign, ours in pairs.items()
+        TensorMapping(f"{name}.{part}", (f"{foreign}.{part}",), layout)
+        for foreign, name in pairs.items()
         for part in PARAMETERS
     ]
 
@@ -67,25 +69,28 @@ def map_stacked(foreign: Iterable[str], prefix: str) -> list[TensorMapping]:
 
 
 def import_tensors(state: Mapping[str, Tensor], mappings: Iterable[TensorMapping]) -> dict[str, Tensor]:
-    """Return the tensors under gesso's names. Raises RunError if copies differ.
+    """Return the tensors under gesso's names.
 
     Unknown tensors keep their name and missing ones are left out; `models.state_dict_mismatch` lists both.
+
+    Raises:
+        RunError: Tensors that must be copies differ.
     """
-    rest, ours = dict(state), {}
-    for tie in mappings:
-        if all(name in rest for name in tie.foreign_names):
-            ours[tie.name] = merge_tensors(tie, [rest.pop(name) for name in tie.foreign_names])
-    return ours | rest
+    remaining, imported = dict(state), {}
+    for mapping in mappings:
+        if all(name in remaining for name in mapping.foreign_names):
+            imported[mapping.name] = merge_tensors(mapping, [remaining.pop(name) for name in mapping.foreign_names])
+    return imported | remaining
 
 
 def export_tensors(weights: Mapping[str, Tensor], mappings: Iterable[TensorMapping]) -> dict[str, Tensor]:
     """Return the tensors under foreign names, none sharing memory with another."""
-    rest, exported = dict(weights), dict[str, Tensor]()
-    for tie in mappings:
-        if tie.name in rest:
-            parts = split_tensor(tie, rest.pop(tie.name))
-            exported |= {name: part.clone() for name, part in zip(tie.foreign_names, parts, strict=True)}
-    assert not rest, f"no place for {sorted(rest)[:4]}"
+    remaining, exported = dict(weights), dict[str, Tensor]()
+    for mapping in mappings:
+        if mapping.name in remaining:
+            parts = split_tensor(mapping, remaining.pop(mapping.name))
+            exported |= {name: part.clone() for name, part in zip(mapping.foreign_names, parts, strict=True)}
+    assert not remaining, f"no mapping for {sorted(remaining)[:4]}"
     return exported
 
 
@@ -94,7 +99,7 @@ def merge_tensors(mapping: TensorMapping, parts: list[Tensor]) -> Tensor:
     match mapping.layout:
         case "copies":
             if not all(part.equal(parts[0]) for part in parts):
-                raise RunError(f"{mapping.foreign_names[0]} differs between blocks; ours is one for all of them")
+                raise RunError(f"{mapping.foreign_names[0]} differs between blocks; gesso has one for all blocks")
             return parts[0]
         case "swapped":
             return torch.cat(parts[0].chunk(2)[::-1])
@@ -121,33 +126,34 @@ def split_tensor(mapping: TensorMapping, tensor: Tensor) -> list[Tensor]:
 def tensor_shape(state: Mapping[str, Tensor], name: str) -> torch.Size:
     """Return the shape of a tensor that defines the size of the network. Raises RunError if it is missing."""
     if name not in state:
-        raise RunError(f"{name} is missing, and with it the network's settings")
+        raise RunError(f"{name} is missing, so that the network's settings cannot be inferred")
     return state[name].shape
 
 
 def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
-    """Return the number of N in `prefix.N.`, from 0 to the largest."""
+    """Return 1 plus the largest N in the names `prefix.N.`, 0 without such names."""
     numbers = [int(name.removeprefix(f"{prefix}.").split(".")[0]) for name in state if name.startswith(f"{prefix}.")]
     return 1 + max(numbers, default=-1)
 
 
 def infer_num_heads(width: int, depth: int, num_heads: int | None, head_width: int | None = None) -> int:
-    """Return the number of heads: as given, by the width of qk-norm, or of a known size.
+    """Return `num_heads`, or for None the number by the width of qk-norm or of a known size.
 
     Raises:
-        UsageError: The number must be given, or the given one does not fit.
+        UsageError: The number cannot be inferred, or `num_heads` does not fit.
     """
     inferred = width // head_width if head_width else KNOWN_HEADS.get((width, depth))
     if num_heads is None and inferred is None:
         raise UsageError(
-            f"the heads of a network of width {width} and depth {depth} are not in its weights; say heads="
+            f"the attention heads of a network of width {width} and depth {depth} cannot be inferred from its weights; "
+            "pass num_heads="
         )
     if num_heads is None:
         assert inferred is not None
         return inferred
     if width % num_heads or (head_width and num_heads != inferred):
-        reason = f"the norms of its queries say {inferred}" if head_width else f"its width is {width}"
-        raise UsageError(f"heads={num_heads} does not fit the network: {reason}")
+        reason = f"by the norms of its queries it has {inferred}" if head_width else f"its width is {width}"
+        raise UsageError(f"num_heads={num_heads} does not fit the network: {reason}")
     return num_heads
 
 
@@ -155,7 +161,7 @@ def grid_side(name: str, table: Tensor) -> int:
     """Return n of a position table (1, n^2, D). Raises RunError if it is not square."""
     side = math.isqrt(table.shape[1]) if table.ndim == 3 else 0
     if side == 0 or side**2 != table.shape[1]:
-        raise RunError(f"{name} of shape {tuple(table.shape)} is no table (1, side^2, width)")
+        raise RunError(f"{name} has shape {tuple(table.shape)}, not (1, side^2, width)")
     return side
 
 
@@ -166,33 +172,33 @@ def unit_step_grid_side(name: str, table: Tensor, width: int) -> int:
         RunError: The table has other values, which cannot be computed from n.
     """
     side = grid_side(name, table)
-    wanted = sincos_pos_embed_2d(width, side, side, (side - 1, side - 1))
+    expected = sincos_pos_embed_2d(width, side, side, (side - 1, side - 1))
     # Half precision rounds the table's values by up to 4e-3.
-    if table.shape != wanted.shape or (table.float().cpu() - wanted).abs().max() > 1e-2:
+    if table.shape != expected.shape or (table.float().cpu() - expected).abs().max() > 1e-2:
         raise RunError(f"{name} of shape {tuple(table.shape)} is not the sines and cosines of one step per token")
     return side
 
 
 def split_variance(state: Mapping[str, Tensor], last: str, patch: int, channels: int) -> dict[str, Tensor]:
     """Split a last layer of patch x patch x 2 channels into `last` for the image and `last`.variance."""
-    split = dict(state)
+    result = dict(state)
     for part in PARAMETERS:
-        rows = split.get(f"{last}.{part}")
+        rows = result.get(f"{last}.{part}")
         if rows is not None and has_variance(len(rows), patch, channels):
             image, variance = rows.unflatten(0, (patch**2, 2, channels)).unbind(1)
-            split |= {f"{last}.{part}": image.flatten(0, 1), f"{last}.variance.{part}": variance.flatten(0, 1)}
-    return split
+            result |= {f"{last}.{part}": image.flatten(0, 1), f"{last}.variance.{part}": variance.flatten(0, 1)}
+    return result
 
 
 def join_variance(state: Mapping[str, Tensor], last: str, patch: int, channels: int) -> dict[str, Tensor]:
-    """Invert `split_variance`."""
-    joined = dict(state)
+    """Join the two layers that `split_variance` returns."""
+    result = dict(state)
     for part in PARAMETERS:
-        variance = joined.pop(f"{last}.variance.{part}", None)
+        variance = result.pop(f"{last}.variance.{part}", None)
         if variance is not None:
-            both = [t.unflatten(0, (patch**2, channels)) for t in (joined[f"{last}.{part}"], variance)]
-            joined[f"{last}.{part}"] = torch.stack(both, dim=1).flatten(0, 2)
-    return joined
+            both = [t.unflatten(0, (patch**2, channels)) for t in (result[f"{last}.{part}"], variance)]
+            result[f"{last}.{part}"] = torch.stack(both, dim=1).flatten(0, 2)
+    return result
 
 
 def has_variance(rows: int, patch: int, channels: int) -> bool:
@@ -202,22 +208,20 @@ def has_variance(rows: int, patch: int, channels: int) -> bool:
 
 def variance_note(learned: bool) -> dict[str, str]:
     """Return the note on a learned variance."""
-    return {"variance": "of ancestral steps, kept: sample.variance=learned uses it"} if learned else {}
+    return {"variance": "variance of ancestral steps, which sample.variance=learned uses"} if learned else {}
 
 
-def check_exportable(class_name: str, reasons: Mapping[str, bool]) -> None:
-    """Raise UsageError that names the settings that a class of diffusers does not have."""
-    if wrong := [reason for reason, true in reasons.items() if true]:
-        raise UsageError(f"diffusers' {class_name} cannot hold {', '.join(wrong)}")
+def check_exportable(class_name: str, settings: Mapping[str, bool]) -> None:
+    """Raise UsageError that names the settings (keys that are true) that a class of diffusers does not support."""
+    if unsupported := [setting for setting, is_set in settings.items() if is_set]:
+        raise UsageError(f"diffusers' {class_name} does not support {', '.join(unsupported)}")
 
 
 def has_other_base_grid(cfg: DiTConfig | PixArtConfig, inputs: InputSpec) -> bool:
     """Return True if positions refer to another grid than the training grid, for which diffusers has no setting."""
-    counted = cfg.pos_embed in ("interpolated", "proportional") and inputs.pos_embed_base not in (
-        None,
-        inputs.resolution,
-    )
-    return counted or inputs.pos_embed_span is not None
+    has_base = cfg.pos_embed in ("interpolated", "proportional")
+    other_base = has_base and inputs.pos_embed_base not in (None, inputs.resolution)
+    return other_base or inputs.pos_embed_span is not None
 
 
 def num_control(inputs: InputSpec) -> int:

@@ -1,7 +1,7 @@
 """Weights of MDTv2 (facts about the names of sail-sg/MDT).
 
-Its class enters as the row of the table, without the MLP that the size of Table A1 includes. Positions and relative
-biases are parameters; the three rows of the bias table for a class token are kept.
+The class embedding is a row of the table, without the MLP that the size of Table A1 includes. Positions and relative
+biases are parameters; the bias table includes three rows for a class token.
 """
 
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ def block_mappings(foreign: str, name: str) -> list[TensorMapping]:
 
 def original_mappings(encoder_layers: int, decoder_layers: int) -> list[TensorMapping]:
     """Return the mappings of all tensors."""
-    ties = map_layers(
+    mappings = map_layers(
         {
             "x_embedder.proj": "patch_embed.proj",
             "t_embedder.mlp.0": "time.mlp.0",
@@ -62,25 +62,25 @@ def original_mappings(encoder_layers: int, decoder_layers: int) -> list[TensorMa
             "final_layer.linear.variance": "variance",
         }
     )
-    ties += [
+    mappings += [
         TensorMapping("semantic.table.weight", ("y_embedder.embedding_table.weight",)),
         TensorMapping("position.table", ("pos_embed",)),
         TensorMapping("decoder_position.table", ("decoder_pos_embed",)),
         TensorMapping("side.mask_token", ("mask_token",)),
     ]
-    for foreign, ours in BLOCK_LIST_NAMES.items():
-        for i in range(decoder_layers if ours == "decoder" else encoder_layers):
-            ties += block_mappings(f"{foreign}.{i}", f"{ours}.{i}")
-    return ties + block_mappings("sideblocks.0", "side.block")
+    for foreign, name in BLOCK_LIST_NAMES.items():
+        for i in range(decoder_layers if name == "decoder" else encoder_layers):
+            mappings += block_mappings(f"{foreign}.{i}", f"{name}.{i}")
+    return mappings + block_mappings("sideblocks.0", "side.block")
 
 
 def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[MDTConfig, InputSpec]:
-    """Return the network's settings, from names and shapes; the relative biases tell the number of heads."""
+    """Return the network's settings, from names and shapes; the relative biases give the number of heads."""
     width, channels, patch, _ = tensor_shape(state, "x_embedder.proj.weight")
     halves, decoder = count_layers(state, "en_inblocks"), count_layers(state, "de_blocks")
     bias_heads = tensor_shape(state, f"en_inblocks.0.{BIAS_TABLE}")[1]
     if num_heads not in (None, bias_heads):
-        raise UsageError(f"heads={num_heads} does not fit the network: its relative biases say {bias_heads}")
+        raise UsageError(f"num_heads={num_heads} does not fit the network: by its relative biases it has {bias_heads}")
     cfg = MDTConfig(
         hidden_size=width,
         depth=2 * halves + decoder,
@@ -109,4 +109,4 @@ def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> Import
     state_dict = split_variance(state, "final_layer.linear", cfg.patch_size, inputs.channels)
     state_dict = {name: tensor for name, tensor in state_dict.items() if not name.endswith(INDEX_SUFFIX)}
     weights = import_tensors(state_dict, original_mappings((cfg.depth - cfg.decoder_layers) // 2, cfg.decoder_layers))
-    return ImportedModel(cfg, inputs, {name: tensor.float() for name, tensor in weights.items()}, notes, ADM_PROCESS)
+    return ImportedModel(cfg, inputs, weights, notes, ADM_PROCESS)

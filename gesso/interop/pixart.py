@@ -1,6 +1,6 @@
 """Weights of PixArt-alpha: diffusers' PixArtTransformer2DModel and the original names (facts).
 
-The model for 1024 pixels, whose positions have half steps and which embeds height, width and aspect ratio, is refused.
+The model for 1024 pixels is rejected: its positions have half steps, and it embeds height, width and aspect ratio.
 """
 
 from collections.abc import Mapping
@@ -34,6 +34,7 @@ from gesso.interop.mapping import (
     variance_note,
 )
 
+DIFFUSERS_KEY = "adaln_single.linear.weight"
 DIFFUSERS_NAMES = {
     "pos_embed.proj": "trunk.patch_embed.proj",
     "adaln_single.emb.timestep_embedder.linear_1": "trunk.time.mlp.0",
@@ -55,47 +56,42 @@ ORIGINAL_NAMES = {
     "final_layer.linear.variance": "trunk.variance",
 }
 POSITION_TABLES = ("pos_embed", "pos_embed.pos_embed")
-"""Where the position table is: in PixArt's own weights, in those of some versions of diffusers."""
+"""Names of the position table: in the original weights, and in those of some versions of diffusers."""
 NULL_CAPTIONS = ("y_embedder.y_embedding", "caption_projection.y_embedding")
 SIZE_EMBEDDERS = ("csize_embedder.", "ar_embedder.", "adaln_single.emb.resolution_embedder.")
 
 
 def matches(keys: set[str]) -> bool:
     """Return True if these are the tensor names of this format."""
-    peer = {"adaln_single.linear.weight", "scale_shift_table", "caption_projection.linear_1.weight"}
-    required = {"t_block.1.weight", "final_layer.scale_shift_table", "y_embedder.y_proj.fc1.weight"}
-    return keys >= peer or keys >= required
-
-
-def is_diffusers(state: Mapping[str, Tensor]) -> bool:
-    """Return True for diffusers' names, False for the original ones."""
-    return "adaln_single.linear.weight" in state
+    diffusers_keys = {DIFFUSERS_KEY, "scale_shift_table", "caption_projection.linear_1.weight"}
+    original_keys = {"t_block.1.weight", "final_layer.scale_shift_table", "y_embedder.y_proj.fc1.weight"}
+    return keys >= diffusers_keys or keys >= original_keys
 
 
 def diffusers_mappings(depth: int) -> list[TensorMapping]:
     """Return the mappings of all tensors of diffusers' model."""
-    ties = [*map_layers(DIFFUSERS_NAMES), TensorMapping("final_table", ("scale_shift_table",))]
+    mappings = [*map_layers(DIFFUSERS_NAMES), TensorMapping("final_table", ("scale_shift_table",))]
     for i in range(depth):
-        foreign, ours = f"transformer_blocks.{i}", f"blocks.{i}"
-        ties += diffusers_block_mappings(foreign, ours)
-        ties.append(TensorMapping(f"{ours}.table", (f"{foreign}.scale_shift_table",)))
-        ties += map_layers(
-            {f"{foreign}.attn2.to_q": f"{ours}.cross.q", f"{foreign}.attn2.to_out.0": f"{ours}.cross.out"}
+        foreign, name = f"transformer_blocks.{i}", f"blocks.{i}"
+        mappings += diffusers_block_mappings(foreign, name)
+        mappings.append(TensorMapping(f"{name}.table", (f"{foreign}.scale_shift_table",)))
+        mappings += map_layers(
+            {f"{foreign}.attn2.to_q": f"{name}.cross.q", f"{foreign}.attn2.to_out.0": f"{name}.cross.out"}
         )
-        ties += map_stacked([f"{foreign}.attn2.to_{x}" for x in "kv"], f"{ours}.cross.kv")
-    return ties
+        mappings += map_stacked([f"{foreign}.attn2.to_{x}" for x in "kv"], f"{name}.cross.kv")
+    return mappings
 
 
 def original_mappings(depth: int) -> list[TensorMapping]:
     """Return the mappings of all tensors of the original model."""
-    ties = [*map_layers(ORIGINAL_NAMES), TensorMapping("final_table", ("final_layer.scale_shift_table",))]
+    mappings = [*map_layers(ORIGINAL_NAMES), TensorMapping("final_table", ("final_layer.scale_shift_table",))]
     for i in range(depth):
         block = f"blocks.{i}"
-        ties += original_block_mappings(block, block)
-        ties.append(TensorMapping(f"{block}.table", (f"{block}.scale_shift_table",)))
+        mappings += original_block_mappings(block, block)
+        mappings.append(TensorMapping(f"{block}.table", (f"{block}.scale_shift_table",)))
         names = {"q_linear": "q", "kv_linear": "kv", "proj": "out"}
-        ties += map_layers({f"{block}.cross_attn.{a}": f"{block}.cross.{b}" for a, b in names.items()})
-    return ties
+        mappings += map_layers({f"{block}.cross_attn.{a}": f"{block}.cross.{b}" for a, b in names.items()})
+    return mappings
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -120,21 +116,25 @@ def drop_unused_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[PixArtConfig, InputSpec]:
-    """Return the network's settings, from names and shapes; a stored position table tells the resolution, otherwise 32.
+    """Return the network's settings, from names and shapes.
+
+    The resolution is that of the stored position table, or 32 without one.
 
     Raises:
         UsageError: The model is the one for 1024 pixels.
     """
     if any(name.startswith(SIZE_EMBEDDERS) for name in state):
         raise UsageError(
-            "PixArt-alpha of 1024 pixels embeds sizes and counts positions in halves, which net.name=pixart does not; "
-            "take the model of 256 or 512"
+            "PixArt-alpha of 1024 pixels embeds sizes and has positions in half steps, which net.name=pixart does not; "
+            "use the model of 256 or 512 pixels"
         )
-    peer = is_diffusers(state)
-    blocks, fc = ("transformer_blocks", "ff.net.0.proj.weight") if peer else ("blocks", "mlp.fc1.weight")
-    caption = "caption_projection.linear_1.weight" if peer else "y_embedder.y_proj.fc1.weight"
-    width, channels, patch, _ = tensor_shape(state, "pos_embed.proj.weight" if peer else "x_embedder.proj.weight")
-    depth, last = count_layers(state, blocks), "proj_out" if peer else "final_layer.linear"
+    is_diffusers = DIFFUSERS_KEY in state
+    blocks, fc = ("transformer_blocks", "ff.net.0.proj.weight") if is_diffusers else ("blocks", "mlp.fc1.weight")
+    caption = "caption_projection.linear_1.weight" if is_diffusers else "y_embedder.y_proj.fc1.weight"
+    width, channels, patch, _ = tensor_shape(
+        state, "pos_embed.proj.weight" if is_diffusers else "x_embedder.proj.weight"
+    )
+    depth, last = count_layers(state, blocks), "proj_out" if is_diffusers else "final_layer.linear"
     stored = [patch * unit_step_grid_side(name, state[name], width) for name in POSITION_TABLES if name in state]
     cfg = PixArtConfig(
         hidden_size=width, depth=depth, num_heads=infer_num_heads(width, depth, num_heads), patch_size=patch,
@@ -148,10 +148,10 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> t
 def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> ImportedModel:
     """Return the imported model of a state dict in this format."""
     cfg, inputs = infer_config(state, num_heads)
-    peer = is_diffusers(state)
+    is_diffusers = DIFFUSERS_KEY in state
     stored = any(name in state for name in POSITION_TABLES)
     notes = {
-        "source": "PixArt-alpha (diffusers)" if peer else "PixArt-alpha (PixArt-alpha/PixArt-alpha)",
+        "source": "PixArt-alpha (diffusers)" if is_diffusers else "PixArt-alpha (PixArt-alpha/PixArt-alpha)",
         "process": "VP, 1000 steps, beta linear from 1e-4 to 0.02, epsilon",
         "c_noise": "timestep index 0..999",
         "positions": NOTE_PROPORTIONAL if stored else f"{NOTE_UNKNOWN_BASE} (256 or 512 pixels, interpolation_scale 1)",
@@ -160,24 +160,24 @@ def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> Import
     if not stored:
         notes["resolution"] = NOTE_ASSUMED_RESOLUTION
     if any(name in state for name in NULL_CAPTIONS):
-        notes["null"] = "the original's null caption is left behind; withheld text is zeros here"
+        notes["null"] = "the null caption of the source is ignored; in gesso withheld text is zeros"
     notes |= variance_note(cfg.learned_variance)
-    weights = from_diffusers(state) if peer else from_original(state)
-    return ImportedModel(cfg, inputs, {name: tensor.float() for name, tensor in weights.items()}, notes, ADM_PROCESS)
+    weights = from_diffusers(state) if is_diffusers else from_original(state)
+    return ImportedModel(cfg, inputs, weights, notes, ADM_PROCESS)
 
 
 def to_diffusers(
     weights: Mapping[str, Tensor], cfg: PixArtConfig, inputs: InputSpec
 ) -> tuple[str, dict, dict[str, Tensor]]:
     """Return class name, configuration and weights. Raises UsageError for settings that the class does not have."""
-    peer = "PixArtTransformer2DModel"
+    class_name = "PixArtTransformer2DModel"
     check_exportable(
-        peer,
+        class_name,
         {
-            "net.pos_embed=resampled (proportional it holds)": cfg.pos_embed == "resampled",
+            "net.pos_embed=resampled (only proportional)": cfg.pos_embed == "resampled",
             f"net.pos_embed={cfg.pos_embed} from another grid": has_other_base_grid(cfg, inputs),
             "net.qk_norm=true": cfg.qk_norm,
-            f"net.mlp_ratio={cfg.mlp_ratio} (its own is 4)": cfg.mlp_ratio != 4,
+            f"net.mlp_ratio={cfg.mlp_ratio} (only 4)": cfg.mlp_ratio != 4,
             "a network without text": not inputs.text_dim,
             "control": num_control(inputs) > 0,
         },
@@ -197,4 +197,4 @@ def to_diffusers(
         "use_additional_conditions": False,
     }
     exported = export_tensors(weights, diffusers_mappings(cfg.depth))
-    return peer, config, join_variance(exported, "proj_out", cfg.patch_size, inputs.channels)
+    return class_name, config, join_variance(exported, "proj_out", cfg.patch_size, inputs.channels)

@@ -1,8 +1,8 @@
 """Weights of SD3: diffusers' SD3Transformer2DModel and Stability's names (facts).
 
-Where adaLN gives two vectors (last layer, last text block), diffusers has scale, shift; Stability and gesso shift,
-scale. The queries of the last block's text reach no output: their rows are kept in qkv, their norm has no counterpart.
-The first blocks of SD3.5 medium have a second attention, of the image alone, and nine vectors of adaLN in one order.
+Where adaLN gives two vectors (last layer, last text block), diffusers has (scale, shift), Stability and gesso (shift,
+scale). The queries of the last block's text reach no output: gesso has their rows of qkv, but not their norm. The first
+blocks of SD3.5 medium have a second attention among image tokens and nine vectors of adaLN, in the same order.
 """
 
 import math
@@ -38,58 +38,62 @@ def matches(keys: set[str]) -> bool:
 
 def diffusers_block_mappings(foreign: str, name: str, is_last: bool) -> list[TensorMapping]:
     """Return the mappings of a block of diffusers' model."""
-    ties = [
+    mappings = [
         *map_stacked([f"{foreign}.attn.to_{x}" for x in "qkv"], f"{name}.image_qkv.linear"),
         *map_stacked([f"{foreign}.attn2.to_{x}" for x in "qkv"], f"{name}.image.second_qkv.linear"),
         *map_stacked([f"{foreign}.attn.add_{x}_proj" for x in "qkv"], f"{name}.text_qkv.linear"),
     ]
     for x in "qk":
-        ties.append(TensorMapping(f"{name}.image_qkv.{x}_norm.weight", (f"{foreign}.attn.norm_{x}.weight",)))
-        ties.append(TensorMapping(f"{name}.image.second_qkv.{x}_norm.weight", (f"{foreign}.attn2.norm_{x}.weight",)))
-        ties.append(TensorMapping(f"{name}.text_qkv.{x}_norm.weight", (f"{foreign}.attn.norm_added_{x}.weight",)))
+        mappings.append(TensorMapping(f"{name}.image_qkv.{x}_norm.weight", (f"{foreign}.attn.norm_{x}.weight",)))
+        mappings.append(
+            TensorMapping(f"{name}.image.second_qkv.{x}_norm.weight", (f"{foreign}.attn2.norm_{x}.weight",))
+        )
+        mappings.append(TensorMapping(f"{name}.text_qkv.{x}_norm.weight", (f"{foreign}.attn.norm_added_{x}.weight",)))
     image = {"norm1.linear": "ada.linear", "attn.to_out.0": "out", "attn2.to_out.0": "second_out"}
     image |= {"ff.net.0.proj": "mlp.0", "ff.net.2": "mlp.2"}
-    ties += map_layers({f"{foreign}.{a}": f"{name}.image.{b}" for a, b in image.items()})
+    mappings += map_layers({f"{foreign}.{a}": f"{name}.image.{b}" for a, b in image.items()})
     if is_last:
-        return ties + map_layers({f"{foreign}.norm1_context.linear": f"{name}.text.linear"}, "swapped")
+        return mappings + map_layers({f"{foreign}.norm1_context.linear": f"{name}.text.linear"}, "swapped")
     text = {"norm1_context.linear": "ada.linear", "attn.to_add_out": "out"}
     text |= {"ff_context.net.0.proj": "mlp.0", "ff_context.net.2": "mlp.2"}
-    return ties + map_layers({f"{foreign}.{a}": f"{name}.text.{b}" for a, b in text.items()})
+    return mappings + map_layers({f"{foreign}.{a}": f"{name}.text.{b}" for a, b in text.items()})
 
 
 def diffusers_mappings(depth: int) -> list[TensorMapping]:
     """Return the mappings of all tensors of diffusers' model."""
-    ties = [TensorMapping("position.table", ("pos_embed.pos_embed",), "square")]
-    ties += map_layers({"pos_embed.proj": "patch_embed.proj", "context_embedder": "semantic.mlp", "proj_out": "final"})
-    for foreign, ours in (("timestep_embedder", "time.mlp"), ("text_embedder", "pooled")):
-        ties += map_layers({f"time_text_embed.{foreign}.linear_{n}": f"{ours}.{i}" for n, i in ((1, 0), (2, 2))})
-    ties += map_layers({"norm_out.linear": "final_ada.linear"}, "swapped")
+    mappings = [TensorMapping("position.table", ("pos_embed.pos_embed",), "square")]
+    mappings += map_layers(
+        {"pos_embed.proj": "patch_embed.proj", "context_embedder": "semantic.mlp", "proj_out": "final"}
+    )
+    for foreign, name in (("timestep_embedder", "time.mlp"), ("text_embedder", "pooled")):
+        mappings += map_layers({f"time_text_embed.{foreign}.linear_{n}": f"{name}.{i}" for n, i in ((1, 0), (2, 2))})
+    mappings += map_layers({"norm_out.linear": "final_ada.linear"}, "swapped")
     for i in range(depth):
-        ties += diffusers_block_mappings(f"transformer_blocks.{i}", f"blocks.{i}", is_last=i == depth - 1)
-    return ties
+        mappings += diffusers_block_mappings(f"transformer_blocks.{i}", f"blocks.{i}", is_last=i == depth - 1)
+    return mappings
 
 
 def original_mappings(depth: int) -> list[TensorMapping]:
     """Return the mappings of all tensors of Stability's model."""
-    ties = [TensorMapping("position.table", ("pos_embed",), "square")]
-    ties += map_layers({"x_embedder.proj": "patch_embed.proj", "context_embedder": "semantic.mlp"})
-    ties += map_layers({"final_layer.linear": "final", "final_layer.adaLN_modulation.1": "final_ada.linear"})
+    mappings = [TensorMapping("position.table", ("pos_embed",), "square")]
+    mappings += map_layers({"x_embedder.proj": "patch_embed.proj", "context_embedder": "semantic.mlp"})
+    mappings += map_layers({"final_layer.linear": "final", "final_layer.adaLN_modulation.1": "final_ada.linear"})
     for i in (0, 2):
-        ties += map_layers({f"t_embedder.mlp.{i}": f"time.mlp.{i}", f"y_embedder.mlp.{i}": f"pooled.{i}"})
+        mappings += map_layers({f"t_embedder.mlp.{i}": f"time.mlp.{i}", f"y_embedder.mlp.{i}": f"pooled.{i}"})
     for i in range(depth):
-        for kind, ours in (("x_block", "image"), ("context_block", "text")):
-            foreign, stream = f"joint_blocks.{i}.{kind}", f"blocks.{i}.{ours}"
+        for kind, name in (("x_block", "image"), ("context_block", "text")):
+            foreign, stream = f"joint_blocks.{i}.{kind}", f"blocks.{i}.{name}"
             attentions = {"attn": f"{stream}_qkv", "attn2": f"{stream}.second_qkv"}
             for attention, qkv in attentions.items():
-                ties += map_layers({f"{foreign}.{attention}.qkv": f"{qkv}.linear"})
-                ties += [
+                mappings += map_layers({f"{foreign}.{attention}.qkv": f"{qkv}.linear"})
+                mappings += [
                     TensorMapping(f"{qkv}.{x}_norm.weight", (f"{foreign}.{attention}.ln_{x}.weight",)) for x in "qk"
                 ]
             last_text = kind == "context_block" and i == depth - 1
             inner = {"attn.proj": "out", "attn2.proj": "second_out", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2"}
             inner["adaLN_modulation.1"] = "linear" if last_text else "ada.linear"
-            ties += map_layers({f"{foreign}.{a}": f"{stream}.{b}" for a, b in inner.items()})
-    return ties
+            mappings += map_layers({f"{foreign}.{a}": f"{stream}.{b}" for a, b in inner.items()})
+    return mappings
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -127,15 +131,17 @@ def infer_training_grid(table: Tensor) -> int:
 
 def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[MMDiTConfig, InputSpec]:
     """Return the network's settings, from names, shapes and the step of the position table."""
-    peer = DIFFUSERS_KEY in state
-    blocks = "transformer_blocks" if peer else "joint_blocks"
-    width, channels, patch, _ = tensor_shape(state, "pos_embed.proj.weight" if peer else "x_embedder.proj.weight")
+    is_diffusers = DIFFUSERS_KEY in state
+    blocks = "transformer_blocks" if is_diffusers else "joint_blocks"
+    width, channels, patch, _ = tensor_shape(
+        state, "pos_embed.proj.weight" if is_diffusers else "x_embedder.proj.weight"
+    )
     depth = count_layers(state, blocks)
-    norm = state.get(f"{blocks}.0.attn.norm_q.weight" if peer else f"{blocks}.0.x_block.attn.ln_q.weight")
+    norm = state.get(f"{blocks}.0.attn.norm_q.weight" if is_diffusers else f"{blocks}.0.x_block.attn.ln_q.weight")
     head_width = None if norm is None else len(norm)
-    mlp = "ff.net.0.proj.weight" if peer else "x_block.mlp.fc1.weight"
-    second = "attn2.to_out.0.weight" if peer else "x_block.attn2.proj.weight"
-    positions = "pos_embed.pos_embed" if peer else "pos_embed"
+    mlp = "ff.net.0.proj.weight" if is_diffusers else "x_block.mlp.fc1.weight"
+    second = "attn2.to_out.0.weight" if is_diffusers else "x_block.attn2.proj.weight"
+    positions = "pos_embed.pos_embed" if is_diffusers else "pos_embed"
     tensor_shape(state, positions)
     table = state[positions]
     cfg = MMDiTConfig(
@@ -149,7 +155,7 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> t
         pos_embed_max_size=grid_side(positions, table),
         dual_attention_layers=sum(f"{blocks}.{i}.{second}" in state for i in range(depth)),
     )
-    pooled = "time_text_embed.text_embedder.linear_1.weight" if peer else "y_embedder.mlp.0.weight"
+    pooled = "time_text_embed.text_embedder.linear_1.weight" if is_diffusers else "y_embedder.mlp.0.weight"
     text_width, pooled_width = tensor_shape(state, "context_embedder.weight")[1], tensor_shape(state, pooled)[1]
     return cfg, InputSpec(channels, patch * infer_training_grid(table), text_dim=text_width, pooled_dim=pooled_width)
 
@@ -157,29 +163,29 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> t
 def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> ImportedModel:
     """Return the imported model of a state dict in this format."""
     cfg, inputs = infer_config(state, num_heads)
-    peer = DIFFUSERS_KEY in state
+    is_diffusers = DIFFUSERS_KEY in state
     name = "SD3.5" if cfg.qk_norm else "SD3"
     notes = {
-        "source": f"{name} (diffusers)" if peer else f"{name} (Stability)",
+        "source": f"{name} (diffusers)" if is_diffusers else f"{name} (Stability)",
         "process": "RF, x_s = (1 - s) x_0 + s noise, velocity noise - x_0",
         "c_noise": "1000*s",
         "latents": "(SD3 VAE - 0.0609) times 1.5305 when 16 channels",
     }
-    weights = from_diffusers(state) if peer else from_original(state)
-    return ImportedModel(cfg, inputs, {name: tensor.float() for name, tensor in weights.items()}, notes, RFConfig())
+    weights = from_diffusers(state) if is_diffusers else from_original(state)
+    return ImportedModel(cfg, inputs, weights, notes, RFConfig())
 
 
 def to_diffusers(
     weights: Mapping[str, Tensor], cfg: MMDiTConfig, inputs: InputSpec
 ) -> tuple[str, dict, dict[str, Tensor]]:
     """Return class name, configuration and weights. Raises UsageError for settings that the class does not have."""
-    peer = "SD3Transformer2DModel"
+    class_name = "SD3Transformer2DModel"
     check_exportable(
-        peer,
+        class_name,
         {
-            f"net.separate_text_weights={cfg.separate_text_weights} (all it holds)": cfg.separate_text_weights != "all",
+            f"net.separate_text_weights={cfg.separate_text_weights} (only all)": cfg.separate_text_weights != "all",
             f"net.pos_embed={cfg.pos_embed} without net.pos_embed_max_size": cfg.pos_embed_max_size is None,
-            f"net.mlp_ratio={cfg.mlp_ratio} (its own is 4)": cfg.mlp_ratio != 4,
+            f"net.mlp_ratio={cfg.mlp_ratio} (only 4)": cfg.mlp_ratio != 4,
             "a network without text": not inputs.text_dim,
             "a network without pooled text": not inputs.pooled_dim,
             "control": num_control(inputs) > 0,
@@ -203,4 +209,4 @@ def to_diffusers(
     exported = export_tensors(weights, diffusers_mappings(cfg.depth))
     if cfg.qk_norm:
         exported[unused_norm_name(cfg.depth)] = torch.ones_like(weights["blocks.0.image_qkv.q_norm.weight"])
-    return peer, config, exported
+    return class_name, config, exported

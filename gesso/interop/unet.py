@@ -31,7 +31,7 @@ TRANSFORMER_NAMES = {
 }  # fmt: skip
 EMBEDDING_NAMES = {"time_embedding": "time", "add_embedding": "pooled.mlp", "class_embedding": "control.mlps.all"}
 SDXL_CONTROL = ControlSpec(num_high=4, num_low=2, mlp="joint")
-"""SDXL's six numbers: original size and top left of the crop, then target size."""
+"""Six numbers of SDXL: original size and top left of the crop, then target size."""
 COMPVIS_KEY = "input_blocks.0.0.weight"
 COMPVIS_NAMES = {
     "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
@@ -55,73 +55,73 @@ def matches(keys: set[str]) -> bool:
 
 def transformer_mappings(foreign: str, name: str, depth: int) -> list[TensorMapping]:
     """Return the mappings of a transformer."""
-    ties = map_layers({f"{foreign}.{part}": f"{name}.{part}" for part in ("norm", "proj_in", "proj_out")})
+    mappings = map_layers({f"{foreign}.{part}": f"{name}.{part}" for part in ("norm", "proj_in", "proj_out")})
     for j in range(depth):
         a, b = f"{foreign}.transformer_blocks.{j}", f"{name}.blocks.{j}"
-        ties += map_layers({f"{a}.{part}": f"{b}.{inner}" for part, inner in TRANSFORMER_NAMES.items()})
-        ties.append(TensorMapping(f"{b}.cross_attention.q.weight", (f"{a}.attn2.to_q.weight",)))
+        mappings += map_layers({f"{a}.{part}": f"{b}.{inner}" for part, inner in TRANSFORMER_NAMES.items()})
+        mappings.append(TensorMapping(f"{b}.cross_attention.q.weight", (f"{a}.attn2.to_q.weight",)))
         for attention, inner, letters in (("attn1", "self", "qkv"), ("attn2", "cross", "kv")):
             names = tuple(f"{a}.{attention}.to_{x}.weight" for x in letters)
-            ties.append(TensorMapping(f"{b}.{inner}_attention.{letters}.weight", names))
-    return ties
+            mappings.append(TensorMapping(f"{b}.{inner}_attention.{letters}.weight", names))
+    return mappings
 
 
 def diffusers_mappings(levels: int, blocks: int, depth: int) -> list[TensorMapping]:
     """Return the mappings of every tensor; depth: largest number of transformer blocks after a residual block."""
     last = f"upsamplers.{levels - 1}"
-    ties = map_layers({"conv_in": "downsamplers.0", "conv_norm_out": f"{last}.0", "conv_out": f"{last}.2"})
-    for foreign, ours in EMBEDDING_NAMES.items():
-        ties += map_layers({f"{foreign}.linear_{n}": f"{ours}.{i}" for n, i in ((1, 0), (2, 2))})
-    places = [("mid_block", "middle", 2)]
+    mappings = map_layers({"conv_in": "downsamplers.0", "conv_norm_out": f"{last}.0", "conv_out": f"{last}.2"})
+    for foreign, name in EMBEDDING_NAMES.items():
+        mappings += map_layers({f"{foreign}.linear_{n}": f"{name}.{i}" for n, i in ((1, 0), (2, 2))})
+    stages = [("mid_block", "middle", 2)]
     for level in range(levels):
-        ties += map_layers({f"down_blocks.{level}.downsamplers.0.conv": f"downsamplers.{level + 1}"})
-        ties += map_layers({f"up_blocks.{level}.upsamplers.0.conv": f"upsamplers.{level}.1"})
-        places += [(f"down_blocks.{level}", f"down.{level}", blocks), (f"up_blocks.{level}", f"up.{level}", blocks + 1)]
-    for foreign, ours, n in places:
+        mappings += map_layers({f"down_blocks.{level}.downsamplers.0.conv": f"downsamplers.{level + 1}"})
+        mappings += map_layers({f"up_blocks.{level}.upsamplers.0.conv": f"upsamplers.{level}.1"})
+        stages += [(f"down_blocks.{level}", f"down.{level}", blocks), (f"up_blocks.{level}", f"up.{level}", blocks + 1)]
+    for foreign, name, n in stages:
         for i in range(n):
-            parts = {f"{foreign}.resnets.{i}.{a}": f"{ours}.{i}.residual.{b}" for a, b in RESIDUAL_NAMES.items()}
-            ties += map_layers(parts) + transformer_mappings(
-                f"{foreign}.attentions.{i}", f"{ours}.{i}.transformer", depth
+            parts = {f"{foreign}.resnets.{i}.{a}": f"{name}.{i}.residual.{b}" for a, b in RESIDUAL_NAMES.items()}
+            mappings += map_layers(parts) + transformer_mappings(
+                f"{foreign}.attentions.{i}", f"{name}.{i}.transformer", depth
             )
-    return ties
+    return mappings
 
 
 def compvis_block_names(levels: int, blocks: int) -> dict[str, str]:
-    """Return CompVis' block names -> diffusers' names; CompVis counts downsampling layers as blocks."""
-    places = dict(COMPVIS_NAMES)
+    """Return the map of CompVis' block names to diffusers' names; CompVis counts downsampling layers as blocks."""
+    names = dict(COMPVIS_NAMES)
     for level in range(levels):
         for i in range(blocks):
             n = 1 + level * (blocks + 1) + i
-            places[f"input_blocks.{n}.0"] = f"down_blocks.{level}.resnets.{i}"
-            places[f"input_blocks.{n}.1"] = f"down_blocks.{level}.attentions.{i}"
-        places[f"input_blocks.{(level + 1) * (blocks + 1)}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+            names[f"input_blocks.{n}.0"] = f"down_blocks.{level}.resnets.{i}"
+            names[f"input_blocks.{n}.1"] = f"down_blocks.{level}.attentions.{i}"
+        names[f"input_blocks.{(level + 1) * (blocks + 1)}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
         for i in range(blocks + 1):
             n = level * (blocks + 1) + i
-            places[f"output_blocks.{n}.0"] = f"up_blocks.{level}.resnets.{i}"
-            places[f"output_blocks.{n}.1"] = f"up_blocks.{level}.attentions.{i}"
-            for place in (1, 2):  # after the transformer where there is one
-                places[f"output_blocks.{n}.{place}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
-    return places
+            names[f"output_blocks.{n}.0"] = f"up_blocks.{level}.resnets.{i}"
+            names[f"output_blocks.{n}.1"] = f"up_blocks.{level}.attentions.{i}"
+            for index in (1, 2):  # 2 after a transformer
+                names[f"output_blocks.{n}.{index}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+    return names
 
 
 def compvis_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return CompVis' tensors (SD1.5, or SDXL in one file) under diffusers' names; unknown ones keep their name."""
     downs = [int(m[1]) for name in state if (m := re.fullmatch(r"input_blocks\.(\d+)\.0\.op\.weight", name))]
     blocks = min(downs, default=count_layers(state, "input_blocks")) - 1
-    places = compvis_block_names(len(downs) + 1, blocks)
+    names = compvis_block_names(len(downs) + 1, blocks)
 
-    def renamed(name: str) -> str:
+    def diffusers_name(name: str) -> str:
         parts = name.split(".")
         for n in range(len(parts) - 1, 0, -1):
-            if (place := places.get(".".join(parts[:n]))) is not None:
+            if (block := names.get(".".join(parts[:n]))) is not None:
                 rest = ".".join(parts[n:])
                 inner = next((a for a in COMPVIS_RESIDUAL_NAMES if rest.startswith(f"{a}.")), None)
-                if inner and ".resnets." in place:
+                if inner and ".resnets." in block:
                     rest = COMPVIS_RESIDUAL_NAMES[inner] + rest.removeprefix(inner)
-                return f"{place}.{rest}"
+                return f"{block}.{rest}"
         return name
 
-    return {renamed(name): tensor for name, tensor in state.items()}
+    return {diffusers_name(name): tensor for name, tensor in state.items()}
 
 
 def transformer_depths(state: Mapping[str, Tensor]) -> list[int]:
@@ -152,7 +152,7 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> t
     """Return the network's settings, from names and shapes.
 
     Linear layers around a transformer mean SDXL, with heads of 64 channels; convolutions mean SD1.5, with 8 heads. The
-    number of groups of the norms is in no shape: 32, as in both. num_heads: at every level.
+    norms have 32 groups, as in both. `num_heads` is the number at every level.
 
     Raises:
         UsageError: The width of a level is not a multiple of the first, or is not divisible by the heads.
@@ -165,14 +165,14 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> t
     if num_heads is None and not linear:
         num_heads = 8
     if any(width % channels for width in widths) or (num_heads and any(width % num_heads for width in widths)):
-        raise UsageError(f"levels of {widths} channels fit neither conv_in's {channels} nor heads={num_heads}")
+        raise UsageError(f"levels of {widths} channels do not fit conv_in's {channels} or num_heads={num_heads}")
     pooled = 0
     if "add_embedding.linear_1.weight" in state:
         pooled = state["add_embedding.linear_1.weight"].shape[1] - 256 * num_control(
             InputSpec(0, 0, control=SDXL_CONTROL)
         )
         if pooled <= 0:
-            raise UsageError("add_embedding takes less than SDXL's six sizes; this U-Net is none that gesso knows")
+            raise UsageError("add_embedding has fewer inputs than SDXL's six sizes; gesso does not know this U-Net")
     cfg = UNetConfig(
         channels=channels,
         channel_mult=tuple(width // channels for width in widths),
@@ -181,7 +181,7 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> t
         num_heads=num_heads,
         text_projection="none",
         transformer_depth_middle=middle_transformer_depth(state),
-        pooled_mlp="shared" if pooled else "own",
+        pooled_mlp="shared" if pooled else "separate",
     )
     text_width = next(value.shape[1] for name, value in state.items() if name.endswith(".attn2.to_k.weight"))
     control = SDXL_CONTROL if pooled else ControlSpec()
@@ -194,7 +194,7 @@ def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> Import
     if COMPVIS_KEY in state:
         state = compvis_to_diffusers(state)
     cfg, inputs = infer_config(state, num_heads)
-    weights = {name: tensor.float() for name, tensor in from_diffusers(state).items()}
+    weights = from_diffusers(state)
     notes = {
         "source": f"{'SDXL' if inputs.pooled_dim else 'SD1.5'}'s U-Net ({origin})",
         "process": "VP, 1000 steps, sqrt(beta) linear from sqrt(0.00085) to sqrt(0.012), epsilon",
@@ -212,18 +212,18 @@ def to_diffusers(
     weights: Mapping[str, Tensor], cfg: UNetConfig, inputs: InputSpec
 ) -> tuple[str, dict, dict[str, Tensor]]:
     """Return class name, configuration and weights. Raises UsageError for settings that the class does not have."""
-    peer, n = "UNet2DConditionModel", num_control(inputs)
+    class_name, n = "UNet2DConditionModel", num_control(inputs)
     deepest = cfg.transformer_depth[-1]
     check_exportable(
-        peer,
+        class_name,
         {
             "a network without text": not inputs.text_dim,
-            f"net.text_projection={cfg.text_projection} (none it holds)": bool(inputs.text_dim)
+            f"net.text_projection={cfg.text_projection} (only none)": bool(inputs.text_dim)
             and cfg.text_projection != "none",
             "control without pooled text": n > 0 and not inputs.pooled_dim,
             "pooled text without control": n == 0 and inputs.pooled_dim > 0,
-            f"net.pooled_mlp={cfg.pooled_mlp} (shared it holds)": inputs.pooled_dim > 0 and cfg.pooled_mlp != "shared",
-            f"net.transformer_depth_middle={cfg.transformer_depth_middle} (its own is the lowest level's, "
+            f"net.pooled_mlp={cfg.pooled_mlp} (only shared)": inputs.pooled_dim > 0 and cfg.pooled_mlp != "shared",
+            f"net.transformer_depth_middle={cfg.transformer_depth_middle} (only that of the lowest level, "
             f"{deepest})": cfg.transformer_depth_middle == 0 or deepest not in (0, cfg.transformer_depth_middle),
         },
     )
@@ -240,7 +240,7 @@ def to_diffusers(
         "up_block_types": tuple(up),
         "norm_num_groups": cfg.norm_num_groups,
         "use_linear_projection": True,
-        # What this class calls attention_head_dim is the number of heads.
+        # attention_head_dim of this class is the number of heads.
         "attention_head_dim": tuple(cfg.num_heads or max(width // cfg.channels_per_head, 1) for width in widths),
         "transformer_layers_per_block": (
             *(max(depth, 1) for depth in cfg.transformer_depth[:-1]),
@@ -253,5 +253,7 @@ def to_diffusers(
             "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": inputs.pooled_dim + 256 * n,
         }  # fmt: skip
-    ties = diffusers_mappings(len(widths), cfg.num_blocks, max([*cfg.transformer_depth, cfg.transformer_depth_middle]))
-    return peer, config, export_tensors(weights, ties)
+    mappings = diffusers_mappings(
+        len(widths), cfg.num_blocks, max([*cfg.transformer_depth, cfg.transformer_depth_middle])
+    )
+    return class_name, config, export_tensors(weights, mappings)

@@ -7,10 +7,12 @@ without affine, 5 per element of a LayerNorm or GroupNorm with affine, 1 per ele
 """
 
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from gesso import config, models
 from gesso.conditioning import Cond
@@ -20,49 +22,35 @@ from gesso.models.published import PUBLISHED_MODELS, PublishedModel, PublishedNu
 
 aten = torch.ops.aten
 
-ATTENTION_OPS = (
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
-    "_scaled_dot_product_attention_math_for_mps",
-)
-"""Operations of scaled_dot_product_attention; on the meta device it is decomposed into matrix products instead."""
+
+def _activation_flops(x: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return x.numel()
 
 
-class FlopCounter(TorchDispatchMode):
-    """Counter of `macs`, of `conv_macs` among them, and of the `elementwise` FLOPs of Table A1's rule."""
+def _layer_norm_flops(
+    x: torch.Size, normalized: list[int], weight: torch.Size | None, *args: Any, **kwargs: Any
+) -> int:
+    return (4 if weight is None else 5) * x.numel()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.macs = self.conv_macs = self.elementwise = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        op = func.overloadpacket
-        if op in (aten.mm, aten.bmm, aten.mv, aten.dot):
-            self.macs += out.numel() * args[0].shape[-1]
-        elif op in (aten.addmm, aten.baddbmm, aten.addmv):
-            self.macs += out.numel() * args[1].shape[-1]
-        elif op is aten.convolution:
-            # Each output pixel uses one row of the weight; in a transposed convolution each input pixel does.
-            weight, transposed = args[1], args[6]
-            macs = (args[0] if transposed else out).numel() * weight[0].numel()
-            self.macs, self.conv_macs = self.macs + macs, self.conv_macs + macs
-            self.elementwise += out.numel() if args[2] is not None else 0
-        elif op.__name__ in ATTENTION_OPS:
-            q, k, v = args[:3]  # (..., T, d), (..., S, d), (..., S, e)
-            self.macs += q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
-        elif "scaled_dot_product" in op.__name__:
-            raise NotImplementedError(f"FLOPs of {op} are not implemented")
-        elif op in (aten.gelu, aten.silu):
-            self.elementwise += out.numel()
-        elif op is aten.native_layer_norm:
-            self.elementwise += (4 if args[2] is None else 5) * args[0].numel()
-        elif op is aten.native_group_norm:
-            self.elementwise += (4 if args[1] is None else 5) * args[0].numel()
-        return out
+def _group_norm_flops(x: torch.Size, weight: torch.Size | None, *args: Any, **kwargs: Any) -> int:
+    return (4 if weight is None else 5) * x.numel()
+
+
+def _conv_bias_flops(
+    x: torch.Size, weight: torch.Size, bias: torch.Size | None, *args: Any, out_shape: torch.Size, **kwargs: Any
+) -> int:
+    return 0 if bias is None else out_shape.numel()
+
+
+TABLE_A1_ELEMENTWISE = {
+    aten.gelu: _activation_flops,
+    aten.silu: _activation_flops,
+    aten.native_layer_norm: _layer_norm_flops,
+    aten.native_group_norm: _group_norm_flops,
+    aten.convolution: _conv_bias_flops,
+}
+"""FLOPs of an operation besides its multiply-accumulates by the rule of Table A1, from the shapes of its arguments."""
 
 
 class ModelCost(NamedTuple):
@@ -79,41 +67,49 @@ class ModelCost(NamedTuple):
         return 2 * self.macs + self.elementwise
 
 
-def dummy_cond(inputs: InputSpec, num_text_tokens: int) -> Cond:
-    """Return all conditions of `inputs` for one image, on torch's default device."""
+def _dummy_inputs(inputs: InputSpec, num_text_tokens: int) -> tuple[Tensor, Tensor, Tensor, Cond]:
+    """Return x, c_noise, progress and all conditions of `inputs` for one image, on torch's default device."""
     control = inputs.control
-    return Cond(
+    cond = Cond(
         label=torch.zeros(1, dtype=torch.int64) if inputs.num_classes else None,
         text=torch.zeros(1, num_text_tokens, inputs.text_dim) if inputs.text_dim else None,
         pooled=torch.zeros(1, inputs.pooled_dim) if inputs.pooled_dim else None,
         control_high=torch.zeros(1, control.num_high) if control.num_high else None,
         control_low=torch.zeros(1, control.num_low) if control.num_low else None,
     )
+    return torch.zeros(1, inputs.channels, inputs.resolution, inputs.resolution), torch.zeros(1), torch.zeros(1), cond
 
 
 def count_flops(cfg: NetConfig, inputs: InputSpec, num_text_tokens: int = 77) -> ModelCost:
     """Return parameters and FLOPs of a network for one image of `inputs.resolution`; errors as for `build_network`."""
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"):
         net = models.build_network(cfg, inputs).eval()
-        x = torch.zeros(1, inputs.channels, inputs.resolution, inputs.resolution)
-        with FlopCounter() as counter:
-            net(x, torch.zeros(1), torch.zeros(1), dummy_cond(inputs, num_text_tokens))
-    parameters = sum(p.numel() for p in net.parameters())
-    return ModelCost(parameters, counter.macs, counter.conv_macs, counter.elementwise)
+        macs, conv_macs, elementwise = count_operations(net, *_dummy_inputs(inputs, num_text_tokens))
+    return ModelCost(sum(p.numel() for p in net.parameters()), macs, conv_macs, elementwise)
 
 
 def training_macs(cfg: NetConfig, inputs: InputSpec, num_text_tokens: int = 77) -> int:
     """Return the multiply-accumulates of the forward passes of one training image, including MDT's masked pass."""
-    with torch.device("meta"), torch.no_grad():
-        net = models.build_network(cfg, inputs)
-        x = torch.zeros(1, inputs.channels, inputs.resolution, inputs.resolution)
-        args = (x, torch.zeros(1), torch.zeros(1), dummy_cond(inputs, num_text_tokens))
-        with FlopCounter() as counter:
-            net(*args)
-            if isinstance(cfg, MDTConfig) and isinstance(net, models.MDT):
-                num_visible = round((inputs.resolution // cfg.patch_size) ** 2 * (1 - sum(cfg.mask_ratio) / 2))
-                net.forward_masked(*args, torch.zeros(1, max(1, num_visible), dtype=torch.int64))
-    return counter.macs
+    macs = count_flops(cfg, inputs, num_text_tokens).macs
+    if isinstance(cfg, MDTConfig):
+        num_visible = round((inputs.resolution // cfg.patch_size) ** 2 * (1 - sum(cfg.mask_ratio) / 2))
+        with torch.device("meta"):
+            net, keep_ids = models.MDT(cfg, inputs), torch.zeros(1, max(1, num_visible), dtype=torch.int64)
+            macs += count_operations(net.forward_masked, *_dummy_inputs(inputs, num_text_tokens), keep_ids)[0]
+    return macs
+
+
+@torch.no_grad()
+def count_operations(function: Callable[..., Tensor], *args: Tensor | Cond) -> tuple[int, int, int]:
+    """Return `macs`, those of convolutions among them, and the elementwise FLOPs of Table A1, of `function(*args)`."""
+    products = FlopCounterMode(display=False)  # counts 2 per multiply-accumulate, and nothing else
+    table_a1 = FlopCounterMode(display=False, custom_mapping=TABLE_A1_ELEMENTWISE)
+    with products, table_a1:
+        function(*args)
+    conv_flops = products.get_flop_counts().get("Global", {}).get(aten.convolution, 0)
+    counts = table_a1.get_flop_counts().get("Global", {})
+    elementwise = sum(count for op, count in counts.items() if op in TABLE_A1_ELEMENTWISE)
+    return products.get_total_flops() // 2, conv_flops // 2, elementwise
 
 
 class SizeRow(NamedTuple):

@@ -267,7 +267,7 @@ def build_added_embeddings(
     """Return the embeddings of pooled text and of control; the latter is empty if they share an MLP."""
     if not inputs.pooled_dim:
         return None, ControlEmbedding(inputs.control, width)
-    if cfg.pooled_mlp == "own":
+    if cfg.pooled_mlp == "separate":
         return PooledEmbedding(inputs.pooled_dim, 0, width), ControlEmbedding(inputs.control, width)
     controls = inputs.control.num_high + inputs.control.num_low
     if controls and inputs.control.mlp == "split":

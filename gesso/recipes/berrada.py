@@ -96,7 +96,7 @@ def digits_scale_run(
     """Return a column at the scale of the digits: captions, half of the images at low resolution, 100k images.
 
     Only size is a control variable: digits are neither mirrored nor cropped, and at this learning rate a variable that
-    never changes destroys its embedding (docs/log.md).
+    never changes destroys its embedding (docs/negative-results.md).
     """
     run, control = digits(), column.get("control", ControlConfig())
     varying = tuple(variable for variable in control.variables if variable == "size")

@@ -14,7 +14,7 @@ does not say which variant the numbers of Table 1 belong to, and its statements 
                has control, the others have none; the settings CONTROL give the other variant, with the size of Table
                A1.
   pooled text  The paper does not mention it, and the UNet and mmDiT of Table A1 have none, to 0.01 %. Here: none.
-               SDXL and SD3 themselves have it: net.pooled_mlp=own gives that variant.
+               SDXL and SD3 themselves have it: net.pooled_mlp=separate gives that variant.
 
 A table whose rows are one training with other settings is one recipe; TABLE_SETTINGS has the settings of its rows.
 """
@@ -124,7 +124,7 @@ def other_variants(run: RunConfig) -> str:
     if not run.control.variables and not isinstance(run.net, MDTConfig):
         lines.append(f"With control, the size of Table A1: {' '.join(CONTROL)}")
     if isinstance(run.net, MMDiTConfig) and run.semantic.kind == "text":
-        lines.append("With pooled text, as in SD3: net.pooled_mlp=own")
+        lines.append("With pooled text, as in SD3: net.pooled_mlp=separate")
     return "".join(f"\n    {line}" for line in lines)
 
 

@@ -27,7 +27,7 @@ def shapes() -> RunConfig:
         recipe="shapes",
         data=DataConfig(source="shapes", resolution=32, channels=3),  # no flip: captions contain left and right
         net=MMDiTppConfig(hidden_size=128, depth=4, num_heads=4, patch_size=4),
-        # Positions are decided at high noise; with CONFIG B's P_mean=-0.4 shapes break up (docs/log.md).
+        # Positions are decided at high noise; with CONFIG B's P_mean=-0.4 shapes break up (docs/decisions.md).
         process=EDMConfig(P_mean=0.8, P_std=1.2, sigma_min=0.01, sigma_max=40),
         semantic=SemanticConfig(kind="text", max_tokens=16, padding="noisy"),
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.99), schedule="inverse_sqrt", ref_images=40_000, warmup_images=2_000),

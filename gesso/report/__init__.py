@@ -1,5 +1,41 @@
-"""One self-contained HTML page on a run, or on several beside each other, from the files in their folders."""
+"""Self-contained HTML pages about one run, or about several runs in comparison."""
 
-from gesso.report.write import write
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
 
-__all__ = ["write"]
+from gesso import atomic_io
+from gesso.errors import UsageError
+from gesso.report import compare, single
+from gesso.report.load import load_runs
+from gesso.report.render import render_page
+
+__all__ = ["write_report"]
+
+
+def write_report(folders: Path | Sequence[Path], out: Path | None = None) -> Path:
+    """Write a page about one run or several runs.
+
+    Args:
+        folders: Run folders.
+        out: Path of the page; RUN/report.html (one run) or ./report.html (several runs) by default.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UsageError: A folder has no trained run or is given twice, or matplotlib is missing.
+    """
+    folders = [folders] if isinstance(folders, Path) else list(folders)
+    runs = load_runs(folders)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("reports need matplotlib: pip install 'gesso[plots]'")
+    if len(runs) == 1:
+        target, title = folders[0] / "report.html", runs[0].label
+        text = render_page("single.html", title, single.page_context(runs[0]))
+    else:
+        target, title = Path("report.html"), compare.page_title(runs)
+        text = render_page("compare.html", title, compare.page_context(runs))
+    target = out or target
+    atomic_io.write_text(target, text)
+    return target

@@ -10,21 +10,28 @@ from gesso.reproduce.plan import MeasurementJob
 from gesso.reproduce.schema import Cell, Table
 
 NON_PROTOCOL_KEYS = ("nimg", "sigma_rel", "halflife", "first_seed", "guide_sigma_rel", "ema_target")
-"""Protocol keys that belong to a training: its progress and EMA lengths."""
-PAIR_METRICS, SAMPLE_KEYS = ("lpips", "lpips_hr", "digits_feature_distance"), ("num_samples", "num_repeats")
-"""Metrics over eval.diversity_prompts, and the protocol keys that they do not depend on."""
+"""Protocol keys of the weights and seeds, which may differ between rows."""
+PAIR_METRICS = ("lpips", "lpips_hr", "digits_feature_distance")
+"""Metrics over eval.diversity_prompts."""
+SAMPLE_KEYS = ("num_samples", "num_repeats")
+"""Protocol keys that PAIR_METRICS do not depend on."""
 
 
-def footnotes(
+def collect_footnotes(
     table: Table, jobs: Sequence[MeasurementJob], records: Mapping[Path, dict[str, Any]]
 ) -> tuple[dict[Cell, tuple[int, ...]], list[str]]:
-    """Return the footnote numbers of each cell and the footnotes.
+    """Return the footnote numbers of each cell, and the footnotes.
 
-    A cell has a footnote if its protocol differs from its column's usual one in something that its row does not vary on
-    purpose (settings of the measurement or training).
+    A cell has a footnote if a key of its protocol differs from the most frequent value of its column, and its row does not
+    vary the key on purpose (settings of the measurement or training).
+
+    Args:
+        table: The table.
+        jobs: All jobs of the table.
+        records: Content of the records by path.
     """
-    marks: dict[Cell, tuple[int, ...]] = {}
-    notes: list[str] = []
+    numbers: dict[Cell, tuple[int, ...]] = {}
+    texts: list[str] = []
     for column in table.columns:
         facts_of_jobs = [
             (job, protocol_facts(records[job.path], job, column.name))
@@ -37,29 +44,29 @@ def footnotes(
                 counts.setdefault(name, Counter())[facts[name]] += 1
         for job, facts in facts_of_jobs:
             for name, value in facts.items():
-                usual = counts[name].most_common(1)[0][0] if name in counts else value
-                if value == usual or name in intended_differences(job):
+                most_frequent = counts[name].most_common(1)[0][0] if name in counts else value
+                if value == most_frequent or name in intended_differences(job):
                     continue
-                text = f"{name} {value}, where other rows have {usual}"
-                if text not in notes:
-                    notes.append(text)
-                cell, number = (job.row, column.name), notes.index(text) + 1
-                marks[cell] = tuple(sorted({*marks.get(cell, ()), number}))
-    return marks, notes
+                text = f"{name} {value}, where other rows have {most_frequent}"
+                if text not in texts:
+                    texts.append(text)
+                cell = (job.row, column.name)
+                numbers[cell] = tuple(sorted({*numbers.get(cell, ()), texts.index(text) + 1}))
+    return numbers, texts
 
 
 def protocol_facts(record: Mapping[str, Any], job: MeasurementJob, column: str) -> dict[str, str]:
-    """Return everything besides the training that decides a number, by name."""
-    name, protocol = job.group.columns[column], dict(record.get("protocol") or {})
-    irrelevant = SAMPLE_KEYS if name in PAIR_METRICS else ("diversity_prompts",)
+    """Return everything besides the training that decides a number, as text by name."""
+    metric, protocol = job.group.columns[column], dict(record.get("protocol") or {})
+    irrelevant = SAMPLE_KEYS if metric in PAIR_METRICS else ("diversity_prompts",)
     networks, protocol_name = protocol.pop("networks", {}), protocol.pop("name", None)
     reference = [protocol.pop(f"reference{end}", None) for end in ("", "_images", "_fingerprint")]
     facts = {k: v for k, v in protocol.items() if k not in (*NON_PROTOCOL_KEYS, *irrelevant)}
     if reference[0]:
         facts["reference"] = f"{reference[1]:,} of {reference[0]} ({str(reference[2])[:6]})"
     facts |= {f"network {key}": network for key, network in networks.items()} | {"protocol": protocol_name}
-    # Columns of counts or of growth have one name each; two metrics are two measures.
-    facts |= {"measure": name} if job.group.method in ("metrics", "tensors") else {"measure": job.group.method}
+    # The values of other methods have one name per column.
+    facts["measure"] = metric if job.group.method in ("metrics", "tensors") else job.group.method
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
 
 
@@ -68,5 +75,5 @@ def intended_differences(job: MeasurementJob) -> set[str]:
     measurement = job.group.rows[job.row]
     settings = (*measurement.settings, *(measurement.training.settings if measurement.training else ()))
     names = {setting.partition("=")[0] for setting in settings}
-    varied = {name.partition(".")[2] for name in names if name.startswith(("sample.", "eval."))}
-    return varied | ({"guide"} if measurement.guide else set())
+    varied_keys = {name.partition(".")[2] for name in names if name.startswith(("sample.", "eval."))}
+    return varied_keys | ({"guide_run"} if measurement.guide else set())

@@ -1,4 +1,4 @@
-"""OUT/README.md: the list of all pages of a folder."""
+"""The list of all pages of a folder, OUT/README.md."""
 
 import json
 import re
@@ -13,8 +13,8 @@ from gesso.reproduce.markdown import escape, to_markdown_table
 INDEX_HEADER = "# Tables and figures"
 
 
-def file_name(table: str, scale: str) -> str:
-    """Return the stem of the files of a page: berrada/2a -> berrada-2a-tiny."""
+def file_stem(table: str, scale: str) -> str:
+    """Return the stem of the files of a page, such as berrada-2a-tiny of berrada/2a."""
     return f"{table.replace('/', '-')}-{scale}"
 
 
@@ -34,7 +34,7 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 
 
 def count_verdicts(page: dict[str, Any]) -> str:
-    """Return the verdicts of a page in words, such as "3 of 4 claims reproduced, 1 undecided"."""
+    """Return the verdicts of a page as text, such as "3 of 4 claims reproduced, 1 undecided"."""
     verdicts = [entry["verdict"] for entry in page["claims"] or page["checks"]]
     if not verdicts:
         return "no claims"
@@ -46,33 +46,37 @@ def count_verdicts(page: dict[str, Any]) -> str:
         text.append(f"{verdicts.count(Verdict.REPRODUCED)} of {tested} {label} reproduced")
     others = (Verdict.CONTRADICTED, Verdict.UNDECIDED, Verdict.TOO_FEW_SEEDS, Verdict.NOT_MEASURED)
     text += [f"{verdicts.count(kind)} {kind}" for kind in others if kind in verdicts]
-    old = "; to be made again" if page.get("outdated") else ""
-    return ", ".join(text) + ("; under other settings" if page["settings"] else "") + old
+    settings = "; with other settings" if page["settings"] else ""
+    return ", ".join(text) + settings + ("; to be made again" if page.get("outdated") else "")
 
 
 def index_path(out: Path) -> Path:
-    """Return the path of the list. Raises UsageError if another README.md is there."""
+    """Return the path of the list.
+
+    Raises:
+        UsageError: The folder has a README.md that gesso did not write.
+    """
     path = out / "README.md"
     if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(INDEX_HEADER):
         raise UsageError(
-            f"{path} exists and was not written by gesso reproduce, which would replace it: choose another --out, such as "
-            "--out tables"
+            f"{path} was not written by gesso reproduce, which would replace it: choose another folder, such as --out tables"
         )
     return path
 
 
 def write_index(out: Path) -> Path:
-    """Write OUT/README.md, one line per page. Raises UsageError if another README.md is there."""
+    """Write the list of pages, one line per page; return its path.
+
+    Raises:
+        UsageError: The folder has a README.md that gesso did not write.
+    """
+    path = index_path(out)
     rows = []
     for page in list_results(out):
-        name = file_name(page["table"], page["scale"])
+        link = f"[{page['table']}]({file_stem(page['table'], page['scale'])}.md)"
         seeds = "-" if page["checks"] else str(len(page["seeds"]))
-        rows.append(
-            (f"[{page['table']}]({name}.md)", escape(page["title"]), page["scale"], seeds, count_verdicts(page))
-        )
-    text = to_markdown_table(("table", "what it shows", "scale", "seeds", "claims"), rows)
-    path = index_path(out)
-    atomic_io.write_text(
-        path, f"{INDEX_HEADER}\n\nEach is made by `gesso reproduce NAME`; its page describes the numbers.\n\n{text}\n"
-    )
+        rows.append((link, escape(page["title"]), page["scale"], seeds, count_verdicts(page)))
+    table = to_markdown_table(("table", "title", "scale", "seeds", "claims"), rows)
+    text = f"{INDEX_HEADER}\n\n`gesso reproduce NAME` writes a page; the page describes its numbers.\n\n{table}\n"
+    atomic_io.write_text(path, text)
     return path

@@ -1,4 +1,4 @@
-"""Descriptions of measured values, for column heads, axes and notes."""
+"""Descriptions of measured values, for column headers, axes and notes."""
 
 from collections.abc import Sequence
 
@@ -26,28 +26,28 @@ SHORT_LABELS = {
     "alpha_bar": "share of the signal",
 }
 """Axis label of a value whose name in the record is not a good one."""
-SELECTIONS = {"min": "least", "max": "most"}
+SELECTIONS = {"min": "minimum", "max": "maximum"}
+"""Description of `ColumnGroup.select`."""
 
 
 def describe_columns(table: Table, jobs: Sequence[MeasurementJob]) -> dict[str, str]:
-    """Return the description of each column, by column names; columns of one description share a key."""
+    """Return descriptions by column names; columns with the same description share a key, such as "FID; FID, guided"."""
     descriptions: dict[str, dict[str, None]] = {column.name: {} for column in table.columns}
     for job in jobs:
         for column, name in job.group.columns.items():
-            best = (
-                f", the {SELECTIONS[job.group.select]} over {', '.join(varying_label(column, jobs))}"
-                if job.group.select
-                else ""
-            )
-            descriptions[column][_method_label(job.group.method, name) + best] = None
+            description = _method_label(job.group.method, name)
+            if job.group.select:
+                settings = ", ".join(varying_settings(column, jobs))
+                description += f", the {SELECTIONS[job.group.select]} over {settings}"
+            descriptions[column][description] = None
     columns_of: dict[str, list[str]] = {}
-    for column, words in descriptions.items():
-        columns_of.setdefault(", or ".join(words) or "not made at this scale", []).append(column)
-    return {"; ".join(columns): words for words, columns in columns_of.items()}
+    for column, texts in descriptions.items():
+        columns_of.setdefault(", or ".join(texts) or "not measured at this scale", []).append(column)
+    return {"; ".join(columns): text for text, columns in columns_of.items()}
 
 
-def varying_label(column: str, jobs: Sequence[MeasurementJob]) -> list[str]:
-    """Return the names of the settings in which the column groups of one cell differ."""
+def varying_settings(column: str, jobs: Sequence[MeasurementJob]) -> list[str]:
+    """Return the names of the settings that vary between the measurements of one cell of a column."""
     values: dict[tuple[str, str], set[str]] = {}
     for job in jobs:
         if column in job.group.columns:

@@ -4,32 +4,28 @@ import importlib.util
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from gesso import atomic_io
-from gesso.report.page import document
-from gesso.reproduce import labels, plan, plots, render, results
+from gesso.report.plotting import to_svg
+from gesso.report.render import Figure, render_page, render_template
+from gesso.reproduce import labels, markdown, plan, plots, results
 from gesso.reproduce.claims import Verdict
-from gesso.reproduce.index import file_name, list_results, write_index
+from gesso.reproduce.index import file_stem, list_results, write_index
+from gesso.reproduce.markdown import format_table_cell, to_markdown_table
 from gesso.reproduce.plan import MeasurementJob
-from gesso.reproduce.render import (
-    Block,
-    Cell,
-    CodeBlock,
-    DefinitionList,
-    Details,
-    Heading,
-    Paragraph,
-    PlotBlock,
-    TableBlock,
-    Title,
-)
 from gesso.reproduce.results import CellNumbers, TableResult
 from gesso.reproduce.schema import Column, Table, Tables, get_table
 
-SCALES = {"tiny": "two CPU cores, minutes a row", "small": "one GPU, about an hour a row", "paper": "as published"}
-COLOURS = {
+TEMPLATE = Path(__file__).parent / "templates" / "page.md"
+SCALE_DESCRIPTIONS = {
+    "tiny": "two CPU cores, minutes a row",
+    "small": "one GPU, about an hour a row",
+    "paper": "as published",
+}
+VERDICT_COLORS: dict[str, str] = {
     Verdict.REPRODUCED: "#4f7a3a",
     Verdict.EXACT: "#4f7a3a",
     Verdict.CONTRADICTED: "#a33a2a",
@@ -38,72 +34,101 @@ COLOURS = {
     Verdict.TOO_FEW_SEEDS: "#6d7f8c",
     Verdict.NOT_MEASURED: "#a19b8f",
 }
-NONE = "-"
+EMPTY = "-"
 """Text of a cell without a number."""
 MAX_OPEN_ROWS = 14
-"""Rows of a figure above which its numbers are folded."""
-RULE = (
-    "Effect: by how much the claim holds, in the unit of what it compares, with the bounds that decide. Reproduced: every part "
-    "of the claim is above 0 at 95 % (one-sided Student's t over paired seeds; sign test for positions of optima and where a "
-    "training diverged). Contradicted: the opposite holds at 95 %. Each is wrong in at most one case of twenty; otherwise the "
-    "claim is undecided. An exact check needs no training. See docs/reproduction.md."
+"""Number of points of a figure above which its numbers are folded."""
+VERDICT_RULE = (
+    "Effect: the margin by which the claim holds, in the unit of the compared numbers, with its confidence bounds. Reproduced: "
+    "every part of the claim is above 0 at 95 % (one-sided Student's t over paired seeds; sign test for positions of optima and "
+    "where a training diverged). Contradicted: the opposite holds at 95 %. Each is wrong in at most one case of twenty; "
+    "otherwise the claim is undecided. An exact check needs no training. See docs/reproduction.md."
 )
+MISSING_FIGURES_NOTE = "No figure: it needs matplotlib (pip install 'gesso[plots]')."
 
 
 def write_page(
     table: Table, scale: str, out: Path, jobs: Sequence[MeasurementJob], settings: Sequence[str] = ()
 ) -> list[Path]:
-    """Write all files of a table from its records, and the list of pages; return the paths to look at.
+    """Write all files of a table from its records, and the list of pages.
 
-    settings: overrides that the user applied to every training.
+    Args:
+        table: The table.
+        scale: Its scale.
+        out: Folder of the pages.
+        jobs: Jobs of all rows and seeds; those without a record are not measured yet.
+        settings: Overrides that the user applied to every training.
+
+    Returns:
+        The paths of the page in Markdown and HTML, and of the list of pages.
 
     Raises:
-        UsageError: if a record lacks a number that the table shows.
+        UsageError: A record lacks a number that the table shows.
     """
     result = results.collect_result(table, scale, out, jobs, settings)
     result = result._replace(column_descriptions=labels.describe_columns(table, jobs), runtime=runtime_text(result))
-    name = file_name(table.name, scale)
-    drawn = plots.make_plots(result, jobs) if importlib.util.find_spec("matplotlib") else None
-    pictures = [
-        PlotBlock(figure, f"{name}{f'-{i}' if i else ''}.png", table.title, caption)
-        for i, (figure, caption) in enumerate(drawn or ())
-    ]
-    for each in pictures:
-        with atomic_io.atomic_file(out / each.file) as temporary:
-            plots.save_png(each.figure, temporary)
-    missing = (
-        "" if drawn is not None or not table.x_axis else "No picture: it needs matplotlib (pip install 'gesso[plots]')."
-    )
-    return [*_write_files(result, out, pictures, missing), write_index(out)]
+    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+    figures = {}
+    for i, plot in enumerate(plots.make_plots(result, jobs) if has_matplotlib else ()):
+        file = f"{file_stem(table.name, scale)}{f'-{i}' if i else ''}.png"
+        with atomic_io.atomic_file(out / file) as temporary:
+            plots.save_png(plot.figure, temporary)
+        figures[file] = Figure(plot.caption, to_svg(plot.figure))
+    note = MISSING_FIGURES_NOTE if table.x_axis and not has_matplotlib else ""
+    return [*_write_files(result, out, figures, note), write_index(out)]
 
 
-def _write_files(result: TableResult, out: Path, pictures: Sequence[PlotBlock], missing: str = "") -> list[Path]:
-    name = file_name(result.table.name, result.scale)
-    markdown, page, numbers = (out / f"{name}.{end}" for end in ("md", "html", "json"))
-    shown = page_blocks(result, pictures, missing)
-    listed = [{"file": each.file, "caption": each.caption} for each in pictures]
-    atomic_io.write_json(numbers, results.to_json(result) | {"pictures": listed})
-    atomic_io.write_text(markdown, render.to_markdown(shown))
-    atomic_io.write_text(page, document(f"{result.table.title} - gesso", render.to_html(shown)))
-    return [markdown, page]
+def _write_files(
+    result: TableResult, out: Path, figures: Mapping[str, Figure], missing_figures_note: str = ""
+) -> list[Path]:
+    stem = file_stem(result.table.name, result.scale)
+    markdown_path, html_path, json_path = (out / f"{stem}.{suffix}" for suffix in ("md", "html", "json"))
+    pictures = [{"file": file, "caption": figure.caption} for file, figure in figures.items()]
+    atomic_io.write_json(json_path, results.to_json(result) | {"pictures": pictures})
+    context = page_context(result) | {"figures": figures, "missing_figures_note": missing_figures_note}
+    text = render_template(TEMPLATE, context, {"md": markdown.escape}).rstrip() + "\n"
+    atomic_io.write_text(markdown_path, text)
+    content = markdown.markdown_to_html(text, figures, VERDICT_COLORS)
+    atomic_io.write_text(html_path, render_page("page.html", result.table.title, {"content": content}))
+    return [markdown_path, html_path]
 
 
 def rejudge(table: Table, scale: str, out: Path) -> list[Path]:
-    """Write a page again from NAME-SCALE.json and its plots: the numbers stay, claims and verdicts are new."""
-    stored = json.loads((out / f"{file_name(table.name, scale)}.json").read_text(encoding="utf-8"))
+    """Write a page again from NAME-SCALE.json and its PNG files, with new verdicts of the current claims."""
+    stored = json.loads((out / f"{file_stem(table.name, scale)}.json").read_text(encoding="utf-8"))
     single_seed = plan.cells_without_training(table, scale)
     result = results.load_result(table, stored, out, single_seed)
-    pictures = [
-        PlotBlock(out / each["file"], each["file"], table.title, each["caption"]) for each in stored.get("pictures", ())
-    ]
-    return _write_files(result, out, pictures)
+    pictures = stored.get("pictures", ())
+    figures = {entry["file"]: Figure(entry["caption"], image=out / entry["file"]) for entry in pictures}
+    return _write_files(result, out, figures)
 
 
 def rejudge_all(tables: Tables, out: Path) -> list[Path]:
-    """Judge every page of a folder again, checklists last, and write the list of pages."""
+    """Judge every page of a folder again, checklists last, and write the list of pages; return the paths."""
     pages = sorted(list_results(out), key=lambda page: bool(page["checks"]))
-    known = [(get_table(tables, page["table"]), page["scale"]) for page in pages]
-    return [*(rejudge(table, scale, out)[0] for table, scale in known), write_index(out)]
+    targets = [(get_table(tables, page["table"]), page["scale"]) for page in pages]
+    return [*(rejudge(table, scale, out)[0] for table, scale in targets), write_index(out)]
+
+
+def page_context(result: TableResult) -> dict[str, Any]:
+    """Return the variables of TEMPLATE, without the figures."""
+    table = result.table
+    num_points, numbers = (0, "") if table.checklist else numbers_table(result)
+    return {
+        "table": table,
+        "header": page_header(result),
+        "outdated_note": result.outdated_note,
+        "checklist_table": checklist_table(result),
+        "column_descriptions": result.column_descriptions,
+        "numbers_table": numbers,
+        "num_folded_points": num_points if table.x_axis and num_points > MAX_OPEN_ROWS else 0,
+        "footnotes": result.footnotes,
+        "claims_table": claims_table(result),
+        "verdict_rule": VERDICT_RULE,
+        "command": results.reproduce_command(result),
+        "details": [*command_details(result), *protocol_details(result)],
+        "closing": [text for text in (result.runtime, table.notes) if text],
+    }
 
 
 def page_header(result: TableResult) -> str:
@@ -112,87 +137,89 @@ def page_header(result: TableResult) -> str:
     if table.checklist:
         return f"Verdicts from the tables at --scale {result.scale}."
     about = table.scales[result.scale]
-    parts = [f"Scale {result.scale}: {SCALES[result.scale]}. {about.notes}".strip()]
+    parts = [f"Scale {result.scale}: {SCALE_DESCRIPTIONS[result.scale]}. {about.notes}".strip()]
     if not parts[0].endswith("."):
         parts[0] += "."
     if result.settings:
         parts.append(f"Every training with {' '.join(result.settings)}.")
     seeds = f"{n} seeds: mean \u00b1 standard deviation" if n > 1 else "One seed"
     seeds = seeds if result.training_commands else "Nothing is trained, so seeds do not matter"
-    parts.append(f"{seeds}; {NONE}: not defined at this scale, or not yet measured.")
+    parts.append(f"{seeds}; {EMPTY}: not defined at this scale, or not yet measured.")
     if result.scale != "paper" and result.training_commands:
         parts.append("Only directions compare with the paper, not numbers.")
     return " ".join(parts)
 
 
-def column_cells(result: TableResult, column: Column) -> list[Cell]:
-    """Return the cells of a column with our numbers, the best marked."""
+def column_cells(result: TableResult, column: Column) -> list[str]:
+    """Return our numbers of a column in Markdown, the best one bold."""
     cells = [result.cells[row.name, column.name] for row in result.table.rows]
     means = [cell.mean for cell in cells if cell.finite_values]
     best = None
     if column.lower_is_better is not None and len(set(means)) > 1:
         best = min(means) if column.lower_is_better else max(means)
-    digits = significant_digits(cells)
+    decimals = column_decimals(cells)
     return [
-        Cell(
-            format_cell(cell, digits, len(result.seeds)),
-            cell.footnotes,
-            "best" if cell.finite_values and cell.mean == best else "",
+        format_table_cell(
+            format_cell(cell, decimals, len(result.seeds)),
+            bold=bool(cell.finite_values) and cell.mean == best,
+            footnotes=cell.footnotes,
         )
         for cell in cells
     ]
 
 
-def significant_digits(cells: Sequence[CellNumbers]) -> int | None:
-    """Return the decimals of a column, or None if its numbers differ too much in size.
+def column_decimals(cells: Sequence[CellNumbers]) -> int | None:
+    """Return the number of decimals of a column, or None if its numbers differ too much in size.
 
-    Two digits of the spread, else four digits of the largest number, none for whole numbers.
+    Two digits of the standard deviation, else four digits of the largest number, none for integers.
     """
     spreads = [cell.std for cell in cells if cell.std]
     means = [abs(cell.mean) for cell in cells if cell.finite_values and cell.mean] or [1.0]
     if not spreads and all(float(cell.mean).is_integer() and cell.mean for cell in cells if cell.finite_values):
         return 0
-    digits = -math.floor(math.log10(statistics.median(spreads) if spreads else max(means))) + (1 if spreads else 3)
-    digits = min(max(digits, 0), 5)
-    lost = not spreads and min(means) < 10 ** (1 - digits)  # less than two digits of the smallest would remain
-    return None if lost or max(means) / min(means) > 1e4 else digits
+    decimals = -math.floor(math.log10(statistics.median(spreads) if spreads else max(means))) + (1 if spreads else 3)
+    decimals = min(max(decimals, 0), 5)
+    too_coarse = not spreads and min(means) < 10 ** (1 - decimals)  # less than two digits of the smallest number remain
+    return None if too_coarse or max(means) / min(means) > 1e4 else decimals
 
 
-def format_cell(cell: CellNumbers, digits: int | None, seeds: int) -> str:
-    """Return "1.79 ± 0.11", with diverged or missing seeds in brackets."""
+def format_cell(cell: CellNumbers, decimals: int | None, num_seeds: int) -> str:
+    """Return "1.79 ± 0.11", with the number of diverged or missing seeds in brackets."""
     if not cell.by_seed:
-        return NONE
-    text = format_number(cell.mean, digits)
+        return EMPTY
+    text = format_number(cell.mean, decimals)
     if cell.std is not None:
-        text += f"\u00a0\u00b1\u00a0{format_number(cell.std, digits)}"  # non-breaking
-    lost = len(cell.by_seed) - len(cell.finite_values)
-    if cell.finite_values and lost:
-        kind = "diverged" if any(math.isinf(value) for value in cell.by_seed.values()) else "NaN"
-        return f"{text} ({lost} of {len(cell.by_seed)} {kind})"
-    return text if cell.single_seed or len(cell.by_seed) == seeds else f"{text} ({len(cell.by_seed)} of {seeds} seeds)"
+        text += f"\u00a0\u00b1\u00a0{format_number(cell.std, decimals)}"  # non-breaking
+    n = len(cell.by_seed)
+    num_lost = n - len(cell.finite_values)
+    if cell.finite_values and num_lost:
+        reason = "diverged" if any(math.isinf(value) for value in cell.by_seed.values()) else "NaN"
+        return f"{text} ({num_lost} of {n} {reason})"
+    return text if cell.single_seed or n == num_seeds else f"{text} ({n} of {num_seeds} seeds)"
 
 
-def format_number(value: float, digits: int | None = None) -> str:
-    """Return a number with `digits` decimals, or four significant digits."""
+def format_number(value: float, decimals: int | None = None) -> str:
+    """Return a number with a number of decimals, or with four significant digits."""
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):
         return "diverged"
-    return f"{value:.4g}" if digits is None else f"{value:,.{digits}f}"
+    return f"{value:.4g}" if decimals is None else f"{value:,.{decimals}f}"
 
 
-def published_of(result: TableResult, column: Column) -> list[str]:
-    """Return the published numbers of a column, all with the same number of decimals."""
+def published_cells(result: TableResult, column: Column) -> list[str]:
+    """Return the published numbers of a column as text, all with the same number of decimals."""
     values = [row.published.get(column.name) for row in result.table.rows]
-    ends = [len(f"{value:g}".partition(".")[2]) for value in values if value is not None and "e" not in f"{value:g}"]
-    digits = max(ends, default=0) if all(v is None or math.isinf(v) or abs(v) < 1e6 for v in values) else None
-    return [NONE if value is None else format_number(value, digits) for value in values]
+    texts = [f"{value:g}" for value in values if value is not None]
+    decimals = max((len(text.partition(".")[2]) for text in texts if "e" not in text), default=0)
+    is_large = any(value is not None and math.isfinite(value) and abs(value) >= 1e6 for value in values)
+    return [EMPTY if value is None else format_number(value, None if is_large else decimals) for value in values]
 
 
 def format_effect(value: float | None) -> str:
     """Return an effect with its sign."""
     if value is None or math.isnan(value):
-        return NONE
+        return EMPTY
     return f"{value:+.3g}" if math.isfinite(value) else "the other diverged" if value > 0 else "it diverged"
 
 
@@ -202,8 +229,8 @@ def claim_rows(result: TableResult) -> Iterator[tuple[str, str, str, str]]:
         low, high = judgement.low, judgement.high
         bounds = "" if low is None or high is None else f" ({low:+.3g} to {high:+.3g})"
         parts = f"; {judgement.num_parts} comparisons" if judgement.num_parts > 1 else ""
-        ours = format_effect(judgement.effect) + bounds + parts if judgement.num_seeds else NONE
-        yield judgement.text, judgement.verdict, ours, format_effect(paper)
+        effect = format_effect(judgement.effect) + bounds + parts if judgement.num_seeds else EMPTY
+        yield judgement.text, judgement.verdict, effect, format_effect(paper)
 
 
 def runtime_text(result: TableResult) -> str:
@@ -220,101 +247,71 @@ def runtime_text(result: TableResult) -> str:
     return f"{subject} took {duration}{on}; expected for a row: {result.table.scales[result.scale].cost}.{shared}"
 
 
-def page_blocks(result: TableResult, pictures: Sequence[PlotBlock], missing: str) -> list[Block]:
-    """Return everything that the page shows, in order."""
-    table = result.table
-    shown: list[Block] = [Title(table.title, f"{table.name}: {table.source}"), Paragraph(page_header(result))]
-    if result.outdated_note:
-        shown.append(Paragraph(f"To be made again: {result.outdated_note}"))
-    if table.checklist:
-        shown += [checklist(result)]
-    else:
-        shown += [DefinitionList(dict(result.column_descriptions)), *numbers_grid(result)]
-    if result.verdicts:
-        rows = [
-            (Cell(text), verdict_tag(verdict), Cell(ours), Cell(paper))
-            for text, verdict, ours, paper in claim_rows(result)
-        ]
-        names = ("claim", "verdict", "effect, ours (bounds)", "effect, paper")
-        width = 4 if any(paper is not None for _, paper in result.verdicts) else 3
-        shown += [Heading("Claims"), TableBlock(names[:width], [row[:width] for row in rows]), Paragraph(RULE)]
-    if pictures or missing:
-        shown += [Heading("Picture"), *pictures, *([Paragraph(missing)] if missing else [])]
-    shown += [
-        Heading("Commands"),
-        CodeBlock([results.reproduce_command(result)]),
-        *command_blocks(result),
-        *protocol_blocks(result),
-    ]
-    return shown + [Paragraph(text) for text in (result.runtime, table.notes) if text]
-
-
-def numbers_grid(result: TableResult) -> list[Block]:
-    """Return the table of our numbers next to the published ones; folded if a figure has many points."""
+def numbers_table(result: TableResult) -> tuple[int, str]:
+    """Return the number of rows, and our numbers next to the published ones as a table in Markdown."""
     axis = "" if result.table.x_axis in {column.name for column in result.table.columns} else result.table.x_axis
-    names, rows = [axis], [[Cell(row.name)] for row in result.table.rows]
+    header, rows = [axis], [[format_table_cell(row.name)] for row in result.table.rows]
     for column in result.table.columns:
-        has = any(column.name in row.published for row in result.table.rows)
-        names += [
-            column.name + {True: " \u2193", False: " \u2191", None: ""}[column.lower_is_better],
-            *(["paper"] if has else []),
-        ]
-        for row, cell in zip(rows, column_cells(result, column), strict=True):
-            row.append(cell)
-        if has:
-            for row, text in zip(rows, published_of(result, column), strict=True):
-                row.append(Cell(text, kind="soft"))
+        header.append(column.name + {True: " \u2193", False: " \u2191", None: ""}[column.lower_is_better])
+        for row, text in zip(rows, column_cells(result, column), strict=True):
+            row.append(text)
+        if any(column.name in row.published for row in result.table.rows):
+            header.append(markdown.PAPER_COLUMN)
+            for row, text in zip(rows, published_cells(result, column), strict=True):
+                row.append(format_table_cell(text))
     if result.table.x_axis:  # drop points of other scales
-        rows = [row for row in rows if any(cell.text != NONE for cell in row[1:])]
-    blocks: list[Block] = [
-        TableBlock(names, rows, numbers=True),
-        *(Paragraph(note, i) for i, note in enumerate(result.footnotes, 1)),
+        rows = [row for row in rows if any(text != EMPTY for text in row[1:])]
+    return len(rows), to_markdown_table(header, rows, numeric=True)
+
+
+def claims_table(result: TableResult) -> str:
+    """Return the claims with their verdicts and effects as a table in Markdown; empty without claims."""
+    if not result.verdicts:
+        return ""
+    rows = [
+        (
+            format_table_cell(text),
+            format_table_cell(verdict, bold=True),
+            format_table_cell(effect),
+            format_table_cell(paper),
+        )
+        for text, verdict, effect, paper in claim_rows(result)
     ]
-    return (
-        [Details(f"Numbers of {len(rows)} points", blocks)]
-        if result.table.x_axis and len(rows) > MAX_OPEN_ROWS
-        else blocks
-    )
+    header = ("claim", "verdict", "effect (bounds)", "effect in the paper")
+    width = 4 if any(paper is not None for _, paper in result.verdicts) else 3
+    return to_markdown_table(header[:width], [row[:width] for row in rows])
 
 
-def checklist(result: TableResult) -> TableBlock:
-    """Return the table of a checklist."""
-    names = ("question", "recommendation", "verdict", "by the claim", "of")
-    return TableBlock(
-        names,
-        [
-            (
-                Cell(item.question),
-                Cell(item.recommendation),
-                verdict_tag(verdict),
-                Cell(text or NONE),
-                Cell(item.table),
-            )
-            for item, text, verdict in result.checklist
-        ],
-    )
+def checklist_table(result: TableResult) -> str:
+    """Return the items of a checklist with their verdicts as a table in Markdown."""
+    rows = [
+        (
+            format_table_cell(item.question),
+            format_table_cell(item.recommendation),
+            format_table_cell(verdict, bold=True),
+            format_table_cell(text or EMPTY),
+            format_table_cell(item.table),
+        )
+        for item, text, verdict in result.checklist
+    ]
+    return to_markdown_table(("question", "recommendation", "verdict", "claim", "table"), rows)
 
 
-def verdict_tag(verdict: str) -> Cell:
-    """Return a verdict as a coloured cell."""
-    return Cell(verdict, kind=COLOURS[Verdict(verdict)])
-
-
-def command_blocks(result: TableResult) -> list[Block]:
-    """Return the commands of trainings and measurements, folded."""
+def command_details(result: TableResult) -> list[tuple[str, Sequence[str]]]:
+    """Return the commands of trainings and measurements, each with a title."""
     lines = []
     for row, commands in result.evaluate_commands.items():
         minutes = result.minutes.get(row)
         cost = f", {minutes.training:.2g} minutes training, {minutes.measurement:.2g} measuring" if minutes else ""
         lines += [f"# {row}{cost}", *commands]
-    sections = {"Trainings": result.training_commands, "Measurements": lines}
-    return [Details(title, [CodeBlock(lines)]) for title, lines in sections.items() if lines]
+    details = {"Trainings": result.training_commands, "Measurements": lines}
+    return [(title, commands) for title, commands in details.items() if commands]
 
 
-def protocol_blocks(result: TableResult) -> list[Block]:
-    """Return the protocols, folded; columns that share one are listed together."""
-    shared: dict[str, list[str]] = {}
+def protocol_details(result: TableResult) -> list[tuple[str, Sequence[str]]]:
+    """Return the protocols as JSON, each with a title that names its columns."""
+    columns_of: dict[str, list[str]] = {}
     for column, protocol in result.protocols.items():
-        known = {name: value for name, value in protocol.items() if value is not None}
-        shared.setdefault(json.dumps(known, indent=1), []).append(column)
-    return [Details(f"Protocol of {'; '.join(columns)}", [CodeBlock([text])]) for text, columns in shared.items()]
+        entries = {name: value for name, value in protocol.items() if value is not None}
+        columns_of.setdefault(json.dumps(entries, indent=1), []).append(column)
+    return [(f"Protocol of {'; '.join(columns)}", [text]) for text, columns in columns_of.items()]

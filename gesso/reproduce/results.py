@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from gesso.reproduce import claims, plan, runner
 from gesso.reproduce.claims import Judgement, Verdict
-from gesso.reproduce.footnotes import footnotes
-from gesso.reproduce.index import file_name
+from gesso.reproduce.footnotes import collect_footnotes
+from gesso.reproduce.index import file_stem
 from gesso.reproduce.plan import MeasurementJob
 from gesso.reproduce.schema import Cell, ChecklistItem, Claim, Table, Values
 
@@ -109,7 +109,7 @@ def collect_result(
     """Return the result of all finished jobs. `settings` are overrides that the user applied to every training."""
     records = {job.path: runner.read_record(job.path) for job in jobs if job.path.is_file()}
     values, published = runner.collect_values(jobs), table.published()
-    marks, texts = footnotes(table, jobs, records)
+    marks, texts = collect_footnotes(table, jobs, records)
     cells: dict[Cell, CellNumbers] = {}
     single_seed = {(job.row, column) for job in jobs if job.single_seed for column in job.group.columns}
     for row in table.rows:
@@ -211,7 +211,7 @@ def judge_checklist(table: Table, scale: str, out: Path) -> list[tuple[Checklist
 
 def judge_checklist_item(item: ChecklistItem, scale: str, out: Path) -> tuple[str, str]:
     """Return the text and verdict of the claim of an item, from the stored page of its table at the same scale."""
-    path = out / f"{file_name(item.table, scale)}.json"
+    path = out / f"{file_stem(item.table, scale)}.json"
     stored = runner.read_record(path)["claims"] if path.is_file() else []
     if item.claim >= len(stored):
         return "", Verdict.NOT_MEASURED

@@ -1,9 +1,9 @@
-"""Checkpoints to resume from: torch.distributed.checkpoint in safetensors files, one folder each.
+"""Checkpoints to resume from: one folder each, with safetensors files of torch.distributed.checkpoint.
 
 state/nimg000000128000/state.json           nimg and the sizes of the files
-state/nimg000000128000/*.safetensors        all tensors of the loop by name; each rank writes its share
+state/nimg000000128000/*.safetensors        all tensors of the trainer by name; each rank writes its part
 
-Any number of ranks can read what any number of ranks wrote, sharded or not.
+A checkpoint can be read with any number of ranks, sharded or not, whatever wrote it.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ FORMAT = "gesso state 1"
 class CheckpointWriter:
     """Write checkpoints and other files in a background thread, in the order of the calls.
 
-    The values of the tensors at the time of the call are written. After a disk error nothing more is written, so that a
-    run folder never lacks a file that precedes one it has; the next call raises the error.
+    Tensors are written with the values that they have at the time of the call. After the first error nothing more is
+    written, so that every file in a run folder is there if a later one is; the next call raises the error.
     """
 
     def __init__(self, ranks: Ranks = SINGLE_PROCESS, timeout_s: float = 600):
@@ -44,9 +44,9 @@ class CheckpointWriter:
         self.stager = DefaultStager(StagingOptions(False, False, False, False))
 
     def save(self, folder: Path, nimg: int, tensors: dict[str, Tensor], keep: int, milestone: bool) -> None:
-        """Write a checkpoint as `save_checkpoint` does; waits for the previous checkpoint."""
+        """Write a checkpoint as `save_checkpoint` does, after waiting for the previous writes."""
         self.wait()
-        staged = cast(dict[str, Tensor], self.stager.stage(dict(tensors)))  # a future only if staged asynchronously
+        staged = cast(dict[str, Tensor], self.stager.stage(dict(tensors)))  # a Future only for asynchronous staging
         self.submit(lambda: save_checkpoint(folder, nimg, staged, keep, milestone, self.ranks, self.group))
 
     def submit(self, write: Callable[[], None]) -> None:
@@ -69,7 +69,7 @@ class CheckpointWriter:
             self.pending.pop(0).result()
 
     def wait(self) -> None:
-        """Wait until everything is written."""
+        """Wait until all submitted files are written; raise the first error."""
         while self.pending:
             self.pending.pop(0).result()
 
@@ -87,18 +87,28 @@ def save_checkpoint(
     ranks: Ranks = SINGLE_PROCESS,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Write a complete checkpoint, then delete all but the last `keep` and the milestones. All ranks take part."""
+    """Write a checkpoint, then delete all but the last `keep` and the milestones. All ranks must call it.
+
+    Args:
+        folder: Folder state/ of the run.
+        nimg: Images seen.
+        tensors: Tensors of the trainer by name.
+        keep: Number of checkpoints to keep besides milestones.
+        milestone: True for a checkpoint that is never deleted.
+        ranks: Ranks of the run.
+        group: Process group of the calling thread; None for the default group.
+    """
     target = folder / f"nimg{nimg:012d}"
     temporary = atomic_io.temporary_dir(target)
     with atomic_io.atomic_dir(target) if ranks.is_main else atomic_io.disk_errors(target):
-        _barrier(ranks, group)
+        ranks.barrier(group)
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         try:
             with _ignore_single_process_warning():
                 dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=ranks.world_size == 1)
-        except CheckpointException as error:  # it wraps what each rank raised: raise that
+        except CheckpointException as error:  # it wraps the errors of the ranks: raise the first of them
             raise next(iter(error.failures.values()))[0] from None
-        _barrier(ranks, group)
+        ranks.barrier(group)
         if not ranks.is_main:
             return
         sizes = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}
@@ -109,14 +119,9 @@ def save_checkpoint(
             atomic_io.remove_dir(old)
 
 
-def _barrier(ranks: Ranks, group: dist.ProcessGroup | None) -> None:
-    if ranks.world_size > 1:
-        dist.barrier(group=group)
-
-
-def _is_milestone(state: Path) -> bool:
+def _is_milestone(path: Path) -> bool:
     try:
-        return bool(json.loads((state / "state.json").read_text()).get("milestone"))
+        return bool(json.loads((path / "state.json").read_text()).get("milestone"))
     except (OSError, ValueError):
         return False
 
@@ -136,54 +141,52 @@ def load_latest(
     Raises:
         RunError: All checkpoints are damaged, or the checkpoint is of another network (the message lists the names).
     """
-    states = list_checkpoints(folder)
-    damage = []
-    for state in reversed(states):
-        problem = _find_damage(state)
+    problems = []
+    for path in reversed(list_checkpoints(folder)):
+        problem = _find_damage(path)
         if problem is None:
-            nimg = json.loads((state / "state.json").read_text())["nimg"]
-            _load_checkpoint(state, tensors, ranks)
-            return nimg
-        damage.append(f"{state}: {problem}")
-        warn(f"{state} is damaged ({problem}); going back to the state before it")
-    if damage:
-        raise RunError("no state can be read:\n" + "\n".join(damage[:2]) + "\nremove the run folder and start again")
+            _load_checkpoint(path, tensors, ranks)
+            return json.loads((path / "state.json").read_text())["nimg"]
+        problems.append(f"{path}: {problem}")
+        warn(f"{path} is damaged ({problem}); using the checkpoint before it")
+    if problems:
+        raise RunError(
+            "all checkpoints are damaged:\n" + "\n".join(problems[:2]) + "\nRemove the run folder and start again."
+        )
     return 0
 
 
-def _find_damage(state: Path) -> str | None:
+def _find_damage(path: Path) -> str | None:
     """Return a description of the damage to a checkpoint folder, or None."""
     try:
-        description = json.loads((state / "state.json").read_text())
+        description = json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
         return f"state.json: {error}"
     if description.get("format") != FORMAT:
         return "state.json was not written by gesso"
-    for name, size in description["files"].items():
-        file = state / name
+    for name, num_bytes in description["files"].items():
+        file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, not {size}"
+        if file.stat().st_size != num_bytes:
+            return f"{name} has {file.stat().st_size} bytes, not {num_bytes}"
     return None
 
 
-def _load_checkpoint(state: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
-    reader = HuggingFaceStorageReader(str(state))
+def _load_checkpoint(path: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    reader = HuggingFaceStorageReader(str(path))
     try:
         metadata = reader.read_metadata().state_dict_metadata
-        stored_shapes = {
-            name: tuple(meta.size) for name, meta in metadata.items() if isinstance(meta, TensorStorageMetadata)
-        }
-    except Exception as error:  # whatever the storage layer raises on a header it cannot parse
-        raise RunError(f"{state} cannot be read ({type(error).__name__}: {error})") from None
-    wanted = {name: tuple(t.shape) for name, t in tensors.items()}
-    if stored_shapes != wanted:
-        missing, unknown = sorted(wanted.keys() - stored_shapes.keys()), sorted(stored_shapes.keys() - wanted.keys())
-        shapes = [n for n in stored_shapes.keys() & wanted.keys() if stored_shapes[n] != wanted[n]]
+        stored = {name: tuple(meta.size) for name, meta in metadata.items() if isinstance(meta, TensorStorageMetadata)}
+    except Exception as error:  # the storage layer raises various errors for a header that it cannot parse
+        raise RunError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if stored != expected:
+        missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+        different = [name for name in stored.keys() & expected.keys() if stored[name] != expected[name]]
         raise RunError(
-            f"{state} is the state of another network: missing {missing[:3]}, unknown {unknown[:3]}, other shape "
-            f"{shapes[:3]}"
+            f"{path} is the checkpoint of another network: missing {missing[:3]}, unknown {unknown[:3]}, different "
+            f"shape {different[:3]}"
         )
     with _ignore_single_process_warning():
         dcp.load(dict(tensors), storage_reader=reader, no_dist=ranks.world_size == 1)

@@ -1,4 +1,4 @@
-"""Identity of the ranks of a run, and which of them have failed, stored in torch.distributed's key-value store."""
+"""Host, process and exit reason of every rank, in the key-value store of torch.distributed."""
 
 import contextlib
 import os
@@ -11,29 +11,31 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 REPORT_TIMEOUT_S = 10.0
 """Seconds that a rank waits for the reports of the others."""
-EXITED_SILENTLY = "is gone (killed, or out of memory, where it said nothing)"
+EXITED_SILENTLY = "is gone: it exited without an error message (probably killed or out of memory)"
+GLOO_MESSAGES = ("gloo/transport", "caused pair closure")
+"""Parts of the messages of gloo's errors, which have no class of their own."""
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Return True if torch.distributed raised `error` because another rank is gone or late."""
-    gloo = ("gloo/transport", "caused pair closure")
+    """Return True if torch.distributed raised `error` because another rank failed or did not answer in time."""
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in gloo)
+        isinstance(error, RuntimeError) and any(text in str(error) for text in GLOO_MESSAGES)
     )
 
 
 class RankRegistry:
-    """Host and process of every rank, and the reason of each rank that ends; empty if it ended because of another rank.
+    """Identify the ranks that made a run fail.
 
+    Every rank stores its host and process, and when it exits the reason, which is empty if another rank made it exit.
     The store ends with the process that holds it: rank 0, or torchrun.
     """
 
     def __init__(self, rank: int, world_size: int):
         self.rank, self.peers, self.store = rank, {*range(world_size)} - {rank}, _get_default_store()
-        for what in ("end", "read"):  # of a run before this one in the same processes
-            self.store.delete_key(f"gesso {what} {rank}")
-        self.store.set(f"gesso at {rank}", f"{socket.gethostname()} {os.getpid()}")
-        self.processes = [self.store.get(f"gesso at {other}").decode().split() for other in range(world_size)]
+        for key in ("exit", "acknowledged"):  # of an earlier run in the same processes
+            self.store.delete_key(f"gesso {key} {rank}")
+        self.store.set(f"gesso process {rank}", f"{socket.gethostname()} {os.getpid()}")
+        self.processes = [self.store.get(f"gesso process {r}").decode().split() for r in range(world_size)]
 
     def describe(self, rank: int) -> str:
         """Return the rank with its host and process, such as "rank 1 of 4 (node7, process 123)"."""
@@ -41,38 +43,38 @@ class RankRegistry:
         return f"rank {rank} of {len(self.processes)} ({host}, process {process})"
 
     def report_exit(self, reason: str) -> None:
-        """Store the reason for which this rank ends."""
-        with contextlib.suppress(RuntimeError):  # the store may be gone
-            self.store.set(f"gesso end {self.rank}", reason)
+        """Store the reason why this rank exits."""
+        with contextlib.suppress(RuntimeError):  # rank 0 may have exited, and the store with it
+            self.store.set(f"gesso exit {self.rank}", reason)
             if reason:
-                self.store.set(f"gesso read {self.rank}", "")
+                self.store.set(f"gesso acknowledged {self.rank}", "")
 
     def failed_ranks(self) -> str:
-        """Return which ranks ended the run and why.
+        """Return a text that names the ranks that made the run fail, and why.
 
-        Those with a reason or without a process are named, otherwise those that do not answer.
+        These are the ranks that stored a reason or have no process; without any, the ranks that do not answer.
         """
         try:
-            reasons: list[str] = []
-            silent = self._collect_reports("end", reasons)
-            self.store.set(f"gesso read {self.rank}", "")
-            if self.rank == 0:  # with which the store may end
-                self._collect_reports("read", [])
+            failures: list[str] = []
+            silent = self._collect_reports("exit", failures)
+            self.store.set(f"gesso acknowledged {self.rank}", "")
+            if self.rank == 0:  # the store may end with rank 0, so it waits until all have read it
+                self._collect_reports("acknowledged", [])
         except RuntimeError:
             return f"{self.describe(0)} {EXITED_SILENTLY}"
-        return "; ".join(reasons or [f"{self.describe(rank)} does not answer" for rank in sorted(silent)])
+        return "; ".join(failures or [f"{self.describe(rank)} does not answer" for rank in sorted(silent)])
 
-    def _collect_reports(self, key: str, messages: list[str]) -> set[int]:
-        """Wait for the report of every other rank; return those that did not answer in time."""
-        waiting, end = set(self.peers), time.monotonic() + REPORT_TIMEOUT_S
-        while waiting and time.monotonic() < end:
+    def _collect_reports(self, key: str, failures: list[str]) -> set[int]:
+        """Wait until every other rank has stored `key`; append failures, and return the ranks that did not answer."""
+        waiting, deadline = set(self.peers), time.monotonic() + REPORT_TIMEOUT_S
+        while waiting and time.monotonic() < deadline:
             for rank in sorted(waiting):
-                gone = self._has_exited(rank)  # asked first: one that ends gives its word before
+                exited = self._has_exited(rank)  # before the key is read, as a rank stores its reason before it exits
                 if self.store.check([f"gesso {key} {rank}"]):
-                    if why := self.store.get(f"gesso {key} {rank}").decode():
-                        messages.append(f"{self.describe(rank)} ended: {why}")
-                elif gone:
-                    messages.append(f"{self.describe(rank)} {EXITED_SILENTLY}")
+                    if reason := self.store.get(f"gesso {key} {rank}").decode():
+                        failures.append(f"{self.describe(rank)} ended: {reason}")
+                elif exited:
+                    failures.append(f"{self.describe(rank)} {EXITED_SILENTLY}")
                 else:
                     continue
                 waiting.discard(rank)

@@ -1,4 +1,4 @@
-"""Open init.source: weights to start from, with all that is known of their network."""
+"""Open init.source: the weights to start from, with the settings of their network and training."""
 
 import hashlib
 import json
@@ -14,9 +14,9 @@ from gesso.config import InputSpec, NetConfig, RunConfig
 from gesso.config.base import parse_count
 from gesso.config.net import TransformerConfig
 from gesso.config.process import ProcessConfig
-from gesso.ema.safetensors_io import SafetensorsFile
 from gesso.errors import RunError, UsageError
 from gesso.interop.mapping import NOTE_ASSUMED_RESOLUTION, ImportedModel
+from gesso.safetensors_io import read_metadata, read_tensors
 from gesso.sampling import MAX_PROFILE_ERROR
 
 TRANSFERABLE_DIFFERENCES = (
@@ -29,11 +29,19 @@ CHECKPOINT_KEYS = ("ema", "state_dict", "model")
 
 
 class InitSource(NamedTuple):
-    """Weights and their network.
+    """Weights and the settings of their network and training.
 
-    description: one line on their origin. resolution, pos_embed_base: height and width of x in training, and of the x
-    whose grid positions refer to. process: the process they were trained under. run: None for weights of another
-    project. record: fields of InitConfig to record.
+    Attributes:
+        description: Origin of the weights, in one line.
+        net_config: Settings of the network.
+        input_spec: Inputs of the network.
+        weights: Tensors by name.
+        resolution: Height and width of x in training.
+        pos_embed_base: Height and width of the x whose grid the positions refer to.
+        process: Process of the training.
+        run: Settings of the run; None for weights of another project.
+        record: Fields of InitConfig to record.
+        notes: Lines for the report.
     """
 
     description: str
@@ -49,28 +57,30 @@ class InitSource(NamedTuple):
 
 
 def open_init_source(run: RunConfig) -> InitSource:
-    """Open the source that run.init names; recorded path, EMA length and nimg take precedence.
+    """Open the source of run.init; recorded path, EMA length and nimg take precedence over those of init.source.
 
     Raises:
-        UsageError: There is no source, it is another network than run.net (the message lists the settings), or of no
-            known project.
+        UsageError: The source does not exist, has another network than run.net (the message lists the settings), or an
+            unknown format.
         RunError: The source is damaged.
     """
     assert run.init.source is not None
     path, sigma_rel, nimg = parse_init_source(run.init.source)
-    recorded = Path(run.init.path) if run.init.path else path
-    path = recorded if recorded.exists() else path
-    for name, given, recorded_value in (("sigma_rel", sigma_rel, run.init.sigma_rel), ("nimg", nimg, run.init.nimg)):
-        if given is not None and recorded_value not in (None, given):
-            raise UsageError(f"init.source={run.init.source}, but init.{name}={recorded_value}: say one of them")
+    recorded_path = Path(run.init.path) if run.init.path else path
+    path = recorded_path if recorded_path.exists() else path
+    for name, value, recorded_value in (("sigma_rel", sigma_rel, run.init.sigma_rel), ("nimg", nimg, run.init.nimg)):
+        if value is not None and recorded_value not in (None, value):
+            raise UsageError(f"init.source={run.init.source}, but init.{name}={recorded_value}: remove one of them")
     if not path.exists():
-        raise UsageError(f"init.source={run.init.source}: there is no run folder or file {path}{_suggest_path(path)}")
+        raise UsageError(f"init.source={run.init.source}: no such run folder or file: {path}{_suggest_path(path)}")
     if path.is_dir():
         source = _from_run_folder(path, run, sigma_rel or run.init.sigma_rel, nimg or run.init.nimg)
     else:
         source = _from_file(path, run)
         if sigma_rel or nimg:
-            raise UsageError(f"init.source={run.init.source}: {path.name} is one average at one time; leave @ out")
+            raise UsageError(
+                f"init.source={run.init.source}: {path.name} has the weights of one EMA at one time; remove the @"
+            )
     _check_source(run, source)
     record = source.record | {"path": str(path.resolve()), "fingerprint": fingerprint(source.weights)}
     return source._replace(record=record | {"resolution": source.resolution * run.downsample_factor})
@@ -79,7 +89,7 @@ def open_init_source(run: RunConfig) -> InitSource:
 def parse_init_source(text: str) -> tuple[Path, float | None, int | None]:
     """Return path, EMA length and nimg of PATH[@0.1][@100k], in either order. Raises UsageError for other text."""
     path = text
-    length: float | None = None
+    sigma_rel: float | None = None
     nimg: int | None = None
     while "@" in path and not Path(path).exists():
         path, _, part = path.rpartition("@")
@@ -88,15 +98,15 @@ def parse_init_source(text: str) -> tuple[Path, float | None, int | None]:
             raise UsageError(
                 f"init.source={text}: @{part} is neither an EMA length (0.1) nor a number of images (100k)"
             )
-        if (length if value < 1 else nimg) is not None:
-            raise UsageError(f"init.source={text} says two {'EMA lengths' if value < 1 else 'times'}")
+        if (sigma_rel if value < 1 else nimg) is not None:
+            raise UsageError(f"init.source={text} has two {'EMA lengths' if value < 1 else 'numbers of images'}")
         if isinstance(value, int) and value >= 1:
             nimg = value
         elif 0 < value < 12**-0.5:
-            length = value
+            sigma_rel = value
         else:
-            raise UsageError(f"init.source={text}: an EMA length lies between 0 and {12**-0.5:.4f}")
-    return Path(path), length, nimg
+            raise UsageError(f"init.source={text}: an EMA length must lie between 0 and {12**-0.5:.4f}")
+    return Path(path), sigma_rel, nimg
 
 
 def _suggest_path(path: Path) -> str:
@@ -105,16 +115,16 @@ def _suggest_path(path: Path) -> str:
 
 
 def _from_run_folder(path: Path, run: RunConfig, sigma_rel: float | None, nimg: int | None) -> InitSource:
-    there = snapshot.config_of(snapshot.list_snapshots(path)[-1])
-    target = ema.sampling_profile(there.sample)
+    source_run = snapshot.config_of(snapshot.list_snapshots(path)[-1])
+    target = ema.sampling_profile(source_run.sample)
     if sigma_rel:
         target = ema.PowerProfile(sigma_rel)
     elif run.init.halflife:
-        target = ema.TraditionalProfile(run.init.halflife, there.ema.rampup)
-    weights, there, time, fits = snapshot.reconstruct_from_run(path, [target], nimg)
-    poor = fits[0].squared_error > MAX_PROFILE_ERROR**2
-    notes = [f"the stored averages hardly make one of {target}: {fits[0]}"] if poor else []
-    return _from_run(f"{path} ({target}, image {time:,})", there, weights[0], target, time, run, notes)
+        target = ema.TraditionalProfile(run.init.halflife, source_run.ema.rampup)
+    weights, source_run, nimg, fits = snapshot.reconstruct_from_run(path, [target], nimg)
+    is_inaccurate = fits[0].squared_error > MAX_PROFILE_ERROR**2
+    notes = [f"the snapshots cannot reconstruct {target} accurately: {fits[0]}"] if is_inaccurate else []
+    return _from_run(f"{path} ({target}, image {nimg:,})", source_run, weights[0], target, nimg, run, notes)
 
 
 def _from_run(
@@ -126,13 +136,11 @@ def _from_run(
     run: RunConfig,
     notes: list[str],
 ) -> InitSource:
-    if run.init.resolution not in (
-        None,
-        source_run.data.resolution // source_run.downsample_factor * run.downsample_factor,
-    ):
+    resolution = source_run.data.resolution // source_run.downsample_factor * run.downsample_factor
+    if run.init.resolution not in (None, resolution):
         raise UsageError(
             f"init.resolution={run.init.resolution}, but {description} was trained at {source_run.data.resolution}: "
-            "leave it out"
+            "remove init.resolution"
         )
     inputs = source_run.input_spec
     record: dict[str, float | None] = {"nimg": nimg, "sigma_rel": None, "halflife": None}
@@ -140,117 +148,117 @@ def _from_run(
         record["sigma_rel"] = target.sigma_rel
     elif isinstance(target, ema.TraditionalProfile):
         record["halflife"] = target.halflife
-    base = inputs.pos_embed_base or inputs.resolution
     return InitSource(
-        description,
-        source_run.net,
-        inputs,
-        weights,
-        inputs.resolution,
-        base,
-        source_run.process,
-        source_run,
-        record,
-        notes,
+        description=description,
+        net_config=source_run.net,
+        input_spec=inputs,
+        weights=weights,
+        resolution=inputs.resolution,
+        pos_embed_base=inputs.pos_embed_base or inputs.resolution,
+        process=source_run.process,
+        run=source_run,
+        record=record,
+        notes=notes,
     )
 
 
 def _from_file(path: Path, run: RunConfig) -> InitSource:
+    notes: list[str] = []
     if path.suffix == ".safetensors":
-        file = SafetensorsFile(path)
-        if "gesso" in file.metadata:
-            weights, there, stored = snapshot.read(path)
-            return _from_run(f"{path} (image {stored.nimg:,})", there, weights, stored.profile, stored.nimg, run, [])
-        state = {name: file.read(name) for name in list(file.keys())}
-        notes: list[str] = []
+        if "gesso" in read_metadata(path):
+            weights, source_run, stored = snapshot.read(path)
+            description = f"{path} (image {stored.nimg:,})"
+            return _from_run(description, source_run, weights, stored.profile, stored.nimg, run, notes)
+        state = read_tensors(path)
     else:
         state, notes = _load_torch_file(path)
     imported = _detect_format(path, state, run)
-    notes_text = [f"{name}: {text}" for name, text in imported.notes.items() if name not in ("source", "resolution")]
     resolution = imported.inputs.resolution
     if imported.notes.get("resolution") == NOTE_ASSUMED_RESOLUTION:
         if run.init.resolution is None:
             raise UsageError(
-                f"init.source={path}: its weights do not tell at what resolution they were trained: say it in pixels, "
-                "such as "
-                "init.resolution=256"
+                f"init.source={path}: the file does not contain the resolution of its training: set it in pixels, such "
+                "as init.resolution=256"
             )
     elif run.init.resolution not in (None, resolution * run.downsample_factor):
         raise UsageError(
             f"init.resolution={run.init.resolution}, but {path} was trained at {resolution * run.downsample_factor} "
-            "pixels: leave it out"
+            "pixels: remove init.resolution"
         )
-    called = f"{path} ({imported.notes['source']})"
+    notes += [f"{name}: {text}" for name, text in imported.notes.items() if name not in ("source", "resolution")]
     return InitSource(
-        called,
-        imported.cfg,
-        imported.inputs,
-        imported.weights,
-        resolution,
-        resolution,
-        imported.process,
-        None,
-        {},
-        [*notes, *notes_text],
+        description=f"{path} ({imported.notes['source']})",
+        net_config=imported.cfg,
+        input_spec=imported.inputs,
+        weights=imported.weights,
+        resolution=resolution,
+        pos_embed_base=resolution,
+        process=imported.process,
+        run=None,
+        record={},
+        notes=notes,
     )
 
 
 def _detect_format(path: Path, state: Mapping[str, Tensor], run: RunConfig) -> ImportedModel:
-    heads = run.net.num_heads if isinstance(run.net, TransformerConfig) else None
+    num_heads = run.net.num_heads if isinstance(run.net, TransformerConfig) else None
     resolution = run.init.resolution and run.init.resolution // run.downsample_factor
     try:
         try:
             return interop.detect_format(state, None, resolution)
-        except UsageError:  # where neither shapes nor a published size tell the heads, ours are taken
-            if heads is None:
+        except UsageError:  # shapes and published sizes may not determine the number of heads: assume that of the run
+            if num_heads is None:
                 raise
-            return interop.detect_format(state, heads, resolution)
+            return interop.detect_format(state, num_heads, resolution)
     except (UsageError, RunError) as error:
         raise type(error)(f"init.source={path}: {error}") from None
 
 
 def _load_torch_file(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of a PyTorch file that contains only data."""
+    """Return the tensors of a PyTorch file, and notes. Only files without code are read."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever pickle, zip and torch raise at a file that is damaged or carries code
+    except Exception as error:  # pickle, zip and torch raise various errors
         raise RunError(
-            f"init.source={path} is damaged, no weight file, or carries code, which is not run "
-            f"({type(error).__name__}); convert it to safetensors where you trust it"
+            f"init.source={path} is damaged, is no weight file, or contains code, which gesso never runs "
+            f"({type(error).__name__}); if you trust the file, convert it to safetensors"
         ) from None
-    notes = []
+    notes: list[str] = []
     for name in CHECKPOINT_KEYS:
         if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
-            loaded, notes = loaded[name], [f"of the file's parts {name!r} was taken"]
+            loaded, notes = loaded[name], [f"only {name!r} of the file was read"]
             break
     tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, dict) else {}
     if not tensors:
-        raise UsageError(f"init.source={path} holds no named weights")
+        raise UsageError(f"init.source={path} contains no named weights")
     return tensors, notes
 
 
 def _check_source(run: RunConfig, source: InitSource) -> None:
     """Raise UsageError if the network differs, RunError if its weights are incomplete or not finite."""
-    target_fields, source_fields = (cfg.model_dump() for cfg in (run.net, source.net_config))
-    differ = [
+    run_fields, source_fields = run.net.model_dump(), source.net_config.model_dump()
+    differing = [
         k
-        for k in target_fields | source_fields
-        if k not in TRANSFERABLE_DIFFERENCES and target_fields.get(k) != source_fields.get(k)
+        for k in run_fields | source_fields
+        if k not in TRANSFERABLE_DIFFERENCES and run_fields.get(k) != source_fields.get(k)
     ]
-    if target_fields["name"] != source_fields["name"]:
-        differ = ["name"]
-    if differ:
-        settings, here = (
-            " ".join(f"net.{k}={_format_value(v[k])}" for k in differ if k in v) for v in (source_fields, target_fields)
+    if run_fields["name"] != source_fields["name"]:
+        differing = ["name"]
+    if differing:
+        source_settings, run_settings = (
+            " ".join(f"net.{k}={_format_value(fields[k])}" for k in differing if k in fields)
+            for fields in (source_fields, run_fields)
         )
-        raise UsageError(f"init.source={run.init.source} is another network: {settings} there, {here} here")
+        raise UsageError(
+            f"init.source={run.init.source} is another network: it has {source_settings}, this run {run_settings}"
+        )
     with torch.device("meta"):
         net = models.build_network(source.net_config, source.input_spec)
-    if wrong := models.state_dict_mismatch(net, source.weights):
-        raise RunError(f"{source.description} is not whole: {wrong}")
-    bad = [k for k, v in source.weights.items() if not bool(v.isfinite().all())]
-    if bad:
-        raise RunError(f"{source.description} holds NaN or infinity in {', '.join(bad[:3])}")
+    if mismatch := models.state_dict_mismatch(net, source.weights):
+        raise RunError(f"{source.description} is incomplete or damaged: {mismatch}")
+    nonfinite = [name for name, tensor in source.weights.items() if not bool(tensor.isfinite().all())]
+    if nonfinite:
+        raise RunError(f"{source.description} contains NaN or infinity in {', '.join(nonfinite[:3])}")
 
 
 def _format_value(value: object) -> str:

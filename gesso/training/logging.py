@@ -14,23 +14,23 @@ from rich.text import Text
 from gesso import atomic_io
 from gesso.training.trackers import Tracker, flatten_numbers
 
-HARDWARE_KEYS = ("images_per_second", "waiting", "utilisation", "product_teraflops", "peak_gigabytes", "slow_ranks")
-"""Log values that depend on the machine; all others are bit-equal when a run is repeated."""
+HARDWARE_KEYS = ("images_per_second", "data_wait_fraction", "mfu", "matmul_tflops", "peak_memory_gb", "slow_ranks")
+"""Keys of log values that depend on the machine; all others are bit-equal when a run is repeated."""
 
 
 class RunLog:
-    """Append one JSON object per line to the log and pass it to trackers. Lines with `nimg` belong to that time."""
+    """Append lines, one JSON object each, to the log and pass them to trackers. Every line has the key nimg."""
 
     def __init__(self, path: Path):
         self.path = path
         self.trackers: list[Tracker] = []
 
     def rewind(self, nimg: int) -> None:
-        """Delete the lines after nimg images, which a resumed run logs again, and an incomplete last line."""
+        """Delete lines after nimg images, which a resumed run logs again, and an incomplete last line."""
         if not self.path.exists():
             return
-        remaining = [line for line in read_log(self.path) if line["nimg"] <= nimg] if nimg else []
-        atomic_io.write_text(self.path, "".join(json.dumps(line) + "\n" for line in remaining))
+        lines = [line for line in read_log(self.path) if line["nimg"] <= nimg] if nimg else []
+        atomic_io.write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def write(self, **values: Any) -> None:
         """Write one line."""
@@ -53,7 +53,7 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log, without a last one that a crash cut short."""
+    """Return the lines of a log, without an incomplete last line after a crash."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -71,7 +71,7 @@ class _RateColumn(ProgressColumn):
 
 
 class ProgressBar:
-    """Show images seen, images/s, loss and remaining time; without a terminal, print a plain line now and then."""
+    """Show images seen, images/s, loss and remaining time; without a terminal, print a line every 15 seconds."""
 
     def __init__(self, console: Console, total: int, start: int, title: str):
         self.console, self.total, self.title = console, total, title

@@ -25,19 +25,19 @@ from gesso.training.trainer import STOP_SIGNALS, Trainer
 
 @contextmanager
 def capture_signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGUSR1 and SIGTERM for the loop to check; a second SIGINT interrupts immediately."""
-    caught: list[int] = []
+    """Append received SIGINT, SIGUSR1 and SIGTERM to the yielded list; a second SIGINT interrupts immediately."""
+    received: list[int] = []
 
-    def note(number: int, frame: object) -> None:
-        caught.append(number)
+    def handle(number: int, frame: object) -> None:
+        received.append(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    old = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    previous_handlers = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
     try:
-        yield caught
+        yield received
     finally:
-        for number, handler in old.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
@@ -50,22 +50,22 @@ def train(
     device: torch.device | None = None,
     denoiser: Denoiser | None = None,
 ) -> None:
-    """Train `run` in the folder `out` to train.total_images, from its newest checkpoint if there is one.
+    """Train to train.total_images, from the newest checkpoint in the run folder if there is one.
 
     Writes log.jsonl, state/ and snapshots/.
 
     Args:
-        run: Settings of the run, with the data set open.
-        dataset: The training images.
-        out: The run folder.
-        console: For the progress bar.
-        ranks: The ranks of the run.
-        device: Device of this rank; None takes train.device.
-        denoiser: Denoiser with the initial weights; None for random ones.
+        run: Settings of the run, with those that the data set determines.
+        dataset: Training images.
+        out: Run folder.
+        console: Console of the progress bar.
+        ranks: Ranks of the run.
+        device: Device of this rank; None for that of train.device.
+        denoiser: Denoiser with initial weights; None for random ones.
 
     Raises:
-        StoppedError: On SIGINT, SIGUSR1 and SIGTERM, after a checkpoint is written.
-        RunError: The loss diverges, the disk is full or not writable, or another rank is gone.
+        StoppedError: SIGINT, SIGUSR1 or SIGTERM was received; a checkpoint is written.
+        RunError: The loss diverged, the disk is full or not writable, or another rank failed.
     """
     trainer = Trainer(run, dataset, ranks, device, denoiser)
     trainer.nimg = checkpoint.load_latest(
@@ -79,18 +79,21 @@ def train(
         console.print(f"resumed at image {trainer.nimg:,}", highlight=False)
     elif log and dataset.unreadable:
         log.write(nimg=0, unreadable=dataset.unreadable)
-    saver = checkpoint.CheckpointWriter(ranks, run.train.rank_timeout_s)
-    with capture_signals() as caught, ProgressBar(console, run.train.total_images, trainer.nimg, run.recipe) as bar:
+    writer = checkpoint.CheckpointWriter(ranks, run.train.rank_timeout_s)
+    with (
+        capture_signals() as received_signals,
+        ProgressBar(console, run.train.total_images, trainer.nimg, run.recipe) as progress,
+    ):
         try:
-            trainer.received_signals = caught
-            _run_steps(trainer, out, log, bar, saver, Monitor(trainer, dataset, out, log))
+            trainer.received_signals = received_signals
+            _run_steps(trainer, out, log, progress, writer, Monitor(trainer, dataset, out, log))
         except RunError as error:
-            saver.close()
-            last = checkpoint.list_checkpoints(out / "state")
-            where = f"last good state: {last[-1]}" if last else "no state was saved yet"
-            raise type(error)(f"{error}\n{where}") from error
+            writer.close()
+            checkpoints = checkpoint.list_checkpoints(out / "state")
+            last = f"last checkpoint: {checkpoints[-1]}" if checkpoints else "no checkpoint was written yet"
+            raise type(error)(f"{error}\n{last}") from error
         finally:
-            saver.close()
+            writer.close()
             if log:
                 log.close()
 
@@ -103,31 +106,31 @@ def _run_steps(
     writer: checkpoint.CheckpointWriter,
     monitor: Monitor,
 ) -> None:
+    """Train to the end, or until a signal is received; log, measure and save what is due after each step."""
     cfg = trainer.run.train
-    slow, named = StragglerDetector(trainer), dict[str, float]()
+    find_stragglers = StragglerDetector(trainer)
+    announced: set[str] = set()
     while trainer.nimg < cfg.total_images:
         before = trainer.nimg
         loss = trainer.step()
         done = trainer.nimg >= cfg.total_images
         if done or is_due(before, trainer.nimg, cfg.log_every):
-            line, held_up = trainer.pop_log_line(), slow()
-            if held_up:
-                line["slow_ranks"] = held_up
-            if held_up.keys() - named.keys():
+            line, stragglers = trainer.pop_log_line(), find_stragglers()
+            if stragglers:
+                line["slow_ranks"] = stragglers
+            if stragglers.keys() - announced:
                 progress.console.print(
-                    "\n".join(f"slow: {name}, {x:g} times the median" for name, x in held_up.items())
+                    "\n".join(f"slow: {name}, {x:g} times the median" for name, x in stragglers.items())
                 )
-            named |= held_up
+            announced |= stragglers.keys()
             if log:
                 log.write(**line, **monitor.throughput(trainer.nimg, trainer.data_wait_s))
-        monitor.on_step_end(before)  # before the state, so that a resumed run lacks nothing of what it does not repeat
+        monitor.on_step_end(before)  # before the checkpoint: a resumed run does not repeat it
         if done or is_due(before, trainer.nimg, cfg.snapshot_every):
             _write_snapshots(trainer, out, writer)
         if done or trainer.stop_signal or is_due(before, trainer.nimg, cfg.checkpoint_every):
-            milestone = bool(cfg.milestone_every) and is_due(
-                trainer.nimg - cfg.checkpoint_every, trainer.nimg, cfg.milestone_every
-            )
-            writer.save(out / "state", trainer.nimg, trainer.state_tensors(), cfg.keep_checkpoints, milestone)
+            is_milestone = is_due(trainer.nimg - cfg.checkpoint_every, trainer.nimg, cfg.milestone_every)
+            writer.save(out / "state", trainer.nimg, trainer.state_tensors(), cfg.keep_checkpoints, is_milestone)
         writer.raise_errors()
         progress.update(trainer.nimg, f"loss {loss:.3f}")
         if trainer.stop_signal and not done:
@@ -135,33 +138,33 @@ def _run_steps(
     writer.wait()
     if trainer.nimg < cfg.total_images:
         raise StoppedError(
-            f"{signal.Signals(trainer.stop_signal).name} at image {trainer.nimg:,}: the state is saved. Go on with\n"
-            f"  gesso train {out} --resume",
+            f"{signal.Signals(trainer.stop_signal).name} at image {trainer.nimg:,}: a checkpoint is written. "
+            f"Resume with\n  gesso train {out} --resume",
             trainer.stop_signal,
         )
 
 
 def _write_snapshots(trainer: Trainer, out: Path, writer: checkpoint.CheckpointWriter) -> None:
     """Write a snapshot of each EMA on the first rank."""
-    nimg, run, rows = trainer.nimg, trainer.run, trainer.control_rows
-    learned = {name for name, _ in trainer.denoiser.net.named_parameters()}  # constants stay as they are
+    nimg, run = trainer.nimg, trainer.run
+    parameter_names = {name for name, _ in trainer.denoiser.net.named_parameters()}
     for profile, average in trainer.ema.averages.items():
         path = snapshot.snapshot_path(out / "snapshots", nimg, profile)
         tensors = {
-            name: _to_cpu_dtype(
-                ema.full_tensor(tensor).detach(), name, run.ema.snapshot_dtype if name in learned else "same"
+            name: _to_cpu(
+                ema.full_tensor(tensor).detach(), name, run.ema.snapshot_dtype if name in parameter_names else "same"
             )
             for name, tensor in average.items()
         }
         if trainer.ranks.is_main:
-            writer.submit(functools.partial(snapshot.write, path, tensors, nimg, profile, run, rows))
+            writer.submit(functools.partial(snapshot.write, path, tensors, nimg, profile, run, trainer.control_rows))
 
 
-def _to_cpu_dtype(tensor: Tensor, name: str, dtype: str) -> Tensor:
-    """Return a copy on the CPU. Raises RunError for values that 16 bits cannot represent."""
+def _to_cpu(tensor: Tensor, name: str, dtype: str) -> Tensor:
+    """Return a copy on the CPU, in float16 unless `dtype` is "same". Raises RunError if a value overflows."""
     if dtype == "same":
         return tensor.to("cpu", copy=True)
-    small = tensor.to("cpu", torch.float16)
-    if not bool(small.isfinite().all()):
-        raise RunError(f"{name} has numbers above 65,504, which float16 does not hold: set ema.snapshot_dtype=same")
-    return small
+    half = tensor.to("cpu", torch.float16)
+    if not bool(half.isfinite().all()):
+        raise RunError(f"{name} has values above 65,504, the maximum of float16: set ema.snapshot_dtype=same")
+    return half

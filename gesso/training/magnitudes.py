@@ -28,10 +28,12 @@ MagnitudeBuckets = dict[str, list[float]]
 
 
 class Magnitudes:
-    """Measure magnitudes of a network in all passes within `with`.
+    """Context manager that measures magnitudes in all forward passes of a network.
 
-    `counts` (B,) bool selects the samples of the next pass that count; None: all. resolution: training resolution of x,
-    by which the buckets of a U-Net are named.
+    Attributes:
+        net: The network.
+        resolution: Training resolution of x, which names the buckets of a U-Net.
+        valid: Samples of the next pass that count, (B,) bool; None for all.
     """
 
     def __init__(self, net: nn.Module, resolution: int):
@@ -40,9 +42,9 @@ class Magnitudes:
         self.blocks = {names[block]: block for block in models.list_blocks(net)}
         self.layers = {names[layer]: layer for block in self.blocks.values() for layer in models.weighted_layers(block)}
         self.valid: Tensor | None = None
-        self._layer_sums: dict[str, Tensor] = {}  # of layers, (N + 1,) float64: of the magnitudes, and how many
-        self._block_sums: dict[str, Tensor] = {}  # of blocks, the same
-        self._block_buckets: dict[str, str | None] = {}  # of a U-Net's blocks, in the order they ran
+        self._layer_sums: dict[str, Tensor] = {}  # by layer (N + 1,) float64: sums of magnitudes, and number of samples
+        self._block_sums: dict[str, Tensor] = {}  # by block, the same
+        self._block_buckets: dict[str, str | None] = {}  # by block in order of execution; None without resolution
         self._input_height = 0
 
     def __enter__(self) -> "Magnitudes":
@@ -60,23 +62,25 @@ class Magnitudes:
         self._input_height = inputs[0].shape[2]
 
     def _block_hook(self, name: str):
-        def place(block: nn.Module, inputs: tuple, out: Tensor | tuple) -> None:
+        def record(block: nn.Module, inputs: tuple, out: Tensor | tuple) -> None:
             out = out[0] if isinstance(out, tuple) else out
-            side = self.resolution * out.shape[2] // self._input_height if out.ndim == 4 else None
-            self._block_buckets[name] = None if side is None else f"{STAGE_NAMES[name.partition('.')[0]]} {side}x{side}"
+            self._block_buckets[name] = None
+            if out.ndim == 4:
+                side = self.resolution * out.shape[2] // self._input_height
+                self._block_buckets[name] = f"{STAGE_NAMES[name.partition('.')[0]]} {side}x{side}"
             self._accumulate(self._block_sums, name, out, out.ndim == 4)
 
-        return place
+        return record
 
     def _layer_hook(self, name: str):
-        def note(layer: nn.Module, inputs: tuple, out: Tensor) -> None:
-            # The coefficient of an MP-sum that is folded into the layer is no part of its output.
+        def record(layer: nn.Module, inputs: tuple, out: Tensor) -> None:
+            # A layer may apply the coefficient of the following MP-sum, which is not part of its magnitude.
             is_image = cast(Tensor, layer.weight).ndim == 4
             self._accumulate(self._layer_sums, name, out, is_image, getattr(layer, "branch_weight", 1.0))
 
-        return note
+        return record
 
-    def _accumulate(self, sums: dict[str, Tensor], name: str, out: Tensor, is_image: bool, share: float = 1.0) -> None:
+    def _accumulate(self, sums: dict[str, Tensor], name: str, out: Tensor, is_image: bool, factor: float = 1.0) -> None:
         """Add the magnitudes of one output.
 
         Args:
@@ -84,11 +88,11 @@ class Magnitudes:
             name: Name of the layer.
             out: (B, N, H, W) for images, (B, ..., N) for tokens and vectors.
             is_image: True for (B, N, H, W).
-            share: Constant factor in `out` that is divided out.
+            factor: Constant factor in `out` that is divided out.
         """
-        wide = out.detach().to(torch.promote_types(out.dtype, torch.float32))
-        wide = wide.flatten(2) if is_image else wide.reshape(len(wide), -1, wide.shape[-1]).mT
-        magnitude = wide.square().mean(dim=2).sqrt() / share  # Eq. 3
+        values = out.detach().to(torch.promote_types(out.dtype, torch.float32))
+        values = values.flatten(2) if is_image else values.reshape(len(values), -1, values.shape[-1]).mT  # (B, N, M)
+        magnitude = values.square().mean(dim=2).sqrt() / factor  # Eq. 3
         if self.valid is not None:
             magnitude = magnitude[self.valid]
         magnitude = torch.cat([magnitude.sum(dim=0), magnitude.new_tensor([len(magnitude)])]).double()
@@ -113,27 +117,27 @@ class Magnitudes:
     def _group_by_bucket(self, magnitudes: dict[str, Tensor]) -> MagnitudeBuckets:
         """Return magnitudes (N,) by layer as largest and mean by bucket."""
         buckets: dict[str, list[Tensor]] = {}
-        for block, place in self._bucket_names().items():
+        for block, bucket in self._bucket_names().items():
             parts = [values for layer, values in magnitudes.items() if layer == block or layer.startswith(f"{block}.")]
-            buckets.setdefault(place, []).extend(parts)
-        joined = {place: torch.cat(parts) for place, parts in buckets.items() if parts}
-        return {place: [_round(values.max()), _round(values.mean())] for place, values in joined.items()}
+            buckets.setdefault(bucket, []).extend(parts)
+        joined = {bucket: torch.cat(parts) for bucket, parts in buckets.items() if parts}
+        return {bucket: [_round(values.max()), _round(values.mean())] for bucket, values in joined.items()}
 
     def _bucket_names(self) -> dict[str, str]:
-        """Return the bucket of each block that ran."""
-        ran = list(self._block_buckets)
+        """Return the bucket of each block that was executed."""
+        blocks = list(self._block_buckets)
         if any(self._block_buckets.values()):
-            return {name: place for name, place in self._block_buckets.items() if place}
-        edges = [round(i * len(ran) / 3) for i in range(4)]
+            return {block: bucket for block, bucket in self._block_buckets.items() if bucket}
+        edges = [round(i * len(blocks) / 3) for i in range(4)]
         names: dict[str, str] = {}
-        for first, stop in zip(edges, edges[1:], strict=False):
-            label = f"block {stop}" if stop - first == 1 else f"blocks {first + 1}-{stop}"
-            names |= dict.fromkeys(ran[first:stop], label)
+        for start, stop in zip(edges, edges[1:], strict=False):
+            bucket = f"block {stop}" if stop - start == 1 else f"blocks {start + 1}-{stop}"
+            names |= dict.fromkeys(blocks[start:stop], bucket)
         return names
 
 
 def _reduce_means(sums: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    totals = ranks.all_reduce(torch.cat(list(sums.values()))).split([len(one) for one in sums.values()])
+    totals = ranks.all_reduce(torch.cat(list(sums.values()))).split([len(layer_sums) for layer_sums in sums.values()])
     return {name: total[:-1] / total[-1] for name, total in zip(sums, totals, strict=True)}
 
 

@@ -1,4 +1,4 @@
-"""Measurements and samples between steps, computed on a second network."""
+"""Validation, samples and metrics during training, on a second network."""
 
 import contextlib
 import functools
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gesso import build_conditions, ema, rng, sampling
+from gesso import ema, rng, sampling
 from gesso.conditioning import Cond
 from gesso.config import RunConfig
 from gesso.data.base import Dataset
@@ -35,18 +35,20 @@ def is_due(before: int, after: int, every: int | None) -> bool:
 
 def nearest_tracked_profile(run: RunConfig) -> Profile:
     """Return the tracked EMA profile closest to the one that sample.* selects."""
-    wanted, tracked = ema.sampling_profile(run.sample), ema.tracked_profiles(run.ema)
-    alike = [profile for profile in tracked if type(profile) is type(wanted)]
-    return min(alike, key=lambda p: abs(math.log(_length(p) / _length(wanted)))) if alike else tracked[0]
+    target, tracked = ema.sampling_profile(run.sample), ema.tracked_profiles(run.ema)
+    same_kind = [profile for profile in tracked if type(profile) is type(target)]
+    if not same_kind:
+        return tracked[0]
+    return min(same_kind, key=lambda profile: abs(math.log(_profile_length(profile) / _profile_length(target))))
 
 
-def _length(profile: Profile) -> float:
-    assert not isinstance(profile, ema.RawProfile)  # training tracks none
+def _profile_length(profile: Profile) -> float:
+    assert not isinstance(profile, ema.RawProfile)  # never tracked
     return profile.sigma_rel if isinstance(profile, ema.PowerProfile) else profile.halflife
 
 
 class EvalModel:
-    """A second network of a run, on the CPU while it is not used."""
+    """A second network of a run, which is on the CPU while it is not used."""
 
     def __init__(self, run: RunConfig, device: torch.device):
         self.device = device
@@ -55,7 +57,7 @@ class EvalModel:
     @contextlib.contextmanager
     @torch.no_grad()
     def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[Denoiser]:
-        """Yield the denoiser with the given weights, normalized. All ranks take part."""
+        """Yield the denoiser with the given weights, normalized. All ranks must call it."""
         net = self.denoiser.to(self.device).net
         for name, tensor in net.state_dict().items():
             tensor.copy_(ema.full_tensor(weights[name]))
@@ -67,10 +69,10 @@ class EvalModel:
 
 
 class Monitor:
-    """Write to the log and to samples/ what the settings monitor.* select, whenever it is due.
+    """Write the measurements that monitor.* selects to the log, and sample grids to samples/, whenever they are due.
 
-    It draws from no random stream of the training and changes nothing in the trainer. The constructor raises UsageError
-    for anything that cannot be measured.
+    The monitor does not change the trainer or its random numbers. The constructor raises UsageError for anything that
+    cannot be measured.
     """
 
     def __init__(self, trainer: Trainer, dataset: Dataset, out: Path, log: RunLog | None):
@@ -78,18 +80,18 @@ class Monitor:
         self.trainer, self.dataset, self.out, self.log = trainer, dataset, out, log
         self.run, self.cfg, self.ranks, self.device = run, run.monitor, trainer.ranks, trainer.device
         self.throughput = ThroughputMeter(run, trainer.ranks, trainer.device, trainer.nimg)
-        select_metrics((*run.eval.metrics, *run.eval.repeated))  # an unknown name is an error before training
+        select_metrics((*run.eval.metrics, *run.eval.repeated))  # raises for unknown names before training
         self.ema_profile = nearest_tracked_profile(run)
         self.validation_set = validation.open_validation_set(run, dataset) if self.cfg.validate_every else None
         end = run.train.total_images + run.train.batch_size - 1
         if any(is_due(0, end, every) for every in (self.cfg.sample_every, self.cfg.evaluate_every)):
-            sampling.check_sampling(run)
-            sampling.check_device(run, self.device)
+            sampling.check_sampling(run, self.device)
             self.normalizer = sampling.open_decoder(run)
-            # Another time or length of this run is not stored yet.
-            alone = run.sample.model_copy(update={"guide_run": None, "guidance": 1.0, "guide_conditioning": "nothing",
-                                                  "guide_sigma_rel": None, "guide_nimg": None})  # fmt: skip
-            self.sample_run = run.model_copy(update={"sample": alone}) if run.sample.guide_run == "self" else run
+            self.sample_run = run
+            if run.sample.guide_run == "self":  # a guide from snapshots that do not exist yet: sample without guidance
+                update = {"guide_run": None, "guidance": 1.0, "guide_conditioning": "none",
+                          "guide_sigma_rel": None, "guide_nimg": None}  # fmt: skip
+                self.sample_run = run.model_copy(update={"sample": run.sample.model_copy(update=update)})
             self.guide = sampling.load_guide(out, self.sample_run)
 
     @functools.cached_property
@@ -103,24 +105,24 @@ class Monitor:
         assert self.validation_set is not None
         n = self.cfg.validation_pairs
         validation_loss = validation.ValidationLoss(self.run, *self.validation_set, self.device, n)
-        mine = validation_loss.split(torch.arange(n))[self.ranks.rank :: self.ranks.world_size]
-        return validation_loss, [validation_loss.load_batch(part) for part in mine]
+        indices = validation_loss.split(torch.arange(n))[self.ranks.rank :: self.ranks.world_size]
+        return validation_loss, [validation_loss.load_batch(batch_indices) for batch_indices in indices]
 
     def on_step_end(self, before: int) -> None:
-        """Run all measurements that became due since image `before`. All ranks take part."""
-        cfg, now = self.cfg, self.trainer.nimg
-        jobs = {
+        """Run all measurements that became due after image `before`. All ranks must call it."""
+        cfg = self.cfg
+        intervals = {
             self.log_validation_loss: cfg.validate_every if self.validation_set else None,
             self.log_magnitudes: cfg.magnitude_every,
             self.log_samples: cfg.sample_every,
             self.log_metrics: cfg.evaluate_every,
         }
-        due = [job for job, every in jobs.items() if is_due(before, now, every)]
+        due = [measure for measure, every in intervals.items() if is_due(before, self.trainer.nimg, every)]
         if due:
-            # Building a network or a judge of pictures draws initial weights.
+            # The random state is restored: networks of the measurements draw initial weights.
             with torch.random.fork_rng(devices=[]), torch.no_grad():
-                for job in due:
-                    job()
+                for measure in due:
+                    measure()
 
     def _write(self, **values: object) -> None:
         if self.log:
@@ -128,63 +130,60 @@ class Monitor:
 
     def log_validation_loss(self) -> None:
         """Log the validation loss of the current weights and of each EMA."""
-        net = self.trainer.denoiser.net
-        kinds = {
-            "weights": net.state_dict(),
-            **{f"ema{p.key}": average for p, average in self.trainer.ema.averages.items()},
+        weights_by_name = {
+            "weights": self.trainer.denoiser.net.state_dict(),
+            **{f"ema{profile.key}": average for profile, average in self.trainer.ema.averages.items()},
         }
-        entry, (validated, pairs) = {}, self.validation_loss
-        for name, weights in kinds.items():
+        means, validation_loss, batches = {}, *self.validation_loss
+        for name, weights in weights_by_name.items():
             with self.eval_model.with_weights(weights) as denoiser:
-                losses = self.ranks.all_reduce(validated.losses(denoiser, pairs).to(self.device))
-            entry[name] = mean_losses(losses.cpu(), validated.positions)
+                losses = self.ranks.all_reduce(validation_loss.losses(denoiser, batches).to(self.device))
+            means[name] = mean_losses(losses.cpu(), validation_loss.positions)
         self._write(
-            validation={name: mean for name, (mean, _) in entry.items()},
-            validation_by_noise={name: by_level for name, (_, by_level) in entry.items()},
+            validation={name: mean for name, (mean, _) in means.items()},
+            validation_by_noise={name: bin_means for name, (_, bin_means) in means.items()},
         )
 
     def log_magnitudes(self) -> None:
         """Log magnitudes over the next training samples with their noise; EMA weights before normalization."""
-        run, seed, first = self.run, self.run.train.seed, self.trainer.nimg
-        average, stop = self.trainer.ema.averages[self.ema_profile], self.trainer.nimg + self.cfg.magnitude_samples
+        run, seed, nimg = self.run, self.run.train.seed, self.trainer.nimg
+        average, stop = self.trainer.ema.averages[self.ema_profile], nimg + self.cfg.magnitude_samples
         batches = Batcher(self.dataset, run, self.trainer.process.sigma_data, self.device)
         with (
             self.eval_model.with_weights(average) as denoiser,
             Magnitudes(denoiser.net, run.input_spec.resolution) as magnitudes,
         ):
-            for start in range(first, stop, run.train.batch_size):
-                counter, counts = self.ranks.shard_batch(start, run.train.batch_size)
-                x0, cond = batches(counter)
-                s = denoiser.process.icdf(rng.uniform(seed, counter, "noise level")[:, 0]).to(x0)
-                for at in torch.arange(len(counter)).split(self.trainer.micro_batch_size):
-                    eps = rng.normal(seed, counter[at].to(self.device), "noise", x0.shape[1:], x0.dtype)
-                    level = s[at][:, None, None, None]
-                    magnitudes.valid = (counts[at] & (counter[at] < stop)).to(self.device)
+            for start in range(nimg, stop, run.train.batch_size):
+                sample_index, valid = self.ranks.shard_batch(start, run.train.batch_size)
+                x0, cond = batches(sample_index)
+                s = denoiser.process.icdf(rng.uniform(seed, sample_index, "noise level")[:, 0]).to(x0)
+                for micro in torch.arange(len(sample_index)).split(self.trainer.micro_batch_size):
+                    eps = rng.normal(seed, sample_index[micro].to(self.device), "noise", x0.shape[1:], x0.dtype)
+                    level = s[micro][:, None, None, None]
+                    magnitudes.valid = (valid[micro] & (sample_index[micro] < stop)).to(self.device)
                     with diffusion.autocast_context(run.train, self.device):
-                        denoiser(denoiser.process.alpha(level) * x0[at] + level * eps, s[at], cond[at])
+                        denoiser(denoiser.process.alpha(level) * x0[micro] + level * eps, s[micro], cond[micro])
             activations, main_path = magnitudes.activations(self.ranks), magnitudes.main_path(self.ranks)
             weights = magnitudes.weights({name: ema.full_tensor(tensor) for name, tensor in average.items()})
         self._write(magnitudes={"activations": activations, "main_path": main_path, "weights": weights})
 
     def generate_images(self, denoiser: Denoiser, cond: Cond, n: int) -> Tensor:
-        """Return images of the seeds 0 to n-1, (n, C, H, W) uint8 on the CPU; each rank samples its share."""
-        seed, counts = self.ranks.shard_batch(0, n)
+        """Return images (n, C, H, W) uint8 of the seeds 0 to n-1 on the CPU; each rank samples a part."""
+        seeds, valid = self.ranks.shard_batch(0, n)
         generated = torch.cat(
-            list(sampling.generate(denoiser, self.sample_run, seed.tolist(), cond[seed], self.guide, self.normalizer))
+            list(sampling.generate(denoiser, self.sample_run, seeds.tolist(), cond[seeds], self.guide, self.normalizer))
         )
         images = generated.new_zeros(n, *generated.shape[1:])
-        images[seed[counts]] = generated[counts]
+        images[seeds[valid]] = generated[valid]
         return self.ranks.all_reduce(images.to(self.device)).cpu()
 
     @functools.cached_property
     def sample_cond(self) -> Cond:
-        """Return the conditions of a sample grid."""
+        """The conditions of a sample grid."""
         n = self.cfg.num_samples
-        labels, prompts = (
-            build_conditions.expand_labels(self.run, None, n),
-            build_conditions.expand_prompts(self.run, (), n),
-        )
-        return build_conditions.build_cond(self.run, range(n), self.trainer.control_rows, labels, prompts)[0]
+        labels = sampling.expand_labels(self.run, None, n)
+        prompts = sampling.expand_prompts(self.run, (), n)
+        return sampling.build_cond(self.run, range(n), self.trainer.control_rows, labels, prompts)[0]
 
     def log_samples(self) -> None:
         """Write a sample grid."""
@@ -192,13 +191,13 @@ class Monitor:
         with self.eval_model.with_weights(self.trainer.ema.averages[self.ema_profile]) as denoiser:
             images = self.generate_images(denoiser, self.sample_cond, n)
         if self.log:
-            picture = sampling.image_grid(images, columns=max(1, round(n**0.5)))
-            sampling.save_png(picture, self.out / "samples" / f"nimg{self.trainer.nimg:012d}.png")
-            self.log.log_image(self.trainer.nimg, picture)
+            grid = sampling.image_grid(images, columns=max(1, round(n**0.5)))
+            sampling.save_png(grid, self.out / "samples" / f"nimg{self.trainer.nimg:012d}.png")
+            self.log.log_image(self.trainer.nimg, grid)
 
     @functools.cached_property
     def toy_evaluator(self) -> ToyEvaluator:
-        """Conditions and metrics of eval.toy_metrics."""
+        """The conditions and metrics of eval.toy_metrics."""
         return ToyEvaluator(self.run, self.dataset, self.trainer.control_rows, self.normalizer, self.device)
 
     def log_metrics(self) -> None:

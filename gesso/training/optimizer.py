@@ -17,7 +17,7 @@ from gesso.models import mp
 
 
 def learning_rate(config: OptimConfig, train: TrainConfig, nimg: int) -> float:
-    """Return the learning rate of the step at nimg images. With warm-up the first step has rate 0, as in EDM2."""
+    """Return the learning rate of the step at nimg images. With warm-up, the first step has rate 0, as in EDM2."""
     rate = config.peak_lr(train.batch_size)
     if config.schedule == "inverse_sqrt":
         rate /= math.sqrt(max(nimg / config.ref_images, 1))  # EDM2 Eq. 67
@@ -29,25 +29,25 @@ def learning_rate(config: OptimConfig, train: TrainConfig, nimg: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every group, times the multiplier of the group."""
+    """Set the learning rate of every group to `rate` times the multiplier of the group."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
+        group["lr"] = rate * group["lr_multiplier"]
 
 
 def build_optimizer(config: OptimConfig, modules: nn.ModuleDict) -> torch.optim.Optimizer:
     """Return the optimizer with initialized state, so that a stored state can be loaded into it.
 
-    Weight decay applies to matrices and kernels; normalized weights, gains, biases and norms have none.
+    Weight decay applies to matrices and kernels, but not to normalized weights, gains, biases and norms, unless
     optim.param_groups overrides this.
 
     Raises:
-        UsageError: No parameter belongs to a group, none of its parameters takes its decay, or bitsandbytes is missing.
+        UsageError: A group of optim.param_groups has no effect, or bitsandbytes is missing.
     """
     groups = param_groups(config, modules)
     if config.state_dtype == "8bit":
         return adamw_8bit(config, groups)
-    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    optimizer = kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    optimizer_class = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    optimizer = optimizer_class(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     for parameter in modules.parameters():
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -66,8 +66,8 @@ def adamw_8bit(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim
             "optim.state_dtype=8bit needs bitsandbytes: pip install 'gesso[bits]', or set optim.state_dtype=full"
         ) from None
 
-    class Counted(AdamW8bit):
-        """AdamW8bit whose step count is a tensor, which is stored and loaded like the rest of its state."""
+    class ResumableAdamW8bit(AdamW8bit):
+        """AdamW8bit with the step count as a tensor, which is stored and loaded like the rest of its state."""
 
         def update_step(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
             """Update one parameter."""
@@ -76,7 +76,7 @@ def adamw_8bit(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim
             super().update_step(group, p, gindex, pindex)
             state["count"] += 1
 
-    optimizer = Counted(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    optimizer = ResumableAdamW8bit(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     for i, group in enumerate(optimizer.param_groups):
         for j, parameter in enumerate(group["params"]):
             optimizer.init_state(group, parameter, i, j)
@@ -98,47 +98,60 @@ def check_optimizer_config(run: RunConfig) -> None:
 
 
 def param_groups(config: OptimConfig, modules: nn.ModuleDict) -> list[dict[str, Any]]:
-    """Return groups of parameters with equal settings; parameters of no configured group come first."""
-    on_sphere = {id(w) for w in mp.sphere_weights(modules)}
+    """Return groups of parameters with equal settings; parameters of no configured group come first.
+
+    The first configured group whose pattern matches applies to a parameter.
+
+    Raises:
+        UsageError: A configured group has no effect.
+    """
+    sphere_ids = {id(weight) for weight in mp.sphere_weights(modules)}
     groups: dict[tuple, list[nn.Parameter]] = {}
-    used: dict[ParamGroupConfig, list[bool]] = {group: [] for group in config.param_groups}
-    for name, parameter in modules.named_parameters():
-        name, sphere = name.removeprefix("net."), id(parameter) in on_sphere
+    matched: dict[ParamGroupConfig, list[bool]] = {group: [] for group in config.param_groups}
+    parameters = {name.removeprefix("net."): parameter for name, parameter in modules.named_parameters()}
+    for name, parameter in parameters.items():
+        on_sphere = id(parameter) in sphere_ids
         group = next((g for g in config.param_groups if fnmatchcase(name, g.match)), None)
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        factor, betas = 1.0, config.betas
+        lr_multiplier, betas = 1.0, config.betas
         if group:
-            used[group].append(sphere)
-            factor, betas = group.lr_multiplier, group.betas or betas
+            matched[group].append(on_sphere)
+            lr_multiplier, betas = group.lr_multiplier, group.betas or betas
             decay = decay if group.weight_decay is None else group.weight_decay
-        key = (group is not None, factor, betas, 0.0 if sphere else decay)
+        key = (group is not None, lr_multiplier, betas, 0.0 if on_sphere else decay)
         groups.setdefault(key, []).append(parameter)
-    for group, spheres in used.items():
-        _check_group(group, spheres, [name.removeprefix("net.") for name, _ in modules.named_parameters()])
+    for group, on_sphere_flags in matched.items():
+        _check_group(group, on_sphere_flags, list(parameters))
     return [
-        {"params": groups[key], "factor": key[1], "betas": key[2], "weight_decay": key[3]}
+        {"params": groups[key], "lr_multiplier": key[1], "betas": key[2], "weight_decay": key[3]}
         for key in sorted(groups, key=lambda key: key[0])
     ]
 
 
 def _check_group(group: ParamGroupConfig, on_sphere: list[bool], names: list[str]) -> None:
-    """Raise UsageError if a group has no effect."""
+    """Raise UsageError if a group has no effect.
+
+    Args:
+        group: The configured group.
+        on_sphere: For each of its parameters, True if it is normalized.
+        names: Names of all parameters.
+    """
     prefix = f"optim.param_groups: match={group.match}"
     if not on_sphere:
         if any(fnmatchcase(name, group.match) for name in names):
-            raise UsageError(f"{prefix} comes after groups that take all its parameters: put it before them")
-        raise UsageError(f"{prefix} fits no parameter of this network; {suggest_names(group.match, names)}")
+            raise UsageError(f"{prefix} has no effect: earlier groups match all its parameters; put it before them")
+        raise UsageError(f"{prefix} matches no parameter of this network; {suggest_names(group.match, names)}")
     if group.weight_decay and all(on_sphere):
         raise UsageError(
-            f"{prefix}, weight_decay={group.weight_decay:g}: all its weights are on the sphere, which has no decay"
+            f"{prefix}, weight_decay={group.weight_decay:g}: all its weights are normalized, and have no weight decay; "
+            "remove weight_decay"
         )
 
 
 def suggest_names(glob: str, names: list[str]) -> str:
-    """Return the parameter names that a glob may have meant."""
-    bare = glob.strip("*.?")
-    close = difflib.get_close_matches(bare, names, n=3, cutoff=0.4) or names[:3]
-    return f"did you mean {' or '.join(close)}?"
+    """Return a question that suggests parameter names similar to a glob."""
+    similar = difflib.get_close_matches(glob.strip("*.?"), names, n=3, cutoff=0.4) or names[:3]
+    return f"did you mean {' or '.join(similar)}?"
 
 
 def named_optimizer_state(optimizer: torch.optim.Optimizer, modules: nn.ModuleDict) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from gesso.training.ranks import Ranks
 
 
 class LossModule(nn.Module):
-    """Losses (B,) of samples; `masked` is the noise and the token mask of MDT's second term."""
+    """Training loss as a module, as DDP needs."""
 
     def __init__(self, denoiser: diffusion.Denoiser, uncertainty: diffusion.Uncertainty | None, weighting: str):
         super().__init__()
@@ -29,7 +29,15 @@ class LossModule(nn.Module):
     def forward(
         self, x0: Tensor, s: Tensor, eps: Tensor, cond: Cond, masked: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """Return the losses (B,) of x0 at noise levels s with noise eps."""
+        """Return the losses (B,).
+
+        Args:
+            x0: Images or latents (B, C, H, W).
+            s: Noise levels (B,).
+            eps: Noise, as x0.
+            cond: Conditions.
+            masked: Noise and token mask of MDT's second loss term; None for other networks.
+        """
 
         def loss(eps: Tensor, keep: Tensor | None = None) -> Tensor:
             return diffusion.loss(
@@ -40,24 +48,27 @@ class LossModule(nn.Module):
 
 
 def parallelize(loss_module: LossModule, run: RunConfig, ranks: Ranks, device: torch.device) -> nn.Module:
-    """Return the loss module as this rank calls it. Its parameters keep their names; sharded ones become DTensors."""
+    """Compile, checkpoint and distribute the loss module; return the module to call.
+
+    Parameters of `loss_module` keep their names; with FSDP they become DTensors.
+    """
     cfg, net = run.train, loss_module.denoiser.net
     for block in models.list_blocks(net):
         compile_and_checkpoint_block(block, cfg)
     if ranks.world_size == 1:
         return loss_module
     if cfg.sharding == "ddp":
-        # Buffers are constants that every rank has made alike.
+        # Buffers are constants that are equal on all ranks.
         constants = [name for name, _ in loss_module.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(loss_module, constants)
         return DistributedDataParallel(loss_module, gradient_as_bucket_view=True)
-    warnings.filterwarnings("ignore", message=".*returned a view tensor.*")  # what is done to it is out of place
+    warnings.filterwarnings("ignore", message=".*returned a view tensor.*")  # nothing changes the view in place
     mesh = ranks.build_mesh(cfg.sharding, device)
     for block in models.list_blocks(net):
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
     if isinstance(run.net, MDTConfig):
-        register_fsdp_forward_method(net, "masked")
+        register_fsdp_forward_method(net, "forward_masked")
     if loss_module.uncertainty:
         fully_shard(loss_module.uncertainty, mesh=mesh)
     return loss_module
@@ -66,11 +77,11 @@ def parallelize(loss_module: LossModule, run: RunConfig, ranks: Ranks, device: t
 def compile_and_checkpoint_block(block: nn.Module, cfg: TrainConfig) -> None:
     """Compile a block and checkpoint its activations by the settings.
 
-    The compiled block is inside the checkpoint: torch silently compiles nothing around one.
+    The compiled block is inside the checkpoint: torch silently does not compile a checkpoint.
     """
     if cfg.compile:
-        # Its fusion of reductions makes wrong gradients of modulations that a batch shares (torch 2.10 to 2.13,
-        # pytorch/pytorch#193061). Read when the compiler is first imported.
+        # The compiler's fusion of reductions computes wrong gradients of modulations that all samples share (torch 2.10
+        # to 2.13, pytorch/pytorch#193061). The variable is read when the compiler is first imported.
         os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
         # One graph per width of a U-Net and per shape: torch's default limit of 8 would leave the rest uncompiled.
         torch._dynamo.config.recompile_limit = 256
@@ -81,7 +92,7 @@ def compile_and_checkpoint_block(block: nn.Module, cfg: TrainConfig) -> None:
 
 @contextlib.contextmanager
 def gradient_sync(module: nn.Module, is_last: bool) -> Iterator[None]:
-    """Reduce gradients over ranks only after the last of several passes."""
+    """Reduce gradients over ranks only in the last of several passes."""
     if isinstance(module, DistributedDataParallel):
         with contextlib.nullcontext() if is_last else module.no_sync():
             yield

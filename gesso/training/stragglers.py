@@ -1,4 +1,4 @@
-"""Name slow ranks by comparing the time that each spends waiting for data and computing."""
+"""Detection of slow ranks, by the time that each spends waiting for data and computing."""
 
 import statistics
 import time
@@ -10,15 +10,15 @@ from gesso import models
 from gesso.training.trainer import Trainer
 
 SLOWDOWN_THRESHOLD, MIN_TIME_SHARE = 1.5, 0.05
-"""Thresholds of a slow rank: busy time over the median's, and its excess as a share of the interval."""
+"""Thresholds of a slow rank: its busy time relative to the median, and the difference relative to the interval."""
 
 
 class StragglerDetector:
     """Find ranks that were slower than the others since the last call.
 
-    The busy time of a rank is its waiting for data and its forward passes, in which it waits for no other rank: those
-    of the network under DDP, those of its middle block under FSDP, which gathers weights for each block. Compiled
-    blocks are not measured.
+    The busy time of a rank is the time that it waits for data and in forward passes, where it does not wait for other
+    ranks. Forward passes are those of the network under DDP, and those of its middle block under FSDP, which gathers
+    weights before each block. Compiled blocks are not measured.
     """
 
     def __init__(self, trainer: Trainer):
@@ -49,14 +49,13 @@ class StragglerDetector:
         self.pass_times.append((self.pass_start, self._timestamp()))
 
     def __call__(self) -> dict[str, float]:
-        """Return the busy time relative to the median by name of each slow rank. All ranks take part."""
+        """Return the busy time relative to the median of each slow rank, by name. All ranks must call it."""
         if self.ranks.world_size == 1:
             return {}
         elapsed = time.perf_counter() - self.last_time
-        computed = sum(a.elapsed_time(b) / 1000 if self.is_cuda else b - a for a, b in self.pass_times)
-        busy_seconds = self.ranks.all_gather(
-            computed + self.trainer.data_wait_s - self.last_data_wait_s, self.trainer.device
-        )
+        forward_s = sum(a.elapsed_time(b) / 1000 if self.is_cuda else b - a for a, b in self.pass_times)
+        data_wait_s = self.trainer.data_wait_s - self.last_data_wait_s
+        busy_seconds = self.ranks.all_gather(forward_s + data_wait_s, self.trainer.device)
         self.pass_times.clear()
         self.last_time, self.last_data_wait_s = time.perf_counter(), self.trainer.data_wait_s
         median = statistics.median_low(busy_seconds)

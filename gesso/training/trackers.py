@@ -1,7 +1,8 @@
-"""Write log.jsonl to TensorBoard and Weights & Biases too: the same values at the same times, each once.
+"""Copies of log.jsonl in TensorBoard and Weights & Biases: the same values at the same times, each once.
 
 RUN/tensorboard/     event files; a resumed run purges the events after its checkpoint
-RUN/wandb/           files of Weights & Biases; RUN/wandb.json holds the id of the run there and the last time sent
+RUN/wandb/           files of Weights & Biases
+RUN/wandb.json       id of the run in Weights & Biases, and nimg of the last values sent
 """
 
 import importlib.util
@@ -20,22 +21,22 @@ from gesso.errors import UsageError
 
 
 class Tracker(Protocol):
-    """Interface of a tracker."""
+    """Destination of log values and sample grids besides log.jsonl."""
 
     def write(self, nimg: int, values: dict[str, float]) -> None:
-        """Write numbers by name at one time."""
+        """Write numbers by name at nimg images."""
 
     def log_image(self, nimg: int, image: Image.Image) -> None:
         """Write a sample grid."""
 
     def close(self) -> None:
-        """Finish."""
+        """Write what is pending and finish."""
 
 
 def check_trackers(run: RunConfig) -> None:
-    """Raise UsageError if a selected library is not installed."""
-    wanted = {"tensorboard": run.monitor.tensorboard, "wandb": run.monitor.wandb != "no"}
-    for name, enabled in wanted.items():
+    """Raise UsageError if the library of a selected tracker is not installed."""
+    selected = {"tensorboard": run.monitor.tensorboard, "wandb": run.monitor.wandb != "disabled"}
+    for name, enabled in selected.items():
         if enabled and importlib.util.find_spec(name) is None:
             raise UsageError(f"monitor.{name} needs {name}: pip install 'gesso[log]'")
 
@@ -44,9 +45,9 @@ def open_trackers(run: RunConfig, out: Path, nimg: int) -> list[Tracker]:
     """Return the trackers that the settings select, resumed at image nimg."""
     trackers: list[Tracker] = []
     if run.monitor.tensorboard:
-        trackers.append(TensorBoard(out, nimg))
-    if run.monitor.wandb != "no":
-        trackers.append(Wandb(run, out))
+        trackers.append(TensorBoardTracker(out, nimg))
+    if run.monitor.wandb != "disabled":
+        trackers.append(WandbTracker(run, out))
     return trackers
 
 
@@ -61,7 +62,7 @@ def flatten_numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[
             yield prefix + name, float(value)
 
 
-class TensorBoard:
+class TensorBoardTracker:
     """Write TensorBoard events; steps are images seen."""
 
     def __init__(self, out: Path, nimg: int):
@@ -85,30 +86,30 @@ class TensorBoard:
         self.writer.close()
 
 
-class Wandb:
+class WandbTracker:
     """Write to Weights & Biases; steps are images seen.
 
-    A resumed run repeats the values after its checkpoint to the last bit; they are not sent twice. The constructor
-    raises UsageError if Weights & Biases refuses the run.
+    A resumed run repeats the values after its checkpoint bit for bit; they are not sent twice. The constructor raises
+    UsageError if Weights & Biases rejects the run.
     """
 
     def __init__(self, run: RunConfig, out: Path):
         import wandb
 
         self.wandb, self.record_path = wandb, out / "wandb.json"
-        known: dict[str, Any] = {"id": secrets.token_hex(4), "nimg": -1}
+        record: dict[str, Any] = {"id": secrets.token_hex(4), "nimg": -1}
         if self.record_path.is_file():
-            known = json.loads(self.record_path.read_text())
-        self.id, self.recorded_nimg, self.current_nimg = known["id"], known["nimg"], -1
+            record = json.loads(self.record_path.read_text())
+        self.id, self.recorded_nimg, self.current_nimg = record["id"], record["nimg"], -1
         try:
             self.run = wandb.init(
                 project=run.monitor.wandb_project, name=out.name, id=self.id, dir=str(out), config=config.to_dict(run),
-                mode=None if run.monitor.wandb == "no" else run.monitor.wandb,
+                mode=run.monitor.wandb,
                 resume="allow", settings=wandb.Settings(console="off", silent=True),
             )  # fmt: skip
         except wandb.Error as error:
             reason = str(error).strip().splitlines()[0]
-            raise UsageError(f"monitor.wandb={run.monitor.wandb}: {reason} (Or set monitor.wandb=offline.)") from None
+            raise UsageError(f"monitor.wandb={run.monitor.wandb}: {reason} (or set monitor.wandb=offline)") from None
 
     def write(self, nimg: int, values: dict[str, float]) -> None:
         """Send numbers by name."""
@@ -120,7 +121,7 @@ class Wandb:
 
     def _log(self, nimg: int, values: dict[str, Any]) -> None:
         if nimg > max(self.recorded_nimg, self.current_nimg):
-            # Recorded first: a kill in between loses a point, but never sends one twice.
+            # Recorded before it is sent: a process that is killed in between loses a value, but never sends one twice.
             self.current_nimg = nimg
             atomic_io.write_json(self.record_path, {"id": self.id, "nimg": nimg})
         if nimg == self.current_nimg:

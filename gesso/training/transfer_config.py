@@ -20,25 +20,33 @@ REPORTED_SETTINGS = (
     "latent.vae", "latent.convention", "data.mean", "data.std",
 )  # fmt: skip
 """Prefixes of settings that change the inputs of the network or the use of its outputs."""
+PARAMETERIZATION_SETTINGS = (
+    "name", "prediction", "betas", "beta_start", "beta_end", "timesteps", "zero_terminal_snr", "sigma_data",
+)  # fmt: skip
+"""Settings of a process that define the network's inputs and outputs; the others affect training and sampling."""
 
 
 def apply_source_settings(run: RunConfig, source: InitSource) -> tuple[RunConfig, list[str]]:
-    """Return the run with positions, noise, guidance and classes that fit the source, and lines that report them."""
+    """Return the run with positions, noise, guidance and classes that fit the source, and lines that report them.
+
+    Raises:
+        UsageError: A setting contradicts the source, or the source changed since the run was first trained.
+    """
     tree = config.to_dict(run)
-    process = _apply_source_process(run, source, tree)
+    process_lines = _apply_source_process(run, source, tree)
     k = run.input_spec.resolution / source.resolution
-    here, there = run.data.resolution, source.resolution * run.downsample_factor
+    resolution, source_resolution = run.data.resolution, source.resolution * run.downsample_factor
     lines = [
-        f"  resolution   {there} -> {here} pixels (k = {k:g})" if k != 1 else f"  resolution   {here} pixels, as there"
-    ]
-    lines += process
-    lines += [
+        f"  resolution   {source_resolution} -> {resolution} pixels (k = {k:g})"
+        if k != 1
+        else f"  resolution   {resolution} pixels, as the source",
+        *process_lines,
         *_apply_positions(run, source, k, tree),
         *_apply_resolution_scale(run, source, k, tree),
         *_apply_guidance_base(run, source, k, tree),
     ]
     if source.run and source.run.data.crop_scale != run.data.crop_scale:
-        crops = " -> ".join(str(r.data.crop_scale or "whole") for r in (source.run, run))
+        crops = " -> ".join(str(r.data.crop_scale or "null") for r in (source.run, run))
         lines.append(f"  crops        data.crop_scale {crops}")
     record = source.record | {"class_mapping": class_mapping(run, source)}
     for name, value in record.items():
@@ -47,9 +55,8 @@ def apply_source_settings(run: RunConfig, source: InitSource) -> tuple[RunConfig
             if name == "fingerprint":
                 recorded_value, value = recorded_value[:12], value[:12]
             raise UsageError(
-                f"init.{name} was {str(recorded_value)[:60]} when this run was first trained, and "
-                f"{source.description} has "
-                f"{str(value)[:60]}: set init.{name}=null to start from what is there now"
+                f"init.{name} was {str(recorded_value)[:60]} when this run was first trained, but "
+                f"{source.description} has {str(value)[:60]}: set init.{name}=null to use the source as it is now"
             )
     tree["init"] |= record
     run = config.validate(tree)
@@ -58,25 +65,25 @@ def apply_source_settings(run: RunConfig, source: InitSource) -> tuple[RunConfig
 
 def _apply_positions(run: RunConfig, source: InitSource, k: float, tree: dict[str, Any]) -> list[str]:
     """Set net.pos_embed_base and net.pos_embed_span, the grids that define position and step; return lines."""
-    net, how = run.net, run.init.pos_embed
+    net, method = run.net, run.init.pos_embed
     if not isinstance(net, TransformerConfig):
         return []
     if isinstance(net, MDTConfig) or (isinstance(net, MMDiTConfig) and net.pos_embed_max_size):
-        return [f"  positions    {how} table"] if k != 1 else []
-    at, span = (side and side * run.downsample_factor for side in _position_grids(run, source, k))
-    at = None if at == run.data.resolution or net.pos_embed == "extrapolated" else at
-    for name, value in (("pos_embed_base", at), ("pos_embed_span", span)):
-        given = getattr(net, name)
-        if given not in (None, value):
+        return [f"  positions    {method} table"] if k != 1 else []
+    base, span = (side and side * run.downsample_factor for side in _position_grids(run, source, k))
+    base = None if base == run.data.resolution or net.pos_embed == "extrapolated" else base
+    for name, value in (("pos_embed_base", base), ("pos_embed_span", span)):
+        configured = getattr(net, name)
+        if configured not in (None, value):
             raise UsageError(
-                f"net.{name}={given}, but init.pos_embed={how} makes it {value or 'null'}: leave one of them out"
+                f"net.{name}={configured}, but init.pos_embed={method} requires {value or 'null'}: remove one of them"
             )
         tree["net"][name] = value
-    if k == 1 and at is None and span is None:
+    if k == 1 and base is None and span is None:
         return []
-    word = "as there" if k == 1 else net.pos_embed if how == "resampled" else how
-    spans = f", net.pos_embed_span={span}" if span else ""
-    return [f"  positions    {word}, net.pos_embed_base={at or 'null'}{spans}"]
+    text = "as the source" if k == 1 else net.pos_embed if method == "resampled" else method
+    span_text = f", net.pos_embed_span={span}" if span else ""
+    return [f"  positions    {text}, net.pos_embed_base={base or 'null'}{span_text}"]
 
 
 def _position_grids(run: RunConfig, source: InitSource, k: float) -> tuple[float | None, int | None]:
@@ -86,90 +93,75 @@ def _position_grids(run: RunConfig, source: InitSource, k: float) -> tuple[float
         UsageError: net.pos_embed cannot represent the positions that init.pos_embed selects.
     """
     assert isinstance(run.net, TransformerConfig) and isinstance(source.net_config, TransformerConfig)
-    new, old, how = run.net.pos_embed, source.net_config.pos_embed, run.init.pos_embed
-    base, span, there = source.pos_embed_base, source.input_spec.pos_embed_span, source.resolution
-    step_1 = old == "extrapolated" or (old != "resampled" and base == there and span is None)
+    new, old, method = run.net.pos_embed, source.net_config.pos_embed, run.init.pos_embed
+    base, span, source_side = source.pos_embed_base, source.input_spec.pos_embed_span, source.resolution
+    has_unit_spacing = old == "extrapolated" or (old != "resampled" and base == source_side and span is None)
     if k == 1 and new == old:
         return base, span
-    if how == "resampled":
+    if method == "resampled":
         if k != 1 and new == "extrapolated":
             raise UsageError(
-                "net.pos_embed=extrapolated has one step per token on every grid, which init.pos_embed=resampled "
-                "cannot be: "
-                "set init.pos_embed=extrapolated or net.pos_embed=resampled"
+                "net.pos_embed=extrapolated has the same spacing on every grid, so init.pos_embed=resampled cannot "
+                "change it: set init.pos_embed=extrapolated or net.pos_embed=resampled"
             )
-        if old == "resampled" and span not in (None, there):
+        if old == "resampled" and span not in (None, source_side):
             raise UsageError(
-                f"{source.description} was itself moved by init.pos_embed=extrapolated, so that its grid ends between "
-                "the steps "
-                "of the one before: go on with init.pos_embed=extrapolated net.pos_embed=resampled"
+                f"{source.description} was itself trained with init.pos_embed=extrapolated, and its positions end "
+                "between the positions of its own source: set init.pos_embed=extrapolated net.pos_embed=resampled"
             )
         if new == "interpolated":
-            return base, there if old == "resampled" else span
+            return base, source_side if old == "resampled" else span
         return base, None
     if new == "resampled" and old == "resampled":
-        return base, span or there
-    if new == "proportional" and (old == "proportional" or step_1):
+        return base, span or source_side
+    if new == "proportional" and (old == "proportional" or has_unit_spacing):
         return int(base * k), None
-    if new == "extrapolated" or (step_1 and new == "interpolated"):
+    if new == "extrapolated" or (has_unit_spacing and new == "interpolated"):
         return None, None
-    need = "extrapolated" if step_1 else old
     raise UsageError(
-        f"init.pos_embed=extrapolated keeps the step of the source's net.pos_embed={old}, which net.pos_embed={new} "
-        "cannot: "
-        f"set net.pos_embed={need} or init.pos_embed=resampled"
+        f"init.pos_embed=extrapolated needs the spacing of the source's net.pos_embed={old}, which "
+        f"net.pos_embed={new} does not have: set net.pos_embed={'extrapolated' if has_unit_spacing else old} or "
+        "init.pos_embed=resampled"
     )
 
 
-PARAMETERIZATION_SETTINGS = (
-    "name",
-    "prediction",
-    "betas",
-    "beta_start",
-    "beta_end",
-    "timesteps",
-    "zero_terminal_snr",
-    "sigma_data",
-)
-"""Settings of a process that define the network's inputs and outputs; the others affect training and sampling."""
-
-
 def _apply_source_process(run: RunConfig, source: InitSource, tree: dict[str, Any]) -> list[str]:
-    """Set the process to that of another project's weights, by init.process; return lines."""
+    """Set the process to that of another project's weights if init.process=source; return lines."""
     if source.run or run.init.process == "run":
         return []
-    here, there = tree["process"], source.process.model_dump(mode="json")
-    differ = [name for name in PARAMETERIZATION_SETTINGS if name in there and here.get(name) != there[name]]
-    if not differ:
+    new, old = tree["process"], source.process.model_dump(mode="json")
+    differing = [name for name in PARAMETERIZATION_SETTINGS if name in old and new.get(name) != old[name]]
+    if not differing:
         return []
-    selected = here if here["name"] == there["name"] else there | {"resolution_scale": here["resolution_scale"]}
-    tree["process"] = selected | {name: there[name] for name in PARAMETERIZATION_SETTINGS if name in there}
-    settings = " ".join(f"process.{name}={there[name]}" for name in differ)
-    return [f"  process      {settings}, as the weights were trained (init.process=run keeps the run's own)"]
+    base = new if new["name"] == old["name"] else old | {"resolution_scale": new["resolution_scale"]}
+    tree["process"] = base | {name: old[name] for name in PARAMETERIZATION_SETTINGS if name in old}
+    settings = " ".join(f"process.{name}={old[name]}" for name in differing)
+    return [f"  process      {settings}, as the weights were trained (init.process=run uses the run's settings)"]
 
 
 def _apply_resolution_scale(run: RunConfig, source: InitSource, k: float, tree: dict[str, Any]) -> list[str]:
     """Set process.resolution_scale to k times that of the source (Proposition 1); return lines."""
-    there = source.process.resolution_scale
-    how, scale = run.init.noise_levels, there * (k if run.init.noise_levels == "scale" else 1)
-    if run.process.resolution_scale not in (1, scale):
+    method, source_scale, configured = (
+        run.init.noise_levels,
+        source.process.resolution_scale,
+        run.process.resolution_scale,
+    )
+    scale = source_scale * k if method == "scale" else source_scale
+    if configured not in (1, scale):
         raise UsageError(
-            f"process.resolution_scale={run.process.resolution_scale:g}, but init.noise_levels={how} makes it "
-            f"{scale:g} ({there:g} in the source, "
-            f"k = {k:g}): say process.resolution_scale={scale:g}, or leave it out"
+            f"process.resolution_scale={configured:g}, but init.noise_levels={method} requires {scale:g} "
+            f"({source_scale:g} in the source, k = {k:g}): set process.resolution_scale={scale:g}, or remove it"
         )
     tree["process"]["resolution_scale"] = scale
-    return (
-        [f"  noise        {how}, process.resolution_scale={scale:g}"]
-        if k != 1 or scale != run.process.resolution_scale
-        else []
-    )
+    if k == 1 and scale == configured:
+        return []
+    return [f"  noise        {method}, process.resolution_scale={scale:g}"]
 
 
 def _apply_guidance_base(run: RunConfig, source: InitSource, k: float, tree: dict[str, Any]) -> list[str]:
-    """Set sample.guidance_base_resolution, by which lambda' = 1 + k (lambda - 1) (Proposition 2); return lines.
+    """Set sample.guidance_base_resolution, which makes lambda' = 1 + k (lambda - 1) (Proposition 2); return lines.
 
-    It is set only if lambda is the guidance of the source.
+    It is set only if lambda, sample.guidance, is that of the source.
     """
     cfg = run.sample
     if k == 1 or cfg.guidance == 1:
@@ -177,56 +169,58 @@ def _apply_guidance_base(run: RunConfig, source: InitSource, k: float, tree: dic
     if cfg.guidance_base_resolution is None and source.run and source.run.sample.guidance == cfg.guidance:
         base = source.run.sample.guidance_base_resolution or source.run.data.resolution
         tree["sample"]["guidance_base_resolution"] = base
-        return [f"  guidance     {cfg.guidance:g} was the source's: sample.guidance_base_resolution={base}"]
+        return [f"  guidance     {cfg.guidance:g} as the source: sample.guidance_base_resolution={base}"]
     return [
         f"  guidance     sample.guidance={cfg.guidance:g}, "
-        f"sample.guidance_base_resolution={cfg.guidance_base_resolution or 'null'} as set"
+        f"sample.guidance_base_resolution={cfg.guidance_base_resolution or 'null'}, as configured"
     ]
 
 
 def _describe_differences(run: RunConfig, source: InitSource) -> list[str]:
     """Return a line on the settings of network and conditions that differ from the source."""
-    here, there = run.net.model_dump(), source.net_config.model_dump()
+    new, old = run.net.model_dump(), source.net_config.model_dump()
     changes = [
-        (f"net.{name}", there[name], here[name]) for name in here if name not in ("pos_embed_base", "pos_embed_span")
+        (f"net.{name}", old[name], new[name]) for name in new if name not in ("pos_embed_base", "pos_embed_span")
     ]
     if source.run:
-        condition_changes = [
-            d
-            for d in config.differences(source.run, run)
-            if d[0].startswith(REPORTED_SETTINGS) and d[0] != "process.resolution_scale"
+        same_process = source.run.process.name == run.process.name
+        changes += [
+            (path, old_value, new_value)
+            for path, old_value, new_value in config.differences(source.run, run)
+            if path.startswith(REPORTED_SETTINGS)
+            and path != "process.resolution_scale"
+            # The settings of another process have no counterparts.
+            and (same_process or path == "process.name" or not path.startswith("process."))
         ]
-        if source.run.process.name != run.process.name:  # the settings of another process have no counterparts
-            condition_changes = [
-                d for d in condition_changes if d[0] == "process.name" or not d[0].startswith("process.")
-            ]
-        changes += condition_changes
-    shown = [(path, _round(old), _round(new)) for path, old, new in changes]
-    texts = [f"{path} {old} -> {new}" for path, old, new in shown if old != new]
+    rounded = [(path, _round(old_value), _round(new_value)) for path, old_value, new_value in changes]
+    texts = [f"{path} {old_value} -> {new_value}" for path, old_value, new_value in rounded if old_value != new_value]
     return [f"  changed      {', '.join(texts)}"] if texts else []
 
 
 def _round(value: Any) -> Any:
+    """Return a list with its floats rounded to 3 digits; other values unchanged."""
     return [float(f"{v:.3g}") if isinstance(v, float) else v for v in value] if isinstance(value, list) else value
 
 
 def restore_recorded_settings(run: RunConfig, recorded: RunConfig) -> RunConfig:
-    """Return a resumed run with the settings that its source determined when it began."""
+    """Return a resumed run with the settings that its source determined when the run was started."""
     if run.init.source is None or run.init.source != recorded.init.source or run.net.name != recorded.net.name:
         return run
-    tree, then = config.to_dict(run), config.to_dict(recorded)
-    recorded_paths = [("init", name) for name in RECORDED_FIELDS] + [
+    tree, recorded_tree = config.to_dict(run), config.to_dict(recorded)
+    for section, name in [
+        *(("init", name) for name in RECORDED_FIELDS),
         ("sample", "guidance_base_resolution"),
         ("process", "resolution_scale"),
-    ]
-    for block, name in [*recorded_paths, ("net", "pos_embed_base"), ("net", "pos_embed_span")]:
-        if name in tree[block] and tree[block][name] in (None, 1):
-            tree[block][name] = then[block].get(name)
-    foreign = recorded.init.fingerprint and recorded.init.nimg is None
-    if foreign and run.init.process == recorded.init.process == "source":
-        old, new = tree["process"], then["process"]
-        selected = old if old["name"] == new["name"] else new
-        tree["process"] = selected | {name: new[name] for name in PARAMETERIZATION_SETTINGS if name in new}
+        ("net", "pos_embed_base"),
+        ("net", "pos_embed_span"),
+    ]:
+        if name in tree[section] and tree[section][name] in (None, 1):
+            tree[section][name] = recorded_tree[section].get(name)
+    is_foreign = recorded.init.fingerprint and recorded.init.nimg is None
+    if is_foreign and run.init.process == recorded.init.process == "source":
+        process, recorded_process = tree["process"], recorded_tree["process"]
+        base = process if process["name"] == recorded_process["name"] else recorded_process
+        tree["process"] = base | {n: recorded_process[n] for n in PARAMETERIZATION_SETTINGS if n in recorded_process}
     return config.validate(tree)
 
 
@@ -234,54 +228,51 @@ def class_mapping(run: RunConfig, source: InitSource) -> tuple[int | None, ...] 
     """Return the source class of each class, None without counterpart; None if either has no classes.
 
     Raises:
-        UsageError: A mapping names unknown classes or omits some.
+        UsageError: init.labels does not fit the classes, or its file names unknown classes or omits some.
     """
-    how, n, m = run.init.labels, run.input_spec.num_classes, source.input_spec.num_classes
-    if not n or not m:
-        if how is not None:
-            raise UsageError(f"init.labels={how}: there are no classes {'here' if not n else 'in the source'}")
+    labels, n, num_source = run.init.labels, run.input_spec.num_classes, source.input_spec.num_classes
+    if not n or not num_source:
+        if labels is not None:
+            raise UsageError(f"init.labels={labels}: {'the source' if n else 'this run'} has no classes")
         return None
     names = list(run.data.class_names or ())
     source_names = list(source.run.data.class_names or ()) if source.run else []
-    if how is None:
-        how = "names" if names and source_names else "index"
-    if how == "random":
+    if labels is None:
+        labels = "names" if names and source_names else "index"
+    if labels == "random":
         return (None,) * n
-    if how == "index":
-        return tuple(i if i < m else None for i in range(n))
-    if how == "names":
+    if labels == "index":
+        return tuple(i if i < num_source else None for i in range(n))
+    if labels == "names":
         if not (names and source_names):
-            raise UsageError(f"init.labels=names: the classes have no names {'here' if not names else 'in the source'}")
-        place = {name: i for i, name in enumerate(source_names)}
-        return tuple(place.get(name) for name in names)
-    if not Path(how).is_file() and len(run.init.class_mapping or ()) == n:
-        return run.init.class_mapping  # as they were when the file was there
+            raise UsageError(f"init.labels=names: the classes of {'the source' if names else 'this run'} have no names")
+        source_index = {name: i for i, name in enumerate(source_names)}
+        return tuple(source_index.get(name) for name in names)
+    if not Path(labels).is_file() and len(run.init.class_mapping or ()) == n:
+        return run.init.class_mapping  # recorded when the file still existed
     return _read_class_mapping(
-        Path(how), names or [str(i) for i in range(n)], source_names or [str(i) for i in range(m)]
+        Path(labels), names or [str(i) for i in range(n)], source_names or [str(i) for i in range(num_source)]
     )
 
 
-def _read_class_mapping(path: Path, target_names: list[str], source_names: list[str]) -> tuple[int | None, ...]:
+def _read_class_mapping(path: Path, names: list[str], source_names: list[str]) -> tuple[int | None, ...]:
     prefix = f"init.labels={path}"
     if not path.is_file():
-        raise UsageError(f"{prefix}: neither names, index, random nor a file")
+        raise UsageError(f"{prefix} is neither names, index, random nor an existing file")
     try:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{prefix} is neither JSON nor YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(mapping, dict):
-        raise UsageError(f"{prefix} holds no mapping {{class here: class there}}")
+        raise UsageError(f"{prefix} contains no mapping {{class: source class}}")
     mapping = {str(k): None if v is None else str(v) for k, v in mapping.items()}
-    for where, unknown, known in (
-        ("here", [k for k in mapping if k not in target_names], target_names),
-        ("in the source", [v for v in mapping.values() if v is not None and v not in source_names], source_names),
-    ):
-        if unknown:
-            raise UsageError(f"{prefix}: no class {unknown[0]!r} {where}; {config.suggest(unknown[0], known[:50])}")
-    if lacking := [name for name in target_names if name not in mapping]:
+    source_classes = [source_class for source_class in mapping.values() if source_class is not None]
+    for owner, used, known in (("this run", list(mapping), names), ("the source", source_classes, source_names)):
+        if unknown := [name for name in used if name not in known]:
+            raise UsageError(f"{prefix}: {owner} has no class {unknown[0]!r}; {config.suggest(unknown[0], known[:50])}")
+    if missing := [name for name in names if name not in mapping]:
         raise UsageError(
-            f"{prefix} leaves out {len(lacking)} of {len(target_names)} classes ({', '.join(lacking[:4])}); null is "
-            "for those without "
-            "counterpart"
+            f"{prefix} omits {len(missing)} of {len(names)} classes ({', '.join(missing[:4])}); write null for a "
+            "class without counterpart"
         )
-    return tuple(None if mapping[name] is None else source_names.index(mapping[name]) for name in target_names)
+    return tuple(None if mapping[name] is None else source_names.index(mapping[name]) for name in names)

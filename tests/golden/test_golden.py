@@ -1,7 +1,7 @@
 """Golden losses: 30 steps of each network family on the digits in float64 on one thread.
 
 A refactor does not change them. After a change of mathematics, `python tests/golden/test_golden.py` writes them again
-(and docs/log.md says why).
+(and docs/decisions.md says why).
 """
 
 import json

@@ -92,20 +92,20 @@ def test_trajectory_of_the_published_sampler(case):
     )
     levels = schedules.levels_from_config(denoiser.process, run.sample)
     assert denoiser.process.timestep(levels[:-1]).round().long().tolist() == case["index"]
-    seen, shape = [], (2, run.x0_channels, 4, 4)
+    states, shape = [], (2, run.x0_channels, 4, 4)
     cond = Cond(text=formula_tensor((2, 6, 12), 7)) if case["network"] == "pixart" else Cond(label=torch.tensor([1, 3]))
     denoise = sampling.guided_denoiser(denoiser, run, cond, None)
     x = samplers.sample(
         run.sample, denoiser.process, denoise, formula_tensor(shape, 0), lambda i: formula_tensor(shape, i + 1),
-        lambda i, x, D: seen.append(x[0, :, 0, 0] / (1 + levels[i + 1] ** 2).sqrt()),
+        lambda i, x, D: states.append(x[0, :, 0, 0] / (1 + levels[i + 1] ** 2).sqrt()),
     )  # fmt: skip
-    wanted = torch.tensor(case["final"], dtype=F64)
-    scale = float(wanted.abs().max())
+    expected = torch.tensor(case["final"], dtype=F64)
+    scale = float(expected.abs().max())
     # These weights do not denoise: x grows by 1/sqrt(abar) = 157, and the noise of a step is a thousandth of it. Ten
     # digits are stored; MDT's code computes its guidance in float32.
     tolerance = 1e-7 if case["power"] else 2e-9
-    assert (x.flatten()[: len(wanted)] - wanted).abs().max() < tolerance * scale
-    trace = torch.stack(seen[:: case["every"]])
+    assert (x.flatten()[: len(expected)] - expected).abs().max() < tolerance * scale
+    trace = torch.stack(states[:: case["every"]])
     torch.testing.assert_close(trace / scale, torch.tensor(case["trace"], dtype=F64) / scale, rtol=0, atol=tolerance)
 
 
@@ -133,8 +133,8 @@ def test_every_option_of_the_published_samplers_matters(case, change):
     x = samplers.sample(
         run.sample, denoiser.process, denoise, formula_tensor(shape, 0), lambda i: formula_tensor(shape, i + 1)
     )
-    wanted = torch.tensor(case["final"], dtype=F64)
-    assert (x.flatten()[: len(wanted)] - wanted).abs().max() > 1e-5 * wanted.abs().max()
+    expected = torch.tensor(case["final"], dtype=F64)
+    assert (x.flatten()[: len(expected)] - expected).abs().max() > 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["dit", "mdt"])

@@ -1,4 +1,4 @@
-"""Starts ranks of gesso for a test, through tests/helpers/ranks_driver.py, and looks at what they wrote."""
+"""Run training jobs on several ranks through tests/helpers/ranks_driver.py, and read their results."""
 
 import atexit
 import functools
@@ -30,7 +30,7 @@ DRIVER = Path(__file__).with_name("ranks_driver.py")
 
 
 class LaunchResult(NamedTuple):
-    """Exit codes of the ranks, minus the signal of one that was killed, and what all of them said."""
+    """Exit codes of the ranks, negative for the signal that killed a rank, and the output of all ranks."""
 
     codes: list[int]
     output: str
@@ -38,18 +38,20 @@ class LaunchResult(NamedTuple):
 
 @functools.cache
 def start_driver() -> subprocess.Popen:
+    """Start the driver once per test process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = subprocess.Popen(
+    driver = subprocess.Popen(
         [sys.executable, str(DRIVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
-    atexit.register(started.stdin.close)
-    return started
+    atexit.register(driver.stdin.close)
+    return driver
 
 
 def free_port() -> int:
-    with socket.socket() as some:
-        some.bind(("localhost", 0))
-        return some.getsockname()[1]
+    """Return a free TCP port of this machine."""
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
 
 
 def launch(
@@ -59,47 +61,57 @@ def launch(
     per_node: int | None = None,
     on_start: Callable[[list[int], Path], None] = lambda pids, log: None,
 ) -> LaunchResult:
-    """Run the jobs one after the other on `world` ranks. watch(process ids, log) may kill some."""
+    """Run jobs one after another on `world_size` ranks.
+
+    Args:
+        world_size: Number of ranks.
+        jobs: Jobs in the format of ranks_driver.py.
+        check: Whether every rank must exit with code 0.
+        per_node: Ranks of a node (LOCAL_WORLD_SIZE); all by default.
+        on_start: Called with the process ids and the log file after the start, for example to kill a rank.
+    """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         log.touch()
         request = {"world": world_size, "per_node": per_node, "port": free_port(), "log": str(log), "jobs": jobs}
-        start_driver().stdin.write(json.dumps(request) + "\n")
-        start_driver().stdin.flush()
-        on_start(json.loads(start_driver().stdout.readline()), log)
-        done = LaunchResult(json.loads(start_driver().stdout.readline()), log.read_text())
-    assert not check or not any(done.codes), done
-    return done
+        driver = start_driver()
+        driver.stdin.write(json.dumps(request) + "\n")
+        driver.stdin.flush()
+        on_start(json.loads(driver.stdout.readline()), log)
+        result = LaunchResult(json.loads(driver.stdout.readline()), log.read_text())
+    assert not check or not any(result.codes), result
+    return result
 
 
 def launch_torchrun(world_size: int, jobs: list[dict], *options: str) -> subprocess.CompletedProcess:
-    """As `launch`, by torchrun itself."""
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *(options or ["--standalone"]), f"--nproc-per-node={world_size}", str(DRIVER), json.dumps(jobs)],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    """Run jobs on `world_size` ranks that torchrun starts."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *(options or ["--standalone"])]
+    command = [*torchrun, f"--nproc-per-node={world_size}", str(DRIVER), json.dumps(jobs)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def snapshot_weights(out: Path | str) -> dict[str, torch.Tensor]:
-    """All averages of all snapshots."""
-    actual = {}
+    """Return the weights of all snapshots of a run, by file and tensor name."""
+    weights = {}
     for stored in snapshot.list_snapshots(Path(out)):
-        actual |= {f"{stored.path.name}:{k}": v for k, v in snapshot.read(stored.path)[0].items()}
-    return actual
+        weights |= {f"{stored.path.name}:{k}": v for k, v in snapshot.read(stored.path)[0].items()}
+    return weights
 
 
 def load_last_checkpoint(out: Path | str) -> dict[str, torch.Tensor]:
-    """The files of the last state, one or more for each rank, by the names of file and tensor."""
+    """Return the tensors of the last checkpoint of a run, by file and tensor name."""
     last = checkpoint.list_checkpoints(Path(out) / "state")[-1]
     return {f"{f.name}:{k}": t for f in sorted(last.glob("*.safetensors")) for k, t in load_file(f).items()}
 
 
 def max_weight_difference(first: Path | str, second: Path | str) -> float:
-    """The largest difference between the snapshots of two runs."""
+    """Return the largest difference between the snapshot weights of two runs."""
     a, b = snapshot_weights(first), snapshot_weights(second)
     assert a.keys() == b.keys() and len(a) > 20
     return max(float((a[k] - b[k]).abs().max()) for k in a)
 
 
 def logged_losses(out: Path | str) -> list[float]:
+    """Return the training losses of a run's log."""
     return [line["loss"] for line in read_log(Path(out) / "log.jsonl") if "loss" in line]

@@ -1,4 +1,4 @@
-"""Small IDX files, and where Fashion-MNIST may be."""
+"""Small IDX files, and the folder of Fashion-MNIST."""
 
 import gzip
 import struct
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 FASHION_MNIST = Path(__file__).parents[3] / "shared" / "data" / "fashion-mnist"
-"""Folder beside the repository; tests that need it are skipped without it."""
+"""next to the repository; tests that need it are skipped without it"""
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 28, 28), np.uint8)
 LABELS = np.array([0, 2, 1, 2, 0, 1, 2], np.uint8)
 

@@ -1,4 +1,4 @@
-"""One small example of every network with every kind of condition that it takes, as data.
+"""Small cases of every network with every kind of condition that it takes.
 
 Legend: B = 3 samples, C = 3 channels, S = 6 text tokens.
 """
@@ -98,6 +98,8 @@ VARIANTS: dict[str, tuple[NetConfig, tuple[str, ...]]] = {
 
 
 class NetworkCase(NamedTuple):
+    """A network, its inputs, and whether MDT's masked pass is used."""
+
     cfg: NetConfig
     inputs: InputSpec
     masked: bool
@@ -121,7 +123,7 @@ def randomize_constants_(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 class MaskedPass(nn.Module):
-    """MDT's masked pass on half of the tokens, chosen by the sample, as in training."""
+    """MDT's masked pass on half of the tokens, chosen by the pixels of each sample."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -134,6 +136,7 @@ class MaskedPass(nn.Module):
 
 
 def initialized_net(case: NetworkCase, seed: int = 0) -> nn.Module:
+    """Return the network with its initial weights."""
     torch.manual_seed(seed)
     net = models.build_network(case.cfg, case.inputs)
     return MaskedPass(net) if case.masked else net

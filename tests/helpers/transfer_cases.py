@@ -1,4 +1,4 @@
-"""Runs of every network at any size and condition, their weights in a file, and what transfer makes of them."""
+"""Runs of every network at any size and condition, snapshots of them, and transfer from a snapshot."""
 
 from pathlib import Path
 
@@ -55,6 +55,7 @@ SEMANTIC_KINDS = ("none", "label", "text")
 
 
 def accepts(name: str, kind: str) -> bool:
+    """Return whether a network of NETS takes a kind of semantic condition."""
     return kind == "none" or kind in NETS[name].accepts
 
 
@@ -68,9 +69,22 @@ def make_run(
     latents: int | None = None,
     pooled: int = 10,
     seed: int = 0,
-    **more,
+    **options,
 ) -> RunConfig:
-    """A run whose data have been opened, in float64. latents: their channels; then resolution is theirs times 8."""
+    """Return a run in float64, as after opening its dataset.
+
+    Args:
+        name: Network of NETS.
+        kind: Semantic condition.
+        resolution: Of images; 8 times that of latents.
+        classes: Class names.
+        channels: Channels of images.
+        variables: Control variables.
+        latents: Channels of latents; None for pixels.
+        pooled: Dimension of pooled text; 0 for none.
+        seed: train.seed.
+        options: `net`, `process` and `sample` replace these settings; all others are settings of `init`.
+    """
     vae = LatentConfig(vae="none", channels=latents) if latents else LatentConfig()
     n = latents or channels
     data = DataConfig(
@@ -78,14 +92,14 @@ def make_run(
         mean=(0.0,) * n, std=(1.0,) * n,
     )  # fmt: skip
     return RunConfig(
-        data=data, latent=vae, net=more.pop("net", NETS[name]), process=more.pop("process", EDMConfig()),
+        data=data, latent=vae, net=options.pop("net", NETS[name]), process=options.pop("process", EDMConfig()),
         semantic=SemanticConfig(kind=kind, embed_dim=12, pooled_dim=pooled or None), control=ControlConfig(variables=variables),
-        train=TrainConfig(dtype="float64", seed=seed), sample=more.pop("sample", SampleConfig()), init=InitConfig(**more),
+        train=TrainConfig(dtype="float64", seed=seed), sample=options.pop("sample", SampleConfig()), init=InitConfig(**options),
     )  # fmt: skip
 
 
 def random_weights(run: RunConfig, seed: int = 5) -> dict[str, torch.Tensor]:
-    """Random ones, none of them zero, on the sphere."""
+    """Return random weights, none of them zero, normalized where the network needs it."""
     torch.manual_seed(seed)
     net = randomize_constants_(diffusion.build_denoiser(run).net, seed).double()
     mp.normalize_weights_(mp.sphere_weights(net))
@@ -93,19 +107,20 @@ def random_weights(run: RunConfig, seed: int = 5) -> dict[str, torch.Tensor]:
 
 
 def write_snapshot(folder: Path, run: RunConfig, name: str = "source") -> Path:
-    """A snapshot of a run with such weights."""
+    """Write a snapshot of a run with random weights; return its path."""
     path = folder / f"{name}.safetensors"
     snapshot.write(path, random_weights(run), 640, ema.PowerProfile(0.1), run)
     return path
 
 
 def transfer_to(run: RunConfig) -> tuple[RunConfig, diffusion.Denoiser, list[str]]:
-    run, denoiser, output = transfer.init_from_source(run, init_source.open_init_source(run))
-    return run, denoiser.eval(), output
+    """Initialize a run from its source; return the run, the denoiser and the lines of the report."""
+    run, denoiser, report = transfer.init_from_source(run, init_source.open_init_source(run))
+    return run, denoiser.eval(), report
 
 
 def load_source(path: Path) -> diffusion.Denoiser:
-    """The network of a snapshot, in float64."""
+    """Return the denoiser of a snapshot in float64."""
     weights, run, _ = snapshot.read(path)
     denoiser = diffusion.build_denoiser(run).double()
     denoiser.net.load_state_dict(weights)

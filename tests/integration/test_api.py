@@ -59,8 +59,8 @@ def test_exported_names_and_signatures():
 
 def test_importing_gesso_loads_nothing_else():
     code = "import sys, gesso; assert 'load_run' in dir(gesso); print([m for m in ('torch', 'numpy', 'rich', 'pydantic') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout == "[]\n"
 
 
 def test_samples_are_those_of_the_command_line(run, tmp_path):
@@ -70,8 +70,8 @@ def test_samples_are_those_of_the_command_line(run, tmp_path):
     assert images.shape == (4, 1, 8, 8) and images.dtype == torch.uint8
     settings = ["sample.guidance=2", "sample.sigma_rel=0.1", "sample.steps=4"]
     command = ["sample", str(run.folder), "--label", "7,3", "--seeds", "0-3", "--out", str(tmp_path), *settings]
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0, done.output
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
     for seed in range(4):
         with Image.open(tmp_path / f"seed{seed:06d}.png") as picture:
             assert np.array_equal(np.asarray(picture), images[seed, 0].numpy())
@@ -91,9 +91,9 @@ def test_a_loaded_run_is_the_trained_one(run):
 
 
 def test_evaluation_is_that_of_the_command_line(run):
-    seen = []
-    values = run.evaluate(["fd_digits"], num_images=50, progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (50, 50) and set(values) == {"fd_digits"}
+    calls = []
+    values = run.evaluate(["fd_digits"], num_images=50, progress=lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (50, 50) and set(values) == {"fd_digits"}
     done = CliRunner().invoke(app, ["evaluate", str(run.folder), "eval.metrics=fd_digits", "eval.num_samples=50"])
     assert done.exit_code == 0, done.output
     (stored,) = json.loads((run.folder / "metrics.json").read_text())["evaluations"].values()
@@ -117,7 +117,7 @@ def test_models_are_built_by_name():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda run: run.sample(labels=["eleven"]), "no class 'eleven'"),
+        (lambda run: run.sample(labels=["eleven"]), "label 'eleven': no such class"),
         (lambda run: run.sample(labels=[11]), "label 11 is out of range"),
         (lambda run: run.sample(labels=[]), "labels is empty"),
         (lambda run: run.sample(settings={"net.depth": 3}), "net.depth"),

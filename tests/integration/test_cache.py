@@ -145,14 +145,14 @@ def test_moments_are_the_vaes(dtype, convention, vae, photos, tmp_path):
     opened = VAE(str(vae), convention=convention)
     due = []
     for start in (0, 12, 24):  # ranges of 6 images of 2 views, passes of 5 views
-        some = pixels[start : start + 12]
-        for part in some.split(5):
+        batch = pixels[start : start + 12]
+        for part in batch.split(5):
             filled = torch.cat([part, torch.zeros(5 - len(part), 3, 16, 16, dtype=torch.uint8)])
             due.append(torch.cat(opened.encode(filled), dim=1)[: len(part)])
     due = torch.cat(due)
     assert moments.flatten(0, 1).equal(due.to(moments.dtype))
-    alone = torch.cat([torch.cat(opened.encode(one[None]), dim=1) for one in pixels])
-    torch.testing.assert_close(due, alone, rtol=1e-4, atol=1e-5)
+    single = torch.cat([torch.cat(opened.encode(one[None]), dim=1) for one in pixels])
+    torch.testing.assert_close(due, single, rtol=1e-4, atol=1e-5)
     mean, std = latent_channel_stats(moments.flatten(0, 1))
     torch.testing.assert_close(torch.tensor(manifest.mean, dtype=torch.float64), mean, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(torch.tensor(manifest.std, dtype=torch.float64), std, rtol=1e-10, atol=0)
@@ -378,9 +378,9 @@ def test_killed_at_any_instant_and_gone_on_with(how, photos, tmp_path):
 
 
 def free_port() -> str:
-    with socket.socket() as some:
-        some.bind(("127.0.0.1", 0))
-        return str(some.getsockname()[1])
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
 
 
 RANKS = """
@@ -820,20 +820,20 @@ def test_check_names_bad_files_and_the_fix(photos, tmp_path):
     flipped[-1] ^= 1
     bad[1].write_bytes(flipped)
     bad[2].unlink()
-    done = runner.invoke(app, ["cache", "--check", str(o)])
-    assert done.exit_code == 1
+    result = runner.invoke(app, ["cache", "--check", str(o)])
+    assert result.exit_code == 1
     for path, output in zip(
         bad, ("bytes instead of", "is damaged: its SHA-256 is wrong", "cannot be read"), strict=True
     ):
-        assert any(line.startswith(str(path)) and output in line for line in done.stdout.splitlines())
-    *_, remove, again = done.stdout.splitlines()
+        assert any(line.startswith(str(path)) and output in line for line in result.stdout.splitlines())
+    *_, remove, again = result.stdout.splitlines()
     assert remove.split()[2:] == list(map(str, bad)) and again.split()[:2] == ["gesso", "cache"]
     for path in bad:
         path.unlink(missing_ok=True)
     assert runner.invoke(app, again.split()[1:]).exit_code == 0
     assert tree(o) == before
-    done = runner.invoke(app, ["cache", "--check", str(o)])
-    assert done.exit_code == 0 and "is as it was written" in done.stdout
+    result = runner.invoke(app, ["cache", "--check", str(o)])
+    assert result.exit_code == 0 and "is as it was written" in result.stdout
 
 
 # Reading.
@@ -1016,9 +1016,9 @@ def test_contradictions_are_refused_before_anything_is_opened(flags, arguments, 
 def test_the_command_line(photos, tmp_path):
     runner, o = CliRunner(), str(tmp_path / "o")
     words = ["cache", str(photos), o, "--resolution", "16", "--flip", "--views", "2", "--text", "words", "seed=2"]
-    done = runner.invoke(app, words)
-    assert done.exit_code == 0, done.output
-    assert f"{o}: 16 images of 2 views each, pixels 3x16x16" in done.stdout and f"gesso inspect {o}" in done.stdout
+    result = runner.invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert f"{o}: 16 images of 2 views each, pixels 3x16x16" in result.stdout and f"gesso inspect {o}" in result.stdout
     cache = CachedDataset(o)
     assert cache.plan.seed == 2 and cache.plan.views == 2 and cache.plan.semantic.kind == "text"
     before = {p: p.stat().st_mtime_ns for p in Path(o).rglob("*.json")}

@@ -56,9 +56,7 @@ def test_settings_that_contradict_the_cache_are_reported(photos, tmp_path):
     console = Console(record=True, width=400)
     open_dataset_for_run(image_run(tmp_path / "c", **{"data.resolution": 32, "data.flip": "true"}), console)
     output = console.export_text()
-    assert (
-        f"data.resolution=16 (not 32), as {tmp_path / 'c'} holds" in output and "data.flip=False (not True)" in output
-    )
+    assert f"data.resolution=16 (not 32), as in {tmp_path / 'c'}" in output and "data.flip=False (not True)" in output
 
 
 def test_latents_and_tokens_need_neither_vae_nor_encoder_in_training(photos, vae, tmp_path):

@@ -130,9 +130,9 @@ def test_image_depends_only_on_seed_and_settings(gesso, run, tmp_path):
     gesso("sample", run, strong, "--label", "7", "--seeds", "0-7", "--out", tmp_path / "many")
     gesso("sample", run, strong, "--label", "7", "--seeds", "5", "sample.batch_size=1", "--out", tmp_path / "single")
     gesso("sample", run, strong, "--label", "3", "--seeds", "5", "--out", tmp_path / "other")
-    many, single, other = (pixels(tmp_path / d / "seed000005.png") for d in ("many", "single", "other"))
+    many, single, other_seed = (pixels(tmp_path / d / "seed000005.png") for d in ("many", "single", "other"))
     assert np.abs(many - single).max() <= 1
-    assert np.abs(single - other).max() > 1
+    assert np.abs(single - other_seed).max() > 1
     assert np.abs(single - pixels(tmp_path / "many" / "seed000006.png")).max() > 50
 
 
@@ -168,37 +168,37 @@ def test_evaluate_and_report(gesso, run):
 
 
 def test_report_before_evaluation(gesso, run, tmp_path):
-    other = tmp_path / "run"
-    other.mkdir()
+    empty_run = tmp_path / "run"
+    empty_run.mkdir()
     for name in ("run.yaml", "log.jsonl"):
-        (other / name).write_text((run / name).read_text())
-    assert gesso("report", other)[0] == 0
-    assert "gesso evaluate" in (other / "report.html").read_text()
+        (empty_run / name).write_text((run / name).read_text())
+    assert gesso("report", empty_run)[0] == 0
+    assert "gesso evaluate" in (empty_run / "report.html").read_text()
 
 
 def test_damaged_snapshot_is_named(gesso, run, tmp_path):
     import shutil
 
-    other = shutil.copytree(run, tmp_path / "run")
-    path = snapshot.list_snapshots(other)[0].path
+    damaged = shutil.copytree(run, tmp_path / "run")
+    path = snapshot.list_snapshots(damaged)[0].path
     path.write_bytes(path.read_bytes()[:100])
-    assert_refused(gesso("sample", other), path.name, code=1)
+    assert_refused(gesso("sample", damaged), path.name, code=1)
     path.write_bytes(b"")
-    assert_refused(gesso("sample", other), path.name, code=1)
+    assert_refused(gesso("sample", damaged), path.name, code=1)
 
 
 def test_weights_of_another_network_are_rejected(run):
     tensors, stored, _ = snapshot.read(snapshot.list_snapshots(run)[-1].path)
-    other = stored.model_copy(update={"net": stored.net.model_copy(update={"depth": 2})})
-    with pytest.raises(Exception, match=r"weights of another network: \d+ missing \(blocks"):
-        snapshot.denoiser_from_weights(tensors, other)
+    changed = stored.model_copy(update={"net": stored.net.model_copy(update={"depth": 2})})
+    with pytest.raises(Exception, match=r"the weights belong to another network: \d+ missing \(blocks"):
+        snapshot.denoiser_from_weights(tensors, changed)
 
 
 def test_other_safetensors_file_is_no_snapshot(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(UsageError, match="was not written by gesso"):
+    with pytest.raises(UsageError, match="is not a snapshot of gesso"):
         snapshot.read(tmp_path / "x.safetensors")
 
 
@@ -207,7 +207,7 @@ def test_training_never_overwrites_a_run(gesso, tmp_path, monkeypatch):
     tiny = ["net.hidden_size=32", "net.depth=1", "net.num_heads=2", "train.total_images=64", "train.batch_size=32"]
     code, out, _ = gesso("train", "digits", *tiny)
     assert code == 0 and "training in runs/digits" in out and "gesso sample runs/digits" in out
-    assert_refused(gesso("train", "digits", *tiny), "already holds a run: go on with --resume")
+    assert_refused(gesso("train", "digits", *tiny), "already contains a run: add --resume")
     assert gesso("train", "runs/digits/run.yaml")[0] == 0  # repeats it in another folder
     names = sorted(p.name for p in Path("runs").iterdir())
     assert names == ["digits", "digits-2"]

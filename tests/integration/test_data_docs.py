@@ -232,10 +232,10 @@ def run_step(tmp_path, monkeypatch, models):
     return run_in_shell_or_cli
 
 
-def run(section: str, run_step, folder: Path, *more: str) -> dict[str, CachedDataset]:
+def run(section: str, run_step, folder: Path, *options: str) -> dict[str, CachedDataset]:
     """Run every step of a section, and of more sections; return the caches that it wrote."""
     LAYOUTS[section](folder)
-    for name in (section, *more):
+    for name in (section, *options):
         for step in steps(name):
             run_step(step)
     written = {

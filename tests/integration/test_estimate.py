@@ -45,16 +45,16 @@ def test_disk_is_what_a_run_writes(tmp_path):
     lines = estimate.estimate(run, QUIET, seconds=2)
     line = lines[-1]
     snapshots, size = re.search(r"([\d,]+) snapshots of ([\d.]+ .B)", line).groups()
-    states, state = re.search(r"(\d+) states of ([\d.]+ .B)", line).groups()
+    states, state = re.search(r"(\d+) checkpoints of ([\d.]+ .B)", line).groups()
     files = list((tmp_path / "run" / "snapshots").glob("*.safetensors"))
     assert int(snapshots) == len(files)
     folders = list((tmp_path / "run" / "state").glob("nimg*"))
     assert int(states) >= len(folders) >= 2  # milestones that are among the last are counted twice
     room = {"kB": 1e3, "MB": 1e6}
     for output, path in ((size, files[0]), (state, folders[0])):
-        held = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.iterdir())
+        num_bytes = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.iterdir())
         number, unit = output.split()
-        assert float(number) * room[unit] == pytest.approx(held, rel=0.15)
+        assert float(number) * room[unit] == pytest.approx(num_bytes, rel=0.15)
 
 
 def test_time_of_a_full_batch():
@@ -88,9 +88,9 @@ def test_it_leaves_nothing_and_says_all(tmp_path, monkeypatch):
     head, memory, speed, time, disk = estimate.estimate(tiny_run(), QUIET, seconds=5)
     assert os.listdir(tmp_path) == [] and "snapshots" in disk
     assert re.match(r"digits on cpu, 1 rank: \d+ steps of 32 images$", head)
-    assert re.search(r"memory +[\d.]+ [kM]B of a rank with 32 samples at once: weights .*averages", memory)
-    assert re.search(r"images/s \([\d.e+,]+ to [\d.e+,]+ in eight tenths", speed)
-    assert "for 640 images in 20 steps" in time
+    assert re.search(r"memory +[\d.]+ [kM]B per rank with 32 samples per pass: weights .*averages", memory)
+    assert re.search(r"images/s \([\d.e+,]+ to [\d.e+,]+ in 80 %", speed)
+    assert "for 640 images, 20 steps" in time
 
 
 @pytest.mark.parametrize(
@@ -112,18 +112,20 @@ def test_a_source_that_is_not_there_yet(recipe):
     assert samples.x.shape[1] == run.x0_channels * (2 if run.latent.vae else 1)
     assert samples.x.shape[2:] == (run.input_spec.resolution,) * 2
     lines = estimate.estimate(run, QUIET, seconds=2)
-    assert "random ones (data.source=not/there is not there)" in lines[0]
+    assert "images of random values, as data.source=not/there does not exist" in lines[0]
 
 
 def test_more_than_there_is_is_not_tried(monkeypatch):
     monkeypatch.setattr(estimate, "available_memory", lambda device: 1e9)
     lines = estimate.estimate(recipes.resolve("cc12m-256-berrada", [])[0], QUIET)
-    assert "not measured, as 22" in lines[0] and "weights 3.17 GB" in lines[1] and "optimizer 6.3" in lines[1]
+    assert (
+        "not measured, as a rank needs 22" in lines[0] and "weights 3.17 GB" in lines[1] and "optimizer 6.3" in lines[1]
+    )
     assert "snapshots of 3.17 GB" in lines[2]
 
 
 def test_errors_are_those_of_training():
-    with pytest.raises(UsageError, match="fits no parameter"):
+    with pytest.raises(UsageError, match="matches no parameter"):
         estimate.estimate(recipes.resolve("digits", ['optim.param_groups=[{"match":"x.*"}]'])[0], QUIET)
 
 
@@ -151,7 +153,7 @@ def test_two_ranks(tmp_path):
     cwd.mkdir()
     settings = ["net.hidden_size=32", "net.depth=1", "net.num_heads=2", "train.batch_size=8", "train.total_images=64"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, "train", "digits", "--estimate", *settings],
         cwd=cwd,
         capture_output=True,
@@ -159,7 +161,7 @@ def test_two_ranks(tmp_path):
         timeout=200,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("on cpu, 2 ranks:") == 1 and "4 samples at once" in done.stdout
-    assert done.stdout.count("gloo threads at exit: 0") == 2
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.count("on cpu, 2 ranks:") == 1 and "4 samples per pass" in process.stdout
+    assert process.stdout.count("gloo threads at exit: 0") == 2
     assert list(cwd.iterdir()) == []

@@ -11,7 +11,7 @@ from helpers.encoders import write_full_clip
 from helpers.feature_weights import inception_state, lpips_states, write_weights
 from helpers.run_factory import write_run
 
-from gesso import atomic_io, build_conditions, config, ema, sampling, snapshot
+from gesso import atomic_io, config, ema, sampling, snapshot
 from gesso.config import EvalConfig
 from gesso.data import crops
 from gesso.data.factory import open_dataset
@@ -55,9 +55,7 @@ def recorded_run(folder, *settings: str) -> config.RunConfig:
 def drawn(folder, run: config.RunConfig, seeds: range) -> torch.Tensor:
     """The samples themselves, in one go, in RGB."""
     tensors, *_ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(run.sample)])
-    cond, _ = build_conditions.build_cond(
-        run, seeds, snapshot.load_control_rows(folder), run_sampler.sample_labels(run, seeds)
-    )
+    cond, _ = sampling.build_cond(run, seeds, snapshot.load_control_rows(folder), run_sampler.sample_labels(run, seeds))
     created = torch.cat(list(sampling.generate(snapshot.denoiser_from_weights(tensors[0], run), run, seeds, cond)))
     return created.expand(-1, 3, -1, -1)
 
@@ -211,7 +209,7 @@ def test_clip_score_of_a_run_with_words(tmp_path):
     prompts = run_sampler.load_prompts(run)
     tensors, *_ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(run.sample)])
     texts = [prompts[i].caption for i in range(40)]
-    cond, _ = build_conditions.build_cond(run, range(40), snapshot.load_control_rows(folder), None, texts)
+    cond, _ = sampling.build_cond(run, range(40), snapshot.load_control_rows(folder), None, texts)
     created = torch.cat(list(sampling.generate(snapshot.denoiser_from_weights(tensors[0], run), run, range(40), cond)))
     expected = float(clip_dino.CLIPScore(str(clip))(created.expand(-1, 3, -1, -1), texts).mean())
     assert result.metrics["clip"]["mean"] == pytest.approx(expected, rel=1e-4)
@@ -228,7 +226,7 @@ def test_shapes_are_read_back(recipe, tmp_path):
     prompts, rows = run_sampler.load_prompts(run), snapshot.load_control_rows(folder)
     captions = [prompts[i].caption for i in range(n)] if prompts else None
     labels = run_sampler.sample_labels(run, range(n))
-    cond, _ = build_conditions.build_cond(run, range(n), rows, labels, captions)
+    cond, _ = sampling.build_cond(run, range(n), rows, labels, captions)
     tensors, *_ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(run.sample)])
     created = torch.cat(list(sampling.generate(snapshot.denoiser_from_weights(tensors[0], run), run, range(n), cond)))
     if captions:
@@ -283,9 +281,7 @@ def test_diversity_under_other_sizes(tmp_path, monkeypatch):
     denoiser, rows = snapshot.denoiser_from_weights(tensors[0], run), snapshot.load_control_rows(folder)
     every, sharp = [], []
     for seed in range(3):
-        cond = [
-            build_conditions.build_cond(run, [seed], rows, [seed % 6], None, {"size": f"{s}x{s}"})[0] for s in sizes
-        ]
+        cond = [sampling.build_cond(run, [seed], rows, [seed % 6], None, {"size": f"{s}x{s}"})[0] for s in sizes]
         created = [next(iter(sampling.generate(denoiser, run, [seed], c))) for c in cond]
         distance = {(i, j): float(network(created[i], created[j])) for j in range(5) for i in range(j)}
         every.append(sum(distance.values()) / 10)
@@ -416,7 +412,7 @@ def test_digits_with_two_size_conditions(tmp_path):
     )
     seeds, created = list(range(7)), []
     for size in ("4x4", "8x8"):
-        cond, _ = build_conditions.build_cond(run, seeds, rows, seeds, None, {"size": size})
+        cond, _ = sampling.build_cond(run, seeds, rows, seeds, None, {"size": size})
         created.append(network(torch.cat(list(sampling.generate(denoiser, run, seeds, cond)))))
     assert actual["zero"] == [0] and actual["uniform"][0] > 1e-3
     assert actual["uniform"] == pytest.approx([float((created[0] - created[1]).norm(dim=1).mean())], rel=1e-4)

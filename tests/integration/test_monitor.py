@@ -284,7 +284,7 @@ def test_validation_over_buckets_takes_pictures_of_one_size_together(photos, tmp
 def test_validation_that_would_never_be(tmp_path):
     with pytest.raises(UsageError, match=r"monitor.validate_every=250000 is above train.total_images=640"):
         tiny_run(**{"data.num_validation": 5})
-    with pytest.raises(UsageError, match=r"validate on the one or the other"):
+    with pytest.raises(UsageError, match=r"exclude each other"):
         tiny_run(**{"data.num_validation": 5, "monitor.validate_every": 64, "monitor.validation_source": "digits"})
     with pytest.raises(
         UsageError, match=r"monitor.evaluate_every=64 measures what eval.toy_metrics says, which is none"
@@ -515,7 +515,7 @@ def test_what_a_watched_run_leaves(seen):
     # An average of weights on the sphere lies inside it.
     assert all(0.5 < mean <= largest < 1 + 1e-6 for largest, mean in measured["weights"].values())
     speed = next(line for line in lines if "loss" in line)
-    assert 0 <= speed["waiting"] < 1 and 0 < speed["utilisation"] < 1.5 and speed["product_teraflops"] > 0
+    assert 0 <= speed["data_wait_fraction"] < 1 and 0 < speed["mfu"] < 1.5 and speed["matmul_tflops"] > 0
     assert not (seen / "metrics.json").exists()
     assert max(len(text) for text in (seen / "log.jsonl").read_text().splitlines()) < 800
 
@@ -591,7 +591,7 @@ def test_watching_may_change_on_resume_and_holding_out_may_not(seen, tmp_path, m
     import shutil
 
     out = Path(shutil.copytree(seen, tmp_path / "run"))
-    with pytest.raises(UsageError, match=r"data.num_validation: 40 there, 30 here"):
+    with pytest.raises(UsageError, match=r"data.num_validation: recorded 40, now 30"):
         start_training(edm2_run(**ALL_ON | {"data.num_validation": 30}), out, True, QUIET, lambda text: None)
     start_training(edm2_run(**OFF), out, True, QUIET, lambda text: None)  # nothing left to do
     assert without_speed(out) == without_speed(seen)
@@ -617,7 +617,7 @@ def test_training_takes_the_forward_passes_of_its_loss():
     assert 1.6 < twice < 2.2  # fewer tokens, and one block more
 
 
-def test_utilisation(monkeypatch):
+def test_mfu(monkeypatch):
     run, _ = open_dataset_for_run(tiny_run(), QUIET)
     now = [100.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
@@ -626,14 +626,14 @@ def test_utilisation(monkeypatch):
     now[0] = 104.0
     line = speed(3000, 1.0)
     flops = 500 * 6 * count.count_flops(run.net, run.input_spec).macs
-    assert line["images_per_second"] == 500 and line["waiting"] == 0.25 and line["product_teraflops"] == 0.001
-    assert line["utilisation"] == pytest.approx(flops / 2e9, abs=1e-4)
+    assert line["images_per_second"] == 500 and line["data_wait_fraction"] == 0.25 and line["matmul_tflops"] == 0.001
+    assert line["mfu"] == pytest.approx(flops / 2e9, abs=1e-4)
     now[0] = 105.0
-    assert speed(3100, 1.5) | {"utilisation": 0} == {
+    assert speed(3100, 1.5) | {"mfu": 0} == {
         "images_per_second": 100.0,
-        "waiting": 0.5,
-        "utilisation": 0,
-        "product_teraflops": 0.001,
+        "data_wait_fraction": 0.5,
+        "mfu": 0,
+        "matmul_tflops": 0.001,
     }
     monkeypatch.undo()
     assert throughput.measure_matmul_flops(run, CPU) > 1e8

@@ -1,4 +1,4 @@
-"""Resumed in the middle of an epoch on other numbers of ranks: the samples, bit by bit, and the weights of the whole run."""
+"""Training resumed within an epoch on another number of ranks sees the same samples and reaches the same weights."""
 
 from pathlib import Path
 
@@ -10,22 +10,22 @@ from safetensors.torch import load_file
 
 BATCH, EPOCH = 5, 16  # which BATCH does not divide, nor 2 BATCH
 STEPS = 14
-# Writes down every sample that training is given: pixels or latents, label, control, what is dropped.
-SEEN = """
+# Saves every training sample: pixels or latents, label, control, which conditions are dropped.
+SAVE_SAMPLES = """
 import os
 from pathlib import Path
 from safetensors.torch import save_file
 from gesso.data.batching import Batcher
-finish = Batcher.to_device
-def seen(self, counter, samples):
-    x0, cond = finish(self, counter, samples)
-    for i, k in enumerate(counter.tolist()):
+to_device = Batcher.to_device
+def to_device_and_save(self, index, samples):
+    x0, cond = to_device(self, index, samples)
+    for i, k in enumerate(index.tolist()):
         fields = {{name: t[i].contiguous() for name, t in vars(cond).items() if t is not None}}
-        kept = Path({folder!r}) / f"{{os.getpid()}}"
-        save_file({{"x0": x0[i].contiguous()}} | fields, kept)
-        os.replace(kept, kept.with_name(str(k)))
+        path = Path({folder!r}) / f"{{os.getpid()}}"
+        save_file({{"x0": x0[i].contiguous()}} | fields, path)
+        os.replace(path, path.with_name(str(k)))
     return x0, cond
-Batcher.to_device = seen
+Batcher.to_device = to_device_and_save
 """
 
 
@@ -58,27 +58,31 @@ def test_other_ranks_see_the_same_samples(photos, vae, tmp_path, kind):
     output = {"data.source": source, "data.channels": 3, "net.hidden_size": 32, "net.depth": 1, "net.num_heads": 2, "net.patch_size": 1,
             "data.resolution": 16, "train.num_threads": 1, "eval.toy_metrics": "none", "optim.warmup_images": 0}  # fmt: skip
 
-    def train(name: str, world: int, **more) -> None:
-        seen = tmp_path / f"seen {name}"
-        seen.mkdir(exist_ok=True)
+    def train(name: str, world: int, **options) -> None:
+        samples_folder = tmp_path / f"seen {name}"
+        samples_folder.mkdir(exist_ok=True)
         job = {
             "out": str(tmp_path / name),
             "settings": {k: str(v) for k, v in (output | settings).items()},
             "resume": True,
         }
-        launch(world, [job | {"prelude": SEEN.format(folder=str(seen))} | more])
+        launch(world, [job | {"prelude": SAVE_SAMPLES.format(folder=str(samples_folder))} | options])
 
     train("whole", 1)
     train("parts", 1, stop_at=4 * BATCH)  # states are those of 2, 4, ... batches
     train("parts", 2, stop_at=9 * BATCH)
     train("parts", 1)
-    one, other = samples(tmp_path / "seen whole"), samples(tmp_path / "seen parts")
-    assert [*range(STEPS * BATCH)] == sorted(k for k in one if k < STEPS * BATCH)
+    uninterrupted, resumed = samples(tmp_path / "seen whole"), samples(tmp_path / "seen parts")
+    assert [*range(STEPS * BATCH)] == sorted(k for k in uninterrupted if k < STEPS * BATCH)
     assert STEPS * BATCH > 4 * EPOCH and 4 * BATCH % EPOCH and 8 * BATCH % EPOCH
     for k in range(STEPS * BATCH):
-        assert one[k].keys() == other[k].keys() >= {"x0", "label", "has_semantic", "has_control", "control_high"}
-        assert all(one[k][name].equal(other[k][name]) for name in one[k]), k
-    assert len({str(sample["control_high"]) for sample in one.values()}) > 20  # crops differ
-    assert len({bool(sample["has_control"]) for sample in one.values()}) == 2
+        assert (
+            uninterrupted[k].keys()
+            == resumed[k].keys()
+            >= {"x0", "label", "has_semantic", "has_control", "control_high"}
+        )
+        assert all(uninterrupted[k][name].equal(resumed[k][name]) for name in uninterrupted[k]), k
+    assert len({str(sample["control_high"]) for sample in uninterrupted.values()}) > 20  # crops differ
+    assert len({bool(sample["has_control"]) for sample in uninterrupted.values()}) == 2
     assert max_weight_difference(tmp_path / "whole", tmp_path / "parts") < 1e-10
     assert logged_losses(tmp_path / "parts") == pytest.approx(logged_losses(tmp_path / "whole"), rel=1e-10)

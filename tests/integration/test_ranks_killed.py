@@ -82,30 +82,30 @@ def life(out: Path, world: int, rng: random.Random, harm: str = "kill", **settin
 
     before = read_complete_files(out) if out.exists() else {"newest": 0}
     if harm == "kill":
-        done = launch(world, [job(out, **settings)], check=False, on_start=watch)
+        result = launch(world, [job(out, **settings)], check=False, on_start=watch)
         assert time.monotonic() - harmed[0] < 60
     else:
         prelude = {"full": FULL, "read-only": READ_ONLY}[harm].format(after=2 * after)
-        done = launch(world, [job(out, on(victims[0], prelude), **settings)], check=False)
+        result = launch(world, [job(out, on(victims[0], prelude), **settings)], check=False)
     now = read_complete_files(out)
     assert before.items() - {("newest", before["newest"])} <= now.items() and now["newest"] >= before["newest"]
-    check_failure_messages(done, world, victims, harm)
-    assert 0 not in done.codes or now["newest"] == STEPS * BATCH  # killed at the very end
-    return done
+    check_failure_messages(result, world, victims, harm)
+    assert 0 not in result.codes or now["newest"] == STEPS * BATCH  # killed at the very end
+    return result
 
 
-def check_failure_messages(done: LaunchResult, world: int, victims: list[int], harm: str) -> None:
+def check_failure_messages(result: LaunchResult, world: int, victims: list[int], harm: str) -> None:
     """What the others say."""
-    assert "Traceback" not in done.output, done.output
-    for rank, code in enumerate(done.codes):
-        assert code in (0, 1, -signal.SIGKILL), (rank, done)
-    if harm == "kill" and 1 in done.codes and len(victims) < world:
+    assert "Traceback" not in result.output, result.output
+    for rank, code in enumerate(result.codes):
+        assert code in (0, 1, -signal.SIGKILL), (rank, result)
+    if harm == "kill" and 1 in result.codes and len(victims) < world:
         (victim,) = victims
-        assert re.search(rf"rank {victim} of {world} \(\S+, process \d+\) is gone", done.output), done
-    if harm == "full" and any(done.codes):
-        assert "no space left" in done.output
-    if harm == "read-only" and any(done.codes):
-        assert "Read-only file system" in done.output
+        assert re.search(rf"rank {victim} of {world} \(\S+, process \d+\) is gone", result.output), result
+    if harm == "full" and any(result.codes):
+        assert "no space left" in result.output
+    if harm == "read-only" and any(result.codes):
+        assert "Read-only file system" in result.output
 
 
 def finished(out: Path, world: int, **settings) -> None:
@@ -113,15 +113,15 @@ def finished(out: Path, world: int, **settings) -> None:
     assert not list(out.rglob("*.tmp"))
 
 
-def assert_equal(one: Path, other: Path, exactly: bool) -> None:
+def assert_equal(first: Path, second: Path, exactly: bool) -> None:
     if exactly:
-        a, b = load_last_checkpoint(one), load_last_checkpoint(other)
+        a, b = load_last_checkpoint(first), load_last_checkpoint(second)
         assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
-        assert max_weight_difference(one, other) == 0 and logged_losses(one) == logged_losses(other)
+        assert max_weight_difference(first, second) == 0 and logged_losses(first) == logged_losses(second)
     else:
-        assert max_weight_difference(one, other) < 1e-10
-        assert logged_losses(one) == pytest.approx(logged_losses(other), rel=1e-10)
-    times = [line["nimg"] for line in read_log(one / "log.jsonl") if "loss" in line]
+        assert max_weight_difference(first, second) < 1e-10
+        assert logged_losses(first) == pytest.approx(logged_losses(second), rel=1e-10)
+    times = [line["nimg"] for line in read_log(first / "log.jsonl") if "loss" in line]
     assert times == [BATCH * (i + 1) for i in range(STEPS)]
 
 
@@ -168,9 +168,9 @@ def test_killed_a_hundred_times(uninterrupted, tmp_path, seed):
         world, sharding = rng.choice([1, 2]), rng.choice(["ddp", "fsdp"])
         while rng.random() < 0.75:
             now = world if constant else rng.choice([1, 2])
-            how = {"train.sharding": sharding if constant else rng.choice(["ddp", "fsdp"])}
-            done = life(out, now, rng, rng.choice(["kill", "kill", "kill", "full", "read-only"]), **how)
-            kills += -signal.SIGKILL in done.codes
+            options = {"train.sharding": sharding if constant else rng.choice(["ddp", "fsdp"])}
+            result = life(out, now, rng, rng.choice(["kill", "kill", "kill", "full", "read-only"]), **options)
+            kills += -signal.SIGKILL in result.codes
         finished(out, world, **{"train.sharding": sharding})
         assert_equal(out, uninterrupted[world, sharding], exactly=constant)
     assert runs > 2
@@ -191,9 +191,9 @@ def test_a_rank_that_hangs(tmp_path):
         signal.pidfd_send_signal(handle, signal.SIGKILL)
 
     long = {"train.total_images": 10**6, "train.rank_timeout_s": 5}
-    done = launch(2, [job(tmp_path / "run", **long)], check=False, on_start=stop)
-    assert done.codes == [1, -signal.SIGKILL]
-    assert re.search(r"gesso: rank 1 of 2 \(\S+, process \d+\) does not answer", done.output)
+    result = launch(2, [job(tmp_path / "run", **long)], check=False, on_start=stop)
+    assert result.codes == [1, -signal.SIGKILL]
+    assert re.search(r"gesso: rank 1 of 2 \(\S+, process \d+\) does not answer", result.output)
 
 
 BEFORE_MEETING = """
@@ -213,7 +213,7 @@ ranks.RENDEZVOUS_TIMEOUT = datetime.timedelta(seconds=2)
 
 def test_a_rank_that_dies_before_it_meets_the_others_in_a_group(tmp_path):
     """There is no connection that could break: the others wait for a key of the store, for RENDEZVOUS_TIMEOUT at most."""
-    done = launch(2, [job(tmp_path / "run", BEFORE_MEETING)], check=False)
-    assert done.codes == [1, -signal.SIGKILL] and re.search(
-        r"gesso: rank 1 of 2 \(\S+, process \d+\) is gone", done.output
+    result = launch(2, [job(tmp_path / "run", BEFORE_MEETING)], check=False)
+    assert result.codes == [1, -signal.SIGKILL] and re.search(
+        r"gesso: rank 1 of 2 \(\S+, process \d+\) is gone", result.output
     )

@@ -354,10 +354,10 @@ def test_missing_or_unreadable_manifest(memory):
 
 
 def test_is_remote():
-    for where in ("s3://a/b", "gs://a", "https://a/b", "memory://a", "S3://a"):
-        assert remote.is_remote(where)
-    for where in ("a/b", "/a//b", "digits", "shapes:500", Path("/a"), "a-{000..009}.tar", "C:\\a"):
-        assert not remote.is_remote(where)
+    for url in ("s3://a/b", "gs://a", "https://a/b", "memory://a", "S3://a"):
+        assert remote.is_remote(url)
+    for url in ("a/b", "/a//b", "digits", "shapes:500", Path("/a"), "a-{000..009}.tar", "C:\\a"):
+        assert not remote.is_remote(url)
 
 
 @pytest.mark.parametrize(
@@ -393,11 +393,11 @@ def test_missing_packages():
                 print(error)
             del sys.modules[package]
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.splitlines() == [
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stdout.splitlines() == [
         "this needs fsspec: pip install 'gesso[s3]'",
         "s3://a/b: reading s3:// needs a package that is not installed: pip install 'gesso[s3]'",
-    ], done.stderr
+    ], process.stderr
     with pytest.raises(UsageError, match="reading gs:// needs a package that is not installed: pip install gcsfs"):
         remote.open_remote_manifest("gs://a/b")
     with pytest.raises(UsageError, match=r"no-such://a/b cannot be opened: Protocol not known"):
@@ -659,8 +659,8 @@ def test_process_exits_during_prefetch(server):
         f"manifest = remote.open_remote_manifest({url!r}); "
         f"remote.RemoteShards({url!r}, manifest.files, manifest.fingerprint).prefetch({NAMES!r}); time.sleep(0.5)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == ""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0 and process.stderr == ""
     assert all(server.requests[f"shards/{name}"] <= 1 for name in NAMES)
 
 

@@ -321,7 +321,7 @@ def test_cells_with_another_protocol_have_footnotes(tmp_path, known):
         ("fast", "FID"): (1,), ("fast", "right"): (1,), ("fast, guided", "FID"): (2,), ("fast, guided", "right"): (2,),
     }  # fmt: skip
     text = page.write_page(fake(), "tiny", tmp_path, todo)[0].read_text()
-    assert "<sup>1</sup> num_samples 20" in text and text.count("<sup>2</sup>") == 3
+    assert "<sup>1</sup> num\\_samples 20" in text and text.count("<sup>2</sup>") == 3
 
 
 def test_another_reference_or_measure_has_a_footnote(tmp_path):
@@ -337,7 +337,7 @@ def test_another_reference_or_measure_has_a_footnote(tmp_path):
     )
     table = table._replace(scales={"tiny": Scale(parts, "")})
     todo = numbers(table, tmp_path, {}, **{"never made": {"reference": "shapes"}})
-    notes = footnotes.footnotes(table, todo, {job.path: runner.read_record(job.path) for job in todo})[1]
+    notes = footnotes.collect_footnotes(table, todo, {job.path: runner.read_record(job.path) for job in todo})[1]
     assert any(note.startswith("reference 1,797 of shapes (abc), where") for note in notes)
     assert "measure digits_feature_distance, where other rows have fd_digits" in notes
 
@@ -381,7 +381,7 @@ def test_a_figure_of_samples_shows_them_once(tmp_path):
     atomic_io.write_json(todo[0].path, {"training_commands": [todo[0].training.command], "values": {"num_images": 12}})
     paths = page.write_page(table, "tiny", tmp_path, todo)
     assert not (tmp_path / "test-fig9-tiny.png").exists() and "| fast | 12 |" in paths[0].read_text()
-    Image.new("RGB", (40, 10), "red").save(page.plots.sample_grids.sample_grid(todo[0]))
+    Image.new("RGB", (40, 10), "red").save(page.plots.sample_grids.grid_path(todo[0]))
     paths = page.write_page(table, "tiny", tmp_path, todo)
     with Image.open(tmp_path / "test-fig9-tiny.png") as picture:
         width, height = picture.size
@@ -452,11 +452,11 @@ def test_column_descriptions():
     )
     content = page.labels.describe_columns(table, todo)
     assert content["FID"].startswith("one minus the share of samples") and content["FID"].endswith(
-        ", the least over sample.sigma_rel"
+        ", the minimum over sample.sigma_rel"
     )
     assert content == {
         **content,
-        "right": "not made at this scale",
+        "right": "not measured at this scale",
         "size": "parameters (counts of the network of a run, without training it)",
     }
 
@@ -468,7 +468,7 @@ def test_names_are_in_the_order_of_their_numbers():
 
 def test_another_readme_is_not_overwritten(tmp_path):
     (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(UsageError, match="choose another --out"):
+    with pytest.raises(UsageError, match="choose another folder"):
         index.write_index(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
 
@@ -482,7 +482,7 @@ def test_another_readme_is_not_overwritten(tmp_path):
 )  # fmt: skip
 def test_digits(values, due):
     cells = [results.CellNumbers({0: value}) for value in values]
-    assert page.format_number(values[0], page.significant_digits(cells)) == due
+    assert page.format_number(values[0], page.column_decimals(cells)) == due
 
 
 # Running jobs
@@ -530,7 +530,7 @@ def test_a_row_that_diverges_is_a_result(tmp_path, known, monkeypatch):
 
 
 def test_an_interruption_names_the_command_that_resumes(tmp_path, known, monkeypatch):
-    """After a signal during a training the state is saved, and the same command resumes it."""
+    """After a signal during a training a checkpoint is written, and the same command resumes it."""
     after, sent = loop.Monitor.on_step_end, []
 
     def interrupted(watcher, before):
@@ -549,7 +549,7 @@ def test_an_interruption_names_the_command_that_resumes(tmp_path, known, monkeyp
     with pytest.raises(StoppedError) as stopped:
         list(runner.run_jobs(todo, QUIET, lambda text: None, "gesso reproduce test/1"))
     content = str(stopped.value).splitlines()
-    assert content == ["SIGINT at image 160: the state is saved. Resume with", "  gesso reproduce test/1"]
+    assert content == ["SIGINT at image 160: a checkpoint is written. Resume with", "  gesso reproduce test/1"]
     assert stopped.value.exit_code == 130 and not todo[0].path.exists()
     console = Console(record=True, quiet=False, file=io.StringIO())
     list(runner.run_jobs(todo, console, lambda text: None))
@@ -838,7 +838,7 @@ def test_bad_input(tmp_path, known, gesso, monkeypatch):
         "--num-seeds 0: must be at least 1": ("test/1", "--num-seeds", 0),
         "is a file: name a folder": ("test/1", "--slurm", tmp_path / "file"),
         "choose another": ("test/1", "--out", tmp_path / "file"),
-        "choose another --out": ("test/1", "--out", tmp_path / "other"),
+        "choose another folder": ("test/1", "--out", tmp_path / "other"),
         "did you mean net.hidden_size?": ("test/1", "net.hiden_size=3"),
         "only collects the verdicts": ("test/a5", "--dry-run"),
     }

@@ -10,7 +10,7 @@ from helpers.network_cases import randomize_constants_
 from helpers.run_factory import QUIET_CONSOLE, small_run, with_settings, write_run
 from rich.console import Console
 
-from gesso import build_conditions, sampling, snapshot
+from gesso import sampling, snapshot
 from gesso.conditioning import Cond
 from gesso.config import DataConfig
 from gesso.data.batching import Batcher
@@ -27,8 +27,8 @@ PADDINGS = ["zero", "masked", "replicate", "noisy"]
 TEXT = {"semantic.kind": "text", "semantic.max_tokens": 6, "semantic.embed_dim": 12, "semantic.padding_noise": 0.5}
 
 
-def text_run(recipe: str, padding: str, **more: object):
-    return small_run(recipe, **TEXT | {"semantic.padding": padding} | more)
+def text_run(recipe: str, padding: str, **overrides: object):
+    return small_run(recipe, **TEXT | {"semantic.padding": padding} | overrides)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -83,14 +83,14 @@ def test_an_empty_prompt_is_withheld_text_under_every_padding(recipe, trained):
     for padding in PADDINGS:
         denoiser, run = trained(recipe, padding)
         denoiser.load_state_dict(weights)
-        empty, _ = build_conditions.build_cond(run, [3, 4], None, prompts=["", " ..."])
-        words, _ = build_conditions.build_cond(run, [3, 4], None, prompts=["a", "the digit seven"])
+        empty, _ = sampling.build_cond(run, [3, 4], None, prompts=["", " ..."])
+        words, _ = sampling.build_cond(run, [3, 4], None, prompts=["a", "the digit seven"])
         outputs.append(call(denoiser, empty))
         assert call(denoiser, words.without(semantic=True)).equal(outputs[-1])
         assert call(denoiser, empty.without(semantic=True)).equal(outputs[-1])
         assert (call(denoiser, words) - outputs[-1]).abs().amax((1, 2, 3)).min() > 1e-3
-    for other in outputs[1:]:  # a mask of all may take another attention kernel than none
-        torch.testing.assert_close(other, outputs[0], rtol=1e-5, atol=1e-5)
+    for output in outputs[1:]:  # a mask of all may take another attention kernel than none
+        torch.testing.assert_close(output, outputs[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("recipe", NETWORKS)
@@ -101,7 +101,7 @@ def test_paddings_differ_where_there_is_padding(recipe, trained):
         denoiser, run = trained(recipe, padding)
         denoiser.load_state_dict(weights)
         for stored, prompts in ((short, ["the seven"] * 2), (full, ["a b c d e f"] * 2)):
-            stored.append(call(denoiser, build_conditions.build_cond(run, [3, 4], None, prompts=prompts)[0]))
+            stored.append(call(denoiser, sampling.build_cond(run, [3, 4], None, prompts=prompts)[0]))
     for i in range(4):
         torch.testing.assert_close(full[i], full[0], rtol=1e-4, atol=1e-4)  # T = length: no padding, m = 1, no noise
         for j in range(i):
@@ -119,7 +119,7 @@ def test_withheld_text_does_not_reach_the_network(recipe):
     x0, cond = trainer.batcher(torch.arange(8))
     stored = cond.has_semantic
     assert 0 < int(stored.sum()) < 8
-    other = dataclasses.replace(
+    changed = dataclasses.replace(
         cond,
         text=torch.where(stored[:, None, None], cond.text, 3.0),
         text_mask=torch.where(stored[:, None], cond.text_mask, ~cond.text_mask),
@@ -127,9 +127,9 @@ def test_withheld_text_does_not_reach_the_network(recipe):
     )
     s = torch.full((8,), 0.5)
     with torch.no_grad():
-        assert trainer.denoiser(x0, s, cond).equal(trainer.denoiser(x0, s, other))
+        assert trainer.denoiser(x0, s, cond).equal(trainer.denoiser(x0, s, changed))
         all_selected = torch.ones_like(stored)
-        recorded = [trainer.denoiser(x0, s, dataclasses.replace(c, has_semantic=all_selected)) for c in (cond, other)]
+        recorded = [trainer.denoiser(x0, s, dataclasses.replace(c, has_semantic=all_selected)) for c in (cond, changed)]
         assert (recorded[0] - recorded[1]).abs().amax((1, 2, 3))[~stored].min() > 1e-5
 
 
@@ -158,21 +158,21 @@ def test_noise_in_training_is_keyed_to_the_sample_and_the_seed():
     full = batches(counter)[1].text
     for i in range(4):
         assert batches(counter[i : i + 1])[1].text[0].equal(full[i])
-    other, _ = batcher_for(text_run("digits", "noisy", **longer | {"train.seed": 1}))
-    same_image = {int(k): i for i, k in enumerate(other.sample_order(torch.arange(n)))}
+    other_seed, _ = batcher_for(text_run("digits", "noisy", **longer | {"train.seed": 1}))
+    same_image = {int(k): i for i, k in enumerate(other_seed.sample_order(torch.arange(n)))}
     k = torch.tensor([same_image[int(batches.sample_order(counter[:1]))]])
-    captions = [batches.dataset.captions[int(b.sample_order(c))] for b, c in ((batches, counter[:1]), (other, k))]
-    assert captions[0] == captions[1] and not other(k)[1].text[0].equal(full[0])
+    captions = [batches.dataset.captions[int(b.sample_order(c))] for b, c in ((batches, counter[:1]), (other_seed, k))]
+    assert captions[0] == captions[1] and not other_seed(k)[1].text[0].equal(full[0])
 
 
 def test_noise_in_sampling_is_keyed_to_the_seed():
     run = with_settings(text_run("digits", "noisy"), **{"data.num_classes": 10})
     prompts = ["the seven"] * 5
-    full, _ = build_conditions.build_cond(run, range(5), None, prompts=prompts)
-    alone, _ = build_conditions.build_cond(run, [3], None, prompts=prompts[:1])
-    assert alone.text[0].equal(full.text[3]) and not full.text[2].equal(full.text[3])
-    reseeded, _ = build_conditions.build_cond(with_settings(run, **{"train.seed": 9}), [3], None, prompts=prompts[:1])
-    assert reseeded.text.equal(alone.text)
+    full, _ = sampling.build_cond(run, range(5), None, prompts=prompts)
+    single, _ = sampling.build_cond(run, [3], None, prompts=prompts[:1])
+    assert single.text[0].equal(full.text[3]) and not full.text[2].equal(full.text[3])
+    reseeded, _ = sampling.build_cond(with_settings(run, **{"train.seed": 9}), [3], None, prompts=prompts[:1])
+    assert reseeded.text.equal(single.text)
 
 
 # What the user is told.
@@ -211,7 +211,7 @@ def test_captions_of_a_folder(tmp_path):
 def test_a_folder_without_captions(tmp_path):
     write_image_folders(tmp_path, {".": 4})
     settings = {"data.source": tmp_path, "data.channels": 3, "eval.toy_metrics": "none"}
-    with pytest.raises(UsageError, match=r"has no captions; put image\.txt beside each image"):
+    with pytest.raises(UsageError, match=r"has no captions; put image\.txt next to each image"):
         open_dataset_for_run(small_run(**TEXT | settings), QUIET_CONSOLE)
 
 

@@ -46,13 +46,13 @@ def straight(photos, tmp_path_factory) -> Path:
     return out
 
 
-def arguments(photos: Path, out: Path, *more: str) -> list[str]:
-    return ["train", f"folder:{photos}", *TINY, *more, "--out", str(out), "--resume"]
+def arguments(photos: Path, out: Path, *settings: str) -> list[str]:
+    return ["train", f"folder:{photos}", *TINY, *settings, "--out", str(out), "--resume"]
 
 
-def command(photos, out, *more, prelude="", check=True, **popen):
+def command(photos, out, *settings, prelude="", check=True, **popen):
     """Train in another process, after some Python of the test's own."""
-    code = f"import sys\nsys.argv = ['gesso', *{arguments(photos, out, *more)!r}]\n{prelude}\nfrom gesso.cli import main\nmain()"
+    code = f"import sys\nsys.argv = ['gesso', *{arguments(photos, out, *settings)!r}]\n{prelude}\nfrom gesso.cli import main\nmain()"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-c", code], check=check, env=environment, capture_output=True, text=True, **popen
@@ -69,12 +69,12 @@ def everything(out: Path) -> dict:
 
 
 def assert_same(a: Path, b: Path) -> None:
-    one, other = everything(a), everything(b)
-    assert one["tensors"].keys() == other["tensors"].keys() and len(one["tensors"]) > 50
-    assert [k for k in one["tensors"] if not one["tensors"][k].equal(other["tensors"][k])] == []
-    assert one["snapshots"].keys() == other["snapshots"].keys() and len(one["snapshots"]) == 8
-    assert [k for k in one["snapshots"] if one["snapshots"][k] != other["snapshots"][k]] == []
-    assert one["log"] == other["log"] and len(one["log"]) == 5
+    first, second = everything(a), everything(b)
+    assert first["tensors"].keys() == second["tensors"].keys() and len(first["tensors"]) > 50
+    assert [k for k in first["tensors"] if not first["tensors"][k].equal(second["tensors"][k])] == []
+    assert first["snapshots"].keys() == second["snapshots"].keys() and len(first["snapshots"]) == 8
+    assert [k for k in first["snapshots"] if first["snapshots"][k] != second["snapshots"][k]] == []
+    assert first["log"] == second["log"] and len(first["log"]) == 5
 
 
 def killed_at_random(photos: Path, out: Path, rng: random.Random) -> bool:
@@ -168,9 +168,13 @@ def stepping(self):
     return step(self)
 loop.Trainer.step = stepping
 """
-    done = command(photos, out, prelude=at_step, check=False)
-    assert done.returncode == 128 + number
-    assert "the state is saved" in done.stderr and "--resume" in done.stderr and "Traceback" not in done.stderr
+    process = command(photos, out, prelude=at_step, check=False)
+    assert process.returncode == 128 + number
+    assert (
+        "a checkpoint is written" in process.stderr
+        and "--resume" in process.stderr
+        and "Traceback" not in process.stderr
+    )
     assert checkpoint.list_checkpoints(out / "state")[-1].name == "nimg000000000256"
     command(photos, out)
     assert_same(straight, out)
@@ -197,18 +201,18 @@ def test_same_seed_same_numbers_other_seed_others(digits_run, tmp_path):
 
 def test_a_run_folder_is_not_overwritten(digits_run, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in digits_run.rglob("*")}
-    with pytest.raises(UsageError, match="already holds a run"):
+    with pytest.raises(UsageError, match="already contains a run"):
         start_training(tiny_run(), digits_run, False, QUIET, print)
-    with pytest.raises(UsageError, match="already holds a run"):
+    with pytest.raises(UsageError, match="already contains a run"):
         start_training(tiny_run(**{"train.seed": 5}), digits_run, False, QUIET, print)
-    with pytest.raises(UsageError, match=r"train\.seed: 0 there, 5 here"):
+    with pytest.raises(UsageError, match=r"train\.seed: recorded 0, now 5"):
         start_training(tiny_run(**{"train.seed": 5}), digits_run, True, QUIET, print)
     assert {p: p.stat().st_mtime_ns for p in digits_run.rglob("*") if p.name != ".lock"}.items() <= before.items()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UsageError, match=r"holds other files \(thesis.tex\)"):
+    with pytest.raises(UsageError, match=r"contains other files \(thesis.tex\)"):
         start_training(tiny_run(), tmp_path, True, QUIET, print)
 
 
@@ -229,7 +233,7 @@ def test_changed_images_are_noticed(photos, tmp_path):
     out = tmp_path / "run"
     start_training(run, out, False, QUIET, print)
     (tmp_path / "images" / "a" / "0.png").unlink()
-    with pytest.raises(UsageError, match=r"data\.num_images: 10 there, 9 here"):
+    with pytest.raises(UsageError, match=r"data\.num_images: recorded 10, now 9"):
         start_training(run, out, True, QUIET, print)
 
 
@@ -273,14 +277,14 @@ def test_all_states_damaged(digits_run, tmp_path):
     out = copy_of(digits_run, tmp_path)
     for state in checkpoint.list_checkpoints(out / "state"):
         next(state.glob("*.safetensors")).write_bytes(b"")
-    with pytest.raises(RunError, match="no state can be read"):
+    with pytest.raises(RunError, match="all checkpoints are damaged"):
         start_training(tiny_run(), out, True, QUIET, print)
 
 
 def test_the_state_of_another_network(digits_run, tmp_path):
-    other = loop.Trainer(*open_dataset_for_run(tiny_run(**{"net.depth": 2}), QUIET))
-    with pytest.raises(RunError, match=r"state of another network: missing \['ema"):
-        checkpoint.load_latest(digits_run / "state", other.state_tensors(), print)
+    other_trainer = loop.Trainer(*open_dataset_for_run(tiny_run(**{"net.depth": 2}), QUIET))
+    with pytest.raises(RunError, match=r"checkpoint of another network: missing \['ema"):
+        checkpoint.load_latest(digits_run / "state", other_trainer.state_tensors(), print)
 
 
 @pytest.mark.parametrize("when", [0, 160])
@@ -297,7 +301,7 @@ def test_nan_stops_the_run_and_reaches_nothing(tmp_path, monkeypatch, when):
         trained(tmp_path)
     output = str(caught.value)
     assert f"not finite at image {when}" in output and "noise levels" in output and "optim.lr" in output
-    assert ("nimg000000000096" in output) if when else ("no state was saved" in output)
+    assert ("nimg000000000096" in output) if when else ("no checkpoint was written" in output)
     for file in (tmp_path / "run").rglob("*.safetensors"):
         assert all(t.isfinite().all() for t in load_file(file).values())
 
@@ -306,8 +310,8 @@ def test_a_full_disk_loses_nothing(photos, straight, tmp_path, monkeypatch):
     out = tmp_path / "run"
     full = """
 import errno
-from gesso import snapshot
-save = snapshot.save_file
+from gesso import safetensors_io
+save = safetensors_io.save_file
 count = 0
 def full(tensors, path, metadata):
     global count
@@ -316,10 +320,10 @@ def full(tensors, path, metadata):
         open(path, "wb").write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
     return save(tensors, path, metadata)
-snapshot.save_file = full
+safetensors_io.save_file = full
 """
-    done = command(photos, out, prelude=full, check=False)
-    assert done.returncode == 1 and "no space left" in done.stderr and "Traceback" not in done.stderr
+    process = command(photos, out, prelude=full, check=False)
+    assert process.returncode == 1 and "no space left" in process.stderr and "Traceback" not in process.stderr
     assert len(list((out / "snapshots").iterdir())) == 4
     command(photos, out)
     assert_same(straight, out)

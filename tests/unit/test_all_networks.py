@@ -85,11 +85,11 @@ def test_every_row_of_every_parameter_gets_a_gradient(name):
         size = grad.flatten(1).abs().amax(1) if grad.ndim > 1 else grad.abs()
         if parameter.endswith("bias.table"):  # MDT's offsets between tokens: test_mdt says which rows are read
             size = size.max()[None]
-        wanted = torch.ones(len(size), dtype=torch.bool)
+        expected = torch.ones(len(size), dtype=torch.bool)
         for silent in ZERO_GRADIENT_ROWS:
             if re.search(silent.cases, name) and re.search(silent.parameter, parameter):
-                wanted[silent.first * len(size) // silent.total : silent.last * len(size) // silent.total] = False
-        if not (size > 1e-9 * size.max().clamp(min=1e-3)).equal(wanted):
+                expected[silent.first * len(size) // silent.total : silent.last * len(size) // silent.total] = False
+        if not (size > 1e-9 * size.max().clamp(min=1e-3)).equal(expected):
             wrong.append(parameter)
     assert wrong == []
 
@@ -102,8 +102,8 @@ def test_output_does_not_depend_on_neighbours(name):
     has_control = torch.tensor([True, False, True]) if name in CONTROL_CASES else None
     full_batch = call(name, has_semantic=has_semantic, has_control=has_control)
     for i in range(3):
-        *one, cond = (a[i : i + 1] for a in args)
-        single = net(*one, cond.without(semantic=i == 2, control=i == 1))
+        *sample, cond = (a[i : i + 1] for a in args)
+        single = net(*sample, cond.without(semantic=i == 2, control=i == 1))
         torch.testing.assert_close(single[0], full_batch[i], **TOLERANCE)
 
 
@@ -141,8 +141,8 @@ def test_withheld_control_contributes_exactly_zero_and_does_not_leak(name):
     assert call(name, **dict.fromkeys(control)).equal(withheld)
     assert call(name, has_control=ALL_WITHHELD, **{f: 9 - v for f, v in control.items()}).equal(withheld)
     # It is not the value 0.
-    for given in (call(name), call(name, **{f: 0 * v for f, v in control.items()})):
-        assert outputs_differ(given, withheld).min() > 1e-4
+    for output in (call(name), call(name, **{f: 0 * v for f, v in control.items()})):
+        assert outputs_differ(output, withheld).min() > 1e-4
     if "shared MLP" in name:  # the pooled text's first layer, which is wider with control
         return
     row = CASES[name]
@@ -155,28 +155,28 @@ def test_withheld_control_contributes_exactly_zero_and_does_not_leak(name):
 @every_case
 def test_every_condition_matters(name):
     cond = build_example(name)[1][3]
-    given = call(name)
+    conditional = call(name)
     for field in ("control_high", "control_low", "pooled"):
         value = getattr(cond, field)
         if value is not None:
-            assert outputs_differ(call(name, **{field: value + 1}), given).max() > 1e-3, field
+            assert outputs_differ(call(name, **{field: value + 1}), conditional).max() > 1e-3, field
     if name in SEMANTIC_CASES:
-        assert outputs_differ(call(name, **other_semantic(cond) | {"pooled": cond.pooled}), given).min() > 1e-4
+        assert outputs_differ(call(name, **other_semantic(cond) | {"pooled": cond.pooled}), conditional).min() > 1e-4
 
 
 @pytest.mark.parametrize("name", TEXT_CASES)
 def test_masked_padding_is_ignored_and_zero_padding_is_not(name):
     net, (*args, cond) = build_example(name)
     text, mask = cond.text, cond.text_mask
-    wanted = call(name)
-    torch.testing.assert_close(call(name, text=torch.where(mask[..., None], text, 1e3)), wanted, **TOLERANCE)
+    expected = call(name)
+    torch.testing.assert_close(call(name, text=torch.where(mask[..., None], text, 1e3)), expected, **TOLERANCE)
     # Longer padding is no different, nor is a caption alone, without padding and mask.
     longer = call(name, text=torch.cat([text, text], 1), text_mask=torch.cat([mask, torch.zeros_like(mask)], 1))
-    torch.testing.assert_close(longer, wanted, **TOLERANCE)
-    *one, first = (a[1:2] for a in (*args, cond))
-    single = net(*one, dataclasses.replace(first, text=first.text[:, :2], text_mask=None))
-    torch.testing.assert_close(single[0], wanted[1], **TOLERANCE)
-    zeros = outputs_differ(call(name, text=torch.where(mask[..., None], text, 0), text_mask=None), wanted)
+    torch.testing.assert_close(longer, expected, **TOLERANCE)
+    *sample, first = (a[1:2] for a in (*args, cond))
+    single = net(*sample, dataclasses.replace(first, text=first.text[:, :2], text_mask=None))
+    torch.testing.assert_close(single[0], expected[1], **TOLERANCE)
+    zeros = outputs_differ(call(name, text=torch.where(mask[..., None], text, 0), text_mask=None), expected)
     assert zeros[0] < 1e-12 and zeros[1:].min() > 1e-4  # the first caption has no padding
     leaf = text.clone().requires_grad_()
     net(*args, dataclasses.replace(cond, text=leaf)).square().sum().backward()
@@ -195,20 +195,20 @@ def test_a_text_without_real_tokens_is_finite(name):
 @every_case
 def test_sizes_other_than_trained(name):
     for size in [(4, 12), (14, 6), (2, 2), (16, 16)]:
-        net, (x, *rest) = build_example(name)[0], example_batch(CASES[name], size)
+        net, (x, *inputs) = build_example(name)[0], example_batch(CASES[name], size)
         with torch.no_grad():
-            out = net(x, *rest)
+            out = net(x, *inputs)
         assert out.shape == x.shape and out.isfinite().all()
 
 
 @every_case
 def test_state_dict_round_trip(name):
     net, args = build_example(name)
-    other = initialized_net(CASES[name], seed=1).double()
+    loaded = initialized_net(CASES[name], seed=1).double()
     with torch.no_grad():
-        assert outputs_differ(other(*args), call(name)).min() > 1e-3
-        other.load_state_dict(safetensors.torch.load(safetensors.torch.save(net.state_dict())))
-        assert other(*args).equal(call(name))
+        assert outputs_differ(loaded(*args), call(name)).min() > 1e-3
+        loaded.load_state_dict(safetensors.torch.load(safetensors.torch.save(net.state_dict())))
+        assert loaded(*args).equal(call(name))
 
 
 @pytest.mark.parametrize("name", FULLEST_CASES)
@@ -226,13 +226,13 @@ def test_float32_and_bf16_autocast_are_near_float64(name):
     exact, size = build_example(name)[0], (8, 12)
     net, args = copy.deepcopy(exact).float(), example_batch(CASES[name], size, torch.float32)
     with torch.no_grad():
-        wanted = exact(*example_batch(CASES[name], size))
+        expected = exact(*example_batch(CASES[name], size))
     out = net(*args)
-    assert (out - wanted).norm() < 1e-5 * wanted.norm()
+    assert (out - expected).norm() < 1e-5 * expected.norm()
     with torch.autocast("cpu", torch.bfloat16):
         out = net(*args)
         out.float().square().sum().backward()
-    assert out.isfinite().all() and (out - wanted).norm() < 0.05 * wanted.norm()
+    assert out.isfinite().all() and (out - expected).norm() < 0.05 * expected.norm()
     assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
 
 
@@ -241,12 +241,12 @@ def test_float32_and_bf16_autocast_are_near_float64(name):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_unsupported_conditions(network):
-    cfg, taken = NETWORKS[network]
+    cfg, supported = NETWORKS[network]
     for condition in ("class", "control", "text", "pooled"):
-        if condition not in taken:
+        if condition not in supported:
             with pytest.raises(ValueError, match=rf"^{re.escape(cfg.name)} takes no .*; it takes: .*label"):
                 models.build_network(cfg, INPUT_SPECS[condition])
-    if "text" in taken:
+    if "text" in supported:
         with pytest.raises(ValueError, match="classes or text, not both"):
             models.build_network(cfg, INPUT_SPECS["text"]._replace(num_classes=NUM_CLASSES))
 

@@ -45,10 +45,10 @@ def test_what_is_masked_has_no_part(tmp_path):
 def test_attention_that_sees_no_difference_is_even(tmp_path):
     """With keys of zero all weights are 1/(S+T): entropy 1, and padding has its share of the places."""
     even = job(tmp_path / "run", "zero")
-    for one in snapshot.list_snapshots(tmp_path / "run"):
-        weights, run, _ = snapshot.read(one.path)
+    for stored in snapshot.list_snapshots(tmp_path / "run"):
+        weights, run, _ = snapshot.read(stored.path)
         flat = {name: value * 0 if "qkv" in name else value for name, value in weights.items()}
-        snapshot.write(one.path, flat, one.nimg, one.profile, run)
+        snapshot.write(stored.path, flat, stored.nimg, stored.profile, run)
     result = attention_probe.measure_padding_attention(even)["values"]
     share = float((1 - lengths_of(run) / 8).mean())
     assert result["entropy"] == pytest.approx(1, abs=1e-5) and result["padding_fraction"] == pytest.approx(
@@ -74,7 +74,7 @@ def test_share_by_hand():
 
 def test_sample_grid_uses_each_size_condition(tmp_path):
     """The grid is what generate draws of the same seeds, a row for each size; without sizes about a square."""
-    from gesso import build_conditions, config, ema, sampling
+    from gesso import config, ema, sampling
     from gesso.reproduce import sample_grids
     from gesso.reproduce.schema import ColumnGroup
 
@@ -93,16 +93,16 @@ def test_sample_grid_uses_each_size_condition(tmp_path):
     weights, *_ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(run.sample)])
     created = []
     for size in ("4x4", "8x8"):
-        cond, _ = build_conditions.build_cond(
+        cond, _ = sampling.build_cond(
             run, range(3), snapshot.load_control_rows(folder), [0, 1, 2], None, {"size": size}
         )
         created += sampling.generate(snapshot.denoiser_from_weights(weights[0], run), run, range(3), cond)
     assert not created[0].equal(created[1])
     due = np.asarray(sampling.image_grid(torch.cat(created).expand(-1, 3, -1, -1), 3))
-    with Image.open(sample_grids.sample_grid(job)) as picture:
+    with Image.open(sample_grids.grid_path(job)) as picture:
         assert (np.asarray(picture) == due).all()
     job.params, job.path = {}, tmp_path / "b.json"
     assert sample_grids.save_sample_grid(job)["values"] == {"num_images": 3}
-    with Image.open(sample_grids.sample_grid(job)) as picture:
+    with Image.open(sample_grids.grid_path(job)) as picture:
         width, height = picture.size
-    assert width == height and sample_grids.sample_grid(job) == tmp_path / "b.png"
+    assert width == height and sample_grids.grid_path(job) == tmp_path / "b.png"

@@ -204,11 +204,11 @@ def test_growth_is_compared_with_one():
     """edm2/fig3: a configuration that grows as much as all others is not one that does not grow."""
     table = TABLES["edm2/fig3"]()
     grown = {(row.name, c.name): 2.0 for row in table.rows for c in table.columns}
-    still = dict.fromkeys(grown, 1.0)
+    no_growth = dict.fromkeys(grown, 1.0)
     for claim in table.claims:
         constant = "not grow" in claim.text
         assert (claims.compute_effect(table, claim, grown) > 0) != constant
-        assert (claims.compute_effect(table, claim, still) > 0) == constant
+        assert (claims.compute_effect(table, claim, no_growth) > 0) == constant
 
 
 def test_the_best_beta_is_not_none_at_all():

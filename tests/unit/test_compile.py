@@ -51,7 +51,7 @@ def test_gradients_of_compiled_checkpointed_blocks(name):
         net(*example_batch(row)).square().mean().backward()
         return {key: p.grad for key, p in net.named_parameters() if p.grad is not None}
 
-    wanted = gradients()
+    expected = gradients()
     assert compiled_graphs() == 0
     for options in (
         {"activation_checkpointing": True},
@@ -59,7 +59,7 @@ def test_gradients_of_compiled_checkpointed_blocks(name):
         {"compile": True, "activation_checkpointing": True},
     ):
         for key, gradient in gradients(**options).items():
-            torch.testing.assert_close(gradient, wanted[key], rtol=1e-10, atol=1e-10, msg=f"{key}, {options}")
+            torch.testing.assert_close(gradient, expected[key], rtol=1e-10, atol=1e-10, msg=f"{key}, {options}")
     assert compiled_graphs() > 0
 
 

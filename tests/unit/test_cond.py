@@ -65,8 +65,8 @@ def test_pad_text_matches_equation_7(texts, padding, beta):
     eps = randn(B, T, D, seed=7)
     out, mask = pad_text(tokens, lengths, padding, beta, eps)
     for i, n in enumerate(lengths.tolist()):
-        wanted = pad_by_loop(tokens[i, :n].tolist(), T, padding, beta, eps[i])
-        torch.testing.assert_close(out[i], torch.tensor(wanted, dtype=F64), rtol=1e-12, atol=1e-12)
+        expected = pad_by_loop(tokens[i, :n].tolist(), T, padding, beta, eps[i])
+        torch.testing.assert_close(out[i], torch.tensor(expected, dtype=F64), rtol=1e-12, atol=1e-12)
     if padding == "masked":
         places = torch.arange(T)
         assert mask.equal((places < lengths[:, None]) | (lengths[:, None] == 0))
@@ -79,18 +79,18 @@ def test_pad_text_matches_equation_7(texts, padding, beta):
 @given(texts=text_batches(), padding=st.sampled_from(PADDINGS))
 def test_padding_ignores_values_after_the_text(texts, padding):
     tokens, lengths = texts
-    other = torch.where(torch.arange(tokens.shape[1])[:, None] < lengths[:, None, None], tokens, 1e3)
-    for a, b in zip(*(pad_text(t, lengths, padding, 0.5, torch.ones_like(t)) for t in (tokens, other)), strict=True):
+    changed = torch.where(torch.arange(tokens.shape[1])[:, None] < lengths[:, None, None], tokens, 1e3)
+    for a, b in zip(*(pad_text(t, lengths, padding, 0.5, torch.ones_like(t)) for t in (tokens, changed)), strict=True):
         assert a is b is None or a.equal(b)
 
 
 @pytest.mark.parametrize(
-    "n, wanted", [(1, "aaaaaaa"), (2, "abababa"), (3, "abcabca"), (5, "abcdeab"), (7, "abcdefg"), (0, "0000000")]
+    "n, expected", [(1, "aaaaaaa"), (2, "abababa"), (3, "abcabca"), (5, "abcdeab"), (7, "abcdefg"), (0, "0000000")]
 )
-def test_replicate_padding_repeats_the_text(n, wanted):
+def test_replicate_padding_repeats_the_text(n, expected):
     letters = torch.arange(1.0, 8.0)[None, :, None]
     out, _ = pad_text(letters, torch.tensor([n]), "replicate")
-    assert "".join("0abcdefg"[int(v)] for v in out[0, :, 0]) == wanted
+    assert "".join("0abcdefg"[int(v)] for v in out[0, :, 0]) == expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -103,8 +103,8 @@ def test_padding_noise_std_matches_equation_7(T, n, beta):
     length, ones = torch.tensor([n]), torch.ones(1, T, 3, dtype=F64)
     added = (pad_text(tokens, length, "noisy", beta, ones)[0] - pad_text(tokens, length, "replicate")[0])[0]
     m = -(-T // n)
-    wanted = beta * math.sqrt(m - 1) * tokens[0, :n].std(0, correction=0)
-    torch.testing.assert_close(added, wanted.expand(T, 3), rtol=1e-9, atol=1e-12)
+    expected = beta * math.sqrt(m - 1) * tokens[0, :n].std(0, correction=0)
+    torch.testing.assert_close(added, expected.expand(T, 3), rtol=1e-9, atol=1e-12)
     assert (m == 1) == (added.abs().max() == 0) == (n == T)
 
 
@@ -136,8 +136,10 @@ def test_padding_noise_is_independent_of_the_batch():
     sample = torch.tensor([5, 9, 11, 2, 7, 8, 3, 1])
     full_batch = text_tensors(cfg, make_encoded_text(tokens, lengths), 3, sample)["text"]
     for i in range(8):
-        one = text_tensors(cfg, make_encoded_text(tokens[i : i + 1], lengths[i : i + 1]), 3, sample[i : i + 1])["text"]
-        assert one[0].equal(full_batch[i])
+        single = text_tensors(cfg, make_encoded_text(tokens[i : i + 1], lengths[i : i + 1]), 3, sample[i : i + 1])[
+            "text"
+        ]
+        assert single[0].equal(full_batch[i])
     order = torch.tensor([3, 1, 0, 2, 7, 4, 6, 5])
     assert text_tensors(cfg, make_encoded_text(tokens[order], lengths[order]), 3, sample[order])["text"].equal(
         full_batch[order]
@@ -156,9 +158,9 @@ def test_empty_text_equals_withheld_text(padding):
     cfg = SemanticConfig(kind="text", max_tokens=5, embed_dim=3, padding=padding, padding_noise=0.5)
     tokens, counter = torch.randn(2, 5, 3), torch.arange(2)
     empty = Cond(**text_tensors(cfg, make_encoded_text(tokens * 0, torch.zeros(2, dtype=torch.int64)), 0, counter))
-    given = Cond(**text_tensors(cfg, make_encoded_text(tokens, torch.tensor([2, 5])), 0, counter))
-    given = dataclasses.replace(given, pooled=given.pooled + 1)
-    for cond in (empty, given.without(semantic=True), empty.without(semantic=True)):
+    with_empty_text = Cond(**text_tensors(cfg, make_encoded_text(tokens, torch.tensor([2, 5])), 0, counter))
+    with_empty_text = dataclasses.replace(with_empty_text, pooled=with_empty_text.pooled + 1)
+    for cond in (empty, with_empty_text.without(semantic=True), empty.without(semantic=True)):
         assert cond.text_or_zero().equal(torch.zeros(2, 5, 3))
         assert cond.pooled_or_zero().equal(torch.zeros(2, 3))
         mask = cond.attention_mask()
@@ -191,9 +193,12 @@ def test_withholding_one_condition_keeps_the_other():
     assert cond.without(semantic=True).has_control is None and cond.without(control=True).has_semantic is None
     assert cond.without(control=True).without(semantic=True).has_control.any().logical_not()
     assert cond.has_semantic is None and Cond().without(semantic=True) == Cond()
-    some = dataclasses.replace(cond, has_semantic=torch.tensor([True, False, True]))
-    assert some.label_or_null(9).tolist() == [0, 9, 2]
-    assert some.attention_mask().tolist()[1] == [True] * 4 and some.attention_mask().tolist()[0] == [True] + [False] * 3
+    partial = dataclasses.replace(cond, has_semantic=torch.tensor([True, False, True]))
+    assert partial.label_or_null(9).tolist() == [0, 9, 2]
+    assert (
+        partial.attention_mask().tolist()[1] == [True] * 4
+        and partial.attention_mask().tolist()[0] == [True] + [False] * 3
+    )
 
 
 @given(cut=st.integers(1, 5))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from gesso import build_conditions, cli, config, models, recipes, sampling, snapshot
+from gesso import cli, config, models, recipes, sampling, snapshot
 from gesso.config import CONTROL_VARIABLES, DataConfig, InputSpec, MMDiTConfig, UNetConfig
 from gesso.data import crops, factory
 from gesso.data.batching import Batcher
@@ -39,9 +39,7 @@ def training_rows(n: int = 50) -> torch.Tensor:
 
 
 def build_control(run, seeds=range(40), rows=None, **control: str) -> dict[str, torch.Tensor]:
-    cond, warnings = build_conditions.build_cond(
-        run, list(seeds), training_rows() if rows is None else rows, control=control
-    )
+    cond, warnings = sampling.build_cond(run, list(seeds), training_rows() if rows is None else rows, control=control)
     assert warnings == []
     values = torch.cat([v for v in (cond.control_high, cond.control_low) if v is not None], dim=1)
     columns = run.control.column_names("high") + run.control.column_names("low")
@@ -118,7 +116,7 @@ def test_default_crop_occurs_in_training(tmp_path):
     run, loaded = open_dataset_for_run(run, Console(quiet=True))
     batches = Batcher(loaded, run, 0.5, torch.device("cpu"))
     displayed = batches.control_rows(torch.arange(len(loaded)))
-    cond, _ = build_conditions.build_cond(run, range(100), displayed, labels=[0] * 100)
+    cond, _ = sampling.build_cond(run, range(100), displayed, labels=[0] * 100)
     sampled = torch.cat([cond.control_high, cond.control_low], dim=1)
     assert all((row == displayed).all(1).any() for row in sampled) and len(sampled.unique(dim=0)) == 4
 
@@ -133,8 +131,8 @@ def test_default_crop_of_local_crop_run_is_the_largest_training_crop():
     torch.testing.assert_close(sides, (0.6**0.5 * shortest)[:, None].expand(-1, 2), rtol=1e-5, atol=0)
     torch.testing.assert_close(box[:, :2] + box[:, 2:], torch.ones(200, 2))
     for scale in ("null", "[.4,1]", "[.9,1]"):
-        other = with_settings(run_with(), **{"data.crop_scale": scale})
-        assert crop_box(build_control(other, rows=non_square_control_rows())).equal(
+        local_crop_run = with_settings(run_with(), **{"data.crop_scale": scale})
+        assert crop_box(build_control(local_crop_run, rows=non_square_control_rows())).equal(
             crop_box(build_control(run_with(), rows=non_square_control_rows()))
         )
 
@@ -190,21 +188,21 @@ def test_user_values_override_only_their_columns(names):
 
 
 @settings(max_examples=30, deadline=None)
-@given(low=st.integers(1, 3000), more=st.integers(0, 50), method=st.sampled_from(["fixed", "square", "free"]))
-def test_size_samplers_of_table_2b(low, more, method):
-    at = build_control(run_with(size_conditioning=method, size_range=f"[{low},{low + more}]"), range(400))
+@given(low=st.integers(1, 3000), extent=st.integers(0, 50), method=st.sampled_from(["fixed", "square", "free"]))
+def test_size_samplers_of_table_2b(low, extent, method):
+    at = build_control(run_with(size_conditioning=method, size_range=f"[{low},{low + extent}]"), range(400))
     h, w = at["height"], at["width"]
     for side in (h, w):
-        assert side.frac().abs().max() == 0 and side.min() >= low and side.max() <= low + more
+        assert side.frac().abs().max() == 0 and side.min() >= low and side.max() <= low + extent
     torch.testing.assert_close(at["aspect"], 1000 * w / h)
     if method == "fixed":
         assert (h == low).all() and (w == low).all()
     elif method == "square":
         assert h.equal(w)
-    elif more > 3:
+    elif extent > 3:
         assert abs(float(torch.corrcoef(torch.stack([h, w]))[0, 1])) < 0.25
-    if method != "fixed" and more <= 10:
-        assert set(h.tolist()) == set(map(float, range(low, low + more + 1)))  # both ends are drawn
+    if method != "fixed" and extent <= 10:
+        assert set(h.tolist()) == set(map(float, range(low, low + extent + 1)))  # both ends are drawn
     rows = at["brightness"] - 0.08
     torch.testing.assert_close(rows, rows.round())  # the rest still comes from training rows
 
@@ -228,13 +226,13 @@ def test_run_with_a_subset_of_control_variables():
     at = build_control(run_with("flip,size"), rows=rows)
     assert list(at) == ["flip", "height", "width"] and not at["flip"].any()
     assert at["width"].equal(at["height"] + 1) and set(at["height"].tolist()) == {4.0, 6.0}
-    cond, _ = build_conditions.build_cond(run_with("flip"), [0], rows[:, :1])
+    cond, _ = sampling.build_cond(run_with("flip"), [0], rows[:, :1])
     assert cond.control_low is None and cond.control_high.shape == (1, 1)
 
 
 def test_snapshot_without_control_rows():
     with pytest.raises(UsageError, match="has no control variables"):
-        build_conditions.build_cond(run_with(), [0], None)
+        sampling.build_cond(run_with(), [0], None)
 
 
 # What is written wrongly.
@@ -289,9 +287,7 @@ def test_unknown_and_untrained_control_variables():
     with pytest.raises(UsageError, match="not trained with crop; its control variables: flip, size"):
         build_control(run_with("flip,size"), rows=torch.zeros(1, 3), crop="full")
     with pytest.raises(UsageError, match="its control variables: none"):
-        build_conditions.build_cond(
-            with_settings(small_run(), **{"data.num_classes": 10}), [0], None, control={"size": "4x4"}
-        )
+        sampling.build_cond(with_settings(small_run(), **{"data.num_classes": 10}), [0], None, control={"size": "4x4"})
 
 
 # Labels and prompts.
@@ -303,7 +299,7 @@ def run_with_classes(names=("cat", "dog", "hen"), **settings):
 
 
 @pytest.mark.parametrize(
-    "text, wanted",
+    "text, expected",
     [
         (None, [0, 1, 2, 0, 1]),
         ("2", [2] * 5),
@@ -313,8 +309,10 @@ def run_with_classes(names=("cat", "dog", "hen"), **settings):
         ("3", [3] * 5),
     ],
 )
-def test_labels_cycle(text, wanted):
-    assert build_conditions.expand_labels(run_with_classes(), text, 5) == wanted
+def test_labels_cycle(text, expected):
+    run = run_with_classes()
+    labels = None if text is None else sampling.parse_labels(run, text)
+    assert sampling.expand_labels(run, labels, 5) == expected
 
 
 @pytest.mark.parametrize(
@@ -330,14 +328,14 @@ def test_labels_cycle(text, wanted):
 )
 def test_invalid_labels(text, message):
     with pytest.raises(UsageError) as refused:
-        build_conditions.expand_labels(run_with_classes(), text, 5)
+        sampling.expand_labels(run_with_classes(), sampling.parse_labels(run_with_classes(), text), 5)
     assert message in str(refused.value)
 
 
 def test_null_label_requires_condition_dropout():
     run = run_with_classes(**{"dropout.both": 0, "sample.guidance": 1})
     with pytest.raises(UsageError, match=r"label 3 is out of range: the run has labels 0 to 2$"):
-        build_conditions.expand_labels(run, "3", 1)
+        sampling.expand_labels(run, [3], 1)
 
 
 @pytest.mark.parametrize("semantic", [0.0, 0.05])
@@ -346,50 +344,52 @@ def test_unlabelled_samples_drop_control_unless_trained(semantic):
     run = run_with("size", **{"guidance": 1})
     run = with_settings(run, **{"dropout.semantic": semantic})
     rows, labels = torch.tensor([[8.0, 8.0]]), [3, 10, 10, 0]
-    cond, _ = build_conditions.build_cond(run, range(4), rows, labels)
+    cond, _ = sampling.build_cond(run, range(4), rows, labels)
     displayed = [True] * 4 if cond.has_control is None else cond.has_control.tolist()
     assert displayed == ([True] * 4 if semantic else [True, False, False, True])
-    cond, _ = build_conditions.build_cond(run, range(4), rows, labels, None, {"size": "8x8"})
+    cond, _ = sampling.build_cond(run, range(4), rows, labels, None, {"size": "8x8"})
     assert cond.has_control is None  # the user names them
     arguments = with_settings(run, **{"semantic.kind": "text"})
-    cond, _ = build_conditions.build_cond(arguments, range(2), rows, None, ["seven", ""])
+    cond, _ = sampling.build_cond(arguments, range(2), rows, None, ["seven", ""])
     assert (cond.has_control is None) if semantic else cond.has_control.tolist() == [True, False]
 
 
 def test_labels_and_prompts_for_the_wrong_run():
     arguments = with_settings(small_run(), **{"semantic.kind": "text", "data.num_classes": 10})
-    nothing = with_settings(small_run(), **{"semantic.kind": "none", "data.num_classes": 10, "sample.guidance": 1})
+    unconditional = with_settings(
+        small_run(), **{"semantic.kind": "none", "data.num_classes": 10, "sample.guidance": 1}
+    )
     with pytest.raises(UsageError, match="trained with text: use --prompt"):
-        build_conditions.expand_labels(arguments, "3", 1)
+        sampling.expand_labels(arguments, [3], 1)
     with pytest.raises(UsageError, match="no classes: it takes no label"):
-        build_conditions.expand_labels(nothing, "3", 1)
+        sampling.expand_labels(unconditional, [3], 1)
     with pytest.raises(UsageError, match="--prompt 'a cat': this run was trained with classes: use --label"):
-        build_conditions.expand_prompts(run_with_classes(), ["a cat"], 1)
+        sampling.expand_prompts(run_with_classes(), ["a cat"], 1)
     with pytest.raises(UsageError, match="neither classes nor text"):
-        build_conditions.expand_prompts(nothing, ["a cat"], 1)
+        sampling.expand_prompts(unconditional, ["a cat"], 1)
     assert (
-        build_conditions.expand_labels(arguments, None, 3) is None
-        and build_conditions.expand_prompts(run_with_classes(), [], 3) is None
+        sampling.expand_labels(arguments, None, 3) is None
+        and sampling.expand_prompts(run_with_classes(), [], 3) is None
     )
 
 
 def test_prompts_cycle_or_default_to_the_run():
     run = with_settings(small_run(), **{"semantic.kind": "text"})
-    assert build_conditions.expand_prompts(run, ["a", "b"], 3) == ["a", "b", "a"]
-    assert build_conditions.expand_prompts(run, [], 2) == ["", ""]
+    assert sampling.expand_prompts(run, ["a", "b"], 3) == ["a", "b", "a"]
+    assert sampling.expand_prompts(run, [], 2) == ["", ""]
     run = with_settings(run, **{"data.example_captions": '["x","y"]'})
-    assert build_conditions.expand_prompts(run, [], 3) == ["x", "y", "x"]
+    assert sampling.expand_prompts(run, [], 3) == ["x", "y", "x"]
 
 
 def test_truncated_prompt_warns_once():
     run = with_settings(small_run(), **{"semantic.kind": "text", "semantic.max_tokens": 3, "data.num_classes": 10})
     long = "A fine-haired cat, asleep"
-    cond, warnings = build_conditions.build_cond(run, [0, 1, 2], None, prompts=[long, "a cat", long])
+    cond, warnings = sampling.build_cond(run, [0, 1, 2], None, prompts=[long, "a cat", long])
     assert warnings == [
         "warning: 'A fine-haired cat, asleep': only the first 3 of 5 words are used, truncated at 'cat'",
     ]
     short = "a fine haired"
-    same, none = build_conditions.build_cond(run, [0, 1, 2], None, prompts=[short, "A CAT!", short])
+    same, none = sampling.build_cond(run, [0, 1, 2], None, prompts=[short, "A CAT!", short])
     assert none == [] and cond.text.shape == (3, 3, 64)
     assert cond.text.equal(same.text)
 
@@ -508,7 +508,7 @@ def test_training_rejects_unavailable_noise_levels_early(monkeypatch):
         ({"sample.schedule": "trailing"}, "this process has karras"),
         ({"process.name": "rf", "sample.schedule": "leading"}, "this process has linear, sd3, karras"),
         ({"process.name": "vp", "sample.steps": 2000}, "allows at most 1000 steps"),
-        ({"sample.final_level": "first"}, "only process.name=vp"),
+        ({"sample.final_level": "sigma_min"}, "only process.name=vp"),
         ({"sample.shift": 3}, "above 40"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -518,7 +518,9 @@ def test_training_rejects_unavailable_noise_levels_early(monkeypatch):
 @pytest.mark.parametrize("update", [{"semantic.kind": "none"}, {"semantic.kind": "none", "sample.guidance": 3}])
 def test_training_without_guidable_conditions_notes_it(update, capsys):
     run, _ = open_dataset_for_run(small_run(**update), Console(width=200))
-    assert run.sample.guidance == 1 and "sample.guidance=1, as there are" in capsys.readouterr().out
+    assert (
+        run.sample.guidance == 1 and "sample.guidance=1, because the images have no classes" in capsys.readouterr().out
+    )
 
 
 # Refused before any work: on the command line.
@@ -582,13 +584,13 @@ def test_sample_command_errors(sample, monkeypatch, folder, arguments, message, 
 
 
 def test_sample_options_reach_the_network(sample, monkeypatch):
-    seen = []
-    build = build_conditions.build_cond
-    monkeypatch.setattr(build_conditions, "build_cond", lambda *a, **k: seen.append(build(*a, **k)) or seen[-1])
+    calls = []
+    build = sampling.build_cond
+    monkeypatch.setattr(sampling, "build_cond", lambda *a, **k: calls.append(build(*a, **k)) or calls[-1])
     for arguments in ([], ["--size", "4x8"], ["--control", "size=4x8", "--flip", "yes"]):
         code, out, _ = sample("sized", *arguments)
         assert code == 0 and "wrote 2 images" in out
-    silent, sized, both = (cond for cond, _ in seen)
+    silent, sized, both = (cond for cond, _ in calls)
     assert silent.control_low.tolist() == [[8, 8]] * 2 and not silent.control_high.any()
     assert sized.control_low.tolist() == [[4, 8]] * 2 and not sized.control_high.any()
     assert both.control_low.tolist() == [[4, 8]] * 2 and (both.control_high == 1000).all()
@@ -621,8 +623,8 @@ def test_different_sample_settings_use_different_folders(folders):
     folder = folders / "sized"
     names = [sampling._samples_folder_name(folder, run, args) for args in (SampleArgs(), *variants)]
     for update in settings_lists:
-        other = with_settings(run, **{f"sample.{name}": value for name, value in update.items()})
-        names += [sampling._samples_folder_name(folder, other, args) for args in (SampleArgs(), variants[0])]
+        changed = with_settings(run, **{f"sample.{name}": value for name, value in update.items()})
+        names += [sampling._samples_folder_name(folder, changed, args) for args in (SampleArgs(), variants[0])]
     assert len(set(names)) == len(names) and max(map(len, names)) <= 80
     assert not any("/" in name or name.startswith((".", "-")) for name in names)
     assert names[:2] == ["default", "label3"] and "guidance-2.0" in names
@@ -638,7 +640,10 @@ def test_inaccurate_ema_reconstruction_warns(sample):
 
 def test_truncated_prompt_warns_on_the_command_line(sample):
     code, out, _ = sample("words", "--prompt", "a very long word for three")
-    assert code == 0 and "warning: 'a very long word for three': only the first 4 of 6 words are used, truncated at 'for'" in out
+    assert (
+        code == 0
+        and "warning: 'a very long word for three': only the first 4 of 6 words are used, truncated at 'for'" in out
+    )
 
 
 # Networks called on what they were not built for.
@@ -663,9 +668,9 @@ def test_truncated_prompt_warns_on_the_command_line(sample):
 def test_size_error_names_the_required_multiple(recipe, size):
     run = small_run(recipe)
     net = models.build_network(run.net, InputSpec(1, 8))
-    some = torch.full((1,), 0.5)
+    level = torch.full((1,), 0.5)
     with pytest.raises(ValueError, match=f"multiples of 2, but was given {size[0]} x {size[1]}"):
-        net(torch.zeros(1, 1, *size), some, some, build_conditions.Cond())
+        net(torch.zeros(1, 1, *size), level, level, sampling.Cond())
 
 
 def test_ladder_size_error_names_the_required_multiple():
@@ -678,7 +683,7 @@ def test_ladder_size_error_names_the_required_multiple():
             InputSpec(1, 8),
         )
         with pytest.raises(ValueError, match="multiples of 2, but was given 7 x 8"):
-            net(torch.zeros(1, 1, 7, 8), torch.zeros(1), torch.zeros(1), build_conditions.Cond())
+            net(torch.zeros(1, 1, 7, 8), torch.zeros(1), torch.zeros(1), sampling.Cond())
 
 
 @pytest.mark.parametrize(
@@ -696,8 +701,8 @@ def test_ladder_size_error_names_the_required_multiple():
     ],
 )
 def test_missing_pooled_text(cfg):
-    net, some = models.build_network(cfg, InputSpec(1, 8, text_dim=6, pooled_dim=6)), torch.full((1,), 0.5)
-    cond = build_conditions.Cond(text=torch.zeros(1, 3, 6))
+    net, level = models.build_network(cfg, InputSpec(1, 8, text_dim=6, pooled_dim=6)), torch.full((1,), 0.5)
+    cond = sampling.Cond(text=torch.zeros(1, 3, 6))
     for withheld in (cond, cond.without(semantic=True)):
         with pytest.raises(ValueError, match=r"built for pooled text needs Cond\.pooled"):
-            net(torch.zeros(1, 1, 8, 8), some, some, withheld)
+            net(torch.zeros(1, 1, 8, 8), level, level, withheld)

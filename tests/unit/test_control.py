@@ -49,9 +49,9 @@ def test_cosine_is_half_where_the_power_is_half(alpha):
     assert float(gamma_at(1 - 0.5 ** (1 / alpha), alpha=alpha)) == pytest.approx(0.5, abs=1e-9)
 
 
-@given(t=progress, low=st.floats(0.1, 30), more=st.floats(1.01, 4))
-def test_larger_alpha_reduces_detail_weight(t, low, more):
-    assert gamma_at(t, alpha=low * more) <= gamma_at(t, alpha=low) + 1e-15
+@given(t=progress, low=st.floats(0.1, 30), factor=st.floats(1.01, 4))
+def test_larger_alpha_reduces_detail_weight(t, low, factor):
+    assert gamma_at(t, alpha=low * factor) <= gamma_at(t, alpha=low) + 1e-15
 
 
 def test_alpha_8_is_half_at_083():
@@ -149,8 +149,8 @@ def test_equation_1(schedule):
         two_layer_reference(net.mlps["high"], EXAMPLE_COND.control_high),
         two_layer_reference(net.mlps["low"], EXAMPLE_COND.control_low),
     )
-    wanted = c + high + gamma_c(cfg, T)[:, None] * low
-    torch.testing.assert_close(net.add(c, EXAMPLE_COND, T), wanted, rtol=1e-10, atol=1e-10)
+    expected = c + high + gamma_c(cfg, T)[:, None] * low
+    torch.testing.assert_close(net.add(c, EXAMPLE_COND, T), expected, rtol=1e-10, atol=1e-10)
 
 
 @settings(max_examples=30, deadline=None)
@@ -191,8 +191,8 @@ def test_control_is_zero_at_initialization_and_when_withheld(kind, mlp):
     cfg, c = ControlSpec(1, 2, mlp=mlp), torch.randn(3, 16, dtype=F64)
     assert kind(cfg, 16).double().add(c, EXAMPLE_COND, T).equal(c)
     net = control_embedding(cfg, kind)
-    some = dataclasses.replace(EXAMPLE_COND, has_control=torch.tensor([True, False, True]))
-    changed = (net.add(c, some, T) != c).any(1)
+    partial = dataclasses.replace(EXAMPLE_COND, has_control=torch.tensor([True, False, True]))
+    changed = (net.add(c, partial, T) != c).any(1)
     assert changed.tolist() == [True, False, True]
     assert net.add(c, Cond(), T).equal(c) and net.add(c, EXAMPLE_COND.without(control=True), T).equal(c)
 
@@ -309,14 +309,14 @@ def test_condition_dropout_proportions(both, control, semantic, kind):
     for (has_s, has_c), p in shares.items():
         share = float(((cond.has_semantic == has_s) & (cond.has_control == has_c)).double().mean())
         assert abs(share - p) <= 4 * math.sqrt(p * (1 - p) / n) + 1e-9
-    some = torch.tensor([7, 5999, 0, 123])
-    few = batches(some)[1]
-    assert few.has_semantic.equal(cond.has_semantic[some]) and few.has_control.equal(cond.has_control[some])
+    subset = torch.tensor([7, 5999, 0, 123])
+    few = batches(subset)[1]
+    assert few.has_semantic.equal(cond.has_semantic[subset]) and few.has_control.equal(cond.has_control[subset])
 
 
 def test_dropout_with_one_kind_of_condition():
     n = 6000
-    share = lambda has: 1 - float(has.double().mean())  # noqa: E731
+    share = lambda present: 1 - float(present.double().mean())  # noqa: E731
     cond = batcher_for(small_run(**{"dropout.both": 0.2}))[0](torch.arange(n))[1]
     assert cond.has_control is None and share(cond.has_semantic) == pytest.approx(0.2, abs=0.02)
     run = small_run(**{"semantic.kind": "none", "control.variables": "size", "dropout.both": 0.2, "sample.guidance": 1})
@@ -336,7 +336,7 @@ def test_withheld_conditions_do_not_reach_the_network(recipe):
     x0, cond = trainer.batcher(torch.arange(12))
     x0 = x0.double()
     cond = dataclasses.replace(cond, control_high=cond.control_high.double(), control_low=cond.control_low.double())
-    other = dataclasses.replace(
+    changed = dataclasses.replace(
         cond,
         label=torch.where(cond.has_semantic, cond.label, 9 - cond.label),
         control_high=torch.where(cond.has_control[:, None], cond.control_high, 1000 - cond.control_high),
@@ -346,8 +346,8 @@ def test_withheld_conditions_do_not_reach_the_network(recipe):
     assert len(combinations) == 4
     call = lambda c: denoiser.Denoiser(net, trainer.process, run.net.noise_embedding)(x0, torch.full((12,), 0.5), c)  # noqa: E731
     with torch.no_grad():
-        assert call(cond).equal(call(other))
-        conditions = dataclasses.replace(other, has_control=torch.ones_like(cond.has_control))
+        assert call(cond).equal(call(changed))
+        conditions = dataclasses.replace(changed, has_control=torch.ones_like(cond.has_control))
         assert not call(conditions).equal(call(dataclasses.replace(cond, has_control=conditions.has_control)))
 
 

@@ -233,8 +233,8 @@ def test_text_block_equals_its_equations():
 
     out, _ = block(x, text, c, mask)
     qkv = affine("branches.qkv.linear", modulated(0)).split(32, dim=2)
-    everything = torch.ones(2, 6, dtype=torch.bool)
-    x = x + ada[2] * affine("branches.out", attend(*qkv, "branches.qkv", everything))
+    full_mask = torch.ones(2, 6, dtype=torch.bool)
+    x = x + ada[2] * affine("branches.out", attend(*qkv, "branches.qkv", full_mask))
     kv = affine("cross.kv", text).split(32, dim=2)
     x = x + ada[5] * affine("cross.out", attend(affine("cross.q", modulated(3)), *kv, "cross", mask))
     hidden = nn.functional.gelu(affine("branches.mlp.0", modulated(6)), approximate="tanh")

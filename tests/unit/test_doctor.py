@@ -150,7 +150,7 @@ def test_missing_packages(monkeypatch):
 
 
 def test_old_python(monkeypatch):
-    monkeypatch.setattr(doctor, "OLDEST_PYTHON", (99, 0))
+    monkeypatch.setattr(doctor, "MIN_PYTHON", (99, 0))
     assert_finding(only(doctor.check_python()), "problem", "Python 99.0")
 
 
@@ -237,7 +237,7 @@ def test_git(monkeypatch):
 def test_failed_check_is_a_problem_without_paths(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "get_num_threads", raising(RuntimeError("cannot open\n/home/me/lib/x.so: bad")))
     monkeypatch.setattr(shutil, "disk_usage", raising(PermissionError(errno.EACCES, "Permission denied", "/secret")))
-    findings = {finding.topic: finding for finding in doctor.examine(tmp_path)}
+    findings = {finding.topic: finding for finding in doctor.run_checks(tmp_path)}
     assert findings["cpu"].text == "check failed: RuntimeError: cannot open x.so: bad"
     assert findings["disk"].text == "check failed: PermissionError: Permission denied"
     assert findings["cpu"].level == findings["disk"].level == "problem"
@@ -249,8 +249,8 @@ def test_every_problem_has_a_fix_and_creates_no_folder(monkeypatch, tmp_path):
     fake_call(monkeypatch, returncode=1, stderr=NMS_TRACEBACK)
     monkeypatch.setattr(util, "find_spec", lambda name: object())
     monkeypatch.setattr(doctor, "_usable_cores", lambda: 0)
-    monkeypatch.setattr(doctor, "LOW_DISK", float("inf"))
-    findings = doctor.examine(tmp_path / "runs")
+    monkeypatch.setattr(doctor, "MIN_FREE_BYTES", float("inf"))
+    findings = doctor.run_checks(tmp_path / "runs")
     assert {"gesso", "torch", "torchvision", "cpu", "disk", "git"} <= {f.topic for f in findings if f.level != "ok"}
     assert all((finding.fix is None) == (finding.level == "ok") for finding in findings)
     assert list(tmp_path.iterdir()) == []

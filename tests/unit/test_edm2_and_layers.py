@@ -51,9 +51,9 @@ def test_mmditpp_parameters_of_the_paper():
 def test_edm2_matches_the_reference():
     net, x, c_noise, label, reference = edm2_and_reference()
     out = net(x, c_noise, c_noise, Cond(label=label))
-    wanted = reference(net.state_dict())
+    expected = reference(net.state_dict())
     assert out.std() > 1e-2
-    torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_edm2_reference_detects_a_wrong_balance():

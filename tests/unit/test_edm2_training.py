@@ -301,10 +301,10 @@ def test_the_uncertainty_follows_its_config(step):
     weight = u.linear.weight.detach()
     if step in "BC":
         assert float(weight.abs().max()) <= 128**-0.5  # as the other layers of A to C at the start
-        wanted = features @ weight[0] + (u.linear.bias if step == "B" else 0)
+        expected = features @ weight[0] + (u.linear.bias if step == "B" else 0)
     else:  # of unit length, by Eq. 47 on every use or on the sphere
-        wanted = features @ (weight[0] / weight[0].norm())
-    torch.testing.assert_close(u(s), wanted, rtol=1e-4, atol=1e-5)
+        expected = features @ (weight[0] / weight[0].norm())
+    torch.testing.assert_close(u(s), expected, rtol=1e-4, atol=1e-5)
     # Twice the weight is the same in D, where only its direction counts.
     before = u(s).detach()
     with torch.no_grad():
@@ -401,7 +401,7 @@ def test_a_recipe_of_edm2_on_a_processor(tmp_path):
 
 
 def test_a_16_bit_network_samples_near_the_full_one():
-    from gesso import sampling
+    from gesso import devices, sampling
     from gesso.conditioning import Cond
 
     trainer = digits_trainer("train.dtype=float32")
@@ -411,7 +411,7 @@ def test_a_16_bit_network_samples_near_the_full_one():
     for precision in ("full", "tf32", "bfloat16", "float16"):
         sample = trainer.run.sample.model_copy(update={"precision": precision})
         run = trainer.run.model_copy(update={"sample": sample})
-        with torch.no_grad():
+        with torch.no_grad(), devices.precision_context(x.device, precision):
             result[precision] = sampling.guided_denoiser(denoiser, run, cond, None)(x, s)
         assert result[precision].dtype == torch.float32
     assert result["full"].equal(result["tf32"])  # a processor has no TF32
@@ -440,11 +440,11 @@ def test_hours_depend_on_precision():
     """An A100 has 312, 156 or 19.5 TFLOP/s; an image costs three forward passes, 2 FLOPs per MAC, at 40 %."""
 
     def hours(*settings: str) -> float:
-        return estimates.training_cost(recipes.resolve("edm2-img512-s", ["data.source=x", *settings])[0]).hours
+        return estimates.training_cost(recipes.resolve("edm2-img512-s", ["data.source=x", *settings])[0]).gpu_hours
 
     half = hours()
-    macs = estimates.count_macs(*[getattr(estimates.resolved_config(recipes.resolve("edm2-img512-s", ["data.source=x"])[0]), n)
-                               for n in ("net", "input_spec")], 1).macs  # fmt: skip
+    config = recipes.resolve("edm2-img512-s", ["data.source=x"])[0]
+    macs = estimates.count_model(config.net, config.input_spec, 1).macs
     assert half == pytest.approx(6 * macs * 2048 * 2**20 / (0.4 * 312e12) / 3600, rel=0.01)
     assert hours("train.precision=bfloat16") == half
     assert hours("train.precision=full", "train.tf32=true") == pytest.approx(2 * half)

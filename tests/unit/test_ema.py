@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from gesso import config, ema, recipes, sampling, snapshot
-from gesso.ema import Density, PowerProfile, RawProfile, TraditionalProfile, combine
+from gesso.ema import Density, PowerProfile, RawProfile, TraditionalProfile
+from gesso.ema.combine import TENSORS_PER_BLOCK
 from gesso.evaluation import runner
+from gesso.safetensors_io import read_metadata
 from gesso.training import loop
 from gesso.training.run_folder import start_training
 
@@ -82,8 +84,8 @@ def test_tracker_matches_the_integral_at_any_update_interval(steps, seed):
         times.append(times[-1] + dt)
         values.append(theta.clone())
     for profile in PROFILES:
-        wanted = torch.from_numpy(interval_weights(profile, np.array(times, np.float64))) @ torch.stack(values)
-        torch.testing.assert_close(average.averages[profile]["w"], wanted, rtol=1e-9, atol=1e-12)
+        expected = torch.from_numpy(interval_weights(profile, np.array(times, np.float64))) @ torch.stack(values)
+        torch.testing.assert_close(average.averages[profile]["w"], expected, rtol=1e-9, atol=1e-12)
 
 
 @settings(max_examples=200, deadline=None)
@@ -92,8 +94,8 @@ def test_kummers_function(gamma, exponent):
     """M(1, gamma+2, -z) = e^-z M(gamma+1, gamma+2, z), in 40 digits."""
     z = 10**exponent
     with mpmath.workdps(40):
-        wanted = mpmath.hyp1f1(1, mpmath.mpf(gamma) + 2, -mpmath.mpf(z), maxterms=10**6)
-        assert float(abs(ema.kummer(np.float64(gamma), np.float64(z)) / wanted - 1)) < 1e-13
+        expected = mpmath.hyp1f1(1, mpmath.mpf(gamma) + 2, -mpmath.mpf(z), maxterms=10**6)
+        assert float(abs(ema.kummer(np.float64(gamma), np.float64(z)) / expected - 1)) < 1e-13
 
 
 def test_kummers_closed_cases():
@@ -138,10 +140,10 @@ densities = st.one_of(
 @given(a=densities, b=densities)
 def test_inner_products_equal_integrals(a, b):
     """Gamma from .1 to 60, half-lives from 1e-4 to 100 of the time, in any pair, at any two times."""
-    ours = float(ema.inner_products(a, b))
-    assert ours == float(ema.inner_products(b, a)) and np.isfinite(ours)
-    assume(ours > 1e-280)
-    assert float(abs(ours / integrate_product(a, b) - 1)) < 1e-10
+    actual = float(ema.inner_products(a, b))
+    assert actual == float(ema.inner_products(b, a)) and np.isfinite(actual)
+    assume(actual > 1e-280)
+    assert float(abs(actual / integrate_product(a, b) - 1)) < 1e-10
 
 
 @settings(max_examples=20, deadline=None)
@@ -181,19 +183,8 @@ def random_walk(n=N, size=16):
     return theta, average
 
 
-class InMemoryReader:
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-    def meta_tensor(self, name):
-        return self.tensor.to("meta")
-
-    def read_slice(self, name, start, stop):
-        return self.tensor.reshape(-1)[start:stop]
-
-
-def combine_readers(readers, x):
-    return ema.linear_combination(readers, x[:, None], "w")[0]
+def combine(tensors, x):
+    return ema.linear_combination(tensors, x[:, None])[0]
 
 
 def snapshot_times(profiles, snapshots=32, n=N, end=None):
@@ -206,12 +197,12 @@ def snapshot_times(profiles, snapshots=32, n=N, end=None):
 TWO_POWER_PROFILES = (PowerProfile(0.05), PowerProfile(0.1))
 
 
-def reconstruct(average, target, profiles=TWO_POWER_PROFILES, end=None, dtype=torch.float64, **how):
-    times, kinds = snapshot_times(profiles, end=end, **how)
+def reconstruct(average, target, profiles=TWO_POWER_PROFILES, end=None, dtype=torch.float64, **options):
+    times, kinds = snapshot_times(profiles, end=end, **options)
     fit = ema.fit_profile(times, kinds, end or N, target)
     assert fit.coefficients.sum() == pytest.approx(1)
-    readers = [InMemoryReader(average(p, t).to(dtype)) for t, p in zip(times, kinds, strict=True)]
-    return combine_readers(readers, fit.coefficients), fit
+    tensors = [average(p, t).to(dtype) for t, p in zip(times, kinds, strict=True)]
+    return combine(tensors, fit.coefficients), fit
 
 
 def relative_distance(actual, expected):
@@ -224,12 +215,12 @@ def relative_distance(actual, expected):
 )
 def test_other_lengths_from_snapshots(sigma_rel, bound):
     _, average = random_walk()
-    ours, fit = reconstruct(average, PowerProfile(sigma_rel))
-    wanted = average(PowerProfile(sigma_rel))
-    assert relative_distance(ours, wanted) < bound
+    weights, fit = reconstruct(average, PowerProfile(sigma_rel))
+    expected = average(PowerProfile(sigma_rel))
+    assert relative_distance(weights, expected) < bound
     assert fit.squared_error < (1e-3 if sigma_rel <= 0.2 else 2e-3) and fit.initial_weight == 0
     # It is not merely one of the stored ones.
-    assert min((average(PowerProfile(s)) - wanted).norm() for s in (0.05, 0.1)) > 5 * (ours - wanted).norm()
+    assert min((average(PowerProfile(s)) - expected).norm() for s in (0.05, 0.1)) > 5 * (weights - expected).norm()
 
 
 MIXED = (PowerProfile(0.05), PowerProfile(0.1), TraditionalProfile(N // 20), TraditionalProfile(10 * N))
@@ -239,15 +230,15 @@ MIXED = (PowerProfile(0.05), PowerProfile(0.1), TraditionalProfile(N // 20), Tra
 @pytest.mark.parametrize("end", [N, N // 2])
 def test_stored_profiles_are_reconstructed_exactly(target, end):
     _, average = random_walk()
-    ours, fit = reconstruct(average, target, MIXED, end=end)
-    assert ours.equal(average(target, end)) and fit.squared_error == 0 and (fit.coefficients != 0).sum() == 1
+    weights, fit = reconstruct(average, target, MIXED, end=end)
+    assert weights.equal(average(target, end)) and fit.squared_error == 0 and (fit.coefficients != 0).sum() == 1
     assert fit.initial_weight == pytest.approx(interval_weights(target, np.array([0.0, end]))[0])
 
 
 def test_reconstruction_at_an_earlier_time():
     _, average = random_walk()
-    ours, _ = reconstruct(average, PowerProfile(0.15), end=1024)
-    assert relative_distance(ours, average(PowerProfile(0.15), 1024)) < 5e-3
+    weights, _ = reconstruct(average, PowerProfile(0.15), end=1024)
+    assert relative_distance(weights, average(PowerProfile(0.15), 1024)) < 5e-3
     with pytest.raises(ValueError, match="nothing is stored"):
         ema.fit_profile([100], [PowerProfile(0.1)], 50, PowerProfile(0.1))
     with pytest.raises(ValueError, match="nothing is stored"):
@@ -298,13 +289,13 @@ def test_combined_averages_match_combined_profiles(profiles, target):
     live = theta[0].clone()
     tracker = ema.Tracker({"w": live}, profiles)
     times, kinds = snapshot_times(profiles, 8, n)
-    readers, last = [], 0
+    tensors, last = [], 0
     for t in range(1, n + 1):
         live.copy_(theta[t])
         tracker.update(last, t)
         last = t
         if t in times:
-            readers += [InMemoryReader(tracker.averages[p]["w"].clone()) for p in profiles]
+            tensors += [tracker.averages[p]["w"].clone() for p in profiles]
     fit = ema.fit_profile(times, kinds, n, target)
     fine = 4000  # midpoints in every step
     tau = (np.arange(n * fine) + 0.5) / fine
@@ -314,12 +305,12 @@ def test_combined_averages_match_combined_profiles(profiles, target):
         inside = tau <= times[i]
         p[inside] += x * Density(*(v[i] for v in stored)).pdf(tau[inside])
     weights = np.r_[fit.initial_weight, p.reshape(n, fine).mean(1)]
-    ours = combine_readers(readers, fit.coefficients)
-    torch.testing.assert_close(ours, torch.from_numpy(weights) @ theta, rtol=1e-5, atol=1e-5)
+    actual = combine(tensors, fit.coefficients)
+    torch.testing.assert_close(actual, torch.from_numpy(weights) @ theta, rtol=1e-5, atol=1e-5)
     # The error told is that of the profile; theta(0) counts as the weights of the first snapshot's time before 0.
-    wanted = Density(*(v[0] for v in ema.densities([n], [target])))
-    gap = ((p - wanted.pdf(tau)) ** 2).mean() * n + (fit.initial_weight - wanted.initial_weight()) ** 2 / times[0]
-    norm = (wanted.pdf(tau) ** 2).mean() * n + wanted.initial_weight() ** 2 / times[0]
+    expected = Density(*(v[0] for v in ema.densities([n], [target])))
+    gap = ((p - expected.pdf(tau)) ** 2).mean() * n + (fit.initial_weight - expected.initial_weight()) ** 2 / times[0]
+    norm = (expected.pdf(tau) ** 2).mean() * n + expected.initial_weight() ** 2 / times[0]
     assert fit.squared_error == pytest.approx(gap / norm, rel=1e-3, abs=1e-9)
 
 
@@ -333,9 +324,9 @@ def test_initial_weights_have_no_share_in_power_targets(halflife, other_profiles
     """
     _, average = random_walk()
     profiles = (*other_profiles, TraditionalProfile(halflife))
-    ours, fit = reconstruct(average, PowerProfile(sigma_rel), profiles, snapshots=128)
+    weights, fit = reconstruct(average, PowerProfile(sigma_rel), profiles, snapshots=128)
     assert abs(fit.initial_weight) < 2e-4 and fit.squared_error < 1e-3
-    assert relative_distance(ours, average(PowerProfile(sigma_rel))) < 5e-3
+    assert relative_distance(weights, average(PowerProfile(sigma_rel))) < 5e-3
 
 
 def test_fit_reports_the_weight_of_initial_weights():
@@ -379,11 +370,11 @@ def test_nearly_identical_snapshots(profiles, bound):
 
 
 def test_several_targets_in_one_pass():
-    readers = [InMemoryReader(torch.randn(2, 3)) for _ in range(4)]
+    tensors = [torch.randn(2, 3) for _ in range(4)]
     x = np.random.default_rng(0).normal(size=(4, 2))
-    together = ema.linear_combination(readers, x, "w")
+    combined = ema.linear_combination(tensors, x)
     for j in range(2):
-        torch.testing.assert_close(together[j], combine_readers(readers, x[:, j]))
+        torch.testing.assert_close(combined[j], combine(tensors, x[:, j]))
 
 
 # Snapshots, settings, sampling.
@@ -405,10 +396,10 @@ def test_snapshots_know_their_profile(folder):
         f"nimg000000000640-{name}.safetensors" for name in ("ema0.0500", "ema0.1000", "halflife1000")
     ]
     assert [s.profile for s in actual] == [PowerProfile(0.05), PowerProfile(0.1), TraditionalProfile(1000)]
-    for one in actual:
-        tensors, _, meta = snapshot.read(one.path)
-        (created,), _, time, (fit,) = snapshot.reconstruct_from_run(folder, [one.profile])
-        assert meta == one and time == 640 and fit.squared_error == 0
+    for stored in actual:
+        tensors, _, meta = snapshot.read(stored.path)
+        (created,), _, time, (fit,) = snapshot.reconstruct_from_run(folder, [stored.profile])
+        assert meta == stored and time == 640 and fit.squared_error == 0
         assert all(created[k].equal(tensors[k]) for k in tensors)
     assert fit.initial_weight == pytest.approx(2**-0.64)
 
@@ -426,7 +417,7 @@ def test_snapshots_without_halflife_metadata(tmp_path):
     # The files of power profiles are still written under this name, with these keys in this order.
     assert snapshot.snapshot_path(path.parent, 640, PowerProfile(0.05)) == path
     snapshot.write(path, {"w": torch.ones(3)}, 640, PowerProfile(0.05), run)
-    assert list(snapshot._read_header(path)) == list(description)
+    assert list(json.loads(read_metadata(path)["gesso"])) == list(description)
 
 
 def test_training_resumes_bit_equal_and_samples(tmp_path):
@@ -448,24 +439,26 @@ def test_training_resumes_bit_equal_and_samples(tmp_path):
 def test_trained_average_is_the_sum_over_steps(monkeypatch, tmp_path):
     """theta_hat = 2^(-t/h) theta(0) + sum of (1 - beta) beta^(steps after it) theta, from the weights of every step."""
     run = small_run(**HALFLIFE_SETTINGS)
-    seen = []
+    history = []
     step = loop.Trainer.step
 
     def stepping(self):
         before = {k: v.clone() for k, v in self.ema.tensors.items()}
         loss = step(self)
-        seen.extend([before] if not seen else [])
-        seen.append({k: v.clone() for k, v in self.ema.tensors.items()})
+        history.extend([before] if not history else [])
+        history.append({k: v.clone() for k, v in self.ema.tensors.items()})
         return loss
 
     monkeypatch.setattr(loop.Trainer, "step", stepping)
     start_training(run, tmp_path / "run", False, QUIET_CONSOLE, print)
     tensors, _, meta = snapshot.read(snapshot.list_snapshots(tmp_path / "run")[-1].path)
-    assert meta.profile == TraditionalProfile(1000) and len(seen) == 4
+    assert meta.profile == TraditionalProfile(1000) and len(history) == 4
     beta = 2 ** (-16 / 1000)
     for name, tensor in tensors.items():
-        wanted = beta**3 * seen[0][name] + sum((1 - beta) * beta ** (2 - i) * seen[i + 1][name] for i in range(3))
-        torch.testing.assert_close(tensor, wanted)
+        expected = beta**3 * history[0][name] + sum(
+            (1 - beta) * beta ** (2 - i) * history[i + 1][name] for i in range(3)
+        )
+        torch.testing.assert_close(tensor, expected)
 
 
 def read_images(path):
@@ -485,10 +478,10 @@ def test_sample_command_with_other_lengths(gesso_text, folder, tmp_path):
     assert len(half) == 3 and half != power and half != created
     # What was drawn is what the stored file says.
     tensors, run, _ = snapshot.read(folder / "snapshots" / "nimg000000000640-halflife1000.safetensors")
-    drawn = with_settings(run, **{"sample.halflife": 1000})
-    direct = snapshot.denoiser_from_weights(tensors, drawn)
-    cond, _ = sampling.build_conditions.build_cond(drawn, range(3), None, [0, 1, 2])
-    for seed, image in enumerate(torch.cat(list(sampling.generate(direct, drawn, range(3), cond)))):
+    halflife_run = with_settings(run, **{"sample.halflife": 1000})
+    direct = snapshot.denoiser_from_weights(tensors, halflife_run)
+    cond, _ = sampling.build_cond(halflife_run, range(3), None, [0, 1, 2])
+    for seed, image in enumerate(torch.cat(list(sampling.generate(direct, halflife_run, range(3), cond)))):
         sampling.save_png(sampling.to_pil(image), tmp_path / "direct" / f"seed{seed:06d}.png")
     assert half == read_images(tmp_path / "direct")
     names = {p.name for p in (folder / "samples").iterdir()} if (folder / "samples").exists() else set()
@@ -539,16 +532,16 @@ def test_sigma_rel_with_halflife_is_an_error(gesso_text, tmp_path):
 
 def test_guide_with_halflife(folder, tmp_path, monkeypatch):
     """A guiding network stands at its own run's half-life; self at another length."""
-    other = tmp_path / "other"
-    write_run(other, **HALFLIFE_SETTINGS, **{"sample.halflife": 1000})
+    guide_folder = tmp_path / "other"
+    write_run(guide_folder, **HALFLIFE_SETTINGS, **{"sample.halflife": 1000})
     run = config.load_config(folder / "run.yaml")
     requested = []
     synthesize = snapshot.reconstruct_from_run
     monkeypatch.setattr(snapshot, "reconstruct_from_run", lambda *a: requested.append((a[0], a[1])) or synthesize(*a))
-    guide = {"sample.guidance": 3, "sample.guide_run": other}
+    guide = {"sample.guidance": 3, "sample.guide_run": guide_folder}
     sampling.load_guide(folder, with_settings(run, **guide))
     sampling.load_guide(folder, with_settings(run, **guide, **{"sample.guide_sigma_rel": 0.1}))
-    assert requested == [(other, [TraditionalProfile(1000)]), (other, [PowerProfile(0.1)])]
+    assert requested == [(guide_folder, [TraditionalProfile(1000)]), (guide_folder, [PowerProfile(0.1)])]
     weak = {"sample.guidance": 3, "sample.guide_run": "self", "sample.guide_sigma_rel": 0.05}
     with pytest.raises(Exception, match="is the same network"):
         sampling.load_guide(folder, with_settings(run, **weak))
@@ -572,7 +565,7 @@ def test_evaluation_uses_the_halflife(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "given, output",
+    "overrides, output",
     [
         (["ema.sigma_rels=[]"], "at least one length"),
         (["ema.halflives=[5,5]"], "need at least one length and no duplicates"),
@@ -580,17 +573,17 @@ def test_evaluation_uses_the_halflife(folder, monkeypatch):
         (["ema.halflives=[1.5]"], "fractional part"),
     ],
 )
-def test_invalid_ema_settings(given, output):
+def test_invalid_ema_settings(overrides, output):
     with pytest.raises(Exception, match=output):
-        recipes.resolve("digits", given)
+        recipes.resolve("digits", overrides)
 
 
 def test_config_a():
     """B.1: a half-life of 50M images, with the ramp-up of EDM's framework; the other steps have power profiles."""
     run = recipes.resolve("edm2-ladder-a", [])[0]
     assert ema.sampling_profile(run.sample) == TraditionalProfile(50_000_000, 0.05) in ema.tracked_profiles(run.ema)
-    rest = [recipes.resolve(f"edm2-ladder-{step}", [])[0] for step in "bcdefg"]
-    assert all(r.ema.halflives == () and isinstance(ema.sampling_profile(r.sample), PowerProfile) for r in rest)
+    others = [recipes.resolve(f"edm2-ladder-{step}", [])[0] for step in "bcdefg"]
+    assert all(r.ema.halflives == () and isinstance(ema.sampling_profile(r.sample), PowerProfile) for r in others)
     assert recipes.resolve("digits", ['ema.halflives=["50M","200k"]'])[0].ema.halflives == (50_000_000, 200_000)
 
 
@@ -603,12 +596,15 @@ def test_raw_weights_represent_surrounding_times():
     edges = np.array([0, 150, 300, 600, 1000.0])
     for target in (PowerProfile(0.05), PowerProfile(0.2), TraditionalProfile(300)):
         fit = ema.fit_profile(times, [RawProfile()] * 4, 1000, target)
-        wanted = interval_weights(target, edges)[1:]
-        assert fit.coefficients == pytest.approx(wanted / wanted.sum(), rel=1e-9, abs=1e-12) and fit.initial_weight == 0
+        expected = interval_weights(target, edges)[1:]
+        assert (
+            fit.coefficients == pytest.approx(expected / expected.sum(), rel=1e-9, abs=1e-12)
+            and fit.initial_weight == 0
+        )
     # Weights of time 0 are theta(0): they take its share too.
     fit = ema.fit_profile([0, *times], [RawProfile()] * 5, 1000, TraditionalProfile(300))
-    wanted = interval_weights(TraditionalProfile(300), np.array([0, 50, *edges[1:]]))
-    assert fit.coefficients == pytest.approx(np.r_[wanted[0] + wanted[1], wanted[2:]], rel=1e-9)
+    expected = interval_weights(TraditionalProfile(300), np.array([0, 50, *edges[1:]]))
+    assert fit.coefficients == pytest.approx(np.r_[expected[0] + expected[1], expected[2:]], rel=1e-9)
     assert fit.initial_weight == pytest.approx(fit.coefficients[0])
 
 
@@ -622,14 +618,12 @@ def test_averages_of_raw_weights_converge(target):
 
     edges = np.arange(n + 1.0)
     weights = interval_weights(target, edges)
-    wanted = torch.from_numpy(weights[1:]) @ path(edges[1:] - 0.5) + weights[0] * path(0.0)
+    expected = torch.from_numpy(weights[1:]) @ path(edges[1:] - 0.5) + weights[0] * path(0.0)
     errors = []
     for snapshots in (32, 64, 128):
         times = [n * (i + 1) // snapshots for i in range(snapshots)]
         fit = ema.fit_profile(times, [RawProfile()] * snapshots, n, target)
-        errors.append(
-            abs(float(combine_readers([InMemoryReader(path(float(t))) for t in times], fit.coefficients) - wanted))
-        )
+        errors.append(abs(float(combine([path(float(t)) for t in times], fit.coefficients) - expected)))
     assert errors[2] < errors[1] / 3 < errors[0] / 9 and errors[2] < 1e-3
 
 
@@ -656,13 +650,13 @@ def test_raw_weights_combined_with_averages(target, zero):
         return inside + np.where(tau <= 0, d.initial_weight() / t_1, 0)
 
     P = np.stack([density(t, p) for t, p in zip(times, kinds, strict=True)], 1)
-    wanted = density(600, target)
+    expected = density(600, target)
 
     def error(x):
-        return float(((P @ (x / x.sum()) - wanted) ** 2).sum() / (wanted**2).sum())
+        return float(((P @ (x / x.sum()) - expected) ** 2).sum() / (expected**2).sum())
 
     assert fit.squared_error == pytest.approx(error(fit.coefficients), rel=2e-3, abs=1e-9)
-    free = np.linalg.lstsq(P, wanted, rcond=None)[0]
+    free = np.linalg.lstsq(P, expected, rcond=None)[0]
     assert fit.squared_error <= error(free) * 1.01 + 1e-9
     assert fit.squared_error < ema.fit_profile(*snapshot_times((RawProfile(),), 6, 600), 600, target).squared_error
 
@@ -701,18 +695,18 @@ def test_linear_combination_in_chunks(shape, files, seed):
     g = torch.Generator().manual_seed(seed)
     thetas = [torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(files)]
     x = np.random.default_rng(seed).normal(size=(files, 3)) * np.array([1, 40, 0.1])
-    ours = ema.linear_combination([InMemoryReader(theta) for theta in thetas], x, "w")
-    wanted = torch.einsum("fm,f...->m...", torch.from_numpy(x), torch.stack(thetas))
-    torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-10)
+    actual = ema.linear_combination(thetas, x)
+    expected = torch.einsum("fm,f...->m...", torch.from_numpy(x), torch.stack(thetas))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-10)
     # Of 32-bit weights, u = 2^-24 (Higham, "Accuracy and Stability", Eq. 3.5): rounding of each coefficient and difference and
     # of a sum of up to BLOCK products, all relative to the sum of magnitudes; then that of the result.
     stored = [theta.float() for theta in thetas]
-    single = ema.linear_combination([InMemoryReader(theta) for theta in stored], x, "w")
+    single = ema.linear_combination(stored, x)
     full = torch.stack(stored).double()
-    wanted = torch.einsum("fm,f...->m...", torch.from_numpy(x), full)
+    expected = torch.einsum("fm,f...->m...", torch.from_numpy(x), full)
     magnitudes = torch.einsum("fm,f...->m...", torch.from_numpy(abs(x)), (full - full[-1]).abs())
-    bound = (min(files, combine.FILES_PER_BLOCK) + 3) * 2**-24 * magnitudes + 1.01 * 2**-24 * wanted.abs()
-    assert single.dtype == torch.float32 and (single - wanted).abs().le(bound + 1e-40).all()
+    bound = (min(files, TENSORS_PER_BLOCK) + 3) * 2**-24 * magnitudes + 1.01 * 2**-24 * expected.abs()
+    assert single.dtype == torch.float32 and (single - expected).abs().le(bound + 1e-40).all()
 
 
 def test_short_lengths_from_float32_snapshots():
@@ -723,29 +717,27 @@ def test_short_lengths_from_float32_snapshots():
     x = np.random.default_rng(0).normal(size=n)
     x *= 42 / np.linalg.norm(x)
     x[-1] += 1 - x.sum()
-    ours = combine_readers([InMemoryReader(theta) for theta in thetas], x).double()
-    wanted = torch.einsum("f,fk->k", torch.from_numpy(x), torch.stack(thetas).double())
-    assert float((ours - wanted).norm() / wanted.norm()) < 2**-23
+    actual = combine(thetas, x).double()
+    expected = torch.einsum("f,fk->k", torch.from_numpy(x), torch.stack(thetas).double())
+    assert float((actual - expected).norm() / expected.norm()) < 2**-23
     # Not by the sum as it stands: in 32 bits that is ten times worse.
     plain = torch.einsum("f,fk->k", torch.from_numpy(x).float(), torch.stack(thetas)).double()
-    assert float((plain - wanted).norm()) > 5 * float((ours - wanted).norm())
+    assert float((plain - expected).norm()) > 5 * float((actual - expected).norm())
 
 
 def test_stored_target_among_others_is_bit_equal():
     thetas = [torch.randn(50) for _ in range(5)]
     x = np.eye(5)[:, [1, 4]] + np.array([[0.0, 0.0]] * 5)
     x = np.c_[x, np.full(5, 0.2)]
-    ours = ema.linear_combination([InMemoryReader(theta) for theta in thetas], x, "w")
-    assert ours[0].equal(thetas[1]) and ours[1].equal(thetas[4])
+    actual = ema.linear_combination(thetas, x)
+    assert actual[0].equal(thetas[1]) and actual[1].equal(thetas[4])
 
 
 def test_integer_tensors_and_unused_files():
-    counts = [InMemoryReader(torch.tensor([i, 10 * i])) for i in range(3)]
-    assert ema.linear_combination(counts, np.array([[0.3], [0.7], [0.0]]), "w").tolist() == [[1, 10]]
-    unused = InMemoryReader(torch.full((4,), float("nan")))
-    assert ema.linear_combination([unused, InMemoryReader(torch.ones(4))], np.array([[0.0], [1.0]]), "w").equal(
-        torch.ones(1, 4)
-    )
+    counts = [torch.tensor([i, 10 * i]) for i in range(3)]
+    assert ema.linear_combination(counts, np.array([[0.3], [0.7], [0.0]])).tolist() == [[1, 10]]
+    unused = torch.full((4,), float("nan"))
+    assert ema.linear_combination([unused, torch.ones(4)], np.array([[0.0], [1.0]])).equal(torch.ones(1, 4))
 
 
 # Averages in the host's memory, snapshots in 16 bits.
@@ -783,11 +775,11 @@ def test_float16_snapshots(tmp_path):
 
 def test_values_beyond_float16():
     from gesso.errors import RunError
-    from gesso.training.loop import _to_cpu_dtype
+    from gesso.training.loop import _to_cpu
 
-    with pytest.raises(RunError, match="w has numbers above 65,504"):
-        _to_cpu_dtype(torch.tensor([1.0, 7e4]), "w", "float16")
-    assert _to_cpu_dtype(torch.tensor([7e4]), "w", "same").tolist() == [7e4]
+    with pytest.raises(RunError, match="w has values above 65,504"):
+        _to_cpu(torch.tensor([1.0, 7e4]), "w", "float16")
+    assert _to_cpu(torch.tensor([7e4]), "w", "same").tolist() == [7e4]
 
 
 def test_float16_average_would_not_move():

@@ -46,32 +46,32 @@ class Module(nn.Module):
         self.n.fill_(k)
 
 
-def walk(folder=None, save_every=0, steps=400, **how):
+def walk(folder=None, save_every=0, steps=400, **options):
     """PostHocEMA over the steps; averages after each."""
     module = Module()
-    tracked = PostHocEMA(module, **how)
-    seen = []
+    tracked = PostHocEMA(module, **options)
+    history = []
     for k in range(1, steps + 1):
         module.move(k)
         tracked.update(8 * k)
-        seen.append([{n: v.clone() for n, v in one.items()} for one in tracked.tracker.averages.values()])
+        history.append([{n: v.clone() for n, v in average.items()} for average in tracked.tracker.averages.values()])
         if save_every and k % save_every == 0:
             tracked.save(folder)
-    return seen
+    return history
 
 
 @pytest.mark.parametrize("rampup", PUBLISHED)
 def test_traditional_ema_equals_published(rampup):
-    seen = walk(sigma_rels=(), halflives=(100,), rampup=rampup)
-    for k, wanted in zip(PUBLISHED_STEPS, PUBLISHED[rampup], strict=True):
-        (average,) = seen[k - 1]
-        assert average["w"].tolist() == pytest.approx(wanted, rel=1e-12)
+    history = walk(sigma_rels=(), halflives=(100,), rampup=rampup)
+    for k, expected in zip(PUBLISHED_STEPS, PUBLISHED[rampup], strict=True):
+        (average,) = history[k - 1]
+        assert average["w"].tolist() == pytest.approx(expected, rel=1e-12)
         assert float(average["b"]) == math.sin(k) and int(average["n"]) == k
 
 
 def test_power_ema_equals_published():
-    for average, wanted in zip(walk()[-1], POWER.values(), strict=True):
-        assert average["w"].tolist() == pytest.approx(wanted, rel=1e-12)
+    for average, expected in zip(walk()[-1], POWER.values(), strict=True):
+        assert average["w"].tolist() == pytest.approx(expected, rel=1e-12)
         assert float(average["b"]) == math.sin(400) and int(average["n"]) == 400
 
 
@@ -84,7 +84,7 @@ def test_buffers_are_copied_from_the_last_snapshot(tmp_path):
         assert abs(float(weights["w"][0])) < 0.2  # of a cosine the mean, not the last value
     plan = snapshot.plan_reconstruction(snapshot.list_snapshots(tmp_path), [PowerProfile(0.08), PowerProfile(0.1)])
     for path in snapshot.reconstruct_to_files(plan, tmp_path / "made"):
-        assert snapshot._from_header(path, snapshot._read_header(path)).buffers == ("b", "n")
+        assert snapshot.read_header(path).buffers == ("b", "n")
     again = PostHocEMA.reconstruct(tmp_path / "made", 0.08)
     assert float(again["b"]) == math.sin(400)
 
@@ -122,30 +122,30 @@ def density(profile: TraditionalProfile, t: float, tau: np.ndarray) -> np.ndarra
 
 @pytest.mark.parametrize("t, u", [(300.0, 500.0), (900.0, 2500.0), (3000.0, 2500.0), (2000.0, 2000.0)])
 @pytest.mark.parametrize(
-    "other",
+    "profile",
     [PowerProfile(0.1), TraditionalProfile(200, 0.2), TraditionalProfile(150), TraditionalProfile(100, 0.05)],
     ids=str,
 )
-def test_inner_products_of_a_ramp_up(t, u, other):
+def test_inner_products_of_a_ramp_up(t, u, profile):
     """Ramps end at 1,000 and 2,000 images."""
-    ours = TraditionalProfile(100, 0.1)
-    a, b = ema.build_mixture([t], [ours], 1.0), ema.build_mixture([u], [other], 1.0)
+    ramped = TraditionalProfile(100, 0.1)
+    a, b = ema.build_mixture([t], [ramped], 1.0), ema.build_mixture([u], [profile], 1.0)
     # Midpoints; both densities are smooth but where a ramp ends, which lies between two of them.
     n = 2_000_000
     tau = (np.arange(n) + 0.5) * (min(t, u) / n)
-    if isinstance(other, PowerProfile):
-        reference = (other.gamma + 1) / u * (tau / u) ** other.gamma
-    elif other.rampup is None:
-        reference = other.decay_rate * np.exp(-other.decay_rate * (u - tau))
+    if isinstance(profile, PowerProfile):
+        reference = (profile.gamma + 1) / u * (tau / u) ** profile.gamma
+    elif profile.rampup is None:
+        reference = profile.decay_rate * np.exp(-profile.decay_rate * (u - tau))
     else:
-        reference = density(other, u, tau)
-    wanted = float((density(ours, t, tau) * reference).mean() * min(t, u))
-    assert float(a.inner_products(b)[0, 0]) == pytest.approx(wanted, rel=1e-6, abs=1e-12)
+        reference = density(profile, u, tau)
+    expected = float((density(ramped, t, tau) * reference).mean() * min(t, u))
+    assert float(a.inner_products(b)[0, 0]) == pytest.approx(expected, rel=1e-6, abs=1e-12)
     # All weight is on images seen, none on the initial weights.
     assert a.initial_weight() == pytest.approx([0.0], abs=1e-15) and a.cdf(np.array([t])) == pytest.approx(
         np.ones((1, 1))
     )
-    half = float(density(ours, t, (np.arange(n) + 0.5) * (t / 2 / n)).mean() * t / 2)
+    half = float(density(ramped, t, (np.arange(n) + 0.5) * (t / 2 / n)).mean() * t / 2)
     assert float(a.cdf(np.array([t / 2]))[0, 0]) == pytest.approx(half, rel=1e-6, abs=1e-12)
 
 

@@ -44,7 +44,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from gesso import build_conditions, sampling, snapshot
+from gesso import sampling, snapshot
 from gesso.config import SemanticConfig
 from gesso.data import factory
 from gesso.data.encoders import hub as pretrained
@@ -69,14 +69,14 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {name: write(root / name) for name, write in WRITERS.items()}
 
 
-def encoder(where: Path | str, tokens: int = MAX_TOKENS, **more: object) -> text.TextEncoder:
-    return text.build_text_encoder(SemanticConfig(kind="text", encoder=str(where), max_tokens=tokens, **more))
+def encoder(path: Path | str, tokens: int = MAX_TOKENS, **options: object) -> text.TextEncoder:
+    return text.build_text_encoder(SemanticConfig(kind="text", encoder=str(path), max_tokens=tokens, **options))
 
 
-def refused(where: Path | str, tokens: int = MAX_TOKENS, **more: object) -> str:
+def refused(path: Path | str, tokens: int = MAX_TOKENS, **options: object) -> str:
     text._load_encoder.cache_clear()
     with pytest.raises(UsageError) as error:
-        encoder(where, tokens, **more)
+        encoder(path, tokens, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -103,9 +103,12 @@ def directly(name: str, folder: Path, caption: str, T: int) -> tuple[torch.Tenso
 @pytest.mark.parametrize("T", [MAX_TOKENS, 5])
 @pytest.mark.parametrize("name", WRITERS)
 def test_tokens_are_the_librarys(name, T, folders):
-    ours = encoder(folders[name], T)
-    tokens, lengths, pooled = ours(CAPTIONS)
-    assert tokens.shape == (len(CAPTIONS), T, ours.embed_dim) and pooled.shape == (len(CAPTIONS), ours.pooled_dim)
+    text_encoder = encoder(folders[name], T)
+    tokens, lengths, pooled = text_encoder(CAPTIONS)
+    assert tokens.shape == (len(CAPTIONS), T, text_encoder.embed_dim) and pooled.shape == (
+        len(CAPTIONS),
+        text_encoder.pooled_dim,
+    )
     assert tokens.dtype == pooled.dtype == torch.float32 and lengths.dtype == torch.int64
     assert not any(field.requires_grad or field.is_inference() for field in (tokens, pooled))
     for caption, row, n, full in zip(CAPTIONS, tokens, lengths.tolist(), pooled, strict=True):
@@ -137,20 +140,24 @@ def test_widths(folders):
 @pytest.mark.parametrize("name", ["clip", "t5"])
 def test_tokens_do_not_depend_on_the_other_captions(name, folders):
     """Bit for bit: in another place, in another pass, alone, among captions of other lengths."""
-    ours, shapes = encoder(folders[name]), set()
-    hook = ours.loaded.model.register_forward_pre_hook(
+    text_encoder, shapes = encoder(folders[name]), set()
+    hook = text_encoder.loaded.model.register_forward_pre_hook(
         lambda model, _, recorded: shapes.add(tuple(recorded["input_ids"].shape)), with_kwargs=True
     )
     captions = [f"{a} {b}" for a in ("a", "red", "the seven, ,") for b in [*LETTERS[:10], "", "cat", "asleep on a mat"]]
     assert len(captions) > 2 * text.ENCODER_BATCH_SIZE
-    full, backwards = ours(captions), ours(captions[::-1])
+    full, backwards = text_encoder(captions), text_encoder(captions[::-1])
     for field, other in zip(full, backwards, strict=True):
         assert field.equal(other.flip(0))
     for i in range(0, len(captions), 5):
-        for field, alone in zip(full, ours([captions[i]]), strict=True):
+        for field, alone in zip(full, text_encoder([captions[i]]), strict=True):
             assert alone[0].equal(field[i])
-    twice = ours([captions[3], captions[7], captions[3]])
-    assert all(field[0].equal(field[2]) for field in twice) and ours([]).tokens.shape == (0, MAX_TOKENS, ours.embed_dim)
+    twice = text_encoder([captions[3], captions[7], captions[3]])
+    assert all(field[0].equal(field[2]) for field in twice) and text_encoder([]).tokens.shape == (
+        0,
+        MAX_TOKENS,
+        text_encoder.embed_dim,
+    )
     hook.remove()
     assert shapes == {(text.ENCODER_BATCH_SIZE, MAX_TOKENS)}  # on which the last bits of larger models depend
 
@@ -191,21 +198,21 @@ def test_truncation_is_reported(name, output, folders, caplog):
     T=st.integers(3, MAX_TOKENS),
 )
 def test_cut_lists_what_does_not_fit_whatever_the_caption(name, captions, T, folders):
-    ours = encoder(folders[name], T)
-    lines = ours.truncation_notes(captions)
-    n = [len(ours.loaded.tokenizer(caption)["input_ids"]) for caption in captions]
+    text_encoder = encoder(folders[name], T)
+    lines = text_encoder.truncation_notes(captions)
+    n = [len(text_encoder.loaded.tokenizer(caption)["input_ids"]) for caption in captions]
     assert len(lines) == sum(length > T for length in n)
-    lengths = ours(captions).lengths.tolist()
+    lengths = text_encoder(captions).lengths.tolist()
     assert lengths == [min(length, T) if c.strip() else 0 for c, length in zip(captions, n, strict=True)]
 
 
 def test_words_have_the_same_interface():
-    ours = encoder("words", 4, embed_dim=8)
-    tokens, lengths, pooled = ours(["a red cat", "", "a"])
+    text_encoder = encoder("words", 4, embed_dim=8)
+    tokens, lengths, pooled = text_encoder(["a red cat", "", "a"])
     assert lengths.tolist() == [3, 0, 1] and tokens.shape == (3, 4, 8)
     torch.testing.assert_close(pooled, torch.stack([tokens[0, :3].mean(0), torch.zeros(8), tokens[2, 0]]))
-    assert ours.identity() == {"encoder": "words", "max_tokens": 4, "embed_dim": 8}
-    assert ours([]).tokens.shape == (0, 4, 8) and ours([]).lengths.dtype == torch.int64
+    assert text_encoder.identity() == {"encoder": "words", "max_tokens": 4, "embed_dim": 8}
+    assert text_encoder([]).tokens.shape == (0, 4, 8) and text_encoder([]).lengths.dtype == torch.int64
 
 
 def test_a_model_is_opened_once(folders, monkeypatch):
@@ -535,10 +542,10 @@ def test_trains_resumes_bit_equal_and_samples(recipe, name, folders, tmp_path):
     assert run.semantic.embed_dim is run.semantic.pooled_dim is None and run.input_spec.text_dim == 0
     out, again = tmp_path / "run", tmp_path / "again"
     run = start_training(run, out, False, QUIET_CONSOLE, print)
-    ours = encoder(folders[name])
-    assert (run.semantic.embed_dim, run.semantic.pooled_dim) == (ours.embed_dim, ours.pooled_dim)
-    assert run.input_spec.text_dim == ours.embed_dim
-    assert run.input_spec.pooled_dim == (0 if recipe == "digits" else ours.pooled_dim)
+    text_encoder = encoder(folders[name])
+    assert (run.semantic.embed_dim, run.semantic.pooled_dim) == (text_encoder.embed_dim, text_encoder.pooled_dim)
+    assert run.input_spec.text_dim == text_encoder.embed_dim
+    assert run.input_spec.pooled_dim == (0 if recipe == "digits" else text_encoder.pooled_dim)
     shutil.copytree(out, again)
     shutil.rmtree(again / "state" / max(p.name for p in (again / "state").iterdir()))
     shutil.rmtree(again / "snapshots")
@@ -555,7 +562,7 @@ def test_prompts_become_the_encoders_tokens(folders, tmp_path):
     run = write_run(tmp_path, "digits-mmdit", **{"semantic.kind": "text", "semantic.encoder": folders["clip"],
                                                "semantic.max_tokens": 8, "semantic.padding": "masked"})  # fmt: skip
     prompts = ["the seven", "", "a"]
-    cond, _ = build_conditions.build_cond(run, [0, 1, 2], None, prompts=prompts)
+    cond, _ = sampling.build_cond(run, [0, 1, 2], None, prompts=prompts)
     tokens, lengths, pooled = encoder(folders["clip"], 8)(prompts)
     assert cond.text.equal(tokens) and cond.pooled.equal(pooled)
     assert cond.text_mask.sum(1).tolist() == [int(lengths[0]), 8, int(lengths[2])]  # no text: all zeros, all seen
@@ -582,7 +589,7 @@ def test_an_encoder_of_another_width_than_recorded_is_refused_when_sampling(fold
         (with_settings(run, **{"semantic.embed_dim": 14}), "pooled_dim=16, but"),
     ):
         with pytest.raises(UsageError, match=output):
-            build_conditions.build_cond(recorded, [0], None, prompts=["a"])
+            sampling.build_cond(recorded, [0], None, prompts=["a"])
 
 
 # VAE.
@@ -600,12 +607,12 @@ def pixels(n: int = 2, H: int = 16, W: int = 24) -> torch.Tensor:
 
 @pytest.mark.parametrize("channels, convention", [(4, "dit"), (4, "edm2"), (16, "dit")])
 def test_latents_and_images_are_the_librarys(channels, convention, vaes):
-    ours = vae.VAE(str(vaes[channels]), convention=convention)
-    assert (ours.latent_channels, ours.downsample_factor, ours.convention) == (channels, 8, convention)
+    small_vae = vae.VAE(str(vaes[channels]), convention=convention)
+    assert (small_vae.latent_channels, small_vae.downsample_factor, small_vae.convention) == (channels, 8, convention)
     reference = AutoencoderKL.from_pretrained(vaes[channels], low_cpu_mem_usage=False).eval()
     x = pixels().double()
     x = x / 255 if convention == "edm2" else x / 255 * 2 - 1
-    mean, std = ours.encode(pixels())
+    mean, std = small_vae.encode(pixels())
     assert mean.shape == std.shape == (2, channels, 2, 3) and mean.dtype == std.dtype == torch.float32
     assert not mean.requires_grad and not mean.is_inference()
     with torch.no_grad():
@@ -616,7 +623,7 @@ def test_latents_and_images_are_the_librarys(channels, convention, vaes):
         torch.testing.assert_close(z, latents.mean + latents.std / 2)
         decoded = reference.decode(z).sample.double()
     decoded = decoded if convention == "edm2" else (decoded + 1) / 2
-    image, wanted = ours.decode(z), (decoded * 255).clamp(0, 255)
+    image, wanted = small_vae.decode(z), (decoded * 255).clamp(0, 255)
     assert image.dtype == torch.uint8 and image.shape == pixels().shape
     # Rounded under dit; cut down under edm2, whose published code is clamp(0, 1).mul(255).to(uint8).
     low, high = (-1e-3, 1 + 1e-3) if convention == "edm2" else (-0.5 - 1e-3, 0.5 + 1e-3)
@@ -652,11 +659,11 @@ def test_constants_of_the_conventions(vaes, tmp_path):
 
 def test_a_vae_in_bfloat16(vaes):
     mean, std = vae.VAE(str(vaes[4])).encode(pixels())
-    ours = vae.VAE(str(vaes[4]), dtype=torch.bfloat16)
-    for half, full in zip(ours.encode(pixels()), (mean, std), strict=True):
+    small_vae = vae.VAE(str(vaes[4]), dtype=torch.bfloat16)
+    for half, full in zip(small_vae.encode(pixels()), (mean, std), strict=True):
         assert half.dtype == torch.float32 and not half.equal(full)
         torch.testing.assert_close(half, full, rtol=0.1, atol=0.1)
-    assert ours.decode(mean).dtype == torch.uint8 and ours.identity()["dtype"] == "bfloat16"
+    assert small_vae.decode(mean).dtype == torch.uint8 and small_vae.identity()["dtype"] == "bfloat16"
 
 
 def test_what_a_vae_is(vaes, tmp_path):
@@ -715,9 +722,9 @@ def test_vaes_that_are_refused(folders, vaes, tmp_path):
 
 
 def test_images_of_another_size_are_refused(vaes):
-    ours = vae.VAE(str(vaes[4]))
+    small_vae = vae.VAE(str(vaes[4]))
     with pytest.raises(UsageError, match="images of 16x20 pixels, but their size must be a multiple of 8"):
-        ours.encode(pixels(1, 16, 20))
+        small_vae.encode(pixels(1, 16, 20))
 
 
 def test_numbers_that_overflow_are_an_error(vaes, tmp_path):

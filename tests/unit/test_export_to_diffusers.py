@@ -119,21 +119,23 @@ def batch(inputs: InputSpec, dtype: torch.dtype):
     )
 
 
-def call_diffusers(peer, given):
+def call_diffusers(peer, inputs):
     if isinstance(peer, diffusers.UNet2DConditionModel):
-        added = {"text_embeds": given.get("pooled_projections"), "time_ids": given.get("time_ids")}
-        return peer(given["hidden_states"], given["timestep"], given["encoder_hidden_states"], added_cond_kwargs=added)
-    return peer(**{name: value for name, value in given.items() if name != "time_ids"})
+        added = {"text_embeds": inputs.get("pooled_projections"), "time_ids": inputs.get("time_ids")}
+        return peer(
+            inputs["hidden_states"], inputs["timestep"], inputs["encoder_hidden_states"], added_cond_kwargs=added
+        )
+    return peer(**{name: value for name, value in inputs.items() if name != "time_ids"})
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("name", list(CASES))
 def test_exported_model_is_the_same_function(name, dtype, tolerance):
     net, peer, inputs = pair(name, dtype)
-    args, given = batch(inputs, dtype)
+    args, peer_inputs = batch(inputs, dtype)
     with torch.no_grad():
-        ours, reference = net(*args), call_diffusers(peer, given).sample
-    assert ours.std() > 1e-2 and (ours - reference).abs().max() <= tolerance * reference.abs().max()
+        output, reference = net(*args), call_diffusers(peer, peer_inputs).sample
+    assert output.std() > 1e-2 and (output - reference).abs().max() <= tolerance * reference.abs().max()
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -213,9 +215,9 @@ def test_dit_time_frequencies_differ_from_diffusers():
     kind, config, state = interop.to_diffusers(net, cfg, inputs)
     untouched = CLASSES[kind](**config).eval()
     untouched.load_state_dict(state)
-    args, given = batch(inputs, torch.float32)
+    args, peer_inputs = batch(inputs, torch.float32)
     with torch.no_grad():
-        off = (net(*args) - untouched(**given).sample).abs().max()
+        off = (net(*args) - untouched(**peer_inputs).sample).abs().max()
     assert off > 1e-3 and "downscale_freq_shift=1" in interop.dit.NOTE_TIME_FREQUENCIES
 
 
@@ -239,7 +241,7 @@ NOT_EXPORTABLE = {
     "net.pos_embed=extrapolated without net.pos_embed_max_size": [(MMDiTConfig(**SHAPE_EXTRAPOLATED, separate_text_weights="all"), POOLED)],
     "net.text_projection=mlp": [(UNetConfig(**{**LEVELS, "text_projection": "mlp"}), TEXT)],
     "pooled text without control": [(UNetConfig(**SDXL), POOLED)],
-    "net.pooled_mlp=own": [(UNetConfig(**{**SDXL, "pooled_mlp": "own"}), WITH_SIZES)],
+    "net.pooled_mlp=separate": [(UNetConfig(**{**SDXL, "pooled_mlp": "separate"}), WITH_SIZES)],
     "net.transformer_depth_middle=1": [(UNetConfig(**{**SDXL, "transformer_depth_middle": 1}), WITH_SIZES)],
     "net.transformer_depth_middle=0": [(UNetConfig(**{**LEVELS, "transformer_depth_middle": 0}), TEXT)],
 }  # fmt: skip
@@ -249,7 +251,7 @@ NOT_EXPORTABLE = {
     "reason, cfg, inputs", [(why, *case) for why, cases in NOT_EXPORTABLE.items() for case in cases]
 )
 def test_unexportable_settings_are_named(reason, cfg, inputs):
-    with pytest.raises(UsageError, match=f"cannot hold (.*, )?{reason}"):
+    with pytest.raises(UsageError, match=f"does not support (.*, )?{reason}"):
         interop.to_diffusers(models.build_network(cfg, inputs), cfg, inputs)
 
 

@@ -105,10 +105,10 @@ def test_threads_and_processes_agree():
         portrait(),
         Image.open(CHINA),
     ]
-    one = [np.asarray(blur_faces(p)[0]) for p in pictures]
+    sequential = [np.asarray(blur_faces(p)[0]) for p in pictures]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(3):
-            for a, b in zip(one, pool.map(lambda p: np.asarray(blur_faces(p)[0]), pictures), strict=True):
+            for a, b in zip(sequential, pool.map(lambda p: np.asarray(blur_faces(p)[0]), pictures), strict=True):
                 assert np.array_equal(a, b)
     code = (
         "import hashlib, sys; from PIL import Image; from gesso.data.encoders.face_blur import blur_faces;"

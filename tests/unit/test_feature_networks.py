@@ -54,10 +54,10 @@ def test_inception_is_torch_fidelitys(network):
 @pytest.mark.parametrize("n", [1, 5, 8, 299, 400])
 def test_resizing_takes_output_i_at_i_times_the_ratio(n):
     x = torch.rand(1, 1, n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
-    ours, row = inception.resize_tf1(x, 299)[0, 0, :, 0], x[0, 0, :, 0].numpy()
+    resized, row = inception.resize_tf1(x, 299)[0, 0, :, 0], x[0, 0, :, 0].numpy()
     at = np.arange(299) * n / 299
     # Linear between the pixels, which stand at whole numbers; the last one reaches to the edge.
-    assert np.allclose(ours.numpy(), np.interp(at, np.arange(n), row), atol=1e-12)
+    assert np.allclose(resized.numpy(), np.interp(at, np.arange(n), row), atol=1e-12)
 
 
 # Of a formula-made picture, what pytorch-fid's forward hands to its first layer: by channel at (0, 0), (150, 7), (298, 298),
@@ -76,18 +76,19 @@ def test_pytorch_fid_preprocessing(network, tmp_path, monkeypatch):
     monkeypatch.setitem(
         downloads.INCEPTION_FILES, "pytorch-fid", write_weights(inception_state(), tmp_path, "inception.pth")
     )
-    other = inception.load_inception(tmp_path, implementation="pytorch-fid")
-    prepared = other.preprocess(image)
+    pytorch_fid = inception.load_inception(tmp_path, implementation="pytorch-fid")
+    prepared = pytorch_fid.preprocess(image)
     at = prepared[0, :, [0, 150, 298, 33], [0, 7, 298, 201]]
     torch.testing.assert_close(at, torch.tensor(PYTORCH_FID), rtol=0, atol=2e-5)
     assert [float(prepared.mean()), float(prepared.square().mean())] == pytest.approx(MOMENTS, rel=1e-5)
     # The same network behind it, under another name; torch-fidelity's is TensorFlow 1's.
     assert all(
-        torch.equal(a, b) for a, b in zip(other.state_dict().values(), network.state_dict().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(pytorch_fid.state_dict().values(), network.state_dict().values(), strict=True)
     )
-    assert (network.name, other.name) == ("inception-v3-2015-12-05", "inception-v3-2015-12-05 (pytorch-fid)")
+    assert (network.name, pytorch_fid.name) == ("inception-v3-2015-12-05", "inception-v3-2015-12-05 (pytorch-fid)")
     assert (
-        network.preprocess is inception.preprocess_torch_fidelity and (network(image) - other(image)).abs().max() > 0.05
+        network.preprocess is inception.preprocess_torch_fidelity
+        and (network(image) - pytorch_fid(image)).abs().max() > 0.05
     )
 
 
@@ -255,8 +256,8 @@ def test_clip_images_are_the_librarys(tmp_path):
     net, images = clip_dino.CLIPImageFeatures(str(folder)), random_images(20, 20, 3)
     with hub.quiet_logging("transformers"):
         library = CLIPModel.from_pretrained(folder).eval().requires_grad_(False)
-    seen = library.vision_model(pixel_values=pil(images, 8, clip_dino.CLIP_MEAN_STD)).pooler_output
-    expected = library.visual_projection(seen)
+    pooled = library.vision_model(pixel_values=pil(images, 8, clip_dino.CLIP_MEAN_STD)).pooler_output
+    expected = library.visual_projection(pooled)
     assert net.num_features == 10 and float((expected.norm(dim=1) - 1).abs().min()) > 0.01
     torch.testing.assert_close(net(images), expected, rtol=1e-3, atol=1e-3)
 
@@ -273,5 +274,5 @@ def test_another_model_is_refused(dinov2, tmp_path):
 def test_features_do_not_depend_on_the_batch(network, dinov2):
     images = random_images(64, 64, 5)
     for net in (network, clip_dino.DINOv2(str(dinov2))):
-        alone = torch.cat([net(images[i : i + 1]) for i in range(5)])
-        torch.testing.assert_close(net(images), alone, rtol=1e-4, atol=1e-4)
+        single = torch.cat([net(images[i : i + 1]) for i in range(5)])
+        torch.testing.assert_close(net(images), single, rtol=1e-4, atol=1e-4)

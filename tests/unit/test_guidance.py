@@ -57,11 +57,11 @@ def expected_output(net: CountingDenoiser, semantic: bool, control: bool) -> Ten
     l=guidance_weights,
     b=guidance_weights,
     keep=st.booleans(),
-    other=st.booleans(),
-    sees=st.sampled_from(["nothing", "all"]),
+    has_guide=st.booleans(),
+    sees=st.sampled_from(["none", "all"]),
 )
-def test_weights_sum_to_one(l, b, keep, other, sees):  # noqa: E741
-    net, guide = CountingDenoiser(), CountingDenoiser(0.1) if other else None
+def test_weights_sum_to_one(l, b, keep, has_guide, sees):  # noqa: E741
+    net, guide = CountingDenoiser(), CountingDenoiser(0.1) if has_guide else None
     parts = guidance.guidance_terms(net, COND, l, b, keep_control=keep, guide=guide, guide_conditioning=sees)
     assert math.isclose(sum(t.weight for t in parts), 1, abs_tol=1e-9)
     guidance.combine_terms(parts)  # which checks it too
@@ -71,11 +71,11 @@ def test_weights_sum_to_one(l, b, keep, other, sees):  # noqa: E741
 @given(l=guidance_weights, b=guidance_weights)
 def test_equation_2(l, b):  # noqa: E741
     net = CountingDenoiser()
-    wanted = l * (b * expected_output(net, True, True) + (1 - b) * expected_output(net, True, False)) + (
+    expected = l * (b * expected_output(net, True, True) + (1 - b) * expected_output(net, True, False)) + (
         1 - l
     ) * expected_output(net, False, False)
     torch.testing.assert_close(
-        guidance.combine_terms(guidance.guidance_terms(net, COND, l, b))(X, ONE), wanted, **TOLERANCE
+        guidance.combine_terms(guidance.guidance_terms(net, COND, l, b))(X, ONE), expected, **TOLERANCE
     )
 
 
@@ -107,16 +107,16 @@ def test_guidance_is_equal_in_d_eps_and_v(l, b, u, name):  # noqa: E741
     abar_root = 1 / (1 + sigma**2).sqrt()
     c_skip, c_out, _ = proc.precondition(s)
     D = guidance.combine_terms(guidance.guidance_terms(net, COND, l, b))(X, s)
-    ways = {
+    coordinates = {
         "eps": lambda D: (X - a * D) / s,
         "flow": lambda D: (X - D) / s,
         "v": lambda D: abar_root * (X - a * D) / s - sigma * abar_root * D,
         "F": lambda D: (D - c_skip * X) / c_out,
     }
-    for of in ways.values():
-        wanted = sum(t.weight * of(net(X, s, t.cond)) for t in guidance.guidance_terms(net, COND, l, b))
-        scale = max(1.0, float(wanted.abs().max()))
-        torch.testing.assert_close(of(D) / scale, wanted / scale, **TOLERANCE)
+    for of in coordinates.values():
+        expected = sum(t.weight * of(net(X, s, t.cond)) for t in guidance.guidance_terms(net, COND, l, b))
+        scale = max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(of(D) / scale, expected / scale, **TOLERANCE)
 
 
 # What is computed.
@@ -197,15 +197,15 @@ def test_evaluations_of_a_full_trajectory():
     wrapped = Denoiser(nn.Identity(), proc, "sinusoidal")
     wrapped.forward = net.forward
     denoise = sampling.guided_denoiser(wrapped, run, COND, None)
-    seen = []
+    calls = []
 
     def spy(x: Tensor, s: Tensor) -> Tensor:
-        seen.append(float(s))
+        calls.append(float(s))
         return denoise(x, s)
 
     samplers.sample(run.sample, proc, spy, X, lambda i: X)
-    inside = sum(0.1 <= s <= 2 for s in seen)
-    assert len(seen) == net.num_calls == 8 and 0 < inside < 8
+    inside = sum(0.1 <= s <= 2 for s in calls)
+    assert len(calls) == net.num_calls == 8 and 0 < inside < 8
     assert net.num_samples == 3 * (2 * 8 + inside)
 
 
@@ -273,7 +273,7 @@ def sample_images(folder, run, label="3", seeds="0-3"):
     return torch.cat(list(sampling.generate(denoiser, run, range(4), cond, sampling.load_guide(folder, run))))
 
 
-@pytest.mark.parametrize("sees", ["nothing", "all"])
+@pytest.mark.parametrize("sees", ["none", "all"])
 def test_self_guidance_at_another_ema_length(folders, sees):
     folder = folders / "plain"
     run = load_run(folder, guide_run="self", guide_sigma_rel=0.1, guide_conditioning=sees, guidance=3, steps=4)

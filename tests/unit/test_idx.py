@@ -34,9 +34,9 @@ def test_a_folder_with_test_images_reads_the_training_images(tmp_path):
 
 
 def test_changed_pixels_change_the_fingerprint(tmp_path):
-    other = IMAGES.copy()
-    other[3, 4, 5] ^= 1
-    first, second = write_idx(tmp_path / "a"), write_idx(tmp_path / "b", images=other)
+    changed = IMAGES.copy()
+    changed[3, 4, 5] ^= 1
+    first, second = write_idx(tmp_path / "a"), write_idx(tmp_path / "b", images=changed)
     assert open_source(first).fingerprint() != open_source(second).fingerprint()
 
 

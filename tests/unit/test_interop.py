@@ -87,15 +87,15 @@ def test_a_published_network_of_three_levels_loads():
     net = net.double()
     # Frequencies pass through float32 at loading, as all weights do; here they are multiplied by up to .28.
     c_noise = torch.tensor([0.4, 3.0]).double().log() / 4
-    ours = net(formula("x", (2, 3, 16, 16)), c_noise, c_noise, Cond(label=torch.tensor([1, 3]))).detach()
-    torch.testing.assert_close(ours.flatten()[::128], published, rtol=1e-5, atol=1e-6)
-    assert float(ours.square().sum()) == pytest.approx(40.895036802059465, rel=1e-6)
+    output = net(formula("x", (2, 3, 16, 16)), c_noise, c_noise, Cond(label=torch.tensor([1, 3]))).detach()
+    torch.testing.assert_close(output.flatten()[::128], published, rtol=1e-5, atol=1e-6)
+    assert float(output.square().sum()) == pytest.approx(40.895036802059465, rel=1e-6)
 
 
 def test_an_embedding_of_another_width_is_refused():
     """channel_mult_emb of the published code, which no published model has."""
     state = published_edm2_weights() | {"unet.emb_noise.weight": torch.randn(256, 64)}
-    with pytest.raises(UsageError, match=r"embedding has 256 channels .* its widest level 128"):
+    with pytest.raises(UsageError, match=r"embedding of this EDM2 network has 256 channels .* its widest level 128"):
         interop.load_network(state)
 
 
@@ -140,10 +140,10 @@ def test_published_edm2_weights(monkeypatch):
     g = torch.Generator().manual_seed(1)
     x, c_noise = torch.randn(2, 3, 16, 16, generator=g, dtype=torch.float64), torch.randn(2, generator=g).double()
     one_hot = torch.eye(7, dtype=torch.float64)[[2, 5]]
-    wanted = reference_edm2.forward(reference, x, c_noise, one_hot, levels=2, blocks=1, head_width=64)
+    expected = reference_edm2.forward(reference, x, c_noise, one_hot, levels=2, blocks=1, head_width=64)
     ours = net.double()(x, c_noise, c_noise, Cond(label=torch.tensor([2, 5])))
     assert ours.std() > 0.05
-    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)  # the weights passed through float32
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)  # the weights passed through float32
     assert notes["process"].startswith("EDM") and notes["c_noise"] == "ln(sigma)/4"
 
 
@@ -196,7 +196,7 @@ def diffusers_sd3(qk_norm=None, dual=()):
 
 
 def diffusers_unet(sdxl: bool):
-    more = dict(
+    options = dict(
         use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=20 + 6 * 256,
     )  # fmt: skip
@@ -204,7 +204,7 @@ def diffusers_unet(sdxl: bool):
         UNet2DConditionModel(
             in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=24,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2), attention_head_dim=4 if sdxl else 8, **(more if sdxl else {}),
+            transformer_layers_per_block=(1, 2), attention_head_dim=4 if sdxl else 8, **(options if sdxl else {}),
         )
     ).eval()  # fmt: skip
 
@@ -227,10 +227,10 @@ def test_import_diffusers_dit(out):
     net, notes = interop.load_network(peer.state_dict(), num_heads=2)
     assert net.trunk.position.base_grid == (16, 16) and net.num_classes == 5  # assumed: no name or shape tells the grid
     label, x = torch.tensor([1, 5]), randn(2, 4, 8, 8)
-    wanted = peer(x, timestep=T, class_labels=label).sample
-    assert_close(net(x, T, T / 1000, Cond(label=label)), wanted[:, :4])
+    expected = peer(x, timestep=T, class_labels=label).sample
+    assert_close(net(x, T, T / 1000, Cond(label=label)), expected[:, :4])
     if out == 8:  # the learned variance, with which it goes back too
-        assert_close(net(x, T, T / 1000, Cond(label=label), return_variance=True), wanted)
+        assert_close(net(x, T, T / 1000, Cond(label=label), return_variance=True), expected)
         cfg, inputs, *_ = interop.detect_format(peer.state_dict(), 2)
         _, config, back = interop.to_diffusers(net, cfg, inputs)
         assert config["out_channels"] == 8 and all(back[k].equal(v) for k, v in peer.state_dict().items())
@@ -269,7 +269,7 @@ def test_import_original_dit():
     assert "resolution" not in notes
     label, x = torch.tensor([1, 5]), randn(2, 4, 8, 8)
     assert_close(net(x, T, T / 1000, Cond(label=label)), peer(x, timestep=T, class_labels=label).sample[:, :4])
-    with pytest.raises(RunError, match="pos_embed of shape"):
+    with pytest.raises(RunError, match="pos_embed has shape"):
         interop.load_network(state | {"pos_embed": torch.zeros(1, 15, 32)}, num_heads=2)
 
 
@@ -289,9 +289,9 @@ def test_import_diffusers_pixart(sample_size):
     peer = diffusers_pixart(sample_size)
     net, notes = interop.load_network(peer.state_dict(), num_heads=2)
     x, text = randn(2, 4, sample_size, sample_size), randn(2, 6, 12)
-    wanted = peer(x, text, timestep=T).sample
-    assert_close(net(x, T, T / 1000, Cond(text=text)), wanted[:, :4])
-    assert_close(net(x, T, T / 1000, Cond(text=text), return_variance=True), wanted)
+    expected = peer(x, text, timestep=T).sample
+    assert_close(net(x, T, T / 1000, Cond(text=text)), expected[:, :4])
+    assert_close(net(x, T, T / 1000, Cond(text=text), return_variance=True), expected)
     cfg, inputs, *_ = interop.detect_format(peer.state_dict(), 2)
     back = interop.to_diffusers(net, cfg, inputs)[2]
     assert all(back[k].equal(v) for k, v in peer.state_dict().items() if k in back)
@@ -310,10 +310,10 @@ def test_pixart_on_other_grids(names, grid):
     net, notes = interop.load_network(state, num_heads=2, resolution=8 if names == "told" else None)
     x, text = randn(2, 4, *grid), randn(2, 6, 12)
     assert_close(net(x, T, T / 1000, Cond(text=text)), peer(x, text, timestep=T).sample[:, :4])
-    assert notes["positions"] == "step base/n on a grid of n tokens, as theirs" and "resolution" not in notes
+    assert notes["positions"] == "step base/n on a grid of n tokens, as in the source" and "resolution" not in notes
     tokens = [side // 2 for side in grid]
-    apart = (net.trunk.position(*tokens) - SinCosPosEmbed(32, (4, 4), "extrapolated")(*tokens)).abs().max()
-    assert apart < 1e-6 if grid == (8, 8) else apart > 0.1
+    difference = (net.trunk.position(*tokens) - SinCosPosEmbed(32, (4, 4), "extrapolated")(*tokens)).abs().max()
+    assert difference < 1e-6 if grid == (8, 8) else difference > 0.1
 
 
 def to_original_pixart_names(peer):
@@ -364,7 +364,7 @@ def test_pixart_1024_raises():
         num_attention_heads=2, attention_head_dim=18, num_layers=1, sample_size=128, cross_attention_dim=36,
         caption_channels=12,
     )  # fmt: skip
-    with pytest.raises(UsageError, match="counts positions in halves"):
+    with pytest.raises(UsageError, match="positions in half steps"):
         interop.load_network(peer.state_dict(), num_heads=2)
 
 
@@ -446,11 +446,11 @@ def to_original_sd3_names(net):
     state = {}
     for name, tensor in net.state_dict().items():
         if name.startswith("blocks."):
-            _, i, rest = name.split(".", 2)
-            kind = "x" if rest.startswith("image") else "context"
-            rest = rest.removeprefix("image").removeprefix("text")
-            ours = next(a for a in inner if rest.startswith(a))
-            state[f"joint_blocks.{i}.{kind}{rest.replace(ours, inner[ours], 1)}"] = tensor
+            _, i, suffix = name.split(".", 2)
+            kind = "x" if suffix.startswith("image") else "context"
+            suffix = suffix.removeprefix("image").removeprefix("text")
+            ours = next(a for a in inner if suffix.startswith(a))
+            state[f"joint_blocks.{i}.{kind}{suffix.replace(ours, inner[ours], 1)}"] = tensor
         else:
             ours = next(a for a in renames if name.startswith(a))
             state[name.replace(ours, renames[ours], 1)] = tensor
@@ -467,7 +467,7 @@ def test_import_original_sd3(qk_norm, dual):
         state["joint_blocks.2.context_block.attn.ln_q.weight"] = torch.ones(8)
     one_file = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}
     net, notes = interop.load_network(one_file | {"first_stage_model.x": torch.zeros(1)}, num_heads=4)
-    assert "Stability" in notes["source"] and notes["left behind"].startswith("1 tensors outside")
+    assert "Stability" in notes["source"] and notes["ignored"].startswith("1 tensors outside")
     converted = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(dict(state))
     peer = diffusers_sd3(qk_norm, dual)
     peer.load_state_dict(converted)
@@ -480,12 +480,12 @@ def test_import_diffusers_unet(sdxl):
     peer = diffusers_unet(sdxl)
     net, notes = interop.load_network(peer.state_dict(), num_heads=4 if sdxl else None)  # SD1.5: 8 heads
     x, text = randn(2, 4, 8, 8), randn(2, 7, 24)
-    cond, more = Cond(text=text), {}
+    cond, extra_inputs = Cond(text=text), {}
     if sdxl:
         pooled, sizes = randn(2, 20), 64 * randn(2, 6).abs()
         cond = Cond(text=text, pooled=pooled, control_high=sizes[:, :4], control_low=sizes[:, 4:])
-        more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
-    assert_close(net(x, T, T / 1000, cond), peer(x, T, text, **more).sample)
+        extra_inputs = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
+    assert_close(net(x, T, T / 1000, cond), peer(x, T, text, **extra_inputs).sample)
     assert notes["source"].startswith("SDXL" if sdxl else "SD1.5") and notes["process"].startswith("VP")
     cfg = interop.unet.infer_config(peer.state_dict())[0]
     assert (cfg.num_heads, cfg.channels_per_head) == ((None, 64) if sdxl else (8, 64))
@@ -503,11 +503,11 @@ def to_compvis_names(state, levels=2, blocks=1):
     actual = {}
     for name, tensor in state.items():
         place = max((p for p in places if name.startswith(f"{p}.")), key=len)
-        rest = name.removeprefix(place)
+        suffix = name.removeprefix(place)
         if ".resnets." in place:
-            _, part, kind = rest.split(".")
-            rest = f".{inner[part]}.{kind}"
-        actual[f"model.diffusion_model.{places[place]}{rest}"] = tensor
+            _, part, kind = suffix.split(".")
+            suffix = f".{inner[part]}.{kind}"
+        actual[f"model.diffusion_model.{places[place]}{suffix}"] = tensor
     return actual
 
 
@@ -520,8 +520,8 @@ def test_import_single_file_unet(sdxl):
     assert back.keys() == peer.state_dict().keys()
     assert all(tensor.equal(back[name]) for name, tensor in peer.state_dict().items())
     net, notes = interop.load_network(state | {"first_stage_model.x": torch.zeros(1)}, num_heads=4)
-    wanted = interop.load_network(peer.state_dict(), num_heads=4)[0].state_dict()
-    assert all(tensor.equal(wanted[name]) for name, tensor in net.state_dict().items())
+    expected = interop.load_network(peer.state_dict(), num_heads=4)[0].state_dict()
+    assert all(tensor.equal(expected[name]) for name, tensor in net.state_dict().items())
     assert notes["source"].endswith("U-Net (CompVis)")
 
 
@@ -534,14 +534,14 @@ def test_heads_of_known_sizes(width, depth, heads):
 
 @pytest.mark.parametrize("make", [diffusers_dit, diffusers_pixart, diffusers_sd3])
 def test_ambiguous_heads_require_an_argument(make):
-    with pytest.raises(UsageError, match="say heads="):
+    with pytest.raises(UsageError, match="pass num_heads="):
         interop.load_network(make().state_dict())
-    with pytest.raises(UsageError, match="heads=5 does not fit"):
+    with pytest.raises(UsageError, match="num_heads=5 does not fit"):
         interop.load_network(make().state_dict(), num_heads=5)
 
 
 @pytest.mark.parametrize(
-    "make, gone, missing",
+    "make, removed, missing",
     [
         (diffusers_dit, "proj_out_1.bias", "final_ada.linear.bias"),
         (diffusers_pixart, "transformer_blocks.1.attn2.to_out.0.bias", "blocks.1.cross.out.bias"),
@@ -549,9 +549,9 @@ def test_ambiguous_heads_require_an_argument(make):
         (lambda: diffusers_unet(False), "down_blocks.1.resnets.0.conv2.weight", "down.1.0.residual.conv1.weight"),
     ],
 )
-def test_missing_and_unknown_tensors_of_diffusers(make, gone, missing):
+def test_missing_and_unknown_tensors_of_diffusers(make, removed, missing):
     state = make().state_dict()
-    del state[gone]
+    del state[removed]
     state["transformer_blocks.0.attn7.to_q.weight"] = torch.zeros(1)
     with pytest.raises(
         RunError, match=rf"1 missing \({missing}\); 1 unknown \(transformer_blocks.0.attn7.to_q.weight\)"

@@ -94,10 +94,10 @@ def test_import_original_mdt(sigma):
     assert notes["source"] == "MDTv2 (sail-sg/MDT)" and ("variance" in notes) == sigma
     x, t = torch.randn(2, CHANNELS, 8, 8, dtype=torch.float64), torch.tensor([3.0, 700.0]).double()
     label = torch.tensor([1, CLASSES])
-    wanted = reference_forward({k: v.double() for k, v in state.items()}, x, t, label)
-    ours = net.double()(x, t, t / 1000, Cond(label=label))
-    assert ours.std() > 0.1
-    torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+    expected = reference_forward({k: v.double() for k, v in state.items()}, x, t, label)
+    output = net.double()(x, t, t / 1000, Cond(label=label))
+    assert output.std() > 0.1
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_settings_of_mdt():
@@ -107,7 +107,7 @@ def test_settings_of_mdt():
         hidden_size=D, depth=5, num_heads=HEADS, decoder_layers=DECODER, class_embed="table", learned_variance=True
     )
     assert inputs == InputSpec(CHANNELS, 8, CLASSES)
-    with pytest.raises(UsageError, match="heads=4 does not fit the network: its relative biases say 2"):
+    with pytest.raises(UsageError, match="num_heads=4 does not fit the network: by its relative biases it has 2"):
         interop.load_network(published_weights(), num_heads=4)
 
 
@@ -116,7 +116,7 @@ def test_missing_and_unknown_tensors_of_mdt():
     del state["sideblocks.0.mlp.fc2.bias"]
     with pytest.raises(RunError, match=r"1 missing \(side\.block\.mlp\.2\.bias\); 1 unknown \(register\)"):
         interop.load_network(state)
-    with pytest.raises(RunError, match=r"pos_embed of shape \(1, 15, 32\) is no table"):
+    with pytest.raises(RunError, match=r"pos_embed has shape \(1, 15, 32\), not \(1, side"):
         interop.load_network(published_weights() | {"pos_embed": torch.zeros(1, 15, D)})
 
 

@@ -131,13 +131,13 @@ def reference_one(w, x, c_noise, progress, cond, keep):
     c = reference_condition(w, c_noise, progress, cond)
     ids = list(range(len(tokens))) if keep is None else keep
 
-    t, seen, half = tokens[ids], [everywhere[i] for i in ids], (CFG.depth - CFG.decoder_layers) // 2
+    t, visible, half = tokens[ids], [everywhere[i] for i in ids], (CFG.depth - CFG.decoder_layers) // 2
     stored = []
     for i in range(half):
-        t = reference_block(w, f"in_blocks.{i}", t, c, seen, h, width)
+        t = reference_block(w, f"in_blocks.{i}", t, c, visible, h, width)
         stored.append(t)
     for i in range(half):
-        t = reference_block(w, f"out_blocks.{i}", t, c, seen, h, width, skip=stored[half - 1 - i])
+        t = reference_block(w, f"out_blocks.{i}", t, c, visible, h, width, skip=stored[half - 1 - i])
 
     decoder_position = reference_positions(w["decoder_position.table"], h, width)
     full = [w["side.mask_token"][0, 0]] * len(tokens)
@@ -172,19 +172,19 @@ SIZES = [(8, 8), (12, 6)]  # trained; another, not square
 def test_equals_the_reference(branch, h, w):
     """Outputs and gradients of the input and every parameter agree in fp64."""
     net = small_mdt(dtype=torch.float64)
-    x, *rest = example_batch(2, h, w, torch.float64)
+    x, *inputs = example_batch(2, h, w, torch.float64)
     keep = random_keep_ids(2, h * w // 4) if branch == "masked" else None
     calls = []
     for run in (net.forward if keep is None else net.forward_masked, lambda *a: reference(net, *a)):
         x_ = x.clone().requires_grad_()
-        out = run(x_, *rest) if keep is None else run(x_, *rest, keep)
+        out = run(x_, *inputs) if keep is None else run(x_, *inputs, keep)
         net.zero_grad()
         (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)).sum().backward()
         grads = {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
         calls.append((out.detach(), {"x": x_.grad, **grads}))
-    (out, grads), (wanted, wanted_grads) = calls
+    (out, grads), (expected, wanted_grads) = calls
     assert out.std() > 1e-2
-    torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-11)
     for name, grad in wanted_grads.items():
         torch.testing.assert_close(grads[name], grad, rtol=1e-9, atol=1e-10 * float(grad.abs().max()), msg=name)
 
@@ -196,8 +196,8 @@ def test_fp32_is_near_the_reference(branch):
     out = (net.forward_masked if keep else net)(*args, *keep)
     x, c_noise, progress, cond = example_batch(2)
     wide = Cond(label=cond.label, control_high=cond.control_high.double(), control_low=cond.control_low.double())
-    wanted = reference(net.double(), x.double(), c_noise.double(), progress.double(), wide, *keep)
-    assert (out - wanted).norm() / wanted.norm() < 1e-5
+    expected = reference(net.double(), x.double(), c_noise.double(), progress.double(), wide, *keep)
+    assert (out - expected).norm() / expected.norm() < 1e-5
 
 
 def transposed_bias(net):
@@ -218,10 +218,10 @@ def other_decoder_positions(net):
 def test_reference_detects_changes(spoil, masked):
     net, args = small_mdt(dtype=torch.float64), example_batch(2, dtype=torch.float64)
     keep = [random_keep_ids(2)] if masked else []
-    wanted = reference(net, *args, *keep)
+    expected = reference(net, *args, *keep)
     with torch.no_grad():
         spoil(net)
-        assert ((net.forward_masked if masked else net)(*args, *keep) - wanted).abs().max() > 1e-4
+        assert ((net.forward_masked if masked else net)(*args, *keep) - expected).abs().max() > 1e-4
 
 
 def count(module: nn.Module) -> int:
@@ -252,10 +252,10 @@ def test_parameters_of_the_public_code():
 @pytest.mark.parametrize("latents, published, digits", [(32, 259.08e9, 0.005e9), (64, 1136e9, 0.5e9)])
 def test_flops_of_table_a1(latents, published, digits):
     """The plain pass has 2 per multiply-accumulate, 1 per element of GELU or SiLU, 4 of LayerNorm."""
-    x, one = torch.empty(1, 4, latents, latents, device="meta"), torch.empty(1, device="meta")
+    x, level = torch.empty(1, 4, latents, latents, device="meta"), torch.empty(1, device="meta")
     net, tokens, d = mdt_xl(latents), (latents // 2) ** 2, 1152
     with FlopCounterMode(display=False) as counter:
-        net(x, one, one, Cond(label=torch.empty(1, dtype=torch.int64, device="meta")))
+        net(x, level, level, Cond(label=torch.empty(1, dtype=torch.int64, device="meta")))
     activations = 28 * (4 * tokens * d + d) + 3 * d  # MLP and adaLN of each block; time, class, final adaLN
     norms = (2 * 28 + 1) * tokens * d
     assert counter.get_total_flops() + activations + 4 * norms == pytest.approx(published, abs=digits)
@@ -282,9 +282,9 @@ def test_class_token_rows_are_unused():
 def test_positions_start_as_sincos_with_step_one():
     torch.manual_seed(0)
     net = MDT(CFG, InputSpec(3, 8, 5))
-    wanted = sincos_pos_embed_2d(32, 4, 4, (3, 3))
+    expected = sincos_pos_embed_2d(32, 4, 4, (3, 3))
     for position in (net.position, net.decoder_position):
-        assert position.table.requires_grad and position.table.equal(wanted)
+        assert position.table.requires_grad and position.table.equal(expected)
     assert float(net.position.table[0, 1, 0].detach()) == pytest.approx(math.sin(1))  # column 1, omega 1
 
 
@@ -293,8 +293,8 @@ def test_positions_of_other_grids():
     net = small_mdt(dtype=torch.float64)
     table = net.position.table.unflatten(1, (GRID, GRID))
     torch.testing.assert_close(net.position(7, 7).unflatten(1, (7, 7))[:, ::2, ::2], table)
-    other = net.position(3, 9).unflatten(1, (3, 9))
-    torch.testing.assert_close(other[:, [0, -1]][:, :, [0, -1]], table[:, [0, -1]][:, :, [0, -1]])
+    positions = net.position(3, 9).unflatten(1, (3, 9))
+    torch.testing.assert_close(positions[:, [0, -1]][:, :, [0, -1]], table[:, [0, -1]][:, :, [0, -1]])
     assert net.position(1, 1).equal(table[:, :1, 0])
 
 
@@ -338,19 +338,23 @@ def test_order_of_keep_ids_does_not_matter():
 
 def test_encoder_sees_only_visible_tokens():
     """Hidden pixels change the output only through the decoder's skips; visible ones always do."""
-    net, (x, *rest), keep = small_mdt(dtype=torch.float64), example_batch(dtype=torch.float64), random_keep_ids()
+    net, (x, *inputs), keep = small_mdt(dtype=torch.float64), example_batch(dtype=torch.float64), random_keep_ids()
     hidden = torch.ones(3, 16).scatter(1, keep, 0).reshape(3, 1, 4, 4)
     pixels = hidden.repeat_interleave(2, 2).repeat_interleave(2, 3)
     other_hidden, other_visible = x + pixels, x + (1 - pixels)
     with torch.no_grad():
-        assert (net.forward_masked(other_hidden, *rest, keep) - net.forward_masked(x, *rest, keep)).abs().max() > 1e-3
+        assert (
+            net.forward_masked(other_hidden, *inputs, keep) - net.forward_masked(x, *inputs, keep)
+        ).abs().max() > 1e-3
         for block_ in net.decoder:
             block_.skip.weight[:, CFG.hidden_size :] = 0
         torch.testing.assert_close(
-            net.forward_masked(other_hidden, *rest, keep), net.forward_masked(x, *rest, keep), rtol=0, atol=0
+            net.forward_masked(other_hidden, *inputs, keep), net.forward_masked(x, *inputs, keep), rtol=0, atol=0
         )
-        assert (net.forward_masked(other_visible, *rest, keep) - net.forward_masked(x, *rest, keep)).abs().max() > 1e-3
-        assert (net(other_hidden, *rest) - net(x, *rest)).abs().max() > 1e-3
+        assert (
+            net.forward_masked(other_visible, *inputs, keep) - net.forward_masked(x, *inputs, keep)
+        ).abs().max() > 1e-3
+        assert (net(other_hidden, *inputs) - net(x, *inputs)).abs().max() > 1e-3
 
 
 def test_side_block_writes_only_hidden_positions():

@@ -73,8 +73,8 @@ def test_sd3_in_float64(height, width):
     """The time sinusoids, the only part of diffusers below float64, are replaced."""
     actual, peer = pair(torch.float64, None)
     peer.time_text_embed.time_proj = Float64Sinusoids()
-    for mine, expected in zip(*run_both(actual, peer, torch.float64, height, width, time=1000), strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-12)
+    for output, expected in zip(*run_both(actual, peer, torch.float64, height, width, time=1000), strict=True):
+        torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("height, width", [(8, 8), (4, 12)])
@@ -82,22 +82,22 @@ def test_sd35_in_float64(height, width):
     """Diffusers' RMSNorm of qk_norm takes its mean square in float32."""
     actual, peer = pair(torch.float64, "rms_norm")
     peer.time_text_embed.time_proj = Float64Sinusoids()
-    for mine, expected in zip(*run_both(actual, peer, torch.float64, height, width, time=1000), strict=True):
-        assert (mine - expected).abs().max() < 1e-6 * expected.abs().max()
+    for output, expected in zip(*run_both(actual, peer, torch.float64, height, width, time=1000), strict=True):
+        assert (output - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
 def test_sd3_with_diffusers_time_embedding():
     """Unreplaced float32 sinusoids, at times below 1: 1e-6."""
     actual, peer = pair(torch.float64, None)
-    for mine, expected in zip(*run_both(actual, peer, torch.float64, 8, 12, time=1), strict=True):
-        assert (mine - expected).abs().max() < 1e-6 * expected.abs().max()
+    for output, expected in zip(*run_both(actual, peer, torch.float64, 8, 12, time=1), strict=True):
+        assert (output - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("qk_norm", [None, "rms_norm"])
 def test_sd3_in_float32(qk_norm):
     actual, peer = pair(torch.float32, qk_norm)
-    for mine, expected in zip(*run_both(actual, peer, torch.float32, 6, 8, time=1000), strict=True):
-        assert (mine - expected).abs().max() < 1e-5 * expected.abs().max()
+    for output, expected in zip(*run_both(actual, peer, torch.float32, 6, 8, time=1000), strict=True):
+        assert (output - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_sd3_gradients_of_weights():
@@ -198,11 +198,11 @@ def test_sd3_medium_parameters():
 
 def modulation_vectors(net: nn.Module, args) -> Tensor:
     """Return c, the input of the final adaLN."""
-    seen = []
-    handle = net.final_ada.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    vectors = []
+    handle = net.final_ada.register_forward_pre_hook(lambda _, inputs: vectors.append(inputs[0]))
     net(*args)
     handle.remove()
-    return seen[0]
+    return vectors[0]
 
 
 def test_modulation_includes_semantics_in_mmdit_only():
@@ -211,15 +211,15 @@ def test_modulation_includes_semantics_in_mmdit_only():
         ("mmdit: text", False), ("mmdit++: text control", False),
     ]:  # fmt: skip
         net, (x, c_noise, progress, cond) = randomized_net(CASES[case]), example_batch(CASES[case])
-        given = modulation_vectors(net, (x, c_noise, progress, cond))
+        conditional = modulation_vectors(net, (x, c_noise, progress, cond))
         withheld = modulation_vectors(net, (x, c_noise, progress, cond.without(semantic=True)))
-        assert (not given.equal(withheld)) == semantic, case
+        assert (not conditional.equal(withheld)) == semantic, case
 
 
 def test_class_modulation_is_the_class_token():
     net, args = randomized_net(CASES["mmdit: class"]), example_batch(CASES["mmdit: class"])
-    wanted = net.time(args[1]) + net.semantic.table(args[3].label)
-    torch.testing.assert_close(modulation_vectors(net, args), wanted)
+    expected = net.time(args[1]) + net.semantic.table(args[3].label)
+    torch.testing.assert_close(modulation_vectors(net, args), expected)
 
 
 def test_mmdit_without_pooled_text_is_mmditpp():

@@ -11,7 +11,7 @@ from helpers.run_factory import image_run
 from PIL import Image
 from rich.console import Console
 
-from gesso import build_conditions, config, recipes, sampling, snapshot
+from gesso import config, recipes, sampling, snapshot
 from gesso import rng as keyed
 from gesso.config import DataConfig, LatentConfig
 from gesso.data import crops, factory, inspect
@@ -45,27 +45,27 @@ def test_which_data_set_is_opened(photos, vae):
 
 def test_too_large_for_memory_is_decoded_as_it_goes_to_the_same_pixels(photos, monkeypatch):
     data = DataConfig(source=str(photos), resolution=16, flip=True)
-    held = open_dataset(data, seed=3)
+    in_memory = open_dataset(data, seed=3)
     monkeypatch.setattr(factory, "MAX_IN_MEMORY_BYTES", 100)
     straight = open_dataset(data, seed=3)
     assert isinstance(straight, OnTheFlyDataset)
     index = torch.arange(16)
-    assert held.reference_images(index).equal(straight.reference_images(index))
+    assert in_memory.reference_images(index).equal(straight.reference_images(index))
     plain = DataConfig(source=str(photos), resolution=16)
-    for one, other in zip(open_dataset(plain).get(index, index), held.get(index, index), strict=True):
+    for one, other in zip(open_dataset(plain).get(index, index), in_memory.get(index, index), strict=True):
         assert one is None or one.shape == other.shape
     ours, reference = open_dataset(plain).get(index, index), OnTheFlyDataset(straight.source, plain).get(index, index)
     for name in ("x", "original_sizes", "crop_boxes", "flips", "pixel_stats", "labels", "indices"):
         assert getattr(ours, name).equal(getattr(reference, name)), name
-    torch.testing.assert_close(held.channel_stats()[0], pixel_channel_stats(held.pixels)[0])
+    torch.testing.assert_close(in_memory.channel_stats()[0], pixel_channel_stats(in_memory.pixels)[0])
 
 
 def test_every_sample_is_the_crop_that_its_counter_draws(photos):
     """Against one picture at a time, cropped and resized by hand."""
-    some = open_on_the_fly(photos, seed=5, flip=True)
+    dataset = open_on_the_fly(photos, seed=5, flip=True)
     counter = torch.arange(100, 148)
-    index = some.sample_order(5, 8)(counter)
-    samples = some.get(index, counter)
+    index = dataset.sample_order(5, 8)(counter)
+    samples = dataset.get(index, counter)
     u = keyed.uniform(5, counter, "view", crops.UNIFORMS_PER_VIEW)
     files = sorted(photos.glob("*/*.png"))
     for b, i in enumerate(index.tolist()):
@@ -88,8 +88,8 @@ def test_every_sample_is_the_crop_that_its_counter_draws(photos):
 
 def test_control_says_what_the_crop_shows(photos):
     """The picture's red and green are places: the mean of the view is the middle of its box."""
-    some = open_on_the_fly(photos)
-    samples = some.get(torch.arange(16), torch.arange(16))
+    dataset = open_on_the_fly(photos)
+    samples = dataset.get(torch.arange(16), torch.arange(16))
     columns = samples.control_columns()
     red, green = (samples.x[:, c].float().mean((1, 2)) for c in (0, 1))
     torch.testing.assert_close(red, 0.2550 / 2 * (columns["crop_left"] + columns["crop_right"]), atol=2.0, rtol=0)
@@ -103,34 +103,34 @@ def test_the_box_of_a_mirrored_view_is_stated_in_the_frame_that_is_shown(photos,
     settings = {"flip": True, "crop_scale": (0.4, 0.6)}
     counter = torch.arange(64)
     if path == "live":
-        some = open_on_the_fly(photos, flip=True)
-        samples = some.get(counter % len(some), counter)
+        dataset = open_on_the_fly(photos, flip=True)
+        samples = dataset.get(counter % len(dataset), counter)
     elif path == "cache":
         write.write_cache(
             CachePlan(data=DataConfig(source=str(photos), resolution=16, **settings), views=3), tmp_path / "c"
         )
-        some = CachedDataset(tmp_path / "c")
-        samples = some.get(counter % len(some), counter)
+        dataset = CachedDataset(tmp_path / "c")
+        samples = dataset.get(counter % len(dataset), counter)
     elif path == "sheet":
         requested = inspect.InspectArgs(num_rows=4, num_views=4, crop_scale=(0.4, 0.6), flip=True, resolution=16)
         actual, _ = inspect.source_rows(open_source(str(photos)), np.array([[16, 16]]), requested)
         shown = [row.views for row in actual]
         samples = SampleBatch(*(torch.cat(parts) for parts in zip(*(view[:7] for view in shown), strict=True)))
     else:  # boxes off the centre, which the centred ones of training are not
-        some = open_dataset(DataConfig(source=str(photos), resolution=16, flip=True))
+        dataset = open_dataset(DataConfig(source=str(photos), resolution=16, flip=True))
         boxes = [
             crops.random_view(DataConfig(crop_scale=(0.4, 0.6)), h, w, [i / 16, 0.1, 0.2, 1])
-            for i, (h, w) in enumerate(some.original_sizes.tolist())
+            for i, (h, w) in enumerate(dataset.original_sizes.tolist())
         ]
         files = sorted(photos.glob("*/*.png"))
-        some.crop_boxes = torch.tensor([box[:4] for box in boxes])
-        some.pixels = torch.stack(
+        dataset.crop_boxes = torch.tensor([box[:4] for box in boxes])
+        dataset.pixels = torch.stack(
             [
                 torch.from_numpy(crops.crop_resize(Image.open(f), box, 16, 16))
                 for f, box in zip(files, boxes, strict=True)
             ]
         )
-        samples = some.get(counter % len(some), counter)
+        samples = dataset.get(counter % len(dataset), counter)
     columns = samples.control_columns()
     left, right = (columns[f"crop_{edge}"] / 1000 for edge in ("left", "right"))
     assert 0 < int(samples.flips.sum()) < len(samples.flips)
@@ -181,12 +181,12 @@ def test_an_unreadable_image_gives_way_to_the_next(photos, tmp_path):
     folder = copy_with_truncated(
         photos, tmp_path / "s", {"6.png", "8.png"}
     )  # tall/6 (the last of its class), wide/6, wide/8 (the last)
-    some = open_on_the_fly(folder, max_unreadable=0.2)
+    dataset = open_on_the_fly(folder, max_unreadable=0.2)
     index = torch.tensor([6, 13, 15, 0])
-    samples = some.get(index, torch.arange(4))
+    samples = dataset.get(index, torch.arange(4))
     assert samples.indices.tolist() == [7, 14, 0, 0] and samples.labels.tolist() == [1, 1, 0, 0]
-    some.get(index, torch.arange(4))
-    assert sorted(name for name, _ in some.unreadable) == ["tall/6.png", "wide/6.png", "wide/8.png"]
+    dataset.get(index, torch.arange(4))
+    assert sorted(name for name, _ in dataset.unreadable) == ["tall/6.png", "wide/6.png", "wide/8.png"]
     strict = open_on_the_fly(folder, max_unreadable=0.1)
     strict.get(torch.tensor([6]), torch.arange(1))
     with pytest.raises(RunError, match=r"2 of 16 images .* are unreadable, over the 10.0%"):
@@ -448,9 +448,9 @@ def test_samples_of_another_aspect_have_as_many_pixels(photos, tmp_path, aspect,
 def test_rows_of_control_are_of_pictures_of_that_aspect(photos):
     run, _ = open_dataset_for_run(image_run(photos, **{"control.variables": "size", "sample.aspect": "2:1"}), QUIET)
     rows = torch.tensor([[64.0, 40.0], [48.0, 96.0], [64.0, 40.0], [48.0, 100.0]])
-    cond, _ = build_conditions.build_cond(run, range(40), rows, labels=[0] * 40)
+    cond, _ = sampling.build_cond(run, range(40), rows, labels=[0] * 40)
     assert {tuple(row) for row in cond.control_low.tolist()} == {(48.0, 96.0), (48.0, 100.0)}
-    cond, _ = build_conditions.build_cond(run, range(40), rows[::2], labels=[0] * 40)  # none is: any
+    cond, _ = sampling.build_cond(run, range(40), rows[::2], labels=[0] * 40)  # none is: any
     assert cond.control_low.unique(dim=0).tolist() == [[64.0, 40.0]]
 
 

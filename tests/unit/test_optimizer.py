@@ -28,12 +28,12 @@ def trainer(*groups: dict, **settings) -> loop.Trainer:
     return loop.Trainer(*open_dataset_for_run(config.validate(tree), QUIET))
 
 
-def settings_of(some: loop.Trainer) -> dict[str, tuple]:
+def settings_of(loop_trainer: loop.Trainer) -> dict[str, tuple]:
     """What holds for each parameter, by name."""
-    names = {id(p): name for name, p in some.modules.named_parameters()}
+    names = {id(p): name for name, p in loop_trainer.modules.named_parameters()}
     return {
-        names[id(p)].removeprefix("net."): (group["factor"], tuple(group["betas"]), group["weight_decay"])
-        for group in some.optimizer.param_groups
+        names[id(p)].removeprefix("net."): (group["lr_multiplier"], tuple(group["betas"]), group["weight_decay"])
+        for group in loop_trainer.optimizer.param_groups
         for p in group["params"]
     }
 
@@ -44,10 +44,10 @@ BASE = {"optim.weight_decay": 0.1, "optim.name": "adamw"}
 
 
 def test_the_first_glob_that_fits_decides():
-    some = trainer(BIAS, FIRST, **BASE)
-    actual = settings_of(some)
-    assert actual.keys() == {name.removeprefix("net.") for name, _ in some.modules.named_parameters()}
-    for name, parameter in some.modules.named_parameters():
+    loop_trainer = trainer(BIAS, FIRST, **BASE)
+    actual = settings_of(loop_trainer)
+    assert actual.keys() == {name.removeprefix("net.") for name, _ in loop_trainer.modules.named_parameters()}
+    for name, parameter in loop_trainer.modules.named_parameters():
         name = name.removeprefix("net.")
         decay = 0.1 if parameter.ndim > 1 else 0.0
         wanted = (1.0, (0.9, 0.99), decay)
@@ -61,10 +61,10 @@ def test_the_first_glob_that_fits_decides():
 
 def test_a_step_is_that_of_adamw_by_hand():
     """Of every parameter after three steps, by the equations of AdamW with the settings of its group."""
-    some = trainer(BIAS, FIRST, **BASE | {"train.dtype": "float64"})
-    lr, expected, moments = some.run.optim.lr, {}, {}
-    settings, parameters = settings_of(some), dict(some.modules.named_parameters())
-    step = some.optimizer.step
+    loop_trainer = trainer(BIAS, FIRST, **BASE | {"train.dtype": "float64"})
+    lr, expected, moments = loop_trainer.run.optim.lr, {}, {}
+    settings, parameters = settings_of(loop_trainer), dict(loop_trainer.modules.named_parameters())
+    step = loop_trainer.optimizer.step
 
     def by_hand() -> None:
         for name, p in parameters.items():
@@ -74,22 +74,24 @@ def test_a_step_is_that_of_adamw_by_hand():
             m, v, t = moments.get(name, (0, 0, 0))
             m, v, t = b1 * m + (1 - b1) * p.grad, b2 * v + (1 - b2) * p.grad**2, t + 1
             moments[name] = m, v, t
-            moved = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + some.run.optim.eps)
+            moved = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + loop_trainer.run.optim.eps)
             expected[name] = p.detach() * (1 - lr * factor * decay) - lr * factor * moved
         step()
         for name, wanted in expected.items():
             torch.testing.assert_close(parameters[name].detach(), wanted, rtol=1e-10, atol=1e-12, msg=name)
 
-    some.optimizer.step = by_hand
+    loop_trainer.optimizer.step = by_hand
     for _ in range(3):
-        some.step()
+        loop_trainer.step()
     assert len(expected) > 20
 
 
 def test_no_group_is_as_before():
-    one, other = trainer(**BASE), trainer({"match": "*"}, **BASE)
-    assert [one.step() for _ in range(3)] == [other.step() for _ in range(3)]
-    assert all(a.equal(b) for a, b in zip(one.modules.parameters(), other.modules.parameters(), strict=True))
+    without_groups, one_group = trainer(**BASE), trainer({"match": "*"}, **BASE)
+    assert [without_groups.step() for _ in range(3)] == [one_group.step() for _ in range(3)]
+    assert all(
+        a.equal(b) for a, b in zip(without_groups.modules.parameters(), one_group.modules.parameters(), strict=True)
+    )
 
 
 def test_the_sphere_never_decays():
@@ -101,13 +103,13 @@ def test_the_sphere_never_decays():
         "weight_decay": 0.1,
         "param_groups": [{"match": "*gain", "weight_decay": 0.2}, {"match": "uncertainty.*", "lr_multiplier": 3}],
     }
-    some = loop.Trainer(*open_dataset_for_run(config.validate(tree), QUIET))
-    actual, sphere = settings_of(some), {id(w) for w in mp.sphere_weights(some.modules)}
-    for name, parameter in some.modules.named_parameters():
+    loop_trainer = loop.Trainer(*open_dataset_for_run(config.validate(tree), QUIET))
+    actual, sphere = settings_of(loop_trainer), {id(w) for w in mp.sphere_weights(loop_trainer.modules)}
+    for name, parameter in loop_trainer.modules.named_parameters():
         if id(parameter) in sphere:
             assert actual[name.removeprefix("net.")][2] == 0
     assert actual["out_gain"][2] == 0.2 and actual["uncertainty.linear.weight"][0] == 3
-    with pytest.raises(UsageError, match="all its weights are on the sphere"):
+    with pytest.raises(UsageError, match="all its weights are normalized"):
         tree["optim"]["param_groups"] = [{"match": "conv_*.weight", "weight_decay": 0.2}]
         loop.Trainer(*open_dataset_for_run(config.validate(tree), QUIET))
 
@@ -115,9 +117,12 @@ def test_the_sphere_never_decays():
 @pytest.mark.parametrize(
     "groups, output",
     [
-        ([{"match": "blocks.0.imag.*"}], "fits no parameter of this network; did you mean .*blocks.0.image"),
-        ([{"match": "nothing-like-it"}], "fits no parameter"),
-        ([{"match": "*"}, {"match": "*.bias"}], r"match=\*.bias comes after groups that take all its parameters"),
+        ([{"match": "blocks.0.imag.*"}], "matches no parameter of this network; did you mean .*blocks.0.image"),
+        ([{"match": "nothing-like-it"}], "matches no parameter"),
+        (
+            [{"match": "*"}, {"match": "*.bias"}],
+            r"match=\*.bias has no effect: earlier groups match all its parameters",
+        ),
     ],
 )
 def test_globs_that_fit_nothing(groups, output):
@@ -190,15 +195,15 @@ def test_groups_are_resumed(tmp_path):
     """The state has the names that it would have without groups, and is read into others."""
     from gesso.training import checkpoint
 
-    one, plain = trainer(BIAS, FIRST, **BASE), trainer(**BASE)
-    assert one.state_tensors().keys() == plain.state_tensors().keys()
+    uninterrupted, plain = trainer(BIAS, FIRST, **BASE), trainer(**BASE)
+    assert uninterrupted.state_tensors().keys() == plain.state_tensors().keys()
     for _ in range(3):
-        one.step()
-    checkpoint.save_checkpoint(tmp_path / "state", one.nimg, one.state_tensors())
-    after = [one.step() for _ in range(3)]
-    other = trainer(BIAS, FIRST, **BASE)
-    other.nimg = checkpoint.load_latest(tmp_path / "state", other.state_tensors(), print)
-    assert [other.step() for _ in range(3)] == after
+        uninterrupted.step()
+    checkpoint.save_checkpoint(tmp_path / "state", uninterrupted.nimg, uninterrupted.state_tensors())
+    after = [uninterrupted.step() for _ in range(3)]
+    resumed = trainer(BIAS, FIRST, **BASE)
+    resumed.nimg = checkpoint.load_latest(tmp_path / "state", resumed.state_tensors(), print)
+    assert [resumed.step() for _ in range(3)] == after
 
 
 # Adam's averages in 8 bits, by bitsandbytes.
@@ -216,14 +221,16 @@ library = pytest.mark.skipif(without_library(), reason="bitsandbytes is not inst
 @library
 def test_eight_bits_train_as_thirty_two_in_a_quarter_of_the_room():
     full, eight = trainer(**EIGHT | {"optim.state_dtype": "full"}), trainer(**EIGHT)
-    a, b = ([some.step() for _ in range(40)] for some in (full, eight))
+    a, b = ([loop_trainer.step() for _ in range(40)] for loop_trainer in (full, eight))
     assert a != b and sum(b[-10:]) == pytest.approx(sum(a[-10:]), rel=0.03)
     size = {}
-    for some in (full, eight):
-        state = optimizer.named_optimizer_state(some.optimizer, some.modules)
-        large = [n for n, p in some.modules.named_parameters() if p.numel() >= 4096]
-        held = sum(t.nbytes for n, t in state.items() if any(n.startswith(name + ".") for name in large))
-        size[some] = held / sum(p.numel() for n, p in some.modules.named_parameters() if n in large)
+    for loop_trainer in (full, eight):
+        state = optimizer.named_optimizer_state(loop_trainer.optimizer, loop_trainer.modules)
+        large = [n for n, p in loop_trainer.modules.named_parameters() if p.numel() >= 4096]
+        num_bytes = sum(t.nbytes for n, t in state.items() if any(n.startswith(name + ".") for name in large))
+        size[loop_trainer] = num_bytes / sum(
+            p.numel() for n, p in loop_trainer.modules.named_parameters() if n in large
+        )
     assert size[full] == pytest.approx(8, abs=0.01) and size[eight] == pytest.approx(2 + 8 / 256, abs=0.01)
 
 
@@ -241,28 +248,30 @@ def test_eight_bits_are_adamw_but_for_rounding():
 def test_eight_bits_resume_bit_by_bit(tmp_path):
     from gesso.training import checkpoint
 
-    one = trainer(BIAS, **EIGHT | BASE)
+    uninterrupted = trainer(BIAS, **EIGHT | BASE)
     for _ in range(3):
-        one.step()
-    checkpoint.save_checkpoint(tmp_path / "state", one.nimg, one.state_tensors())
+        uninterrupted.step()
+    checkpoint.save_checkpoint(tmp_path / "state", uninterrupted.nimg, uninterrupted.state_tensors())
     assert all(
         t.dtype in (torch.uint8, torch.float32)
-        for t in optimizer.named_optimizer_state(one.optimizer, one.modules).values()
+        for t in optimizer.named_optimizer_state(uninterrupted.optimizer, uninterrupted.modules).values()
     )
-    after = [one.step() for _ in range(3)]
-    other = trainer(BIAS, **EIGHT | BASE)
-    other.nimg = checkpoint.load_latest(tmp_path / "state", other.state_tensors(), print)
-    assert [other.step() for _ in range(3)] == after
-    assert all(a.equal(b) for a, b in zip(one.modules.parameters(), other.modules.parameters(), strict=True))
+    after = [uninterrupted.step() for _ in range(3)]
+    resumed = trainer(BIAS, **EIGHT | BASE)
+    resumed.nimg = checkpoint.load_latest(tmp_path / "state", resumed.state_tensors(), print)
+    assert [resumed.step() for _ in range(3)] == after
+    assert all(
+        a.equal(b) for a, b in zip(uninterrupted.modules.parameters(), resumed.modules.parameters(), strict=True)
+    )
 
 
 @library
 def test_eight_bits_leave_the_sphere_to_the_step():
     run = recipes.resolve("digits-edm2", ["net.channels=16", "net.channels_per_head=16", "optim.state_dtype=8bit"])[0]
-    some = loop.Trainer(*open_dataset_for_run(run, QUIET))
+    loop_trainer = loop.Trainer(*open_dataset_for_run(run, QUIET))
     for _ in range(3):
-        some.step()
-    for weight in mp.sphere_weights(some.modules):
+        loop_trainer.step()
+    for weight in mp.sphere_weights(loop_trainer.modules):
         rms = weight.detach().flatten(1).square().mean(1).sqrt()
         torch.testing.assert_close(rms, torch.ones_like(rms), rtol=1e-5, atol=0)
 
@@ -290,6 +299,6 @@ def test_errors_are_reported_before_a_folder_is_created(tmp_path):
     from gesso.training.run_folder import start_training
 
     run = recipes.resolve("digits", ['optim.param_groups=[{"match":"nothing.*"}]'])[0]
-    with pytest.raises(UsageError, match="fits no parameter"):
+    with pytest.raises(UsageError, match="matches no parameter"):
         start_training(run, tmp_path / "run", False, QUIET, print)
     assert not (tmp_path / "run").exists()

@@ -98,8 +98,8 @@ def cubic_resize(square: np.ndarray, n: int) -> np.ndarray:
 def test_interpolated(bh, bw, h, w):
     """Return the extrapolated table of the training grid, resized in both directions."""
     square = reference_table(range(bh), range(bw)).reshape(bh, bw, D)
-    wanted = cubic_resize(cubic_resize(square, h).swapaxes(0, 1), w).swapaxes(0, 1)
-    np.testing.assert_allclose(compute_table("interpolated", (bh, bw), h, w), wanted.reshape(h * w, D), atol=2e-5)
+    expected = cubic_resize(cubic_resize(square, h).swapaxes(0, 1), w).swapaxes(0, 1)
+    np.testing.assert_allclose(compute_table("interpolated", (bh, bw), h, w), expected.reshape(h * w, D), atol=2e-5)
 
 
 def test_interpolated_equals_extrapolated_only_on_the_training_grid():
@@ -141,8 +141,8 @@ def test_extrapolated_from_a_resampled_source_keeps_its_tokens():
         torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
         places = np.arange(n) * base / (g - 1)
         np.testing.assert_allclose(moved(n, n)[0].numpy(), reference_table(places, places), atol=1e-6)
-        other = np.arange(n + 3) * base / (g - 1)  # and so on every grid
-        np.testing.assert_allclose(moved(n, n + 3)[0].numpy(), reference_table(places, other), atol=1e-6)
+        coords = np.arange(n + 3) * base / (g - 1)  # and so on every grid
+        np.testing.assert_allclose(moved(n, n + 3)[0].numpy(), reference_table(places, coords), atol=1e-6)
     plain = SinCosPosEmbed(D, (16, 16), "resampled")(16, 16)[0].unflatten(0, (16, 16))[:8, :8]
     source = SinCosPosEmbed(D, (8, 8), "resampled")(8, 8)[0].unflatten(0, (8, 8))
     assert (plain - source).abs().max() > 0.5
@@ -154,8 +154,8 @@ def test_interpolated_from_a_resampled_source_is_its_table_resized():
     source = SinCosPosEmbed(D, (base, base), "resampled", (g, g))(g, g)
     assert moved(g, g).equal(source)
     square = source[0].numpy().astype(np.float64).reshape(g, g, D)
-    wanted = cubic_resize(cubic_resize(square, n).swapaxes(0, 1), n).swapaxes(0, 1)
-    np.testing.assert_allclose(moved(n, n)[0].numpy(), wanted.reshape(n * n, D), atol=2e-5)
+    expected = cubic_resize(cubic_resize(square, n).swapaxes(0, 1), n).swapaxes(0, 1)
+    np.testing.assert_allclose(moved(n, n)[0].numpy(), expected.reshape(n * n, D), atol=2e-5)
 
 
 @pytest.mark.parametrize("side", [1, 4, 7])

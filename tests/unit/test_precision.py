@@ -37,14 +37,14 @@ def make_nonfinite(monkeypatch, times: range) -> None:
     monkeypatch.setattr(loop.Trainer, "forward_backward", spoiled)
 
 
-def copy_state(some: loop.Trainer) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in some.modules.state_dict().items()}
+def copy_state(loop_trainer: loop.Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in loop_trainer.modules.state_dict().items()}
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_16_bit_training_matches_32_bit(precision):
     full, half = trainer(), trainer(**{"train.precision": precision})
-    a, b = ([some.step() for _ in range(12)] for some in (full, half))
+    a, b = ([loop_trainer.step() for _ in range(12)] for loop_trainer in (full, half))
     assert b == pytest.approx(a, rel=0.01) and b != a
     assert all(value.dtype == torch.float32 for value in half.modules.state_dict().values())
     assert half.num_nonfinite_steps == 0 and half.pop_log_line().get("loss_scale") == (
@@ -53,52 +53,52 @@ def test_16_bit_training_matches_32_bit(precision):
 
 
 def test_a_constant_loss_scale_changes_nothing_but_rounding():
-    one, other = (trainer(**{"train.precision": "float16", "train.loss_scale": k}) for k in (64, 4096))
-    a, b = ([some.step() for _ in range(6)] for some in (one, other))
-    assert a == pytest.approx(b, rel=2e-3) and one.grad_norm == pytest.approx(other.grad_norm, rel=0.02)
-    assert other.loss_scale_state[0] == 4096
+    first, second = (trainer(**{"train.precision": "float16", "train.loss_scale": k}) for k in (64, 4096))
+    a, b = ([loop_trainer.step() for _ in range(6)] for loop_trainer in (first, second))
+    assert a == pytest.approx(b, rel=2e-3) and first.grad_norm == pytest.approx(second.grad_norm, rel=0.02)
+    assert second.loss_scale_state[0] == 4096
 
 
 def test_a_dynamic_scale_halves_at_an_overflow_and_doubles_later():
-    some = trainer(**{"train.precision": "float16"})
-    some.loss_scale_state[0] = 2.0**60
-    before, steps = copy_state(some), 0
-    while some.loss_scale_state[2] > 0 or steps == 0:
-        some.step()
+    loop_trainer = trainer(**{"train.precision": "float16"})
+    loop_trainer.loss_scale_state[0] = 2.0**60
+    before, steps = copy_state(loop_trainer), 0
+    while loop_trainer.loss_scale_state[2] > 0 or steps == 0:
+        loop_trainer.step()
         steps += 1
-        if some.loss_scale_state[2] > 0:
-            assert all(value.equal(before[name]) for name, value in some.modules.state_dict().items())
+        if loop_trainer.loss_scale_state[2] > 0:
+            assert all(value.equal(before[name]) for name, value in loop_trainer.modules.state_dict().items())
         if steps == 15:
-            some.loss_scale_state[0] = 2.0**16  # far enough
-    assert some.num_nonfinite_steps == 15 and some.nimg == 16 * 32
-    some.loss_scale_state[1] = 1999
-    some.step()
-    assert some.loss_scale_state.tolist() == [2.0**17, 0, 0]
+            loop_trainer.loss_scale_state[0] = 2.0**16  # far enough
+    assert loop_trainer.num_nonfinite_steps == 15 and loop_trainer.nimg == 16 * 32
+    loop_trainer.loss_scale_state[1] = 1999
+    loop_trainer.step()
+    assert loop_trainer.loss_scale_state.tolist() == [2.0**17, 0, 0]
 
 
-@pytest.mark.parametrize("what, moved", [("skip", False), ("zero", True)])
-def test_nonfinite_gradient(monkeypatch, what, moved):
+@pytest.mark.parametrize("action, moved", [("skip", False), ("zero", True)])
+def test_nonfinite_gradient(monkeypatch, action, moved):
     make_nonfinite(monkeypatch, range(2, 3))
-    some = trainer(**{"train.on_nonfinite": what})
-    some.step(), some.step()
-    before = copy_state(some)
-    some.step()
-    same = all(value.equal(before[name]) for name, value in some.modules.state_dict().items())
-    assert same != moved and some.num_nonfinite_steps == 1 and some.nimg == 96
-    assert all(bool(value.isfinite().all()) for value in some.modules.state_dict().values())
-    assert math.isfinite(some.step()) and some.loss_scale_state[2] == 0
-    line = some.pop_log_line()
+    loop_trainer = trainer(**{"train.on_nonfinite": action})
+    loop_trainer.step(), loop_trainer.step()
+    before = copy_state(loop_trainer)
+    loop_trainer.step()
+    same = all(value.equal(before[name]) for name, value in loop_trainer.modules.state_dict().items())
+    assert same != moved and loop_trainer.num_nonfinite_steps == 1 and loop_trainer.nimg == 96
+    assert all(bool(value.isfinite().all()) for value in loop_trainer.modules.state_dict().values())
+    assert math.isfinite(loop_trainer.step()) and loop_trainer.loss_scale_state[2] == 0
+    line = loop_trainer.pop_log_line()
     assert line["nonfinite_steps"] == 1 and math.isfinite(line["grad_norm"])
 
 
-@pytest.mark.parametrize("what", ["skip", "zero"])
-def test_max_nonfinite_steps_stop_the_run(monkeypatch, what):
+@pytest.mark.parametrize("action", ["skip", "zero"])
+def test_max_nonfinite_steps_stop_the_run(monkeypatch, action):
     make_nonfinite(monkeypatch, range(3, 100))
-    some = trainer(**{"train.on_nonfinite": what})
+    loop_trainer = trainer(**{"train.on_nonfinite": action})
     for _ in range(22):
-        some.step()
+        loop_trainer.step()
     with pytest.raises(RunError, match="gradient is not finite for the 20th time in a row"):
-        some.step()
+        loop_trainer.step()
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_invalid_precision_settings(settings, message):
 
 def embeddings(name: str, rounded: torch.dtype | None) -> dict[str, torch.Tensor]:
     """Return the embeddings that a network's blocks receive, by module name, with or without 16-bit products."""
-    row, seen = CASES[name], {}
+    row, outputs = CASES[name], {}
     net = randomized_net(row).float()
 
     def keep(key: str):
@@ -128,9 +128,9 @@ def embeddings(name: str, rounded: torch.dtype | None) -> dict[str, torch.Tensor
             flat = [v for value in values for v in (value if isinstance(value, tuple | list) else [value])]
             for i, value in enumerate(flat):
                 # Vectors of a sample: (B, E), and the class as a token (B, 1, E).
-                one = torch.is_tensor(value) and value.is_floating_point() and value.shape[0] == 3
-                if one and (value.ndim == 2 or (value.ndim == 3 and value.shape[1] == 1)):
-                    seen[f"{key} {i}"] = value
+                is_embedding = torch.is_tensor(value) and value.is_floating_point() and value.shape[0] == 3
+                if is_embedding and (value.ndim == 2 or (value.ndim == 3 and value.shape[1] == 1)):
+                    outputs[f"{key} {i}"] = value
 
         return hook
 
@@ -142,15 +142,15 @@ def embeddings(name: str, rounded: torch.dtype | None) -> dict[str, torch.Tensor
     models.list_blocks(net)[0].register_forward_pre_hook(keep("block"))
     with torch.no_grad(), torch.autocast("cpu", rounded, enabled=rounded is not None):
         net(*example_batch(row, dtype=torch.float32))
-    return seen
+    return outputs
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", [name for name in CASES if "none" not in name])
 def test_embeddings_stay_in_full_precision(name, precision):
-    wanted, result = embeddings(name, None), embeddings(name, precision)
-    assert wanted.keys() == result.keys() and any(key.startswith("block") for key in wanted)
-    assert [key for key in wanted if not wanted[key].equal(result[key])] == []
+    expected, result = embeddings(name, None), embeddings(name, precision)
+    assert expected.keys() == result.keys() and any(key.startswith("block") for key in expected)
+    assert [key for key in expected if not expected[key].equal(result[key])] == []
     assert all(value.dtype == torch.float32 for value in result.values())
 
 
@@ -175,8 +175,8 @@ def test_16_bit_networks_stay_close(name):
     row = CASES[name]
     net, args = randomized_net(row).float(), example_batch(row, dtype=torch.float32)
     with torch.no_grad():
-        wanted = net(*args)
+        expected = net(*args)
         for dtype, most in ((torch.bfloat16, 0.02), (torch.float16, 0.004)):
             with torch.autocast("cpu", dtype):
-                error = float((net(*args) - wanted).norm() / wanted.norm())
+                error = float((net(*args) - expected).norm() / expected.norm())
             assert 1e-5 < error < most, dtype

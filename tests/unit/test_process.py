@@ -90,9 +90,9 @@ def test_native_loss_is_the_mse_of_the_network_target(proc):
 def test_min_snr_is_zero_where_there_is_no_signal(name):
     proc, (x0, eps, out) = PROCESSES[name], normals(5, 3, 1, 3, 4, 4)
     D = denoiser.Denoiser(ConstantNet(out), proc, "fourier")
-    one = torch.ones(1, dtype=F64)
-    assert denoiser.loss(D, proc, x0, one, eps, Cond(), "min-snr").item() == 0
-    assert denoiser.loss(D, proc, x0, one, eps, Cond()).isfinite().all()
+    max_level = torch.ones(1, dtype=F64)
+    assert denoiser.loss(D, proc, x0, max_level, eps, Cond(), "min-snr").item() == 0
+    assert denoiser.loss(D, proc, x0, max_level, eps, Cond()).isfinite().all()
 
 
 def test_preconditioning_has_unit_variance(proc):
@@ -102,9 +102,9 @@ def test_preconditioning_has_unit_variance(proc):
         c_skip, c_out, c_in = proc.precondition(s)
         x = proc.alpha(s) * x0 + s * eps
         rf = isinstance(proc, process.RF)
-        wanted = math.hypot(1 - s, s), math.sqrt(2)
-        assert (c_in * x).std() == pytest.approx(wanted[0] if rf else 1, abs=0.01)
-        assert ((x0 - c_skip * x) / c_out).std() == pytest.approx(wanted[1] if rf else 1, abs=0.01)
+        expected = math.hypot(1 - s, s), math.sqrt(2)
+        assert (c_in * x).std() == pytest.approx(expected[0] if rf else 1, abs=0.01)
+        assert ((x0 - c_skip * x) / c_out).std() == pytest.approx(expected[1] if rf else 1, abs=0.01)
 
 
 def process_named(name, scale=1.0, m=0.0, std=1.0):
@@ -143,8 +143,8 @@ def test_resolution_scale_multiplies_sigma_and_keeps_c_noise(u, name, scale):
         torch.testing.assert_close(s_k / proc.alpha(s_k), scale * s / base.alpha(s), rtol=1e-9, atol=0)
     torch.testing.assert_close(base.scale_sigma(s, scale), s_k, rtol=1e-12, atol=0)
     for end in ("min_level", "max_level"):
-        wanted = base.scale_sigma(torch.tensor(getattr(base, end), dtype=F64), scale)
-        assert getattr(proc, end) == pytest.approx(float(wanted), rel=1e-12)
+        expected = base.scale_sigma(torch.tensor(getattr(base, end), dtype=F64), scale)
+        assert getattr(proc, end) == pytest.approx(float(expected), rel=1e-12)
     assert float(proc.progress(s_k)) == pytest.approx(float(base.progress(s)), abs=1e-9)
     for embedding in ("sinusoidal", "fourier"):
         conditions, c_noise_k = base.c_noise(s, embedding), proc.c_noise(s_k, embedding)
@@ -173,21 +173,21 @@ def test_rf_c_noise_is_the_shifted_level():
     rf = PROCESSES["rf"]
     s = torch.tensor([0.0, 1e-9, 0.2, 0.5, 1.0], dtype=F64)
     torch.testing.assert_close(rf.c_noise(s, "sinusoidal"), 1000 * s)
-    wanted = torch.tensor([-3, -3, math.log(0.25) / 4, 0, 3], dtype=F64)
-    torch.testing.assert_close(rf.c_noise(s, "fourier"), wanted)
+    expected = torch.tensor([-3, -3, math.log(0.25) / 4, 0, 3], dtype=F64)
+    torch.testing.assert_close(rf.c_noise(s, "fourier"), expected)
 
 
 def test_initial_state_has_the_std_of_the_first_level():
     """It is sqrt(alpha^2 + s^2) for data of standard deviation 1, s for EDM, 1 where no signal is left."""
     z = normals(7, 2, 1, 4, 4)
-    for name, s, wanted in [
+    for name, s, expected in [
         ("edm", 80.0, 80.0),
         ("vp", 14.6, math.hypot(1, 14.6)),
         ("vp-v", 0.9, math.hypot(0.1, 0.9)),
         ("rf", 1.0, 1.0),
         ("vp-v-zero", 1.0, 1.0),
     ]:
-        torch.testing.assert_close(PROCESSES[name].initial_state(z, torch.tensor(s, dtype=F64)), wanted * z)
+        torch.testing.assert_close(PROCESSES[name].initial_state(z, torch.tensor(s, dtype=F64)), expected * z)
 
 
 def test_vp_level_table():
@@ -245,8 +245,8 @@ def test_diffusers_accepts_exported_betas(name, scale):
     torch.testing.assert_close(sigma, (proc.level_table / proc.alpha(proc.level_table))[:-1], rtol=2e-4, atol=0)
     if scale == 1:
         published = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-        other = diffusers.DDIMScheduler(**published, rescale_betas_zero_snr=name == "vp-v-zero")
-        torch.testing.assert_close(other.alphas_cumprod.double(), alpha_bar(proc), rtol=1e-4, atol=1e-7)
+        peer = diffusers.DDIMScheduler(**published, rescale_betas_zero_snr=name == "vp-v-zero")
+        torch.testing.assert_close(peer.alphas_cumprod.double(), alpha_bar(proc), rtol=1e-4, atol=1e-7)
 
 
 def test_zero_terminal_snr():
@@ -332,8 +332,8 @@ def test_guidance_is_the_weighted_sum_in_one_batch(scale):
     net, x = CountingDenoiser(), torch.zeros(3, 1, 2, 2, dtype=F64)
     cond = Cond(label=torch.tensor([0, 4, 7]))
     out = guidance.combine_terms(guidance.guidance_terms(net, cond, scale))(x, torch.tensor(1.0))
-    wanted = scale * cond.label.double() - (1 - scale)
-    torch.testing.assert_close(out[:, 0, 0, 0], wanted, rtol=0, atol=1e-12)
+    expected = scale * cond.label.double() - (1 - scale)
+    torch.testing.assert_close(out[:, 0, 0, 0], expected, rtol=0, atol=1e-12)
     assert net.num_calls == 1
     assert net.num_samples == (3 if scale in (0.0, 1.0) else 6)
 
@@ -346,7 +346,7 @@ def test_guidance_one_needs_one_evaluation():
 
 def test_weights_must_sum_to_one():
     with pytest.raises(ValueError, match="sum to 1"):
-        guidance.combine_terms([guidance.GuidanceTerm(0.7, CountingDenoiser(), Cond())])
+        guidance.combine_terms([guidance.GuidanceTerm(0.7, CountingDenoiser(), Cond(), 0.7)])
 
 
 class PosteriorDenoiser(torch.nn.Module):
@@ -387,5 +387,5 @@ def test_uncertainty_learns_the_log_of_the_loss(name):
         mp.normalize_weights_(sphere)
     s = proc.icdf(torch.linspace(0.05, 0.95, 50, dtype=F64))
     with torch.no_grad():
-        wanted = (proc.weight(s) * exact.error(s)).log()
-        assert (u(s) - wanted).abs().max() < 0.05 < 0.1 * (wanted.max() - wanted.min())
+        expected = (proc.weight(s) * exact.error(s)).log()
+        assert (u(s) - expected).abs().max() < 0.05 < 0.1 * (expected.max() - expected.min())

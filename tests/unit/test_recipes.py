@@ -132,7 +132,7 @@ def test_documented_variants_of_control_and_pooled_text_have_their_sizes(name):
     assert num_parameters(with_control.net, with_control.input_spec) == num_parameters(cell.net, inputs)
     if "cc12m" in name and hasattr(run.net, "pooled_mlp"):
         width = getattr(run.net, "hidden_size", None) or 4 * run.net.channels
-        pooled = recipes.resolve(name, [*opened, "net.pooled_mlp=own"])[0]
+        pooled = recipes.resolve(name, [*opened, "net.pooled_mlp=separate"])[0]
         added = num_parameters(pooled.net, pooled.input_spec) - num_parameters(run.net, run.input_spec)
         assert added == (768 * width + width) + (width * width + width)
 

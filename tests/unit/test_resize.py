@@ -198,7 +198,7 @@ def test_a_cache_is_of_one_filter(folder, tmp_path):
             assert _apply_dataset_settings(run, open_dataset(run.data), console).data.resize == "adm"
         else:
             with pytest.raises(
-                UsageError, match="was written with adm: write it anew with gesso cache --resize bicubic"
+                UsageError, match="was written with adm: write it again with gesso cache --resize bicubic"
             ):
                 _apply_dataset_settings(run, open_dataset(run.data), console)
 

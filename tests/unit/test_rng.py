@@ -33,9 +33,9 @@ def test_philox_known_answers(counter, key, answer):
     n=st.integers(1, 9),
 )
 def test_draws_are_independent_of_the_batch(seed, samples, n):
-    together = rng.normal(seed, torch.tensor(samples), "noise", (n,))
+    batched = rng.normal(seed, torch.tensor(samples), "noise", (n,))
     for i, sample in enumerate(samples):
-        assert rng.normal(seed, torch.tensor([sample]), "noise", (n,))[0].equal(together[i])
+        assert rng.normal(seed, torch.tensor([sample]), "noise", (n,))[0].equal(batched[i])
     # A longer draw begins with the shorter one.
     longer = rng.uniform(seed, torch.tensor(samples), "noise", n + 3)
     assert longer[:, :n].equal(rng.uniform(seed, torch.tensor(samples), "noise", n))
@@ -54,11 +54,11 @@ def test_layout_and_threads_do_not_change_normals():
 
 def test_draws_depend_on_seed_sample_and_purpose():
     base = rng.random_bits(1, torch.tensor([2]), "a", 4)
-    for other in (
+    for changed in (
         rng.random_bits(2, torch.tensor([2]), "a", 4), rng.random_bits(1 + 2**40, torch.tensor([2]), "a", 4),
         rng.random_bits(1, torch.tensor([2 + 2**35]), "a", 4), rng.random_bits(1, torch.tensor([2]), "b", 4),
     ):  # fmt: skip
-        assert (base == other).sum() == 0
+        assert (base == changed).sum() == 0
 
 
 def test_distributions():

@@ -33,13 +33,13 @@ def test_feistel_is_a_bijection_for_every_n(n, seed):
 
 @pytest.mark.parametrize("n", [samplers.MAX_STORED_PERMUTATION + 1, 14_197_122, 10**9 + 7, 2**40, 2**61 - 1])
 def test_feistel_of_large_sets_stays_inside_and_never_repeats(n):
-    some = torch.cat([torch.arange(1000), n - 1 - torch.arange(1000), n // 2 + torch.arange(1000)])
-    out = feistel_permutation(n, 3, "x", some)
-    assert ((out >= 0) & (out < n)).all() and len(out.unique()) == len(some)
+    positions = torch.cat([torch.arange(1000), n - 1 - torch.arange(1000), n // 2 + torch.arange(1000)])
+    out = feistel_permutation(n, 3, "x", positions)
+    assert ((out >= 0) & (out < n)).all() and len(out.unique()) == len(positions)
     # One by one it is the same, and another key is another permutation.
-    assert torch.cat([feistel_permutation(n, 3, "x", part) for part in some[::300].split(1)]).equal(out[::300])
-    assert (feistel_permutation(n, 4, "x", some) == out).sum() < 5 and (
-        feistel_permutation(n, 3, "y", some) == out
+    assert torch.cat([feistel_permutation(n, 3, "x", part) for part in positions[::300].split(1)]).equal(out[::300])
+    assert (feistel_permutation(n, 4, "x", positions) == out).sum() < 5 and (
+        feistel_permutation(n, 3, "y", positions) == out
     ).sum() < 5
 
 
@@ -135,10 +135,12 @@ def test_what_is_large():
     """The same order as ever up to LARGE: by sorting."""
     small, large = EpochShuffle(1000, 0), EpochShuffle(samplers.MAX_STORED_PERMUTATION + 1, 0)
     assert not small(torch.arange(1000)).equal(feistel_permutation(1000, 0, "order of epoch 0", torch.arange(1000)))
-    some = torch.arange(50)
-    assert large(some).equal(feistel_permutation(samplers.MAX_STORED_PERMUTATION + 1, 0, "order of epoch 0", some))
-    assert large(samplers.MAX_STORED_PERMUTATION + 1 + some).equal(
-        feistel_permutation(samplers.MAX_STORED_PERMUTATION + 1, 0, "order of epoch 1", some)
+    indices = torch.arange(50)
+    assert large(indices).equal(
+        feistel_permutation(samplers.MAX_STORED_PERMUTATION + 1, 0, "order of epoch 0", indices)
+    )
+    assert large(samplers.MAX_STORED_PERMUTATION + 1 + indices).equal(
+        feistel_permutation(samplers.MAX_STORED_PERMUTATION + 1, 0, "order of epoch 1", indices)
     )
 
 
@@ -230,8 +232,10 @@ def test_batches_of_one_group(sizes, batch_size, seed, epoch):
     assert torch.bincount(batches[:, 0], minlength=len(sizes)).tolist() == [size // batch_size for size in sizes]
     assert grouped.unused == {g: size for g, size in enumerate(sizes) if 0 < size < batch_size}
     # Any counters, of any epochs, in any order.
-    some = torch.randint(0, 5 * grouped.n, (12,), generator=generator)
-    assert torch.cat([grouped(k) for k in some.split(1)]).equal(BucketSampler(group.numpy(), batch_size, seed)(some))
+    batch_positions = torch.randint(0, 5 * grouped.n, (12,), generator=generator)
+    assert torch.cat([grouped(k) for k in batch_positions.split(1)]).equal(
+        BucketSampler(group.numpy(), batch_size, seed)(batch_positions)
+    )
 
 
 def test_other_images_sit_out_each_epoch_and_batches_of_groups_mix():

@@ -57,10 +57,10 @@ class GaussianMixtureDenoiser:
         a, s, flat = self.alpha(as_float64(s)), as_float64(s), x.flatten(1)
         total, parts = [], []
         for w, mean, cov in zip(self.weights, self.means, self.covs, strict=True):
-            seen = a**2 * cov + s**2 * torch.eye(len(mean), dtype=F64)
+            noisy_cov = a**2 * cov + s**2 * torch.eye(len(mean), dtype=F64)
             away = flat - a * mean
-            solved = torch.linalg.solve(seen, away.T).T
-            total.append(math.log(w) - 0.5 * (away * solved).sum(1) - 0.5 * torch.logdet(seen))
+            solved = torch.linalg.solve(noisy_cov, away.T).T
+            total.append(math.log(w) - 0.5 * (away * solved).sum(1) - 0.5 * torch.logdet(noisy_cov))
             parts.append(mean + a * solved @ cov)
         share = torch.stack(total).softmax(0)[:, :, None]
         return (share * torch.stack(parts)).sum(0).view_as(x)
@@ -80,10 +80,10 @@ class GaussianMixtureDenoiser:
 
     def flow(self, x, s, s_next):
         """Return the exact flow in one dimension, which preserves quantiles, F_s'(x') = F_s(x); by bisection."""
-        wanted, low, high = self.cdf(x, s), torch.full_like(x, -1e3), torch.full_like(x, 1e3)
+        expected, low, high = self.cdf(x, s), torch.full_like(x, -1e3), torch.full_like(x, 1e3)
         for _ in range(80):
             middle = (low + high) / 2
-            below = self.cdf(middle, s_next) < wanted
+            below = self.cdf(middle, s_next) < expected
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return (low + high) / 2
 
@@ -131,14 +131,14 @@ def test_orders_between_interior_levels(proc, high, low, name, order, data):
     spread = math.hypot(float(proc.alpha(as_float64(high))), high)
     if data == "gaussian":
         model, x = gaussian(proc.alpha), spread * normals(1, 8, 4, 1, 1)
-        wanted = flow_of_gaussian(model, x, high, low)
+        expected = flow_of_gaussian(model, x, high, low)
     else:
         model, x = two_peaks(proc.alpha), spread * torch.linspace(-1.5, 1.5, 12, dtype=F64).view(-1, 1, 1, 1)
-        wanted = model.flow(x, high, low)
+        expected = model.flow(x, high, low)
     errors = []
     for steps in (160, 320, 640):
         levels = log_spaced_levels(proc, high, low, steps)
-        errors.append((run_sampler(name, model, x, levels, proc.alpha) - wanted).abs().max().item())
+        errors.append((run_sampler(name, model, x, levels, proc.alpha) - expected).abs().max().item())
     assert convergence_orders(errors)[-1] == pytest.approx(order, abs=0.1), errors
 
 
@@ -147,11 +147,11 @@ def test_orders_between_interior_levels(proc, high, low, name, order, data):
 def test_orders_at_the_end_points(proc, name, minimum):
     """ln(alpha/s) is infinite from s = 1 to 0: DPM++(2M) has less than order 2, and no value diverges."""
     model, x = gaussian(proc.alpha), normals(1, 8, 4, 1, 1)
-    wanted = flow_of_gaussian(model, x, 1.0, 0.0)
+    expected = flow_of_gaussian(model, x, 1.0, 0.0)
     errors = []
     for steps in (160, 320, 640):
         levels = torch.linspace(1, 0, steps + 1, dtype=F64)
-        errors.append((run_sampler(name, model, x, levels, proc.alpha) - wanted).abs().max().item())
+        errors.append((run_sampler(name, model, x, levels, proc.alpha) - expected).abs().max().item())
     assert min(convergence_orders(errors)) > minimum, errors
     assert errors[-1] < 5e-3
 
@@ -166,10 +166,10 @@ def test_dpmpp_2m_matches_algorithm_2(proc):
     levels = proc.level_table[index]
     a = 1 / (1 + VP.level_table[index] ** 2).sqrt()
     b = VP.level_table[index] * a
-    model, exact, seen = two_peaks(proc.alpha), two_peaks(VP.alpha), []
+    model, exact, outputs = two_peaks(proc.alpha), two_peaks(VP.alpha), []
     x = normals(15, 6, 1, 1, 1)
     size = (proc.alpha(levels) ** 2 + levels**2).sqrt()  # x over this is DDPM's
-    samplers.dpmpp_2m(model, size[0] * x, levels, proc.alpha, callback=lambda i, x, D: seen.append(x))
+    samplers.dpmpp_2m(model, size[0] * x, levels, proc.alpha, callback=lambda i, x, D: outputs.append(x))
     lam, D_old = (a / b).log(), None
     for i in range(len(index) - 1):
         h = lam[i + 1] - lam[i]
@@ -177,20 +177,22 @@ def test_dpmpp_2m_matches_algorithm_2(proc):
         r = None if i == 0 else (lam[i] - lam[i - 1]) / h
         mixed = D if i == 0 else (1 + 1 / (2 * r)) * D - 1 / (2 * r) * D_old
         x, D_old = b[i + 1] / b[i] * x - a[i + 1] * ((-h).exp() - 1) * mixed, D
-        torch.testing.assert_close(seen[i] / size[i + 1], x, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(outputs[i] / size[i + 1], x, rtol=1e-9, atol=1e-9)
 
 
 def test_dpmpp_2m_first_order_steps():
     """The first step, the second from a level without signal, and the step to 0 are Euler's."""
     for levels, euler_steps in [([0.9, 0.5, 0.3, 0.0], {0, 2}), ([1.0, 0.5, 0.3, 0.1, 0.0], {0, 1, 3})]:
         model, x = two_peaks(RF.alpha), normals(2, 5, 1, 1, 1)
-        seen = [x]
-        samplers.dpmpp_2m(model, x, as_float64(levels), RF.alpha, callback=lambda i, x, D, seen=seen: seen.append(x))
+        states = [x]
+        samplers.dpmpp_2m(
+            model, x, as_float64(levels), RF.alpha, callback=lambda i, x, D, states=states: states.append(x)
+        )
         equal = {
             i
             for i, (s, s_next) in enumerate(zip(levels[:-1], levels[1:], strict=True))
             if torch.allclose(
-                seen[i + 1], samplers.euler(model, seen[i], as_float64([s, s_next]), RF.alpha), rtol=0, atol=1e-12
+                states[i + 1], samplers.euler(model, states[i], as_float64([s, s_next]), RF.alpha), rtol=0, atol=1e-12
             )
         }
         assert equal == euler_steps
@@ -221,8 +223,8 @@ def test_samplers_reach_the_data_distribution(proc, name, steps, bias):
     # Where the first level leaves signal, the prior is not the marginal: the mean is off by up to
     # mean sqrt(l)/sigma in an eigendirection of variance l, and all is at most half that of sigma itself here.
     bias += 0.5 * float(proc.alpha(high) / high)
-    for actual, wanted in zip(mean_estimate, model.moments(), strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=0, atol=bias)
+    for actual, expected in zip(mean_estimate, model.moments(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=bias)
 
 
 every_process = pytest.mark.parametrize("proc", [EDM, VP, VPV, ZERO, RF], ids=["edm", "vp", "vp-v", "vp-v-zero", "rf"])
@@ -323,10 +325,10 @@ def test_eta_keeps_the_marginal(proc, eta):
     s, s_next = schedules.levels(proc, 12)[[0, 5]]
     x = proc.alpha(s) * x0 + s * eps
     moved = samplers.euler(lambda x, s: x0, x, torch.stack([s, s_next]), proc.alpha, eta, lambda i: n)
-    rest = (moved - proc.alpha(s_next) * x0) / s_next
+    noise = (moved - proc.alpha(s_next) * x0) / s_next
     # sqrt(1 - (s'/q)^2), q = s alpha'/alpha: the share of DDPM's noise
     fresh = eta * (1 - (s_next / proc.alpha(s_next) / (s / proc.alpha(s))) ** 2).sqrt()
-    torch.testing.assert_close(rest, (1 - fresh**2).sqrt() * eps + fresh * n, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(noise, (1 - fresh**2).sqrt() * eps + fresh * n, rtol=1e-9, atol=1e-9)
 
 
 def test_deterministic_samplers_draw_no_noise():
@@ -355,11 +357,11 @@ def test_euler_is_ddim_in_every_coordinate_system():
         expected.append(abar[i + 1].sqrt() * x0 + (1 - abar[i + 1]).sqrt() * eps)
     expected = torch.stack(expected[1:])
     for proc, model in ((VP, ve), (VPV, straight)):
-        levels, seen = schedules.levels(proc, 50), []
+        levels, states = schedules.levels(proc, 50), []
         x = proc.initial_state(z, levels[0])
-        samplers.euler(model, x, levels, proc.alpha, callback=lambda i, x, D, seen=seen: seen.append(x))
+        samplers.euler(model, x, levels, proc.alpha, callback=lambda i, x, D, states=states: states.append(x))
         size = (proc.alpha(levels[1:]) ** 2 + levels[1:] ** 2).sqrt()  # x over this is DDPM's
-        torch.testing.assert_close(torch.stack(seen) / size[at][..., None], expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(torch.stack(states) / size[at][..., None], expected, rtol=1e-10, atol=1e-10)
 
 
 class WavyNet(torch.nn.Module):
@@ -393,7 +395,7 @@ def diffusers_scheduler(name, spacing, one_last):
 
 
 @pytest.mark.parametrize("name", ["vp", "vp-v", "vp-v-zero"])
-@pytest.mark.parametrize("spacing, last", [("leading", "first"), ("leading", "zero"), ("trailing", "zero")])
+@pytest.mark.parametrize("spacing, last", [("leading", "sigma_min"), ("leading", "zero"), ("trailing", "zero")])
 @pytest.mark.parametrize("eta", [0.0, 0.4, 0.999])  # at 1 from zero terminal SNR diffusers takes the root of -1e-17
 def test_steps_agree_with_diffusers_ddim(name, spacing, last, eta):
     """The same network under both, step by step, with the same noise."""
@@ -401,16 +403,16 @@ def test_steps_agree_with_diffusers_ddim(name, spacing, last, eta):
     expected = diffusers_scheduler(name, spacing, last == "zero")
     expected.set_timesteps(steps)
     wrapped = denoiser.Denoiser(net, proc, "sinusoidal")
-    z, noise, seen = normals(11, 2, 3, 4, 4), lambda i: normals(50 + i, 2, 3, 4, 4), []
+    z, noise, states = normals(11, 2, 3, 4, 4), lambda i: normals(50 + i, 2, 3, 4, 4), []
     cfg = config.SampleConfig(sampler="euler", steps=steps, schedule=spacing, final_level=last, eta=eta)
     levels = schedules.levels(proc, steps, spacing, 1.0, last)
-    samplers.sample(cfg, proc, lambda x, s: wrapped(x, s, Cond()), z, noise, lambda i, x, D: seen.append(x))
+    samplers.sample(cfg, proc, lambda x, s: wrapped(x, s, Cond()), z, noise, lambda i, x, D: states.append(x))
     x = z
     for i, t in enumerate(expected.timesteps):
         out = net(x, as_float64([float(t)]), None, None)
         x = expected.step(out, int(t), x, eta=eta, variance_noise=noise(i) if eta else None).prev_sample
         size = (proc.alpha(levels[i + 1]) ** 2 + levels[i + 1] ** 2).sqrt()
-        torch.testing.assert_close(seen[i] / size, x, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(states[i] / size, x, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -426,16 +428,21 @@ def test_steps_agree_with_diffusers_flow_matching(shift):
             config.SampleConfig(sampler="euler", steps=steps),
         ),
     ]:
-        levels, seen = schedules.levels(proc, steps, shift=cfg.shift), []
+        levels, states = schedules.levels(proc, steps, shift=cfg.shift), []
         torch.testing.assert_close(levels, expected.sigmas.double(), rtol=0, atol=1e-6)
         wrapped = denoiser.Denoiser(WavyNet(), proc, "sinusoidal")
         samplers.sample(
-            cfg, proc, lambda x, s, w=wrapped: w(x, s, Cond()), z, no_noise, lambda i, x, D, seen=seen: seen.append(x)
+            cfg,
+            proc,
+            lambda x, s, w=wrapped: w(x, s, Cond()),
+            z,
+            no_noise,
+            lambda i, x, D, states=states: states.append(x),
         )
         expected._step_index, x = 0, z
         for i, t in enumerate(expected.timesteps):
             x = expected.step(WavyNet()(x, t.double()[None], None, None), t, x).prev_sample
-            torch.testing.assert_close(seen[i], x, rtol=0, atol=5e-6)
+            torch.testing.assert_close(states[i], x, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -444,8 +451,8 @@ def test_sd3_schedule_equals_diffusers(shift, steps):
     """Levels equal those of FlowMatchEulerDiscreteScheduler (float32), by sample.shift and resolution_scale."""
     expected = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     expected.set_timesteps(steps)
-    for proc, more in ((RF, shift), (process.build_process(config.RFConfig(resolution_scale=shift)), 1.0)):
-        levels = schedules.levels(proc, steps, "sd3", more)
+    for proc, extra_shift in ((RF, shift), (process.build_process(config.RFConfig(resolution_scale=shift)), 1.0)):
+        levels = schedules.levels(proc, steps, "sd3", extra_shift)
         torch.testing.assert_close(levels, expected.sigmas.double(), rtol=0, atol=6e-8)
     if steps > 1:  # MATH: linear from 1 to the shifted 1/1000, then shifted
         moved = lambda s: shift * s / (1 + (shift - 1) * s)  # noqa: E731
@@ -565,8 +572,8 @@ EDM_SAMPLER = [  # settings, then the samples that edm_sampler of NVlabs/edm2 gi
 ]
 
 
-@pytest.mark.parametrize("options, guided, wanted", EDM_SAMPLER)
-def test_heun_equals_the_published_edm2_sampler(options, guided, wanted):
+@pytest.mark.parametrize("options, guided, expected", EDM_SAMPLER)
+def test_heun_equals_the_published_edm2_sampler(options, guided, expected):
     """Cases: churn above sigma_max from the first level, its bounds, S_noise, guidance, uncorrected last step."""
 
     def denoise(x, s):
@@ -575,17 +582,17 @@ def test_heun_equals_the_published_edm2_sampler(options, guided, wanted):
 
     cfg = config.SampleConfig(sampler="heun", **options)
     x = samplers.sample(cfg, EDM, denoise, formula_noise(-1), formula_noise).flatten()
-    torch.testing.assert_close(x, as_float64(wanted), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x, as_float64(expected), rtol=1e-12, atol=1e-12)
     if options.get("S_churn") and "S_max" not in options:
         capped = samplers.sample(
             config.SampleConfig(sampler="heun", S_cap=80, **options), EDM, denoise, formula_noise(-1), formula_noise
         )
-        assert (capped.flatten() - as_float64(wanted)).abs().max() > 1e-6
+        assert (capped.flatten() - as_float64(expected)).abs().max() > 1e-6
 
 
 def test_dpmpp_2m_of_sd35():
     """Results equal sample_dpmpp_2m of the published SD3.5 code, in float64, on 12 of its levels."""
-    wanted = as_float64(
+    expected = as_float64(
         [
             0.329174274480947,
             1.0686712997849,
@@ -597,11 +604,11 @@ def test_dpmpp_2m_of_sd35():
     )
     cfg = config.SampleConfig(sampler="dpm++2m", steps=12, schedule="sd3", shift=3.0, multistep="log_s")
     x = samplers.sample(cfg, RF, formula_denoiser, formula_noise(-1), no_noise).flatten()
-    torch.testing.assert_close(x, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-12)
     lu = samplers.sample(
         cfg.model_copy(update={"multistep": "log_snr"}), RF, formula_denoiser, formula_noise(-1), no_noise
     )
-    assert (lu.flatten() - wanted).abs().max() > 1e-2
+    assert (lu.flatten() - expected).abs().max() > 1e-2
     for proc in (EDM, VP):  # where alpha = 1 the two are one
         outputs = [
             samplers.sample(
@@ -646,8 +653,8 @@ def test_table_indices_equal_diffusers(spacing, T):
 def test_default_schedule_of_each_process():
     edm = schedules.levels(EDM, 32)
     i, rho = 13, 7
-    wanted = (80 ** (1 / rho) + i / 31 * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho  # EDM Eq. 5
-    assert (float(edm[0]), float(edm[-2])) == (80, 0.002) and float(edm[13]) == pytest.approx(wanted)
+    expected = (80 ** (1 / rho) + i / 31 * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho  # EDM Eq. 5
+    assert (float(edm[0]), float(edm[-2])) == (80, 0.002) and float(edm[13]) == pytest.approx(expected)
     torch.testing.assert_close(schedules.levels(PROCESSES["edm x2"], 32), 2 * edm)
     torch.testing.assert_close(schedules.levels(RF, 10), torch.linspace(1, 0, 11, dtype=F64))
     torch.testing.assert_close(schedules.levels(VP, 1000)[:-1], VP.level_table.flip(0))
@@ -664,7 +671,7 @@ def test_default_schedule_of_each_process():
     grid=st.sampled_from([None, "karras", "trailing", "leading", "linspace", "respaced", "ddim", "linear", "sd3"]),
     steps=st.integers(1, 600),
     shift=st.floats(0.2, 5),
-    last=st.sampled_from(["zero", "first"]),
+    last=st.sampled_from(["zero", "sigma_min"]),
 )
 def test_levels_decrease_or_raise(name, grid, steps, shift, last):
     proc = PROCESSES[name]
@@ -694,9 +701,9 @@ def test_levels_decrease_or_raise(name, grid, steps, shift, last):
         (EDM, {"steps": -1, "schedule": "karras"}, "set at least 1"),
         (EDM, {"shift": 2.0}, "the first level would be 160, above 80"),
         (VPV, {"shift": 1.1}, "a shift above 1 is for process.name=rf"),
-        (RF, {"final_level": "first"}, "only process.name=vp"),
-        (VP, {"final_level": "first"}, "sample.schedule=leading or trailing"),
-        (VP, {"final_level": "first", "schedule": "karras"}, "sample.schedule=leading or trailing"),
+        (RF, {"final_level": "sigma_min"}, "only process.name=vp"),
+        (VP, {"final_level": "sigma_min"}, "sample.schedule=leading or trailing"),
+        (VP, {"final_level": "sigma_min", "schedule": "karras"}, "sample.schedule=leading or trailing"),
     ],
 )
 def test_invalid_schedules(proc, options, message):

@@ -167,9 +167,9 @@ def kind(request):
 
 def test_every_source_gives_the_same(kind, tmp_path):
     make, classes, captions, names = SOURCES[kind]
-    where = str(make(tmp_path))
-    source = open_source(where)
-    assert (len(source), source.uri, source.class_names, source.has_latents) == (6, where, tuple(classes), False)
+    path = str(make(tmp_path))
+    source = open_source(path)
+    assert (len(source), source.uri, source.class_names, source.has_latents) == (6, path, tuple(classes), False)
     assert source.labels.dtype == np.int64 and source.labels.tolist() == (LABELS if classes else [0] * 6)
     for i in (3, 0, 5, 1, 4, 2):
         item = source.item(i)
@@ -179,7 +179,7 @@ def test_every_source_gives_the_same(kind, tmp_path):
     assert list(source.captions()) == captions
     missing = "" in captions and any(captions)
     assert [note for note in source.notes if "caption" in note] == (
-        [f"1 of 6 images in {where} have no caption: theirs is empty"] if missing else []
+        [f"1 of 6 images in {path} have no caption: theirs is empty"] if missing else []
     )
     for outside in (-1, 6):
         with pytest.raises(IndexError):
@@ -194,10 +194,10 @@ def test_captions_are_known_before_an_item_is_read(kind, tmp_path):
 def test_fingerprint(kind, tmp_path):
     """Stable, 16 hex digits, and another one after any change of names, labels, captions or sizes."""
     make, _, _, _ = SOURCES[kind]
-    where = str(make(tmp_path))
-    first = open_source(where).fingerprint()
+    path = str(make(tmp_path))
+    first = open_source(path).fingerprint()
     assert len(first) == 16 and int(first, 16) >= 0
-    source = open_source(where)
+    source = open_source(path)
     assert source.fingerprint() == first
     changes = {first}
     source.labels = source.labels[::-1].copy()
@@ -405,10 +405,10 @@ def test_a_tar_cut_short(cut, tmp_path):
 
 
 def test_only_an_empty_tar_has_a_note(tmp_path):
-    where = tars(tmp_path, count=2)
-    assert not any("early" in note for note in open_source(where).notes)
-    (where / "w-02.tar").write_bytes(b"")
-    source = open_source(where)
+    path = tars(tmp_path, count=2)
+    assert not any("early" in note for note in open_source(path).notes)
+    (path / "w-02.tar").write_bytes(b"")
+    source = open_source(path)
     assert len(source) == 6 and any("1 of 3 tars end early: w-02.tar after 0 images" in note for note in source.notes)
 
 
@@ -481,8 +481,8 @@ def test_other_tars_that_are_refused(tmp_path):
 
 
 def test_patterns(tmp_path):
-    where = tars(tmp_path, count=3)
-    assert len(open_source(f"{where}/w-{{00..01}}.tar")) == 4
+    path = tars(tmp_path, count=3)
+    assert len(open_source(f"{path}/w-{{00..01}}.tar")) == 4
     for pattern, words in (
         ("w-{00..05}.tar", "3 of 6 files are not there: .*w-03.tar"),
         ("w-{2..1}.tar", "smaller number"),
@@ -490,11 +490,11 @@ def test_patterns(tmp_path):
         ("w-{0..2}.tar", "3 of 3 files are not there"),
     ):
         with pytest.raises(UsageError, match=words):
-            open_source(f"{where}/{pattern}")
+            open_source(f"{path}/{pattern}")
     for i in range(2):
-        (where / f"x{i}.jpg").write_bytes(png(0))
+        (path / f"x{i}.jpg").write_bytes(png(0))
     with pytest.raises(UsageError, match=r"names .tar or .parquet"):
-        open_source(f"{where}/x{{0..1}}.jpg")
+        open_source(f"{path}/x{{0..1}}.jpg")
     assert len(open_source(f"{parquet(tmp_path, files=2)}/t-{{0..1}}.parquet")) == 6
 
 
@@ -611,7 +611,7 @@ def test_captions_files_choose_order_and_repeat(tmp_path):
 
 
 def test_captions_parquet_that_is_refused(tmp_path):
-    where = flat(tmp_path)
+    path = flat(tmp_path)
     for columns, words in (
         ({"file": ["0.png"]}, "has no column text or caption; there are: file"),
         ({"text": ["0.png"]}, "has no column file or file_name or path"),
@@ -619,15 +619,15 @@ def test_captions_parquet_that_is_refused(tmp_path):
         ({"file": ["0.png"], "text": [5]}, "must hold texts"),
         ({"file": ["7.png"], "text": ["a"]}, "1 of the 1 images"),
     ):
-        pq.write_table(pa.table(columns), where / "captions.parquet")
+        pq.write_table(pa.table(columns), path / "captions.parquet")
         with pytest.raises(UsageError, match=words):
-            open_source(where)
+            open_source(path)
 
 
 def test_captions_that_are_not_utf8(tmp_path):
     bad = "naïve".encode("latin-1")
-    where = write(tmp_path / "a", {"0.png": png(0), "0.txt": bad, "1.png": png(1), "1.txt": b"fine"})
-    source = open_source(where)
+    path = write(tmp_path / "a", {"0.png": png(0), "0.txt": bad, "1.png": png(1), "1.txt": b"fine"})
+    source = open_source(path)
     assert source.item(0).caption == "na\ufffdve"
     assert list(source.captions()) == ["na\ufffdve", "fine"]
     assert any("1 of 2 captions" in note and "not UTF-8" in note for note in source.notes)
@@ -636,7 +636,7 @@ def test_captions_that_are_not_utf8(tmp_path):
     )
     assert tar.item(0).caption == "na\ufffdve" and any("not UTF-8" in note for note in tar.notes)
     line = b'{"file": "0.png", "text": "' + bad + b'"}'
-    source = open_source(write(where, {"captions.jsonl": line}))
+    source = open_source(write(path, {"captions.jsonl": line}))
     assert source.item(0).caption == "na\ufffdve" and any("1 of 1 captions" in note for note in source.notes)
 
 
@@ -691,12 +691,12 @@ def test_wrong_names_say_what_is_near():
     with pytest.raises(UsageError, match="there is no such folder") as caught:
         open_source("/nowhere/at/all")
     assert "did you mean" not in str(caught.value)
-    for where in ("", " ", "."):
+    for path in ("", " ", "."):
         with pytest.raises(UsageError, match="which images"):
-            open_source(where)
-    for where in ("shapes:0", "shapes:x", "shapes:-5", "shapes:²", "shapes:9" + "9" * 20):
+            open_source(path)
+    for path in ("shapes:0", "shapes:x", "shapes:-5", "shapes:²", "shapes:9" + "9" * 20):
         with pytest.raises(UsageError, match="is no number of pictures; write shapes:5000"):
-            open_source(where)
+            open_source(path)
     with pytest.raises(UsageError, match="as many as they are"):
         open_source("digits:5")
 
@@ -747,27 +747,27 @@ def test_order_is_that_of_paths(tmp_path):
 
 def test_links_to_folders(tmp_path):
     """At the top a link is a class; deeper ones, which may lead round in circles, are not followed."""
-    where = write(tmp_path / "images", {"a/0.png": png(0)})
-    (where / "b").symlink_to(write(tmp_path / "elsewhere", {"1.png": png(1)}))
-    (where / "a" / "round").symlink_to(where)
-    source = open_source(where)
+    path = write(tmp_path / "images", {"a/0.png": png(0)})
+    (path / "b").symlink_to(write(tmp_path / "elsewhere", {"1.png": png(1)}))
+    (path / "a" / "round").symlink_to(path)
+    source = open_source(path)
     assert source.class_names == ("a", "b") and [source.item(i).name for i in range(len(source))] == [
         "a/0.png",
         "b/1.png",
     ]
-    set_old_mtime(where, tmp_path / "elsewhere")
-    open_source(where)
+    set_old_mtime(path, tmp_path / "elsewhere")
+    open_source(path)
     write(tmp_path / "elsewhere", {"2.png": png(2)})
-    assert len(open_source(where)) == 3
+    assert len(open_source(path)) == 3
 
 
 def test_folders_of_both(tmp_path):
     """Images beside tars: the images are meant; a table beside tars is img2dataset's."""
-    where = tars(tmp_path)
-    pq.write_table(pa.table({"url": ["a"]}), where / "w-00.parquet")
-    assert len(open_source(where)) == 6
-    (where / "a.png").write_bytes(png(0))
-    assert len(open_source(where)) == 1
+    path = tars(tmp_path)
+    pq.write_table(pa.table({"url": ["a"]}), path / "w-00.parquet")
+    assert len(open_source(path)) == 6
+    (path / "a.png").write_bytes(png(0))
+    assert len(open_source(path)) == 1
 
 
 def set_old_mtime(*paths, when: float = 1e9) -> None:
@@ -790,13 +790,13 @@ LISTED = {  # what lists, and a change that must be seen
 @pytest.mark.parametrize("name", LISTED)
 def test_listings_are_cached(name, tmp_path, monkeypatch, temporary_cache_dir):
     module, function, change = LISTED[name]
-    where = SOURCES[name][0](tmp_path)
+    path = SOURCES[name][0](tmp_path)
     real, calls = getattr(module, function), []
     monkeypatch.setattr(module, function, lambda *a: calls.append(a[0]) or real(*a))
-    set_old_mtime(where)
-    first = open_source(where)
+    set_old_mtime(path)
+    first = open_source(path)
     lists = len(calls)
-    again = open_source(where)
+    again = open_source(path)
     assert lists == (3 if name == "tars" else 1) == len(calls) == len(list(temporary_cache_dir.iterdir()))
     assert [again.item(i) for i in range(6)] == [first.item(i) for i in range(6)]
     assert (again.fingerprint(), again.notes, again.class_names) == (
@@ -804,32 +804,32 @@ def test_listings_are_cached(name, tmp_path, monkeypatch, temporary_cache_dir):
         first.notes,
         first.class_names,
     )
-    change(where)
-    assert len(open_source(where)) == 7
+    change(path)
+    assert len(open_source(path)) == 7
     assert len(calls) == lists + 1  # of the tars only the new one
 
 
 def test_a_renamed_folder_and_a_new_caption_are_seen(tmp_path):
-    where = folder(tmp_path)
-    set_old_mtime(where)
-    assert open_source(where).item(0).caption == "a cat"
-    write(where, {"a cat/0.txt": b"a caption"})
-    assert open_source(where).item(0).caption == "a caption"
-    set_old_mtime(where, when=1.1e9)
-    open_source(where)
-    (where / "a cat" / "0.txt").write_bytes(b"edited in place")  # the folder's own time stays
-    os.utime(where / "a cat", (1.1e9, 1.1e9))
-    assert open_source(where).captions()[0] == "edited in place"
-    (where / "a cat").rename(where / "tiger")
-    assert open_source(where).class_names == ("dög", "tiger")
+    path = folder(tmp_path)
+    set_old_mtime(path)
+    assert open_source(path).item(0).caption == "a cat"
+    write(path, {"a cat/0.txt": b"a caption"})
+    assert open_source(path).item(0).caption == "a caption"
+    set_old_mtime(path, when=1.1e9)
+    open_source(path)
+    (path / "a cat" / "0.txt").write_bytes(b"edited in place")  # the folder's own time stays
+    os.utime(path / "a cat", (1.1e9, 1.1e9))
+    assert open_source(path).captions()[0] == "edited in place"
+    (path / "a cat").rename(path / "tiger")
+    assert open_source(path).class_names == ("dög", "tiger")
 
 
 def test_recently_changed_sources_are_not_cached(tmp_path, temporary_cache_dir):
-    where = flat(tmp_path)
-    open_source(where)
+    path = flat(tmp_path)
+    open_source(path)
     assert not temporary_cache_dir.exists()
-    set_old_mtime(where)
-    open_source(where)
+    set_old_mtime(path)
+    open_source(path)
     assert len(list(temporary_cache_dir.iterdir())) == 1
 
 
@@ -843,39 +843,39 @@ def test_recently_changed_sources_are_not_cached(tmp_path, temporary_cache_dir):
     ],
 )
 def test_damaged_listing_is_rebuilt(damage, tmp_path, temporary_cache_dir):
-    where = flat(tmp_path)
-    set_old_mtime(where)
-    open_source(where)
+    path = flat(tmp_path)
+    set_old_mtime(path)
+    open_source(path)
     (file,) = temporary_cache_dir.iterdir()
     full = file.read_bytes()
     file.write_bytes(damage(full))
-    assert open_source(where).item(3).image == png(3)
+    assert open_source(path).item(3).image == png(3)
     assert file.read_bytes() == full
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
-    where = flat(tmp_path)
-    set_old_mtime(where)
+    path = flat(tmp_path)
+    set_old_mtime(path)
     for place in ("/proc/nothing", "/dev/null"):
         monkeypatch.setenv("XDG_CACHE_HOME", place)
-        assert len(open_source(where)) == 6
+        assert len(open_source(path)) == 6
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert len(open_source(where)) == 6
+    assert len(open_source(path)) == 6
     assert len(list((tmp_path / "home" / ".cache" / "gesso" / "lists").iterdir())) == 1
 
 
 def test_relative_paths_are_cached(tmp_path, monkeypatch, temporary_cache_dir):
     set_old_mtime(tars(tmp_path), flat(tmp_path))
     monkeypatch.chdir(tmp_path)
-    for where in ("tars", "flat", "tars/w-00.tar"):
-        assert len(open_source(where)) == 6
+    for path in ("tars", "flat", "tars/w-00.tar"):
+        assert len(open_source(path)) == 6
     monkeypatch.chdir(tmp_path / "flat")
     stored = {file: file.read_bytes() for file in temporary_cache_dir.iterdir()}
-    monkeypatch.setattr(archives, "_list_tar", None)  # called, it would fail
+    monkeypatch.setattr(archives, "_list_tar", lambda path: pytest.fail(f"lists {path} again"))
     monkeypatch.setattr(folders, "_scan_tree", None)
-    for where in ("../tars", "../flat", "../tars/w-00.tar"):
-        assert len(open_source(where)) == 6
+    for path in ("../tars", "../flat", "../tars/w-00.tar"):
+        assert len(open_source(path)) == 6
     assert stored == {file: file.read_bytes() for file in temporary_cache_dir.iterdir()} and len(stored) == 2
 
 

@@ -169,14 +169,14 @@ def example_batch(inputs: InputSpec, dtype=torch.float32, size=(8, 12), n=3) -> 
 
 def run_diffusers(net: UNet, peer: nn.Module, x, c_noise, cond: Cond) -> torch.Tensor:
     context, mask = net.semantic(cond, x)
-    more = {}
+    extra_inputs = {}
     if cond.control_high is not None:
         sizes = torch.cat([cond.control_high, cond.control_low], dim=1)
         if cond.pooled is None:
-            more["class_labels"] = control_features(sizes)
+            extra_inputs["class_labels"] = control_features(sizes)
         else:
-            more["added_cond_kwargs"] = {"text_embeds": cond.pooled, "time_ids": sizes}
-    return peer(x, c_noise, context, encoder_attention_mask=mask, **more).sample
+            extra_inputs["added_cond_kwargs"] = {"text_embeds": cond.pooled, "time_ids": sizes}
+    return peer(x, c_noise, context, encoder_attention_mask=mask, **extra_inputs).sample
 
 
 def deviations(name: str, dtype: torch.dtype, size, exact: bool, masked: bool = True) -> list[float]:
@@ -226,8 +226,8 @@ def test_every_weight_is_mapped():
     ]:  # fmt: skip
         with torch.device("meta"):
             actual, peer = UNet(cfg, inputs), diffusers_unet(cfg, inputs, options)
-        wanted = {name: value.shape for name, value in actual.state_dict().items()}
-        assert {name: value.shape for name, value in from_diffusers(peer.state_dict()).items()} == wanted
+        expected = {name: value.shape for name, value in actual.state_dict().items()}
+        assert {name: value.shape for name, value in from_diffusers(peer.state_dict()).items()} == expected
 
 
 def test_parity_detects_a_wrong_epsilon_and_a_missing_mask():

@@ -56,9 +56,9 @@ def test_projection_and_renormalization(rows, columns, seed):
     mp.project_gradients([w])
     assert (w.grad * w).sum(1).abs().max().item() < 1e-9 if rows else True
     # What was taken away lies along the row.
-    taken = before - w.grad
-    cosine = torch.nn.functional.cosine_similarity(taken, w.detach(), dim=1).abs()
-    assert ((cosine - 1).abs() < 1e-6).logical_or(taken.norm(dim=1) < 1e-9).all()
+    removed = before - w.grad
+    cosine = torch.nn.functional.cosine_similarity(removed, w.detach(), dim=1).abs()
+    assert ((cosine - 1).abs() < 1e-6).logical_or(removed.norm(dim=1) < 1e-9).all()
     direction = w.detach().clone()
     mp.normalize_weights_([w])
     torch.testing.assert_close(w.detach().square().mean(1), torch.ones(rows, dtype=torch.float64))

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from safetensors.torch import save_file
 
-from gesso import atomic_io, devices, torchrun
+from gesso import atomic_io, devices
 from gesso.data import crops
 from gesso.data.cache import encode, format
 from gesso.data.cache.encode import CacheJob, ShardBuilder
@@ -79,7 +79,7 @@ def write_cache(
         raise UsageError(f"{source_path} is a cache already: train on it with data.source={source_path}")
     source = open_source(plan.data.source)
     with _init_ranks() as (rank, world_size, barrier):
-        local_rank = torchrun.rank_from_env().local_rank
+        local_rank = devices.rank_from_env().local_rank
         job = encode.open_job(plan, source, devices.resolve_device(device, "--device ", local_rank))
         vae, text = job.identities()
         header = CacheHeader(
@@ -129,7 +129,7 @@ def _summary(manifest: CacheManifest, out: Path) -> list[str]:
 @contextlib.contextmanager
 def _init_ranks() -> Iterator[tuple[int, int, Callable[[], None]]]:
     """Yield the rank and world size of this torchrun, and a barrier."""
-    rank, world_size, *_ = torchrun.rank_from_env()
+    rank, world_size, *_ = devices.rank_from_env()
     if world_size == 1:
         yield 0, 1, lambda: None
         return
@@ -235,7 +235,7 @@ def _write_missing_ranges(
             for i, u in zip(range(*bounds[r]), uniforms, strict=True):
                 yield job, i, u, min_edge
 
-    threads = max((os.cpu_count() or 1) // torchrun.rank_from_env().local_world_size, 1)
+    threads = max((os.cpu_count() or 1) // devices.rank_from_env().local_world_size, 1)
     pool, writer, writing = ThreadPoolExecutor(threads, "decode"), ThreadPoolExecutor(1, "write"), None
     try:
         images = _map_ahead(pool, lambda args: encode.encode_image(*args), arguments(), IN_FLIGHT_PER_THREAD * threads)

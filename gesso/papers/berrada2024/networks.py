@@ -130,7 +130,7 @@ def table_1() -> Table:
         "where the table has 6.27. Control and pooled text are readings: UNet (SDXL) has control (Table A4), the "
         "others of the second block have none (Tables A3, A4), and no network has pooled text (the sizes of Table A1 "
         f"include none). The sizes of Table A1 include control in all but mDT: that reading is {' '.join(CONTROL)} "
-        "added to a recipe; SD3's pooled text is net.pooled_mlp=own.",
+        "added to a recipe; SD3's pooled text is net.pooled_mlp=separate.",
     )
 
 

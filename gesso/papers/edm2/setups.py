@@ -21,8 +21,8 @@ DIGITS_LADDER = (
     "train.snapshot_every=3k", "train.checkpoint_every=30k", "monitor.magnitude_every=6k",
     "monitor.magnitude_samples=512",
 )  # fmt: skip
-# Learning rates are the best of those tried with seed 0 (docs/log.md): 5e-4 to 2e-3 for A and B, 1e-2 to 8e-2 for D, E
-# and G. F, best at 8e-2 with that seed, is unstable there with another seed: it has the learning rate of E and G.
+# Learning rates are the best of those tried with seed 0 (docs/decisions.md): 5e-4 to 2e-3 for A and B, 1e-2 to 8e-2 for
+# D, E and G. F, best at 8e-2 with that seed, is unstable there with another seed: it has the learning rate of E and G.
 TINY_CONFIGS: dict[str, Settings] = {
     "A": (
         "net.config=A", "loss.weighting=native", "process.P_mean=-1.2", "process.P_std=1.2", "optim.schedule=constant",

@@ -1,0 +1,61 @@
+"""Rendering of pages: jinja2 templates, and the figures and tables that they show."""
+
+import base64
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+class Figure(NamedTuple):
+    """A figure of a page: a plot as SVG, or a PNG file."""
+
+    caption: str
+    svg: str = ""
+    image: Path | None = None
+
+
+class TableData(NamedTuple):
+    """Header and rows of a table."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def non_empty(figures: Iterable[Figure]) -> list[Figure]:
+    """Return the figures without those that have nothing to plot."""
+    return [figure for figure in figures if figure.svg or figure.image]
+
+
+def png_data_uri(path: Path) -> str:
+    """Return a PNG file as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def render_template(
+    path: Path, context: Mapping[str, Any], filters: Mapping[str, Callable[..., str]] | None = None
+) -> str:
+    """Render a jinja2 template; those named *.html escape all text that is not marked as safe.
+
+    Args:
+        path: The template; it can include and import other templates of its folder.
+        context: Variables of the template. A missing one raises jinja2.UndefinedError.
+        filters: Additional filters by name.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+    environment = Environment(
+        loader=FileSystemLoader(path.parent),
+        autoescape=select_autoescape(("html",)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"png_data_uri": png_data_uri} | dict(filters or {})
+    return environment.get_template(path.name).render(context) + "\n"
+
+
+def render_page(template: str, title: str, context: Mapping[str, Any]) -> str:
+    """Render one of TEMPLATES as a self-contained HTML page."""
+    return render_template(TEMPLATES / template, {"title": title, **context})
