@@ -16,12 +16,12 @@ from torch import Tensor
 from gesso.config import CONTROL_VARIABLES, RunConfig, SemanticConfig
 from gesso.data import crops
 from gesso.data.encoders.text import EncodedText
-from gesso.data.samplers import EpochShuffle, ExcludeIndices, SampleOrder, select_validation
+from gesso.data.samplers import EpochSampler, EpochShuffle, ExcludeIndices, SampleOrder, select_validation
 from gesso.errors import UsageError
 
 
 class SampleBatch(NamedTuple):
-    """B samples on the CPU.
+    """Batch of B samples on the CPU.
 
     Attributes:
         x: Pixels (B, C, H, W) uint8, or latents (B, 2c, h, w) float: means, then standard deviations.
@@ -42,6 +42,21 @@ class SampleBatch(NamedTuple):
     labels: Tensor
     indices: Tensor
     encoded_text: EncodedText | None = None
+
+    @classmethod
+    def from_views(
+        cls, x: Tensor, sizes: Sequence[tuple[int, int]], views: Sequence[crops.View], labels: Tensor, indices: Tensor
+    ) -> "SampleBatch":
+        """Return the batch of B views of images with the original `sizes`; pixel_stats are zero for latents."""
+        return cls(
+            x=x,
+            original_sizes=torch.tensor(sizes),
+            crop_boxes=torch.tensor([view[:4] for view in views], dtype=torch.float32),
+            flips=torch.tensor([view.flip for view in views]),
+            pixel_stats=crops.compute_pixel_stats(x) if x.dtype == torch.uint8 else torch.zeros(len(x), 2),
+            labels=labels,
+            indices=indices,
+        )
 
     def control_columns(self) -> Mapping[str, Tensor]:
         """Return the columns of the control variables by name, (B,) float32 each, in the units of CONTROL_VARIABLES.
@@ -132,14 +147,19 @@ class Dataset(abc.ABC):
         """
         if count >= len(self):
             raise UsageError(
-                f"data.num_validation={count} leaves nothing of the {len(self)} images in {self.uri}: set it lower"
+                f"data.num_validation={count} leaves no training images, as {self.uri} has {len(self)}: set it lower"
             )
-        self.validation_indices = select_validation(len(self), count) if count else self.validation_indices
+        if count:
+            self.validation_indices = select_validation(len(self), count)
 
     def sample_order(self, seed: int, batch_size: int) -> SampleOrder:
         """Return the function that maps sample indices (B,) to image indices (B,)."""
-        order = EpochShuffle(len(self) - len(self.validation_indices), seed)
+        order = self._training_order(seed, batch_size)
         return ExcludeIndices(order, self.validation_indices) if len(self.validation_indices) else order
+
+    def _training_order(self, seed: int, batch_size: int) -> EpochSampler:
+        """Return the order of the training images, numbered without gaps."""
+        return EpochShuffle(len(self) - len(self.validation_indices), seed)
 
 
 def pixel_channel_stats(pixels: Tensor) -> tuple[Tensor, Tensor]:
