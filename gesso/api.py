@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from gesso import config, ema, models, recipes, sampling, snapshot
+from gesso import config, ema, hub, models, recipes, sampling, snapshot
 from gesso.config import InputSpec, RunConfig
 from gesso.diffusion.denoiser import Denoiser
 from gesso.evaluation import runner
@@ -36,7 +36,7 @@ class Run:
     """A finished or running training in a run folder.
 
     Args:
-        folder: The run folder, which holds run.yaml and snapshots.
+        folder: The run folder, which holds run.yaml and snapshots, or hub:OWNER/NAME.
 
     Attributes:
         folder: The run folder.
@@ -47,7 +47,7 @@ class Run:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = hub.fetch_run(folder)
         self.config: RunConfig = config.load_with_overrides(self.folder, [], ())
         self._denoisers: dict[tuple[str, int | None, str], Denoiser] = {}
 
@@ -173,7 +173,7 @@ class Run:
 
 
 def load_run(folder: str | Path) -> Run:
-    """Open a run folder. Raises UsageError if there is no run."""
+    """Open a run folder, or hub:OWNER/NAME, which is downloaded to runs/OWNER--NAME. Raises UsageError without a run."""
     return Run(folder)
 
 

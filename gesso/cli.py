@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from gesso.errors import GessoError, UsageError
+from gesso.hub import fetch_run
 
 # Pillow warns about unusual image metadata; images that it cannot decode are counted and reported.
 warnings.filterwarnings("ignore", module="PIL")
@@ -45,7 +46,12 @@ Overrides = Annotated[
     list[str] | None,
     _argument("settings, or YAML files of settings", metavar="[a.b=c ...]"),
 ]
-RunFolder = Annotated[Path, _argument("run folder, such as runs/digits", metavar="RUN")]
+RunFolder = Annotated[
+    Path,
+    typer.Argument(
+        help="run folder, such as runs/digits, or hub:OWNER/NAME", metavar="RUN", parser=fetch_run, show_default=False
+    ),
+]
 Out = Annotated[Path | None, _option("output file or folder", "--out")]
 Recipe = Annotated[
     str,
@@ -238,6 +244,24 @@ def report(
     from gesso.report import write_report
 
     _print(f"wrote {write_report(folders, out)}")
+
+
+@app.command()
+def push(
+    folder: RunFolder,
+    repo: Annotated[str, _argument("repository on the Hugging Face Hub", metavar="OWNER/NAME")],
+    private: Annotated[bool, typer.Option("--private", help="create a private repository")] = False,
+    license: Annotated[str | None, _option("licence of the weights, such as cc-by-nc-4.0")] = None,
+    all_snapshots: Annotated[
+        bool, typer.Option("--all-snapshots", help="upload all snapshots, for EMA weights of any length and time")
+    ] = False,
+    samples: Annotated[bool, typer.Option(help="draw images for the model card")] = True,
+) -> None:
+    """Upload a run and its model card to the Hugging Face Hub, without local paths."""
+    from gesso.share import PushArgs
+    from gesso.share import push as push_run
+
+    _print(f"uploaded: {push_run(folder, PushArgs(repo, private, license, all_snapshots, samples), _print)}")
 
 
 @app.command("reproduce")

@@ -15,6 +15,7 @@ from gesso.config.base import parse_count
 from gesso.config.net import TransformerConfig
 from gesso.config.process import ProcessConfig
 from gesso.errors import RunError, UsageError
+from gesso.hub import fetch_run
 from gesso.interop.mapping import NOTE_ASSUMED_RESOLUTION, ImportedModel
 from gesso.safetensors_io import read_metadata, read_tensors
 from gesso.sampling import MAX_PROFILE_ERROR
@@ -106,7 +107,7 @@ def parse_init_source(text: str) -> tuple[Path, float | None, int | None]:
             sigma_rel = value
         else:
             raise UsageError(f"init.source={text}: an EMA length must lie between 0 and {12**-0.5:.4f}")
-    return Path(path), sigma_rel, nimg
+    return fetch_run(path), sigma_rel, nimg
 
 
 def _suggest_path(path: Path) -> str:

@@ -48,6 +48,7 @@ def model_folder(model_id: str, label: str, subfolders: Sequence[str], names: Se
     Raises:
         UsageError: There is no such folder or id.
     """
+    model_id = model_id.removeprefix("hub:")
     root = Path(model_id).expanduser()
     if not root.is_dir():
         root = _download(model_id, label, subfolders, names)

@@ -10,6 +10,7 @@ import os
 import re
 import zipfile
 
+from gesso import hub
 from gesso.data.sources.archives import TarSource, ZipSource
 from gesso.data.sources.base import IMAGE_SUFFIXES, Source, format_names
 from gesso.data.sources.custom import CustomSource
@@ -36,12 +37,14 @@ MAX_PATTERN_FILES = 1_000_000
 
 
 def open_source(uri: str) -> Source:
-    """Open a source by its name (NAMED_SOURCES, or custom:NAME of gesso.extend) or by its path (SOURCE_KINDS).
+    """Open a source by its name (NAMED_SOURCES, custom:NAME of gesso.extend, hub:OWNER/NAME) or by its path (SOURCE_KINDS).
 
     Raises:
         UsageError: The source is missing, empty, malformed, or of an unknown kind.
     """
     uri = str(uri)
+    if (hub_id := hub.parse_hub_id(uri)) is not None:
+        return open_source(str(hub.download(hub_id, repo_type="dataset")))
     name, _, count = uri.partition(":")
     if name == "custom":
         return CustomSource(uri, count)
