@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gesso.reproduce import claims, plan, runner
+from gesso.reproduce import claims, labels, plan, runner
 from gesso.reproduce.claims import Judgement, Verdict
 from gesso.reproduce.footnotes import collect_footnotes
 from gesso.reproduce.index import file_stem
+from gesso.reproduce.labels import ColumnLabel
 from gesso.reproduce.plan import MeasurementJob
 from gesso.reproduce.schema import Cell, ChecklistItem, Claim, Table, Values
 
@@ -61,25 +62,34 @@ class RowMinutes(NamedTuple):
     measurement: float
 
 
+class ClaimResult(NamedTuple):
+    """Verdict on a claim, and its effect in the paper's numbers: in their unit, and relative (`Judgement.relative`)."""
+
+    judgement: Judgement
+    published: float | None = None
+    relative_published: float | None = None
+
+
 class TableResult(NamedTuple):
     """Result of one table at one scale.
 
     Attributes:
-        table: the table.
+        table: the table; its texts name what is measured.
         scale: the scale.
         seeds: training seeds.
         settings: overrides that the user applied to every training.
         cells: numbers by (row, column).
         footnotes: footnotes, numbered from 1.
-        verdicts: verdict of each claim, with its effect in the paper's numbers.
+        claims: verdict of each claim.
         checklist: items of a checklist, each with the text and verdict of its claim.
         minutes: minutes by row.
         minutes_per_training: minutes of each training.
+        total_minutes: minutes of all trainings and measurements.
         protocols: evaluation protocol by column.
         environments: devices, threads and versions, the most frequent first.
         training_commands: commands of all trainings.
         evaluate_commands: commands that repeat the measurements, by row.
-        column_descriptions: what is measured, by columns.
+        columns: label of each column.
         runtime: text on how long a row took.
         outdated_note: reason why new runs would give other numbers.
     """
@@ -90,15 +100,16 @@ class TableResult(NamedTuple):
     settings: tuple[str, ...]
     cells: Mapping[Cell, CellNumbers]
     footnotes: Sequence[str]
-    verdicts: Sequence[tuple[Judgement, float | None]]
+    claims: Sequence[ClaimResult]
     checklist: Sequence[tuple[ChecklistItem, str, str]]
     minutes: Mapping[str, RowMinutes]
     minutes_per_training: Sequence[float]
+    total_minutes: float
     protocols: Mapping[str, Mapping[str, Any]]
     environments: Sequence[str]
     training_commands: Sequence[str]
     evaluate_commands: Mapping[str, Sequence[str]]
-    column_descriptions: Mapping[str, str] = {}
+    columns: Mapping[str, ColumnLabel] = {}
     runtime: str = ""
     outdated_note: str = ""
 
@@ -108,6 +119,7 @@ def collect_result(
 ) -> TableResult:
     """Return the result of all finished jobs. `settings` are overrides that the user applied to every training."""
     records = {job.path: runner.read_record(job.path) for job in jobs if job.path.is_file()}
+    table = labels.name_measured(table, labels.measured_values(table, scale))
     values, published = runner.collect_values(jobs), table.published()
     marks, texts = collect_footnotes(table, jobs, records)
     cells: dict[Cell, CellNumbers] = {}
@@ -117,6 +129,7 @@ def collect_result(
             cell = (row.name, column.name)
             by_seed = {seed: numbers[cell] for seed, numbers in values.items() if cell in numbers}
             cells[cell] = CellNumbers(by_seed, published.get(cell), marks.get(cell, ()), cell in single_seed)
+    training_minutes = minutes_per_training(jobs, records)
     environments = Counter(describe_environment(record) for record in records.values() if "environment" in record)
     return TableResult(
         table=table,
@@ -125,14 +138,16 @@ def collect_result(
         settings=tuple(settings),
         cells=cells,
         footnotes=texts,
-        verdicts=judge_claims(table, values, single_seed),
+        claims=judge_claims(table, values, single_seed),
         checklist=judge_checklist(table, scale, out),
         minutes=row_minutes(jobs, records),
-        minutes_per_training=minutes_per_training(jobs, records),
+        minutes_per_training=training_minutes,
+        total_minutes=sum(training_minutes) + sum(r.get("measurement_minutes", 0.0) for r in records.values()),
         protocols=collect_protocols(jobs, records, out),
         environments=[name for name, _ in environments.most_common()],
         training_commands=[relative_text(training.command, out) for training in plan.unique_trainings(jobs)],
         evaluate_commands=evaluate_commands(jobs, out),
+        columns=labels.label_columns(table, scale),
     )
 
 
@@ -151,11 +166,15 @@ def load_result(table: Table, stored: Mapping[str, Any], out: Path, single_seed:
             cells[cell] = CellNumbers(numbers, published.get(cell), marks, cell in single_seed)
             for seed, value in numbers.items():
                 values.setdefault(seed, {})[cell] = value
-    descriptions = dict(stored.get("columns", {}))
-    described = {name for names in descriptions for name in names.split("; ")}
-    for column in table.columns:
-        if column.name not in described and not any(cells[row.name, column.name].by_seed for row in table.rows):
-            descriptions[column.name] = "not measured on this page"
+    columns = stored["columns"]
+    measured = {name: entry["value"] for name, entry in columns.items() if entry["value"]}
+    columns = {
+        column.name: ColumnLabel(
+            **{**columns.get(column.name, {}), "title": labels.rename_metric(table, column.name, measured)}
+        )
+        for column in table.columns
+    }
+    table = labels.name_measured(with_scale_notes(table, stored), measured)
     return TableResult(
         table=table,
         scale=stored["scale"],
@@ -163,18 +182,27 @@ def load_result(table: Table, stored: Mapping[str, Any], out: Path, single_seed:
         settings=tuple(stored["settings"]),
         cells=cells,
         footnotes=texts,
-        verdicts=judge_claims(table, values, single_seed),
+        claims=judge_claims(table, values, single_seed),
         checklist=judge_checklist(table, stored["scale"], out),
         minutes={row: RowMinutes(entry["training"], entry["measurement"]) for row, entry in stored["minutes"].items()},
         minutes_per_training=(),
+        total_minutes=stored["total_minutes"],
         protocols=stored["protocols"],
         environments=stored["environments"],
         training_commands=stored["training_commands"],
         evaluate_commands=stored["evaluate_commands"],
-        column_descriptions=descriptions,
-        runtime=stored.get("runtime", ""),
-        outdated_note=stored.get("outdated", ""),
+        columns=columns,
+        runtime=stored["runtime"],
+        outdated_note=stored["outdated"],
     )
+
+
+def with_scale_notes(table: Table, stored: Mapping[str, Any]) -> Table:
+    """Return a table with the notes on its scale under which stored numbers were measured."""
+    if stored["scale"] not in table.scales:
+        return table
+    scale = table.scales[stored["scale"]]._replace(notes=stored["notes"])
+    return table._replace(scales={**table.scales, stored["scale"]: scale})
 
 
 def _parse_number(value: float | str) -> float:
@@ -182,13 +210,15 @@ def _parse_number(value: float | str) -> float:
     return {"NaN": math.nan, "diverged": math.inf}[value] if isinstance(value, str) else value
 
 
-def judge_claims(
-    table: Table, values: Mapping[int, Values], single_seed: set[Cell]
-) -> list[tuple[Judgement, float | None]]:
+def judge_claims(table: Table, values: Mapping[int, Values], single_seed: set[Cell]) -> list[ClaimResult]:
     """Return the verdict of each claim and the effect in the paper's numbers."""
     published = table.published()
     return [
-        (judge_claim(table, claim, values, single_seed), claims.compute_effect(table, claim, published))
+        ClaimResult(
+            judge_claim(table, claim, values, single_seed),
+            claims.compute_effect(table, claim, published),
+            claims.compute_relative_effect(table, claim, published),
+        )
         for claim in table.claims
     ]
 
@@ -317,9 +347,12 @@ def to_json(result: TableResult) -> dict[str, Any]:
                 "bounds": [judgement.low, judgement.high],
                 "parts": judgement.num_parts,
                 "seeds": judgement.num_seeds,
-                "published_effect": None if paper is None else effect_to_json(paper),
+                "relative": list(judgement.relative),
+                "published_effect": None if claim.published is None else effect_to_json(claim.published),
+                "relative_published": claim.relative_published,
             }
-            for judgement, paper in result.verdicts
+            for claim in result.claims
+            for judgement in (claim.judgement,)
         ],
         "checks": [
             {
@@ -329,12 +362,14 @@ def to_json(result: TableResult) -> dict[str, Any]:
             for item, text, verdict in result.checklist
         ],
         "minutes": {row: minutes._asdict() for row, minutes in result.minutes.items()},
+        "total_minutes": result.total_minutes,
         "environments": list(result.environments),
         "protocols": result.protocols,
         "command": reproduce_command(result),
         "training_commands": list(result.training_commands),
         "evaluate_commands": {row: list(commands) for row, commands in result.evaluate_commands.items()},
-        "columns": dict(result.column_descriptions),
+        "columns": {name: label._asdict() for name, label in result.columns.items()},
+        "notes": table.scales[result.scale].notes if result.scale in table.scales else "",
         "runtime": result.runtime,
         "outdated": result.outdated_note,
     }  # fmt: skip

@@ -31,7 +31,7 @@ def save_sample_grid(job: MeasurementJob) -> dict[str, Any]:
     )
     columns = len(seeds) if sizes else math.ceil(len(seeds) ** 0.5)
     sampling.save_png(sampling.image_grid(samples, columns), grid_path(job))
-    protocol = {"drawn": sampling.describe_sampling(run), "seeds": f"0 to {seeds.stop - 1}", "nimg": nimg}
+    protocol = {"sampling": sampling.describe_sampling(run), "seeds": f"0 to {seeds.stop - 1}", "nimg": nimg}
     return {"values": {"num_images": len(samples)}, "protocol": protocol | ({"sizes": sizes} if sizes else {})}
 
 

@@ -21,11 +21,11 @@ from gesso.errors import DivergenceError, StoppedError, UsageError
 from gesso.papers import TABLES
 from gesso.reproduce import (
     claims,
-    cli,
     dry_run,
     estimates,
     footnotes,
     index,
+    labels,
     page,
     plan,
     requirements,
@@ -259,8 +259,8 @@ def test_stored_pages_are_judged_again(tmp_path, known, gesso, monkeypatch):
     atomic_io.write_json(tmp_path / "test-1-tiny.json", stored)
     assert gesso("reproduce", "judge", "--out", tmp_path)[0] == 0
     text = (tmp_path / "test-1-tiny.md").read_text()
-    assert "| The contrary | **contradicted** |" in text and "To be made again: the recipes have changed." in text
-    assert "1 contradicted; to be made again |" in (tmp_path / "README.md").read_text()
+    assert "| The contrary | **contradicted** |" in text and "Outdated: the recipes have changed." in text
+    assert "| **contradicted** | 3 | 12 min | [test/1](test-1-tiny.md) * |" in (tmp_path / "README.md").read_text()
 
 
 STORED = [
@@ -277,8 +277,8 @@ def test_stored_verdicts_follow_from_the_stored_numbers(path):
     table = TABLES[stored["table"]]()
     single_seed = plan.cells_without_training(table, stored["scale"])
     result = results.load_result(table, stored, path.parent, single_seed)
-    assert len(result.verdicts) == len(stored["claims"])
-    for (judgement, _), claim in zip(result.verdicts, stored["claims"], strict=True):
+    assert len(result.claims) == len(stored["claims"])
+    for (judgement, _, _), claim in zip(result.claims, stored["claims"], strict=True):
         assert judgement.verdict == claim["verdict"], judgement.text
         if claim["effect"] is not None:
             assert judgement.effect == pytest.approx(float(claim["effect"]), rel=1e-9, abs=1e-12)
@@ -305,7 +305,7 @@ def test_untrained_cells_need_one_seed(tmp_path, known):
     (counted,) = [job for job in todo if job.group.method == "counts"]
     atomic_io.write_json(counted.path, {"training_commands": [], "values": {"parameters": 17.0}})
     result = results.collect_result(table, "tiny", tmp_path, todo)
-    assert result.verdicts[0][0].verdict == claims.Verdict.EXACT and result.cells["slow", "size"].std is None
+    assert result.claims[0].judgement.verdict == claims.Verdict.EXACT and result.cells["slow", "size"].std is None
 
 
 def test_cells_with_another_protocol_have_footnotes(tmp_path, known):
@@ -430,10 +430,8 @@ def test_a_checklist_reads_the_verdicts_of_its_tables(tmp_path, known):
     assert "| Which size? | large | **not measured** | - | test/9 |" in text
     listed = (tmp_path / "README.md").read_text()
     assert (
-        "| [test/1](test-1-tiny.md) | Rates \\| of \\<two\\> kinds | tiny | 3 | 1 of 2 claims reproduced, 1 undecided |"
-        in listed
+        "1 reproduced, 1 undecided." in listed and "- [test/a5](test-a5-tiny.md): Advice (1 reproduced, 1 not" in listed
     )
-    assert "| tiny | - | 1 of 2 checks reproduced, 1 not measured |" in listed
 
 
 def test_column_descriptions():
@@ -447,18 +445,64 @@ def test_column_descriptions():
         )
         for s in (0.05, 0.1)
     )
-    todo = plan.plan_jobs(
-        table._replace(scales={"tiny": Scale((*lengths, *table.scales["tiny"].groups[1:]), "")}), "tiny", [0], Path("w")
-    )
-    content = page.labels.describe_columns(table, todo)
-    assert content["FID"].startswith("one minus the share of samples") and content["FID"].endswith(
-        ", the minimum over sample.sigma_rel"
-    )
+    table = table._replace(scales={"tiny": Scale((*lengths, *table.scales["tiny"].groups[1:]), "")})
+    content = {name: label.description for name, label in labels.label_columns(table, "tiny").items()}
+    assert content["FID"].startswith("one minus the share of samples")
+    assert content["FID"].endswith(", the minimum over sample.sigma_rel")
     assert content == {
         **content,
         "right": "not measured at this scale",
         "size": "parameters (counts of the network of a run, without training it)",
     }
+
+
+def test_the_list_of_results_has_a_line_for_each_claim(tmp_path, known):
+    """Effects are relative to the larger number, beside those of the paper; claims without a verdict are folded."""
+    values = {("slow", "fd_digits", s): 9 + s for s in range(3)} | {
+        ("fast", "fd_digits", s): 3 + 0.1 * s for s in range(3)
+    }
+    unknown = Claim("It is smaller", lambda v: v["fast", "size"] < v["slow", "size"])
+    table = fake(claims=(*fake().claims, unknown))
+    page.write_page(table, "tiny", tmp_path, numbers(table, tmp_path, values))
+    text = (tmp_path / "README.md").read_text()
+    decided, folded = text.split("<details>")
+    line = "| A higher rate is better | +69 % (+54 % to +84 %) | +66 % | **reproduced** | 3 | 12 min | "
+    assert line + "[test/1](test-1-tiny.md) |" in decided  # 6 trainings of 1.5 minutes, 10 measurements of .25
+    assert "1 reproduced, 1 undecided, 1 not measured." in decided and "plan.md" not in text
+    assert "Claims without a verdict: 1" in decided + folded and "| It is smaller | - | - | **not measured** | - |" in folded
+    plot = (tmp_path / "effects-test.svg").read_text()
+    assert plot.count("<title>test/1</title>") == 2 and plot.count('stroke-width="1.5"') == 2  # legend, one published
+    assert ">A higher rate is better</text>" in plot and "not measured" not in plot
+    (tmp_path / "plan.md").write_text("x")
+    assert "[plan.md](plan.md)" in index.write_index(tmp_path).read_text()
+
+
+@pytest.mark.parametrize(
+    "effect, relative, text",
+    [
+        (0.5, (0.123, -0.05, 0.3), "+12 % (-5 % to +30 %)"),
+        (0.5, (0.012, None, None), "+1.2 %"),
+        (math.inf, (None, None, None), "the other diverged"),
+        ("-inf", (None, None, None), "it diverged"),
+        (None, (None, None, None), "-"),
+    ],
+)
+def test_relative_effects_as_text(effect, relative, text):
+    assert index.format_relative(effect, relative) == text
+
+
+def test_columns_and_claims_name_what_is_measured():
+    """Where a scale measures another value than the paper, its name replaces that of the paper's metric."""
+    table = fake()
+    groups = table.scales["tiny"].groups
+    paper = tuple(group._replace(columns={name: "fid" for name in group.columns if name == "FID"}) for group in groups)
+    claim = Claim("FID falls, not FIDs", lambda v: v["slow", "FID"] > 1)
+    table = table._replace(claims=(claim,), scales={**table.scales, "paper": Scale(paper, "")})
+    assert labels.label_columns(table, "tiny")["FID"].title == "FD (digits)"
+    assert labels.label_columns(table, "paper")["FID"].title == "FID"
+    assert labels.name_measured(table, {"FID": "fd_digits"}).claims[0].text == "FD (digits) falls, not FIDs"
+    assert labels.name_measured(table, {"FID": "fid"}).claims[0].text == claim.text
+    assert labels.name_measured(table, {"right": "fd_digits"}).claims[0].text == claim.text
 
 
 def test_names_are_in_the_order_of_their_numbers():
@@ -816,7 +860,7 @@ def test_two_rows_and_two_seeds(tmp_path, known, gesso):
     assert gesso("reproduce", "test/1", "--rows", "slow", "--out", where)[0] == 0
     assert json.loads((where / "test-1-tiny.json").read_text())["rows"] == content["rows"]  # all stored rows and seeds
     code, listed, _ = gesso("reproduce", "list", "--out", where)
-    assert "test/1" in listed and f"{index.count_verdicts(content)} (tiny, 2 seeds)" in listed
+    assert "test/1" in listed and f"{index.describe_page(content)} (tiny, 2 seeds)" in listed
 
 
 def test_bad_input(tmp_path, known, gesso, monkeypatch):
@@ -869,5 +913,5 @@ def test_a_failure_leaves_a_page_of_finished_jobs(tmp_path, known, gesso, monkey
 def test_the_list_is_by_paper(gesso, tmp_path):
     code, listed, _ = gesso("reproduce", "list", "--out", tmp_path)
     heads = [line for line in listed.splitlines() if line and not line.startswith(" ")]
-    assert code == 0 and heads[0] == cli.PAPER_TITLES["berrada"] and "berrada/2a" in listed
+    assert code == 0 and heads[0] == index.PAPER_TITLES["berrada"] and "berrada/2a" in listed
     assert list(itertools.chain(heads))[-1].startswith("`gesso reproduce NAME`")

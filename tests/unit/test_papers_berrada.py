@@ -73,20 +73,20 @@ def test_tables_are_complete(name):
 SPOTS = {
     "1": {("DiT-XL/2 w/ LN", "FID, ImageNet 512"): 2.85, ("PixArt-alpha-XL/2", "FID, ImageNet 256"): 2.06,
           ("PixArt-alpha-XL/2", "CLIP, CC12M 512"): DIVERGED, ("DiT-XL/2 w/ Att", "FID, ImageNet 512"): DIVERGED,
-          ("UNet (SDXL)", "CLIP, CC12M 256"): 25.36, ("mmDiT-XL/2 (SD3)", "FID on COCO, CC12M 512"): 6.78, ("mmDiT-XL/2 (ours)", "FID, CC12M 512"): 6.27},
-    "2a": {("uniform", "LPIPS/HR"): 0.21, ("cosine, alpha = 4", "FID"): 3.05, ("not told", "FID"): 3.29},
+          ("UNet (SDXL)", "CLIP, CC12M 256"): 25.36, ("mmDiT-XL/2 (SD3)", "FID on COCO, CC12M 512"): 6.78, ("mmDiT-XL/2 (Berrada)", "FID, CC12M 512"): 6.27},
+    "2a": {("uniform", "LPIPS/HR"): 0.21, ("cosine, alpha = 4", "FID"): 3.05, ("no size condition", "FID"): 3.29},
     "2b": {("one size", "cosine, alpha = 8"): 4.12, ("height = width, at random", "uniform"): 5.04, ("height and width, at random", "uniform"): 4.51},
     "2c": {("crop", "FID"): 8.43, ("crop, flip", "CLIP"): 23.68},
     "3": {("replicate", "FID"): 6.93, ("noisy, 0.05", "CLIP"): 26.58, ("noisy, 0.2", "FID"): 7.02, ("zero", "CLIP"): 26.25},
     "4a": {("IN1k, IN22k (110k)", "FID"): 4.67, ("IN1k, CC12M (60k)", "FID"): 7.59, ("CC12M (600k)", "CLIP"): 24.78},
     "4b": {("200k, then 150k", "FID, CC12M"): 7.15, ("300k, then 50k", "FID, ImageNet-22k"): 5.41, ("300k, then 50k", "CLIP, CC12M"): 25.30},
     "4c": {("UNet, 1000k", "FID"): 6.80, ("mmDiT, 500k", "FID"): 3.98, ("UNet, 750k, then 250k", "FID"): 4.81, ("mmDiT, 350k, then 150k", "FID"): 3.02},
-    "A1": {("mmDiT, words", "FLOPs, 256"): 397.06, ("mDT, classes", "parameters"): 748.07, ("UNet, words", "FLOPs, 512"): 819.56},
+    "A1": {("mmDiT, text", "FLOPs, 256"): 397.06, ("mDT, class", "parameters"): 748.07, ("UNet, text", "FLOPs, 512"): 819.56},
     "A2": {("UNet, batch 4096", "1e-4"): 9.26, ("DiT, batch 64", "5e-4"): DIVERGED, ("DiT, batch 512", "1e-5"): 83.6, ("UNet, batch 64", "1e-6"): 104.73},
-    "A3": {("+ control", "FID, ImageNet 256"): 1.76, ("+ control guidance", "CLIP, CC12M 256"): 26.13, ("+ local crops before", "FID, CC12M 512"): 6.89},
-    "A4": {("SD-XL", "FID on COCO, CC12M 512"): 7.26, ("SD3", "FID, CC12M 256"): 7.54, ("Ours", "CLIP, CC12M 512"): 26.17},
+    "A3": {("+ control", "FID, ImageNet 256"): 1.76, ("+ control guidance", "CLIP, CC12M 256"): 26.13, ("+ local crops in pre-training", "FID, CC12M 512"): 6.89},
+    "A4": {("SD-XL", "FID on COCO, CC12M 512"): 7.26, ("SD3", "FID, CC12M 256"): 7.54, ("Berrada", "CLIP, CC12M 512"): 26.17},
     "A6": {("linear", "LPIPS/HR"): 0.041, ("step at sigma = 2", "LPIPS"): 0.14, ("step at sigma = 6", "FID"): 3.09, ("uniform", "LPIPS"): 0.33},
-    "fig8": {("before, at 256", "ours"): 245.55},
+    "fig8": {("before, at 256", "all improvements"): 245.55},
     "figA2": {("0.9, 0.999", "FID"): 26.43, ("0.9, 0.95", "FID"): 21.65},
 }  # fmt: skip
 
@@ -208,8 +208,8 @@ def test_parents_of_trainings():
     assert late.parent.run.train.total_images == 300_000 * 384 and late.run.train.total_images == 50_000 * 384
     assert late.parent.run.data.source == "caches/imagenet-22k-512-0.9-1-flip" and late.run.semantic.kind == "text"
     for job in JOBS["berrada/fig8", "paper"][3:]:
-        assert job.training.run.init.noise_levels == ("keep" if "noise kept" in job.group.columns else "scale")
-        assert job.training.run.process.resolution_scale == (1 if "noise kept" in job.group.columns else 2)
+        assert job.training.run.init.noise_levels == ("keep" if "noise not rescaled" in job.group.columns else "scale")
+        assert job.training.run.process.resolution_scale == (1 if "noise not rescaled" in job.group.columns else 2)
 
 
 def test_crops_decide_the_pretraining_of_figure_8():
@@ -255,8 +255,8 @@ def test_computed_values_are_judged_exactly(tmp_path):
     for _ in runner.run_jobs(todo, Console(quiet=True), lambda line: None):
         pass
     assert not list(tmp_path.glob("trained/*"))
-    verdicts = [verdict for verdict, _ in results.collect_result(table, "paper", tmp_path, todo).verdicts]
-    assert [verdict.verdict for verdict in verdicts] == [claims.Verdict.EXACT] * 2
+    judged = results.collect_result(table, "paper", tmp_path, todo).claims
+    assert [claim.judgement.verdict for claim in judged] == [claims.Verdict.EXACT] * 2
 
 
 def test_the_checklist_refers_to_existing_claims():

@@ -313,12 +313,12 @@ def test_combinations_differ_by_their_settings():
         row: recipes.resolve("digits", [*MIXED_RESOLUTION, *overrides])[0]
         for row, overrides in tables.COMBINATIONS.items()
     }
-    assert runs["neither"] == runs["post-hoc EMA"]
-    changed = {row: {path for path, _, _ in config.differences(runs["neither"], run)} for row, run in runs.items()}
+    assert runs["baseline"] == runs["post-hoc EMA"]
+    changed = {row: {path for path, _, _ in config.differences(runs["baseline"], run)} for row, run in runs.items()}
     assert changed["control"] == {"control.variables", "control.alpha"} and changed["uncertainty"] == {"loss.weighting"}
     assert changed["all"] == changed["control"] | changed["uncertainty"]
     lengths = {one.row: sorted(s for s in one.settings if "sigma_rel" in s) for one in jobs("gesso/both", "tiny")}
-    assert lengths["neither"] == lengths["control"] == ["sample.sigma_rel=0.1"]
+    assert lengths["baseline"] == lengths["control"] == ["sample.sigma_rel=0.1"]
     assert sum(one.row == "all" for one in jobs("gesso/both", "tiny")) == 6
 
 

@@ -118,7 +118,7 @@ def table_4c() -> Table:
     )
 
 
-BERRADA_BEST, EXTRAPOLATED, NOISE_NOT_RESCALED = "ours", "positions extrapolated", "noise kept"
+BERRADA_BEST, EXTRAPOLATED, NOISE_NOT_RESCALED = "all improvements", "positions extrapolated", "noise not rescaled"
 INTERPOLATED = "positions interpolated"
 AFTER_FULL_CROPS, AFTER_MIXED_CROPS = "crops of .9 to 1", "crops of .4 to 1"
 VARIANTS: dict[str, tuple[Settings, Settings]] = {
