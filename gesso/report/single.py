@@ -15,8 +15,16 @@ from gesso.report.render import Figure, TableData, non_empty
 MAX_GRIDS = 4
 """Number of sample grids from the training that are shown."""
 DISTINGUISHING_FIELDS = (
-    "sigma_rel", "halflife", "sampler", "steps", "guidance", "control_guidance", "guide_run", "reference", "validation",
-)  # fmt: skip
+    "sigma_rel",
+    "halflife",
+    "sampler",
+    "steps",
+    "guidance",
+    "control_guidance",
+    "guide_run",
+    "reference",
+    "validation",
+)
 """Protocol keys that the heading of an evaluation shows if evaluations differ in them."""
 MAGNITUDES_NOTE = (
     "Magnitudes of features (EDM2 Eq. 3) of the averaged network, by resolution or third of the blocks; unit-normal "

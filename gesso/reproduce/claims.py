@@ -5,7 +5,8 @@ A claim is an expression over the cells of a table:
     Claim("Post-hoc EMA helps", lambda v: v["CONFIG G", "FID"] < v["CONFIG F", "FID"])
 
 `v` is a `TableValues`, `v[row, column]` a `Quantity`: one number for each seed. Comparing two quantities gives a
-`Statement`, whose margin (larger minus smaller side) is tested over paired seeds. docs/reproduction.md explains the verdicts.
+`Statement`, whose margin (larger minus smaller side) is tested over paired seeds. docs/reproduction.md explains the
+verdicts.
 """
 
 import math
@@ -362,8 +363,8 @@ class Judgement(NamedTuple):
 class _Bound(NamedTuple):
     """Lower bound of a margin over seeds.
 
-    effect is the estimate of the margin; mean, low and size belong to the comparison that decides (low None: sign test).
-    Sizes are means over seeds.
+    effect is the estimate of the margin; mean, low and size belong to the comparison that decides (low None: sign
+    test). Sizes are means over seeds.
     """
 
     effect: float

@@ -89,7 +89,8 @@ def index_path(out: Path) -> Path:
     path = out / "README.md"
     if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(INDEX_HEADER):
         raise UsageError(
-            f"{path} was not written by gesso reproduce, which would replace it: choose another folder, such as --out tables"
+            f"{path} was not written by gesso reproduce, which would replace it: choose another folder, such as "
+            "--out tables"
         )
     return path
 

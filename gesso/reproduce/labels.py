@@ -32,9 +32,12 @@ SELECTIONS = {"min": "minimum", "max": "maximum"}
 
 
 PAPER_NAMES = {
-    "fid": ("FID",), "clip": ("CLIP",), "lpips": ("LPIPS",), "lpips_hr": ("LPIPS/HR",),
+    "fid": ("FID",),
+    "clip": ("CLIP",),
+    "lpips": ("LPIPS",),
+    "lpips_hr": ("LPIPS/HR",),
     "fd_dinov2": ("FD of DINOv2", "FD"),
-}  # fmt: skip
+}
 """Names that the tables of the papers use for a value."""
 MEASURED_NAMES = {
     "fd_digits": "FD (digits)",

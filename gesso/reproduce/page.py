@@ -27,10 +27,11 @@ SCALE_DESCRIPTIONS = {
 MAX_OPEN_ROWS = 14
 """Number of points of a figure above which its numbers are folded."""
 VERDICT_RULE = (
-    "Effect: the margin by which the claim holds, in the unit of the compared numbers, with its confidence bounds. Reproduced: "
-    "every part of the claim is above 0 at 95 % (one-sided Student's t over paired seeds; sign test for positions of optima and "
-    "where a training diverged). Contradicted: the opposite holds at 95 %. Each is wrong in at most one case of twenty; "
-    "otherwise the claim is undecided. An exact check needs no training. See docs/reproduction.md."
+    "Effect: the margin by which the claim holds, in the unit of the compared numbers, with its confidence bounds. "
+    "Reproduced: every part of the claim is above 0 at 95 % (one-sided Student's t over paired seeds; sign test for "
+    "positions of optima and where a training diverged). Contradicted: the opposite holds at 95 %. Each is wrong in at "
+    "most one case of twenty; otherwise the claim is undecided. An exact check needs no training. See "
+    "docs/reproduction.md."
 )
 MISSING_FIGURES_NOTE = "No figure: it needs matplotlib (pip install 'gesso[plots]')."
 

@@ -356,7 +356,10 @@ def to_json(result: TableResult) -> dict[str, Any]:
         ],
         "checks": [
             {
-                "question": item.question, "recommendation": item.recommendation, "table": item.table, "text": text,
+                "question": item.question,
+                "recommendation": item.recommendation,
+                "table": item.table,
+                "text": text,
                 "verdict": verdict,
             }
             for item, text, verdict in result.checklist
@@ -372,7 +375,7 @@ def to_json(result: TableResult) -> dict[str, Any]:
         "notes": table.scales[result.scale].notes if result.scale in table.scales else "",
         "runtime": result.runtime,
         "outdated": result.outdated_note,
-    }  # fmt: skip
+    }
 
 
 def effect_to_json(value: float) -> float | str:

@@ -14,8 +14,8 @@ from gesso.reproduce.plan import MeasurementJob
 def save_sample_grid(job: MeasurementJob) -> dict[str, Any]:
     """Return the number of images in a grid of samples.
 
-    The grid of seeds 0, 1, ... is saved as a PNG file next to the record. The parameter `sizes=A,B` makes one row per size
-    condition.
+    The grid of seeds 0, 1, ... is saved as a PNG file next to the record. The parameter `sizes=A,B` makes one row per
+    size condition.
     """
     assert job.training is not None
     folder = job.training.folder

@@ -469,7 +469,10 @@ def test_the_list_of_results_has_a_line_for_each_claim(tmp_path, known):
     line = "| A higher rate is better | +69 % (+54 % to +84 %) | +66 % | **reproduced** | 3 | 12 min | "
     assert line + "[test/1](test-1-tiny.md) |" in decided  # 6 trainings of 1.5 minutes, 10 measurements of .25
     assert "1 reproduced, 1 undecided, 1 not measured." in decided and "plan.md" not in text
-    assert "Claims without a verdict: 1" in decided + folded and "| It is smaller | - | - | **not measured** | - |" in folded
+    assert (
+        "Claims without a verdict: 1" in decided + folded
+        and "| It is smaller | - | - | **not measured** | - |" in folded
+    )
     plot = (tmp_path / "effects-test.svg").read_text()
     assert plot.count("<title>test/1</title>") == 2 and plot.count('stroke-width="1.5"') == 2  # legend, one published
     assert ">A higher rate is better</text>" in plot and "not measured" not in plot

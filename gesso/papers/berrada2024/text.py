@@ -143,9 +143,8 @@ def figure_a4() -> Table:
         "attention",
         (Claim("With zeros more than a tenth of the attention is on padding", lambda v: v["zero", share] > 0.1),),
         "The paper shows images and speaks of a significant part; a tenth is our choice. Attention of image tokens to "
-        "text "
-        'tokens, for the trainings of Table 3. "copy similarity" is the cosine similarity of tokens and their copies, which is 1 '
-        "without noise and smaller with noise by construction: no claim.",
+        "text tokens, for the trainings of Table 3. The cosine similarity of tokens and their copies is 1 without "
+        "noise and smaller with noise by construction: no claim.",
     )
 
 

@@ -76,10 +76,20 @@ def figure_5a() -> Table:
 
 ALL_TENSORS = "one length for all"
 TINY_LAYERS = (
-    "enc-64x64-block0-affine", "enc-64x64-block0-conv0", "enc-64x64-block0-conv1", "enc-64x64-conv",
-    "enc-32x32-block0-conv0", "enc-32x32-block0-skip", "dec-32x32-block0-conv1", "dec-32x32-block0-skip",
-    "dec-64x64-block0-conv1", "dec-64x64-block0-skip", "dec-64x64-up-affine", "map-label", "map-layer0",
-)  # fmt: skip
+    "enc-64x64-block0-affine",
+    "enc-64x64-block0-conv0",
+    "enc-64x64-block0-conv1",
+    "enc-64x64-conv",
+    "enc-32x32-block0-conv0",
+    "enc-32x32-block0-skip",
+    "dec-32x32-block0-conv1",
+    "dec-32x32-block0-skip",
+    "dec-64x64-block0-conv1",
+    "dec-64x64-block0-skip",
+    "dec-64x64-up-affine",
+    "map-label",
+    "map-layer0",
+)
 """Layers of Figure 5b that a network of two levels with one block has."""
 
 
@@ -423,5 +433,14 @@ def learning_rates() -> Table:
 
 
 TABLES: tuple[Callable[[], Table], ...] = (
-    figure_4, figure_5a, figure_5b, figure_5c, figure_6, figure_11b, figure_13, figure_14, figure_24, learning_rates,
-)  # fmt: skip
+    figure_4,
+    figure_5a,
+    figure_5b,
+    figure_5c,
+    figure_6,
+    figure_11b,
+    figure_13,
+    figure_14,
+    figure_24,
+    learning_rates,
+)

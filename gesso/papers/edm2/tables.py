@@ -255,8 +255,11 @@ def table_5() -> Table:
 
 
 COST_VALUES = {
-    "Mparams": "params", "Gflops": "gmacs", "Training, Zflops": "training_macs", "Sampling, Tflops": "sampling_macs",
-}  # fmt: skip
+    "Mparams": "params",
+    "Gflops": "gmacs",
+    "Training, Zflops": "training_macs",
+    "Sampling, Tflops": "sampling_macs",
+}
 GUIDED_COST = "Guided, Tflops"
 
 

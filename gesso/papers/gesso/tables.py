@@ -17,19 +17,26 @@ MP_MMDIT, MMDIT, EDM2, DIT = "mp-mmDiT++", "mmDiT++", "EDM2", "DiT"
 SMALL_IMAGES = {MP_MMDIT: 3_000_000, MMDIT: 3_000_000, EDM2: 2_775_000, DIT: 3_000_000}
 """Images at which the multiply-accumulates of all trainings are equal."""
 SMALL_SHAPES_TRAINING = (
-    *AT_64, "train.batch_size=256", "train.precision=bfloat16", "train.checkpoint_every=500k",
+    *AT_64,
+    "train.batch_size=256",
+    "train.precision=bfloat16",
+    "train.checkpoint_every=500k",
     "optim.warmup_images=50k",
-)  # fmt: skip
+)
 SMALL_TRANSFORMER_NET = (*DIT_S, "net.patch_size=4")
 SMALL_NETWORKS: dict[str, Settings] = {
     MP_MMDIT: ("net.name=mp-mmdit++", *SMALL_TRANSFORMER_NET, "optim.lr=1e-2"),
     MMDIT: (*SMALL_TRANSFORMER_NET, "optim.lr=5e-4"),
     EDM2: (
-        "net.name=edm2", "net.channels=64", "net.num_blocks=1", "net.channels_per_head=32", "optim.lr=1e-2",
+        "net.name=edm2",
+        "net.channels=64",
+        "net.num_blocks=1",
+        "net.channels_per_head=32",
+        "optim.lr=1e-2",
         "loss.reduction=sum",
     ),
     DIT: ("net.name=dit", *SMALL_TRANSFORMER_NET, "optim.lr=5e-4"),
-}  # fmt: skip
+}
 FASHION_RECIPES = {MP_MMDIT: "fashion-mp-mmdit++", MMDIT: "fashion", DIT: "fashion-dit"}
 FASHION_LR = {MP_MMDIT: "4e-2", MMDIT: "8e-3", DIT: "8e-3"}
 """Best of seven learning rates by held-out loss (docs/results/sweep-*.md); that of DiT is not searched yet."""
@@ -39,9 +46,11 @@ FASHION_SIGMA_RELS = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2)
 def shared_settings(images: int) -> Settings:
     """Return settings shared by all networks: 20 snapshots, and learning-rate decay after a fifth of the training."""
     return (
-        f"train.total_images={images}", f"train.snapshot_every={images // 20}", f"optim.ref_images={images // 5}",
+        f"train.total_images={images}",
+        f"train.snapshot_every={images // 20}",
+        f"optim.ref_images={images // 5}",
         "loss.weighting=uncertainty",
-    )  # fmt: skip
+    )
 
 
 def sweep_groups(
