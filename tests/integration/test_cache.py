@@ -1,4 +1,4 @@
-"""Caches: what is in them against slow loops, going on after any stop, ranks, bad input, reading, the command line.
+"""Caches: content against slow loops, resuming after any interruption, ranks, bad input, reading, command line.
 
 Legend: N images, K views of each; C channels of pixels, c of latents.
 """
@@ -52,7 +52,7 @@ def tree(out: Path) -> dict[str, bytes]:
 
 
 def rows(out: Path) -> dict[str, torch.Tensor]:
-    """Those of all files, one after another."""
+    """Return the rows of all files, one file after another."""
     parts = [load_file(out / "shards" / shard.name) for shard in format.open_manifest(out).files]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -245,10 +245,11 @@ def test_faces_are_blurred_before_anything_else(tmp_path):
 
 
 def test_buckets(photos, vae, tmp_path):
-    """Wide pictures of 2:1, tall ones of 8:5."""
+    """Wide images are 2:1, tall ones 8:5."""
     o = tmp_path / "o"
     manifest = write_test_cache(
-        o, photos, 32, data={"crop_scale": (0.5, 1), "flip": True}, views=2, buckets=5, bucket_multiple=8, images_per_shard=9,
+        o, photos, 32, data={"crop_scale": (0.5, 1), "flip": True}, views=2, buckets=5, bucket_multiple=8,
+        images_per_shard=9,
         latent=LatentConfig(vae=str(vae)), batch_size=3,
     )  # fmt: skip
     sizes = manifest.plan.bucket_sizes()
@@ -341,7 +342,7 @@ print(kills)
 
 
 def driven(tree: dict, out: Path, how: str) -> int:
-    """How often it was killed."""
+    """Return how often the process was killed."""
     ran = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps(tree), str(out), how], capture_output=True, text=True, env=ENVIRONMENT
     )
@@ -353,7 +354,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def test_what_was_left_half_written_is_swept(tmp_path):
-    """By us, and by safetensors, which writes under names of its own; nothing else."""
+    """Temporary files of gesso and of safetensors are removed, and nothing else."""
     for name in (".a.safetensors.7.tmp", ".tmpLS5Nmd", "a.safetensors", ".lock", ".tmp", "b.tmp"):
         (tmp_path / name).write_text("")
     (tmp_path / ".b.tmp").mkdir()
@@ -363,7 +364,7 @@ def test_what_was_left_half_written_is_swept(tmp_path):
 
 @pytest.mark.parametrize("how", ["steps", "times"])
 def test_killed_at_any_instant_and_gone_on_with(how, photos, tmp_path):
-    """By SIGKILL, before each change of the disk, and at random times."""
+    """Kill by SIGKILL, before each change of the disk, and at random times."""
     settings = dict(data={"crop_scale": (0.4, 1), "flip": True}, views=2, images_per_shard=2)
     folder = captioned(tmp_path / "s", photos, ["a"] * 4)
     if how == "times":
@@ -397,7 +398,8 @@ for world, port in ((2, sys.argv[3]), (3, sys.argv[4])):
         if child == 0:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
             plan, seen = CachePlan.model_validate(json.loads(sys.argv[1])), []
-            lines = write.write_cache(plan, Path(sys.argv[2]) / str(world), progress=lambda done, total: seen.append(done))
+            out = Path(sys.argv[2]) / str(world)
+            lines = write.write_cache(plan, out, progress=lambda done, total: seen.append(done))
             assert bool(lines) == bool(seen) == (rank == 0), "one rank speaks"
             os._exit(0)
         children.append(child)
@@ -593,7 +595,7 @@ def test_places_that_will_not_do(photos, tmp_path):
 
 
 def spoiled(root: Path, photos: Path) -> Path:
-    """12 pictures, of which 5 cannot be read."""
+    """Write 12 images, of which 5 cannot be read."""
     root.mkdir()
     full = sorted(photos.glob("*/*.png"))
     for i in range(12):
@@ -734,7 +736,7 @@ def test_manifests_that_are_not_trusted(photos, tmp_path):
 
 @pytest.mark.parametrize("name", ["manifest.json", "shards/shard-000000.safetensors"])
 def test_random_damage_is_one_line(name, photos, tmp_path):
-    """Of a shard its header; what lies behind it has no effect on opening it."""
+    """Damage in the header of a shard is one line; damage behind it has no effect on opening."""
     write_test_cache(tmp_path / "o", photos, semantic=SemanticConfig(kind="text", max_tokens=3))
     path, rng = tmp_path / "o" / name, np.random.default_rng(0)
     good = path.read_bytes()
@@ -753,7 +755,7 @@ def test_random_damage_is_one_line(name, photos, tmp_path):
 
 
 def resaved(path: Path, manifest: Path, **changes: torch.Tensor | None) -> None:
-    """A file with other tensors, and its size and checksum in the manifest: as if it had been written so."""
+    """Write a file with other tensors, with its size and checksum in the manifest."""
     tensors = load_file(path) | changes
     save_file({name: value for name, value in tensors.items() if value is not None}, path, {"format": "gesso cache 1"})
     recorded = json.loads(manifest.read_text())
@@ -1029,7 +1031,7 @@ def test_the_command_line(photos, tmp_path):
 
 
 def test_views_have_no_draw_in_common():
-    """Over images and views the draws are uniform and uncorrelated."""
+    """Draws are uniform and uncorrelated over images and views."""
     u = encode.view_uniforms(CachePlan(views=2, data=DataConfig(resolution=8, crop_scale=(0.4, 1))), 0, 4000).reshape(
         4000, -1
     )

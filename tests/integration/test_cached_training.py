@@ -62,7 +62,8 @@ def test_settings_that_contradict_the_cache_are_reported(photos, tmp_path):
 def test_latents_and_tokens_need_neither_vae_nor_encoder_in_training(photos, vae, tmp_path):
     clip = write_clip(tmp_path / "clip")
     run_cli(
-        "cache", captioned(photos, tmp_path / "s"), tmp_path / "c", "--resolution", 32, "--vae", vae, "--convention", "edm2",
+        "cache", captioned(photos, tmp_path / "s"), tmp_path / "c", "--resolution", 32, "--vae", vae, "--convention",
+        "edm2",
         "--text", clip, "--max-tokens", 8,
     )  # fmt: skip
     text = {"semantic.kind": "text", "semantic.encoder": clip, "semantic.max_tokens": 8, "semantic.padding": "noisy"}

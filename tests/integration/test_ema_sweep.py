@@ -131,7 +131,8 @@ def test_shapes_are_read_back(gesso_text, tmp_path):
     assert code == 2 and "has all, kind, border" in output
 
 
-@pytest.mark.parametrize("text", ["", "1", ".02:.25", "a:b:c", ".02:.25:2", ".25:.02:5", "0:.2:5", ".02:.3:5", ".02:.25:5.5",
+@pytest.mark.parametrize("text",
+["", "1", ".02:.25", "a:b:c", ".02:.25:2", ".25:.02:5", "0:.2:5", ".02:.3:5", ".02:.25:5.5",
                                   ".1:.1001:9", "nan:.2:5"])  # fmt: skip
 def test_malformed_sweeps(text):
     with pytest.raises(UsageError, match="--sweep"):

@@ -100,7 +100,8 @@ def test_it_leaves_nothing_and_says_all(tmp_path, monkeypatch):
 def test_a_source_that_is_not_there_yet(recipe):
     """Samples of the shape that the real ones would have, so that the network takes them."""
     small = {
-        "in1k-256-dit": ["net.hidden_size=32", "net.depth=1", "net.num_heads=2"], "folder": ["net.hidden_size=32", "net.depth=1"],
+        "in1k-256-dit": ["net.hidden_size=32", "net.depth=1", "net.num_heads=2"],
+        "folder": ["net.hidden_size=32", "net.depth=1"],
         "cc12m-256-berrada": ["net.hidden_size=32", "net.depth=1", "net.num_heads=2"],
         "cc12m-256-sdxl": ["net.channels=32", "net.transformer_depth=[1,0,0,0]", "net.num_heads=2"],
         "edm2-img512-xs": ["net.channels=16", "net.channels_per_head=16", "train.precision=full"],

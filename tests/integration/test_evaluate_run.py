@@ -1,4 +1,4 @@
-"""Scores of a run over many samples: in parts, by any number of ranks, after any stop."""
+"""Evaluation of a run over many samples: in parts, by any number of ranks, resumed after any interruption."""
 
 import contextlib
 from dataclasses import replace
@@ -53,7 +53,7 @@ def recorded_run(folder, *settings: str) -> config.RunConfig:
 
 
 def drawn(folder, run: config.RunConfig, seeds: range) -> torch.Tensor:
-    """The samples themselves, in one go, in RGB."""
+    """Return the samples themselves, generated in one pass, in RGB."""
     tensors, *_ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(run.sample)])
     cond, _ = sampling.build_cond(run, seeds, snapshot.load_control_rows(folder), run_sampler.sample_labels(run, seeds))
     created = torch.cat(list(sampling.generate(snapshot.denoiser_from_weights(tensors[0], run), run, seeds, cond)))
@@ -82,7 +82,7 @@ def test_a_run_is_measured(folder):
 
 
 def test_what_was_spent():
-    """100 images in 4 s at a mean of 300 W: 25 a second, 1200 J, which are 333 mWh or 3.33 an image."""
+    """100 images in 4 s at a mean of 300 W are 25 a second and 1200 J, which is 333 mWh or 3.33 an image."""
     timing = tasks.Timing(60, 1.0, (250.0,)).add(tasks.Timing(40, 3.0, (350.0,)))
     assert timing.throughput() == {"images_per_second": 25, "milliwatt_hours": pytest.approx(10 / 3)}
     assert tasks.Timing().throughput() == {} and tasks.power_draw(CPU) == ()
@@ -122,7 +122,7 @@ def test_parts_are_shared_and_survive(folder, monkeypatch):
 
 
 def test_work_of_an_interrupted_command_is_resumed(folder, monkeypatch):
-    """A part that is taken is left, and made after all where whoever took it has gone without it."""
+    """A locked part is skipped, and computed at the end if the process that locked it has ended without it."""
     run = recorded_run(folder, "eval.metrics=[fd_digits]", "sample.batch_size=13")
     full = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics
     claimed, taken = atomic_io.try_lock, []
@@ -139,7 +139,7 @@ def test_work_of_an_interrupted_command_is_resumed(folder, monkeypatch):
 
 
 def test_a_reference_is_read_by_all_ranks_and_once(folder, monkeypatch):
-    """In parts: whoever comes first leaves some to the other; a third time nothing is read, whatever machine has it kept."""
+    """The first rank leaves parts to the others. A third evaluation reads nothing, on whatever machine."""
     run = recorded_run(folder, "eval.metrics=fd_digits")
     full = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics
     read = []
@@ -237,7 +237,7 @@ def test_shapes_are_read_back(recipe, tmp_path):
 
 
 def test_rates_are_those_of_real_pictures():
-    """Real shapes are read rightly beside their own captions, and not beside others'."""
+    """Real shapes match their captions, and do not match the captions of others."""
     source = open_source("shapes:60")
     created = torch.stack([torch.from_numpy(shown(source, i)) for i in range(60)])
     captions = list(source.captions())
@@ -266,7 +266,7 @@ def test_agreement_of_digits(folder):
 
 
 def test_diversity_under_other_sizes(tmp_path, monkeypatch):
-    """The mean over seeds of the mean LPIPS of all pairs among five sizes; and without those below the run's resolution."""
+    """LPIPS is the mean over seeds of all pairs among five sizes; lpips_hr leaves out sizes below the resolution."""
     assert METRICS["lpips"].sizes == (64, 128, 256, 512, 1024)
     folder, sizes = tmp_path / "run", (8, 16, 32, 64, 1024)
     monkeypatch.setitem(METRICS, "lpips", replace(METRICS["lpips"], sizes=sizes))
@@ -293,7 +293,7 @@ def test_diversity_under_other_sizes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sizes", [(8, 16, 32), (8, 64), (64, 128)])
 def test_sizes_below_the_resolution_are_left_out(sizes):
-    """lpips_hr: of 64 pixels none below 64; where no pair is left there is no such number."""
+    """At 64 pixels no size is below 64; lpips_hr is absent where no pair is left."""
     metric = replace(METRICS["lpips"], sizes=sizes)
 
     class Drawn:
@@ -309,7 +309,7 @@ def test_sizes_below_the_resolution_are_left_out(sizes):
 
 
 def test_detail_energy_is_what_halving_takes_away():
-    """Of a checkerboard all, of an even image none; the score is the ratio of rms, largest size over smallest."""
+    """A checkerboard is all detail, an even image none. The score is the ratio of rms, largest size over smallest."""
     even, board = torch.full((8, 8), 0.5), (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
     images = torch.stack([even, board, 3 * board])[:, None].float()
     assert run_sampler.detail_energy(images).tolist() == pytest.approx([0, 1, 9])
@@ -325,7 +325,7 @@ def test_detail_energy_is_what_halving_takes_away():
 
 
 def test_scores_are_repeated_one_by_one(folder):
-    """eval.repeated: only those on other seeds; the best of each in its own direction."""
+    """Only metrics of eval.repeated are computed on other seeds; each has the best in its direction."""
     cfg = "eval.metrics=fd_digits,class_accuracy"
     every = runner.evaluate_metrics(EvalContext(folder, recorded_run(folder, cfg, "eval.num_repeats=3"), CPU), SILENT)
     run = recorded_run(folder, cfg, "eval.num_repeats=3", "eval.repeated=fd_digits")
@@ -340,7 +340,7 @@ def test_scores_are_repeated_one_by_one(folder):
 
 
 def test_best_value_follows_the_metric_direction():
-    """Distances, losses and conditional diversity: the least; inception score, precision, recall, accuracy: the greatest."""
+    """Distances, losses and conditional diversity have their minimum as best; the other metrics their maximum."""
     values = [2.0, 3.0, 1.0]
     lower = {"fid", "kid", "fd_dinov2", "kd_dinov2", "fd_clip", "lpips", "digits_feature_distance", "loss"}
     assert lower <= {name for name, metric in METRICS.items() if metric.lower_is_better}
@@ -354,7 +354,7 @@ def test_best_value_follows_the_metric_direction():
 
 
 def test_precision_and_recall_are_over_all_samples(monkeypatch):
-    """As ADM's evaluator: 10k of the reference beside all samples; density and coverage over 10k of each."""
+    """ADM's evaluator uses 10k reference images and all samples; density and coverage use 10k of each."""
     monkeypatch.setattr(precision_recall, "MAX_NEIGHBOUR_SAMPLES", 40)
     g = torch.Generator().manual_seed(0)
     real, created = torch.randn(60, 2, generator=g), 1.2 * torch.randn(150, 2, generator=g)
@@ -388,7 +388,7 @@ def test_captions_that_a_protocol_draws_for_again_are_noted(folder):
 
 
 def test_digits_with_two_size_conditions(tmp_path):
-    """The mean distance between features of samples told 4x4 and 8x8; none where the size has no weight."""
+    """The value is the mean feature distance of samples conditioned on 4x4 and 8x8, 0 where the size has no weight."""
     actual = {}
     for schedule in ("uniform", "zero"):
         folder = tmp_path / schedule
@@ -402,7 +402,7 @@ def test_digits_with_two_size_conditions(tmp_path):
         actual[schedule] = result.metrics["digits_feature_distance"]["values"]
         assert result.protocol["networks"] == {"digits_distance": "digits-cnn-v1"}
         detail = result.metrics["size_detail"]["values"]
-        assert (detail == [1.0]) == (schedule == "zero")  # told nothing, samples are the same
+        assert (detail == [1.0]) == (schedule == "zero")  # without the condition, samples are the same
     tensors, *_ = snapshot.reconstruct_from_run(tmp_path / "uniform", [ema.sampling_profile(run.sample)])
     run = recorded_run(tmp_path / "uniform", "sample.steps=2")
     denoiser, rows, network = (
@@ -419,7 +419,7 @@ def test_digits_with_two_size_conditions(tmp_path):
 
 
 def test_scores_at_an_earlier_time(tmp_path):
-    """eval.nimg: the weights as they were; recorded with the number."""
+    """Weights at eval.nimg are evaluated, and their number of images is recorded."""
     folder = tmp_path / "run"
     run = write_run(folder)
     for stored_one in snapshot.list_snapshots(folder):
@@ -489,7 +489,7 @@ def test_the_command(folder, gesso):
 
 
 def test_scores_of_several_averages(tmp_path, monkeypatch):
-    """eval.halflives: each is a measurement of its own, equal to that with sample.halflife."""
+    """Each of eval.halflives is a separate measurement, equal to that with sample.halflife."""
     write_run(tmp_path / "run", "digits", **{"ema.halflives": "[1000]"})
     output = ("eval.metrics=fd_digits", "eval.num_samples=40", "sample.steps=2")
     lines = runner.evaluate_run(

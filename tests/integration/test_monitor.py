@@ -1,4 +1,4 @@
-"""What is seen of a run: levels, held-out images, validation, magnitudes, pace, trackers; and that none of it is felt."""
+"""Monitoring of a run: noise levels, validation, magnitudes, speed and trackers, none of which changes training."""
 
 import json
 import time
@@ -178,7 +178,7 @@ def test_nothing_left_to_train_on():
 
 
 class Known(torch.nn.Module):
-    """A denoiser whose estimate of every image is half of what it is shown."""
+    """Denoiser whose estimate of every image is half of its input."""
 
     def __init__(self, process):
         super().__init__()
@@ -315,7 +315,7 @@ UNUSED = (".table", "mask_token", "semantic_qkv", "text_qkv")
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_matrix_of_the_blocks_is_measured(name):
-    """Constant weights and biases have constant magnitudes; nothing with rows is left out but tables and what never runs."""
+    """Constant weights have constant magnitudes; only tables and parameters without rows or use are left out."""
     row = ALL[name]
     net = small(row)
     actual = run_once(row, net)
@@ -338,7 +338,7 @@ def test_every_matrix_of_the_blocks_is_measured(name):
 
 @pytest.mark.parametrize("name", ["dit", "mmdit all", "unet", "edm2", "ladder B"])
 def test_activations_against_brute_force(name):
-    """Every product within the blocks, caught where torch computes it; rms by feature and sample in a loop."""
+    """Record every product within the blocks where torch computes it; compare the rms by feature and sample."""
     row = ALL[name]
     net = small(row)
     actual = run_once(row, net)
@@ -443,8 +443,10 @@ def test_samples_that_do_not_count_and_ranks_in_parts():
 # A run with everything on.
 
 ALL_ON = {
-    "monitor.validate_every": 96, "monitor.validation_pairs": 30, "monitor.magnitude_every": 128, "monitor.magnitude_samples": 50,
-    "monitor.sample_every": 160, "monitor.num_samples": 4, "monitor.evaluate_every": 320, "sample.steps": 2, "data.num_validation": 40,
+    "monitor.validate_every": 96, "monitor.validation_pairs": 30, "monitor.magnitude_every": 128,
+    "monitor.magnitude_samples": 50,
+    "monitor.sample_every": 160, "monitor.num_samples": 4, "monitor.evaluate_every": 320, "sample.steps": 2,
+    "data.num_validation": 40,
 }  # fmt: skip
 OFF = {
     "data.num_validation": 40,
@@ -453,7 +455,8 @@ OFF = {
     "monitor.magnitude_every": "null",
 }
 DROPOUT = {
-    "net.name": "edm2", "net.channels": 16, "net.channel_mult": "[1,2]", "net.num_blocks": 1, "net.attention_levels": "[1]",
+    "net.name": "edm2", "net.channels": 16, "net.channel_mult": "[1,2]", "net.num_blocks": 1,
+    "net.attention_levels": "[1]",
     "net.channels_per_head": 16, "net.dropout": 0.3, "loss.weighting": "uncertainty",
 }  # fmt: skip
 
@@ -521,7 +524,7 @@ def test_what_a_watched_run_leaves(seen):
 
 
 def test_validation_in_the_log_is_that_of_the_stored_average(seen):
-    """The line of the last common time, from the snapshot and a network built for sampling."""
+    """Compare the line of the last common time with the snapshot and a network built for sampling."""
     run = config.load_config(seen / "run.yaml")
     line = next(line for line in read_log(seen / "log.jsonl") if line["nimg"] == 480 and "validation" in line)
     run, dataset = open_dataset_for_run(run, QUIET)
@@ -534,7 +537,7 @@ def test_validation_in_the_log_is_that_of_the_stored_average(seen):
 
 
 def test_loss_in_the_log_is_that_of_evaluate(seen):
-    """At the length tracked and the time of the log's line, with as many pairs; by tenths too."""
+    """Compare at the tracked EMA length and the time of the line, with as many pairs, also by tenths."""
     line = next(line for line in read_log(seen / "log.jsonl") if line["nimg"] == 480 and "validation" in line)
     n = config.load_config(seen / "run.yaml").monitor.validation_pairs
     run = protocols.apply_protocol(
@@ -698,7 +701,10 @@ def test_tensorboard_has_each_value_once(tmp_path, monkeypatch):
 
 
 def records(file: bytes):
-    """Of a .wandb file: seven bytes, then LevelDB's log format: blocks of 32 KiB, records as checksum, length, kind, data."""
+    """Yield the records of a .wandb file.
+
+    It has seven bytes, then LevelDB's log format: blocks of 32 KiB, records as checksum, length, kind, data.
+    """
     at, part = 7, b""
     while at + 7 <= len(file):
         if at % 32768 > 32768 - 7:
@@ -735,7 +741,7 @@ def test_wandb_offline_has_each_value_once(tmp_path, monkeypatch):
 
 
 def test_config_g_reports_the_same_as_edm2_and_as_ladder():
-    """At equal seeds, fresh and after some steps: coefficients of MP-sums that one of them folds into weights are taken out."""
+    """Compare at equal seeds, fresh and after steps, up to coefficients of MP-sums that one folds into weights."""
     actual = []
     for name in (["net.name=edm2"], ["net.name=edm2-ladder", "net.config=G"]):
         settings = [

@@ -31,7 +31,7 @@ def make_module(seed: int = 0) -> nn.Module:
 
 
 def train_random_walk(net: nn.Module, folder: Path, ends: list[int], save_every: int, seed: int = 0, **options):
-    """Train by random steps: at each of `ends` the weights move, are averaged, and now and then saved; all weights seen."""
+    """Move the weights at random at each of `ends`, average them and save at times; return all weights."""
     g = torch.Generator().manual_seed(seed)
     stored = PostHocEMA(net, **options)
     history = [{k: v.clone() for k, v in net.state_dict().items()}]
@@ -270,20 +270,25 @@ torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 def write(at, n):
     for i in range(12):
-        snapshot.write(snapshot.snapshot_path(at / "snapshots", 100 * (i + 1), PowerProfile(0.1)), {f"w{j}": torch.ones(n) for j in range(32)}, 100 * (i + 1), PowerProfile(0.1), "any")
+        nimg, profile = 100 * (i + 1), PowerProfile(0.1)
+        path = snapshot.snapshot_path(at / "snapshots", nimg, profile)
+        snapshot.write(path, {f"w{j}": torch.ones(n) for j in range(32)}, nimg, profile, "any")
 targets = [PowerProfile(0.05 + 0.01 * i) for i in range(8)]
 write(folder / "small", 1000); write(folder / "large", 2**18)
 def held():  # in kB, without the pages of files, which the system takes back when it needs them
     return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1])
 peak = []
-snapshot.reconstruct_to_files(snapshot.plan_reconstruction(snapshot.list_snapshots(folder / "small"), targets), folder / "a")
+def reconstruct(name, out):
+    plan = snapshot.plan_reconstruction(snapshot.list_snapshots(folder / name), targets)
+    return snapshot.reconstruct_to_files(plan, folder / out)
+reconstruct("small", "a")
 before, sums = held(), snapshot._reconstruct_tensors
 def watch(*a):
     for one in sums(*a):
         peak.append(held())
         yield one
 snapshot._reconstruct_tensors = watch
-paths = snapshot.reconstruct_to_files(snapshot.plan_reconstruction(snapshot.list_snapshots(folder / "large"), targets), folder / "b")
+paths = reconstruct("large", "b")
 assert len(peak) == 32
 print(max(peak) - before, sum(p.stat().st_size for p in paths) // 1024)
 """

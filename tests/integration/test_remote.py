@@ -1,4 +1,4 @@
-"""Shards from afar: a real S3 server on loopback, servers that lie, cut and stall, kills, bounds, processes side by side."""
+"""Remote shards: a real S3 server on loopback, servers with faults, kills, size limits, concurrent processes."""
 
 import contextlib
 import hashlib
@@ -623,7 +623,8 @@ def test_a_process_ends_while_it_fetches_ahead(server):
     url = f"{server.url}/bucket/cache"
     for name in NAMES:
         server.faults[f"shards/{name}"] = ["stall"] * 9
-    code = f"from gesso.data.cache import remote; remote.RemoteShards({url!r}).prefetch({NAMES!r}); import time; time.sleep(0.5)"
+    prefetch = f"remote.RemoteShards({url!r}).prefetch({NAMES!r})"
+    code = f"import time; from gesso.data.cache import remote; {prefetch}; time.sleep(0.5)"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert process.returncode == 0 and process.stderr == ""
 

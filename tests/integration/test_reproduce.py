@@ -50,8 +50,10 @@ from gesso.reproduce.schema import (
 from gesso.training import loop
 
 QUIET = Console(quiet=True)
-SMALL = ("net.hidden_size=32", "net.depth=1", "net.num_heads=2", "train.total_images=256", "train.batch_size=32", "train.snapshot_every=64",
-         "train.checkpoint_every=64", "train.log_every=64", "train.num_threads=1", "optim.warmup_images=64")  # fmt: skip
+SMALL = ("net.hidden_size=32", "net.depth=1", "net.num_heads=2", "train.total_images=256", "train.batch_size=32",
+"train.snapshot_every=64",
+         "train.checkpoint_every=64", "train.log_every=64", "train.num_threads=1",
+         "optim.warmup_images=64")  # fmt: skip
 METRICS = ("eval.metrics=fd_digits,class_accuracy", "eval.num_samples=40", "sample.steps=3")
 SLOW, FAST = Training("digits", (*SMALL, "optim.lr=1e-4")), Training("digits", (*SMALL, "optim.lr=4e-3"))
 
@@ -103,12 +105,17 @@ def numbers(
     todo = plan.plan_jobs(table, "tiny", range(3), where)
     for job in todo:
         collected = {name: values.get((job.row, name, job.seed), 0.5) for name in job.group.columns.values()}
-        content = {"name": None, "num_samples": 40, "diversity_prompts": 9, "reference": "digits", "reference_images": 1797,
-                "reference_fingerprint": "abc", "networks": {"digits": "a"}, "nimg": 256, "guidance": 1.5, "sigma_rel": 0.1}  # fmt: skip
+        content = {"name": None, "num_samples": 40, "diversity_prompts": 9, "reference": "digits",
+        "reference_images": 1797,
+                "reference_fingerprint": "abc", "networks": {"digits": "a"}, "nimg": 256, "guidance": 1.5,
+                "sigma_rel": 0.1}  # fmt: skip
         atomic_io.write_json(job.path, {
-            "method": job.group.method, "row": job.row, "seed": job.seed, "evaluate_command": job.evaluate_command, "values": collected,
-            "training_commands": [step.command for step in plan.unique_trainings([job])], "protocol": content | protocol.get(job.row, {}),
-            "measurement_minutes": 0.25, "training_minutes": 1.5 * bool(job.training), "environment": {"device": "cpu", "threads": 1, "torch": "2.13"},
+            "method": job.group.method, "row": job.row, "seed": job.seed, "evaluate_command": job.evaluate_command,
+            "values": collected,
+            "training_commands": [step.command for step in plan.unique_trainings([job])],
+            "protocol": content | protocol.get(job.row, {}),
+            "measurement_minutes": 0.25, "training_minutes": 1.5 * bool(job.training),
+            "environment": {"device": "cpu", "threads": 1, "torch": "2.13"},
         })  # fmt: skip
     return todo
 
@@ -188,7 +195,8 @@ def test_seeds_and_parents_change_the_key():
         training.parent.key == plan.plan_training(SLOW, 0, Path("w")).key
         and f"init={training.parent.folder}" in training.command
     )
-    assert [step.key for step in plan.unique_trainings([plan.MeasurementJob("r", fake().scales["tiny"].groups[0], 0, training, None, (), Path("x"))])] == [
+    assert [step.key for step in plan.unique_trainings([plan.MeasurementJob("r", fake().scales["tiny"].groups[0], 0,
+    training, None, (), Path("x"))])] == [
         training.parent.key, training.key,
     ]  # fmt: skip
 
@@ -309,7 +317,7 @@ def test_untrained_cells_need_one_seed(tmp_path, known):
 
 
 def test_cells_with_another_protocol_have_footnotes(tmp_path, known):
-    """Except for what a row varies on purpose, and for the EMA length and time of its training."""
+    """Differences that a row makes on purpose, and the EMA length and time of its training, have no footnote."""
     unlike = {
         "fast": {"num_samples": 20, "diversity_prompts": 1, "sigma_rel": 0.2, "nimg": 9},
         "fast, guided": {"guidance": 2.0, "networks": {"digits": "b", "classifier": "c"}},
@@ -523,7 +531,8 @@ def test_another_readme_is_not_overwritten(tmp_path):
 @pytest.mark.parametrize(
     ("values", "due"),
     [
-        ([1.7931, 2.0], "1.793"), ([280.21, 1523.2], "280"), ([0.98765], "0.9877"), ([1e-9, 5.0], "1e-09"), ([0.0], "0.000"),
+        ([1.7931, 2.0], "1.793"), ([280.21, 1523.2], "280"), ([0.98765], "0.9877"), ([1e-9, 5.0], "1e-09"),
+        ([0.0], "0.000"),
         ([-3.14159], "-3.142"), ([0.0000234, 0.02], "2.34e-05"), ([math.nan], "NaN"), ([math.inf, 2.0], "diverged"),
     ],
 )  # fmt: skip
@@ -577,7 +586,7 @@ def test_a_row_that_diverges_is_a_result(tmp_path, known, monkeypatch):
 
 
 def test_an_interruption_names_the_command_that_resumes(tmp_path, known, monkeypatch):
-    """After a signal during a training a checkpoint is written, and the same command resumes it."""
+    """A signal during a training writes a checkpoint, and the same command resumes it."""
     after, sent = loop.Monitor.on_step_end, []
 
     def interrupted(watcher, before):
@@ -750,15 +759,17 @@ def test_hours_by_hand(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "passes"),
     [
-        ((), 20 * 2), (("sample.guidance=1",), 20), (("sample.sampler=heun",), 39 * 2), (("eval.num_repeats=3",), 3 * 20 * 2),
+        ((), 20 * 2), (("sample.guidance=1",), 20), (("sample.sampler=heun",), 39 * 2),
+        (("eval.num_repeats=3",), 3 * 20 * 2),
         (("control.variables=size", "sample.control_guidance=1.4"), 20 * 3),
         (("control.variables=size", "eval.metrics=digits_feature_distance", "eval.diversity_prompts=50"), 20 * 2),
     ],
 )  # fmt: skip
 def test_evaluations_of_sampling(tmp_path, settings, passes):
-    """Hours of 100 samples, in network evaluations."""
-    part = ColumnGroup({}, {"r": Measurement(Training("digits", tuple(s for s in settings if s.startswith("control"))), tuple(s for s in settings if not s.startswith("control")))},
-                settings=("eval.metrics=fd_digits", "eval.num_samples=100"))  # fmt: skip
+    """The hours of 100 samples follow from the number of network evaluations."""
+    control = tuple(setting for setting in settings if setting.startswith("control"))
+    measurement = Measurement(Training("digits", control), tuple(s for s in settings if s not in control))
+    part = ColumnGroup({}, {"r": measurement}, settings=("eval.metrics=fd_digits", "eval.num_samples=100"))
     table = fake(rows=(Row("r"),), scales={"tiny": Scale((part,), "")})
     (job,) = plan.plan_jobs(table, "tiny", [0], tmp_path)
     run = estimates.with_dataset_info(estimates.evaluation_config(job))

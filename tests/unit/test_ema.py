@@ -1,4 +1,4 @@
-"""Averages of both kinds against brute force, others rebuilt from them, and their way through snapshots and sampling."""
+"""Both kinds of EMA against brute force, reconstruction of others, and their use in snapshots and sampling."""
 
 import json
 import shutil
@@ -73,7 +73,7 @@ PROFILES = [
 @settings(max_examples=40, deadline=None)
 @given(steps=st.lists(st.integers(1, 5000), min_size=1, max_size=30), seed=st.integers(0, 1000))
 def test_tracker_matches_the_integral_at_any_update_interval(steps, seed):
-    """theta_hat(t) = int p(t) theta(t) dt + m theta(0), theta piecewise constant (Eq. 112-120), updates any distance apart."""
+    """theta_hat(t) = int p(t) theta(t) dt + m theta(0) for piecewise constant theta (Eq. 112-120), any intervals."""
     g = torch.Generator().manual_seed(seed)
     theta = torch.randn(3, generator=g, dtype=torch.float64)
     average = ema.Tracker({"w": theta}, PROFILES)
@@ -698,8 +698,8 @@ def test_linear_combination_in_chunks(shape, files, seed):
     actual = ema.linear_combination(thetas, x)
     expected = torch.einsum("fm,f...->m...", torch.from_numpy(x), torch.stack(thetas))
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-10)
-    # Of 32-bit weights, u = 2^-24 (Higham, "Accuracy and Stability", Eq. 3.5): rounding of each coefficient and difference and
-    # of a sum of up to BLOCK products, all relative to the sum of magnitudes; then that of the result.
+    # Of 32-bit weights, u = 2^-24 (Higham, "Accuracy and Stability", Eq. 3.5): rounding of each coefficient and
+    # difference and of a sum of up to BLOCK products, all relative to the sum of magnitudes; then that of the result.
     stored = [theta.float() for theta in thetas]
     single = ema.linear_combination(stored, x)
     full = torch.stack(stored).double()
@@ -783,7 +783,7 @@ def test_values_beyond_float16():
 
 
 def test_float16_average_would_not_move():
-    """Why there is no such setting: with 1 - beta of 1e-4 a hundredth of the weight is a step below half of the last bit."""
+    """There is no float16 EMA: with 1 - beta = 1e-4 a hundredth of the weight is a step below half of the last bit."""
     average, weight = torch.tensor([1.0]).half(), torch.tensor([1.01])
     for _ in range(1000):
         average = average.float().lerp(weight, 1e-4).half()

@@ -1,4 +1,4 @@
-"""Frozen encoders beside the libraries' own classes, on small random models that are written and opened as real ones are.
+"""Frozen encoders compared with the classes of the libraries, on small random models saved as published ones are.
 
 Legend: N captions, T tokens, D channels of a token, C latent channels.
 """
@@ -85,7 +85,7 @@ def refused(path: Path | str, tokens: int = MAX_TOKENS, **options: object) -> st
 
 
 def directly(name: str, folder: Path, caption: str, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (n, D) and pooled (P,) of one caption."""
+    """Return tokens (n, D) and pooled (P,) of one caption, computed by the library."""
     if "t5" in name:
         ids = T5TokenizerFast.from_pretrained(folder)(caption, truncation=True, max_length=T, return_tensors="pt")
         with pretrained.quiet_logging("transformers"):
@@ -127,7 +127,8 @@ def test_tokens_are_the_librarys(name, T, folders):
 def test_widths(folders):
     has = {name: (e.embed_dim, e.pooled_dim) for name in WRITERS if (e := encoder(folders[name]))}
     assert has == {
-        "clip": (16, 16), "clip with projection": (16, 10), "whole clip": (16, 16), "t5": (14, 14), "whole t5": (14, 14),
+        "clip": (16, 16), "clip with projection": (16, 10), "whole clip": (16, 16), "t5": (14, 14),
+        "whole t5": (14, 14),
     }  # fmt: skip
     for name, (width, pooled_width) in has.items():
         recorded = SemanticConfig(kind="text", encoder=str(folders[name]), max_tokens=8)
@@ -139,7 +140,7 @@ def test_widths(folders):
 
 @pytest.mark.parametrize("name", ["clip", "t5"])
 def test_tokens_do_not_depend_on_the_other_captions(name, folders):
-    """Bit for bit: in another place, in another pass, alone, among captions of other lengths."""
+    """Tokens are bit-equal at another place, in another pass, alone, and among captions of other lengths."""
     text_encoder, shapes = encoder(folders[name]), set()
     hook = text_encoder.loaded.model.register_forward_pre_hook(
         lambda model, _, recorded: shapes.add(tuple(recorded["input_ids"].shape)), with_kwargs=True
@@ -164,7 +165,7 @@ def test_tokens_do_not_depend_on_the_other_captions(name, folders):
 
 @pytest.mark.parametrize("name", ["clip with projection", "t5"])
 def test_tokens_do_not_depend_on_how_many_there_may_be(name, folders):
-    """Padding is not seen. Another T is another shape of the pass: to 1e-5, not to the bit."""
+    """Padding has no influence. Another T is another shape of the pass: equal to 1e-5, not to the bit."""
     captions = ["red cat", "a", "the"]
     long, short = encoder(folders[name], MAX_TOKENS)(captions), encoder(folders[name], 6)(captions)
     assert long.lengths.equal(short.lengths) and int(long.lengths.max()) <= 6
@@ -177,7 +178,7 @@ def test_tokens_do_not_depend_on_how_many_there_may_be(name, folders):
     ("t5", "of 11 pieces of words the first 6 are seen, cut from 'sleep' on"),  # _red _ c a t _a | s l e e p
 ])  # fmt: skip
 def test_truncation_is_reported(name, output, folders, caplog):
-    """Of 7 places CLIP needs two and T5 one for marks."""
+    """CLIP needs two of 7 tokens for marks, and T5 one."""
     captions = ["a", "red cat asleep", "", "red cat asleep"]
     logging.getLogger("transformers").addHandler(caplog.handler)
     encoder(folders[name], 7).truncation_notes([CAPTIONS[-1]])
@@ -267,7 +268,7 @@ def test_half_precision_weights_run_in_float32(folders, tmp_path):
 
 
 def pipeline(folder: Path, folders: dict[str, Path]) -> Path:
-    """As diffusers saves one: two text encoders, their tokenizers apart from them."""
+    """Write a pipeline as diffusers does: two text encoders, with their tokenizers in separate folders."""
     for model, tokenizer, source in (
         ("text_encoder", "tokenizer", folders["clip with projection"]),
         ("text_encoder_2", "tokenizer_2", folders["t5"]),
@@ -305,7 +306,7 @@ def test_a_tokenizer_that_is_only_a_sentencepiece_model(folders, tmp_path):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The few requests of the hub's client, answered from a folder with OWNER/NAME inside."""
+    """Handler of the few requests of the hub's client, answered from a folder OWNER/NAME."""
 
     root: Path
     fetched: list[str]
@@ -352,7 +353,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub on loopback: the class of its answers, with `root` and what was `fetched`."""
+    """Start a hub on loopback; return its handler class, with `root` and the paths that were `fetched`."""
     from huggingface_hub import constants
 
     answers = type("Answers", (Hub,), {"root": tmp_path / "hub", "fetched": []})
@@ -514,8 +515,8 @@ def test_without_the_library(package, extra, folders, tmp_path, monkeypatch):
         )
         monkeypatch.setitem(sys.modules, package, broken)
         assert complaint() == (
-            "transformers is installed but does not load (operator torchvision::nms does not exist); gesso doctor looks "
-            "for the cause"
+            "transformers is installed but does not load (operator torchvision::nms does not exist); gesso doctor "
+            "looks for the cause"
         )
     assert "torchvision" not in sys.modules
 
@@ -743,5 +744,5 @@ with torch.device("meta"):
 
 
 def test_opening_an_encoder_leaves_torch_as_it_was(folders):
-    """transformers exchanges torch.linspace for a while, and torch would remember the wrong one."""
+    """transformers replaces torch.linspace for a while; torch must not keep the replacement."""
     subprocess.run([sys.executable, "-c", OPENED, str(folders["clip"])], check=True)

@@ -1,4 +1,4 @@
-"""Numbers of sources by brute force; sheets whose pixels are the views; what `gesso inspect` prints and refuses."""
+"""Statistics of sources by brute force, contact sheets whose pixels are the views, and output of `gesso inspect`."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def encoded(image: Image.Image, kind: str, **settings: object) -> bytes:
 
 
 def captioned(folder, images: dict[str, tuple[object, str]]) -> str:
-    """A folder with captions.jsonl; an image is a picture or bytes."""
+    """Write a folder with captions.jsonl; an image is a PIL image or bytes."""
     folder.mkdir()
     lines = []
     for name, (image, caption) in images.items():
@@ -287,7 +287,7 @@ def test_boxes_lie_where_the_views_are():
 
 
 def test_views_alone_are_put_together_at_their_places():
-    """Of a picture that is known, the whole made of its views is the picture wherever one looks."""
+    """Assembled views of a known image equal the image wherever views are."""
     picture = Image.open(CHINA).resize((216, 144))
     data = DataConfig(resolution=100, flip=True, crop_scale=(0.4, 0.6))
     u = [[0.5, 0.0, 0.0, 0.9], [0.5, 1.0, 1.0, 0.1], [0.5, 0.3, 0.6, 0.1]]

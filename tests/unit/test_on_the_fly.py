@@ -1,4 +1,4 @@
-"""Data sets that are decoded as training goes: crops, flips, latents; batches fetched ahead; sampling through a VAE."""
+"""Data sets that are decoded during training: crops, flips, latents; prefetched batches; sampling through a VAE."""
 
 import threading
 
@@ -61,7 +61,7 @@ def test_too_large_for_memory_is_decoded_as_it_goes_to_the_same_pixels(photos, m
 
 
 def test_every_sample_is_the_crop_that_its_counter_draws(photos):
-    """Against one picture at a time, cropped and resized by hand."""
+    """Compare with images that are cropped and resized one at a time."""
     dataset = open_on_the_fly(photos, seed=5, flip=True)
     counter = torch.arange(100, 148)
     index = dataset.sample_order(5, 8)(counter)
@@ -87,7 +87,7 @@ def test_every_sample_is_the_crop_that_its_counter_draws(photos):
 
 
 def test_control_says_what_the_crop_shows(photos):
-    """The picture's red and green are places: the mean of the view is the middle of its box."""
+    """Red and green of the image are positions: the mean of the view is the center of its box."""
     dataset = open_on_the_fly(photos)
     samples = dataset.get(torch.arange(16), torch.arange(16))
     columns = samples.control_columns()
@@ -99,7 +99,7 @@ def test_control_says_what_the_crop_shows(photos):
 
 @pytest.mark.parametrize("path", ["live", "in memory", "cache", "sheet"])
 def test_the_box_of_a_mirrored_view_is_stated_in_the_frame_that_is_shown(photos, path, tmp_path):
-    """Red is the place from the left, of a mirrored view from the right: the mean of the view is the middle of its box."""
+    """Red is the distance from the left, in a mirrored view from the right: its mean is the center of the box."""
     settings = {"flip": True, "crop_scale": (0.4, 0.6)}
     counter = torch.arange(64)
     if path == "live":
@@ -388,7 +388,7 @@ def test_space_is_the_identity_on_pixels():
 
 
 def test_pixels_become_8_bits_as_the_papers_scripts_have_it():
-    """EDM2: (127.5 x + 128) cut down, which is rounding; ADM: 127.5 (x + 1) cut down. Its img64: x0 = pixel / 127.5 - 1."""
+    """EDM2 truncates 127.5 x + 128, which is rounding; ADM truncates 127.5 (x + 1). Inputs are pixel / 127.5 - 1."""
     run = recipes.RECIPES["edm2-img64-s"]()
     pixels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 256)[..., None].contiguous()
     space = Normalizer(run.data, run.latent, 0.5, "cpu")
@@ -404,7 +404,7 @@ def test_pixels_become_8_bits_as_the_papers_scripts_have_it():
 
 @pytest.mark.parametrize("name", ["in1k-256-berrada", "cc12m-256-berrada"])
 def test_a_recipe_at_scale_on_images_has_fresh_crops_at_each_visit(photos, vae, tmp_path, name):
-    """Its docstring names the command without a cache: the same recipe on the images, which go through the VAE as they come."""
+    """The docstring of a recipe names its command without a cache, where images are encoded during training."""
     says = recipes.RECIPES[name].__doc__
     images = "cc12m" if name.startswith("cc12m") else "/path/to/imagenet"
     assert f"gesso train {name} data.source={images}\n" in says and f"gesso train {name} data.source=caches/" in says

@@ -73,19 +73,29 @@ def test_tables_are_complete(name):
 SPOTS = {
     "1": {("DiT-XL/2 w/ LN", "FID, ImageNet 512"): 2.85, ("PixArt-alpha-XL/2", "FID, ImageNet 256"): 2.06,
           ("PixArt-alpha-XL/2", "CLIP, CC12M 512"): DIVERGED, ("DiT-XL/2 w/ Att", "FID, ImageNet 512"): DIVERGED,
-          ("UNet (SDXL)", "CLIP, CC12M 256"): 25.36, ("mmDiT-XL/2 (SD3)", "FID on COCO, CC12M 512"): 6.78, ("mmDiT-XL/2 (Berrada)", "FID, CC12M 512"): 6.27},
+          ("UNet (SDXL)", "CLIP, CC12M 256"): 25.36, ("mmDiT-XL/2 (SD3)", "FID on COCO, CC12M 512"): 6.78,
+          ("mmDiT-XL/2 (Berrada)", "FID, CC12M 512"): 6.27},
     "2a": {("uniform", "LPIPS/HR"): 0.21, ("cosine, alpha = 4", "FID"): 3.05, ("no size condition", "FID"): 3.29},
-    "2b": {("one size", "cosine, alpha = 8"): 4.12, ("height = width, at random", "uniform"): 5.04, ("height and width, at random", "uniform"): 4.51},
+    "2b": {("one size", "cosine, alpha = 8"): 4.12, ("height = width, at random", "uniform"): 5.04,
+    ("height and width, at random", "uniform"): 4.51},
     "2c": {("crop", "FID"): 8.43, ("crop, flip", "CLIP"): 23.68},
-    "3": {("replicate", "FID"): 6.93, ("noisy, 0.05", "CLIP"): 26.58, ("noisy, 0.2", "FID"): 7.02, ("zero", "CLIP"): 26.25},
+    "3": {("replicate", "FID"): 6.93, ("noisy, 0.05", "CLIP"): 26.58, ("noisy, 0.2", "FID"): 7.02,
+    ("zero", "CLIP"): 26.25},
     "4a": {("IN1k, IN22k (110k)", "FID"): 4.67, ("IN1k, CC12M (60k)", "FID"): 7.59, ("CC12M (600k)", "CLIP"): 24.78},
-    "4b": {("200k, then 150k", "FID, CC12M"): 7.15, ("300k, then 50k", "FID, ImageNet-22k"): 5.41, ("300k, then 50k", "CLIP, CC12M"): 25.30},
-    "4c": {("UNet, 1000k", "FID"): 6.80, ("mmDiT, 500k", "FID"): 3.98, ("UNet, 750k, then 250k", "FID"): 4.81, ("mmDiT, 350k, then 150k", "FID"): 3.02},
-    "A1": {("mmDiT, text", "FLOPs, 256"): 397.06, ("mDT, class", "parameters"): 748.07, ("UNet, text", "FLOPs, 512"): 819.56},
-    "A2": {("UNet, batch 4096", "1e-4"): 9.26, ("DiT, batch 64", "5e-4"): DIVERGED, ("DiT, batch 512", "1e-5"): 83.6, ("UNet, batch 64", "1e-6"): 104.73},
-    "A3": {("+ control", "FID, ImageNet 256"): 1.76, ("+ control guidance", "CLIP, CC12M 256"): 26.13, ("+ local crops in pre-training", "FID, CC12M 512"): 6.89},
-    "A4": {("SD-XL", "FID on COCO, CC12M 512"): 7.26, ("SD3", "FID, CC12M 256"): 7.54, ("Berrada", "CLIP, CC12M 512"): 26.17},
-    "A6": {("linear", "LPIPS/HR"): 0.041, ("step at sigma = 2", "LPIPS"): 0.14, ("step at sigma = 6", "FID"): 3.09, ("uniform", "LPIPS"): 0.33},
+    "4b": {("200k, then 150k", "FID, CC12M"): 7.15, ("300k, then 50k", "FID, ImageNet-22k"): 5.41,
+    ("300k, then 50k", "CLIP, CC12M"): 25.30},
+    "4c": {("UNet, 1000k", "FID"): 6.80, ("mmDiT, 500k", "FID"): 3.98, ("UNet, 750k, then 250k", "FID"): 4.81,
+    ("mmDiT, 350k, then 150k", "FID"): 3.02},
+    "A1": {("mmDiT, text", "FLOPs, 256"): 397.06, ("mDT, class", "parameters"): 748.07,
+    ("UNet, text", "FLOPs, 512"): 819.56},
+    "A2": {("UNet, batch 4096", "1e-4"): 9.26, ("DiT, batch 64", "5e-4"): DIVERGED, ("DiT, batch 512", "1e-5"): 83.6,
+    ("UNet, batch 64", "1e-6"): 104.73},
+    "A3": {("+ control", "FID, ImageNet 256"): 1.76, ("+ control guidance", "CLIP, CC12M 256"): 26.13,
+    ("+ local crops in pre-training", "FID, CC12M 512"): 6.89},
+    "A4": {("SD-XL", "FID on COCO, CC12M 512"): 7.26, ("SD3", "FID, CC12M 256"): 7.54,
+    ("Berrada", "CLIP, CC12M 512"): 26.17},
+    "A6": {("linear", "LPIPS/HR"): 0.041, ("step at sigma = 2", "LPIPS"): 0.14, ("step at sigma = 6", "FID"): 3.09,
+    ("uniform", "LPIPS"): 0.33},
     "fig8": {("before, at 256", "all improvements"): 245.55},
     "figA2": {("0.9, 0.999", "FID"): 26.43, ("0.9, 0.95", "FID"): 21.65},
 }  # fmt: skip
@@ -99,7 +109,8 @@ def test_published_numbers(name):
 
 @pytest.mark.parametrize(
     "name, numbers",
-    [("1", 14 + 5 + 2 * 5 + 2 * 5), ("2a", 16), ("2b", 8), ("2c", 4), ("3", 12), ("4a", 11), ("4b", 6), ("4c", 4), ("A1", 30),
+    [("1", 14 + 5 + 2 * 5 + 2 * 5), ("2a", 16), ("2b", 8), ("2c", 4), ("3", 12), ("4a", 11), ("4b", 6), ("4c", 4),
+    ("A1", 30),
      ("A2", 33 + 5 + 5 + 1), ("A3", 5 + 4 + 4 + 10), ("A4", 15), ("A6", 28), ("fig8", 3), ("figA2", 2)],
 )  # fmt: skip
 def test_number_of_published_numbers(name, numbers):
@@ -150,7 +161,7 @@ def test_every_job_is_valid(name, scale):
 
 
 def test_equal_trainings_have_one_folder():
-    """Over all tables: equal trainings have one folder."""
+    """Equal trainings of all tables have one folder."""
     folders: dict[str, set[Path]] = {}
     for planned in JOBS.values():
         for one in plan.unique_trainings(planned):
@@ -192,7 +203,7 @@ def test_tables_share_trainings(scale):
 
 
 def test_parents_of_trainings():
-    """At paper scale, runs at 512 start from 256, with positions and noise levels as in each network's paper."""
+    """Runs at 512 start from 256, with the positions and noise levels of each network's paper."""
     for job in JOBS["berrada/1", "paper"]:
         run, before = job.training.run, job.training.parent
         assert (before is not None) == (run.data.resolution == 512)
@@ -263,8 +274,10 @@ def test_the_checklist_refers_to_existing_claims():
     checks = ALL_TABLES["berrada/A5"].checklist
     judged = [ALL_TABLES[check.table].claims[check.claim].text for check in checks]
     assert len(checks) == 12 and len(set(judged)) == 12
-    words = ("joint attention", "size as control helps", "cosine weight", "control guidance", "Noisy copies", "Pre-trained", "as many other images",
-             "less pre-training", "Rescaled noise", "Resampled positions", "half the resolution", "Local crops")  # fmt: skip
+    words = ("joint attention", "size as control helps", "cosine weight", "control guidance", "Noisy copies",
+    "Pre-trained", "as many other images",
+             "less pre-training", "Rescaled noise", "Resampled positions", "half the resolution",
+             "Local crops")  # fmt: skip
     assert all(word in text for word, text in zip(words, judged, strict=True))
 
 

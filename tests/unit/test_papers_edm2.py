@@ -77,14 +77,18 @@ def test_all_requested_tables_exist():
         ("1", "CONFIG A", "FID", 8.00), ("1", "CONFIG D", "FID", 3.75), ("1", "CONFIG F", "Gflops", 102.1),
         ("1", "CONFIG C", "Mparams", 277.8), ("2", "ADM-U", "FID, guided", 3.85), ("2", "RIN", "NFE", 1000),
         ("2", "EDM2-XXL", "FID, guided", 1.81), ("2", "EDM2-M", "FID", 2.25), ("2", "U-ViT, L", "Gflops", 555),
-        ("3", "EDM2-L", "FID", 1.33), ("3", "ADM + EDM sampling", "FID, stochastic", 1.57), ("3", "ADM + EDM training", "NFE", 79),
+        ("3", "EDM2-L", "FID", 1.33), ("3", "ADM + EDM sampling", "FID, stochastic", 1.57),
+        ("3", "ADM + EDM training", "NFE", 79),
         ("4", "L", "FID", 1.86), ("4", "XXL", "Tflops", 70.8), ("4", "S", "Gparams", 1.80),
         ("5", "EDM2-S", "FD", 68.64), ("5", "EDM2-XL", "FD, guided", 35.67),
-        ("6", "512 L", "Training, Zflops", 1.59), ("6", "512 M", "Guided, Tflops", 15.52), ("6", "64 XL", "Sampling, Tflops", 25.57),
+        ("6", "512 L", "Training, Zflops", 1.59), ("6", "512 M", "Guided, Tflops", 15.52),
+        ("6", "64 XL", "Sampling, Tflops", 25.57),
         ("6", "512 XS", "FD of DINOv2, guided", 79.94), ("6", "64 M", "FID", 1.43),
         ("fig9", "DiT-XL/2", "teraflops of a sample", 250 * 0.525 + 1.2609), ("fig5a", "3.4 %", "CONFIG A", 8.00),
-        ("fig5a", "9 %", "CONFIG B", 7.24), ("fig6", "2.5 %", "guidance 1.4", 2.23), ("fig14", "19 %", "FD, CONFIG G", 68.64),
-        ("fig8", "EDM2-XXL, guided", "billions of parameters", 1.5232 + 0.1247), ("fig10", "EDM2-S, 100 %", "EDM2-S", 2.56),
+        ("fig5a", "9 %", "CONFIG B", 7.24), ("fig6", "2.5 %", "guidance 1.4", 2.23),
+        ("fig14", "19 %", "FD, CONFIG G", 68.64),
+        ("fig8", "EDM2-XXL, guided", "billions of parameters", 1.5232 + 0.1247),
+        ("fig10", "EDM2-S, 100 %", "EDM2-S", 2.56),
     ],
 )  # fmt: skip
 def test_published_numbers(table, row, column, value):
@@ -265,13 +269,15 @@ def test_counts_are_table_6s(size):
 
 
 def test_costs_by_their_rules():
-    """63 evaluations, three forward passes per image, the VAE's decoder, a guide; training counts up to eval.nimg."""
+    """Costs are 63 evaluations, three forward passes per image, the decoder and a guide; training up to eval.nimg."""
     network = plan.plan_training(PAPER_SETUP.sizes["XS"], 0, OUT)
     guide = plan.plan_training(PAPER_SETUP.guides["XS"], 0, OUT)
     guided = ("sample.guidance=1.4", "sample.guide_run=somewhere")
     plain, both, half, alone = (
         compute_cost.measure_counts(job(*overrides, trained=network, guide=by))["values"]
-        for overrides, by in (((), None), (guided, guide), (("eval.nimg=512M",), None), (("sample.guidance=2", "dropout.both=.1"), None))
+        for overrides, by in (
+            ((), None), (guided, guide), (("eval.nimg=512M",), None), (("sample.guidance=2", "dropout.both=.1"), None)
+        )
     )  # fmt: skip
     assert plain["nfe"] == 63 and plain["sampling_macs"] == pytest.approx((63 * plain["gmacs"] + 1260.9) / 1000)
     assert plain["training_macs"] == pytest.approx(3 * plain["gmacs"] * 1e9 * 2**31 / 1e21)
@@ -374,7 +380,7 @@ def test_one_weight_has_a_separate_length(tmp_path, monkeypatch):
 
 
 def test_another_ema_gives_another_metric_and_is_not_recorded(tmp_path):
-    """With all weights at one length the metric is that of the length; metrics.json has only metrics of the run."""
+    """If all weights have one length, the metric is that of the length; metrics.json has only metrics of the run."""
     write_run(tmp_path, "digits-edm2")
     overrides = ("eval.metrics=fd_digits", "eval.num_samples=24", "sample.guidance=1")
     trained = SimpleNamespace(folder=tmp_path)
@@ -467,8 +473,11 @@ def test_noise_levels_of_ddpm(k):
 
 @pytest.mark.parametrize("normal", [0, 1, 8])
 def test_step_sizes(normal):
-    """Adam's update has rms 1 in every weight; of it the part along the weights w ~ N(0, 1) is lost on the sphere, which is
-    E[n w^2 / sqrt(1 + n^2 w^2)] for a normal part n times as long as the tangent part."""
+    """The size of Adam's steps on the sphere agrees with an integral.
+
+    Adam's update has rms 1 in every weight; the part along the weights w ~ N(0, 1) is lost on the sphere, which is E[n
+    w^2 / sqrt(1 + n^2 w^2)] for a normal part n times as long as the tangent part.
+    """
     lost = integrate.quad(lambda w: normal * w**2 / math.sqrt(1 + (normal * w) ** 2) * math.exp(-w * w / 2), -12, 12)[
         0
     ] / math.sqrt(2 * math.pi)
@@ -482,7 +491,7 @@ def test_step_sizes(normal):
 
 
 def test_lambda_1_under_the_learned_uncertainty():
-    """Equation 21 with lambda = 1."""
+    """The loss is Equation 21 with lambda = 1."""
     proc = process.build_process(config.EDMConfig())
     uncertainty = denoiser.Uncertainty(proc)
     g = torch.Generator().manual_seed(0)

@@ -120,7 +120,8 @@ def test_a_page_on_one_run(tmp_path):
     assert report.write_report(out) == out / "report.html"
     actual = checked(out / "report.html")
     assert actual.headings == [
-        "Samples", "Samples during training", "Training", "Loss by noise level", "Magnitudes", "Speed", "Environment", "Recipe",
+        "Samples", "Samples during training", "Training", "Loss by noise level", "Magnitudes", "Speed", "Environment",
+        "Recipe",
     ]  # fmt: skip
     text = " ".join(actual.text)
     assert "one & <only>" in text and "bad <name>.png" in text and "4,000" in text

@@ -136,7 +136,8 @@ def test_captions_of_others(output, pairs, place):
 
 @pytest.mark.parametrize(
     "output",
-    ["", "a red dog", "an orange circle", "a red circle above", "a red star, a blue star and a red ring", "a circle, red",
+    ["", "a red dog", "an orange circle", "a red circle above", "a red star, a blue star and a red ring",
+    "a circle, red",
      "a red circle at the top left", "a red circle and a red ring at the bottom"],
 )  # fmt: skip
 def test_captions_that_claim_nothing_certain(output):
@@ -159,7 +160,7 @@ def test_single_scenes_for_classes():
 
 
 def test_distribution():
-    """Counts of 2000 scenes within 4 standard deviations of the binomial: one in 250 such tests of 60 would fail by chance."""
+    """Counts of 2000 scenes are within 4 standard deviations of the binomial: by chance, 1 in 250 tests of 60 fails."""
     scenes = shapes_dataset.sample_scenes(range(2000))
     pairs = [scene for scene in scenes if len(scene.shapes) == 2]
     alone = [scene for scene in scenes if len(scene.shapes) == 1]
