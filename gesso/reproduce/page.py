@@ -11,7 +11,7 @@ from typing import Any
 from gesso import atomic_io
 from gesso.report.plotting import to_svg
 from gesso.report.render import Figure, render_page, render_template
-from gesso.reproduce import markdown, plan, plots, results
+from gesso.reproduce import markdown, plots, results
 from gesso.reproduce.index import VERDICT_COLORS, file_stem, list_results, write_index
 from gesso.reproduce.markdown import EMPTY, format_effect, format_table_cell, to_markdown_table
 from gesso.reproduce.plan import MeasurementJob
@@ -54,8 +54,7 @@ def write_page(
     Raises:
         UsageError: A record lacks a number that the table shows.
     """
-    result = results.collect_result(table, scale, out, jobs, settings)
-    result = result._replace(runtime=runtime_text(result))
+    result = results.load_result(table, results.collect_record(table, scale, out, jobs, settings), out)
     can_plot = has_matplotlib()
     figures = save_plots(result, out, plots.make_plots(result, jobs)) if can_plot else {}
     note = MISSING_FIGURES_NOTE if table.x_axis and not can_plot else ""
@@ -96,8 +95,7 @@ def _write_files(
 def rejudge(table: Table, scale: str, out: Path) -> list[Path]:
     """Write a page again from NAME-SCALE.json, with new verdicts of the current claims and new plots of curves."""
     stored = json.loads((out / f"{file_stem(table.name, scale)}.json").read_text(encoding="utf-8"))
-    single_seed = plan.cells_without_training(table, scale)
-    result = results.load_result(table, stored, out, single_seed)
+    result = results.load_result(table, stored, out)
     pictures = stored.get("pictures", ())
     figures = {entry["file"]: Figure(entry["caption"], image=out / entry["file"]) for entry in pictures}
     if has_matplotlib():
@@ -119,7 +117,7 @@ def page_context(result: TableResult) -> dict[str, Any]:
     return {
         "table": table,
         "header": page_header(result),
-        "outdated_note": result.outdated_note,
+        "outdated_note": result.record["outdated"],
         "checklist_table": checklist_table(result),
         "column_descriptions": describe_columns(result),
         "numbers_table": numbers,
@@ -129,7 +127,7 @@ def page_context(result: TableResult) -> dict[str, Any]:
         "verdict_rule": VERDICT_RULE,
         "command": results.reproduce_command(result),
         "details": [*command_details(result), *protocol_details(result)],
-        "closing": [text for text in (result.runtime, table.notes) if text],
+        "closing": [text for text in (result.record["runtime"], table.notes) if text],
     }
 
 
@@ -150,12 +148,12 @@ def page_header(result: TableResult) -> str:
     parts = [f"Scale {result.scale}: {SCALE_DESCRIPTIONS[result.scale]}. {about.notes}".strip()]
     if not parts[0].endswith("."):
         parts[0] += "."
-    if result.settings:
-        parts.append(f"Every training with {' '.join(result.settings)}.")
+    if result.record["settings"]:
+        parts.append(f"Every training with {' '.join(result.record['settings'])}.")
     seeds = f"{n} seeds: mean \u00b1 standard deviation" if n > 1 else "One seed"
-    seeds = seeds if result.training_commands else "Nothing is trained, so seeds do not matter"
+    seeds = seeds if result.record["training_commands"] else "Nothing is trained, so seeds do not matter"
     parts.append(f"{seeds}; {EMPTY}: not defined at this scale, or not yet measured.")
-    if result.scale != "paper" and result.training_commands:
+    if result.scale != "paper" and result.record["training_commands"]:
         parts.append("Only directions compare with the paper, not numbers.")
     return " ".join(parts)
 
@@ -240,20 +238,6 @@ def claim_rows(result: TableResult) -> Iterator[tuple[str, str, str, str]]:
         )
 
 
-def runtime_text(result: TableResult) -> str:
-    """Return how many minutes a row took, or a training where the rows of a figure are points of one."""
-    rows = {row: minutes.training + minutes.measurement for row, minutes in result.minutes.items()}
-    times = sorted(result.minutes_per_training if result.table.x_axis else rows.values())
-    if not times or not result.training_commands:
-        return ""
-    low, middle, high = (f"{value:.2g}" for value in (times[0], statistics.median(times), times[-1]))
-    duration = f"{low} to {high} minutes, median {middle}" if low != high else f"{low} minutes"
-    on = f" ({'; '.join(result.environments)})" if result.environments else ""
-    subject = "A training" if result.table.x_axis else "A row and seed"
-    shared = "" if result.table.x_axis else " A training that rows share counts for each of them."
-    return f"{subject} took {duration}{on}; expected for a row: {result.table.scales[result.scale].cost}.{shared}"
-
-
 def numbers_table(result: TableResult) -> tuple[int, str]:
     """Return the number of rows, and our numbers next to the published ones as a table in Markdown."""
     axis = "" if result.table.x_axis in {column.name for column in result.table.columns} else result.table.x_axis
@@ -309,18 +293,18 @@ def checklist_table(result: TableResult) -> str:
 def command_details(result: TableResult) -> list[tuple[str, Sequence[str]]]:
     """Return the commands of trainings and measurements, each with a title."""
     lines = []
-    for row, commands in result.evaluate_commands.items():
-        minutes = result.minutes.get(row)
-        cost = f", {minutes.training:.2g} minutes training, {minutes.measurement:.2g} measuring" if minutes else ""
+    for row, commands in result.record["evaluate_commands"].items():
+        minutes = result.record["minutes"].get(row)
+        cost = ", {training:.2g} minutes training, {measurement:.2g} measuring".format(**minutes) if minutes else ""
         lines += [f"# {row}{cost}", *commands]
-    details = {"Trainings": result.training_commands, "Measurements": lines}
+    details = {"Trainings": result.record["training_commands"], "Measurements": lines}
     return [(title, commands) for title, commands in details.items() if commands]
 
 
 def protocol_details(result: TableResult) -> list[tuple[str, Sequence[str]]]:
     """Return the protocols as JSON, each with a title that names its columns."""
     columns_of: dict[str, list[str]] = {}
-    for column, protocol in result.protocols.items():
+    for column, protocol in result.record["protocols"].items():
         entries = {name: value for name, value in protocol.items() if value is not None}
         columns_of.setdefault(json.dumps(entries, indent=1), []).append(column)
     return [(f"Protocol of {'; '.join(columns)}", [text]) for text, columns in columns_of.items()]

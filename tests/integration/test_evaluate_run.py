@@ -52,7 +52,7 @@ def recorded_run(folder, *settings: str) -> config.RunConfig:
     )
 
 
-def drawn(folder, run: config.RunConfig, seeds: range) -> torch.Tensor:
+def sample_directly(folder, run: config.RunConfig, seeds: range) -> torch.Tensor:
     """Return the samples themselves, generated in one pass, in RGB."""
     tensors, *_ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(run.sample)])
     cond, _ = sampling.build_cond(run, seeds, snapshot.load_control_rows(folder), run_sampler.sample_labels(run, seeds))
@@ -70,7 +70,9 @@ def test_a_run_is_measured(folder):
     result = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)
     network = toy_networks.load_digit_features()
     real = torch.cat(list(open_image_set("digits", 8).batches(500)))
-    expected = [frechet(network(drawn(folder, run, seeds)), network(real)) for seeds in (range(75), range(75, 150))]
+    expected = [
+        frechet(network(sample_directly(folder, run, seeds)), network(real)) for seeds in (range(75), range(75, 150))
+    ]
     assert result.metrics["fd_digits"]["values"] == pytest.approx(expected, rel=1e-6)
     assert result.metrics["fd_digits"]["best"] == pytest.approx(min(expected), rel=1e-6)
     lines = results.format_evaluation(result)
@@ -105,12 +107,12 @@ def test_parts_are_shared_and_survive(folder, monkeypatch):
     (place,) = (folder / "evaluation").iterdir()
     assert [path.name for path in place.glob("*.safetensors")] == ["digits-0-000001.safetensors"]
     assert runner.evaluate_metrics(EvalContext(folder, run, CPU, 0, 2), SILENT).metrics == full
-    # Stopped after the first part; then only what lacks is drawn.
-    created, drawn = sampling.generate, []
+    # Interrupted after the first part; then only missing samples are generated.
+    created, first_seeds = sampling.generate, []
 
     def stopping(denoiser, run, seeds, *rest):
-        drawn.append(seeds[0])
-        if len(drawn) == 2:
+        first_seeds.append(seeds[0])
+        if len(first_seeds) == 2:
             raise KeyboardInterrupt
         return created(denoiser, run, seeds, *rest)
 
@@ -118,7 +120,7 @@ def test_parts_are_shared_and_survive(folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)
     assert runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics == full
-    assert drawn == [0, 30, 30, 60]
+    assert sample_directly == [0, 30, 30, 60]
 
 
 def test_work_of_an_interrupted_command_is_resumed(folder, monkeypatch):
@@ -260,7 +262,7 @@ def shown(source, i):
 def test_agreement_of_digits(folder):
     run = recorded_run(folder, "eval.metrics=class_accuracy,fd_digits")
     scores = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics
-    _, logits = load_digit_features().classify(drawn(folder, run, range(75))[:, :1])
+    _, logits = load_digit_features().classify(sample_directly(folder, run, range(75))[:, :1])
     expected = (logits.argmax(dim=1) == torch.arange(75) % 10).double().mean()
     assert scores["class_accuracy"]["mean"] == pytest.approx(float(expected))
 
@@ -296,14 +298,14 @@ def test_sizes_below_the_resolution_are_left_out(sizes):
     """At 64 pixels no size is below 64; lpips_hr is absent where no pair is left."""
     metric = replace(METRICS["lpips"], sizes=sizes)
 
-    class Drawn:
+    class ShapesSampler:
         run = config.RunConfig(net=config.DiTConfig(), data=config.DataConfig(resolution=64))
 
         def generate_batches(self, seeds, control):
             yield torch.full((2, 3, 4, 4), int(control["size"].split("x")[0])), None
 
     distance = lambda a, b: (a - b).abs().float().mean((1, 2, 3))  # noqa: E731
-    rows = run_sampler.diversity_distances(Drawn(), metric, distance, [0, 1], ["lpips"])["lpips"]["rows"]
+    rows = run_sampler.diversity_distances(ShapesSampler(), metric, distance, [0, 1], ["lpips"])["lpips"]["rows"]
     every = {(8, 16, 32): 16.0, (8, 64): 56.0, (64, 128): 64.0}[sizes]
     assert rows.tolist() == [[every, 64.0, 0, 0] if sizes == (64, 128) else [every, 0, 0]] * 2
 
@@ -360,14 +362,14 @@ def test_precision_and_recall_are_over_all_samples(monkeypatch):
     real, created = torch.randn(60, 2, generator=g), 1.2 * torch.randn(150, 2, generator=g)
     x, y = (FeatureStats(Moments(), rows) for rows in (created, real))
     actual = precision_recall.compute("pr", MetricInputs(x, None, y, torch.nn.Linear(1, 1)))
-    some, every = precision_recall.shuffle(real)[:40].double(), created.double()
+    reference, every = precision_recall.shuffle(real)[:40].double(), created.double()
     radius = {
-        name: torch.cdist(x, x).kthvalue(4, dim=1).values for name, x in (("real", some), ("made", every))
+        name: torch.cdist(x, x).kthvalue(4, dim=1).values for name, x in (("real", reference), ("made", every))
     }  # 4: the sample itself is nearest
-    distance = torch.cdist(every, some)
+    distance = torch.cdist(every, reference)
     assert actual["precision"] == pytest.approx(float((distance <= radius["real"]).any(1).double().mean()))
     assert actual["recall"] == pytest.approx(float((radius["made"] >= distance.T).any(1).double().mean()))
-    few = precision_recall.precision_recall(some, precision_recall.shuffle(created)[:40], 5)
+    few = precision_recall.precision_recall(reference, precision_recall.shuffle(created)[:40], 5)
     assert (actual["density"], actual["coverage"]) == (few.density, few.coverage)
 
 
@@ -383,8 +385,8 @@ def test_captions_that_a_protocol_draws_for_again_are_noted(folder):
     run = recorded_run(folder, "eval.protocol=berrada-coco")
     (note,) = runner._repeated_caption_note(run, prompts)
     assert "75 samples of 60 captions" in note and "eval.num_samples=60" in note
-    for some, captions in ((run, prompts * 2), (recorded_run(folder), prompts), (run, None)):
-        assert runner._repeated_caption_note(some, captions) == []
+    for evaluated_run, captions in ((run, prompts * 2), (recorded_run(folder), prompts), (run, None)):
+        assert runner._repeated_caption_note(evaluated_run, captions) == []
 
 
 def test_digits_with_two_size_conditions(tmp_path):
@@ -500,6 +502,6 @@ def test_scores_of_several_averages(tmp_path, monkeypatch):
     by = {result.protocol["halflife"]: result.metrics["fd_digits"]["values"] for result in both}
     assert set(by) == {None, 1000} and by[None] != by[1000]
     for halflife in (None, 1000):
-        alone = recorded_run(tmp_path / "run", *output, *([f"sample.halflife={halflife}"] if halflife else []))
-        actual = runner.evaluate_metrics(EvalContext(tmp_path / "run", alone, CPU), SILENT)
+        run_at_length = recorded_run(tmp_path / "run", *output, *([f"sample.halflife={halflife}"] if halflife else []))
+        actual = runner.evaluate_metrics(EvalContext(tmp_path / "run", run_at_length, CPU), SILENT)
         assert actual.metrics["fd_digits"]["values"] == by[halflife]

@@ -84,12 +84,12 @@ def test_the_log_has_the_losses_of_the_steps(tmp_path):
     seen = []
     passes = trainer.forward_backward
 
-    def noted(*arguments):
+    def record_note(*arguments):
         actual = passes(*arguments)
         seen.append(actual)
         return actual
 
-    trainer.forward_backward = noted
+    trainer.forward_backward = record_note
     trainer.step()
     trainer.step()
     line = trainer.pop_log_line()
@@ -217,18 +217,20 @@ def test_validation_of_a_known_network_against_a_slow_loop():
     process = processes.build_process(run.process)
     mean, by_level = mean_losses(losses(actual, Known(process)), actual.positions)
     assert sorted((actual.positions * 150).long().tolist()) == list(range(150))  # one pair in each stratum
-    due, places = [], []
+    expected, places = [], []
     for j in range(150):
         i = int(dataset.validation_indices[j % 70])
         x0 = (dataset.pixels[i].double() / 127.5 - 1 - run.data.mean[0]) * 0.5 / run.data.std[0]
         s = float(process.icdf(actual.positions[j]))
         eps = keyed.normal(0, torch.tensor([j]), "validation noise", (1, 8, 8))[0].double()
         error = float(((x0 + s * eps) / 2 - x0).square().mean())
-        due.append(error * (s**2 + 0.25) / (0.5 * s) ** 2)
+        expected.append(error * (s**2 + 0.25) / (0.5 * s) ** 2)
         places.append(int(float(actual.positions[j]) * 10))
-    assert mean == pytest.approx(np.mean(due), rel=1e-5)
+    assert mean == pytest.approx(np.mean(expected), rel=1e-5)
     for b in range(10):
-        assert by_level[b] == pytest.approx(np.mean([x for x, p in zip(due, places, strict=True) if p == b]), rel=1e-5)
+        assert by_level[b] == pytest.approx(
+            np.mean([x for x, p in zip(expected, places, strict=True) if p == b]), rel=1e-5
+        )
 
 
 def test_validation_is_the_same_over_seeds_batches_and_ranks():
@@ -237,13 +239,13 @@ def test_validation_is_the_same_over_seeds_batches_and_ranks():
     from gesso.diffusion.denoiser import Denoiser
 
     denoiser = Denoiser(net.eval(), processes.build_process(run.process), run.net.noise_embedding)
-    due = losses(validated(), denoiser)
+    expected = losses(validated(), denoiser)
     for settings_ in ({"train.seed": 7}, {"train.batch_size": 9}, {"train.micro_batch_size": 5, "dropout.both": 0.1}):
-        assert losses(validated(**settings_), denoiser).equal(due)
+        assert losses(validated(**settings_), denoiser).equal(expected)
     actual = validated()
     parts = [losses(actual, denoiser, rank, 3) for rank in range(3)]
-    assert all((part == 0).any() for part in parts) and (due > 0).all()
-    assert sum(parts).equal(due)  # to the last bit: passes are of the same pairs
+    assert all((part == 0).any() for part in parts) and (expected > 0).all()
+    assert sum(parts).equal(expected)  # to the last bit: passes are of the same pairs
 
 
 def test_another_source_to_validate_on(photos, tmp_path):
@@ -362,15 +364,15 @@ def test_activations_against_brute_force(name):
     x, c_noise, progress, cond = example_batch(row, dtype=torch.float32)
     with torch.no_grad():
         net(x, c_noise, progress, cond)
-    due = {bucket: [max(values), sum(values) / len(values)] for bucket, values in outs.items()}
-    ours = actual.activations()
+    expected = {bucket: [max(values), sum(values) / len(values)] for bucket, values in outs.items()}
+    measured = actual.activations()
     twice = {n for n, s in actual._layer_sums.items() if s[-1] > 3}  # layers that text and image share run twice
-    assert ours.keys() == due.keys()
-    for bucket, (largest, mean) in due.items():
+    assert measured.keys() == expected.keys()
+    for bucket, (largest, mean) in expected.items():
         if not twice:
-            assert ours[bucket] == pytest.approx([largest, mean], rel=1e-4)
+            assert measured[bucket] == pytest.approx([largest, mean], rel=1e-4)
         else:
-            assert ours[bucket][0] <= largest * 1.0001
+            assert measured[bucket][0] <= largest * 1.0001
 
 
 def test_normal_activations_have_magnitude_one():
@@ -419,8 +421,8 @@ def test_the_main_path_is_what_blocks_put_out(name):
         magnitudes = [
             p.double().movedim(1 if p.ndim == 4 else -1, 0).flatten(2).square().mean(2).sqrt().mean(1) for p in parts
         ]
-        due = torch.cat(magnitudes)
-        assert actual.main_path()[bucket] == pytest.approx([float(due.max()), float(due.mean())], rel=1e-4)
+        expected = torch.cat(magnitudes)
+        assert actual.main_path()[bucket] == pytest.approx([float(expected.max()), float(expected.mean())], rel=1e-4)
 
 
 def test_samples_that_do_not_count_and_ranks_in_parts():
@@ -562,11 +564,11 @@ def test_scores_in_the_log_are_those_of_evaluate(seen, tmp_path):
     run = config.load_with_overrides(seen, ["sample.sigma_rel=0.1"], ("sample.", "eval."))
     run = run.model_copy(update={"eval": run.eval.model_copy(update={"sweep_sigma_rels": ()})})
     runner.evaluate_run(seen, run, lambda done, total: None)
-    due = next(e.best() for e in results.read_evaluations(seen).values() if "series" in e.protocol)
+    expected = next(e.best() for e in results.read_evaluations(seen).values() if "series" in e.protocol)
     (seen / "metrics.json").unlink()
     line = [line for line in read_log(seen / "log.jsonl") if "metrics" in line][-1]
-    assert line["metrics"]["frechet_distance"] == pytest.approx(due["frechet_distance"], rel=2e-3)
-    assert abs(line["metrics"]["class_accuracy"] - due["class_accuracy"]) < 0.01
+    assert line["metrics"]["frechet_distance"] == pytest.approx(expected["frechet_distance"], rel=2e-3)
+    assert abs(line["metrics"]["class_accuracy"] - expected["class_accuracy"]) < 0.01
 
 
 @pytest.mark.parametrize("stop", [320, 416])
@@ -763,9 +765,9 @@ def test_config_g_reports_the_same_as_edm2_and_as_ladder():
             weights = magnitudes.weights(dict(net.state_dict()))
             actual.append((magnitudes.activations(), magnitudes.main_path(), weights, set(magnitudes._layer_sums)))
             net.train()
-    for ours, reference in zip(actual[:2], actual[2:], strict=True):
-        assert ours[3] == reference[3] and any(name.endswith("attention.proj") for name in ours[3])
-        for a, b in zip(ours[:3], reference[:3], strict=True):
+    for measured, reference in zip(actual[:2], actual[2:], strict=True):
+        assert measured[3] == reference[3] and any(name.endswith("attention.proj") for name in measured[3])
+        for a, b in zip(measured[:3], reference[:3], strict=True):
             assert a.keys() == b.keys()
             for bucket in a:
                 assert a[bucket] == pytest.approx(b[bucket], rel=1e-4)

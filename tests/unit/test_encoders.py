@@ -73,7 +73,7 @@ def encoder(path: Path | str, tokens: int = MAX_TOKENS, **options: object) -> te
     return text.build_text_encoder(SemanticConfig(kind="text", encoder=str(path), max_tokens=tokens, **options))
 
 
-def refused(path: Path | str, tokens: int = MAX_TOKENS, **options: object) -> str:
+def error_message(path: Path | str, tokens: int = MAX_TOKENS, **options: object) -> str:
     text._load_encoder.cache_clear()
     with pytest.raises(UsageError) as error:
         encoder(path, tokens, **options)
@@ -84,7 +84,7 @@ def refused(path: Path | str, tokens: int = MAX_TOKENS, **options: object) -> st
 # Text: the library's own classes, one caption at a time, without any padding.
 
 
-def directly(name: str, folder: Path, caption: str, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_with_library(name: str, folder: Path, caption: str, T: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return tokens (n, D) and pooled (P,) of one caption, computed by the library."""
     if "t5" in name:
         ids = T5TokenizerFast.from_pretrained(folder)(caption, truncation=True, max_length=T, return_tensors="pt")
@@ -116,7 +116,7 @@ def test_tokens_are_the_librarys(name, T, folders):
             assert n == 0 and not row.any() and not full.any()  # no text
             continue
         with torch.no_grad():
-            wanted, wanted_pooled = directly(name, folders[name], caption, T)
+            wanted, wanted_pooled = encode_with_library(name, folders[name], caption, T)
         assert n == len(wanted) > 1 and not row[n:].any()
         torch.testing.assert_close(row[:n], wanted, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(full, wanted_pooled, rtol=1e-5, atol=1e-5)
@@ -258,8 +258,8 @@ def test_half_precision_weights_run_in_float32(folders, tmp_path):
     for folder in (half, full):
         write_clip_tokenizer(folder)
     assert {value.dtype for value in load_file(half / "model.safetensors").values()} == {torch.float16}
-    ours = encoder(half)(["red cat"]).tokens
-    assert ours.equal(encoder(full)(["red cat"]).tokens) and not ours.equal(
+    encoder_output = encoder(half)(["red cat"]).tokens
+    assert encoder_output.equal(encoder(full)(["red cat"]).tokens) and not encoder_output.equal(
         encoder(folders["clip"])(["red cat"]).tokens
     )
 
@@ -286,8 +286,8 @@ def test_a_pipelines_folder(folders, tmp_path):
     full = pipeline(tmp_path / "pipeline", folders)
     for where, name in ((full, "clip with projection"), (full / "text_encoder", "clip with projection"),
                         (full / "text_encoder_2", "t5")):  # fmt: skip
-        for ours, same in zip(encoder(where)(CAPTIONS), encoder(folders[name])(CAPTIONS), strict=True):
-            assert ours.equal(same)
+        for encoder_output, same in zip(encoder(where)(CAPTIONS), encoder(folders[name])(CAPTIONS), strict=True):
+            assert encoder_output.equal(same)
 
 
 def test_a_tokenizer_that_is_only_a_sentencepiece_model(folders, tmp_path):
@@ -356,13 +356,13 @@ def hub(tmp_path, monkeypatch):
     """Start a hub on loopback; return its handler class, with `root` and the paths that were `fetched`."""
     from huggingface_hub import constants
 
-    answers = type("Answers", (Hub,), {"root": tmp_path / "hub", "fetched": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), answers)
+    responses = type("Answers", (Hub,), {"root": tmp_path / "hub", "fetched": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), responses)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     at(monkeypatch, server.server_port)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield answers
+    yield responses
     server.shutdown()
     server.server_close()
 
@@ -399,7 +399,7 @@ def test_hub_ids_fetch_what_is_needed_and_no_more(folders, hub, tmp_path, monkey
         closed.bind(("127.0.0.1", 0))
         at(monkeypatch, closed.getsockname()[1])
         assert encoder("some/clip")(["a"]).lengths.tolist() == [3]  # from the cache, without a network
-        output = refused("some/other")
+        output = error_message("some/other")
     assert len(hub.fetched) == count
     assert output.startswith("semantic.encoder=some/other: there is no such folder, and the hub did not give it (")
     assert "Connect" in output
@@ -407,7 +407,7 @@ def test_hub_ids_fetch_what_is_needed_and_no_more(folders, hub, tmp_path, monkey
 
 def test_a_hub_id_that_does_not_exist(hub):
     hub.root.mkdir()
-    assert "the hub did not give it (404" in refused("nobody/nothing")
+    assert "the hub did not give it (404" in error_message("nobody/nothing")
     with pytest.raises(UsageError, match="the VAE nobody/nothing: there is no such folder, and the hub did not give"):
         vae.VAE("nobody/nothing")
 
@@ -421,27 +421,27 @@ def damaged(folders: dict[str, Path], folder: Path, name: str = "clip") -> Path:
 
 def test_encoders_that_cannot_be_opened(folders, tmp_path):
     for missing in ("/no/such/folder", "wrods", "a/b/c", "./x", ""):
-        output = refused(missing)
+        output = error_message(missing)
         assert "there is no such folder, and a hub id is written OWNER/NAME" in output or "no config.json" in output
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "which has no config.json" in refused(empty)
+    assert "which has no config.json" in error_message(empty)
     bert = save_randomized(BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
                                      intermediate_size=8)), tmp_path / "bert")  # fmt: skip
-    assert "a model of type bert, where clip, clip_text_model, t5 (CLIP, T5) would do, or words" in refused(bert)
+    assert "a model of type bert, where clip, clip_text_model, t5 (CLIP, T5) would do, or words" in error_message(bert)
     (empty / "config.json").write_text("[1")
-    assert "config.json cannot be read" in refused(empty)
+    assert "config.json cannot be read" in error_message(empty)
     (empty / "config.json").write_text("[1]")
-    assert "config.json cannot be read" in refused(empty)
+    assert "config.json cannot be read" in error_message(empty)
     (empty / "config.json").write_text("{}")
-    assert "a model of type None" in refused(empty)
+    assert "a model of type None" in error_message(empty)
 
 
 def test_pickled_weights_are_not_read(folders, tmp_path):
     folder = damaged(folders, tmp_path / "pickled")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
-    output = refused(folder)
+    output = error_message(folder)
     assert "no model.safetensors in" in output and "pickles (.bin, .ckpt) are not read" in output
 
 
@@ -450,16 +450,16 @@ def test_weights_that_do_not_fit(folders, tmp_path):
     weights = load_file(lacking / "model.safetensors")
     names = sorted(weights)[:2]
     save_file({k: v for k, v in weights.items() if k not in names}, lacking / "model.safetensors", {"format": "pt"})
-    output = refused(lacking)
+    output = error_message(lacking)
     assert "its weights lack" in output and "and 1 more tensors" in output
     cut = damaged(folders, tmp_path / "cut")
     content = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(content[: len(content) // 2])
-    assert "cannot be opened" in refused(cut)
+    assert "cannot be opened" in error_message(cut)
     other = damaged(folders, tmp_path / "other")
     about = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(about | {"intermediate_size": 20}))
-    assert "cannot be opened" in refused(other) or "its weights lack" in refused(other)
+    assert "cannot be opened" in error_message(other) or "its weights lack" in error_message(other)
 
 
 @pytest.mark.parametrize("name, files", [("clip", "tokenizer.json, or vocab.json and merges.txt"),
@@ -468,9 +468,11 @@ def test_tokenizers_that_cannot_be_used(name, files, folders, tmp_path):
     folder = damaged(folders, tmp_path / "x", name)
     for path in (*folder.glob("tokenizer*"), *folder.glob("vocab.json")):
         path.unlink()
-    assert f"no tokenizer ({files}) beside the model" in refused(folder)  # the library would make one of three entries
+    assert f"no tokenizer ({files}) beside the model" in error_message(
+        folder
+    )  # the library would make one of three entries
     (folder / "tokenizer.json").write_text("{")
-    assert "cannot be opened" in refused(folder)
+    assert "cannot be opened" in error_message(folder)
     (folder / "tokenizer.json").unlink()
     (write_clip_tokenizer if name == "clip" else write_t5_tokenizer)(folder)
     about = json.loads((folder / "config.json").read_text())
@@ -480,41 +482,41 @@ def test_tokenizers_that_cannot_be_used(name, files, folders, tmp_path):
         if value.shape[0] == about["vocab_size"]:
             weights[key] = value[:40].clone()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert "the model 40: they do not belong together" in refused(folder)
+    assert "the model 40: they do not belong together" in error_message(folder)
 
 
 def test_settings_that_do_not_fit_the_encoder(folders):
     clip, projected, t5 = (str(folders[name]) for name in ("clip", "clip with projection", "t5"))
-    assert f"semantic.max_tokens=13, but semantic.encoder={clip} has no more than 12 places" in refused(clip, 13)
-    assert "semantic.max_tokens=2 has no room for a word beside the 2 marks" in refused(clip, 2)
-    assert "semantic.max_tokens=1 has no room for a word beside the 1 marks" in refused(t5, 1)
+    assert f"semantic.max_tokens=13, but semantic.encoder={clip} has no more than 12 places" in error_message(clip, 13)
+    assert "semantic.max_tokens=2 has no room for a word beside the 2 marks" in error_message(clip, 2)
+    assert "semantic.max_tokens=1 has no room for a word beside the 1 marks" in error_message(t5, 1)
     assert encoder(t5, 500)(["a"]).tokens.shape == (1, 500, 14)  # T5's positions are relative
-    assert f"semantic.embed_dim=64, but semantic.encoder={clip} has 16: set semantic.embed_dim=null" in refused(
+    assert f"semantic.embed_dim=64, but semantic.encoder={clip} has 16: set semantic.embed_dim=null" in error_message(
         clip, embed_dim=64
     )
-    assert "semantic.pooled_dim=16, but" in refused(projected, embed_dim=16, pooled_dim=16)
+    assert "semantic.pooled_dim=16, but" in error_message(projected, embed_dim=16, pooled_dim=16)
     assert encoder(projected, embed_dim=16, pooled_dim=10).pooled_dim == 10
-    assert "semantic.pooled_dim=9, but semantic.encoder=words has 64" in refused("words", pooled_dim=9)
+    assert "semantic.pooled_dim=9, but semantic.encoder=words has 64" in error_message("words", pooled_dim=9)
 
 
 @pytest.mark.parametrize("package, extra", [("transformers", "text"), ("diffusers", "vae")])
 def test_without_the_library(package, extra, folders, tmp_path, monkeypatch):
-    def complaint() -> str:
+    def load_error() -> str:
         if package == "transformers":
-            return refused(folders["clip"])
+            return error_message(folders["clip"])
         with pytest.raises(UsageError) as error:
             vae.VAE(str(tmp_path))
         return str(error.value)
 
     monkeypatch.setitem(sys.modules, package, None)
-    assert complaint() == f"this needs {package}: pip install 'gesso[{extra}]'"
+    assert load_error() == f"this needs {package}: pip install 'gesso[{extra}]'"
     if package == "transformers":
         broken = types.ModuleType(package)
         broken.__getattr__ = lambda name: (_ for _ in ()).throw(
             RuntimeError("operator torchvision::nms\ndoes not exist")
         )
         monkeypatch.setitem(sys.modules, package, broken)
-        assert complaint() == (
+        assert load_error() == (
             "transformers is installed but does not load (operator torchvision::nms does not exist); gesso doctor "
             "looks for the cause"
         )
@@ -687,31 +689,31 @@ def test_what_a_vae_is(vaes, tmp_path):
 
 
 def test_vaes_that_are_refused(folders, vaes, tmp_path):
-    def complaint(where: object, **options: object) -> str:
+    def load_error(where: object, **options: object) -> str:
         with pytest.raises(UsageError) as error:
             vae.VAE(str(where), **options)
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "there is no such folder" in complaint("/no/such/vae")
-    assert "no convention 'sd'; there are: dit, edm2" in complaint(vaes[4], convention="sd")
-    assert "16 latent channels, where the convention edm2 has 4: use dit" in complaint(vaes[16], convention="edm2")
-    assert "a model of type clip_text_model, where an AutoencoderKL is needed" in complaint(folders["clip"])
+    assert "there is no such folder" in load_error("/no/such/vae")
+    assert "no convention 'sd'; there are: dit, edm2" in load_error(vaes[4], convention="sd")
+    assert "16 latent channels, where the convention edm2 has 4: use dit" in load_error(vaes[16], convention="edm2")
+    assert "a model of type clip_text_model, where an AutoencoderKL is needed" in load_error(folders["clip"])
     other = tmp_path / "vq"
     VQModel(block_out_channels=(4,), norm_num_groups=2).save_pretrained(other)
-    assert "a model of type VQModel, where an AutoencoderKL is needed" in complaint(other)
+    assert "a model of type VQModel, where an AutoencoderKL is needed" in load_error(other)
     grey = write_vae(tmp_path / "grey", 4, in_channels=1)
-    assert "from 1 channels to 3, where RGB has 3" in complaint(grey)
+    assert "from 1 channels to 3, where RGB has 3" in load_error(grey)
     pickled = Path(shutil.copytree(vaes[4], tmp_path / "pickled"))
     weights = load_file(pickled / f"{vae.WEIGHTS_STEM}.safetensors")
     torch.save(weights, pickled / f"{vae.WEIGHTS_STEM}.bin")
     (pickled / f"{vae.WEIGHTS_STEM}.safetensors").unlink()
-    assert f"no {vae.WEIGHTS_STEM}.safetensors in" in complaint(pickled) and "are not read" in complaint(pickled)
+    assert f"no {vae.WEIGHTS_STEM}.safetensors in" in load_error(pickled) and "are not read" in load_error(pickled)
     del weights["decoder.conv_in.bias"]
     save_file(weights, pickled / f"{vae.WEIGHTS_STEM}.safetensors", {"format": "pt"})
-    assert "its weights lack decoder.conv_in.bias" in complaint(pickled)
+    assert "its weights lack decoder.conv_in.bias" in load_error(pickled)
     (pickled / f"{vae.WEIGHTS_STEM}.safetensors").write_bytes(b"")
-    assert "cannot be opened" in complaint(pickled)
+    assert "cannot be opened" in load_error(pickled)
 
 
 def test_images_of_another_size_are_refused(vaes):

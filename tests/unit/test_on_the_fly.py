@@ -54,9 +54,12 @@ def test_too_large_for_memory_is_decoded_as_it_goes_to_the_same_pixels(photos, m
     plain = DataConfig(source=str(photos), resolution=16)
     for one, other in zip(open_dataset(plain).get(index, index), in_memory.get(index, index), strict=True):
         assert one is None or one.shape == other.shape
-    ours, reference = open_dataset(plain).get(index, index), OnTheFlyDataset(straight.source, plain).get(index, index)
+    actual_view, reference = (
+        open_dataset(plain).get(index, index),
+        OnTheFlyDataset(straight.source, plain).get(index, index),
+    )
     for name in ("x", "original_sizes", "crop_boxes", "flips", "pixel_stats", "labels", "indices"):
-        assert getattr(ours, name).equal(getattr(reference, name)), name
+        assert getattr(actual_view, name).equal(getattr(reference, name)), name
     torch.testing.assert_close(in_memory.channel_stats()[0], pixel_channel_stats(in_memory.pixels)[0])
 
 
@@ -153,11 +156,11 @@ def test_a_sample_depends_on_its_counter_alone(photos):
     x0, cond = batches(counter)
     for ranks in (2, 3):
         for rank in range(ranks):
-            mine = counter[rank::ranks]
-            y0, other = batches(mine)
-            assert y0.equal(x0[mine - 10])
+            rank_counter = counter[rank::ranks]
+            y0, other = batches(rank_counter)
+            assert y0.equal(x0[rank_counter - 10])
             for name in ("label", "has_semantic", "control_high", "control_low", "has_control"):
-                assert getattr(other, name).equal(getattr(cond, name)[mine - 10]), name
+                assert getattr(other, name).equal(getattr(cond, name)[rank_counter - 10]), name
     assert not batches(counter + 16)[0].equal(x0)
 
 
@@ -297,17 +300,17 @@ def test_pixels_are_encoded_as_training_comes_to_them(photos, vae, convention):
     run, actual = open_dataset_for_run(
         image_run(photos, **{"latent.vae": vae, "latent.convention": convention, "data.crop_scale": "[0.4,1]"}), QUIET
     )
-    ours = VAE(str(vae), convention=convention)
-    mean, std = ours.channel_stats()
+    loaded_vae = VAE(str(vae), convention=convention)
+    mean, std = loaded_vae.channel_stats()
     assert (run.data.mean, run.data.std) == (mean, std)
     batches = Batcher(actual, run, 0.5, CPU)
     counter = torch.arange(6)
     x0, _ = batches(counter)
-    means, stds = ours.encode(actual.get(batches.sample_order(counter), counter).x)
+    means, stds = loaded_vae.encode(actual.get(batches.sample_order(counter), counter).x)
     z = means + stds * keyed.normal(run.train.seed, counter, "latent", (4, 2, 2))
     torch.testing.assert_close(x0, (z - torch.tensor(mean)[:, None, None]) * 0.5 / torch.tensor(std)[:, None, None])
     assert batches.normalizer.x0_to_pixels(x0).equal(
-        ours.decode((x0 / 0.5) * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None])
+        loaded_vae.decode((x0 / 0.5) * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None])
     )
 
 
@@ -322,9 +325,9 @@ def test_measured_constants_of_encoded_pixels(photos, vae):
 
 
 def test_a_vae_of_other_channels_is_refused_before_training(photos, tmp_path, vae):
-    sixteen = write_vae(tmp_path / "16", 16)
+    latents_16 = write_vae(tmp_path / "16", 16)
     with pytest.raises(UsageError, match=r"latent.channels=4, but latent.vae=.* has 16: set latent.channels=16"):
-        open_dataset_for_run(image_run(photos, **{"latent.vae": sixteen}), QUIET)
+        open_dataset_for_run(image_run(photos, **{"latent.vae": latents_16}), QUIET)
     with pytest.raises(UsageError, match=r"latent.downsample_factor=4, but latent.vae=.* has 8"):
         open_dataset_for_run(image_run(photos, **{"latent.vae": vae, "latent.downsample_factor": 4}), QUIET)
 
@@ -405,9 +408,12 @@ def test_pixels_become_8_bits_as_the_papers_scripts_have_it():
 @pytest.mark.parametrize("name", ["in1k-256-berrada", "cc12m-256-berrada"])
 def test_a_recipe_at_scale_on_images_has_fresh_crops_at_each_visit(photos, vae, tmp_path, name):
     """The docstring of a recipe names its command without a cache, where images are encoded during training."""
-    says = recipes.RECIPES[name].__doc__
+    docstring = recipes.RECIPES[name].__doc__
     images = "cc12m" if name.startswith("cc12m") else "/path/to/imagenet"
-    assert f"gesso train {name} data.source={images}\n" in says and f"gesso train {name} data.source=caches/" in says
+    assert (
+        f"gesso train {name} data.source={images}\n" in docstring
+        and f"gesso train {name} data.source=caches/" in docstring
+    )
     settings = ["data.resolution=16", f"latent.vae={vae}", "semantic.kind=label", "semantic.encoder=words"]
     run = recipes.resolve(name, [f"data.source={photos}", *settings, "sample.guidance_base_resolution=null"])[0]
     run, some = open_dataset_for_run(run, QUIET)

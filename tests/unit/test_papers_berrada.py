@@ -62,9 +62,9 @@ def test_tables_are_complete(name):
     assert len(set(columns)) == len(columns) and len(set(rows)) == len(rows)
     assert all(set(row.published) <= set(columns) for row in table.rows)
     for scale in table.scales.values():
-        filled = [(row, column) for part in scale.groups for row in part.rows for column in part.columns]
-        assert len(set(filled)) == len(filled), "two groups measure one cell"
-        assert {row for row, _ in filled} <= set(rows) and {column for _, column in filled} <= set(columns)
+        filled_cells = [(row, column) for part in scale.groups for row in part.rows for column in part.columns]
+        assert len(set(filled_cells)) == len(filled_cells), "two groups measure one cell"
+        assert {row for row, _ in filled_cells} <= set(rows) and {column for _, column in filled_cells} <= set(columns)
         assert all(part.protocol is None or part.protocol in protocols.PROTOCOLS for part in scale.groups)
     assert bool(table.x_axis) == any(row.x is not None for row in table.rows)
 
@@ -208,9 +208,12 @@ def test_parents_of_trainings():
         run, before = job.training.run, job.training.parent
         assert (before is not None) == (run.data.resolution == 512)
         if before:
-            ours, sd3 = run.recipe.endswith("berrada"), run.recipe.endswith("sd3")
-            assert run.init.noise_levels == ("scale" if ours or sd3 else "keep") and before.run.data.resolution == 256
-            assert before.run.data.crop_scale == ((0.4, 0.6) if ours else (0.9, 1.0))
+            is_berrada, is_sd3 = run.recipe.endswith("berrada"), run.recipe.endswith("sd3")
+            assert (
+                run.init.noise_levels == ("scale" if is_berrada or is_sd3 else "keep")
+                and before.run.data.resolution == 256
+            )
+            assert before.run.data.crop_scale == ((0.4, 0.6) if is_berrada else (0.9, 1.0))
     mmdit = next(job.training for job in JOBS["berrada/4c", "paper"] if job.row == "mmDiT, 350k, then 150k")
     assert mmdit.parent.run.train.total_images == 350_000 * 2048 and mmdit.run.train.total_images == 150_000 * 384
     late = next(
@@ -225,9 +228,9 @@ def test_parents_of_trainings():
 
 def test_crops_decide_the_pretraining_of_figure_8():
     by_curve = {next(iter(job.group.columns)): job.training for job in JOBS["berrada/fig8", "tiny"]}
-    befores = {curve: one.parent for curve, one in by_curve.items()}
-    assert len({one.key for one in befores.values()}) == 3 and len({one.key for one in by_curve.values()}) == 6
-    assert all(one.run.data.resolution == 16 and one.run.process.resolution_scale == 0.5 for one in befores.values())
+    parents = {curve: one.parent for curve, one in by_curve.items()}
+    assert len({one.key for one in parents.values()}) == 3 and len({one.key for one in by_curve.values()}) == 6
+    assert all(one.run.data.resolution == 16 and one.run.process.resolution_scale == 0.5 for one in parents.values())
     assert all(one.run.data.crop_scale is None and one.run.data.resolution == 32 for one in by_curve.values())
 
 
@@ -255,18 +258,18 @@ def test_equation_3_is_judged_by_the_closed_form():
         for s in (1, 2):
             values[row.name, f"s = {s}"] = float(1 / (1 + (s * sigma[i]) ** 2))
     assert all(claims.compute_effect(table, claim, values) > 0 for claim in table.claims)
-    off = {cell: value * (1.001 if cell[1] == "s = 2" else 1) for cell, value in values.items()}
-    more_noise, equation = (claims.compute_effect(table, claim, off) for claim in table.claims)
+    perturbed = {cell: value * (1.001 if cell[1] == "s = 2" else 1) for cell, value in values.items()}
+    more_noise, equation = (claims.compute_effect(table, claim, perturbed) for claim in table.claims)
     assert equation < 0 < more_noise
 
 
 def test_computed_values_are_judged_exactly(tmp_path):
     table = ALL_TABLES["berrada/figA1"]
-    todo = plan.plan_jobs(table, "paper", [0], tmp_path)
-    for _ in runner.run_jobs(todo, Console(quiet=True), lambda line: None):
+    planned_jobs = plan.plan_jobs(table, "paper", [0], tmp_path)
+    for _ in runner.run_jobs(planned_jobs, Console(quiet=True), lambda line: None):
         pass
     assert not list(tmp_path.glob("trained/*"))
-    judged = results.collect_result(table, "paper", tmp_path, todo).claims
+    judged = results.load_result(table, results.collect_record(table, "paper", tmp_path, planned_jobs), tmp_path).claims
     assert [claim.judgement.verdict for claim in judged] == [claims.Verdict.EXACT] * 2
 
 

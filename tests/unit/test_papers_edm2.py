@@ -98,11 +98,11 @@ def test_published_numbers(table, row, column, value):
 def test_repeated_numbers_agree():
     """The counts of Tables 1 and 2 agree with those of models/published.py."""
     known = {p.name: {f.quantity: f.value for f in p.numbers} for p in PUBLISHED_MODELS}
-    for step, rung in LADDER_CONFIGS.items():
+    for step, ladder_config in LADDER_CONFIGS.items():
         layers = known[f"edm2-config-{step.lower()}"]
-        assert layers["macs"] == pytest.approx(rung.cost.gflops * 1e9) and layers["parameters"] / 1e6 == pytest.approx(
-            rung.cost.params, abs=0.06
-        )
+        assert layers["macs"] == pytest.approx(ladder_config.cost.gflops * 1e9) and layers[
+            "parameters"
+        ] / 1e6 == pytest.approx(ladder_config.cost.params, abs=0.06)
     for size, cost in COST_512.items():
         layers = known[f"edm2-{size.lower()}"]
         assert round(cost.gflops) == pytest.approx(layers["macs"] / 1e9, abs=1) and layers[
@@ -127,14 +127,14 @@ def test_claims_hold_on_the_published_numbers(name):
 def test_every_job_is_valid(name, scale):
     """All settings are valid, and every row and column of a group is one of the table."""
     table = TABLES[name]()
-    todo, seen = jobs(name, scale), set()
-    assert todo and scale in SCALES
+    planned_jobs, seen = jobs(name, scale), set()
+    assert planned_jobs and scale in SCALES
     rows, columns = {row.name for row in table.rows}, {column.name for column in table.columns}
-    filled = [(one.row, column) for one in todo for column in one.group.columns]
-    assert {row for row, _ in filled} <= rows and {column for _, column in filled} <= columns
-    twice = {cell for cell in filled if filled.count(cell) > 1} if len(filled) < 200 else set()
-    assert all(one.group.select for one in todo for column in one.group.columns if (one.row, column) in twice)
-    for one in todo:
+    filled_cells = [(one.row, column) for one in planned_jobs for column in one.group.columns]
+    assert {row for row, _ in filled_cells} <= rows and {column for _, column in filled_cells} <= columns
+    twice = {cell for cell in filled_cells if filled_cells.count(cell) > 1} if len(filled_cells) < 200 else set()
+    assert all(one.group.select for one in planned_jobs for column in one.group.columns if (one.row, column) in twice)
+    for one in planned_jobs:
         assert one.group.method in measurements.MEASUREMENT_METHODS
         overrides = tuple(one.overrides)
         if one.training and (one.training.run.recipe, overrides) not in seen:
@@ -273,7 +273,7 @@ def test_costs_by_their_rules():
     network = plan.plan_training(PAPER_SETUP.sizes["XS"], 0, OUT)
     guide = plan.plan_training(PAPER_SETUP.guides["XS"], 0, OUT)
     guided = ("sample.guidance=1.4", "sample.guide_run=somewhere")
-    plain, both, half, alone = (
+    plain, both, half_cost, alone = (
         compute_cost.measure_counts(job(*overrides, trained=network, guide=by))["values"]
         for overrides, by in (
             ((), None), (guided, guide), (("eval.nimg=512M",), None), (("sample.guidance=2", "dropout.both=.1"), None)
@@ -281,7 +281,7 @@ def test_costs_by_their_rules():
     )  # fmt: skip
     assert plain["nfe"] == 63 and plain["sampling_macs"] == pytest.approx((63 * plain["gmacs"] + 1260.9) / 1000)
     assert plain["training_macs"] == pytest.approx(3 * plain["gmacs"] * 1e9 * 2**31 / 1e21)
-    assert half["training_macs"] / plain["training_macs"] == pytest.approx(512e6 / 2**31)
+    assert half_cost["training_macs"] / plain["training_macs"] == pytest.approx(512e6 / 2**31)
     xs = compute_cost.measure_counts(job(trained=guide))["values"]
     assert both["sampling_macs"] == pytest.approx(plain["sampling_macs"] + 63 * xs["gmacs"] / 1000)
     assert both["params_with_guide"] == pytest.approx((plain["params"] + xs["params"]) / 1000)
@@ -343,13 +343,13 @@ def test_the_layers_of_figure_5b(step):
             }
         inputs = run.input_spec._replace(resolution=measurements.EDM2_LATENT_RESOLUTION)
         table = {name: interop.name_of_paper_layer(name, run.net, inputs) for name in FIGURE_5B_LAYERS}
-        layers = {name: ours for name, ours in table.items() if ours in shapes}
+        layers = {name: layer_name for name, layer_name in table.items() if layer_name in shapes}
         assert tuple(layers) == expected and len(set(layers.values())) == len(layers)
         c, E = run.net.channels, run.net.embedding_width
         kernel = {"conv0": 3, "conv1": 3, "skip": 1}
         assert c * (4 if setup is PAPER_SETUP else 2) == E
-        for name, ours in layers.items():
-            shape, part = shapes[ours], name.split("-")[-1]
+        for name, layer_name in layers.items():
+            shape, part = shapes[layer_name], name.split("-")[-1]
             if part in kernel:
                 assert shape[2:] == (kernel[part],) * 2
             assert part != "affine" or (len(shape) == 2 and shape[1] == E)
@@ -529,24 +529,28 @@ def test_a_cell_is_the_best_of_its_groups(tmp_path):
         ColumnGroup({"a": "fd", "b": "1-share"}, {"r": how}, settings=setups.at_ema(s), select="min") for s in lengths
     ]
     counted = ColumnGroup({"b": "n"}, {"s": how}, method="counts")
-    todo = plan.plan_jobs(small(*parts, counted), "tiny", (0, 1), tmp_path)
-    assert [one.row for one in todo] == ["r", "r", "s", "r", "r"] and len(plan.unique_trainings(todo)) == 2
-    assert [len(one.trainings) for one in todo] == [1, 1, 0, 1, 1]
+    planned_jobs = plan.plan_jobs(small(*parts, counted), "tiny", (0, 1), tmp_path)
+    assert [one.row for one in planned_jobs] == ["r", "r", "s", "r", "r"] and len(
+        plan.unique_trainings(planned_jobs)
+    ) == 2
+    assert [len(one.trainings) for one in planned_jobs] == [1, 1, 0, 1, 1]
     numbers = [(3.0, 0.25), (2.0, 0.5), None, (math.nan, 0.75), (4.0, 0.125)]
-    for one, values in zip(todo, numbers, strict=True):
+    for one, values in zip(planned_jobs, numbers, strict=True):
         one.path.parent.mkdir(exist_ok=True)
         actual = (
             {"n": 7} if values is None else {"fd": None if math.isnan(values[0]) else values[0], "share": values[1]}
         )
         one.path.write_text(json.dumps({"values": actual}))
-    assert runner.collect_values(todo) == {
+    assert runner.collect_values(planned_jobs) == {
         0: {("r", "a"): 2.0, ("r", "b"): 0.5, ("s", "b"): 7},
         1: {("r", "a"): 4.0, ("r", "b"): 0.25, ("s", "b"): 7},
     }
-    todo[1].path.write_text(json.dumps({"diverged": "at once"}))
-    assert runner.collect_values(todo)[0]["r", "a"] == 3.0
-    todo[0].path.write_text(json.dumps({"diverged": "at once"}))
-    assert runner.collect_values(todo)[0]["r", "a"] == DIVERGED == runner.collect_values(todo)[0]["r", "b"]
+    planned_jobs[1].path.write_text(json.dumps({"diverged": "at once"}))
+    assert runner.collect_values(planned_jobs)[0]["r", "a"] == 3.0
+    planned_jobs[0].path.write_text(json.dumps({"diverged": "at once"}))
+    assert (
+        runner.collect_values(planned_jobs)[0]["r", "a"] == DIVERGED == runner.collect_values(planned_jobs)[0]["r", "b"]
+    )
     ambiguous = plan.plan_jobs(small(*(part._replace(select=None) for part in parts)), "tiny", (0,), tmp_path)
     with pytest.raises(AssertionError, match="two column groups fill r"):
         runner.collect_values(ambiguous)
@@ -554,17 +558,17 @@ def test_a_cell_is_the_best_of_its_groups(tmp_path):
 
 def test_untrained_methods_do_not_train(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "start_training", lambda *a: pytest.fail("trained"))
-    todo = plan.plan_jobs(
+    planned_jobs = plan.plan_jobs(
         small(ColumnGroup({"a": "gmacs"}, {"r": Measurement(Training("digits-edm2"))}, method="counts")),
         "tiny",
         (0, 1, 2),
         tmp_path,
     )
-    assert len(todo) == 1 and plan.unique_trainings(todo) == []
-    assert list(runner.run_jobs(todo, None, lambda text: None)) == todo
-    record = json.loads(todo[0].path.read_text())
+    assert len(planned_jobs) == 1 and plan.unique_trainings(planned_jobs) == []
+    assert list(runner.run_jobs(planned_jobs, None, lambda text: None)) == planned_jobs
+    record = json.loads(planned_jobs[0].path.read_text())
     assert record["training_commands"] == [] and record["values"]["gmacs"] == pytest.approx(0.0190, abs=1e-4)
-    assert runner.collect_values(todo)[0] == {("r", "a"): record["values"]["gmacs"]}
+    assert runner.collect_values(planned_jobs)[0] == {("r", "a"): record["values"]["gmacs"]}
 
 
 def test_a_figure_over_one_of_its_columns():
