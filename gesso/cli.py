@@ -103,7 +103,7 @@ def train(
 def sample(
     folder: RunFolder,
     settings: Overrides = None,
-    label: Annotated[str | None, _option("classes by number or name: 7, 0-9, 3,5, cat (default: all in turn)")] = None,
+    label: Annotated[str | None, _option("classes by name or number: cat, 7, 0-9, 3,5 (default: all in turn)")] = None,
     prompt: Annotated[list[str] | None, _option("prompt of a run trained on text; may be repeated")] = None,
     size: Annotated[str | None, _option("original size to condition on, such as 512x512")] = None,
     flip: Annotated[str | None, _option("condition on a mirrored image: yes or no (default no)")] = None,
@@ -117,12 +117,15 @@ def sample(
 ) -> None:
     """Sample images from a trained run. Settings sample.* may be changed, such as sample.guidance=2."""
     from gesso import config
-    from gesso.sampling import SampleArgs, sample_to_folder
+    from gesso.sample_files import SampleArgs, sample_to_folder
 
     run = config.load_with_overrides(folder, settings, ("sample.",))
     controls = dict(part.partition("=")[::2] for part in control or ())
     controls |= {name: text for name, text in (("size", size), ("flip", flip), ("crop", crop)) if text is not None}
-    _print_lines(sample_to_folder(folder, run, SampleArgs(label, tuple(prompt or ()), controls, seeds, nimg), out))
+    args = SampleArgs(label, tuple(prompt or ()), controls, seeds, nimg)
+    with _progress("sampling") as progress:
+        lines = sample_to_folder(folder, run, args, out, progress)
+    _print_lines(lines)
 
 
 @app.command()
@@ -195,7 +198,7 @@ def ema(
         unused = {"--metric": metric, "--guidance": guidance, "a.b=c": settings}
         return _print_lines(export.export_ema(folder, args, out, unused))
     export.check_sweepable(folder, {"--files": files, "--decay": decay, "--halflife": halflife, "--out": out})
-    run = config.load_with_overrides(folder, settings, ("sample.", "eval."))
+    run = config.load_with_overrides(folder, settings, ("sample.", "eval.", "data.source"))
     sweep_args = ema_sweep.EmaSweepArgs(sweep, metric, guidance, tensors or (), sigma_rel or (), nimg, num_repeats)
     with _progress("evaluating") as progress:
         lines = ema_sweep.run_ema_sweep(folder, run, sweep_args, progress)

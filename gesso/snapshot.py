@@ -390,6 +390,19 @@ def read(path: Path) -> tuple[dict[str, Tensor], RunConfig, Snapshot]:
     return tensors, config_of(snapshot), snapshot
 
 
+def weights_digest(path: Path, max_bytes: int = 2**20) -> str:
+    """Return a hash of the first tensors of a snapshot, by name, which tells trainings apart without reading it all."""
+    digest, tensors, num_bytes = hashlib.sha256(), read_tensors(path), 0
+    for name in sorted(tensors):
+        data = tensors[name].reshape(-1)[:max_bytes].contiguous().view(torch.uint8).numpy()
+        digest.update(name.encode())
+        digest.update(data.tobytes())
+        num_bytes += data.size
+        if num_bytes >= max_bytes:
+            break
+    return digest.hexdigest()[:16]
+
+
 def load_control_rows(run_folder: Path) -> Tensor | None:
     """Return the control variables (M, n) float32 of training samples in the last snapshot; None without control."""
     return read_tensors(list_snapshots(run_folder)[-1].path).get(CONTROL_ROWS)

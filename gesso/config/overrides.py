@@ -22,11 +22,17 @@ Tree = dict[str, Any]
 COMMENT_COLUMN, LINE_WIDTH = 44, 150
 """First column of the comments of annotated YAML, and the width of its lines."""
 
+MAX_LISTED = 60
+"""Maximum number of known words in an error message."""
+
 
 def suggest(word: str, known: list[str]) -> str:
-    """Return "did you mean X?" for the closest known word, or the list of known words."""
+    """Return "did you mean X?" for the closest known word, or the list of known words, at most MAX_LISTED of them."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(known)}"
+    if close:
+        return f"did you mean {close[0]}?"
+    more = f", and {len(known) - MAX_LISTED:,} more" if len(known) > MAX_LISTED else ""
+    return f"there are: {', '.join(known[:MAX_LISTED])}{more}"
 
 
 def variants(path: str) -> dict[str, type[BaseModel]]:
@@ -279,7 +285,7 @@ def load_with_overrides(folder: Path, arguments: list[str] | None, changeable: t
     run, _ = resolve(to_dict(trained), arguments)
     for path, _, _ in differences(trained, run):
         if not path.startswith(changeable):
-            allowed = ", ".join(f"{prefix}*" for prefix in changeable)
+            allowed = ", ".join(prefix + "*" * prefix.endswith(".") for prefix in changeable)
             raise UsageError(f"{path} is fixed by training; this command can change {allowed}")
     new, old = run.sample, trained.sample
     if new.halflife and new.halflife == old.halflife and new.sigma_rel != old.sigma_rel:

@@ -51,6 +51,9 @@ class DataConfig(Settings):
     """number of classes; recorded when the source is opened; 0 trains without labels"""
     class_names: tuple[str, ...] | None = None
     """names of the classes; recorded when the source is opened"""
+    untrained_classes: tuple[int, ...] | None = None
+    """indices of classes without images, which samples do not show by default; recorded when the source is opened;
+    null: none"""
     example_captions: tuple[str, ...] | None = None
     """captions of some images, used as default prompts; recorded when the source is opened"""
     fingerprint: str | None = None

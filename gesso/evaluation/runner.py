@@ -17,10 +17,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from gesso import atomic_io, devices, ema, sampling, snapshot
+from gesso import atomic_io, config, devices, ema, sampling, snapshot
 from gesso.config import EvalConfig, RunConfig
 from gesso.data.cache.format import is_cache, open_manifest
-from gesso.data.factory import open_dataset
+from gesso.data.factory import check_replaced_source, open_dataset
 from gesso.errors import UsageError
 from gesso.evaluation import feature_stats, results, run_sampler, toy_evaluation, validation
 from gesso.evaluation.feature_stats import FeatureStats, Moments, Progress, ProgressCallback
@@ -74,6 +74,7 @@ def evaluate_metrics(context: EvalContext, progress: ProgressCallback) -> Evalua
     run, cfg = context.run, context.run.eval
     metrics, _ = select_metrics(cfg.metrics), select_metrics(cfg.repeated)
     _check_run(run, metrics)
+    check_replaced_source(run, config.load_config(context.folder / "run.yaml"))
     networks = load_networks((metric.network for metric in metrics), cfg, context.device, run.sample_size)
     reference = _open_reference(run) if any(metric.needs_reference for metric in metrics) else None
     if reference:

@@ -77,6 +77,11 @@ def train(
         log.trackers = trackers.open_trackers(run, out, trainer.nimg)
     if trainer.nimg:
         console.print(f"resumed at image {trainer.nimg:,}", highlight=False)
+        if trainer.nimg >= run.train.total_images:
+            console.print(
+                f"note: the run is finished; add train.total_images={2 * trainer.nimg} or another number to train longer",
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
     elif log and dataset.unreadable:
         log.write(nimg=0, unreadable=dataset.unreadable)
     writer = checkpoint.CheckpointWriter(ranks, run.train.rank_timeout_s)
