@@ -64,8 +64,9 @@ class Run:
         return tuple(self.config.data.class_names or ())
 
     def with_settings(self, settings: Settings | None) -> RunConfig:
-        """Return the settings of the run, changed by `settings`; only sample.* and eval.* may change."""
-        return config.load_with_overrides(self.folder, to_arguments(settings or {}), ("sample.", "eval.", "data.source"))
+        """Return the settings of the run, changed by `settings`: sample.*, eval.*, data.source."""
+        changeable = ("sample.", "eval.", "data.source")
+        return config.load_with_overrides(self.folder, to_arguments(settings or {}), changeable)
 
     def denoiser(
         self, sigma_rel: float | None = None, nimg: int | None = None, settings: Settings | None = None

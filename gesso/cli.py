@@ -158,7 +158,8 @@ def evaluate(
         if folder is None:
             lines = runner.evaluate_images(runner.parse_image_args(settings or [], flags), progress)[1]
         else:
-            lines = runner.evaluate_run(folder, protocols.apply_protocol(folder, protocol, settings or []), progress)
+            run = protocols.apply_protocol(folder, protocol, settings or [])
+            lines = runner.evaluate_run(folder, run, progress, _print)
             lines.append(f"next:\n  gesso report {folder}")
     _print_lines(lines)
 

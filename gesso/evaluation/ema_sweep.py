@@ -16,7 +16,7 @@ from gesso.config import EDM2Config, EDM2LadderConfig, RunConfig
 from gesso.ema import PerTensorProfile, PowerProfile
 from gesso.errors import UsageError
 from gesso.evaluation import ema_curves, results, toy_evaluation
-from gesso.evaluation.ema_export import parse_image_count, parse_sigma_rel
+from gesso.evaluation.ema_export import parse_image_count, parse_sigma_rel, sweep_warnings
 from gesso.evaluation.feature_stats import Progress, ProgressCallback
 from gesso.evaluation.metrics import METRIC_OF_VALUE, METRICS, TOY_METRICS, short_label
 from gesso.evaluation.networks.toy_networks import CLASS_CHECKS
@@ -156,7 +156,7 @@ def run_ema_sweep(folder: Path, run: RunConfig, args: EmaSweepArgs, progress: Pr
         pass
     recorded = results.read_evaluations(folder).values()
     evaluations = sweep_of(recorded, toy_evaluation.point_evaluation(evaluator, plan, points[0]))
-    return _format_report(folder, evaluations, name, len(due))
+    return [*sweep_warnings(plan), *_format_report(folder, evaluations, name, len(due))]
 
 
 def sweep_of(recorded: Iterable[Evaluation], evaluation: Evaluation) -> list[Evaluation]:

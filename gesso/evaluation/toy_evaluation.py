@@ -22,7 +22,7 @@ from gesso.data.normalization import Normalizer
 from gesso.data.shapes_dataset import parse_caption
 from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import UsageError
-from gesso.evaluation import results
+from gesso.evaluation import ema_export, results
 from gesso.evaluation.feature_stats import FeatureStats, Moments, Progress, ProgressCallback
 from gesso.evaluation.metrics import METRICS, TOY_METRICS, half_splits
 from gesso.evaluation.metrics.base import MetricInputs
@@ -232,10 +232,12 @@ def evaluate(folder: Path, run: RunConfig, progress: ProgressCallback) -> list[s
             _save_image_grids(folder, run, images, evaluator.real_images[0])
         if point.series != "ema_sweep":
             rows[f"guidance {point.run.sample.guidance:g}"] = evaluation.best()
+    warnings = ema_export.accuracy_warnings(plan)
     if not evaluator.metrics:
-        return [f"no metrics for these images (eval.toy_metrics=none): wrote images to {folder / 'samples'}"]
+        sheets = "by_class.png and nearest.png, the nearest training images"
+        return [*warnings, f"wrote samples and their nearest training images: {sheets}, in {folder / 'sheets'}"]
     table = results.format_table(rows | {"training images": evaluator.reference_values})
-    return [*table, f"wrote {folder / results.FILE_NAME}"]
+    return [*table, *warnings, f"wrote {folder / results.FILE_NAME}"]
 
 
 def open_toy_evaluator(folder: Path, run: RunConfig) -> ToyEvaluator:
@@ -243,8 +245,8 @@ def open_toy_evaluator(folder: Path, run: RunConfig) -> ToyEvaluator:
     dataset = open_dataset(run.data, run.latent, run.train.seed)
     if dataset.fingerprint() != run.data.fingerprint:
         raise UsageError(
-            f"the images in {run.data.source} are not those that {folder} was trained on: restore them, or name a copy with "
-            "data.source=PATH"
+            f"the images in {run.data.source} are not those that {folder} was trained on: restore them, or name a "
+            "copy with data.source=PATH"
         )
     sampling.check_sampling(run)
     control_rows, normalizer = snapshot.load_control_rows(folder), sampling.open_decoder(run)
@@ -253,7 +255,7 @@ def open_toy_evaluator(folder: Path, run: RunConfig) -> ToyEvaluator:
 
 def _save_image_grids(folder: Path, run: RunConfig, samples: Tensor, real: Tensor) -> None:
     """Write sheets/by_class.png, with a row for each class, and sheets/nearest.png, the nearest real images."""
-    classes = run.input_spec.num_classes
+    classes = len(conditioning.trained_classes(run))
     if classes:
         rows = (range(label, len(samples), classes)[:GRID_COLUMNS] for label in range(min(classes, GRID_ROWS)))
         chosen = [i for row in rows for i in row]

@@ -79,7 +79,7 @@ def train(
         console.print(f"resumed at image {trainer.nimg:,}", highlight=False)
         if trainer.nimg >= run.train.total_images:
             console.print(
-                f"note: the run is finished; add train.total_images={2 * trainer.nimg} or another number to train longer",
+                f"note: the run is finished; train.total_images={2 * trainer.nimg} or another number trains it longer",
                 highlight=False, markup=False, soft_wrap=True,
             )  # fmt: skip
     elif log and dataset.unreadable:

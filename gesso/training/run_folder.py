@@ -197,7 +197,7 @@ def with_absolute_paths(run: RunConfig, recorded: RunConfig | None = None) -> Ru
             continue
         path, at, suffix = value.partition("@") if name == "init.source" else (value, "", "")
         absolute = os.path.abspath(path)
-        if Path(path).exists() or os.path.isdir(os.path.dirname(absolute)) and "{" in path:
+        if Path(path).exists() or ("{" in path and os.path.isdir(os.path.dirname(absolute))):
             tree[section][key] = absolute + at + suffix
         elif absolute + at + suffix == old.get(name):
             tree[section][key] = old[name]
