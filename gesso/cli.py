@@ -1,6 +1,7 @@
 """Command line of gesso: parses arguments, calls the library, prints the result."""
 
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -94,9 +95,16 @@ def train(
     from gesso.training.run_folder import default_run_folder, start_training
 
     out = out or default_run_folder(recipe, run, resume)
-    run = start_training(run, out, resume, console, _print)
+    try:
+        run = start_training(run, out, resume, console, _print)
+    except UsageError as error:
+        if not recipe.startswith("folder:"):
+            raise
+        # The user wrote folder:PATH, not data.source=PATH.
+        raise UsageError(str(error).replace(f"data.source={run.data.source}:", f"folder:{run.data.source}:")) from None
     label = " --label 0" if run.input_spec.num_classes else ""
-    _print(f"trained: {out}\nnext:\n  gesso sample {out}{label}\n  gesso evaluate {out}\n  gesso report {out}")
+    folder = shlex.quote(str(out))
+    _print(f"trained: {out}\nnext:\n  gesso sample {folder}{label}\n  gesso evaluate {folder}\n  gesso report {folder}")
 
 
 @app.command()
@@ -120,6 +128,7 @@ def sample(
     from gesso.sample_files import SampleArgs, sample_to_folder
 
     run = config.load_with_overrides(folder, settings, ("sample.",))
+    _print_lines(config.unused_sample_settings(config.load_config(folder / "run.yaml"), run))
     controls = dict(part.partition("=")[::2] for part in control or ())
     controls |= {name: text for name, text in (("size", size), ("flip", flip), ("crop", crop)) if text is not None}
     args = SampleArgs(label, tuple(prompt or ()), controls, seeds, nimg)
@@ -160,7 +169,7 @@ def evaluate(
         else:
             run = protocols.apply_protocol(folder, protocol, settings or [])
             lines = runner.evaluate_run(folder, run, progress, _print)
-            lines.append(f"next:\n  gesso report {folder}")
+            lines.append(f"next:\n  gesso report {shlex.quote(str(folder))}")
     _print_lines(lines)
 
 
@@ -277,6 +286,7 @@ def inspect_data(
 ) -> None:
     """Print counts, sizes, classes and captions of an image source or cache, and draw a contact sheet of its views."""
     from gesso.config import Resize
+    from gesso.config.base import source_path
     from gesso.data.inspect import InspectArgs, inspect_source, parse_crop_scale
 
     scale = None if crop_scale is None else parse_crop_scale(crop_scale)
@@ -284,7 +294,7 @@ def inspect_data(
         raise UsageError(f"--resize {resize}: no such filter; use {', '.join(get_args(Resize))}")
     # mypy does not narrow the text to the literals of Resize.
     args = InspectArgs(rows, views, scale, flip, resolution, seed, vae, convention, resize)  # type: ignore[arg-type]
-    _print_lines(inspect_source(source, limit, args, out, console))
+    _print_lines(inspect_source(source_path(source), limit, args, out, console))
 
 
 @app.command()
@@ -312,10 +322,12 @@ def cache(
 ) -> None:
     """Write crops, latents and text tokens of SOURCE to OUT, for training. Continues if stopped."""
     args = {f"--{name.replace('_', '-')}": value for name, value in locals().items()}
+    from gesso.config.base import source_path
     from gesso.data.cache import format, write
     from gesso.data.cache.plan import parse_cache_args
     from gesso.training.loop import capture_signals
 
+    source = source_path(source)
     plan = parse_cache_args(source, out, args, settings or [])
     with capture_signals() as received, _progress("checking" if check else "caching") as progress:
         if plan is None:

@@ -3,9 +3,18 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveFloat, model_validator
 
-from gesso.config.base import Count, PositiveCount, PositiveFraction, Probability, Settings, SigmaRel, parse_list
+from gesso.config.base import (
+    Count,
+    PositiveCount,
+    PositiveFraction,
+    Probability,
+    Settings,
+    SigmaRel,
+    parse_list,
+    source_path,
+)
 from gesso.config.conditioning import ControlConfig, Dropout, SemanticConfig
 from gesso.config.initialization import InitConfig
 from gesso.config.monitoring import MonitorConfig
@@ -21,7 +30,7 @@ Resize = Literal["lanczos", "adm", "bicubic"]
 class DataConfig(Settings):
     """Training images and their preparation."""
 
-    source: str = "digits"
+    source: Annotated[str, AfterValidator(source_path)] = "digits"
     """digits, digits-mixed-resolution, shapes, shapes-class (shapes:5000 for 5,000 images), or a path: a folder with a
     sub-folder per class, a folder with captions, EDM2's zip, webdataset tars, parquet files, or a cache
     (docs/data.md)"""

@@ -1,6 +1,7 @@
 """`gesso ema`: write EMA weights of any length, from a run, from snapshots of another trainer, or from raw weights."""
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -161,10 +162,10 @@ def _next_command(folder: Path, target: TargetProfile, path: Path) -> str:
     if not (folder / "run.yaml").is_file() or isinstance(target, PerTensorProfile):
         return f"  module.load_state_dict(safetensors.torch.load_file({str(path)!r}))"
     if isinstance(target, TraditionalProfile):
-        return f"  gesso sample {folder} sample.halflife={target.halflife}"
+        return f"  gesso sample {shlex.quote(str(folder))} sample.halflife={target.halflife}"
     assert isinstance(target, PowerProfile)  # raw profiles are no targets
     reset = " sample.halflife=null" if config.load_config(folder / "run.yaml").sample.halflife else ""
-    return f"  gesso sample {folder} sample.sigma_rel={target.sigma_rel:g}{reset}"
+    return f"  gesso sample {shlex.quote(str(folder))} sample.sigma_rel={target.sigma_rel:g}{reset}"
 
 
 def external_snapshots(

@@ -5,6 +5,7 @@ RUN/ema_sweep.png is the plot.
 """
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -191,9 +192,8 @@ def _format_report(folder: Path, evaluations: Sequence[Evaluation], name: str, n
     if all_tensors:
         sign = 1 if lower_is_better else -1
         guidance, best = min(all_tensors.items(), key=lambda item: sign * item[1].value)
-        lines.append(
-            f"next:\n  gesso sample {folder} sample.guidance={guidance:g} sample.sigma_rel={best.sigma_rel:.3g}"
-        )
+        best_settings = f"sample.guidance={guidance:g} sample.sigma_rel={best.sigma_rel:.3g}"
+        lines.append(f"next:\n  gesso sample {shlex.quote(str(folder))} {best_settings}")
     return lines
 
 

@@ -1,6 +1,7 @@
 """The training loop: steps, and the logging and snapshots between them."""
 
 import functools
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ def train(
     """
     trainer = Trainer(run, dataset, ranks, device, denoiser)
     trainer.nimg = checkpoint.load_latest(
-        out / "state", trainer.state_tensors(), lambda text: console.print(f"warning: {text}"), ranks
+        out / "state", trainer.state_tensors(), lambda text: console.print(f"warning: {text}", markup=False), ranks
     )
     log = RunLog(out / "log.jsonl") if ranks.is_main else None
     if log:
@@ -125,7 +126,7 @@ def _run_steps(
                 line["slow_ranks"] = stragglers
             if stragglers.keys() - announced:
                 progress.console.print(
-                    "\n".join(f"slow: {name}, {x:g} times the median" for name, x in stragglers.items())
+                    "\n".join(f"slow: {name}, {x:g} times the median" for name, x in stragglers.items()), markup=False
                 )
             announced |= stragglers.keys()
             if log:
@@ -144,7 +145,7 @@ def _run_steps(
     if trainer.nimg < cfg.total_images:
         raise StoppedError(
             f"{signal.Signals(trainer.stop_signal).name} at image {trainer.nimg:,}: a checkpoint is written. "
-            f"Resume with\n  gesso train {out} --resume",
+            f"Resume with\n  gesso train {shlex.quote(str(out))} --resume",
             trainer.stop_signal,
         )
 

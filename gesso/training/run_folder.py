@@ -4,7 +4,8 @@ import contextlib
 import os
 import shlex
 import subprocess
-from collections.abc import Callable, Mapping
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -85,7 +86,7 @@ def open_dataset_for_run(run: RunConfig, console: Console) -> tuple[RunConfig, D
     with ProgressBar(console, 1, 0, f"reading {run.data.source}") as bar:
         dataset = open_dataset(run.data, run.latent, run.train.seed, lambda done, total: bar.update(done, total=total))
     for note in dataset.notes:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}", highlight=False, markup=False)
     for name, reason in dataset.unreadable[:10]:
         console.print(f"left out: {name} ({reason})", highlight=False, markup=False)
     run = _apply_dataset_settings(run, dataset, console)
@@ -247,6 +248,11 @@ def prepare_run_folder(out: Path, run: RunConfig, device: torch.device, ranks: R
     return run.model_copy(update={"environment": recorded.environment})
 
 
+def _normalized(names: Sequence[str] | None) -> list[str]:
+    """Return names in one Unicode normalization: file systems of macOS and Linux differ in it."""
+    return [unicodedata.normalize("NFC", name) for name in names or ()]
+
+
 def _replaceable_settings(recorded: RunConfig, run: RunConfig, out: Path) -> list[str]:
     """Return the settings that change although they are recorded: the place of equal images, and a longer training.
 
@@ -256,6 +262,9 @@ def _replaceable_settings(recorded: RunConfig, run: RunConfig, out: Path) -> lis
     names = []
     if run.data.source != recorded.data.source and run.data.fingerprint == recorded.data.fingerprint:
         names.append("data.source")
+    old_names, new_names = recorded.data.class_names, run.data.class_names
+    if old_names != new_names and _normalized(old_names) == _normalized(new_names):
+        names.append("data.class_names")
     old, new = recorded.train.total_images, run.train.total_images
     if new == old:
         return names

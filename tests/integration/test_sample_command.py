@@ -167,12 +167,12 @@ def test_interrupted_sampling_keeps_images_and_continues(gesso, folder, monkeypa
         patch.setattr(sampling, "save_png", interrupt)
         code, _, err = gesso("sample", folder, "--seeds", "0-9", "--out", tmp_path / "part")
     assert code == 130 and "of 10 images are in" in err and "the same command samples the others" in err
-    kept = {name: (tmp_path / "part" / name).stat().st_mtime_ns for name in read_images(tmp_path / "part")}
-    assert 4 <= len(kept) < 10
+    written = {name: (tmp_path / "part" / name).stat().st_mtime_ns for name in read_images(tmp_path / "part")}
+    assert 4 <= len(written) < 10
     code, out, _ = gesso("sample", folder, "--seeds", "0-9", "--out", tmp_path / "part")
-    assert code == 0 and f"wrote {10 - len(kept)} images" in out and f"({len(kept)} were there already)" in out
+    assert code == 0 and f"wrote {10 - len(written)} images" in out and f"({len(written)} were there already)" in out
     assert read_images(tmp_path / "part") == read_images(tmp_path / "whole")
-    assert all((tmp_path / "part" / name).stat().st_mtime_ns == time for name, time in kept.items())
+    assert all((tmp_path / "part" / name).stat().st_mtime_ns == time for name, time in written.items())
 
 
 def test_stop_is_an_error_with_the_exit_code_of_the_signal(folder, monkeypatch, tmp_path):
