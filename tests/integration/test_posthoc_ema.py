@@ -540,7 +540,7 @@ def test_distributed_wrapper_is_refused(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
-        with pytest.raises(UsageError, match="pass ddp.module"):
+        with pytest.raises(UsageError, match=r"pass ddp\.module"):
             PostHocEMA(wrapped)
         PostHocEMA(wrapped.module)
     finally:
