@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from gesso import config, ema, models, recipes, sampling, snapshot
+from gesso import conditioning, config, ema, models, recipes, sampling, snapshot
 from gesso.config import InputSpec, RunConfig
 from gesso.diffusion.denoiser import Denoiser
 from gesso.evaluation import runner
@@ -65,8 +65,9 @@ class Run:
         return tuple(self.config.data.class_names or ())
 
     def with_settings(self, settings: Settings | None) -> RunConfig:
-        """Return the settings of the run, changed by `settings`; only sample.* and eval.* may change."""
-        return config.load_with_overrides(self.folder, to_arguments(settings or {}), ("sample.", "eval."))
+        """Return the settings of the run, changed by `settings`: sample.*, eval.*, data.source."""
+        changeable = ("sample.", "eval.", "data.source")
+        return config.load_with_overrides(self.folder, to_arguments(settings or {}), changeable)
 
     def denoiser(
         self, sigma_rel: float | None = None, nimg: int | None = None, settings: Settings | None = None
@@ -99,8 +100,9 @@ class Run:
         An image depends on its seed, its condition and the sampling settings, not on the other images.
 
         Args:
-            labels: Classes, by index or name, repeated in turn over the seeds; None cycles through all classes.
-            prompts: Captions, repeated in turn over the seeds, for runs with text.
+            labels: Classes, by index (int) or name (str): one for each seed, or another number n of them, of which
+                seed s takes labels[s mod n]; None takes all classes in this way.
+            prompts: Captions in the same way, for runs with text.
             seeds: N seeds.
             guidance: Guidance scale; None takes sample.guidance.
             sigma_rel: Relative EMA length; None takes sample.sigma_rel or sample.halflife.
@@ -117,8 +119,11 @@ class Run:
         run = self.with_settings(self._sampling_settings(settings, guidance, sigma_rel))
         sampling.check_sampling(run, sampling.run_device(run))
         seeds = list(seeds)
-        indices = sampling.expand_labels(run, labels, len(seeds))
-        captions = sampling.expand_prompts(run, tuple(prompts or ()), len(seeds))
+        # As many conditions as seeds belong to the seeds one by one; others are chosen by the seed itself.
+        label_keys = range(len(seeds)) if labels is not None and len(labels) == len(seeds) else seeds
+        prompt_keys = range(len(seeds)) if prompts and len(prompts) == len(seeds) else seeds
+        indices = conditioning.expand_labels(run, labels, label_keys)
+        captions = conditioning.expand_prompts(run, tuple(prompts or ()), prompt_keys)
         rows = snapshot.load_control_rows(self.folder)
         cond, _ = sampling.build_cond(run, seeds, rows, indices, captions, dict(control or {}))
         guide, normalizer = sampling.load_guide(self.folder, run), sampling.open_decoder(run)

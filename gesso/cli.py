@@ -117,7 +117,13 @@ def train(
     from gesso.training.run_folder import default_run_folder, start_training
 
     out = out or default_run_folder(recipe, run, resume)
-    run = start_training(run, out, resume, console, _print)
+    try:
+        run = start_training(run, out, resume, console, _print)
+    except UsageError as error:
+        if not recipe.startswith("folder:"):
+            raise
+        # The user wrote folder:PATH, not data.source=PATH.
+        raise UsageError(str(error).replace(f"data.source={run.data.source}:", f"folder:{run.data.source}:")) from None
     label = " --label 0" if run.input_spec.num_classes else ""
     gesso, folder = f"gesso{_code_options()}", shlex.quote(str(out))
     _print(f"trained: {out}\nnext:")
@@ -130,7 +136,7 @@ def train(
 def sample(
     folder: RunFolder,
     settings: Overrides = None,
-    label: Annotated[str | None, _option("classes by number or name: 7, 0-9, 3,5, cat (default: all in turn)")] = None,
+    label: Annotated[str | None, _option("classes by name or number: cat, 7, 0-9, 3,5 (default: all in turn)")] = None,
     prompt: Annotated[list[str] | None, _option("prompt of a run trained on text; may be repeated")] = None,
     size: Annotated[str | None, _option("original size to condition on, such as 512x512")] = None,
     flip: Annotated[str | None, _option("condition on a mirrored image: yes or no (default no)")] = None,
@@ -144,12 +150,16 @@ def sample(
 ) -> None:
     """Sample images from a trained run. Settings sample.* may be changed, such as sample.guidance=2."""
     from gesso import config
-    from gesso.sampling import SampleArgs, sample_to_folder
+    from gesso.sample_files import SampleArgs, sample_to_folder
 
     run = config.load_with_overrides(folder, settings, ("sample.",))
+    _print_lines(config.unused_sample_settings(config.load_config(folder / "run.yaml"), run))
     controls = dict(part.partition("=")[::2] for part in control or ())
     controls |= {name: text for name, text in (("size", size), ("flip", flip), ("crop", crop)) if text is not None}
-    _print_lines(sample_to_folder(folder, run, SampleArgs(label, tuple(prompt or ()), controls, seeds, nimg), out))
+    args = SampleArgs(label, tuple(prompt or ()), controls, seeds, nimg)
+    with _progress("sampling") as progress:
+        lines = sample_to_folder(folder, run, args, out, progress)
+    _print_lines(lines)
 
 
 @app.command()
@@ -182,8 +192,9 @@ def evaluate(
         if folder is None:
             lines = runner.evaluate_images(runner.parse_image_args(settings or [], flags), progress)[1]
         else:
-            lines = runner.evaluate_run(folder, protocols.apply_protocol(folder, protocol, settings or []), progress)
-            lines.append(f"next:\n  gesso report {folder}")
+            run = protocols.apply_protocol(folder, protocol, settings or [])
+            lines = runner.evaluate_run(folder, run, progress, _print)
+            lines.append(f"next:\n  gesso report {shlex.quote(str(folder))}")
     _print_lines(lines)
 
 
@@ -222,7 +233,7 @@ def ema(
         unused = {"--metric": metric, "--guidance": guidance, "a.b=c": settings}
         return _print_lines(export.export_ema(folder, args, out, unused))
     export.check_sweepable(folder, {"--files": files, "--decay": decay, "--halflife": halflife, "--out": out})
-    run = config.load_with_overrides(folder, settings, ("sample.", "eval."))
+    run = config.load_with_overrides(folder, settings, ("sample.", "eval.", "data.source"))
     sweep_args = ema_sweep.EmaSweepArgs(sweep, metric, guidance, tensors or (), sigma_rel or (), nimg, num_repeats)
     with _progress("evaluating") as progress:
         lines = ema_sweep.run_ema_sweep(folder, run, sweep_args, progress)
@@ -300,6 +311,7 @@ def inspect_data(
 ) -> None:
     """Print counts, sizes, classes and captions of an image source or cache, and draw a contact sheet of its views."""
     from gesso.config import Resize
+    from gesso.config.base import source_path
     from gesso.data.inspect import InspectArgs, inspect_source, parse_crop_scale
 
     scale = None if crop_scale is None else parse_crop_scale(crop_scale)
@@ -307,7 +319,7 @@ def inspect_data(
         raise UsageError(f"--resize {resize}: no such filter; use {', '.join(get_args(Resize))}")
     # mypy does not narrow the text to the literals of Resize.
     args = InspectArgs(rows, views, scale, flip, resolution, seed, vae, convention, resize)  # type: ignore[arg-type]
-    _print_lines(inspect_source(source, limit, args, out, console))
+    _print_lines(inspect_source(source_path(source), limit, args, out, console))
 
 
 @app.command()
@@ -335,10 +347,12 @@ def cache(
 ) -> None:
     """Write crops, latents and text tokens of SOURCE to OUT, for training. Continues if stopped."""
     args = {f"--{name.replace('_', '-')}": value for name, value in locals().items()}
+    from gesso.config.base import source_path
     from gesso.data.cache import format, write
     from gesso.data.cache.plan import parse_cache_args
     from gesso.training.loop import capture_signals
 
+    source = source_path(source)
     plan = parse_cache_args(source, out, args, settings or [])
     with capture_signals() as received, _progress("checking" if check else "caching") as progress:
         if plan is None:

@@ -25,7 +25,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} is damaged or not a safetensors file ({error}); delete it, or replace it") from None
+        raise RunError(f"{path} is damaged or not a safetensors file ({error}): restore it, or move it away") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from gesso.diffusion.denoiser import Denoiser, build_denoiser
 from gesso.ema import Fit, PerTensorProfile, PowerProfile, Profile, RawProfile, TraditionalProfile
 from gesso.errors import RunError, UsageError
 from gesso.models import mp
-from gesso.safetensors_io import read_metadata, read_tensors, stream_writer, write_tensors
+from gesso.safetensors_io import DTYPE_NAMES, read_metadata, read_tensors, stream_writer, write_tensors
 
 SNAPSHOT_FORMAT = "gesso snapshot 1"
 CONTROL_ROWS = "control rows"
@@ -242,7 +242,14 @@ def _reconstruct_tensors(
         dtype = torch.promote_types(values.dtype, torch.float32)
         if values.is_floating_point() and not values.sum(dtype=dtype).isfinite():
             bad = [s.path for s, tensor in zip(plan.sources, stored, strict=True) if not tensor.isfinite().all()]
-            raise RunError(f"{[*bad, plan.sources[-1].path][0]} holds NaN or infinity in {name}; delete that file")
+            if bad:
+                raise RunError(
+                    f"{bad[0]} holds NaN or infinity in {name}: move it away and use the others, if training was sound "
+                    "after it"
+                )
+            if not values.isfinite().all():
+                targets = ", ".join(map(str, plan.targets))
+                raise RunError(f"{name} at {targets} exceeds the range of {values.dtype}, though no file is at fault")
         yield name, values
 
 
@@ -317,6 +324,10 @@ class PostHocEMA:
         sigma_rels: Relative lengths of the tracked EMAs; two of them allow any other length.
         halflives: Half-lives, in images, of further EMAs with a traditional profile.
         rampup: Maximum half-life as a share of the images seen.
+
+    Raises:
+        UsageError: No length is given; the module is wrapped by torch.compile or DistributedDataParallel, which change
+            the names of tensors; or a tensor has a dtype that files cannot hold, such as complex numbers.
     """
 
     def __init__(
@@ -334,6 +345,7 @@ class PostHocEMA:
             *(TraditionalProfile(halflife, rampup) for halflife in halflives),
         ]
         tensors = module.state_dict()
+        _check_trackable(module, tensors)
         parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
         self.tracker = ema.Tracker(tensors, profiles, copied_names=tensors.keys() - parameters)
 
@@ -341,14 +353,29 @@ class PostHocEMA:
         """Update the averages to nimg images seen. Raises UsageError unless nimg increases."""
         if not nimg > self.nimg:
             raise UsageError(f"update({nimg}): the last update was at image {self.nimg:,}; pass a larger number")
-        self.tracker.rebind(self.module.state_dict())  # the module may have been moved to another device
+        tensors = self.module.state_dict()
+        if tensors.keys() != self.tracker.tensors.keys():
+            changed = sorted(tensors.keys() ^ self.tracker.tensors.keys())
+            raise UsageError(f"the module has other tensors than at construction ({', '.join(changed[:3])})")
+        self.tracker.rebind(tensors)  # the module may have been moved to another device
         self.tracker.update(self.nimg, nimg)
         self.nimg = nimg
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write a snapshot of each EMA to FOLDER/snapshots; return the paths. Raises UsageError before any update."""
+        """Write a snapshot of each EMA to FOLDER/snapshots; return the paths.
+
+        Raises:
+            UsageError: There was no update yet, or the folder contains snapshots of another run.
+        """
         if not self.nimg:
             raise UsageError("no update yet: call update(nimg) before save")
+        for path in (Path(folder) / "snapshots").glob("*.safetensors"):
+            if read_header(path).config_dict != {"trainer": self.run_id}:
+                raise UsageError(
+                    f"{folder} holds snapshots of another run, such as {path.name}: choose another folder, or continue "
+                    "that run with load_state_dict(its state_dict)"
+                )
+            break  # all files of a folder belong to one run
         paths = [snapshot_path(Path(folder) / "snapshots", self.nimg, profile) for profile in self.tracker.averages]
         for path, (profile, average) in zip(paths, self.tracker.averages.items(), strict=True):
             tensors = {name: ema.full_tensor(tensor) for name, tensor in average.items()}
@@ -382,12 +409,42 @@ class PostHocEMA:
         self.nimg, self.run_id = state["nimg"], state["name"]
 
 
+def _check_trackable(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Raise UsageError for a module whose snapshots could not be loaded later."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        raise UsageError("the module is wrapped by DistributedDataParallel, which prefixes names: pass ddp.module")
+    for name, tensor in tensors.items():
+        if "_orig_mod." in name:
+            raise UsageError(
+                f"{name}: the names of a compiled module do not fit the module itself. Pass the module that was "
+                "compiled (compiled._orig_mod), or compile in place with module.compile()"
+            )
+        if tensor.dtype not in DTYPE_NAMES:
+            raise UsageError(
+                f"{name} is {tensor.dtype}, which snapshots cannot hold: register the buffer with persistent=False, or "
+                "store it as real numbers (torch.view_as_real)"
+            )
+
+
 def read(path: Path) -> tuple[dict[str, Tensor], RunConfig, Snapshot]:
     """Return the weights, the settings of the run and the description of a snapshot; errors as for `read_header`."""
     snapshot = read_header(path)
     tensors = read_tensors(path)
     tensors.pop(CONTROL_ROWS, None)
     return tensors, config_of(snapshot), snapshot
+
+
+def weights_digest(path: Path, max_bytes: int = 2**20) -> str:
+    """Return a hash of the first tensors of a snapshot, by name, which tells trainings apart without reading it all."""
+    digest, tensors, num_bytes = hashlib.sha256(), read_tensors(path), 0
+    for name in sorted(tensors):
+        data = tensors[name].reshape(-1)[:max_bytes].contiguous().view(torch.uint8).numpy()
+        digest.update(name.encode())
+        digest.update(data.tobytes())
+        num_bytes += data.size
+        if num_bytes >= max_bytes:
+            break
+    return digest.hexdigest()[:16]
 
 
 def load_control_rows(run_folder: Path) -> Tensor | None:

@@ -34,6 +34,7 @@ from gesso.config.overrides import (
     to_annotated_yaml,
     to_dict,
     to_yaml,
+    unused_sample_settings,
     validate,
 )
 from gesso.config.process import EDMConfig, ProcessConfig, RFConfig, VPConfig
@@ -92,5 +93,6 @@ __all__ = [
     "to_annotated_yaml",
     "to_dict",
     "to_yaml",
+    "unused_sample_settings",
     "validate",
 ]

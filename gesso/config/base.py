@@ -36,6 +36,11 @@ def parse_count(value: object) -> object:
     return value
 
 
+def source_path(value: str) -> str:
+    """Return `folder:PATH`, as the recipe of own images is written, as PATH; return any other source unchanged."""
+    return value.removeprefix("folder:") if len(value) > len("folder:") else value
+
+
 def parse_list(value: object) -> object:
     """Return `a,b` and `[a,b]` as a list of strings; return a value that is not a string unchanged."""
     if isinstance(value, str):

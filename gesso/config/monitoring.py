@@ -24,7 +24,7 @@ class MonitorConfig(Settings):
     magnitude_samples: PositiveCount = 4_096
     """number of training samples over which activation magnitudes are measured"""
     sample_every: PositiveCount | None = None
-    """interval of sample grids, in images; written to samples/nimgN.png with the settings sample.* and the tracked EMA
+    """interval of sample grids, in images; written to sheets/nimgN.png with the settings sample.* and the tracked EMA
     closest to the requested one"""
     num_samples: PositiveCount = 16
     """number of images in a sample grid; their seeds are 0, 1, 2, ..."""

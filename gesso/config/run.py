@@ -3,9 +3,18 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveFloat, model_validator
 
-from gesso.config.base import Count, PositiveCount, PositiveFraction, Probability, Settings, SigmaRel, parse_list
+from gesso.config.base import (
+    Count,
+    PositiveCount,
+    PositiveFraction,
+    Probability,
+    Settings,
+    SigmaRel,
+    parse_list,
+    source_path,
+)
 from gesso.config.conditioning import ControlConfig, Dropout, SemanticConfig
 from gesso.config.initialization import InitConfig
 from gesso.config.monitoring import MonitorConfig
@@ -21,7 +30,7 @@ Resize = Literal["lanczos", "adm", "bicubic"]
 class DataConfig(Settings):
     """Training images and their preparation."""
 
-    source: str = "digits"
+    source: Annotated[str, AfterValidator(source_path)] = "digits"
     """digits, digits-mixed-resolution, shapes, shapes-class (shapes:5000 for 5,000 images), or a path: a folder with a
     sub-folder per class, a folder with captions, EDM2's zip, webdataset tars, parquet files, or a cache
     (docs/data.md)"""
@@ -51,6 +60,9 @@ class DataConfig(Settings):
     """number of classes; recorded when the source is opened; 0 trains without labels"""
     class_names: tuple[str, ...] | None = None
     """names of the classes; recorded when the source is opened"""
+    untrained_classes: tuple[int, ...] | None = None
+    """indices of classes without images, which samples do not show by default; recorded when the source is opened;
+    null: none"""
     example_captions: tuple[str, ...] | None = None
     """captions of some images, used as default prompts; recorded when the source is opened"""
     fingerprint: str | None = None

@@ -107,6 +107,25 @@ class SampleConfig(Settings):
         width, height = (int(part) for part in (self.aspect or "1:1").split(":"))
         return width / height
 
+    def unused_settings(self) -> dict[str, str]:
+        """Return the settings that have no effect, with the setting that is the reason."""
+        unused: dict[str, str] = {}
+        if self.S_churn == 0:
+            unused |= dict.fromkeys(("S_min", "S_max", "S_cap", "S_noise"), "sample.S_churn=0")
+        if self.guidance == 1:
+            names = ("guidance_interval", "guidance_schedule", "guided_channels", "guidance_base_resolution",
+                     "guide_run", "guide_conditioning", "guide_sigma_rel", "guide_nimg")  # fmt: skip
+            unused |= dict.fromkeys(names, "sample.guidance=1")
+        if self.guidance_schedule == "constant":
+            unused["guidance_power"] = "sample.guidance_schedule=constant"
+        if self.size_conditioning == "train":
+            unused["size_range"] = "sample.size_conditioning=train"
+        if self.halflife is None:
+            unused["rampup"] = "sample.halflife=null"
+        else:
+            unused["sigma_rel"] = f"sample.halflife={self.halflife}"
+        return unused
+
     @model_validator(mode="after")
     def _check_noise(self) -> "SampleConfig":
         if self.aspect is not None and not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.aspect):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gesso.config import Resize
+from gesso.config.base import source_path
 from gesso.data import crops
 from gesso.data.encoders import face_blur
 from gesso.data.encoders.hub import error_summary
@@ -113,6 +114,7 @@ def open_image_set(
     """
     if blur_faces:
         face_blur.import_opencv()
+    uri = source_path(uri)
     source = NpzSource(uri) if uri.endswith(".npz") else open_source(uri)
     if source.has_latents:
         raise UsageError(f"{uri} has latents: only images can be evaluated")

@@ -7,8 +7,9 @@ A sample depends on its seed only, and so does its part: any number of ranks sha
 command computes those that are missing.
 """
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +18,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from gesso import atomic_io, devices, ema, sampling, snapshot
+from gesso import atomic_io, config, devices, ema, sampling, snapshot
 from gesso.config import EvalConfig, RunConfig
 from gesso.data.cache.format import is_cache, open_manifest
-from gesso.data.factory import open_dataset
-from gesso.errors import UsageError
+from gesso.data.factory import check_replaced_source, open_dataset
+from gesso.errors import GessoError, UsageError
 from gesso.evaluation import feature_stats, results, run_sampler, toy_evaluation, validation
 from gesso.evaluation.feature_stats import FeatureStats, Moments, Progress, ProgressCallback
 from gesso.evaluation.image_sets import ImageSet, open_image_set
@@ -29,6 +30,7 @@ from gesso.evaluation.metrics import kernel_distance, select_metrics
 from gesso.evaluation.metrics.base import Metric, MetricInputs
 from gesso.evaluation.networks import load_networks, lpips
 from gesso.evaluation.networks.base import FeatureNetwork
+from gesso.evaluation.networks.downloads import INCEPTION_FILES, local_path
 from gesso.evaluation.results import Evaluation
 from gesso.evaluation.run_sampler import RunSampler
 from gesso.evaluation.tasks import EvalContext, ShardedTask, Timing, load_features, run_task
@@ -38,18 +40,67 @@ REFERENCE_PART_SIZE = 20_000
 """Reference images whose statistics make one file."""
 REFERENCE_BATCH_SIZE = 64
 """Reference images in a batch of a feature network."""
+DEFAULT_NUM_SAMPLES = 1000
+"""Maximum number of samples and of validation pairs of the default metrics."""
 
 
-def evaluate_run(folder: Path, run: RunConfig, progress: ProgressCallback) -> list[str]:
+def evaluate_run(
+    folder: Path, run: RunConfig, progress: ProgressCallback, log: Callable[[str], None] = lambda text: None
+) -> list[str]:
     """Evaluate a run: eval.metrics, or eval.toy_metrics if there are none. Returns the lines to print.
 
-    Under torchrun all ranks share the work of eval.metrics, and the first one returns lines.
+    If there are neither, the metrics are those of `default_metrics`. Under torchrun all ranks share the work of
+    eval.metrics, and the first one returns lines.
+
+    Args:
+        folder: Run folder.
+        run: Settings of the run.
+        progress: Called with the number of finished and of all items.
+        log: Prints a line before the work starts.
 
     Raises:
         UsageError: The run or this machine lacks something that a metric needs.
     """
-    if not run.eval.metrics:
+    if run.eval.metrics:
+        return _evaluate_metrics_of_run(folder, run, progress)
+    if run.eval.toy_metrics != "none":
         return toy_evaluation.evaluate(folder, run, progress)
+    run, note = default_metrics(run)
+    log(note)
+    lines = toy_evaluation.evaluate(folder, run, progress)
+    return [*lines, *(_evaluate_metrics_of_run(folder, run, progress) if run.eval.metrics else [])]
+
+
+def default_metrics(run: RunConfig) -> tuple[RunConfig, str]:
+    """Return a run without metrics with those that need nothing else, and a note on them.
+
+    They are the validation loss if there are validation images, and kid if the weights of Inception are on this
+    machine, on at most DEFAULT_NUM_SAMPLES samples.
+    """
+    cfg, metrics, missing = run.eval, list[str](), list[str]()
+    if run.data.num_validation or run.monitor.validation_source or cfg.validation_source:
+        metrics.append("loss")
+    else:
+        missing.append("eval.validation_source=PATH, or data.num_validation=N in training, for a validation loss")
+    weights = INCEPTION_FILES[cfg.inception]
+    reference = None
+    if local_path(weights, Path(cfg.weights_dir) if cfg.weights_dir else None).is_file():
+        with contextlib.suppress(GessoError):
+            reference = _open_reference(run)
+    else:
+        missing.append("eval.metrics=kid, which downloads Inception")
+    changes: dict[str, object] = {"validation_pairs": min(cfg.validation_pairs, DEFAULT_NUM_SAMPLES)}
+    if reference and reference.num_images > 1:
+        metrics.append("kid")
+        changes["num_samples"] = count = min(cfg.num_samples, reference.num_images, DEFAULT_NUM_SAMPLES)
+        changes["kid_subset"] = min(cfg.kid_subset, count)
+    run = run.model_copy(update={"eval": cfg.model_copy(update={"metrics": tuple(metrics), **changes})})
+    measured = ", ".join([*metrics, "sheets of samples and nearest training images"])
+    cure = f"; for more, set {'; '.join(missing)}" if missing else ""
+    return run, f"no eval.metrics are set, so this makes: {measured}{cure}"
+
+
+def _evaluate_metrics_of_run(folder: Path, run: RunConfig, progress: ProgressCallback) -> list[str]:
     rank, world_size, local_rank, _ = devices.rank_from_env()
     device = sampling.run_device(run)
     if device.type == "cuda" and world_size > 1:
@@ -74,6 +125,7 @@ def evaluate_metrics(context: EvalContext, progress: ProgressCallback) -> Evalua
     run, cfg = context.run, context.run.eval
     metrics, _ = select_metrics(cfg.metrics), select_metrics(cfg.repeated)
     _check_run(run, metrics)
+    check_replaced_source(run, config.load_config(context.folder / "run.yaml"))
     networks = load_networks((metric.network for metric in metrics), cfg, context.device, run.sample_size)
     reference = _open_reference(run) if any(metric.needs_reference for metric in metrics) else None
     if reference:

@@ -76,7 +76,7 @@ class RunData(NamedTuple):
 
     def sample_grids(self) -> list[tuple[int, Path]]:
         """Return the images seen and the PNG file of each grid of samples from the training, in order."""
-        return sorted((int(path.stem.removeprefix("nimg")), path) for path in self.path.glob("samples/nimg*.png"))
+        return sorted((int(path.stem.removeprefix("nimg")), path) for path in self.path.glob("sheets/nimg*.png"))
 
 
 def _nested_get(value: Any, keys: Sequence[str | int]) -> Any:

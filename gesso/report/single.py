@@ -87,7 +87,7 @@ def cards(run_data: RunData) -> list[tuple[str, str]]:
 def samples(run_data: RunData) -> list[Figure]:
     """Return the samples of `gesso evaluate` and their nearest training images."""
     sampling = run_data.run.sample
-    by_class, nearest = run_data.path / "samples" / "by_class.png", run_data.path / "samples" / "nearest.png"
+    by_class, nearest = run_data.path / "sheets" / "by_class.png", run_data.path / "sheets" / "nearest.png"
     if not by_class.is_file():
         return []
     rows = "One row per class. " if run_data.run.data.num_classes else ""

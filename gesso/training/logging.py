@@ -79,11 +79,11 @@ class ProgressBar:
         self.last_print_time = time.monotonic()
         if self.is_interactive:
             self.progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TextColumn("{task.completed:,}/{task.total:,}"),
                 _RateColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=console,
@@ -107,4 +107,4 @@ class ProgressBar:
             self.progress.update(self.task, completed=min(done, self.total), total=self.total, note=note)
         elif time.monotonic() - self.last_print_time > 15:
             self.last_print_time = time.monotonic()
-            self.console.print(f"{self.title}: {done:,}/{self.total:,}  {note}", highlight=False)
+            self.console.print(f"{self.title}: {done:,}/{self.total:,}  {note}", highlight=False, markup=False)

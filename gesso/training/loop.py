@@ -1,6 +1,7 @@
 """The training loop: steps, and the logging and snapshots between them."""
 
 import functools
+import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ def train(
     """
     trainer = Trainer(run, dataset, ranks, device, denoiser)
     trainer.nimg = checkpoint.load_latest(
-        out / "state", trainer.state_tensors(), lambda text: console.print(f"warning: {text}"), ranks
+        out / "state", trainer.state_tensors(), lambda text: console.print(f"warning: {text}", markup=False), ranks
     )
     log = RunLog(out / "log.jsonl") if ranks.is_main else None
     if log:
@@ -79,6 +80,11 @@ def train(
         log.trackers = [*trackers.open_trackers(run, out, trainer.nimg), *more_trackers]
     if trainer.nimg:
         console.print(f"resumed at image {trainer.nimg:,}", highlight=False)
+        if trainer.nimg >= run.train.total_images:
+            console.print(
+                f"note: the run is finished; train.total_images={2 * trainer.nimg} or another number trains it longer",
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
     elif log and dataset.unreadable:
         log.write(nimg=0, unreadable=dataset.unreadable)
     writer = checkpoint.CheckpointWriter(ranks, run.train.rank_timeout_s)
@@ -122,7 +128,7 @@ def _run_steps(
                 line["slow_ranks"] = stragglers
             if stragglers.keys() - announced:
                 progress.console.print(
-                    "\n".join(f"slow: {name}, {x:g} times the median" for name, x in stragglers.items())
+                    "\n".join(f"slow: {name}, {x:g} times the median" for name, x in stragglers.items()), markup=False
                 )
             announced |= stragglers.keys()
             if log:
@@ -141,7 +147,7 @@ def _run_steps(
     if trainer.nimg < cfg.total_images:
         raise StoppedError(
             f"{signal.Signals(trainer.stop_signal).name} at image {trainer.nimg:,}: a checkpoint is written. "
-            f"Resume with\n  gesso train {out} --resume",
+            f"Resume with\n  gesso train {shlex.quote(str(out))} --resume",
             trainer.stop_signal,
         )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gesso import ema, rng, sampling
+from gesso import conditioning, ema, rng, sampling
 from gesso.conditioning import Cond
 from gesso.config import RunConfig
 from gesso.data.base import Dataset
@@ -69,7 +69,7 @@ class EvalModel:
 
 
 class Monitor:
-    """Write the measurements that monitor.* selects to the log, and sample grids to samples/, whenever they are due.
+    """Write the measurements that monitor.* selects to the log, and sample grids to sheets/, whenever they are due.
 
     The monitor does not change the trainer or its random numbers. The constructor raises UsageError for anything that
     cannot be measured.
@@ -181,8 +181,8 @@ class Monitor:
     def sample_cond(self) -> Cond:
         """The conditions of a sample grid."""
         n = self.cfg.num_samples
-        labels = sampling.expand_labels(self.run, None, n)
-        prompts = sampling.expand_prompts(self.run, (), n)
+        labels = conditioning.expand_labels(self.run, None, range(n))
+        prompts = conditioning.expand_prompts(self.run, (), range(n))
         return sampling.build_cond(self.run, range(n), self.trainer.control_rows, labels, prompts)[0]
 
     def log_samples(self) -> None:
@@ -192,7 +192,7 @@ class Monitor:
             images = self.generate_images(denoiser, self.sample_cond, n)
         if self.log:
             grid = sampling.image_grid(images, columns=max(1, round(n**0.5)))
-            sampling.save_png(grid, self.out / "samples" / f"nimg{self.trainer.nimg:012d}.png")
+            sampling.save_png(grid, self.out / "sheets" / f"nimg{self.trainer.nimg:012d}.png")
             self.log.log_image(self.trainer.nimg, grid)
 
     @functools.cached_property

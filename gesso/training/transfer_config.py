@@ -3,6 +3,7 @@
 Legend: k ratio of the latent resolutions, new over source; lambda guidance.
 """
 
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -246,8 +247,9 @@ def class_mapping(run: RunConfig, source: InitSource) -> tuple[int | None, ...] 
     if labels == "names":
         if not (names and source_names):
             raise UsageError(f"init.labels=names: the classes of {'the source' if names else 'this run'} have no names")
-        source_index = {name: i for i, name in enumerate(source_names)}
-        return tuple(source_index.get(name) for name in names)
+        # Folders of macOS and Linux write one name in different Unicode normalizations.
+        source_index = {unicodedata.normalize("NFC", name): i for i, name in enumerate(source_names)}
+        return tuple(source_index.get(unicodedata.normalize("NFC", name)) for name in names)
     if not Path(labels).is_file() and len(run.init.class_mapping or ()) == n:
         return run.init.class_mapping  # recorded when the file still existed
     return _read_class_mapping(

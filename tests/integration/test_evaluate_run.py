@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.encoders import write_full_clip
 from helpers.feature_weights import inception_state, lpips_states, write_weights
-from helpers.run_factory import write_run
+from helpers.run_factory import small_run, write_run
 
 from gesso import atomic_io, config, ema, sampling, snapshot
 from gesso.config import EvalConfig
@@ -29,6 +29,7 @@ from gesso.evaluation.networks.toy_networks import load_digit_features
 from gesso.evaluation.tasks import EvalContext
 
 CPU = torch.device("cpu")
+VALIDATION_OFF = {"monitor.validate_every": "null"}
 SILENT = lambda done, total: None  # noqa: E731
 
 
@@ -505,3 +506,37 @@ def test_scores_of_several_averages(tmp_path, monkeypatch):
         run_at_length = recorded_run(tmp_path / "run", *output, *([f"sample.halflife={halflife}"] if halflife else []))
         actual = runner.evaluate_metrics(EvalContext(tmp_path / "run", run_at_length, CPU), SILENT)
         assert actual.metrics["fd_digits"]["values"] == by[halflife]
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("has_weights", [False, True])
+def test_default_metrics_are_those_that_need_nothing_else(held_out, has_weights, tmp_path):
+    if has_weights:
+        (tmp_path / downloads.INCEPTION_FILES["torch-fidelity"].name).touch()
+    run = small_run(
+        **{
+            "eval.toy_metrics": "none",
+            "eval.weights_dir": tmp_path,
+            "data.num_validation": 8 * held_out,
+            **VALIDATION_OFF,
+        }
+    )
+    changed, note = runner.default_metrics(run)
+    assert changed.eval.metrics == ("loss",) * held_out + ("kid",) * has_weights
+    assert ("data.num_validation=N in training" in note) == (not held_out)
+    assert ("eval.metrics=kid, which downloads Inception" in note) == (not has_weights)
+    if has_weights:
+        assert changed.eval.num_samples == changed.eval.kid_subset == runner.DEFAULT_NUM_SAMPLES
+
+
+def test_default_metrics_are_said_before_the_work_and_computed(tmp_path, monkeypatch):
+    run = write_run(
+        tmp_path,
+        **{"eval.toy_metrics": "none", "data.num_validation": 8, "eval.validation_pairs": 16, **VALIDATION_OFF},
+    )
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    events: list[str] = []
+    lines = runner.evaluate_run(tmp_path, run, lambda done, total: events.append("work"), events.append)
+    assert events[0].startswith("no eval.metrics are set, so this makes: loss, sheets") and "work" in events
+    assert any(line.startswith("loss") for line in lines), lines
+    assert {path.name for path in (tmp_path / "sheets").iterdir()} == {"by_class.png", "nearest.png"}

@@ -505,7 +505,7 @@ def test_what_a_watched_run_leaves(seen):
     at = lambda key: [line["nimg"] for line in lines if key in line]  # noqa: E731
     assert at("validation") == [96, 192, 288, 384, 480, 576] and at("magnitudes") == [128, 256, 384, 512, 640]
     assert at("metrics") == [320, 640] and at("loss") == [128, 256, 384, 512, 640]
-    assert sorted(p.name for p in (seen / "samples").glob("nimg*")) == [
+    assert sorted(p.name for p in (seen / "sheets").glob("nimg*")) == [
         f"nimg{n:012d}.png" for n in (160, 320, 480, 640)
     ]
     validated_ = next(line for line in lines if "validation" in line)
@@ -586,8 +586,8 @@ def test_a_resumed_run_has_the_same_log_and_pictures(seen, tmp_path, monkeypatch
     monkeypatch.setattr(loop.Trainer, "step", step)
     start_training(edm2_run(**ALL_ON), out, True, QUIET, lambda text: None)
     assert without_speed(out) == without_speed(seen)
-    for picture in (seen / "samples").glob("nimg*.png"):
-        assert (out / "samples" / picture.name).read_bytes() == picture.read_bytes()
+    for picture in (seen / "sheets").glob("nimg*.png"):
+        assert (out / "sheets" / picture.name).read_bytes() == picture.read_bytes()
     one, other = last_state(seen), last_state(out)
     assert [k for k in one if not one[k].equal(other[k])] == []
 

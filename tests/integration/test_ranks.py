@@ -351,12 +351,10 @@ def test_what_is_seen_does_not_depend_on_the_ranks(tmp_path):
         assert actual.keys() == due.keys()
         for key, value in due.items():
             assert actual[key] == pytest.approx(value, rel=2e-5, abs=1e-9), key
-        pictures = sorted((tmp_path / sharding / "samples").iterdir())
+        pictures = sorted((tmp_path / sharding / "sheets").iterdir())
         assert len(pictures) == 2
         for picture in pictures:
-            a, b = (
-                np.asarray(Image.open(f), dtype=int) for f in (picture, tmp_path / "one" / "samples" / picture.name)
-            )
+            a, b = (np.asarray(Image.open(f), dtype=int) for f in (picture, tmp_path / "one" / "sheets" / picture.name))
             assert np.abs(a - b).max() <= 1
 
 

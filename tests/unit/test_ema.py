@@ -11,9 +11,10 @@ from helpers.reference_ema import interval_weights
 from helpers.run_factory import QUIET_CONSOLE, small_run, tiny_run, with_settings, write_run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 
-from gesso import config, ema, recipes, sampling, snapshot
+from gesso import config, ema, recipes, sample_files, sampling, snapshot
 from gesso.ema import Density, PowerProfile, RawProfile, TraditionalProfile
 from gesso.ema.combine import TENSORS_PER_BLOCK
 from gesso.evaluation import runner
@@ -432,7 +433,7 @@ def test_training_resumes_bit_equal_and_samples(tmp_path):
     assert last.name == "nimg000000000048-halflife1000.safetensors"
     assert last.read_bytes() == (again / "snapshots" / last.name).read_bytes()
     recorded = config.load_config(out / "run.yaml")
-    lines = sampling.sample_to_folder(out, recorded, sampling.SampleArgs(seeds="0-1"), tmp_path / "made")
+    lines = sample_files.sample_to_folder(out, recorded, sample_files.SampleArgs(seeds="0-1"), tmp_path / "made")
     assert "half-life 1,000, image 48" in lines[-1] and "weight of the initial weights 0.97" in lines[-1]
 
 
@@ -461,8 +462,13 @@ def test_trained_average_is_the_sum_over_steps(monkeypatch, tmp_path):
         torch.testing.assert_close(tensor, expected)
 
 
+def image_to_array(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
 def read_images(path):
-    return [p.read_bytes() for p in sorted(path.glob("seed*.png"))]
+    return [image_to_array(p).tolist() for p in sorted(path.glob("seed*.png"))]
 
 
 def test_sample_command_with_other_lengths(gesso_text, folder, tmp_path):
@@ -486,7 +492,7 @@ def test_sample_command_with_other_lengths(gesso_text, folder, tmp_path):
     assert half == read_images(tmp_path / "direct")
     names = {p.name for p in (folder / "samples").iterdir()} if (folder / "samples").exists() else set()
     assert gesso_text("sample", folder, "sample.halflife=1000", "--seeds", "0")[0] == 0
-    assert {p.name for p in (folder / "samples").iterdir()} - names == {"halflife-1000"}
+    assert {p.name for p in (folder / "samples").iterdir()} - names == {"halflife-1000-nimg640"}
 
 
 def test_ema_command_writes_other_lengths(gesso_text, folder, tmp_path):

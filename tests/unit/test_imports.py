@@ -14,7 +14,7 @@ ROOT = Path(gesso.__file__).parent
 ORDER = [
     {"errors"}, {"atomic_io", "published"}, {"config", "rng", "devices", "safetensors_io"},
     {"conditioning", "extensions"},
-    {"models", "recipes"}, {"diffusion", "data", "ema"}, {"snapshot", "interop"}, {"sampling"}, {"evaluation"},
+    {"models", "recipes"}, {"diffusion", "data", "ema"}, {"snapshot", "interop"}, {"sampling"}, {"sample_files"}, {"evaluation"},
     {"training"}, {"report"}, {"api"}, {"reproduce"}, {"papers"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 LAYER_INDEX = {name: i for i, names in enumerate(ORDER) for name in names}

@@ -11,7 +11,7 @@ from helpers.run_factory import image_run
 from PIL import Image
 from rich.console import Console
 
-from gesso import config, recipes, sampling, snapshot
+from gesso import config, recipes, sample_files, sampling, snapshot
 from gesso import rng as keyed
 from gesso.config import DataConfig, LatentConfig
 from gesso.data import crops, factory, inspect
@@ -28,7 +28,7 @@ from gesso.data.on_the_fly import OnTheFlyDataset
 from gesso.data.sources import open_source
 from gesso.errors import RunError, UsageError
 from gesso.evaluation import runner
-from gesso.sampling import SampleArgs
+from gesso.sample_files import SampleArgs
 from gesso.training import loop
 from gesso.training.run_folder import open_dataset_for_run, start_training
 
@@ -358,12 +358,12 @@ def test_trains_on_latents_resumes_bit_equal_samples_and_evaluates(photos, vae, 
     assert all(full[name].equal(parts[name]) for name in full)
 
     done = config.load_config(tmp_path / "whole" / "run.yaml")
-    sampling.sample_to_folder(
+    sample_files.sample_to_folder(
         tmp_path / "whole", done, SampleArgs(seeds="0-2", control={"crop": "0,0,1,.5"}), tmp_path / "made"
     )
     assert sample_sizes(tmp_path / "made") == [(16, 16)] * 3
     runner.evaluate_run(tmp_path / "whole", done, lambda done, total: None)
-    assert (tmp_path / "whole" / "samples" / "nearest.png").exists()
+    assert (tmp_path / "whole" / "sheets" / "nearest.png").exists()
 
 
 def test_a_vae_that_is_gone_is_missed_before_any_work(photos, vae, tmp_path):
@@ -371,7 +371,7 @@ def test_a_vae_that_is_gone_is_missed_before_any_work(photos, vae, tmp_path):
     start_training(image_run(photos, **{"latent.vae": copy}), tmp_path / "run", False, QUIET, lambda text: None)
     (copy / "config.json").unlink()
     with pytest.raises(UsageError, match="the VAE"):
-        sampling.sample_to_folder(
+        sample_files.sample_to_folder(
             tmp_path / "run", config.load_config(tmp_path / "run" / "run.yaml"), SampleArgs(), None
         )
 
@@ -379,7 +379,7 @@ def test_a_vae_that_is_gone_is_missed_before_any_work(photos, vae, tmp_path):
 def test_sampling_at_another_resolution_counts_pixels(photos, vae, tmp_path):
     start_training(image_run(photos, **{"latent.vae": vae}), tmp_path / "run", False, QUIET, lambda text: None)
     run, _ = config.resolve(config.to_dict(config.load_config(tmp_path / "run" / "run.yaml")), ["sample.resolution=32"])
-    sampling.sample_to_folder(tmp_path / "run", run, SampleArgs(seeds="0"), tmp_path / "made")
+    sample_files.sample_to_folder(tmp_path / "run", run, SampleArgs(seeds="0"), tmp_path / "made")
     assert sample_sizes(tmp_path / "made") == [(32, 32)]
     with pytest.raises(UsageError, match=r"sample.resolution=20 is not a multiple of 8"):
         config.resolve(config.to_dict(run), ["sample.resolution=20"])
@@ -448,7 +448,7 @@ def test_samples_of_another_aspect_have_as_many_pixels(photos, tmp_path, aspect,
         config.to_dict(config.load_config(tmp_path / "run" / "run.yaml")), [f"sample.aspect={aspect}"]
     )
     assert run.sample_size == size[::-1]
-    sampling.sample_to_folder(tmp_path / "run", run, SampleArgs(seeds="0-1"), tmp_path / "made")
+    sample_files.sample_to_folder(tmp_path / "run", run, SampleArgs(seeds="0-1"), tmp_path / "made")
     assert sample_sizes(tmp_path / "made") == [size] * 2
 
 

@@ -46,9 +46,9 @@ def written(out: Path, lines: list[dict], toy: results.Evaluation | None = None,
     (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if toy:
         record(out, toy)
-    (out / "samples").mkdir()
+    (out / "sheets").mkdir()
     for nimg in (1000, 2000, 3000, 4000, 5000):
-        Image.new("L", (8, 8), nimg // 20).save(out / "samples" / f"nimg{nimg:012d}.png")
+        Image.new("L", (8, 8), nimg // 20).save(out / "sheets" / f"nimg{nimg:012d}.png")
     return out
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gesso import config, recipes, sampling
+from gesso import config, recipes, sample_files
 from gesso.config import DataConfig
 from gesso.data import crops, shapes_dataset
 from gesso.data.factory import open_dataset
@@ -509,8 +509,8 @@ def test_a_run_from_training_to_report(recipe, tmp_path):
     page = write_report(tmp_path).read_text()
     assert "Scores" in page and "training images" in page and "100.0%" in page
     prompt = "a red star to the left of a blue ring"
-    requested = sampling.SampleArgs(prompts=(prompt,)) if recipe == "shapes" else sampling.SampleArgs("star")
-    assert sampling.sample_to_folder(tmp_path, run, requested, tmp_path / "made")[-2].startswith("wrote 16 images")
+    requested = sample_files.SampleArgs(prompts=(prompt,)) if recipe == "shapes" else sample_files.SampleArgs("star")
+    assert sample_files.sample_to_folder(tmp_path, run, requested, tmp_path / "made")[-2].startswith("wrote 16 images")
 
 
 def test_shapes_are_read_at_the_resolution_of_the_run():
