@@ -46,6 +46,9 @@ Overrides = Annotated[
 ]
 RunFolder = Annotated[Path, _argument("run folder, such as runs/digits", metavar="RUN")]
 Out = Annotated[Path | None, _option("output file or folder", "--out")]
+AllowAddresses = Annotated[
+    bool, typer.Option("--allow-addresses", help="fetch from addresses (s3://, https://) that a recorded run names")
+]
 Recipe = Annotated[
     str,
     _argument("recipe (see gesso recipes), folder:PATH, a run.yaml, or a run folder"),
@@ -81,11 +84,14 @@ def train(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="estimate memory, time and disk from a few steps; write nothing")
     ] = False,
+    allow_addresses: AllowAddresses = False,
 ) -> None:
     """Train a recipe. The default output folder is runs/RECIPE."""
     from gesso import recipes
+    from gesso.config.addresses import confirm_addresses
 
     run, notes = recipes.resolve(recipe, list(settings or ()))
+    confirm_addresses(run, settings or [], allow_addresses)
     _print_lines(f"note: {note}" for note in notes)
     if estimate:
         from gesso.training.estimate import estimate as estimate_run
@@ -143,9 +149,12 @@ def evaluate(
     clip: Annotated[str | None, _option("folder or hub id of CLIP")] = None,
     device: Annotated[str | None, _option("auto, cpu or cuda")] = None,
     out: Out = None,
+    allow_addresses: AllowAddresses = False,
 ) -> None:
     """Evaluate a run (settings sample.* and eval.* may be changed), or a set of images against a reference."""
-    flags = {k: v for k, v in locals().items() if k not in ("folder", "settings", "protocol") and v is not None}
+    not_flags = ("folder", "settings", "protocol", "allow_addresses")
+    flags = {k: v for k, v in locals().items() if k not in (*not_flags, "not_flags") and v is not None}
+    from gesso.config.addresses import confirm_addresses
     from gesso.evaluation import protocols, runner
 
     if folder is not None and flags:
@@ -155,7 +164,9 @@ def evaluate(
         if folder is None:
             lines = runner.evaluate_images(runner.parse_image_args(settings or [], flags), progress)[1]
         else:
-            lines = runner.evaluate_run(folder, protocols.apply_protocol(folder, protocol, settings or []), progress)
+            run = protocols.apply_protocol(folder, protocol, settings or [])
+            confirm_addresses(run, settings or [], allow_addresses)
+            lines = runner.evaluate_run(folder, run, progress)
             lines.append(f"next:\n  gesso report {folder}")
     _print_lines(lines)
 
@@ -184,9 +195,11 @@ def ema(
     batch_size: Annotated[int | None, _option("images per step of --files", min=1)] = None,
     decay: Annotated[float | None, _option("EMA decay per step, if --files are traditional EMAs")] = None,
     out: Out = None,
+    allow_addresses: AllowAddresses = False,
 ) -> None:
     """Reconstruct EMA weights of any length from the snapshots of a run, or evaluate quality against EMA length."""
     from gesso import config
+    from gesso.config.addresses import confirm_addresses
     from gesso.evaluation import ema_export as export
     from gesso.evaluation import ema_sweep
 
@@ -196,6 +209,7 @@ def ema(
         return _print_lines(export.export_ema(folder, args, out, unused))
     export.check_sweepable(folder, {"--files": files, "--decay": decay, "--halflife": halflife, "--out": out})
     run = config.load_with_overrides(folder, settings, ("sample.", "eval."))
+    confirm_addresses(run, settings or [], allow_addresses)
     sweep_args = ema_sweep.EmaSweepArgs(sweep, metric, guidance, tensors or (), sigma_rel or (), nimg, num_repeats)
     with _progress("evaluating") as progress:
         lines = ema_sweep.run_ema_sweep(folder, run, sweep_args, progress)
