@@ -408,6 +408,7 @@ def sample_to_folder(folder: Path, run: RunConfig, args: SampleArgs, out: Path |
         UsageError: A setting or a condition is invalid for this run.
     """
     check_sampling(run, run_device(run))
+    atomic_io.check_run_folder(folder, "samples")
     seeds = parse_int_ranges(args.seeds, "--seeds")
     labels = expand_labels(run, None if args.label is None else parse_labels(run, args.label), len(seeds))
     prompts = expand_prompts(run, args.prompts, len(seeds))

@@ -72,6 +72,7 @@ def evaluate_metrics(context: EvalContext, progress: ProgressCallback) -> Evalua
         UsageError: The run or this machine lacks something that a metric needs; before any sample is generated.
     """
     run, cfg = context.run, context.run.eval
+    atomic_io.check_run_folder(context.folder, "evaluation")
     metrics, _ = select_metrics(cfg.metrics), select_metrics(cfg.repeated)
     _check_run(run, metrics)
     networks = load_networks((metric.network for metric in metrics), cfg, context.device, run.sample_size)

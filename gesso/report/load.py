@@ -1,10 +1,11 @@
 """Contents of a run folder that its page shows."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gesso import config
+from gesso import config, untrusted
 from gesso.config import RunConfig
 from gesso.errors import UsageError
 from gesso.evaluation import ema_sweep, results
@@ -76,7 +77,13 @@ class RunData(NamedTuple):
 
     def sample_grids(self) -> list[tuple[int, Path]]:
         """Return the images seen and the PNG file of each grid of samples from the training, in order."""
-        return sorted((int(path.stem.removeprefix("nimg")), path) for path in self.path.glob("samples/nimg*.png"))
+        grids = [(re.fullmatch(r"nimg(\d{1,18})", path.stem), path) for path in self.path.glob("samples/nimg*.png")]
+        return sorted((int(m[1]), path) for m, path in grids if m and untrusted.is_regular_inside(self.path, path))
+
+    def picture(self, name: str) -> Path | None:
+        """Return the path of a picture in samples/; None if it is missing, or a link or outside the run folder."""
+        path = self.path / "samples" / name
+        return path if untrusted.is_regular_inside(self.path, path) else None
 
 
 def _nested_get(value: Any, keys: Sequence[str | int]) -> Any:

@@ -99,7 +99,7 @@ def rejudge(table: Table, scale: str, out: Path) -> list[Path]:
     single_seed = plan.cells_without_training(table, scale)
     result = results.load_result(table, stored, out, single_seed)
     pictures = stored.get("pictures", ())
-    figures = {entry["file"]: Figure(entry["caption"], image=out / entry["file"]) for entry in pictures}
+    figures = {entry["file"]: Figure(entry["caption"], image=out / Path(entry["file"]).name) for entry in pictures}
     return _write_files(result, out, figures)
 
 
