@@ -204,16 +204,13 @@ def _acquire(lock_path: Path, timeout: float) -> BaseFileLock:
 
 
 @contextlib.contextmanager
-def _file_lock(lock_path: Path, target: Path, wait: bool = False) -> Iterator[BaseFileLock]:
-    """Yield the lock of `target`, acquired if that is possible or `wait` is True."""
+def _file_lock(lock_path: Path, target: Path) -> Iterator[BaseFileLock]:
+    """Yield the lock of `target`, acquired if no other process has it."""
     with disk_errors(target):
         lock_path.parent.mkdir(parents=True, exist_ok=True)
         if lock_path.is_symlink():
             raise UsageError(f"{lock_path} is a symbolic link, which gesso never makes: delete it")
         file_lock = _acquire(lock_path, timeout=0)
-        if wait and not file_lock.is_locked:
-            logger.warning("waiting for another process that writes %s%s", printable(target), _marker_hint(file_lock))
-            file_lock.acquire(timeout=-1)
     try:
         yield file_lock
     finally:
@@ -228,10 +225,18 @@ def _marker_hint(file_lock: BaseFileLock) -> str:
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Wait for the lock of a file that several processes read, change and write."""
-    with disk_errors(path), _file_lock(path.with_name(f".{path.name}.lock"), path, wait=True):
-        yield
+def lock(path: Path, activity: str = "writes") -> Iterator[bool]:
+    """Wait for the lock of a file that several processes read, change and write; yield whether it took waiting.
+
+    `activity` says what the other process does with the file, in a message that is logged before waiting.
+    """
+    with disk_errors(path), _file_lock(path.with_name(f".{path.name}.lock"), path) as file_lock:
+        waits = not file_lock.is_locked
+        if waits:
+            hint = _marker_hint(file_lock)
+            logger.warning("waiting for another process that %s %s%s", activity, printable(path), hint)
+            file_lock.acquire(timeout=-1)
+        yield waits
 
 
 @contextlib.contextmanager

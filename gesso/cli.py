@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from gesso.errors import GessoError, UsageError
+from gesso.untrusted import print_text
 
 # Pillow warns about unusual image metadata; images that it cannot decode are counted and reported.
 warnings.filterwarnings("ignore", module="PIL")
@@ -56,7 +57,7 @@ Recipe = Annotated[
 
 
 def _print(text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)
+    print_text(console, text)
 
 
 def _print_lines(lines: Iterable[str]) -> None:
@@ -365,7 +366,8 @@ def show_config(recipe: Recipe, settings: Overrides = None) -> None:
     from gesso.recipes import resolve
 
     run, notes = resolve(recipe, list(settings or ()))
-    errors.print(*(f"note: {note}\n" for note in notes), sep="", end="", markup=False)
+    for note in notes:
+        print_text(errors, f"note: {note}")
     sys.stdout.write(config.to_annotated_yaml(run))
 
 
@@ -401,8 +403,8 @@ def main() -> None:
     except GessoError as error:
         if debug:
             traceback.print_exc()
-        errors.print(f"gesso: {error}", markup=False, soft_wrap=True)
+        print_text(errors, f"gesso: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        errors.print("gesso: interrupted")
+        print_text(errors, "gesso: interrupted")
         sys.exit(128 + signal.SIGINT)

@@ -11,6 +11,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 MAX_TEXT_BYTES = 64 * 2**20
 """Maximum size of a JSON file, a line of a log, or a picture of a report."""
 MAX_YAML_BYTES = 4 * 2**20
@@ -23,11 +25,16 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 
 
 def printable(text: object) -> str:
-    """Return text without terminal escapes, other control characters and marks that reorder it, except newline and tab.
+    """Return text with control characters and marks that reorder it replaced by their codes, such as x1b for escape.
 
-    Each is replaced by its code, such as \\x1b, so that the text still identifies what it names.
+    Newlines and tabs are kept. The text still identifies what it names.
     """
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), str(text))
+
+
+def print_text(console: Console, text: object) -> None:
+    """Print text on a console as it is: no markup, no terminal escapes, no breaks of long lines."""
+    console.print(printable(text), markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def open_regular(path: Path, follow_links: bool = True) -> int:

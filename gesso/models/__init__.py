@@ -4,8 +4,10 @@ x (B, C, H, W) is scaled by c_in; c_noise (B,) suits the network's kind of time 
 and 1 at noise; cond is a Cond of the same batch. F has the shape of x.
 """
 
+import os
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from gesso.config import (
@@ -21,8 +23,10 @@ from gesso.config import (
     MPMMDiTppConfig,
     NetConfig,
     PixArtConfig,
+    TransformerConfig,
     UNetConfig,
 )
+from gesso.errors import UsageError
 from gesso.models import dit, edm2, edm2_ladder, mdt, mmdit, mp, mp_transformer, unet
 from gesso.models.dit import DiT, DiTAtt, PixArt
 from gesso.models.edm2 import EDM2
@@ -71,7 +75,25 @@ def build_network(cfg: NetConfig, inputs: InputSpec) -> nn.Module:
         raise ValueError(f"{cfg.name} takes no {', '.join(rejected)}; it takes: {', '.join(sorted(cfg.accepts))}")
     if inputs.num_classes and inputs.text_dim:
         raise ValueError("a network takes classes or text, not both")
+    _check_memory(cfg, inputs)
     return NETWORKS[type(cfg)](cfg, inputs)
+
+
+def _check_memory(cfg: NetConfig, inputs: InputSpec) -> None:
+    """Raise UsageError if the largest layers alone exceed the memory of the machine, before anything is allocated."""
+    if torch.get_default_device().type == "meta":
+        return
+    if isinstance(cfg, TransformerConfig):
+        count = cfg.hidden_size * (4 * cfg.hidden_size * cfg.depth + inputs.num_classes)
+    else:
+        widths = [cfg.channels * multiplier for multiplier in cfg.channel_mult]
+        count = 18 * cfg.num_blocks * sum(width**2 for width in widths)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * count > memory:
+        raise UsageError(
+            f"net.name={cfg.name} with these settings has more than {count:.2g} weights, which do not fit into the "
+            f"{memory / 2**30:.0f} GiB of this machine: set a smaller width, depth or number of classes"
+        )
 
 
 def list_blocks(net: nn.Module) -> list[nn.Module]:

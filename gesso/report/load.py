@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from gesso import config, untrusted
 from gesso.config import RunConfig
-from gesso.errors import UsageError
+from gesso.errors import RunError, UsageError
 from gesso.evaluation import ema_sweep, results
 from gesso.evaluation.results import Evaluation
 from gesso.training.logging import read_log
@@ -118,7 +118,10 @@ def _load_run(folder: Path, label: str) -> RunData:
     evaluations = list(results.read_evaluations(folder).values())
     metrics = [evaluation for evaluation in evaluations if "series" not in evaluation.protocol]
     run, lines = config.load_config(folder / "run.yaml"), read_log(folder / "log.jsonl")
-    return RunData(folder, label, run, lines, toy_results(evaluations), metrics)
+    try:
+        return RunData(folder, label, run, lines, toy_results(evaluations), metrics)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise RunError(f"{folder / results.FILE_NAME} is damaged ({type(error).__name__}): move it away") from error
 
 
 def toy_results(evaluations: Sequence[Evaluation]) -> ToyResults:

@@ -1,6 +1,5 @@
 """The list of all pages of a folder, OUT/README.md."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from gesso import atomic_io
 from gesso.errors import UsageError
 from gesso.reproduce.claims import Verdict
 from gesso.reproduce.markdown import escape, to_markdown_table
+from gesso.untrusted import read_json
 
 INDEX_HEADER = "# Tables and figures"
 
@@ -22,7 +22,10 @@ def list_results(out: Path) -> list[dict[str, Any]]:
     """Return the content of NAME-SCALE.json of all pages of a folder, in natural order of names."""
     pages = []
     for path in out.glob("*.json"):
-        page = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            page = read_json(path)
+        except (OSError, ValueError):
+            continue
         if isinstance(page, dict) and {"table", "scale", "claims", "checks", "settings"} <= page.keys():
             pages.append(page)
     return sorted(pages, key=lambda page: natural_key(f"{page['table']} {page['scale']}"))

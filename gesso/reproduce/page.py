@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gesso import atomic_io
+from gesso.errors import RunError
 from gesso.report.plotting import to_svg
 from gesso.report.render import Figure, render_page, render_template
 from gesso.reproduce import labels, markdown, plan, plots, results
@@ -18,6 +19,7 @@ from gesso.reproduce.markdown import format_table_cell, to_markdown_table
 from gesso.reproduce.plan import MeasurementJob
 from gesso.reproduce.results import CellNumbers, TableResult
 from gesso.reproduce.schema import Column, Table, Tables, get_table
+from gesso.untrusted import read_json_object
 
 TEMPLATE = Path(__file__).parent / "templates" / "page.md"
 SCALE_DESCRIPTIONS = {
@@ -95,7 +97,11 @@ def _write_files(
 
 def rejudge(table: Table, scale: str, out: Path) -> list[Path]:
     """Write a page again from NAME-SCALE.json and its PNG files, with new verdicts of the current claims."""
-    stored = json.loads((out / f"{file_stem(table.name, scale)}.json").read_text(encoding="utf-8"))
+    path = out / f"{file_stem(table.name, scale)}.json"
+    try:
+        stored = read_json_object(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({error}): delete it, and reproduce the table again") from None
     single_seed = plan.cells_without_training(table, scale)
     result = results.load_result(table, stored, out, single_seed)
     pictures = stored.get("pictures", ())

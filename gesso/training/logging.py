@@ -84,22 +84,22 @@ class ProgressBar:
     """Show images seen, images/s, loss and remaining time; without a terminal, print a line every 15 seconds."""
 
     def __init__(self, console: Console, total: int, start: int, title: str):
-        self.console, self.total, self.title = console, total, title
+        self.console, self.total, self.title = console, total, untrusted.printable(title)
         self.is_interactive = console.is_terminal
         self.last_print_time = time.monotonic()
         if self.is_interactive:
             self.progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TextColumn("{task.completed:,}/{task.total:,}"),
                 _RateColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=console,
                 refresh_per_second=4,
             )
-            self.task = self.progress.add_task(title, total=total, completed=start, note="")
+            self.task = self.progress.add_task(self.title, total=total, completed=start, note="")
 
     def __enter__(self) -> "ProgressBar":
         if self.is_interactive:
@@ -117,4 +117,4 @@ class ProgressBar:
             self.progress.update(self.task, completed=min(done, self.total), total=self.total, note=note)
         elif time.monotonic() - self.last_print_time > 15:
             self.last_print_time = time.monotonic()
-            self.console.print(f"{self.title}: {done:,}/{self.total:,}  {note}", highlight=False)
+            untrusted.print_text(self.console, f"{self.title}: {done:,}/{self.total:,}  {note}")

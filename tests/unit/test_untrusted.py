@@ -166,9 +166,9 @@ def no_flock(request, monkeypatch):
 
 def test_locks_without_flock(tmp_path, no_flock):
     with atomic_io.lock_dir(tmp_path):
-        with pytest.raises(UsageError, match=r"(?s)another process is training in.*delete .*\.lock\.held"):
-            with atomic_io.lock_dir(tmp_path):
-                pass
+        message = r"(?s)another process is training in.*delete .*\.lock\.held"
+        with pytest.raises(UsageError, match=message), atomic_io.lock_dir(tmp_path):
+            pass
         with atomic_io.try_lock(tmp_path / "a") as acquired, atomic_io.try_lock(tmp_path / "a") as again:
             assert acquired and not again
     with atomic_io.lock_dir(tmp_path), atomic_io.lock(tmp_path / "b"):
