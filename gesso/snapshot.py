@@ -278,7 +278,8 @@ def _reconstruct_tensors(
             values = tensor.expand(len(plan.targets), *tensor.shape).clone()
         else:
             coefficients = plan.coefficients(name)
-            for source, tensor, is_used in zip(plan.sources, stored, coefficients.any(axis=1).tolist(), strict=True):
+            used = [bool(row.any()) for row in coefficients]
+            for source, tensor, is_used in zip(plan.sources, stored, used, strict=True):
                 if is_used:  # a file with the coefficient 0 is not read
                     source.check(name, tensor)
             values = ema.linear_combination(stored, coefficients, device)

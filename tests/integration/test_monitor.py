@@ -170,7 +170,7 @@ def test_an_unreadable_image_gives_way_to_one_of_its_side(photos, tmp_path):
 
 
 def test_nothing_left_to_train_on():
-    with pytest.raises(UsageError, match=r"data.num_validation=1797 leaves nothing of the 1797 images"):
+    with pytest.raises(UsageError, match=r"data.num_validation=1797 leaves no training images, as digits has 1797"):
         open_dataset_for_run(tiny_run(**{"data.num_validation": 1797, "monitor.validate_every": 64}), QUIET)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gesso import config, recipes, report, sampling
+from gesso import config, recipes, sampling
 from gesso.config import DataConfig
 from gesso.data import crops, shapes_dataset
 from gesso.data.factory import open_dataset
@@ -36,6 +36,7 @@ from gesso.evaluation.networks import shapes_reader as checker
 from gesso.evaluation.networks import toy_networks
 from gesso.evaluation.networks.base import SampleConditions
 from gesso.evaluation.runner import evaluate_run
+from gesso.report import write_report
 from gesso.training.run_folder import start_training
 
 INDEX = st.integers(0, 2**63 - 1)
@@ -504,7 +505,7 @@ def test_a_run_from_training_to_report(recipe, tmp_path):
     assert (guided.protocol["series"], unguided.protocol["series"]) == ("guided", "unguided")
     assert guided.protocol["toy_metrics"] == "shapes" and guided.protocol["num_samples"] == 32
     assert guided.reference_metrics["all"] == 1 and guided.metrics.keys() == guided.reference_metrics.keys()
-    page = report.write(tmp_path).read_text()
+    page = write_report(tmp_path).read_text()
     assert "Scores" in page and "training images" in page and "100.0%" in page
     prompt = "a red star to the left of a blue ring"
     requested = sampling.SampleArgs(prompts=(prompt,)) if recipe == "shapes" else sampling.SampleArgs("star")
