@@ -96,7 +96,7 @@ def _check_memory(cfg: TransformerConfig | EDM2Config | EDM2LadderConfig | UNetC
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 4 * count > memory:
         raise UsageError(
-            f"net.name={cfg.name} with these settings has more than {count:.2g} weights, which do not fit into the "
+            f"a network with these settings net.* has more than {count:.2g} weights, which do not fit into the "
             f"{memory / 2**30:.0f} GiB of this machine: set a smaller width, depth or number of classes"
         )
 
