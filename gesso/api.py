@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gesso import conditioning, config, ema, models, recipes, sampling, snapshot
 from gesso.config import InputSpec, RunConfig
+from gesso.config.addresses import confirm_addresses
 from gesso.diffusion.denoiser import Denoiser
 from gesso.evaluation import runner
 from gesso.training.run_folder import start_training
@@ -135,6 +136,7 @@ class Run:
         num_images: int | None = None,
         settings: Settings | None = None,
         progress: Progress | None = None,
+        allow_addresses: bool = False,
     ) -> dict[str, float]:
         """Evaluate metrics of the run, as `gesso evaluate`; results are stored in the run folder too.
 
@@ -143,6 +145,7 @@ class Run:
             num_images: Number of samples; None takes eval.num_samples.
             settings: Further changes of sample.* and eval.*.
             progress: Called with the number of finished and of all samples.
+            allow_addresses: True fetches from addresses (s3://, https://) that the run folder names.
 
         Returns:
             The values by name; one metric may give several.
@@ -152,6 +155,7 @@ class Run:
         """
         changes = {"eval.metrics": ",".join(metrics), **({"eval.num_samples": num_images} if num_images else {})}
         run = self.with_settings({**changes, **(settings or {})})
+        confirm_addresses(run, to_arguments(settings or {}), allow_addresses)
         context = runner.EvalContext(self.folder, run, sampling.run_device(run))
         evaluation = runner.evaluate_metrics(context, progress or (lambda done, total: None))
         assert evaluation is not None  # None on ranks above 0

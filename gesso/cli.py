@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from gesso.errors import GessoError, UsageError
+from gesso.untrusted import print_text
 
 # Pillow warns about unusual image metadata; images that it cannot decode are counted and reported.
 warnings.filterwarnings("ignore", module="PIL")
@@ -47,6 +48,9 @@ Overrides = Annotated[
 ]
 RunFolder = Annotated[Path, _argument("run folder, such as runs/digits", metavar="RUN")]
 Out = Annotated[Path | None, _option("output file or folder", "--out")]
+AllowAddresses = Annotated[
+    bool, typer.Option("--allow-addresses", help="fetch from addresses (s3://, https://) that a recorded run names")
+]
 Recipe = Annotated[
     str,
     _argument("recipe (see gesso recipes), folder:PATH, a run.yaml, a run folder, or a Python file with recipe()"),
@@ -54,7 +58,7 @@ Recipe = Annotated[
 
 
 def _print(text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)
+    print_text(console, text)
 
 
 def _print_lines(lines: Iterable[str]) -> None:
@@ -104,11 +108,14 @@ def train(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="estimate memory, time and disk from a few steps; write nothing")
     ] = False,
+    allow_addresses: AllowAddresses = False,
 ) -> None:
     """Train a recipe. The default output folder is runs/RECIPE."""
     from gesso import recipes
+    from gesso.config.addresses import confirm_addresses
 
     run, notes = recipes.resolve(recipe, list(settings or ()))
+    confirm_addresses(run, settings or [], allow_addresses)
     _print_lines(f"note: {note}" for note in notes)
     if estimate:
         from gesso.training.estimate import estimate as estimate_run
@@ -180,9 +187,12 @@ def evaluate(
     clip: Annotated[str | None, _option("folder or hub id of CLIP")] = None,
     device: Annotated[str | None, _option("auto, cpu or cuda")] = None,
     out: Out = None,
+    allow_addresses: AllowAddresses = False,
 ) -> None:
     """Evaluate a run (settings sample.* and eval.* may be changed), or a set of images against a reference."""
-    flags = {k: v for k, v in locals().items() if k not in ("folder", "settings", "protocol") and v is not None}
+    not_flags = ("folder", "settings", "protocol", "allow_addresses")
+    flags = {k: v for k, v in locals().items() if k not in (*not_flags, "not_flags") and v is not None}
+    from gesso.config.addresses import confirm_addresses
     from gesso.evaluation import protocols, runner
 
     if folder is not None and flags:
@@ -193,6 +203,7 @@ def evaluate(
             lines = runner.evaluate_images(runner.parse_image_args(settings or [], flags), progress)[1]
         else:
             run = protocols.apply_protocol(folder, protocol, settings or [])
+            confirm_addresses(run, settings or [], allow_addresses)
             lines = runner.evaluate_run(folder, run, progress, _print)
             lines.append(f"next:\n  gesso report {shlex.quote(str(folder))}")
     _print_lines(lines)
@@ -222,9 +233,11 @@ def ema(
     batch_size: Annotated[int | None, _option("images per step of --files", min=1)] = None,
     decay: Annotated[float | None, _option("EMA decay per step, if --files are traditional EMAs")] = None,
     out: Out = None,
+    allow_addresses: AllowAddresses = False,
 ) -> None:
     """Reconstruct EMA weights of any length from the snapshots of a run, or evaluate quality against EMA length."""
     from gesso import config
+    from gesso.config.addresses import confirm_addresses
     from gesso.evaluation import ema_export as export
     from gesso.evaluation import ema_sweep
 
@@ -234,6 +247,7 @@ def ema(
         return _print_lines(export.export_ema(folder, args, out, unused))
     export.check_sweepable(folder, {"--files": files, "--decay": decay, "--halflife": halflife, "--out": out})
     run = config.load_with_overrides(folder, settings, ("sample.", "eval.", "data.source"))
+    confirm_addresses(run, settings or [], allow_addresses)
     sweep_args = ema_sweep.EmaSweepArgs(sweep, metric, guidance, tensors or (), sigma_rel or (), nimg, num_repeats)
     with _progress("evaluating") as progress:
         lines = ema_sweep.run_ema_sweep(folder, run, sweep_args, progress)
@@ -392,7 +406,8 @@ def show_config(recipe: Recipe, settings: Overrides = None) -> None:
     from gesso.recipes import resolve
 
     run, notes = resolve(recipe, list(settings or ()))
-    errors.print(*(f"note: {note}\n" for note in notes), sep="", end="", markup=False)
+    for note in notes:
+        print_text(errors, f"note: {note}")
     sys.stdout.write(config.to_annotated_yaml(run))
 
 
@@ -440,8 +455,8 @@ def main() -> None:
     except GessoError as error:
         if debug:
             traceback.print_exc()
-        errors.print(f"gesso: {error}", markup=False, soft_wrap=True)
+        print_text(errors, f"gesso: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        errors.print("gesso: interrupted")
+        print_text(errors, "gesso: interrupted")
         sys.exit(128 + signal.SIGINT)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gesso import conditioning, config, ema, sampling, snapshot
+from gesso import atomic_io, conditioning, config, ema, sampling, snapshot
 from gesso.conditioning import Cond
 from gesso.config import RunConfig
 from gesso.config.base import parse_count
@@ -84,6 +84,7 @@ def sample_to_folder(
     """
     device = sampling.run_device(run)
     sampling.check_sampling(run, device)
+    atomic_io.check_run_folder(folder, "samples", "sheets")
     seeds = list(dict.fromkeys(conditioning.parse_int_ranges(args.seeds, "--seeds")))
     labels = None if args.label is None else conditioning.parse_labels(run, args.label)
     conditions = Conditions(run, labels, args.prompts, args.control, snapshot.load_control_rows(folder))

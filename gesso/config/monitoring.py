@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from gesso.config.base import PositiveCount, Settings
+from gesso.config.base import BatchSize, PositiveCount, Settings
 
 
 class MonitorConfig(Settings):
@@ -26,7 +26,7 @@ class MonitorConfig(Settings):
     sample_every: PositiveCount | None = None
     """interval of sample grids, in images; written to sheets/nimgN.png with the settings sample.* and the tracked EMA
     closest to the requested one"""
-    num_samples: PositiveCount = 16
+    num_samples: BatchSize = 16
     """number of images in a sample grid; their seeds are 0, 1, 2, ..."""
     evaluate_every: PositiveCount | None = None
     """interval of the metrics that eval.toy_metrics selects, in images, with the settings sample.* and the tracked EMA

@@ -13,11 +13,12 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from gesso import atomic_io
+from gesso import atomic_io, untrusted
 from gesso.config.initialization import RECORDED_FIELDS
 from gesso.config.net import NetConfig
 from gesso.config.process import LINEAR_ENDS
 from gesso.config.run import RunConfig
+from gesso.config.yaml_files import load_yaml
 from gesso.errors import UsageError
 
 Tree = dict[str, Any]
@@ -50,7 +51,7 @@ def parse_value(text: str) -> Any:
     The schema converts the text further (no, 010, 200k).
     """
     try:
-        return json.loads(text)
+        return untrusted.parse_json(text)
     except ValueError:
         numbers = re.fullmatch(r"\[?([\d.eE+-]+[kKmM]?(?:,\s*[\d.eE+-]+[kKmM]?)+)\]?", text.strip())
         return [part.strip() for part in numbers[1].split(",")] if numbers else text
@@ -127,11 +128,11 @@ def parse_override(argument: str) -> Tree:
 def read_yaml(path: Path) -> Tree:
     """Return the mapping in a YAML file. Raises UsageError if there is none."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = load_yaml(path)
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UsageError(f"{path} has no settings: write a mapping such as train: {{seed: 1}}")
     return tree
@@ -149,7 +150,7 @@ def deep_merge(base: Tree, override: Tree, path: tuple[str, ...] = ()) -> Tree:
         if isinstance(value, dict) and isinstance(base.get(key), dict):
             result[key] = deep_merge(base[key], value, location)
         elif isinstance(value, dict) and key in base and key != "environment":
-            inner = ".".join((*location, next(iter(value), "?")))
+            inner = ".".join((*location, str(next(iter(value), "?"))))
             outer = ".".join(location)
             raise UsageError(f"{inner}: {outer} is the single value {base[key]!r}, without settings inside")
         else:
@@ -164,15 +165,19 @@ def switch_variant(base: Tree, override: Tree, notes: list[str]) -> Tree:
     fields recorded from the old one. A new `process.betas` resets the ends of the old schedule.
     """
     base = dict(base)
+    for path, block in base.items():
+        if not isinstance(block, dict) and isinstance(override.get(path), dict) and path in RunConfig.model_fields:
+            raise UsageError(f"{path} = {shorten(block)}: should be a mapping of settings, such as {path}: {{...}}")
     given, old = override.get("init"), base.get("init") or {}
     if isinstance(given, dict) and given.get("source", old.get("source")) != old.get("source"):
         base["init"] = {k: v for k, v in old.items() if k not in RECORDED_FIELDS}
     for path in ("net", "process"):
         given = override.get(path)
         new = given.get("name") if isinstance(given, dict) else None
-        old = base.get(path, {}).get("name")
+        block = base.get(path, {})
+        old = block.get("name") if isinstance(block, dict) else None
         known = variants(path)
-        if new in known and old != new:
+        if isinstance(new, str) and isinstance(old, str) and new in known and old != new:
             common = {k: v for k, v in base[path].items() if k in known[new].model_fields and k != "name"}
             dropped = [k for k in base[path] if k not in common and k != "name"]
             base[path] = {"name": new, **common}
@@ -241,6 +246,15 @@ def build_net_config(values: Tree) -> NetConfig:
     raise UsageError("\n  ".join(["the network is not valid:", *lines])) from None
 
 
+def shorten(value: object) -> str:
+    """Return a value as JSON of at most 60 characters, for messages."""
+    try:
+        text = json.dumps(value, default=str)
+    except (TypeError, ValueError, RecursionError):  # keys that are no text, numbers of thousands of digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) < 60 else text[:57] + "..."
+
+
 def format_error(error: Any) -> str:
     """Return one line for an error of pydantic: path = value, what is wrong, and the closest valid name."""
     location = [str(part) for part in error["loc"]]
@@ -251,8 +265,7 @@ def format_error(error: Any) -> str:
     elif len(location) > 1:
         model = RunConfig.model_fields[location[0]].annotation
     path = ".".join(location)
-    value = json.dumps(error["input"], default=str)
-    value = value if len(value) < 60 else value[:57] + "..."
+    value = shorten(error["input"])
     match error["type"]:
         case "extra_forbidden":
             prefix = ".".join(location[:-1]) + "." if location[:-1] else ""

@@ -9,7 +9,7 @@ from torch import Tensor
 from gesso import rng
 from gesso.config import DataConfig, LatentConfig
 from gesso.data.encoders.vae import VAE, posterior_sample
-from gesso.errors import UsageError
+from gesso.errors import NonFiniteSamplesError, UsageError
 
 
 class Normalizer:
@@ -74,7 +74,18 @@ class Normalizer:
         return low, high
 
     def x0_to_pixels(self, x0: Tensor) -> Tensor:
-        """Convert x0 to pixels (B, C, H, W) uint8, clipped to 0..255."""
+        """Convert x0 to pixels (B, C, H, W) uint8, clipped to 0..255.
+
+        Raises:
+            NonFiniteSamplesError: x0 has NaN or infinity.
+            RunError: The VAE gives NaN or infinity.
+        """
+        if num_bad := len(x0) - int(x0.isfinite().flatten(1).all(dim=1).sum()):
+            raise NonFiniteSamplesError(
+                f"{num_bad} of {len(x0)} samples have NaN or infinity, so no image is made of them.\n"
+                "Set sample.precision=full, sample.state_dtype=float64, sample.guidance lower or sample.steps higher. "
+                "If that does not help, the weights are damaged: choose other ones with --nimg or eval.nimg"
+            )
         raw = x0 * (self.std.to(x0.dtype) / self.sigma_data) + self.mean.to(x0.dtype)
         if self.latent.vae:
             return self.vae.decode(raw)

@@ -22,10 +22,11 @@ from gesso import atomic_io, config, devices, ema, sampling, snapshot
 from gesso.config import EvalConfig, RunConfig
 from gesso.data.cache.format import is_cache, open_manifest
 from gesso.data.factory import check_replaced_source, open_dataset
+from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import GessoError, UsageError
 from gesso.evaluation import feature_stats, results, run_sampler, toy_evaluation, validation
 from gesso.evaluation.feature_stats import FeatureStats, Moments, Progress, ProgressCallback
-from gesso.evaluation.image_sets import ImageSet, open_image_set
+from gesso.evaluation.image_sets import ImageSet, open_image_set, read_npz_arrays
 from gesso.evaluation.metrics import kernel_distance, select_metrics
 from gesso.evaluation.metrics.base import Metric, MetricInputs
 from gesso.evaluation.networks import load_networks, lpips
@@ -38,6 +39,8 @@ from gesso.evaluation.validation import ValidationLoss
 
 REFERENCE_PART_SIZE = 20_000
 """Reference images whose statistics make one file."""
+COVARIANCE_TOLERANCE = 1e-4
+"""Largest asymmetry and negative eigenvalue of a stored covariance, relative to its largest value."""
 REFERENCE_BATCH_SIZE = 64
 """Reference images in a batch of a feature network."""
 DEFAULT_NUM_SAMPLES = 1000
@@ -123,6 +126,7 @@ def evaluate_metrics(context: EvalContext, progress: ProgressCallback) -> Evalua
         UsageError: The run or this machine lacks something that a metric needs; before any sample is generated.
     """
     run, cfg = context.run, context.run.eval
+    atomic_io.check_run_folder(context.folder, "evaluation")
     metrics, _ = select_metrics(cfg.metrics), select_metrics(cfg.repeated)
     _check_run(run, metrics)
     check_replaced_source(run, config.load_config(context.folder / "run.yaml"))
@@ -138,6 +142,39 @@ def evaluate_metrics(context: EvalContext, progress: ProgressCallback) -> Evalua
     evaluation = Evaluation(protocol, results.describe_weights(plan, target))
     parts_dir = context.folder / "evaluation" / evaluation.key
 
+    recorded = results.read_evaluations(context.folder).get(evaluation.key)
+    # Only one command computes an evaluation; an equal one waits for it and returns its result.
+    with atomic_io.lock(parts_dir, "computes") if context.rank == 0 else contextlib.nullcontext(False) as has_waited:
+        current = results.read_evaluations(context.folder).get(evaluation.key) if has_waited else None
+        if current and current != recorded:
+            return current
+        inputs = EvalInputs(metrics, networks, reference, validation_loss, denoiser)
+        computed = _compute_evaluation(context, evaluation, inputs, parts_dir, progress)
+    if computed is None:
+        return None
+    notes = list(computed.notes)
+    fit = plan.worst_fit(target)
+    if fit.squared_error > sampling.MAX_PROFILE_ERROR**2:
+        notes.append(f"warning: the stored snapshots cannot reconstruct {target} accurately: {fit}")
+    return computed._replace(notes=(*notes, *_few_samples_note(cfg.num_samples, metrics, networks)))
+
+
+class EvalInputs(NamedTuple):
+    """Metrics of an evaluation, and everything opened for them."""
+
+    metrics: Sequence[Metric]
+    networks: Mapping[str, FeatureNetwork]
+    reference: ImageSet | None
+    validation_loss: ValidationLoss | None
+    denoiser: Denoiser
+
+
+def _compute_evaluation(
+    context: EvalContext, evaluation: Evaluation, inputs: EvalInputs, parts_dir: Path, progress: ProgressCallback
+) -> Evaluation | None:
+    """Run the tasks of an evaluation, compute its values and record them. Returns None on ranks above 0."""
+    run, cfg = context.run, context.run.eval
+    metrics, networks, reference, validation_loss, denoiser = inputs
     notes = kernel_distance.subset_size_note(metrics, cfg)
     tasks: dict[str, ShardedTask] = {}
     if networks:
@@ -167,10 +204,7 @@ def evaluate_metrics(context: EvalContext, progress: ProgressCallback) -> Evalua
     if context.ema_target is None:
         results.record_evaluation(context.folder, evaluation)
     atomic_io.remove_dir(parts_dir)
-    fit = plan.worst_fit(target)
-    if fit.squared_error > sampling.MAX_PROFILE_ERROR**2:
-        notes.append(f"warning: the stored snapshots cannot reconstruct {target} accurately: {fit}")
-    return evaluation._replace(notes=(*notes, *_few_samples_note(cfg.num_samples, metrics, networks)))
+    return evaluation._replace(notes=tuple(notes))
 
 
 class ImageSetArgs(NamedTuple):
@@ -390,14 +424,9 @@ def _open_image_reference(
     if uri is None:
         return None
     if uri.endswith(".npz"):
-        try:
-            with np.load(uri, allow_pickle=False) as arrays:
-                if "mu" in arrays and "sigma" in arrays:
-                    return _stats_from_npz(uri, metrics, arrays["mu"], arrays["sigma"])
-        except FileNotFoundError:
-            raise UsageError(f"there is no file {uri}") from None
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{uri} is not a readable .npz file ({error})") from None
+        arrays = read_npz_arrays(uri, ("mu", "sigma"))
+        if arrays:
+            return _stats_from_npz(uri, metrics, *arrays)
     reference = open_image_set(uri, args.resolution, resize=args.config.resize or "lanczos")
     if reference.size != samples.size:
         raise UsageError(
@@ -412,6 +441,16 @@ def _stats_from_npz(uri: str, metrics: Sequence[Metric], mean: np.ndarray, cov: 
         raise UsageError(f"{uri} has a mean and a covariance only, but {names[0]} needs the images: set --ref to them")
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
         raise UsageError(f"{uri}: the shapes of mu {mean.shape} and sigma {cov.shape} do not match")
+    if not len(mean) or mean.dtype.kind not in "fiu" or cov.dtype.kind not in "fiu":
+        raise UsageError(f"{uri}: mu is {mean.dtype}, sigma {cov.dtype}; both must be real numbers")
+    mean, cov = mean.astype(np.float64), cov.astype(np.float64)
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise UsageError(f"{uri}: mu or sigma has NaN or infinity")
+    scale = np.abs(cov).max()
+    if np.abs(cov - cov.T).max() > COVARIANCE_TOLERANCE * scale:
+        raise UsageError(f"{uri}: sigma is not symmetric, so it is no covariance")
+    if np.linalg.eigvalsh((cov + cov.T) / 2)[0] < -COVARIANCE_TOLERANCE * scale:
+        raise UsageError(f"{uri}: sigma has negative eigenvalues, so it is no covariance")
     return FeatureStats(Moments.from_mean_cov(torch.from_numpy(mean), torch.from_numpy(cov)))
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gesso import conditioning, ema, sampling, snapshot
+from gesso import atomic_io, conditioning, ema, sampling, snapshot
 from gesso.config import RunConfig
 from gesso.data.base import Dataset
 from gesso.data.factory import open_dataset
@@ -242,6 +242,7 @@ def evaluate(folder: Path, run: RunConfig, progress: ProgressCallback) -> list[s
 
 def open_toy_evaluator(folder: Path, run: RunConfig) -> ToyEvaluator:
     """Return the toy evaluator of a run folder. Raises UsageError if the training images have changed."""
+    atomic_io.check_run_folder(folder, "samples")
     dataset = open_dataset(run.data, run.latent, run.train.seed)
     if dataset.fingerprint() != run.data.fingerprint:
         raise UsageError(

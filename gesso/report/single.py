@@ -87,8 +87,8 @@ def cards(run_data: RunData) -> list[tuple[str, str]]:
 def samples(run_data: RunData) -> list[Figure]:
     """Return the samples of `gesso evaluate` and their nearest training images."""
     sampling = run_data.run.sample
-    by_class, nearest = run_data.path / "sheets" / "by_class.png", run_data.path / "sheets" / "nearest.png"
-    if not by_class.is_file():
+    by_class, nearest = run_data.picture("by_class.png"), run_data.picture("nearest.png")
+    if by_class is None:
         return []
     rows = "One row per class. " if run_data.run.data.num_classes else ""
     length = f"half-life {sampling.halflife:,}" if sampling.halflife else f"sigma_rel {sampling.sigma_rel:g}"
@@ -96,7 +96,7 @@ def samples(run_data: RunData) -> list[Figure]:
         f"Samples. {rows}{sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}, EMA of {length}."
     )
     figures = [Figure(caption, image=by_class)]
-    if nearest.is_file():
+    if nearest:
         caption = "The training image nearest to each sample, by pixel distance; copies would look the same."
         figures.append(Figure(caption, image=nearest))
     return figures

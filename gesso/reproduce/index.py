@@ -1,6 +1,5 @@
 """The list of all claims of a folder, by paper: OUT/README.md, with a plot of their effects, OUT/effects-PAPER.svg."""
 
-import json
 import math
 import re
 from collections import Counter
@@ -13,6 +12,7 @@ from gesso.errors import UsageError
 from gesso.report.render import render_template
 from gesso.reproduce.claims import Verdict
 from gesso.reproduce.markdown import EMPTY, escape, format_effect, format_table_cell, to_markdown_table
+from gesso.untrusted import read_json
 
 INDEX_HEADER = "# Reproduction results"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -56,7 +56,10 @@ def list_results(out: Path) -> list[dict[str, Any]]:
     """Return the content of NAME-SCALE.json of all pages of a folder, in natural order of names."""
     pages = []
     for path in out.glob("*.json"):
-        page = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            page = read_json(path)
+        except (OSError, ValueError):
+            continue
         if isinstance(page, dict) and {"table", "scale", "claims", "checks", "settings"} <= page.keys():
             pages.append(page)
     return sorted(pages, key=lambda page: natural_key(f"{page['table']} {page['scale']}"))

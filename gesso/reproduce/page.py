@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gesso import atomic_io
+from gesso.errors import RunError
 from gesso.report.plotting import to_svg
 from gesso.report.render import Figure, render_page, render_template
 from gesso.reproduce import markdown, plots, results
@@ -17,6 +18,7 @@ from gesso.reproduce.markdown import EMPTY, format_effect, format_table_cell, to
 from gesso.reproduce.plan import MeasurementJob
 from gesso.reproduce.results import CellNumbers, TableResult
 from gesso.reproduce.schema import Column, Table, Tables, get_table
+from gesso.untrusted import read_json_object
 
 TEMPLATE = Path(__file__).parent / "templates" / "page.md"
 SCALE_DESCRIPTIONS = {
@@ -94,10 +96,14 @@ def _write_files(
 
 def rejudge(table: Table, scale: str, out: Path) -> list[Path]:
     """Write a page again from NAME-SCALE.json, with new verdicts of the current claims and new plots of curves."""
-    stored = json.loads((out / f"{file_stem(table.name, scale)}.json").read_text(encoding="utf-8"))
+    path = out / f"{file_stem(table.name, scale)}.json"
+    try:
+        stored = read_json_object(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({error}): delete it, and reproduce the table again") from None
     result = results.load_result(table, stored, out)
     pictures = stored.get("pictures", ())
-    figures = {entry["file"]: Figure(entry["caption"], image=out / entry["file"]) for entry in pictures}
+    figures = {entry["file"]: Figure(entry["caption"], image=out / Path(entry["file"]).name) for entry in pictures}
     if has_matplotlib():
         figures |= save_plots(result, out, plots.curve_plots(result))
     return _write_files(result, out, figures)

@@ -228,7 +228,13 @@ def _load_torch_file(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
             loaded, notes = loaded[name], [f"only {name!r} of the file was read"]
             break
-    tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, dict) else {}
+    items = loaded.items() if isinstance(loaded, dict) else ()
+    tensors = {k: v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
+            raise RunError(f"init.source={path}: {name} is sparse, quantized or complex, which no weights are")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():  # strides of 0 declare more numbers than are stored
+            raise RunError(f"init.source={path}: {name} declares {tensor.nbytes:,} bytes, more than the file holds")
     if not tensors:
         raise UsageError(f"init.source={path} contains no named weights")
     return tensors, notes

@@ -23,6 +23,7 @@ from gesso.sampling import check_sampling
 from gesso.training import checkpoint, init_source, loop, optimizer, trackers, transfer, transfer_config
 from gesso.training.logging import ProgressBar
 from gesso.training.ranks import SINGLE_PROCESS, Ranks, init_distributed
+from gesso.untrusted import print_text
 
 MAX_CHECKED_CAPTIONS = 100_000
 """Number of captions checked for truncation."""
@@ -88,9 +89,9 @@ def open_dataset_for_run(run: RunConfig, console: Console) -> tuple[RunConfig, D
     with ProgressBar(console, 1, 0, f"reading {run.data.source}") as bar:
         dataset = open_dataset(run.data, run.latent, run.train.seed, lambda done, total: bar.update(done, total=total))
     for note in dataset.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        print_text(console, f"note: {note}")
     for name, reason in dataset.unreadable[:10]:
-        console.print(f"left out: {name} ({reason})", highlight=False, markup=False)
+        print_text(console, f"left out: {name} ({reason})")
     run = _apply_dataset_settings(run, dataset, console)
     text_dims = text_dims or _use_stored_text(run, dataset, console) or text.text_dims(run.semantic)
     if dataset.text_config is None:
@@ -104,7 +105,7 @@ def open_dataset_for_run(run: RunConfig, console: Console) -> tuple[RunConfig, D
         _print_untrained_classes(data, console)
     if not has_semantic and run.sample.guidance != 1 and run.sample.guide_run is None:
         tree["sample"]["guidance"] = 1.0
-        console.print("note: sample.guidance=1, because the images have no classes", highlight=False)
+        print_text(console, "note: sample.guidance=1, because the images have no classes")
     return config.validate(tree), dataset
 
 
@@ -133,10 +134,10 @@ def _apply_dataset_settings(run: RunConfig, dataset: Dataset, console: Console) 
                     f"with gesso cache --resize {tree[block][name]}, or set data.resize={value}"
                 )
             if tree[block][name] not in (None, value):
-                console.print(
+                print_text(
+                    console,
                     f"note: {block}.{name}={value} (not {tree[block][name]}), as in {run.data.source}",
-                    highlight=False, markup=False,
-                )  # fmt: skip
+                )
             tree[block][name] = value
     return config.validate(tree)
 
@@ -151,11 +152,11 @@ def _use_stored_text(run: RunConfig, dataset: Dataset, console: Console) -> dict
     if same_encoder and all(getattr(configured, name) in (None, dim) for name, dim in dims.items()):
         return dims
     dataset.text_config = None
-    console.print(
+    print_text(
+        console,
         f"note: captions are encoded by {configured.encoder}, {configured.max_tokens} tokens; to use the tokens in "
         f"{run.data.source}, set semantic.encoder={stored.encoder} semantic.max_tokens={stored.max_tokens}",
-        highlight=False, markup=False,
-    )  # fmt: skip
+    )
     return {}
 
 
@@ -171,11 +172,11 @@ def _check_captions(run: RunConfig, dataset: Dataset, console: Console) -> None:
     captions = dataset.captions[:MAX_CHECKED_CAPTIONS]
     if truncated := text.build_text_encoder(run.semantic).truncation_notes(captions):
         first = "" if len(captions) == len(dataset) else "the first "
-        console.print(
+        print_text(
+            console,
             f"note: {len(truncated):,} of {first}{len(captions):,} captions are longer than "
             f"semantic.max_tokens={run.semantic.max_tokens}, such as {truncated[0]}",
-            highlight=False, markup=False,
-        )  # fmt: skip
+        )
 
 
 PATH_SETTINGS = (
@@ -333,6 +334,7 @@ def start_training(
         optimizer.check_optimizer_config(run)
         with atomic_io.lock_dir(out) if ranks.is_main else contextlib.nullcontext():
             if ranks.is_main:
+                atomic_io.check_run_folder(out, "state", "snapshots", "samples", "evaluation")
                 for folder in (out, out / "state", out / "snapshots"):
                     atomic_io.remove_leftovers(folder)
             denoiser, report = None, list[str]()

@@ -7,12 +7,11 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gesso import config
 from gesso.config import MDTConfig, MMDiTConfig, RunConfig
 from gesso.config.initialization import RECORDED_FIELDS
 from gesso.config.net import TransformerConfig
+from gesso.config.yaml_files import load_yaml
 from gesso.errors import UsageError
 from gesso.training.init_source import InitSource
 
@@ -262,9 +261,9 @@ def _read_class_mapping(path: Path, names: list[str], source_names: list[str]) -
     if not path.is_file():
         raise UsageError(f"{prefix} is neither names, index, random nor an existing file")
     try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{prefix} is neither JSON nor YAML: {str(error).splitlines()[0]}") from None
+        mapping = load_yaml(path)  # JSON is YAML
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{prefix} is neither JSON nor YAML: {error}") from None
     if not isinstance(mapping, dict):
         raise UsageError(f"{prefix} contains no mapping {{class: source class}}")
     mapping = {str(k): None if v is None else str(v) for k, v in mapping.items()}

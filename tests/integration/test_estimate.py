@@ -74,7 +74,8 @@ def test_memory_of_more_at_once():
 @pytest.mark.parametrize(
     "peaks, micro_batch, peak, expected",
     [
-        ({1: 100_000}, 8, 100_000, ["at least 100 kB", "8 samples per pass (extrapolated from 1)", "too small to measure",
+        ({1: 100_000}, 8, 100_000, ["at least 100 kB", "8 samples per pass (extrapolated from 1)",
+                                    "too small to measure",
                                     "with 1 sample per pass", "more samples per pass than 1 were not measured"]),
         ({1: 150_000}, 8, 500_000, ["at least 500 kB", "activations and the rest 400 kB", "than 1 were not measured"]),
         ({4: 100_000, 8: 100_000}, 8, 100_000, ["at least 100 kB", "too small to measure with 8 samples"]),

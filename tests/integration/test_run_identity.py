@@ -14,7 +14,8 @@ from gesso.training.run_folder import start_training, with_absolute_paths
 
 TINY = [
     "net.hidden_size=32", "net.depth=1", "net.num_heads=2", "data.resolution=8", "train.total_images=32",
-    "train.batch_size=16", "train.checkpoint_every=16", "train.snapshot_every=16", "train.num_threads=1", "sample.steps=2",
+    "train.batch_size=16", "train.checkpoint_every=16", "train.snapshot_every=16", "train.num_threads=1",
+    "sample.steps=2",
 ]  # fmt: skip
 
 

@@ -418,7 +418,7 @@ def test_snapshots_without_halflife_metadata(tmp_path):
     # The files of power profiles are still written under this name, with these keys in this order.
     assert snapshot.snapshot_path(path.parent, 640, PowerProfile(0.05)) == path
     snapshot.write(path, {"w": torch.ones(3)}, 640, PowerProfile(0.05), run)
-    assert list(json.loads(read_metadata(path)["gesso"])) == list(description)
+    assert list(json.loads(read_metadata(path)["gesso"])) == [*description, "crc32"]
 
 
 def test_training_resumes_bit_equal_and_samples(tmp_path):
