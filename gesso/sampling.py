@@ -24,7 +24,7 @@ from gesso.config.base import parse_count
 from gesso.data import crops
 from gesso.data.batching import control_tensors, text_tensors
 from gesso.data.encoders.text import build_text_encoder
-from gesso.data.normalization import Normalizer
+from gesso.data.normalization import Normalizer, x0_ends
 from gesso.diffusion import guidance, process, samplers, schedules
 from gesso.diffusion.denoiser import Denoiser, VarianceDenoiser
 from gesso.errors import UsageError
@@ -128,7 +128,8 @@ def guided_denoiser(denoiser: Denoiser, run: RunConfig, cond: Cond, guide: Denoi
             lambda s: guidance.power_cosine(strength, float(denoiser.process.progress(s)), cfg.guidance_power),
         )
     if cfg.clip:  # x0 of pixels in [-1, 1], by channel
-        low, high = Normalizer(run.data, run.latent, denoiser.process.sigma_data, "cpu").ends()
+        mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (run.data.mean, run.data.std))
+        low, high = x0_ends(mean, std, denoiser.process.sigma_data)
         inside, outside = (guidance.clip_x0(denoise, low, high) for denoise in (inside, outside))
     if cfg.guidance_interval:
         return guidance.GuidanceInterval(inside, outside, denoiser.process.alpha, cfg.guidance_interval)
@@ -413,7 +414,7 @@ def sample_to_folder(folder: Path, run: RunConfig, args: SampleArgs, out: Path |
     prompts = expand_prompts(run, args.prompts, len(seeds))
     cond, lines = build_cond(run, seeds, snapshot.load_control_rows(folder), labels, prompts, args.control)
     guide, normalizer, profile = load_guide(folder, run), open_decoder(run), ema.sampling_profile(run.sample)
-    weights, _, nimg, fits = snapshot.reconstruct_from_run(folder, [profile], _parse_nimg(args.nimg))
+    weights, _, nimg, fits = snapshot.reconstruct_from_run(folder, [profile], parse_nimg(args.nimg))
     denoiser = snapshot.denoiser_from_weights(weights[0], run, run_device(run))
     images = torch.cat(list(generate(denoiser, run, seeds, cond, guide, normalizer)))
     target = out or folder / "samples" / _samples_folder_name(folder, run, args)
@@ -513,7 +514,7 @@ def _check_guide_conditioning(run: RunConfig, guide: RunConfig) -> None:
     _check_equal_settings(run, guide, names)
 
 
-def _parse_nimg(nimg: str | None) -> int | None:
+def parse_nimg(nimg: str | None) -> int | None:
     """Return --nimg as a number; None is the last snapshot."""
     value = parse_count(nimg) if nimg else None
     if value is not None and not isinstance(value, int):
