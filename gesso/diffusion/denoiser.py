@@ -39,7 +39,7 @@ class Denoiser(nn.Module):
             keep_ids: Ids (B, K) of the tokens that the encoder of MDT's masked pass sees; None runs the plain pass.
             return_variance: Return (B, 2 C, H, W): x0, then the network's learned variance.
         """
-        s = s.expand(len(x))
+        s = s.expand(x.shape[0])
         c_skip, c_out, c_in = (c.to(x)[:, None, None, None] for c in self.process.precondition(s))
         dtype = next((p.dtype for p in self.net.parameters()), x.dtype)
         c_noise = self.process.c_noise(s, self.noise_embedding).to(x.device, dtype)

@@ -112,12 +112,13 @@ def write_native(folder: Path, run: RunConfig, out: Path, nimg: int | None) -> l
         index |= {name: [library, class_name], "scheduler": ["diffusers", scheduler["_class_name"]]}
         index["vae"] = ["diffusers", type(vae).__name__]
         atomic_io.write_json(target / "model_index.json", json.loads(json.dumps(index)))
-    trust = ", trust_remote_code=True" if library != "diffusers" else ""
+    arguments = "".join(f", {part}=None" for part in pipeline.empty)
+    arguments += ", trust_remote_code=True" if library != "diffusers" else ""
     lines = [
         f"wrote {out}: diffusers' {pipeline.class_name}",
         f"  num_inference_steps={run.sample.steps}, guidance_scale={sampling.guidance_scale(run):g}, "
         f"image {nimg:,} ({fits[0]})",
-        f'  DiffusionPipeline.from_pretrained("{out}"{trust})',
+        f'  DiffusionPipeline.from_pretrained("{out}"{arguments})',
     ]
     text = "  pass prompt_embeds, and negative_prompt_embeds of zeros; the folder has no text encoder"
     return [*lines, text] if run.semantic.kind == "text" else lines
