@@ -316,7 +316,7 @@ def _center_crop_columns(run: RunConfig, values: Mapping[str, Tensor]) -> dict[s
         top, left, bottom, right = (values[column] for column in crops.BOX)
         trained = width / height if run.data.buckets else 1.0
         sizes = torch.stack([right - left, trained * (bottom - top)], dim=1)
-    boxes = [crops.largest(run.data, h, w, width / height)[:4] for h, w in sizes.tolist()]
+    boxes = [crops.largest_view(run.data, h, w, width / height)[:4] for h, w in sizes.tolist()]
     return dict(zip(crops.BOX, (1000 * torch.tensor(boxes)).unbind(1), strict=True))
 
 

@@ -2,6 +2,8 @@
 
 Legend: N images, C channels, H W height and width of x0, n control variables.
 """
+# diffusers loads its classes lazily, so that mypy does not see the methods of DiffusionPipeline.
+# mypy: disable-error-code="attr-defined"
 
 import functools
 from collections.abc import Callable, Sequence
