@@ -255,6 +255,44 @@ def ema(
 
 
 @app.command()
+def export(
+    folder: RunFolder,
+    out: Annotated[Path, _argument("folder or file to write", metavar="OUT")],
+    settings: Overrides = None,
+    format_name: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="diffusers (pipeline folder), diffusers-native (diffusers' own pipeline), edm2 (state dict) or "
+            "torch-export (program)",
+        ),
+    ] = "diffusers",
+    sigma_rel: Annotated[float | None, _option("relative EMA length (default: sample.sigma_rel)")] = None,
+    nimg: Annotated[str | None, _option("images seen by the weights, such as 100k (default: the last)")] = None,
+) -> None:
+    """Export a run for other tools. Settings sample.* may be changed; they are the defaults of the pipeline."""
+    from gesso import config
+    from gesso.export import export_run
+    from gesso.sample_files import parse_nimg
+
+    changes = [*(settings or []), *([f"sample.sigma_rel={sigma_rel}"] if sigma_rel is not None else [])]
+    run = config.load_with_overrides(folder, changes, ("sample.",))
+    _print_lines(export_run(folder, run, out, format_name, parse_nimg(nimg)))
+
+
+@app.command("import")
+def import_weights(
+    file: Annotated[Path, _argument("weights: .safetensors, .pt, or .pkl of EDM2", metavar="FILE")],
+    out: Annotated[Path | None, _option("write the weights as safetensors, for init.source", "--out")] = None,
+    num_heads: Annotated[int | None, _option("attention heads, if the weights do not determine them", min=1)] = None,
+) -> None:
+    """Print what a file of weights of another project holds. Files are read without running code in them."""
+    from gesso.interop.files import import_file
+
+    _print_lines(import_file(file, out, num_heads))
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], _argument("run folders", metavar="RUN...")],
     out: Out = None,

@@ -91,7 +91,7 @@ def sample_to_folder(
     first_batch = seeds[: run.sample.batch_size]
     first = conditions.build(first_batch)  # raises before weights are read
     profile = ema.sampling_profile(run.sample)
-    plan = snapshot.plan_reconstruction(snapshot.list_snapshots(folder), [profile], _parse_nimg(args.nimg))
+    plan = snapshot.plan_reconstruction(snapshot.list_snapshots(folder), [profile], parse_nimg(args.nimg))
     name = _samples_folder_name(folder, run, args, plan.nimg)
     target, sheet = folder / "samples" / name, folder / "sheets" / f"{name}.png"
     if out is not None:
@@ -229,7 +229,7 @@ def _samples_folder_name(folder: Path, run: RunConfig, args: SampleArgs, nimg: i
     return f"{name}-nimg{nimg}"
 
 
-def _parse_nimg(nimg: str | None) -> int | None:
+def parse_nimg(nimg: str | None) -> int | None:
     """Return --nimg as a number; None is the last snapshot."""
     value = parse_count(nimg) if nimg else None
     if value is not None and not isinstance(value, int):

@@ -21,7 +21,7 @@ from gesso.config import CONTROL_VARIABLES, RunConfig
 from gesso.data import crops
 from gesso.data.batching import control_tensors, text_tensors
 from gesso.data.encoders.text import build_text_encoder
-from gesso.data.normalization import Normalizer
+from gesso.data.normalization import Normalizer, x0_ends
 from gesso.diffusion import guidance, process, samplers, schedules
 from gesso.diffusion.denoiser import Denoiser, VarianceDenoiser
 from gesso.errors import UsageError
@@ -125,7 +125,8 @@ def guided_denoiser(denoiser: Denoiser, run: RunConfig, cond: Cond, guide: Denoi
             lambda s: guidance.power_cosine(strength, float(denoiser.process.progress(s)), cfg.guidance_power),
         )
     if cfg.clip:  # x0 of pixels in [-1, 1], by channel
-        low, high = Normalizer(run.data, run.latent, denoiser.process.sigma_data, "cpu").x0_range()
+        mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (run.data.mean, run.data.std))
+        low, high = x0_ends(mean, std, denoiser.process.sigma_data)
         inside, outside = (guidance.clip_x0(denoise, low, high) for denoise in (inside, outside))
     if cfg.guidance_interval:
         return guidance.GuidanceInterval(inside, outside, denoiser.process.alpha, cfg.guidance_interval)

@@ -70,8 +70,7 @@ class Normalizer:
 
     def x0_range(self) -> tuple[Tensor, Tensor]:
         """Return the x0 of black and of white, (C, 1, 1) float64 each."""
-        low, high = ((raw - self.mean) * (self.sigma_data / self.std) for raw in (-1, 1))
-        return low, high
+        return x0_ends(self.mean, self.std, self.sigma_data)
 
     def x0_to_pixels(self, x0: Tensor) -> Tensor:
         """Convert x0 to pixels (B, C, H, W) uint8, clipped to 0..255.
@@ -91,6 +90,12 @@ class Normalizer:
             return self.vae.decode(raw)
         values = (raw + 1) * 127.5
         return (values if self.to_uint8 == "truncate" else values.round()).clip(0, 255).to(torch.uint8)
+
+
+def x0_ends(mean: Tensor, std: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """Return the x0 of black and of white for means and standard deviations of pixels in [-1, 1], all (C, 1, 1)."""
+    low, high = ((raw - mean) * (sigma_data / std) for raw in (-1, 1))
+    return low, high
 
 
 def open_vae(latent: LatentConfig, device: torch.device | str) -> VAE:

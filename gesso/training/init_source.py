@@ -15,8 +15,9 @@ from gesso.config.base import parse_count
 from gesso.config.net import TransformerConfig
 from gesso.config.process import ProcessConfig
 from gesso.errors import RunError, UsageError
+from gesso.interop.files import read_state
 from gesso.interop.mapping import NOTE_ASSUMED_RESOLUTION, ImportedModel
-from gesso.safetensors_io import read_metadata, read_tensors
+from gesso.safetensors_io import read_metadata
 from gesso.sampling import MAX_PROFILE_ERROR
 
 TRANSFERABLE_DIFFERENCES = (
@@ -24,8 +25,6 @@ TRANSFERABLE_DIFFERENCES = (
     "text_projection", "pooled_mlp", "learned_variance",
 )  # fmt: skip
 """Settings of a network that may differ from those of the source."""
-CHECKPOINT_KEYS = ("ema", "state_dict", "model")
-"""Keys of the weights in a PyTorch checkpoint, EMA weights first."""
 
 
 class InitSource(NamedTuple):
@@ -164,15 +163,13 @@ def _from_run(
 
 def _from_file(path: Path, run: RunConfig) -> InitSource:
     notes: list[str] = []
-    if path.suffix == ".safetensors":
-        if "gesso" in read_metadata(path):
-            weights, source_run, stored = snapshot.read(path)
-            description = f"{path} (image {stored.nimg:,})"
-            return _from_run(description, source_run, weights, stored.profile, stored.nimg, run, notes)
-        state = read_tensors(path)
-    else:
-        state, notes = _load_torch_file(path)
-    imported = _detect_format(path, state, run)
+    if path.suffix == ".safetensors" and "gesso" in read_metadata(path):
+        weights, source_run, stored = snapshot.read(path)
+        description = f"{path} (image {stored.nimg:,})"
+        return _from_run(description, source_run, weights, stored.profile, stored.nimg, run, notes)
+    state = read_state(path, f"init.source={path}")
+    notes += state.notes.values()
+    imported = _detect_format(path, state.tensors, run)
     resolution = imported.inputs.resolution
     if imported.notes.get("resolution") == NOTE_ASSUMED_RESOLUTION:
         if run.init.resolution is None:
@@ -212,32 +209,6 @@ def _detect_format(path: Path, state: Mapping[str, Tensor], run: RunConfig) -> I
             return interop.detect_format(state, num_heads, resolution)
     except (UsageError, RunError) as error:
         raise type(error)(f"init.source={path}: {error}") from None
-
-
-def _load_torch_file(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of a PyTorch file, and notes. Only files without code are read."""
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch raise various errors
-        raise RunError(
-            f"init.source={path} is damaged, is no weight file, or contains code, which gesso never runs "
-            f"({type(error).__name__}); if you trust the file, convert it to safetensors"
-        ) from None
-    notes: list[str] = []
-    for name in CHECKPOINT_KEYS:
-        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
-            loaded, notes = loaded[name], [f"only {name!r} of the file was read"]
-            break
-    items = loaded.items() if isinstance(loaded, dict) else ()
-    tensors = {k: v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
-    for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
-            raise RunError(f"init.source={path}: {name} is sparse, quantized or complex, which no weights are")
-        if tensor.nbytes > tensor.untyped_storage().nbytes():  # strides of 0 declare more numbers than are stored
-            raise RunError(f"init.source={path}: {name} declares {tensor.nbytes:,} bytes, more than the file holds")
-    if not tensors:
-        raise UsageError(f"init.source={path} contains no named weights")
-    return tensors, notes
 
 
 def _check_source(run: RunConfig, source: InitSource) -> None:

@@ -65,7 +65,12 @@ def small_run(recipe: str = "digits", **settings: object) -> RunConfig:
 
 def write_run(folder: Path, recipe: str = "digits", **settings: object) -> RunConfig:
     """Write a run folder with snapshots of EMA lengths .05 and .1, with different nonzero weights; return the run."""
-    run, dataset = open_dataset_for_run(small_run(recipe, **settings), QUIET_CONSOLE)
+    return write_snapshots(folder, small_run(recipe, **settings))
+
+
+def write_snapshots(folder: Path, run: RunConfig) -> RunConfig:
+    """Write a run folder with snapshots of random weights, without training; return the run as it is recorded."""
+    run, dataset = open_dataset_for_run(run, QUIET_CONSOLE)
     trainer = Trainer(run, dataset)
     weights = randomize_constants_(trainer.denoiser.net).state_dict()
     generator = torch.Generator().manual_seed(1)

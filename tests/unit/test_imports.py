@@ -15,7 +15,7 @@ ORDER = [
     {"errors", "untrusted"}, {"atomic_io", "published"}, {"config", "rng", "devices", "safetensors_io"},
     {"conditioning", "extensions"},
     {"models", "recipes"}, {"diffusion", "data", "ema"}, {"snapshot", "interop"}, {"sampling"}, {"sample_files"},
-    {"evaluation"},
+    {"evaluation", "export"},
     {"training"}, {"report"}, {"api"}, {"reproduce"}, {"papers"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 LAYER_INDEX = {name: i for i, names in enumerate(ORDER) for name in names}
