@@ -33,7 +33,7 @@ lint: .venv/dev
 	@touch $@
 
 docs: .venv/docs
-	.venv/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 .venv/docs: .venv/bin/pip pyproject.toml $(CONSTRAINTS)
 	$(PIP) -e '.[docs]'
