@@ -183,7 +183,12 @@ def option_text(parameter: Any) -> str:
 def default_of(parameter: Any) -> str:
     """Return " (default X)" for an option with a default that its help text does not state."""
     value = parameter.default
-    if getattr(parameter, "is_flag", False) or value in (None, [], ()) or callable(value) or "default" in (parameter.help or ""):
+    if (
+        getattr(parameter, "is_flag", False)
+        or value in (None, [], ())
+        or callable(value)
+        or "default" in (parameter.help or "")
+    ):
         return ""
     return f" (default `{value}`)"
 
