@@ -17,21 +17,27 @@ if TYPE_CHECKING:
     from gesso.api import model as model
     from gesso.api import recipe as recipe
     from gesso.api import train as train
+    from gesso.conditioning import Cond as Cond
+    from gesso.config import ControlVariable as ControlVariable
     from gesso.config import InputSpec as InputSpec
     from gesso.config import RunConfig as RunConfig
     from gesso.errors import GessoError as GessoError
     from gesso.errors import UsageError as UsageError
+    from gesso.extensions import extend as extend
     from gesso.snapshot import PostHocEMA as PostHocEMA
 
 __version__ = "0.1.0"
 
 EXPORTS = {
+    "Cond": "gesso.conditioning",
+    "ControlVariable": "gesso.config",
     "GessoError": "gesso.errors",
     "InputSpec": "gesso.config",
     "PostHocEMA": "gesso.snapshot",
     "Run": "gesso.api",
     "RunConfig": "gesso.config",
     "UsageError": "gesso.errors",
+    "extend": "gesso.extensions",
     "load_run": "gesso.api",
     "model": "gesso.api",
     "recipe": "gesso.api",

@@ -24,6 +24,7 @@ from gesso.config import InputSpec, RunConfig
 from gesso.diffusion.denoiser import Denoiser
 from gesso.evaluation import runner
 from gesso.training.run_folder import start_training
+from gesso.training.trackers import Tracker
 
 Settings = Mapping[str, Any]
 """Settings by name, such as {"sample.steps": 32}; values as in Python or as typed on the command line."""
@@ -180,7 +181,8 @@ def recipe(name: str, settings: Settings | None = None) -> RunConfig:
     """Return the settings of a recipe, a run.yaml or a run folder, changed by `settings`.
 
     Args:
-        name: As for `gesso train`: a recipe, folder:PATH, a run.yaml or a run folder.
+        name: As for `gesso train`: a recipe, folder:PATH, a Python file with a function recipe(), a run.yaml or a run
+            folder.
         settings: Changes by name, such as {"train.total_images": 200_000}.
 
     Raises:
@@ -189,7 +191,13 @@ def recipe(name: str, settings: Settings | None = None) -> RunConfig:
     return recipes.resolve(name, to_arguments(settings or {}))[0]
 
 
-def train(run: RunConfig | str, out: str | Path, resume: bool = False, log: Callable[[str], None] | None = None) -> Run:
+def train(
+    run: RunConfig | str,
+    out: str | Path,
+    resume: bool = False,
+    log: Callable[[str], None] | None = None,
+    trackers: Sequence[Tracker] = (),
+) -> Run:
     """Train a run, or resume it, and return it.
 
     Args:
@@ -197,13 +205,15 @@ def train(run: RunConfig | str, out: str | Path, resume: bool = False, log: Call
         out: The run folder, which must not hold a run unless `resume` is true.
         resume: Resume from the last checkpoint if there is one.
         log: Receives each line of information; None discards them.
+        trackers: Objects with write(nimg, values), log_image(nimg, image) and close(), which receive what log.jsonl and
+            the sample grids contain, as training proceeds.
 
     Raises:
         UsageError: Settings are invalid, or `out` holds a run and `resume` is false.
         DivergenceError: The loss is not finite.
     """
     settings = recipe(run) if isinstance(run, str) else run
-    start_training(settings, Path(out), resume, Console(quiet=True), log or (lambda text: None))
+    start_training(settings, Path(out), resume, Console(quiet=True), log or (lambda text: None), trackers)
     return Run(out)
 
 

@@ -1,6 +1,7 @@
 """Command line of gesso: parses arguments, calls the library, prints the result."""
 
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -48,7 +49,7 @@ RunFolder = Annotated[Path, _argument("run folder, such as runs/digits", metavar
 Out = Annotated[Path | None, _option("output file or folder", "--out")]
 Recipe = Annotated[
     str,
-    _argument("recipe (see gesso recipes), folder:PATH, a run.yaml, or a run folder"),
+    _argument("recipe (see gesso recipes), folder:PATH, a run.yaml, a run folder, or a Python file with recipe()"),
 ]
 
 
@@ -68,6 +69,28 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
     with ProgressBar(console, 1, 0, title) as bar:
         yield lambda done, total: bar.update(done, total=total)
+
+
+@app.callback()
+def load_code(
+    code: Annotated[
+        list[Path] | None,
+        typer.Option("--code", help="Python file that calls gesso.extend, to execute first; may be repeated"),
+    ] = None,
+) -> None:
+    """Execute the files of --code, which make networks, data sets, losses and control variables available."""
+    if code:
+        from gesso import extensions
+
+        for file in code:
+            extensions.load_code(file)
+
+
+def _code_options() -> str:
+    """Return the --code options that commands on a run of this process need."""
+    from gesso import extensions
+
+    return "".join(f" --code {shlex.quote(str(file))}" for file in extensions.loaded_files())
 
 
 @app.command()
@@ -96,7 +119,11 @@ def train(
     out = out or default_run_folder(recipe, run, resume)
     run = start_training(run, out, resume, console, _print)
     label = " --label 0" if run.input_spec.num_classes else ""
-    _print(f"trained: {out}\nnext:\n  gesso sample {out}{label}\n  gesso evaluate {out}\n  gesso report {out}")
+    gesso, folder = f"gesso{_code_options()}", shlex.quote(str(out))
+    _print(f"trained: {out}\nnext:")
+    _print_lines(
+        f"  {gesso} {command}" for command in (f"sample {folder}{label}", f"evaluate {folder}", f"report {folder}")
+    )
 
 
 @app.command()
@@ -377,13 +404,25 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+def _options_first(arguments: list[str]) -> list[str]:
+    """Return the arguments with --code FILE before the command, where typer expects it."""
+    first, rest = list[str](), list[str]()
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--code":
+            first += [argument, *([value] if (value := next(remaining, None)) is not None else [])]
+        else:
+            (first if argument.startswith("--code=") else rest).append(argument)
+    return first + rest
+
+
 def main() -> None:
     """Run the command line. GessoError prints one to three lines; --debug adds the traceback."""
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
     try:
-        app(prog_name="gesso")
+        app(_options_first(sys.argv[1:]), prog_name="gesso")
     except GessoError as error:
         if debug:
             traceback.print_exc()

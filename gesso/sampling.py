@@ -128,7 +128,7 @@ def guided_denoiser(denoiser: Denoiser, run: RunConfig, cond: Cond, guide: Denoi
             lambda s: guidance.power_cosine(strength, float(denoiser.process.progress(s)), cfg.guidance_power),
         )
     if cfg.clip:  # x0 of pixels in [-1, 1], by channel
-        low, high = Normalizer(run.data, run.latent, denoiser.process.sigma_data, "cpu").ends()
+        low, high = Normalizer(run.data, run.latent, denoiser.process.sigma_data, "cpu").x0_range()
         inside, outside = (guidance.clip_x0(denoise, low, high) for denoise in (inside, outside))
     if cfg.guidance_interval:
         return guidance.GuidanceInterval(inside, outside, denoiser.process.alpha, cfg.guidance_interval)
@@ -315,7 +315,7 @@ def _center_crop_columns(run: RunConfig, values: Mapping[str, Tensor]) -> dict[s
         top, left, bottom, right = (values[column] for column in crops.BOX)
         trained = width / height if run.data.buckets else 1.0
         sizes = torch.stack([right - left, trained * (bottom - top)], dim=1)
-    boxes = [crops.largest(run.data, h, w, width / height)[:4] for h, w in sizes.tolist()]
+    boxes = [crops.largest_view(run.data, h, w, width / height)[:4] for h, w in sizes.tolist()]
     return dict(zip(crops.BOX, (1000 * torch.tensor(boxes)).unbind(1), strict=True))
 
 

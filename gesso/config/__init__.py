@@ -1,10 +1,11 @@
 """Schema of a run, and functions to create, validate, save and compare runs. Does not import torch."""
 
-from gesso.config.conditioning import CONTROL_VARIABLES, ControlConfig, Dropout, SemanticConfig
+from gesso.config.conditioning import CONTROL_VARIABLES, ControlConfig, ControlVariable, Dropout, SemanticConfig
 from gesso.config.initialization import InitConfig
 from gesso.config.monitoring import MonitorConfig
 from gesso.config.net import (
     ControlSpec,
+    CustomNetConfig,
     DiTAttConfig,
     DiTConfig,
     EDM2Config,
@@ -44,6 +45,8 @@ __all__ = [
     "CONTROL_VARIABLES",
     "ControlConfig",
     "ControlSpec",
+    "ControlVariable",
+    "CustomNetConfig",
     "DataConfig",
     "DiTAttConfig",
     "DiTConfig",

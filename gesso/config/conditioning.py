@@ -1,6 +1,6 @@
 """Settings of the conditions besides the noise level: class or text, and control variables.
 
-CONTROL_VARIABLES is the only list of control variables.
+CONTROL_VARIABLES is the only list of control variables; gesso.extend adds to it.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,7 @@ class ControlVariable(NamedTuple):
     parse: converts the typed text to numbers; raises ValueError or KeyError on bad input.
     default: values for sampling if the user gives none. None: those of a random training image (for crop: the centre
         box that training would give an image of the sampled size).
+    measure: returns the columns, (B, number of columns) float32, of a SampleBatch. None: gesso knows them.
     """
 
     columns: tuple[str, ...]
@@ -31,6 +32,7 @@ class ControlVariable(NamedTuple):
     input_format: str
     parse: Callable[[str], tuple[float, ...]]
     default: tuple[float, ...] | None = None
+    measure: Callable[[Any], Any] | None = None
 
 
 def _parse_flip(text: str) -> tuple[float, ...]:
@@ -91,14 +93,17 @@ CONTROL_VARIABLES: dict[str, ControlVariable] = {
 def _parse_names(value: Any) -> Any:
     """Return names of control variables as a tuple in the order of CONTROL_VARIABLES."""
     value = parse_list(value)
-    if isinstance(value, list | tuple) and all(isinstance(name, str) and name in CONTROL_VARIABLES for name in value):
-        return tuple(name for name in CONTROL_VARIABLES if name in value)
-    return value
+    if not isinstance(value, list | tuple):
+        return value
+    if unknown := [name for name in value if not (isinstance(name, str) and name in CONTROL_VARIABLES)]:
+        raise ValueError(
+            f"no such control variable: {unknown[0]}; there are: {', '.join(CONTROL_VARIABLES)} (others need their "
+            "code: gesso --code FILE.py)"
+        )
+    return tuple(name for name in CONTROL_VARIABLES if name in value)
 
 
-ControlNames = Annotated[
-    tuple[Literal["flip", "crop", "aspect", "size", "brightness", "contrast"], ...], BeforeValidator(_parse_names)
-]
+ControlNames = Annotated[tuple[str, ...], BeforeValidator(_parse_names)]
 
 
 class SemanticConfig(Settings):

@@ -1,8 +1,8 @@
 """Settings of the networks, one class per network, selected by `name`."""
 
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PlainSerializer, PositiveInt, model_validator
 
 from gesso.config.base import Settings
 
@@ -403,6 +403,31 @@ class UNetConfig(Settings):
         return 2 ** (len(self.channel_mult) - 1)
 
 
+def _freeze(value: Any) -> Any:
+    """Return lists as tuples and mappings as sorted tuples of pairs, recursively, so that settings can be hashed."""
+    if isinstance(value, dict):
+        return tuple(sorted((str(name), _freeze(part)) for name, part in value.items()))
+    return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
+
+
+class CustomNetConfig(Settings):
+    """Network of the user (gesso.extend)."""
+
+    name: Literal["custom"] = "custom"
+    network: str
+    """name that gesso.extend(networks=...) gave to the network"""
+    options: Annotated[tuple[tuple[str, Any], ...], BeforeValidator(_freeze), PlainSerializer(dict)] = ()
+    """arguments of the network besides its InputSpec, such as {"width": 64}; lists arrive as tuples"""
+    accepts: tuple[Literal["label", "text", "pooled", "control"], ...] = ("label",)
+    """conditions that the network reads from Cond"""
+    noise_embedding: Literal["fourier", "sinusoidal"] = "sinusoidal"
+    """c_noise: sinusoidal is the timestep, up to 1000; fourier is ln(sigma) / 4"""
+    size_multiple: PositiveInt = 1
+    """height and width of x must be multiples of this number"""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """any value above 0 makes training seed torch before each step, so that dropout layers are reproducible"""
+
+
 NetConfig = Annotated[
     EDM2Config
     | EDM2LadderConfig
@@ -414,7 +439,8 @@ NetConfig = Annotated[
     | MMDiTConfig
     | MMDiTppConfig
     | MPDiTConfig
-    | MPMMDiTppConfig,
+    | MPMMDiTppConfig
+    | CustomNetConfig,
     Field(discriminator="name"),
 ]
 

@@ -3,18 +3,26 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, model_validator
 
 from gesso.config.base import Count, PositiveCount, Probability, Settings
+
+WEIGHTINGS = ("native", "uniform", "min-snr", "uncertainty", "uncertainty-uniform")
+
+
+def _check_weighting(value: str) -> str:
+    if value not in WEIGHTINGS and not value.startswith("custom:"):
+        raise ValueError(f"allowed are {', '.join(WEIGHTINGS)}, and custom:NAME for a loss of gesso.extend")
+    return value
 
 
 class LossConfig(Settings):
     """Settings of the loss: weight of |D - x0|^2 by noise level, and reduction over elements."""
 
-    weighting: Literal["native", "uniform", "min-snr", "uncertainty", "uncertainty-uniform"] = "native"
+    weighting: Annotated[str, AfterValidator(_check_weighting)] = "native"
     """weight lambda(s) of |D - x0|^2: native is the MSE of the network's target; uniform is 1; min-snr is min(SNR, 5);
     uncertainty is native / e^u + u with a learned u(s) (EDM2 Eq. 21); uncertainty-uniform is 1 / e^u + u (EDM2
-    Appendix B.2)"""
+    Appendix B.2); custom:NAME is a loss of gesso.extend"""
     reduction: Literal["mean", "sum"] = "mean"
     """reduction over the C*H*W elements of a sample, including u(s); the batch is always averaged. sum: EDM and EDM2,
     whose optim.eps, train.loss_scale and optim.max_grad_norm are for gradients that are C*H*W times larger; mean: DiT,

@@ -13,15 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gesso.config import RunConfig, SemanticConfig
+from gesso.config import CONTROL_VARIABLES, RunConfig, SemanticConfig
 from gesso.data import crops
 from gesso.data.encoders.text import EncodedText
-from gesso.data.samplers import EpochShuffle, ExcludeIndices, SampleOrder, select_validation
+from gesso.data.samplers import EpochSampler, EpochShuffle, ExcludeIndices, SampleOrder, select_validation
 from gesso.errors import UsageError
 
 
 class SampleBatch(NamedTuple):
-    """B samples on the CPU.
+    """Batch of B samples on the CPU.
 
     Attributes:
         x: Pixels (B, C, H, W) uint8, or latents (B, 2c, h, w) float: means, then standard deviations.
@@ -43,9 +43,35 @@ class SampleBatch(NamedTuple):
     indices: Tensor
     encoded_text: EncodedText | None = None
 
+    @classmethod
+    def from_views(
+        cls, x: Tensor, sizes: Sequence[tuple[int, int]], views: Sequence[crops.View], labels: Tensor, indices: Tensor
+    ) -> "SampleBatch":
+        """Return the batch of B views of images with the original `sizes`; pixel_stats are zero for latents."""
+        return cls(
+            x=x,
+            original_sizes=torch.tensor(sizes),
+            crop_boxes=torch.tensor([view[:4] for view in views], dtype=torch.float32),
+            flips=torch.tensor([view.flip for view in views]),
+            pixel_stats=crops.compute_pixel_stats(x) if x.dtype == torch.uint8 else torch.zeros(len(x), 2),
+            labels=labels,
+            indices=indices,
+        )
+
     def control_columns(self) -> Mapping[str, Tensor]:
-        """Return the control variables by name, (B,) float32 each, in the units of config.CONTROLS."""
-        return crops.control_columns(self.original_sizes, self.crop_boxes, self.flips, self.pixel_stats)
+        """Return the columns of the control variables by name, (B,) float32 each, in the units of CONTROL_VARIABLES.
+
+        Raises:
+            UsageError: A control variable of the user returns another shape.
+        """
+        columns = dict(crops.control_columns(self.original_sizes, self.crop_boxes, self.flips, self.pixel_stats))
+        for name, variable in CONTROL_VARIABLES.items():
+            if variable.measure is not None:
+                values, shape = variable.measure(self), (len(self.labels), len(variable.columns))
+                if tuple(values.shape) != shape:
+                    raise UsageError(f"control variable {name}: measure returned {tuple(values.shape)}, not {shape}")
+                columns |= dict(zip(variable.columns, values.float().unbind(1), strict=True))
+        return columns
 
 
 class Dataset(abc.ABC):
@@ -121,14 +147,19 @@ class Dataset(abc.ABC):
         """
         if count >= len(self):
             raise UsageError(
-                f"data.num_validation={count} leaves nothing of the {len(self)} images in {self.uri}: set it lower"
+                f"data.num_validation={count} leaves no training images, as {self.uri} has {len(self)}: set it lower"
             )
-        self.validation_indices = select_validation(len(self), count) if count else self.validation_indices
+        if count:
+            self.validation_indices = select_validation(len(self), count)
 
     def sample_order(self, seed: int, batch_size: int) -> SampleOrder:
         """Return the function that maps sample indices (B,) to image indices (B,)."""
-        order = EpochShuffle(len(self) - len(self.validation_indices), seed)
+        order = self._training_order(seed, batch_size)
         return ExcludeIndices(order, self.validation_indices) if len(self.validation_indices) else order
+
+    def _training_order(self, seed: int, batch_size: int) -> EpochSampler:
+        """Return the order of the training images, numbered without gaps."""
+        return EpochShuffle(len(self) - len(self.validation_indices), seed)
 
 
 def pixel_channel_stats(pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,8 @@ from gesso.data.base import Dataset, SampleBatch
 from gesso.data.encoders import text
 from gesso.data.normalization import Normalizer
 
-MAX_CACHED_TEXT_BYTES = 2**30
-"""Maximum bytes of the cache of encoded captions; if all captions need more, nothing is cached."""
+MAX_TEXT_BYTES = 2**30
+"""Maximum bytes of encoded captions held in memory; if all captions need more, none are held."""
 
 
 class Batcher:
@@ -33,9 +33,9 @@ class Batcher:
         self.dtype = getattr(torch, run.train.dtype)
         self.normalizer = Normalizer(run.data, run.latent, sigma_data, device)
         self.control_names = run.control.column_names("high") + run.control.column_names("low")
-        self.text_cache = None
+        self.caption_encoder = None
         if run.semantic.kind == "text" and dataset.text_config is None:
-            self.text_cache = _TextTokenCache(text.build_text_encoder(run.semantic, device), dataset)
+            self.caption_encoder = _CaptionEncoder(text.build_text_encoder(run.semantic, device), dataset)
 
     @functools.cached_property
     def sample_order(self) -> Callable[[Tensor], Tensor]:
@@ -57,20 +57,18 @@ class Batcher:
             yield from ((sample_index, *self(sample_index)) for sample_index in sample_indices)
             return
         with ThreadPoolExecutor(1, "fetch") as pool:
-            pending = None
-            for sample_index in sample_indices:
-                following = sample_index, pool.submit(self.fetch, sample_index)
-                if pending:
-                    yield pending[0], *self.to_device(pending[0], pending[1].result())
-                pending = following
-            if pending:
-                yield pending[0], *self.to_device(pending[0], pending[1].result())
+            submitted = ((sample_index, pool.submit(self.fetch, sample_index)) for sample_index in sample_indices)
+            pending = next(submitted, None)
+            while pending:
+                sample_index, future = pending
+                pending = next(submitted, None)
+                yield sample_index, *self.to_device(sample_index, future.result())
 
     def to_device(self, sample_index: Tensor, samples: SampleBatch) -> tuple[Tensor, Cond]:
         """Return x0 and the conditions of `samples` on the device, with condition dropout applied."""
         seed = self.run.train.seed
         x0 = self.normalizer.to_x0(samples.x.to(self.device, non_blocking=True), seed, sample_index, self.dtype)
-        has_semantic, has_control = shown(self.run, sample_index)
+        has_semantic, has_control = condition_dropout(self.run, sample_index)
         semantic, control = self._semantic_fields(sample_index, samples), self._control_fields(samples)
         fields = semantic | ({"has_semantic": has_semantic} if semantic else {})
         fields |= control | ({"has_control": has_control} if control else {})
@@ -79,10 +77,15 @@ class Batcher:
     def _semantic_fields(self, sample_index: Tensor, samples: SampleBatch) -> dict[str, Tensor | None]:
         cfg, seed = self.run.semantic, self.run.train.seed
         if cfg.kind == "text":
-            encoded = self.text_cache(samples) if self.text_cache else samples.encoded_text
-            assert encoded is not None  # the data set stores tokens if there is no encoder
-            return text_tensors(cfg, encoded, seed, sample_index)
+            return text_tensors(cfg, self.encoded_text(samples), seed, sample_index)
         return {"label": samples.labels} if cfg.kind == "label" and self.run.data.num_classes else {}
+
+    def encoded_text(self, samples: SampleBatch) -> text.EncodedText:
+        """Return the encoded captions of samples, stored by the dataset or encoded here."""
+        if self.caption_encoder:
+            return self.caption_encoder(samples)
+        assert samples.encoded_text is not None  # without an encoder, the dataset stores tokens
+        return samples.encoded_text
 
     def control_rows(self, sample_index: Tensor) -> Tensor:
         """Return the control variables (B, n) of the samples, in the order of `control_names`."""
@@ -97,15 +100,15 @@ class Batcher:
         return control_tensors(self.run, self._stack_columns(samples)) if self.control_names else {}
 
 
-class _TextTokenCache:
-    """Encode captions at their first use, and cache the tokens if all fit into MAX_CACHED_TEXT_BYTES."""
+class _CaptionEncoder:
+    """Encoder of the captions of samples; holds the results in memory if all fit into MAX_TEXT_BYTES."""
 
     def __init__(self, encoder: text.TextEncoder, dataset: Dataset):
         self.encoder, self.captions, n = encoder, dataset.captions, len(dataset)
-        self.is_cached = torch.zeros(n, dtype=torch.bool)
-        self.cached: text.EncodedText | None = None
-        if 4 * n * encoder.max_tokens * encoder.embed_dim <= MAX_CACHED_TEXT_BYTES:
-            self.cached = text.EncodedText(
+        self.is_encoded = torch.zeros(n, dtype=torch.bool)
+        self.encoded: text.EncodedText | None = None
+        if 4 * n * encoder.max_tokens * encoder.embed_dim <= MAX_TEXT_BYTES:
+            self.encoded = text.EncodedText(
                 torch.zeros(n, encoder.max_tokens, encoder.embed_dim),
                 torch.zeros(n, dtype=torch.int64),
                 torch.zeros(n, encoder.pooled_dim),
@@ -113,28 +116,28 @@ class _TextTokenCache:
 
     def __call__(self, samples: SampleBatch) -> text.EncodedText:
         index = samples.indices
-        if self.cached is None:
+        if self.encoded is None:
             return self._encode(index)
-        if len(new := index[~self.is_cached[index]].unique()):
-            for stored, values in zip(self.cached, self._encode(new), strict=True):
+        if len(new := index[~self.is_encoded[index]].unique()):
+            for stored, values in zip(self.encoded, self._encode(new), strict=True):
                 stored[new] = values
-            self.is_cached[new] = True
-        return text.EncodedText(*(field[index] for field in self.cached))
+            self.is_encoded[new] = True
+        return text.EncodedText(*(field[index] for field in self.encoded))
 
     def _encode(self, indices: Tensor) -> text.EncodedText:
         return self.encoder([self.captions[i] for i in indices.tolist()])
 
 
-def shown(run: RunConfig, counter: Tensor) -> tuple[Tensor, Tensor]:
+def condition_dropout(run: RunConfig, sample_index: Tensor) -> tuple[Tensor, Tensor]:
     """Draw condition dropout: return has_semantic and has_control, (B,) bool, with the probabilities of run.dropout."""
-    d, u = run.dropout, rng.uniform(run.train.seed, counter, "label dropout")[:, 0]
-    neither, lacks_semantic = u < d.both, u < d.both + d.semantic
-    lacks_control = ~lacks_semantic & (u < d.both + d.semantic + d.control)
-    return ~lacks_semantic, ~(neither | lacks_control)
+    d, u = run.dropout, rng.uniform(run.train.seed, sample_index, "label dropout")[:, 0]
+    drop_both, drop_semantic = u < d.both, u < d.both + d.semantic
+    drop_control = drop_both | ~drop_semantic & (u < d.both + d.semantic + d.control)
+    return ~drop_semantic, ~drop_control
 
 
 def control_tensors(run: RunConfig, rows: Tensor) -> dict[str, Tensor]:
-    """Split control variables (B, n) into the fields control_high and control_low of Cond; empty ones are left out."""
+    """Split control variables (B, n) into the fields control_high and control_low of Cond; omit empty ones."""
     high = len(run.control.column_names("high"))
     fields = {"control_high": rows[:, :high], "control_low": rows[:, high:]}
     return {name: values for name, values in fields.items() if values.shape[1]}

@@ -8,7 +8,6 @@ Legend: K views of an image; C channels; R resolution of a view; H W height and 
 
 import bisect
 import functools
-import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -24,10 +23,8 @@ VIEW_SIZE, IMAGE_WIDTH, TEXT_WIDTH, GAP = 144, 216, 108, 14
 """Sizes in pixels: edge of a view, width of a full image, width of the text next to a view, gap."""
 FRAME_WIDTH = 3
 LINE_HEIGHT = 16
-MAX_CAPTION_LINES = 3
-"""Font size of a caption."""
-MAX_CAPTION_CHARS = 1000
-"""Maximum number of lines of a caption."""
+MAX_CAPTION_LINES, MAX_CAPTION_CHARS = 3, 1000
+TITLE_FONT_SIZE, CAPTION_FONT_SIZE = 12, 13
 INK, FAINT, GREY, PAPER = (20, 20, 20), (110, 110, 110), (200, 200, 200), (255, 255, 255)
 VIEW_COLOURS = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
 """Colors of the views, distinguishable by the color-blind (Okabe and Ito)."""
@@ -36,7 +33,7 @@ VIEW_COLOURS = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (23
 class SheetRow(NamedTuple):
     """One image: title, text, full image if known, and K views; none if it is unreadable.
 
-    x of the views is uint8 (K, C, R, R); any other dtype is latents that could not be decoded.
+    x of the views is uint8 (K, C, R, R); with any other dtype it holds latents that could not be decoded.
     """
 
     title: str
@@ -47,14 +44,14 @@ class SheetRow(NamedTuple):
 
 def draw_contact_sheet(rows: Sequence[SheetRow]) -> Image.Image:
     """Return all rows, one below another, as an RGB image."""
-    most = max((len(row.views.x) for row in rows if row.views), default=1)
-    width = GAP + IMAGE_WIDTH + GAP + most * (VIEW_SIZE + TEXT_WIDTH + GAP)
+    max_views = max((len(row.views.x) for row in rows if row.views), default=1)
+    width = GAP + IMAGE_WIDTH + GAP + max_views * (VIEW_SIZE + TEXT_WIDTH + GAP)
     strips = [_draw_row(row, width) for row in rows]
     page = Image.new("RGB", (width, GAP + sum(strip.height for strip in strips)), PAPER)
-    for strip, below in zip(
-        strips, itertools.accumulate((strip.height for strip in strips), initial=GAP), strict=False
-    ):
-        page.paste(strip, (0, below))
+    y = GAP
+    for strip in strips:
+        page.paste(strip, (0, y))
+        y += strip.height
     return page
 
 
@@ -63,9 +60,9 @@ def _draw_row(row: SheetRow, width: int) -> Image.Image:
     head = LINE_HEIGHT * (1 + len(lines)) + 4
     strip = Image.new("RGB", (width, head + (VIEW_SIZE if row.views else 0) + GAP), PAPER)
     draw = ImageDraw.Draw(strip)
-    draw.text((GAP, 0), to_drawable(row.title), FAINT, load_font(12))
+    draw.text((GAP, 0), to_drawable(row.title), FAINT, load_font(TITLE_FONT_SIZE))
     for n, line in enumerate(lines, start=1):
-        draw.text((GAP, LINE_HEIGHT * n), line, INK, load_font(13))
+        draw.text((GAP, LINE_HEIGHT * n), line, INK, load_font(CAPTION_FONT_SIZE))
     if row.views:
         strip.paste(_draw_image(row), (GAP, head))
         for v in range(len(row.views.x)):
@@ -83,7 +80,7 @@ def _draw_image(row: SheetRow) -> Image.Image:
     page.paste(resize(row.image, w, h) if row.image else _assemble_from_views(row.views, w, h), (0, 0))
     draw = ImageDraw.Draw(page)
     for v, (top, left, bottom, right) in enumerate(boxes):
-        inset = min(v, (w - 1) // 4, (h - 1) // 4)  # so that equal boxes show side by side
+        inset = min(v, (w - 1) // 4, (h - 1) // 4)  # so that equal boxes do not cover each other
         edges = (round(left * w) + inset, round(top * h) + inset)
         ends = (max(edges[0], round(right * w) - 1 - inset), max(edges[1], round(bottom * h) - 1 - inset))
         draw.rectangle((*edges, *ends), outline=VIEW_COLOURS[v % len(VIEW_COLOURS)], width=2 if min(w, h) > 40 else 1)
@@ -114,14 +111,14 @@ def _draw_view(views: SampleBatch, v: int) -> Image.Image:
         page.paste(framed, ((VIEW_SIZE - framed.width) // 2, (VIEW_SIZE - framed.height) // 2))
     else:
         draw.rectangle((0, 0, VIEW_SIZE - 1, VIEW_SIZE - 1), GREY, colour, FRAME_WIDTH)
-        draw.text((16, VIEW_SIZE // 2 - 8), "latents, not decoded", INK, load_font(12))
+        draw.text((16, VIEW_SIZE // 2 - 8), "latents, not decoded", INK, load_font(TITLE_FONT_SIZE))
     for n, line in enumerate(control_lines(views, v)):
-        draw.text((VIEW_SIZE + 6, LINE_HEIGHT * n), line, INK, load_font(12))
+        draw.text((VIEW_SIZE + 6, LINE_HEIGHT * n), line, INK, load_font(TITLE_FONT_SIZE))
     return page
 
 
 def control_lines(views: SampleBatch, v: int) -> list[str]:
-    """Return the control variables of a view as `gesso sample` takes them; thousandths are shares."""
+    """Return the control variables of a view as options of `gesso sample`."""
     values = {name: column[v].item() for name, column in views.control_columns().items()}
     top, left, bottom, right = (f"{values[f'crop_{edge}'] / 1000:.3f}" for edge in ("top", "left", "bottom", "right"))
     lines = [
@@ -161,12 +158,12 @@ def load_font(size: int) -> ImageFont.FreeTypeFont:
 @functools.lru_cache(4096)
 def _has_glyph(char: str) -> bool:
     """Return True if the font has a character; missing ones are drawn as an empty box, like U+FFFF."""
-    mask, lacking = (load_font(13).getmask(one) for one in (char, "\uffff"))
-    return (mask.size, bytes(mask)) != (lacking.size, bytes(lacking))
+    mask, missing = (load_font(CAPTION_FONT_SIZE).getmask(c) for c in (char, "\uffff"))
+    return (mask.size, bytes(mask)) != (missing.size, bytes(missing))
 
 
 def to_drawable(text: str) -> str:
-    """Return text that the font can draw: accents are dropped, other scripts and signs are named in brackets."""
+    """Return text that the font can draw, without accents, and with other scripts and signs named in brackets."""
     return re.sub(r"(\[[^]]+\])(?:\s*\1)+", r"\1", "".join(map(_drawable_char, text)))
 
 
@@ -179,16 +176,15 @@ def _drawable_char(char: str) -> str:
     if all(map(_has_glyph, base)):
         return base
     name = unicodedata.name(char, f"U+{ord(char):04X}").lower()
-    return f"[{name.split()[0] if kind[0] in 'LPN' else name}]"  # of a letter its script
+    return f"[{name.split()[0] if kind[0] in 'LPN' else name}]"  # the first word in the name of a letter is its script
 
 
 def wrap_text(text: str, width: int, max_lines: int) -> list[str]:
-    """Return at most `max_lines` lines of at most `width` pixels; omitted text shows as three dots."""
+    """Return at most `max_lines` lines of at most `width` pixels; three dots mark omitted text."""
     lines: list[str] = []
     while text and len(lines) < max_lines:
-        lengths = [load_font(13).getlength(text[:n]) for n in range(len(text) + 1)]
-        fits = bisect.bisect_right(lengths, width)
-        count = max(1, fits - 1)
+        lengths = [load_font(CAPTION_FONT_SIZE).getlength(text[:n]) for n in range(len(text) + 1)]
+        count = max(1, bisect.bisect_right(lengths, width) - 1)
         if count < len(text) and " " in text[:count]:
             count = text.rindex(" ", 0, count + 1)
         lines.append(text[:count])

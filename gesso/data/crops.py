@@ -36,13 +36,16 @@ class View(NamedTuple):
     flip: bool = False
 
 
+FULL_VIEW = View(0.0, 0.0, 1.0, 1.0)
+
+
 def center_view(height: int, width: int, aspect: float = 1.0) -> View:
     """Return the largest centred box whose width / height is `aspect`."""
     h, w = min(1.0, width / (height * aspect)), min(1.0, height * aspect / width)
     return View((1 - h) / 2, (1 - w) / 2, (1 + h) / 2, (1 + w) / 2)
 
 
-def largest(data: DataConfig, height: int, width: int, aspect: float = 1.0) -> View:
+def largest_view(data: DataConfig, height: int, width: int, aspect: float = 1.0) -> View:
     """Return the largest centred box of training: `center_view`, scaled by the upper end of data.crop_scale.
 
     A network that has only seen crops of .4 to .6 of the area extrapolates when it samples full images: on the
@@ -67,6 +70,11 @@ def random_view(data: DataConfig, height: int, width: int, uniforms: Sequence[fl
     return View(top, left, top + h, left + w, flip)
 
 
+def min_decode_edge(data: DataConfig, edge: int) -> int:
+    """Return the shorter edge that an image must have so that no view needs enlarging; `edge` is that of the output."""
+    return math.ceil(edge / math.sqrt(data.crop_scale[0] if data.crop_scale else 1))
+
+
 def crop_resize(image: Image.Image, view: View, height: int, width: int, resize: Resize = "lanczos") -> np.ndarray:
     """Return the view resized to (C, height, width) uint8.
 
@@ -79,7 +87,7 @@ def crop_resize(image: Image.Image, view: View, height: int, width: int, resize:
 
 def lanczos(image: Image.Image, view: View, height: int, width: int) -> Image.Image:
     """Resize the box with the Lanczos filter of Pillow."""
-    box = _pixels(image, view)
+    box = _box_in_pixels(image, view)
     if (width, height) == image.size and box == (0, 0, *image.size):
         return image
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
@@ -99,13 +107,13 @@ def adm(image: Image.Image, view: View, height: int, width: int) -> Image.Image:
     scale = max(width / image.width, height / image.height) / side
     w, h = round(image.width * scale), round(image.height * scale)
     image = image.resize((w, h), Image.Resampling.BICUBIC)
-    left, top = _start(w - width, view.left, view.right), _start(h - height, view.top, view.bottom)
+    left, top = _crop_start(w - width, view.left, view.right), _crop_start(h - height, view.top, view.bottom)
     return image.crop((left, top, left + width, top + height))
 
 
 def bicubic(image: Image.Image, view: View, height: int, width: int) -> Image.Image:
     """Resize the box with the antialiased bicubic filter of Pillow in float32, rounded once, as clean-fid does."""
-    size, box = (width, height), _pixels(image, view)
+    size, box = (width, height), _box_in_pixels(image, view)
     planes = [
         np.asarray(plane.convert("F").resize(size, Image.Resampling.BICUBIC, box=box)).clip(0, 255)
         for plane in image.split()
@@ -118,7 +126,7 @@ FILTERS = {"lanczos": lanczos, "adm": adm, "bicubic": bicubic}
 """Resize functions by data.resize: (image, view, height, width) -> image of that size, not mirrored."""
 
 
-def _pixels(image: Image.Image, view: View) -> tuple[float, float, float, float]:
+def _box_in_pixels(image: Image.Image, view: View) -> tuple[float, float, float, float]:
     """Return the box of a view in pixels: left, upper, right, lower, clipped to the image."""
     W, H = image.size
     box = (view.left * W, view.top * H, view.right * W, view.bottom * H)
@@ -126,13 +134,13 @@ def _pixels(image: Image.Image, view: View) -> tuple[float, float, float, float]
     return left, upper, right, lower
 
 
-def _start(room: int, low: float, high: float) -> int:
+def _crop_start(room: int, low: float, high: float) -> int:
     """Return the first pixel of a crop with `room` spare pixels, for a box from `low` to `high`; halves round down."""
     free = 1 - (high - low)
     return 0 if room <= 0 or free <= 0 else min(max(math.ceil(room * low / free - 0.5 - 1e-6), 0), room)
 
 
-def mirrored(boxes: Tensor) -> Tensor:
+def mirror_boxes(boxes: Tensor) -> Tensor:
     """Return the boxes (B, 4) in the coordinates of the image mirrored left to right."""
     top, left, bottom, right = boxes.unbind(1)
     return torch.stack([top, 1 - right, bottom, 1 - left], dim=1)
@@ -141,7 +149,7 @@ def mirrored(boxes: Tensor) -> Tensor:
 def control_columns(
     original_sizes: Tensor, crop_boxes: Tensor, flips: Tensor, pixel_stats: Tensor
 ) -> Mapping[str, Tensor]:
-    """Return the control variables by name, (B,) float32 each, in the units of config.CONTROLS.
+    """Return the control variables by name, (B,) float32 each, in the units of config.CONTROL_VARIABLES.
 
     The crop of a mirrored sample is given in the mirrored image: left -> 1 - right, right -> 1 - left.
 
@@ -152,8 +160,8 @@ def control_columns(
         pixel_stats: (B, 2) mean and standard deviation of the pixels of the sample.
     """
     height, width = original_sizes.float().unbind(1)
-    shown = torch.where(flips[:, None], mirrored(crop_boxes), crop_boxes)
-    return dict(zip(BOX, (1000 * shown.float()).unbind(1), strict=True)) | {
+    boxes = torch.where(flips[:, None], mirror_boxes(crop_boxes), crop_boxes)
+    return dict(zip(BOX, (1000 * boxes.float()).unbind(1), strict=True)) | {
         "flip": 1000 * flips.float(), "aspect": 1000 * width / height, "height": height, "width": width,
         "brightness": pixel_stats[:, 0].float(), "contrast": pixel_stats[:, 1].float(),
     }  # fmt: skip

@@ -54,12 +54,12 @@ def _open(data: DataConfig, latent: LatentConfig, seed: int, progress: ProgressC
     if data.source in ("digits", "digits-mixed-resolution") and (data.resolution < 8 or data.channels != 1):
         raise UsageError(
             f"data.source={data.source} has grey 8x8 images, but data.resolution={data.resolution}, "
-            f"data.channels={data.channels}; set them to 8 (or more, enlarged) and 1, or choose another source"
+            f"data.channels={data.channels}; set data.resolution to 8 or more and data.channels=1"
         )
     if source.has_latents:
         _check_latents(source, data, latent)
-    small = len(source) * data.channels * data.resolution**2 <= MAX_IN_MEMORY_BYTES
-    if small and not source.has_latents and not latent.vae and data.crop_scale is None:
+    fits_in_memory = len(source) * data.channels * data.resolution**2 <= MAX_IN_MEMORY_BYTES
+    if fits_in_memory and not source.has_latents and not latent.vae and data.crop_scale is None:
         return load_in_memory(source, data, seed, progress)
     return OnTheFlyDataset(source, data, seed)
 
@@ -71,10 +71,11 @@ def is_cache_uri(uri: str) -> bool:
 
 def _check_latents(source: Source, data: DataConfig, latent: LatentConfig) -> None:
     """Raise UsageError if the shape (2c, h, w) of stored latents does not fit the settings."""
-    prefix = f"data.source={data.source} holds latents"
+    prefix = f"data.source={data.source} contains latents"
     if latent.vae is None:
         raise UsageError(
-            f"{prefix}: say which VAE made them, such as latent.vae=stabilityai/sd-vae-ft-mse latent.convention=edm2"
+            f"{prefix}: set the VAE that encoded them, such as latent.vae=stabilityai/sd-vae-ft-mse "
+            "latent.convention=edm2"
         )
     if data.flip or data.crop_scale:
         raise UsageError(f"{prefix}, which cannot be mirrored or cropped: set data.flip=false data.crop_scale=null")
@@ -82,9 +83,9 @@ def _check_latents(source: Source, data: DataConfig, latent: LatentConfig) -> No
     shape, expected = np.shape(source.item(0).image), (2 * latent.channels, edge, edge)
     if shape != expected:
         raise UsageError(
-            f"{prefix} of {shape[0] // 2} channels, {shape[1]}x{shape[2]}, where latent.channels={latent.channels}, "
-            f"latent.downsample_factor={latent.downsample_factor}, data.resolution={data.resolution} make "
-            f"{latent.channels}, {edge}x{edge}"
+            f"{prefix} of {shape[0] // 2} channels, {shape[1]}x{shape[2]}, but latent.channels={latent.channels}, "
+            f"latent.downsample_factor={latent.downsample_factor} and data.resolution={data.resolution} mean "
+            f"{latent.channels} channels, {edge}x{edge}"
         )
 
 
@@ -99,7 +100,7 @@ def with_dataset_info(
     mean, std = _channel_stats(data, dataset, latent, seed)
     if not all(value > 0 for value in std):
         raise RunError(
-            f"all {len(dataset)} images of {data.source} are one flat colour in some channel: nothing to learn"
+            f"a channel is constant over all {len(dataset)} images of {data.source}: check the images, or data.channels"
         )
     captions = dict.fromkeys(dataset.captions[:1000])
     return data.model_copy(

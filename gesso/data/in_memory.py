@@ -102,7 +102,7 @@ def load_in_memory(
         RunError: More than the share data.max_unreadable of the images are unreadable.
     """
 
-    def read(i: int) -> tuple[np.ndarray, tuple[int, int]] | UnreadableImageError:
+    def load(i: int) -> tuple[np.ndarray, tuple[int, int]] | UnreadableImageError:
         try:
             item = source.item(i)
             image, full_size = item.decode(data.channels, resize=data.resize)
@@ -116,10 +116,10 @@ def load_in_memory(
     indices: list[int] = []
     sizes: list[tuple[int, int]] = []
     unreadable: list[tuple[str, str]] = []
-    # Filled from the front, without gaps for unreadable images.
+    # Readable images are stored without gaps.
     images = torch.empty(n, data.channels, data.resolution, data.resolution, dtype=torch.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, result in enumerate(pool.map(read, range(n))):
+        for i, result in enumerate(pool.map(load, range(n))):
             if isinstance(result, UnreadableImageError):
                 unreadable.append((result.name, result.reason))
             else:
@@ -140,9 +140,9 @@ def load_in_memory(
 def check_unreadable(unreadable: Sequence[tuple[str, str]], n: int, data: DataConfig) -> None:
     """Raise RunError if more than the share data.max_unreadable of `n` images are unreadable."""
     if len(unreadable) > data.max_unreadable * n:
-        shown = "; ".join(f"{name} ({reason})" for name, reason in unreadable[:5])
+        examples = "; ".join(f"{name} ({reason})" for name, reason in unreadable[:5])
         more = f"; and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
         raise RunError(
             f"{len(unreadable)} of {n} images in {data.source} are unreadable, over the "
-            f"{data.max_unreadable:.1%} of data.max_unreadable:\n{shown}{more}"
+            f"{data.max_unreadable:.1%} of data.max_unreadable:\n{examples}{more}"
         )

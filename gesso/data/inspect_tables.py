@@ -40,7 +40,7 @@ BAR_WIDTH, MAX_NAME_WIDTH = 24, 48
 
 
 class Table(NamedTuple):
-    """A table. header: empty strings for columns without a name."""
+    """A table; its header has empty strings for columns without a name."""
 
     title: str
     header: tuple[str, ...]
@@ -48,7 +48,7 @@ class Table(NamedTuple):
 
 
 def print_tables(console: Console, tables: Iterable[Table]) -> None:
-    """Print tables; text of the user is not interpreted as markup."""
+    """Print tables; markup in cells is not interpreted."""
     for title, header, rows in tables:
         table = rich.table.Table(
             box=rich.box.SIMPLE_HEAD if any(header) else None, show_header=any(header), show_edge=False, pad_edge=False
@@ -63,13 +63,14 @@ def print_tables(console: Console, tables: Iterable[Table]) -> None:
 
 
 class SourceScan(NamedTuple):
-    """Contents of a source known without decoding pixels.
+    """Contents of a source that are read without decoding pixels.
 
-    index     (n,) indices in the source, spread evenly over it
-    sizes     (m, 2) H W of those with a readable header, as decode.decode_image gives them
-    encoded   bytes of the n encoded images
-    captions  n captions
-    bad       (name, reason) of the n - m others
+    Attributes:
+        indices: (n,) indices in the source, spread evenly over it.
+        original_sizes: (m, 2) H W of the m images with a readable header, as `decode.decode_image` returns them.
+        encoded_bytes: Total size of the n encoded images.
+        captions: n captions.
+        unreadable: (name, reason) of the n - m other images.
     """
 
     indices: np.ndarray
@@ -87,9 +88,9 @@ def evenly_spaced(total: int, count: int) -> np.ndarray:
 
 def scan_source(source: Source, limit: int = DEFAULT_LIMIT) -> SourceScan:
     """Read headers and captions of at most `limit` images; damage after a header is not detected."""
-    index = evenly_spaced(len(source), limit)
+    indices = evenly_spaced(len(source), limit)
 
-    def read(i: int) -> tuple[int, int] | UnreadableImageError:
+    def read_size(i: int) -> tuple[int, int] | UnreadableImageError:
         try:
             item = source.item(i)
             return item.original_size or header_size(item.image)
@@ -97,20 +98,19 @@ def scan_source(source: Source, limit: int = DEFAULT_LIMIT) -> SourceScan:
             return UnreadableImageError(error.name or format_names([source.name(i)]), error.reason)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(read, index.tolist()))
+        results = list(pool.map(read_size, indices.tolist()))
     sizes = [size for size in results if not isinstance(size, UnreadableImageError)]
-    bad = [(error.name, error.reason) for error in results if isinstance(error, UnreadableImageError)]
     return SourceScan(
-        index,
-        np.array(sizes, np.int64).reshape(-1, 2),
-        sum(max(0, source.encoded_size(i)) for i in index.tolist()),
-        [source.caption(i) for i in index.tolist()],
-        bad,
+        indices=indices,
+        original_sizes=np.array(sizes, np.int64).reshape(-1, 2),
+        encoded_bytes=sum(max(0, source.encoded_size(i)) for i in indices.tolist()),
+        captions=[source.caption(i) for i in indices.tolist()],
+        unreadable=[(error.name, error.reason) for error in results if isinstance(error, UnreadableImageError)],
     )
 
 
 def header_size(image: bytes | np.ndarray) -> tuple[int, int]:
-    """Return H W of an encoded image, upright, or of an array (H, W, C) uint8 or (2c, h, w) float.
+    """Return H W of an encoded image as it is viewed, or of an array (H, W, C) uint8 or (2c, h, w) float.
 
     Raises:
         UnreadableImageError: The header is damaged; the error has no name.
@@ -119,30 +119,28 @@ def header_size(image: bytes | np.ndarray) -> tuple[int, int]:
         return image.shape[:2] if image.dtype == np.uint8 else image.shape[1:]
     try:
         opened = decode.open_header(image)
-        turned = decode.exif_orientation(opened) >= 5
+        is_rotated = decode.exif_orientation(opened) >= 5
     except UnreadableImageError:
         raise
-    except Exception as error:  # whatever a damaged header leads to
+    except Exception as error:  # decoders raise any error on a damaged header
         raise UnreadableImageError("", f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     width, height = opened.size
-    return (width, height) if turned else (height, width)
+    return (width, height) if is_rotated else (height, width)
 
 
 def source_tables(source: Source, scan: SourceScan) -> list[Table]:
     """Return all tables of a source."""
     n, total = len(scan.indices), len(source)
-    about = [("images", f"{total:,}")]
-    some = "all" if n == total else f"{n:,} of them, spread evenly (--limit {total} for all)"
-    about.append(("looked at", f"headers and captions of {some}; no pixels"))
-    about.append(
-        (
-            "stored",
-            f"{format_bytes(scan.encoded_bytes / n)} per image, {format_bytes(scan.encoded_bytes / n * total)} in all",
-        )
-    )
-    about += [("note", note) for note in source.notes]
+    subset = "all images" if n == total else f"{n:,} images, spread evenly (--limit {total} for all)"
+    image_bytes = scan.encoded_bytes / n
+    summary = [
+        ("images", f"{total:,}"),
+        ("inspected", f"headers and captions of {subset}; no pixels"),
+        ("size", f"{format_bytes(image_bytes)} per image, {format_bytes(image_bytes * total)} in total"),
+        *(("note", note) for note in source.notes),
+    ]
     return [
-        Table(format_names([source.uri]), ("", ""), about),
+        Table(format_names([source.uri]), ("", ""), summary),
         *size_tables(scan.original_sizes, "latents" if source.has_latents else "pixels"),
         *class_tables(source.labels, source.class_names),
         *caption_tables(scan.captions, source.class_names),
@@ -153,32 +151,31 @@ def source_tables(source: Source, scan: SourceScan) -> list[Table]:
 def cache_tables(cache: CachedDataset, limit: int = DEFAULT_LIMIT) -> list[Table]:
     """Return all tables of a cache, reading at most `limit` captions."""
     manifest, N = cache.manifest, len(cache)
-    stored = sum(shard.bytes for shard in manifest.files)
-    about = [
+    size = sum(shard.bytes for shard in manifest.files)
+    summary = [
         ("images", f"{N:,} of {manifest.num_source_images:,}, {cache.plan.views} views each"),
-        ("stored", f"{format_bytes(stored / N)} per image, {format_bytes(stored)} in {len(manifest.files):,} files"),
+        ("size", f"{format_bytes(size / N)} per image, {format_bytes(size)} in {len(manifest.files):,} shards"),
         ("mean", _join(f"{m:.4g}" for m in manifest.mean)),
         ("std", _join(f"{s:.4g}" for s in manifest.std)),
-        ("faces", f"{manifest.num_faces:,} blurred" if cache.plan.blur_faces else "as they are"),
+        ("faces", f"{manifest.num_faces:,} blurred" if cache.plan.blur_faces else "not blurred"),
         ("fingerprint", manifest.fingerprint),
     ]
     # num_source_images is listed above; padding of text is a setting of training, not of the cache.
-    silent = ["num_source_images", "semantic.padding", "semantic.padding_noise"]
-    silent += [] if cache.has_latents else ["latent."]
-    silent += [] if cache.plan.semantic.kind == "text" else ["semantic."]
-    conventions = [
-        (n, _format_value(value)) for n, value in identity_settings(manifest).items() if not n.startswith(tuple(silent))
+    omitted = ["num_source_images", "semantic.padding", "semantic.padding_noise"]
+    omitted += [] if cache.has_latents else ["latent."]
+    omitted += [] if cache.plan.semantic.kind == "text" else ["semantic."]
+    settings = [
+        (n, _format_value(value))
+        for n, value in identity_settings(manifest).items()
+        if not n.startswith(tuple(omitted))
     ]
     buckets = [f"{height}x{width}" for height, width in cache.buckets]
     counts = np.bincount(cache.bucket_of, minlength=len(buckets)).tolist()
+    bucket_table = Table("buckets", ("", "images", ""), bar_rows(zip(buckets, counts, strict=True)))
     return [
-        Table(format_names([cache.uri]), ("", ""), about),
-        Table("conventions", ("", ""), [(name, setting) for name, setting in conventions if setting]),
-        *(
-            [Table("buckets", ("", "images", ""), bar_rows(zip(buckets, counts, strict=True)))]
-            if len(buckets) > 1
-            else []
-        ),
+        Table(format_names([cache.uri]), ("", ""), summary),
+        Table("settings", ("", ""), [(name, value) for name, value in settings if value]),
+        *([bucket_table] if len(buckets) > 1 else []),
         *size_tables(cache.original_sizes.numpy()),
         *class_tables(cache.labels.numpy(), cache.class_names),
         *caption_tables([cache.captions[i] for i in evenly_spaced(N, limit).tolist()], cache.class_names),
@@ -203,20 +200,20 @@ def size_tables(sizes: np.ndarray, unit: str = "pixels") -> list[Table]:
         return []
     shorter = sizes.min(axis=1)
     edges = {"height": sizes[:, 0], "width": sizes[:, 1], "shorter edge": shorter}
-    least = [(name, *(f"{_quantile(edge, q):,}" for q in (0, 0.5, 1))) for name, edge in edges.items()]
+    quantiles = [(name, *(f"{_quantile(edge, q):,}" for q in (0, 0.5, 1))) for name, edge in edges.items()]
     ratio = sizes[:, 1] / sizes[:, 0]
-    # 3:2 is to 5:4 what 2:3 is to 4:5: an edge belongs to the bin nearer to the square.
+    # An edge of a bin belongs to the bin that is nearer to the square.
     bins = np.where(
         ratio < 1, np.searchsorted(ASPECT_EDGES, ratio, "right"), np.searchsorted(ASPECT_EDGES, ratio, "left")
     )
     counts = np.bincount(bins, minlength=len(ASPECT_BINS))
     tables = [
-        Table(unit, ("", "smallest", "median", "largest"), least),
+        Table(unit, ("", "smallest", "median", "largest"), quantiles),
         Table("width : height", ("", "images", ""), bar_rows(zip(ASPECT_BINS, counts.tolist(), strict=True))),
     ]
-    small = [(f"{r}", _percentage(shorter < r)) for r in RESOLUTIONS if shorter.min() < r <= 2 * shorter.max()]
-    if small and unit == "pixels":
-        tables.append(Table("too small, hence enlarged", ("at resolution", "images"), small))
+    enlarged = [(f"{r}", _percentage(shorter < r)) for r in RESOLUTIONS if shorter.min() < r <= 2 * shorter.max()]
+    if enlarged and unit == "pixels":
+        tables.append(Table("enlarged, as too small", ("at resolution", "images"), enlarged))
     return tables
 
 
@@ -232,8 +229,8 @@ def _percentage(mask: np.ndarray) -> str:
 def bar_rows(counts: Iterable[tuple[str, int]]) -> list[tuple[str, str, str]]:
     """Return (name, count, bar) for each count above 0."""
     nonzero = [(name, count) for name, count in counts if count]
-    most = max((count for _, count in nonzero), default=1)
-    return [(name, f"{count:,}", "█" * round(BAR_WIDTH * count / most) or "▏") for name, count in nonzero]
+    largest = max((count for _, count in nonzero), default=1)
+    return [(name, f"{count:,}", "█" * round(BAR_WIDTH * count / largest) or "▏") for name, count in nonzero]
 
 
 def class_tables(labels: np.ndarray, names: Sequence[str]) -> list[Table]:
@@ -249,7 +246,7 @@ def class_tables(labels: np.ndarray, names: Sequence[str]) -> list[Table]:
         n = NUM_EXTREME_CLASSES
         title += f" of {int(np.median(counts)):,} images (median): the {n} largest and the {n} smallest"
     if empty:
-        title += f"; {empty:,} without an image"
+        title += f"; {empty:,} without images"
     return [Table(title, ("", "images", ""), bar_rows((truncate(names[i]), int(counts[i])) for i in order.tolist()))]
 
 
@@ -265,15 +262,14 @@ def caption_tables(captions: Sequence[str], class_names: Sequence[str] = ()) -> 
     if not nonblank:
         return []
     if class_names and set(nonblank) <= set(class_names):
-        return [Table("captions", ("", ""), [("all", "are the names of the classes")])]
+        return [Table("captions", ("", ""), [("all", "are class names")])]
     words = np.array([len(caption.split()) for caption in nonblank])
     quantiles = tuple(f"{_quantile(words, q):,}" for q in (0, 0.05, 0.5, 0.95, 1))
     tables = [Table("words in a caption", ("shortest", "5 %", "median", "95 %", "longest"), [quantiles])]
     counts = Counter(nonblank)
-    again = _percentage(np.array([counts[caption] > 1 for caption in nonblank]))
     rows = [
         ("empty", _percentage(np.array([not caption.strip() for caption in captions]))),
-        ("shared by several", again),
+        ("shared by several images", _percentage(np.array([counts[caption] > 1 for caption in nonblank]))),
     ]
     rows += [(f'"{truncate(text)}"', f"{count:,}") for text, count in counts.most_common(MAX_LISTED) if count > 1]
     tables.append(Table("captions", ("", "images"), rows))

@@ -68,7 +68,7 @@ class Normalizer:
         """Convert SampleBatch.x to pixels (B, C, H, W) uint8 on the CPU; latents are decoded from their means."""
         return x if x.dtype == torch.uint8 else self.vae.decode(x.float().chunk(2, dim=1)[0]).cpu()
 
-    def ends(self) -> tuple[Tensor, Tensor]:
+    def x0_range(self) -> tuple[Tensor, Tensor]:
         """Return the x0 of black and of white, (C, 1, 1) float64 each."""
         low, high = ((raw - self.mean) * (self.sigma_data / self.std) for raw in (-1, 1))
         return low, high

@@ -5,9 +5,9 @@ Legend: N images, B samples, C channels, R resolution.
 
 import os
 import threading
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,13 +52,12 @@ class OnTheFlyDataset(Dataset):
     def get(self, indices: Tensor, sample_index: Tensor) -> SampleBatch:
         """Return augmented samples, as `Dataset.get` does; raise RunError if too many images are unreadable."""
         u = rng.uniform(self.seed, sample_index, "view", crops.UNIFORMS_PER_VIEW)
-        return self._to_batch(indices, list(self._pool.map(self._load_view, indices.tolist(), u.tolist())))
+        return self._to_batch(self._pool.map(self._load_view, indices.tolist(), u.tolist()))
 
     def get_unaugmented(self, indices: Tensor) -> SampleBatch:
         """Return the images `indices` (B,), centre-cropped and not mirrored."""
-        plain = self.data.model_copy(update={"flip": False, "crop_scale": None})
-        views = self._pool.map(lambda i: self._load_view(i, [0.0] * crops.UNIFORMS_PER_VIEW, plain), indices.tolist())
-        return self._to_batch(indices, list(views))
+        data = self.data.model_copy(update={"flip": False, "crop_scale": None})
+        return self._to_batch(self._pool.map(lambda i: self._load_view(i, None, data), indices.tolist()))
 
     def channel_stats(self) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation per channel, float64, of the first NUM_STATS_SAMPLES samples."""
@@ -71,13 +70,13 @@ class OnTheFlyDataset(Dataset):
         return self.source.fingerprint()
 
     def _load_view(
-        self, i: int, u: list[float], data: DataConfig | None = None
+        self, i: int, u: Sequence[float] | None, data: DataConfig | None = None
     ) -> tuple[int, Tensor, crops.View, tuple[int, int]]:
         """Return index, x, view and original size of the first readable image from `i` on.
 
         A validation image is replaced only by validation images, a training image only by training images.
         """
-        data = data or self.data
+        data, u = data or self.data, u or [0.0] * crops.UNIFORMS_PER_VIEW
         for j in (*range(i, len(self)), *range(i)):
             if j in self._unreadable_by_index or (j in self._validation_set) != (i in self._validation_set):
                 continue
@@ -85,8 +84,9 @@ class OnTheFlyDataset(Dataset):
                 item = self.source.item(j)
                 if self.has_latents:
                     size = item.original_size or (data.resolution, data.resolution)
-                    return j, torch.from_numpy(item.image), crops.View(0.0, 0.0, 1.0, 1.0), size
-                image, full_size = item.decode(data.channels, self._min_decode_edge(), data.resize)
+                    return j, torch.from_numpy(item.image), crops.FULL_VIEW, size
+                min_edge = crops.min_decode_edge(self.data, data.resolution)
+                image, full_size = item.decode(data.channels, min_edge, data.resize)
             except UnreadableImageError as error:
                 self._record_unreadable(j, error.name, error.reason)
                 continue
@@ -94,12 +94,7 @@ class OnTheFlyDataset(Dataset):
             view = crops.random_view(data, *full_size, u)
             x = crops.crop_resize(image, view, data.resolution, data.resolution, data.resize)
             return j, torch.from_numpy(x), view, size
-        raise RunError(f"no image of {self.uri} can be read")
-
-    def _min_decode_edge(self) -> int:
-        """Return the shorter edge in pixels below which a reduced JPEG decode would have to be enlarged."""
-        scale = self.data.crop_scale
-        return int(np.ceil(self.data.resolution / (scale[0] ** 0.5 if scale else 1)))
+        raise RunError(f"no image of {self.uri} is readable")
 
     def _record_unreadable(self, i: int, name: str, reason: str) -> None:
         with self._unreadable_lock:
@@ -108,15 +103,7 @@ class OnTheFlyDataset(Dataset):
                 self.unreadable.append(self._unreadable_by_index[i])
         check_unreadable(self.unreadable, len(self), self.data)
 
-    def _to_batch(self, indices: Tensor, loaded: list[tuple[int, Tensor, crops.View, tuple[int, int]]]) -> SampleBatch:
-        image_indices = torch.tensor([i for i, _, _, _ in loaded], dtype=torch.int64)
-        x = torch.stack([view for _, view, _, _ in loaded])
-        return SampleBatch(
-            x,
-            torch.tensor([size for _, _, _, size in loaded]),
-            torch.tensor([view[:4] for _, _, view, _ in loaded]),
-            torch.tensor([view.flip for _, _, view, _ in loaded]),
-            torch.zeros(len(x), 2) if self.has_latents else crops.compute_pixel_stats(x),
-            self.labels[image_indices],
-            image_indices,
-        )
+    def _to_batch(self, loaded: Iterable[tuple[int, Tensor, crops.View, tuple[int, int]]]) -> SampleBatch:
+        indices, x, views, sizes = zip(*loaded, strict=True)
+        index = torch.tensor(indices, dtype=torch.int64)
+        return SampleBatch.from_views(torch.stack(x), sizes, views, self.labels[index], index)

@@ -1,7 +1,7 @@
 """Samplers that map sample indices to image indices: pure functions of (seed, epoch, position in the epoch).
 
     EpochShuffle        shuffles all images
-    ShardWindowShuffle  shuffles within a few shards of a cache at a time, for shards that are fetched remotely
+    ShardWindowShuffle  shuffles within a few shards of a cache at a time, for shards at an address
     BucketSampler       makes batches of images of one bucket, for images of several sizes
     ExcludeIndices      applies one of these to all images except the validation images
 
@@ -10,6 +10,7 @@ All take sample indices (B,) int64, which may span epochs, and return image indi
 Legend: n images, B samples, S shards.
 """
 
+import abc
 import functools
 import math
 from collections.abc import Sequence
@@ -23,21 +24,21 @@ from gesso.errors import UsageError
 MAX_STORED_PERMUTATION = 2**22
 """Number of images above which the permutation is computed per position instead of stored."""
 FEISTEL_ROUNDS = 6
-"""Luby and Rackoff 1988: 4 rounds give a permutation that few pairs cannot distinguish from a random one."""
+"""Number of rounds; after 4, few pairs cannot distinguish it from a random permutation (Luby and Rackoff 1988)."""
 
 
 class KeyedPermutations:
-    """Permutations of 0..n-1 keyed to (seed, purpose); the last `cache_size` of them stay in memory."""
+    """Permutations of 0..n-1 keyed to (seed, purpose); the last `max_stored` of them stay in memory."""
 
-    def __init__(self, seed: int, cache_size: int = 2):
+    def __init__(self, seed: int, max_stored: int = 2):
         self.seed = seed
-        self._cached = functools.lru_cache(maxsize=cache_size)(self._compute)
+        self._stored = functools.lru_cache(maxsize=max_stored)(self._compute)
 
     def __call__(self, n: int, purpose: str, position: Tensor) -> Tensor:
         """Return the elements (B,) at `position` (B,) of the permutation of 0..n-1."""
         if n > MAX_STORED_PERMUTATION:
             return feistel_permutation(n, self.seed, purpose, position)
-        return self._cached(n, purpose)[position]
+        return self._stored(n, purpose)[position]
 
     def _compute(self, n: int, purpose: str) -> Tensor:
         # Sort random 64-bit keys; in a tie (probability n^2 / 2^64) the lower index comes first.
@@ -53,7 +54,7 @@ def feistel_permutation(n: int, seed: int, purpose: str, position: Tensor) -> Te
     generalized Feistel, cycle walking). n is from a few hundred to 2^61.
     """
     root = math.isqrt(n - 1) + 1
-    a = min(range(root, root + 64), key=lambda a: -n % a)  # few values outside: a second pass costs as much
+    a = min(range(root, root + 64), key=lambda a: -n % a)  # few values outside, as each needs another pass
     b = -(-n // a)
     value, outside = position, torch.ones_like(position, dtype=torch.bool)
     while outside.any():
@@ -71,30 +72,51 @@ def _feistel_round(m: int, seed: int, purpose: str, r: int, half: Tensor) -> Ten
     return rng.random_bits(seed, half | r << 32, purpose, 1)[:, 0] * m >> 32
 
 
-class EpochShuffle:
-    """Shuffle in which every epoch is a new permutation of 0..n-1."""
+class EpochSampler(abc.ABC):
+    """Sampler with epochs of `n` samples."""
 
-    def __init__(self, n: int, seed: int):
-        self.n = n
-        self._permutation = KeyedPermutations(seed)
+    n: int
 
     def __call__(self, sample_index: Tensor) -> Tensor:
         """Map sample indices (B,) to image indices (B,)."""
         epoch, position = sample_index // self.n, sample_index % self.n
         out = torch.empty_like(sample_index)
         for e in epoch.unique().tolist():
-            here = epoch == e
-            out[here] = self._permutation(self.n, f"order of epoch {e}", position[here])
+            mask = epoch == e
+            out[mask] = self.epoch_images(e, position[mask])
         return out
 
+    @abc.abstractmethod
+    def epoch_images(self, epoch: int, position: Tensor) -> Tensor:
+        """Return the image indices (B,) at `position` (B,), 0..n-1, of an epoch."""
 
-class ShardWindowShuffle:
-    """Every epoch a permutation of 0..n-1 that needs few shards at a time.
 
-    counts: images of each shard, in order. An epoch permutes the shards, takes `window` of them after another, and
-    permutes the images of these together. Where a shard holds few classes, a batch has those of a window.
+class EpochShuffle(EpochSampler):
+    """Shuffle in which every epoch is a new permutation of 0..n-1."""
 
-    span: images of the largest window there can be, so that `shards(k, k + span)` ends in the window after that of k.
+    def __init__(self, n: int, seed: int):
+        self.n = n
+        self._permutation = KeyedPermutations(seed)
+
+    def epoch_images(self, epoch: int, position: Tensor) -> Tensor:
+        """Return the image indices (B,) at `position` (B,) of an epoch."""
+        return self._permutation(self.n, f"order of epoch {epoch}", position)
+
+
+class ShardWindowShuffle(EpochSampler):
+    """Shuffle in which every epoch is a permutation of 0..n-1 that needs few shards at a time.
+
+    An epoch permutes the shards, divides them into windows, and permutes the images within each window. If a shard
+    contains few classes, so do the batches of a window.
+
+    Args:
+        shard_sizes: Number of images of each shard, in order.
+        window: Number of shards of a window.
+        seed: Seed of the shuffle.
+
+    Attributes:
+        max_window_size: Images of the largest possible window: `shards_for(k, k + max_window_size)` includes at least
+            the start of the window after that of sample k.
     """
 
     def __init__(self, shard_sizes: Sequence[int], window: int, seed: int):
@@ -102,32 +124,31 @@ class ShardWindowShuffle:
         self.window = min(window, len(self.shard_sizes))
         self.n = int(self.shard_sizes.sum())
         self.max_window_size = int(self.shard_sizes.sort(descending=True).values[: self.window].sum())
-        self._shard_start = self.shard_sizes.cumsum(0) - self.shard_sizes  # image of each shard
+        self._shard_start = self.shard_sizes.cumsum(0) - self.shard_sizes  # index of the first image of each shard
         self._permutation = KeyedPermutations(seed)
         self._epoch_plan = functools.lru_cache(maxsize=2)(self._plan_epoch)
 
     def _plan_epoch(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the order of the shards (S,), and the positions where each shard and each window of it ends."""
-        number = len(self.shard_sizes)
-        shard = self._permutation(number, f"shards of epoch {epoch}", torch.arange(number))
+        """Return the order of the shards (S,), and the positions at which each shard and each window ends."""
+        S = len(self.shard_sizes)
+        shard = self._permutation(S, f"shards of epoch {epoch}", torch.arange(S))
         end = self.shard_sizes[shard].cumsum(0)
         return shard, end, torch.cat([end[self.window - 1 : -1 : self.window], end[-1:]])
 
-    def __call__(self, sample_index: Tensor) -> Tensor:
-        """Map sample indices (B,) to image indices (B,)."""
-        epoch, position = sample_index // self.n, sample_index % self.n
-        out = torch.empty_like(sample_index)
-        for e in epoch.unique().tolist():
-            shard, end, window_end = self._epoch_plan(e)
-            window = torch.searchsorted(window_end, position, right=True)
-            for w in window[epoch == e].unique().tolist():
-                here = (epoch == e) & (window == w)
-                start = int(window_end[w - 1]) if w else 0
-                size = int(window_end[w]) - start
-                # Position in the epoch before images are shuffled within the window.
-                place = start + self._permutation(size, f"order of epoch {e}, window {w}", position[here] - start)
-                slot = torch.searchsorted(end, place, right=True)
-                out[here] = self._shard_start[shard[slot]] + place - (end[slot] - self.shard_sizes[shard[slot]])
+    def epoch_images(self, epoch: int, position: Tensor) -> Tensor:
+        """Return the image indices (B,) at `position` (B,) of an epoch."""
+        shard, end, window_end = self._epoch_plan(epoch)
+        window = torch.searchsorted(window_end, position, right=True)
+        out = torch.empty_like(position)
+        for w in window.unique().tolist():
+            mask = window == w
+            start = int(window_end[w - 1]) if w else 0
+            purpose = f"order of epoch {epoch}, window {w}"
+            # Position in the epoch before the images are permuted within the window.
+            unshuffled = start + self._permutation(int(window_end[w]) - start, purpose, position[mask] - start)
+            slot = torch.searchsorted(end, unshuffled, right=True)
+            start_in_epoch = end[slot] - self.shard_sizes[shard[slot]]
+            out[mask] = self._shard_start[shard[slot]] + unshuffled - start_in_epoch
         return out
 
     def shards_for(self, first: int, stop: int) -> list[int]:
@@ -142,7 +163,7 @@ class ShardWindowShuffle:
         return list(shards)
 
 
-class BucketSampler:
+class BucketSampler(EpochSampler):
     """Sampler whose batches, samples j * batch_size to (j + 1) * batch_size - 1, are images of one bucket.
 
     An epoch shuffles each bucket, cuts it into full batches, and shuffles all batches. The remainder of a bucket is
@@ -155,7 +176,7 @@ class BucketSampler:
 
     Attributes:
         n: Number of samples of an epoch.
-        left_out: Number of images of each bucket that is smaller than a batch.
+        unused: Number of images by bucket, for buckets smaller than a batch.
 
     Raises:
         UsageError: No bucket fills a batch.
@@ -164,35 +185,30 @@ class BucketSampler:
     def __init__(self, bucket: Tensor | Sequence[int], batch_size: int, seed: int):
         bucket = torch.as_tensor(bucket, dtype=torch.int64)
         sizes = bucket.bincount()
-        self.left_out = {g: size for g, size in enumerate(sizes.tolist()) if 0 < size < batch_size}
+        self.unused = {g: size for g, size in enumerate(sizes.tolist()) if 0 < size < batch_size}
         if sizes.max() < batch_size:
             raise UsageError(
-                f"no bucket fills a batch: train.batch_size={batch_size}, and the largest has {int(sizes.max())} "
-                "images; choose smaller batches, or fewer buckets"
+                f"no bucket fills a batch: train.batch_size={batch_size}, and the largest bucket has "
+                f"{int(sizes.max())} images; set a smaller train.batch_size, or write a cache with fewer buckets"
             )
         self.batch_size = batch_size
         self._members = bucket.argsort(stable=True).split(sizes.tolist())
         self._batch_end = (sizes // batch_size).cumsum(0)
         self.num_batches = int(self._batch_end[-1])
         self.n = self.num_batches * batch_size
-        # Batches alternate between buckets: keep the permutations of two epochs for each.
-        self._permutation = KeyedPermutations(seed, cache_size=2 * len(sizes) + 2)
+        # Batches alternate between buckets: store the permutations of two epochs for each.
+        self._permutation = KeyedPermutations(seed, max_stored=2 * len(sizes) + 2)
 
-    def __call__(self, sample_index: Tensor) -> Tensor:
-        """Map sample indices (B,) to image indices (B,)."""
-        epoch, batch = sample_index // self.n, sample_index % self.n // self.batch_size
-        out = torch.empty_like(sample_index)
-        for e in epoch.unique().tolist():
-            now = epoch == e
-            batch_position = self._permutation(self.num_batches, f"batches of epoch {e}", batch[now])
-            group = torch.searchsorted(self._batch_end, batch_position, right=True)
-            before = torch.cat([torch.zeros_like(self._batch_end[:1]), self._batch_end])[group]
-            position = (batch_position - before) * self.batch_size + sample_index[now] % self.batch_size
-            image = torch.empty_like(position)
-            for g in group.unique().tolist():
-                members, here = self._members[g], group == g
-                image[here] = members[self._permutation(len(members), f"order of epoch {e}, group {g}", position[here])]
-            out[now] = image
+    def epoch_images(self, epoch: int, position: Tensor) -> Tensor:
+        """Return the image indices (B,) at `position` (B,) of an epoch."""
+        batch = self._permutation(self.num_batches, f"batches of epoch {epoch}", position // self.batch_size)
+        bucket = torch.searchsorted(self._batch_end, batch, right=True)
+        batch_start = torch.cat([torch.zeros_like(self._batch_end[:1]), self._batch_end])[bucket]
+        position = (batch - batch_start) * self.batch_size + position % self.batch_size  # within the bucket
+        out = torch.empty_like(position)
+        for g in bucket.unique().tolist():
+            members, mask = self._members[g], bucket == g
+            out[mask] = members[self._permutation(len(members), f"order of epoch {epoch}, group {g}", position[mask])]
         return out
 
 
@@ -204,14 +220,14 @@ def select_validation(n: int, count: int) -> Tensor:
 class ExcludeIndices:
     """Sampler that applies `base`, over n - k images, to all n images except `excluded` (k,), ascending."""
 
-    def __init__(self, base: EpochShuffle | ShardWindowShuffle | BucketSampler, excluded: Tensor):
+    def __init__(self, base: EpochSampler, excluded: Tensor):
         self.base = base
         self._shift_thresholds = excluded - torch.arange(len(excluded))
 
     def __call__(self, sample_index: Tensor) -> Tensor:
         """Map sample indices (B,) to image indices (B,)."""
-        place = self.base(sample_index)
-        return place + torch.searchsorted(self._shift_thresholds, place, right=True)
+        index = self.base(sample_index)
+        return index + torch.searchsorted(self._shift_thresholds, index, right=True)
 
 
-SampleOrder = EpochShuffle | ShardWindowShuffle | BucketSampler | ExcludeIndices
+SampleOrder = EpochSampler | ExcludeIndices

@@ -1,4 +1,4 @@
-"""Random data in place of a missing source, to estimate the cost of a run."""
+"""Random data that replace a missing source, to estimate the cost of a run."""
 
 import os
 
@@ -11,8 +11,8 @@ from gesso.data.encoders.text import DEFAULT_WORD_DIM, EncodedText
 from gesso.data.factory import is_cache_uri
 from gesso.data.sources import NAMED_SOURCES
 
-NUM_CLASSES, TEXT_DIM = 1000, 768
-"""Number of classes of ImageNet; channels of the tokens of CLIP ViT-L/14."""
+NUM_IMAGES, NUM_CLASSES, TEXT_DIM = 4096, 1000, 768
+"""Number of images; number of classes, as in ImageNet; channels of a token, as in CLIP ViT-L/14."""
 
 
 class SyntheticDataset(Dataset):
@@ -21,22 +21,19 @@ class SyntheticDataset(Dataset):
     notes, unreadable = [], []
 
     def __init__(self, run: RunConfig):
-        self.run, self.uri, n = run, run.data.source, 4096
-        text = run.semantic.kind == "text"
-        self.labels = torch.arange(n) % NUM_CLASSES
-        self.captions = [""] * n
-        self.class_names = () if text else tuple(str(i) for i in range(NUM_CLASSES))
-        self.has_latents = bool(run.latent.vae)
-        self.text_config = run.semantic if text else None
+        self.run, self.uri, self.has_latents = run, run.data.source, bool(run.latent.vae)
+        self.labels = torch.arange(NUM_IMAGES) % NUM_CLASSES
+        self.captions = [""] * NUM_IMAGES
+        self.text_config = run.semantic if run.semantic.kind == "text" else None
+        self.class_names = () if self.text_config else tuple(str(i) for i in range(NUM_CLASSES))
 
     def get(self, indices: Tensor, sample_index: Tensor) -> SampleBatch:
         """Return random samples of len(indices)."""
         n, run, side = len(indices), self.run, self.run.input_spec.resolution
         x = torch.randint(256, (n, run.x0_channels, side, side), dtype=torch.uint8)
         if self.has_latents:
-            x = torch.cat(
-                [torch.randn(n, run.x0_channels, side, side), torch.full((n, run.x0_channels, side, side), 0.1)], 1
-            )
+            shape = (n, run.x0_channels, side, side)
+            x = torch.cat([torch.randn(shape), torch.full(shape, 0.1)], dim=1)
         boxes = torch.tensor([0.0, 0.0, 1000.0, 1000.0]).expand(n, 4)
         texts, cfg = None, run.semantic
         if self.text_config:
@@ -56,7 +53,7 @@ class SyntheticDataset(Dataset):
 
     def fingerprint(self) -> str:
         """Return a constant."""
-        return "imagined"
+        return "synthetic"
 
 
 def with_synthetic_data(run: RunConfig) -> tuple[RunConfig, Dataset]:
@@ -65,14 +62,14 @@ def with_synthetic_data(run: RunConfig) -> tuple[RunConfig, Dataset]:
     dims = dict(embed_dim=width, pooled_dim=run.semantic.pooled_dim or width) if run.semantic.kind == "text" else {}
     channels = run.x0_channels
     classes = NUM_CLASSES if run.semantic.kind == "label" else 0
-    data = dict(num_classes=classes, num_images=4096, mean=(0.0,) * channels, std=(1.0,) * channels)
+    data = dict(num_classes=classes, num_images=NUM_IMAGES, mean=(0.0,) * channels, std=(1.0,) * channels)
     changes = {"semantic": run.semantic.model_copy(update=dims), "data": run.data.model_copy(update=data)}
     run = run.model_copy(update=changes)
     return run, SyntheticDataset(run)
 
 
 def source_exists(source: str) -> bool:
-    """Return whether data.source names a toy source, a cache, a pattern or an existing path."""
+    """Return True if data.source is a toy source, a cache, a pattern or an existing path."""
     return (
         source.partition(":")[0] in NAMED_SOURCES
         or is_cache_uri(source)

@@ -8,11 +8,12 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from gesso import devices, models
+from gesso import devices, extensions, models
 from gesso.conditioning import Cond
 from gesso.config import EDM2LadderConfig, RunConfig, TrainConfig
 from gesso.diffusion import process as processes
 from gesso.diffusion.process import NoiseEmbedding, Process
+from gesso.errors import UsageError
 from gesso.models.edm2_ladder import LadderFeatures, build_linear
 from gesso.models.layers import autocast_disabled
 from gesso.models.mp import MPFourier
@@ -144,11 +145,14 @@ def loss(
         weighting: "native": w |D - x0|^2, the MSE of the network's target. "uniform": |D - x0|^2.
             "min-snr": min(SNR, 5) |D - x0|^2 with SNR = (alpha sigma_data / s)^2 (Hang et al. 2023).
             "uncertainty": w |D - x0|^2 / e^u + u (EDM2 Eq. 21); "uncertainty-uniform": the same without w.
-        uncertainty: The function u of the two last weightings.
+            "custom:NAME": a function of gesso.extend.
+        uncertainty: The function u of "uncertainty" and "uncertainty-uniform".
         keep_ids: As for `Denoiser.forward`.
     """
     column = s[:, None, None, None]
     D = denoiser(process.alpha(column) * x0 + column * eps, s, cond, keep_ids)
+    if weighting.startswith("custom:"):
+        return _custom_loss(weighting.removeprefix("custom:"), D, x0, s, process)
     error = (D - x0).square().mean(dim=(1, 2, 3))
     if weighting == "uniform":
         return error
@@ -162,6 +166,20 @@ def loss(
         raise ValueError(f"weighting={weighting} needs an uncertainty function")
     u = uncertainty(s)
     return error / u.exp() + u
+
+
+def _custom_loss(name: str, denoised: Tensor, x0: Tensor, s: Tensor, process: Process) -> Tensor:
+    """Return the losses (B,) of a function of gesso.extend.
+
+    Raises:
+        UsageError: It is not loaded, or returns another shape.
+    """
+    if name not in extensions.LOSSES:
+        raise extensions.missing("loss.weighting", name, extensions.LOSSES)
+    losses = extensions.LOSSES[name](denoised, x0, s, process)
+    if losses.shape != s.shape:
+        raise UsageError(f"loss.weighting=custom:{name} returned {tuple(losses.shape)}; return {tuple(s.shape)}")
+    return losses
 
 
 def autocast_context(cfg: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager:

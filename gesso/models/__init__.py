@@ -4,11 +4,14 @@ x (B, C, H, W) is scaled by c_in; c_noise (B,) suits the network's kind of time 
 and 1 at noise; cond is a Cond of the same batch. F has the shape of x.
 """
 
+import inspect
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from gesso import extensions
 from gesso.config import (
+    CustomNetConfig,
     DiTAttConfig,
     DiTConfig,
     EDM2Config,
@@ -23,6 +26,7 @@ from gesso.config import (
     PixArtConfig,
     UNetConfig,
 )
+from gesso.errors import UsageError
 from gesso.models import dit, edm2, edm2_ladder, mdt, mmdit, mp, mp_transformer, unet
 from gesso.models.dit import DiT, DiTAtt, PixArt
 from gesso.models.edm2 import EDM2
@@ -71,12 +75,33 @@ def build_network(cfg: NetConfig, inputs: InputSpec) -> nn.Module:
         raise ValueError(f"{cfg.name} takes no {', '.join(rejected)}; it takes: {', '.join(sorted(cfg.accepts))}")
     if inputs.num_classes and inputs.text_dim:
         raise ValueError("a network takes classes or text, not both")
+    if isinstance(cfg, CustomNetConfig):
+        return _build_custom_network(cfg, inputs)
     return NETWORKS[type(cfg)](cfg, inputs)
 
 
+def _build_custom_network(cfg: CustomNetConfig, inputs: InputSpec) -> nn.Module:
+    """Return a network of gesso.extend. Raises UsageError if it is not loaded or takes other options."""
+    if cfg.network not in extensions.NETWORKS:
+        raise extensions.missing("net.network", cfg.network, extensions.NETWORKS)
+    build, options = extensions.NETWORKS[cfg.network], dict(cfg.options)
+    try:
+        inspect.signature(build).bind(inputs, **options)
+    except TypeError as error:
+        raise UsageError(f"net.options={options} do not fit net.network={cfg.network}: {error}") from None
+    net = build(inputs, **options)
+    if not isinstance(net, nn.Module):
+        raise UsageError(f"net.network={cfg.network} returned {type(net).__name__}, not a torch.nn.Module")
+    return net
+
+
 def list_blocks(net: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a network in order: the units of compilation, activation checkpointing and sharding."""
-    return [module for module in net.modules() if isinstance(module, BLOCK_TYPES)]
+    """Return the blocks of a network in order: the units of compilation, activation checkpointing and sharding.
+
+    A network of the user names the classes of its blocks in an attribute `block_types`.
+    """
+    types = (*BLOCK_TYPES, *getattr(net, "block_types", ()))
+    return [module for module in net.modules() if isinstance(module, types)]
 
 
 def weighted_layers(block: nn.Module) -> list[nn.Module]:

@@ -89,11 +89,11 @@ def _open_run(job: MeasurementJob) -> _Batch:
     sample_index = torch.arange(NUM_SAMPLES)
     samples = batcher.fetch(sample_index)
     x0, cond = batcher.to_device(sample_index, samples)
-    encoded = batcher.text_cache(samples) if batcher.text_cache else samples.encoded_text
-    if encoded is None or cond.text is None or not isinstance(run.net, TransformerConfig):
+    if cond.text is None or not isinstance(run.net, TransformerConfig):
         raise UsageError(
             f"{folder} is not a transformer with captions: set semantic.kind=text and a transformer in net.name"
         )
+    encoded = batcher.encoded_text(samples)
     has_padding = (encoded.lengths < encoded.tokens.shape[1]) & (encoded.lengths > 0)
     text = cond.text[has_padding]
     cond = dataclasses.replace(cond, has_semantic=None, has_control=None)[has_padding]

@@ -2,7 +2,7 @@
 
 import functools
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,6 +49,7 @@ def train(
     ranks: Ranks = SINGLE_PROCESS,
     device: torch.device | None = None,
     denoiser: Denoiser | None = None,
+    more_trackers: Sequence[trackers.Tracker] = (),
 ) -> None:
     """Train to train.total_images, from the newest checkpoint in the run folder if there is one.
 
@@ -62,6 +63,7 @@ def train(
         ranks: Ranks of the run.
         device: Device of this rank; None for that of train.device.
         denoiser: Denoiser with initial weights; None for random ones.
+        more_trackers: Trackers besides those of the settings.
 
     Raises:
         StoppedError: SIGINT, SIGUSR1 or SIGTERM was received; a checkpoint is written.
@@ -74,7 +76,7 @@ def train(
     log = RunLog(out / "log.jsonl") if ranks.is_main else None
     if log:
         log.rewind(trainer.nimg)
-        log.trackers = trackers.open_trackers(run, out, trainer.nimg)
+        log.trackers = [*trackers.open_trackers(run, out, trainer.nimg), *more_trackers]
     if trainer.nimg:
         console.print(f"resumed at image {trainer.nimg:,}", highlight=False)
     elif log and dataset.unreadable:

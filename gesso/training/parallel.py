@@ -68,7 +68,7 @@ def parallelize(loss_module: LossModule, run: RunConfig, ranks: Ranks, device: t
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
     if isinstance(run.net, MDTConfig):
-        register_fsdp_forward_method(net, "masked")
+        register_fsdp_forward_method(net, "forward_masked")
     if loss_module.uncertainty:
         fully_shard(loss_module.uncertainty, mesh=mesh)
     return loss_module

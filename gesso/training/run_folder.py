@@ -3,14 +3,14 @@
 import contextlib
 import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 import gesso
-from gesso import atomic_io, config, devices
+from gesso import atomic_io, config, devices, extensions
 from gesso.config import DataConfig, RunConfig
 from gesso.data.base import Dataset
 from gesso.data.encoders import text
@@ -61,6 +61,7 @@ def git_commit() -> str:
 def environment(device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> dict[str, str | int]:
     """Return the versions, device, threads and ranks of this process, which influence the last bits of the result."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    code = extensions.describe_sources()
     return {
         "gesso": gesso.__version__,
         "commit": git_commit(),
@@ -68,6 +69,7 @@ def environment(device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> dict[str
         "device": name,
         "threads": torch.get_num_threads(),
         "ranks": ranks.world_size,
+        **({"code": code} if code else {}),
     }
 
 
@@ -185,6 +187,8 @@ def prepare_run_folder(out: Path, run: RunConfig, device: torch.device, ranks: R
             )
         run = run.model_copy(update={"environment": environment(device, ranks)})
         config.save_config(run, record)
+        for path in extensions.source_files():  # a copy for readers; gesso never executes it by itself
+            atomic_io.write_text(out / "code" / path.name, path.read_text(encoding="utf-8"))
         return run
     recorded = config.load_config(record)
     differing = [d for d in config.differences(recorded, run) if not d[0].startswith(RESUMABLE_SETTINGS)]
@@ -196,7 +200,14 @@ def prepare_run_folder(out: Path, run: RunConfig, device: torch.device, ranks: R
     return run.model_copy(update={"environment": recorded.environment})
 
 
-def start_training(run: RunConfig, out: Path, resume: bool, console: Console, log: Callable[[str], None]) -> RunConfig:
+def start_training(
+    run: RunConfig,
+    out: Path,
+    resume: bool,
+    console: Console,
+    log: Callable[[str], None],
+    more_trackers: Sequence[trackers.Tracker] = (),
+) -> RunConfig:
     """Open the data set and the run folder, and train. Every rank calls it, and only the first prints.
 
     Args:
@@ -205,6 +216,7 @@ def start_training(run: RunConfig, out: Path, resume: bool, console: Console, lo
         resume: True to resume a run that `out` contains.
         console: Console of notes and of the progress bar.
         log: Function that prints a line.
+        more_trackers: Trackers besides those of the settings.
 
     Returns:
         The settings that are recorded in run.yaml.
@@ -245,25 +257,29 @@ def start_training(run: RunConfig, out: Path, resume: bool, console: Console, lo
                 prepare_run_folder(out, run, device, ranks)
             ranks.barrier()
             run = prepare_run_folder(out, run, device, ranks)
-            if run_exists and (changes := _environment_changes(run, device, ranks)):
-                log(f"note: {'; '.join(changes)}: the result will agree closely, but not bit for bit")
-            for line in report:
+            for line in [*(_environment_notes(run, device, ranks) if run_exists else ()), *report]:
                 log(line)
             if report and ranks.is_main:
                 atomic_io.write_text(out / "transfer.txt", "\n".join(report) + "\n")
             num_ranks = f", {ranks.world_size} ranks ({run.train.sharding})" if ranks.world_size > 1 else ""
             log(f"training in {out}: {len(dataset):,} images, {run.net.name}, {run.process.name}{num_ranks}")
-            loop.train(run, dataset, out, console, ranks, device, denoiser)
+            loop.train(run, dataset, out, console, ranks, device, denoiser, more_trackers)
     return run
 
 
-def _environment_changes(run: RunConfig, device: torch.device, ranks: Ranks) -> list[str]:
-    """Return the changes of the environment that a run was started in, except to gesso."""
-    return [
+def _environment_notes(run: RunConfig, device: torch.device, ranks: Ranks) -> list[str]:
+    """Return notes on changes of the environment that a resumed run was started in, except to gesso."""
+    now = environment(device, ranks)
+    changes = [
         f"{name} {run.environment.get(name)} -> {value}"
-        for name, value in environment(device, ranks).items()
-        if name not in ("gesso", "commit") and run.environment.get(name) != value
+        for name, value in now.items()
+        if name not in ("gesso", "commit", "code") and run.environment.get(name) != value
     ]
+    notes = [f"note: {'; '.join(changes)}: the result will agree closely, but not bit for bit"] if changes else []
+    old_code, code = (record.get("code", "none") for record in (run.environment, now))
+    if code != old_code:
+        notes.append(f"note: the run was started with other code ({old_code}) than now ({code})")
+    return notes
 
 
 def configure_backends(run: RunConfig) -> None:

@@ -18,7 +18,8 @@ SIGNATURES = {
     "load_run": "(folder: str | pathlib.Path) -> gesso.api.Run",
     "recipe": "(name: str, settings: collections.abc.Mapping[str, typing.Any] | None = None) -> gesso.config.run.RunConfig",
     "train": "(run: gesso.config.run.RunConfig | str, out: str | pathlib.Path, resume: bool = False, "
-    "log: collections.abc.Callable[[str], None] | None = None) -> gesso.api.Run",
+    "log: collections.abc.Callable[[str], None] | None = None, "
+    "trackers: collections.abc.Sequence[gesso.training.trackers.Tracker] = ()) -> gesso.api.Run",
     "model": "(name: str, inputs: gesso.config.net.InputSpec, **fields: Any) -> torch.nn.modules.module.Module",
 }
 RUN_METHODS = {
@@ -44,7 +45,7 @@ def run(tmp_path_factory) -> gesso.Run:
 
 def test_exported_names_and_signatures():
     assert set(gesso.__all__) == {
-        "GessoError", "InputSpec", "PostHocEMA", "Run", "RunConfig", "UsageError", "load_run", "model", "recipe", "train", "__version__",
+        "Cond", "ControlVariable", "GessoError", "InputSpec", "PostHocEMA", "Run", "RunConfig", "UsageError", "extend", "load_run", "model", "recipe", "train", "__version__",
     }  # fmt: skip
     for name, signature in SIGNATURES.items():
         assert str(inspect.signature(getattr(gesso, name))) == signature

@@ -210,14 +210,14 @@ def test_latents_of_a_zip_stay_as_they_are(latent_zip, tmp_path):
 def test_what_latents_cannot_do(latent_zip, tmp_path):
     path, latent, o = latent_zip[0], LatentConfig(vae="some/name", convention="edm2"), tmp_path / "o"
     for missing in (LatentConfig(), LatentConfig(vae="some/name")):
-        assert "say --convention edm2, and by --vae which VAE made them" in refused(o, path, latent=missing)
+        assert "add --convention edm2 and the --vae that encoded them" in refused(o, path, latent=missing)
     for flag, more in (
         ("--flip", {"data": {"flip": True}}), ("--crop-scale", {"data": {"crop_scale": (0.4, 1)}}),
         ("--blur-faces", {"blur_faces": True}), ("--views", {"data": {"flip": True}, "views": 2}),
     ):  # fmt: skip
         output = refused(o, path, latent=latent, **more)
-        assert f"leave {flag} out" in output or (flag == "--views" and "--flip" in output)
-    assert "of 2x2, which --resolution 15 is no multiple of" in refused(o, path, 15, latent=latent)
+        assert f"remove {flag}" in output or (flag == "--views" and "--flip" in output)
+    assert "of 2x2: --resolution 15 must be a multiple" in refused(o, path, 15, latent=latent)
 
 
 def test_odd_latents_are_left_out(latent_zip, tmp_path):
@@ -438,11 +438,11 @@ def test_a_signal_stops_it_and_the_same_call_goes_on(number, vae, photos, tmp_pa
             caught.append(number)
 
     with pytest.raises(
-        StoppedError, match=rf"8 of 16 images were looked at\. Go on with\n  gesso cache {photos}"
+        StoppedError, match=rf"stopped after 8 of 16 images\. Continue with\n  gesso cache {photos}"
     ) as stopped:
         write.write_cache(plan(photos, **settings), tmp_path / "o", progress=progress, received_signals=caught)
     assert stopped.value.exit_code == 128 + number and seen[-1] == (8, 16)
-    with pytest.raises(UsageError, match=r"a cache that is not finished; go on with\n  gesso cache"):
+    with pytest.raises(UsageError, match=r"is incomplete; continue with\n  gesso cache"):
         CachedDataset(tmp_path / "o")
     caught.clear()
     write.write_cache(plan(photos, **settings), tmp_path / "o", progress=progress)
@@ -476,7 +476,7 @@ def test_a_signal_on_the_command_line(tmp_path):
     assert running.returncode == 143 and "Traceback" not in err
     assert (
         "gesso: SIGTERM: " in err
-        and "Go on with\n  gesso cache digits o --resolution 512 --images-per-shard 8\n" in err
+        and "Continue with\n  gesso cache digits o --resolution 512 --images-per-shard 8\n" in err
     )
 
 
@@ -484,11 +484,11 @@ def test_another_plan_is_refused_and_says_what_differs(photos, tmp_path):
     o = tmp_path / "o"
     before = write_test_cache(o, photos, data={"flip": True}, views=2)
     for more, output in (
-        ({"data": {"flip": True}, "views": 1}, "views: 2 there, 1 here"),
-        ({"data": {"flip": False}}, "data.flip: True there, False here"),
-        ({"data": {"flip": True}, "views": 2, "seed": 1}, "seed: 0 there, 1 here"),
+        ({"data": {"flip": True}, "views": 1}, "views: 2 stored, 1 now"),
+        ({"data": {"flip": False}}, "data.flip: True stored, False now"),
+        ({"data": {"flip": True}, "views": 2, "seed": 1}, "seed: 0 stored, 1 now"),
     ):
-        with pytest.raises(UsageError, match="a cache of another plan") as error:
+        with pytest.raises(UsageError, match="made with different settings") as error:
             write.write_cache(plan(photos, **more), o)
         assert output in str(error.value) and cache_command(before.plan, o) in str(error.value)
     write_test_cache(o, photos, data={"flip": True, "max_unreadable": 0.5}, views=2)  # decides nothing
@@ -496,7 +496,7 @@ def test_another_plan_is_refused_and_says_what_differs(photos, tmp_path):
         json.dumps(write.CacheHeader(plan=before.plan, source_fingerprint="0", num_source_images=16).model_dump())
     )
     (o / "manifest.json").unlink()
-    with pytest.raises(UsageError, match="source_fingerprint: '0' there"):
+    with pytest.raises(UsageError, match="source_fingerprint: '0' stored"):
         write.write_cache(plan(photos, data={"flip": True}, views=2), o)
 
 
@@ -516,7 +516,7 @@ def test_deleted_shards_are_rewritten(photos, tmp_path):
     doomed = o / "shards" / "shard-000002.safetensors"
     doomed.unlink()
     with pytest.raises(
-        UsageError, match=r"shard-000002\.safetensors cannot be read .*gesso cache --check .* says more"
+        UsageError, match=r"shard-000002\.safetensors cannot be read .*run gesso cache --check .* to see how to repair"
     ):
         CachedDataset(o)
     write_test_cache(o, photos, images_per_shard=4)
@@ -580,8 +580,8 @@ def test_a_disk_that_fills_up_on_the_way(photos, tmp_path, monkeypatch):
 def test_places_that_will_not_do(photos, tmp_path):
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "thesis.tex").touch()
-    assert "holds other files (thesis.tex); choose another place" in refused(tmp_path / "o", photos)
-    assert "lies within the source" in refused(photos / "wide" / "cache", photos)
+    assert "contains other files (thesis.tex); choose another folder" in refused(tmp_path / "o", photos)
+    assert "is inside the source" in refused(photos / "wide" / "cache", photos)
     assert not (photos / "wide" / "cache").exists()
     (tmp_path / "file").touch()
     assert "cannot write" in refused(tmp_path / "file", photos, kind=RunError)
@@ -660,7 +660,7 @@ def test_vaes_that_do_not_fit(vae, photos, tmp_path):
     grey = write_vae(tmp_path / "grey", 4, in_channels=1, out_channels=1)
     assert "needs multiples of 8 pixels, not 20x20" in refused(o, photos, 20, latent=LatentConfig(vae=str(vae)))
     assert "use dit" in refused(o, photos, latent=LatentConfig(vae=str(deep), convention="edm2"))
-    assert "from 1 channels to 1, where RGB has 3" in refused(o, photos, latent=LatentConfig(vae=str(grey)))
+    assert "it maps 1 channels to 1, but RGB has 3" in refused(o, photos, latent=LatentConfig(vae=str(grey)))
     assert "latent.channels=3, but --vae" in refused(o, photos, latent=LatentConfig(vae=str(vae), channels=3))
     assert "there is no such folder" in refused(o, photos, latent=LatentConfig(vae="no-where"))
     assert "--text: " in refused(o, captioned(tmp_path / "s", photos, [""] * 3), semantic=SemanticConfig(kind="text"))
@@ -677,7 +677,7 @@ def test_numbers_that_do_not_fit_into_float16(photos, tmp_path, monkeypatch):
         VAE, "encode", lambda self, x: (torch.full((len(x), 4, 2, 2), 1e6), torch.ones(len(x), 4, 2, 2))
     )
     latent = LatentConfig(vae=str(write_vae(tmp_path / "v", 4)))
-    assert "1e+06 do not fit into float16: say --dtype float32" in refused(
+    assert "1e+06 exceed the range of float16: add --dtype float32" in refused(
         tmp_path / "o", photos, latent=latent, kind=RunError
     )
     write_test_cache(tmp_path / "p", photos, latent=latent, dtype="float32")
@@ -695,27 +695,30 @@ def test_manifests_that_are_not_trusted(photos, tmp_path):
     recorded = json.loads(good)
     (shard,) = recorded["files"]
     for changes, output in (
-        ({"format": "gesso cache 2"}, "written as 'gesso cache 2', where 'gesso cache 1' is read"),
-        ({"format": None}, "written as 'None'"),
-        ({"files": [shard | {"name": "../../secret.safetensors"}]}, r"refused, for it names a file '\.\./\.\./secret"),
-        ({"files": [shard | {"name": "/etc/passwd"}]}, "refused"),
-        ({"files": [shard | {"name": "shard-000000.safetensors/../x"}]}, "refused"),
-        ({"files": [shard | {"name": "shard-000000.safetensors\n"}]}, "refused"),
+        ({"format": "gesso cache 2"}, "has the format gesso cache 2, but this version of gesso reads gesso cache 1"),
+        ({"format": None}, "has the format None"),
+        (
+            {"files": [shard | {"name": "../../secret.safetensors"}]},
+            r"names the file '\.\./\.\./secret\S+, which is unsafe",
+        ),
+        ({"files": [shard | {"name": "/etc/passwd"}]}, "unsafe"),
+        ({"files": [shard | {"name": "shard-000000.safetensors/../x"}]}, "unsafe"),
+        ({"files": [shard | {"name": "shard-000000.safetensors\n"}]}, "unsafe"),
         ({"files": [shard | {"rows": -1}]}, "damaged: files.0.rows"),
-        ({"files": [shard | {"rows": 2}]}, "num_images is not the sum"),
-        ({"files": [shard | {"shape": [16, 1, 3, 8, 8]}]}, "is not what the plan"),
-        ({"files": [shard | {"height": 10**9}]}, "is not what the plan"),
-        ({"num_images": 10**9, "files": [shard | {"rows": 10**9}]}, "is not what the plan"),
+        ({"files": [shard | {"rows": 2}]}, "num_images differs from the sum"),
+        ({"files": [shard | {"shape": [16, 1, 3, 8, 8]}]}, "contradicts its plan"),
+        ({"files": [shard | {"height": 10**9}]}, "contradicts its plan"),
+        ({"num_images": 10**9, "files": [shard | {"rows": 10**9}]}, "contradicts its plan"),
         ({"files": "none"}, "damaged: files"),
         ({"mean": [float("inf")]}, "damaged: mean"),
         ({"more": 1}, "damaged: more"),
-        ({"plan": {}}, "its plan has gaps"),
-        ({"plan": recorded["plan"] | {"semantic": {"kind": "text"}}}, "its plan has gaps"),
+        ({"plan": {}}, "its plan is incomplete"),
+        ({"plan": recorded["plan"] | {"semantic": {"kind": "text"}}}, "its plan is incomplete"),
         (
             {"plan": recorded["plan"] | {"semantic": {"kind": "text", "embed_dim": 4, "pooled_dim": 4}}},
-            "its plan has gaps",
+            "its plan is incomplete",
         ),
-        ({"plan": recorded["plan"] | {"views": 2, "data": {"flip": True, "resolution": 16}}}, "is not what the plan"),
+        ({"plan": recorded["plan"] | {"views": 2, "data": {"flip": True, "resolution": 16}}}, "contradicts its plan"),
     ):
         path.write_text(good)
         edited(path, **changes)
@@ -727,7 +730,7 @@ def test_manifests_that_are_not_trusted(photos, tmp_path):
         with pytest.raises(UsageError, match=r"manifest\.json"):
             CachedDataset(o)
     path.unlink()
-    with pytest.raises(UsageError, match="is no cache: it has no manifest"):
+    with pytest.raises(UsageError, match="is not a cache: it has no manifest"):
         CachedDataset(o)
     assert manifest.num_images == 16
 
@@ -773,17 +776,17 @@ def test_shards_that_are_not_what_they_should_be(photos, tmp_path):
     half = actual["tokens"].clone()
     half[0, 0] = float("nan")
     for changes, output, opens in (
-        ({"label": None}, "label is None where", False),
+        ({"label": None}, "label is None, expected", False),
         ({"label": actual["label"].int()}, "label is", False),
         ({"box": actual["box"][:, :, :3].clone()}, "box is", False),
         ({"extra": torch.zeros(3)}, "extra is", False),
-        ({"label": actual["label"] + 5}, "wrong classes", True),
-        ({"index": actual["index"].flip(0)}, "wrong places in the source", True),
-        ({"index": actual["index"] - 8}, "wrong places in the source", True),
-        ({"caption_end": actual["caption_end"] + 1}, "wrong ends of captions", True),
-        ({"token_end": actual["token_end"] * 2}, "wrong ends of texts", True),
-        ({"size": actual["size"] * 0}, "wrong sizes", True),
-        ({"tokens": half}, "wrong numbers in tokens", True),
+        ({"label": actual["label"] + 5}, "invalid values of label", True),
+        ({"index": actual["index"].flip(0)}, "invalid values of index", True),
+        ({"index": actual["index"] - 8}, "invalid values of index", True),
+        ({"caption_end": actual["caption_end"] + 1}, "invalid values of caption_end", True),
+        ({"token_end": actual["token_end"] * 2}, "invalid values of token_end", True),
+        ({"size": actual["size"] * 0}, "invalid values of size", True),
+        ({"tokens": half}, "invalid values of tokens", True),
     ):
         path.write_bytes(good)
         manifest.write_text(recorded)
@@ -797,7 +800,7 @@ def test_shards_that_are_not_what_they_should_be(photos, tmp_path):
     for raw, output in (
         (good[:-1], "bytes instead of"),
         (good[:40], "bytes instead of"),
-        (bytes(len(good)), "SHA-256 is another"),
+        (bytes(len(good)), "SHA-256 is wrong"),
     ):
         path.write_bytes(raw)
         assert output in format.verify_cache(o)[0]
@@ -820,7 +823,7 @@ def test_check_names_bad_files_and_the_fix(photos, tmp_path):
     result = runner.invoke(app, ["cache", "--check", str(o)])
     assert result.exit_code == 1
     for path, output in zip(
-        bad, ("bytes instead of", "is damaged: its SHA-256 is another", "cannot be read"), strict=True
+        bad, ("bytes instead of", "is damaged: its SHA-256 is wrong", "cannot be read"), strict=True
     ):
         assert any(line.startswith(str(path)) and output in line for line in result.stdout.splitlines())
     *_, remove, again = result.stdout.splitlines()
@@ -966,13 +969,17 @@ def test_flags_are_short_for_settings():
 @pytest.mark.parametrize(
     "flags, arguments, message",
     [
-        ({}, [], "which size. say --resolution"),
-        ({"resolution": 256, "channels": 1, "vae": "a"}, [], "--channels 1, but --vae sees RGB"),
+        ({}, [], "the resolution is missing: add --resolution"),
+        ({"resolution": 256, "channels": 1, "vae": "a"}, [], "--channels 1, but --vae needs RGB"),
         ({"resolution": 8, "views": 2}, [], "--views 2 without --crop-scale"),
-        ({"resolution": 8, "views": 3, "flip": True}, [], "--views 3 without --crop-scale: an image has two views"),
+        (
+            {"resolution": 8, "views": 3, "flip": True},
+            [],
+            "--views 3 without --crop-scale: an image has only two different views",
+        ),
         ({"resolution": 8, "max_tokens": 9}, [], "--max-tokens without --text has no effect"),
         ({"resolution": 8, "convention": "edm2"}, [], "--convention without --vae has no effect"),
-        ({"resolution": 8, "dtype": "float32"}, [], "--dtype is that of latents and tokens"),
+        ({"resolution": 8, "dtype": "float32"}, [], "--dtype applies to latents and tokens"),
         (
             {"resolution": 8, "vae": "a", "dtype": "float64"},
             [],
@@ -981,22 +988,22 @@ def test_flags_are_short_for_settings():
         ({"resolution": 8, "vae": "a", "convention": "sd"}, [], "allowed are 'dit' or 'edm2'"),
         ({"resolution": 8, "crop_scale": ".6,.4"}, [], "falls"),
         ({"resolution": 8, "crop_scale": "all"}, [], "data.crop_scale"),
-        ({"resolution": 8, "buckets": 4}, [], "--buckets 4: an odd number"),
+        ({"resolution": 8, "buckets": 4}, [], "--buckets 4: choose an odd number"),
         (
             {"resolution": 256, "buckets": 7},
             [],
-            "--buckets 7: at --resolution 256 only 5 sizes differ by multiples of 64",
+            "--buckets 7: at --resolution 256 there are only 5 sizes with multiples of 64",
         ),
         (
             {"resolution": 100, "buckets": 3},
             ["bucket_multiple=64"],
-            "--resolution 100 is no multiple of bucket_multiple=64",
+            "--resolution 100 is not a multiple of bucket_multiple=64",
         ),
-        ({"resolution": 8}, ["data.resolution=9"], "--resolution and data.resolution are one setting"),
+        ({"resolution": 8}, ["data.resolution=9"], "--resolution and data.resolution are the same setting"),
         ({"resolution": 8}, ["vews=2"], "vews: no such setting of a cache; did you mean views"),
         ({"resolution": 8}, ["data.flp=true"], "data.flp = true: no such setting; did you mean data.flip"),
-        ({"resolution": 8}, ["data.num_images=5"], "data.num_images is found"),
-        ({"resolution": 8}, ["semantic.kind=label"], "classes are stored always"),
+        ({"resolution": 8}, ["data.num_images=5"], "data.num_images is computed"),
+        ({"resolution": 8}, ["semantic.kind=label"], "classes are always stored"),
         ({"resolution": 0}, [], "data.resolution = 0: should be greater than 0"),
     ],
 )
@@ -1018,10 +1025,13 @@ def test_the_command_line(photos, tmp_path):
     assert runner.invoke(app, words).exit_code == 0, "what is finished stays"
     assert before == {p: p.stat().st_mtime_ns for p in Path(o).rglob("*.json")}
     for wrong, message in (
-        (["cache", str(photos)], "where to"),
-        (["cache", str(photos), "data.flip=true", "--resolution", "8"], "stands in the place of the folder"),
+        (["cache", str(photos)], "the output folder is missing"),
+        (
+            ["cache", str(photos), "data.flip=true", "--resolution", "8"],
+            "the output folder is missing before data.flip=true",
+        ),
         (["cache", "--check", o, "--flip"], "--check takes one folder"),
-        (["cache", "--check", str(tmp_path)], "is no cache"),
+        (["cache", "--check", str(tmp_path)], "is not a cache"),
         (["cache", str(photos), o + "2", "--resolution", "16", "--device", "cuda:9"], "--device cuda:9 cannot be used"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -1030,8 +1040,6 @@ def test_the_command_line(photos, tmp_path):
 
 def test_views_have_no_draw_in_common():
     """Over images and views the draws are uniform and uncorrelated."""
-    u = encode.view_uniforms(CachePlan(views=2, data=DataConfig(resolution=8, crop_scale=(0.4, 1))), 0, 4000).reshape(
-        4000, -1
-    )
+    u = encode.view_uniforms(0, 2, 0, 4000).reshape(4000, -1)
     assert u.shape == (4000, 8) and np.abs(u.mean(0) - 0.5).max() < 0.03
     assert np.abs(np.corrcoef(u.T) - np.eye(8)).max() < 0.06

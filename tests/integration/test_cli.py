@@ -190,7 +190,7 @@ def test_damaged_snapshot_is_named(gesso, run, tmp_path):
 def test_weights_of_another_network_are_rejected(run):
     tensors, stored, _ = snapshot.read(snapshot.list_snapshots(run)[-1].path)
     changed = stored.model_copy(update={"net": stored.net.model_copy(update={"depth": 2})})
-    with pytest.raises(Exception, match=r"weights of another network: \d+ missing \(blocks"):
+    with pytest.raises(Exception, match=r"the weights belong to another network: \d+ missing \(blocks"):
         snapshot.denoiser_from_weights(tensors, changed)
 
 

@@ -61,7 +61,11 @@ def single_rank_runs(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     "world, names",
-    [(2, ["edm2"]), pytest.param(2, NETS, marks=pytest.mark.slow), pytest.param(3, NETS, marks=pytest.mark.slow)],
+    [
+        (2, ["edm2", "mdt"]),
+        pytest.param(2, NETS, marks=pytest.mark.slow),
+        pytest.param(3, NETS, marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_and_shards_and_passes_do_not_matter(single_rank_runs, tmp_path, world, names):
     """float64 weights to 1e-10 after 50 steps: replicated and sharded, in one pass and in passes of 1 and 2 samples."""

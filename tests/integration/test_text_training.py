@@ -182,7 +182,7 @@ def test_training_reports_truncated_captions(capsys):
     open_dataset_for_run(small_run(**TEXT | {"semantic.max_tokens": 3}), Console(width=300))
     out = capsys.readouterr().out
     assert out.count("captions are longer than semantic.max_tokens=3") == 1
-    assert "cut from 'somebody' on" in out and "of 6 words the first 3 are seen" in out
+    assert "only the first 3 of 6 words are used, truncated at 'somebody'" in out
     open_dataset_for_run(small_run(**TEXT), Console(width=300))
     assert "longer than" not in capsys.readouterr().out
     open_dataset_for_run(small_run(**{"semantic.max_tokens": 3}), Console(width=300))  # classes
@@ -203,7 +203,7 @@ def test_captions_of_a_folder(tmp_path):
     batches, loaded = batcher_for(small_run(**TEXT | settings))
     assert loaded.captions == ("dog", "red cat", "A cat, ünder a table.")
     assert (
-        batches.text_cache(loaded.get(torch.arange(3), torch.arange(3))).lengths.tolist() == [1, 2, 5]
+        batches.encoded_text(loaded.get(torch.arange(3), torch.arange(3))).lengths.tolist() == [1, 2, 5]
         and batches.run.data.example_captions == loaded.captions
     )
 

@@ -876,7 +876,7 @@ def test_pickles_of_tensors_and_of_code(tmp_path):
     torch.save({"layer.weight": torch.ones(3)}, tmp_path / "unknown.pt")
     for name, words in {
         "code.pt": "contains code, which gesso never runs", "torn.pt": "is damaged", "nothing.pt": "contains no named weights",
-        "unknown.pt": "weights of no project that gesso knows",
+        "unknown.pt": "the weights belong to no project that gesso knows",
     }.items():  # fmt: skip
         with pytest.raises(GessoError, match=words):
             transfer_to(peer_run("mmdit", source=str(tmp_path / name)))

@@ -386,7 +386,7 @@ def test_truncated_prompt_warns_once():
     long = "A fine-haired cat, asleep"
     cond, warnings = sampling.build_cond(run, [0, 1, 2], None, prompts=[long, "a cat", long])
     assert warnings == [
-        "warning: 'A fine-haired cat, asleep': of 5 words the first 3 are seen, cut from 'cat' on",
+        "warning: 'A fine-haired cat, asleep': only the first 3 of 5 words are used, truncated at 'cat'",
     ]
     short = "a fine haired"
     same, none = sampling.build_cond(run, [0, 1, 2], None, prompts=[short, "A CAT!", short])
@@ -518,7 +518,9 @@ def test_training_rejects_unavailable_noise_levels_early(monkeypatch):
 @pytest.mark.parametrize("update", [{"semantic.kind": "none"}, {"semantic.kind": "none", "sample.guidance": 3}])
 def test_training_without_guidable_conditions_notes_it(update, capsys):
     run, _ = open_dataset_for_run(small_run(**update), Console(width=200))
-    assert run.sample.guidance == 1 and "sample.guidance=1, as there are" in capsys.readouterr().out
+    assert (
+        run.sample.guidance == 1 and "sample.guidance=1, because the images have no classes" in capsys.readouterr().out
+    )
 
 
 # Refused before any work: on the command line.
@@ -638,7 +640,10 @@ def test_inaccurate_ema_reconstruction_warns(sample):
 
 def test_truncated_prompt_warns_on_the_command_line(sample):
     code, out, _ = sample("words", "--prompt", "a very long word for three")
-    assert code == 0 and "warning: 'a very long word for three': of 6 words the first 4 are seen, cut from 'for'" in out
+    assert (
+        code == 0
+        and "warning: 'a very long word for three': only the first 4 of 6 words are used, truncated at 'for'" in out
+    )
 
 
 # Networks called on what they were not built for.

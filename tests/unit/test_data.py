@@ -117,7 +117,7 @@ def test_too_many_unreadable(tmp_path, content):
 def test_one_flat_colour(tmp_path):
     Image.new("RGB", (9, 9), "red").save(tmp_path / "x.png")
     loaded = load(tmp_path)
-    with pytest.raises(RunError, match="one flat colour"):
+    with pytest.raises(RunError, match="a channel is constant"):
         with_dataset_info(DataConfig(source=str(tmp_path)), loaded)
 
 

@@ -173,8 +173,8 @@ def test_tokens_do_not_depend_on_how_many_there_may_be(name, folders):
 
 
 @pytest.mark.parametrize("name, output", [
-    ("clip", "of 8 pieces of words the first 5 are seen, cut from 'eep' on"),  # red cat a s l | e e p
-    ("t5", "of 11 pieces of words the first 6 are seen, cut from 'sleep' on"),  # _red _ c a t _a | s l e e p
+    ("clip", "only the first 5 of 8 tokens are used, truncated at 'eep'"),  # red cat a s l | e e p
+    ("t5", "only the first 6 of 11 tokens are used, truncated at 'sleep'"),  # _red _ c a t _a | s l e e p
 ])  # fmt: skip
 def test_truncation_is_reported(name, output, folders, caplog):
     """Of 7 places CLIP needs two and T5 one for marks."""
@@ -400,14 +400,18 @@ def test_hub_ids_fetch_what_is_needed_and_no_more(folders, hub, tmp_path, monkey
         assert encoder("some/clip")(["a"]).lengths.tolist() == [3]  # from the cache, without a network
         output = refused("some/other")
     assert len(hub.fetched) == count
-    assert output.startswith("semantic.encoder=some/other: there is no such folder, and the hub did not give it (")
+    assert output.startswith(
+        "semantic.encoder=some/other: there is no such folder, and the download from the hub failed ("
+    )
     assert "Connect" in output
 
 
 def test_a_hub_id_that_does_not_exist(hub):
     hub.root.mkdir()
-    assert "the hub did not give it (404" in refused("nobody/nothing")
-    with pytest.raises(UsageError, match="the VAE nobody/nothing: there is no such folder, and the hub did not give"):
+    assert "the download from the hub failed (404" in refused("nobody/nothing")
+    with pytest.raises(
+        UsageError, match="the VAE nobody/nothing: there is no such folder, and the download from the hub failed"
+    ):
         vae.VAE("nobody/nothing")
 
 
@@ -421,19 +425,24 @@ def damaged(folders: dict[str, Path], folder: Path, name: str = "clip") -> Path:
 def test_encoders_that_cannot_be_opened(folders, tmp_path):
     for missing in ("/no/such/folder", "wrods", "a/b/c", "./x", ""):
         output = refused(missing)
-        assert "there is no such folder, and a hub id is written OWNER/NAME" in output or "no config.json" in output
+        assert (
+            "there is no such folder, and it is not a hub id such as OWNER/NAME" in output or "no config.json" in output
+        )
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "which has no config.json" in refused(empty)
+    assert "as it has no config.json" in refused(empty)
     bert = save_randomized(BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
                                      intermediate_size=8)), tmp_path / "bert")  # fmt: skip
-    assert "a model of type bert, where clip, clip_text_model, t5 (CLIP, T5) would do, or words" in refused(bert)
+    assert (
+        "is a model of type bert; supported types are clip, clip_text_model, t5, or set semantic.encoder=words"
+        in refused(bert)
+    )
     (empty / "config.json").write_text("[1")
     assert "config.json cannot be read" in refused(empty)
     (empty / "config.json").write_text("[1]")
     assert "config.json cannot be read" in refused(empty)
     (empty / "config.json").write_text("{}")
-    assert "a model of type None" in refused(empty)
+    assert "is a model of type None" in refused(empty)
 
 
 def test_pickled_weights_are_not_read(folders, tmp_path):
@@ -450,7 +459,7 @@ def test_weights_that_do_not_fit(folders, tmp_path):
     names = sorted(weights)[:2]
     save_file({k: v for k, v in weights.items() if k not in names}, lacking / "model.safetensors", {"format": "pt"})
     output = refused(lacking)
-    assert "its weights lack" in output and "and 1 more tensors" in output
+    assert "its weights have no tensor" in output and "and 1 more are missing" in output
     cut = damaged(folders, tmp_path / "cut")
     content = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(content[: len(content) // 2])
@@ -458,7 +467,7 @@ def test_weights_that_do_not_fit(folders, tmp_path):
     other = damaged(folders, tmp_path / "other")
     about = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(about | {"intermediate_size": 20}))
-    assert "cannot be opened" in refused(other) or "its weights lack" in refused(other)
+    assert "cannot be opened" in refused(other) or "its weights have no tensor" in refused(other)
 
 
 @pytest.mark.parametrize("name, files", [("clip", "tokenizer.json, or vocab.json and merges.txt"),
@@ -467,7 +476,7 @@ def test_tokenizers_that_cannot_be_used(name, files, folders, tmp_path):
     folder = damaged(folders, tmp_path / "x", name)
     for path in (*folder.glob("tokenizer*"), *folder.glob("vocab.json")):
         path.unlink()
-    assert f"no tokenizer ({files}) beside the model" in refused(folder)  # the library would make one of three entries
+    assert f"no tokenizer ({files}) next to the model" in refused(folder)  # the library would make one of three entries
     (folder / "tokenizer.json").write_text("{")
     assert "cannot be opened" in refused(folder)
     (folder / "tokenizer.json").unlink()
@@ -479,14 +488,14 @@ def test_tokenizers_that_cannot_be_used(name, files, folders, tmp_path):
         if value.shape[0] == about["vocab_size"]:
             weights[key] = value[:40].clone()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert "the model 40: they do not belong together" in refused(folder)
+    assert "but the model has 40: use the tokenizer of the model" in refused(folder)
 
 
 def test_settings_that_do_not_fit_the_encoder(folders):
     clip, projected, t5 = (str(folders[name]) for name in ("clip", "clip with projection", "t5"))
-    assert f"semantic.max_tokens=13, but semantic.encoder={clip} has no more than 12 places" in refused(clip, 13)
-    assert "semantic.max_tokens=2 has no room for a word beside the 2 marks" in refused(clip, 2)
-    assert "semantic.max_tokens=1 has no room for a word beside the 1 marks" in refused(t5, 1)
+    assert f"semantic.max_tokens=13, but semantic.encoder={clip} takes at most 12 tokens" in refused(clip, 13)
+    assert "semantic.max_tokens=2 is too small" in refused(clip, 2)
+    assert "adds 1 special tokens to a caption: set it higher" in refused(t5, 1)
     assert encoder(t5, 500)(["a"]).tokens.shape == (1, 500, 14)  # T5's positions are relative
     assert f"semantic.embed_dim=64, but semantic.encoder={clip} has 16: set semantic.embed_dim=null" in refused(
         clip, embed_dim=64
@@ -514,8 +523,7 @@ def test_without_the_library(package, extra, folders, tmp_path, monkeypatch):
         )
         monkeypatch.setitem(sys.modules, package, broken)
         assert complaint() == (
-            "transformers is installed but does not load (operator torchvision::nms does not exist); gesso doctor looks "
-            "for the cause"
+            "transformers is installed but cannot be imported (operator torchvision::nms does not exist); run gesso doctor"
         )
     assert "torchvision" not in sys.modules
 
@@ -547,7 +555,7 @@ def test_trains_resumes_bit_equal_and_samples(recipe, name, folders, tmp_path):
     assert last.read_bytes() == (again / "snapshots" / last.name).read_bytes()
     requested = sampling.SampleArgs(prompts=("the seven", "a zero in somebody's handwriting", ""), seeds="0-2")
     lines = sampling.sample_to_folder(out, snapshot.read(last)[1], requested, tmp_path / "made")
-    assert "in somebody's handwriting\": of" in lines[0] and lines[1].startswith("wrote 3 images")
+    assert "in somebody's handwriting\": only" in lines[0] and lines[1].startswith("wrote 3 images")
 
 
 def test_prompts_become_the_encoders_tokens(folders, tmp_path):
@@ -566,7 +574,7 @@ def test_prompts_become_the_encoders_tokens(folders, tmp_path):
 def test_an_encoder_is_opened_before_any_image_is_read(folders, monkeypatch):
     monkeypatch.setattr(factory, "open_source", None)
     run = small_run(**{"semantic.kind": "text", "semantic.encoder": folders["clip"], "semantic.max_tokens": 77})
-    with pytest.raises(UsageError, match="has no more than 12 places"):
+    with pytest.raises(UsageError, match="takes at most 12 tokens"):
         open_dataset_for_run(run, QUIET_CONSOLE)
 
 
@@ -693,14 +701,14 @@ def test_vaes_that_are_refused(folders, vaes, tmp_path):
         return str(error.value)
 
     assert "there is no such folder" in complaint("/no/such/vae")
-    assert "no convention 'sd'; there are: dit, edm2" in complaint(vaes[4], convention="sd")
-    assert "16 latent channels, where the convention edm2 has 4: use dit" in complaint(vaes[16], convention="edm2")
-    assert "a model of type clip_text_model, where an AutoencoderKL is needed" in complaint(folders["clip"])
+    assert "unknown convention 'sd'; choose one of: dit, edm2" in complaint(vaes[4], convention="sd")
+    assert "16 latent channels, but the convention edm2 has 4: use dit" in complaint(vaes[16], convention="edm2")
+    assert "a model of type clip_text_model instead of AutoencoderKL" in complaint(folders["clip"])
     other = tmp_path / "vq"
     VQModel(block_out_channels=(4,), norm_num_groups=2).save_pretrained(other)
-    assert "a model of type VQModel, where an AutoencoderKL is needed" in complaint(other)
+    assert "a model of type VQModel instead of AutoencoderKL" in complaint(other)
     grey = write_vae(tmp_path / "grey", 4, in_channels=1)
-    assert "from 1 channels to 3, where RGB has 3" in complaint(grey)
+    assert "it maps 1 channels to 3, but RGB has 3" in complaint(grey)
     pickled = Path(shutil.copytree(vaes[4], tmp_path / "pickled"))
     weights = load_file(pickled / f"{vae.WEIGHTS_STEM}.safetensors")
     torch.save(weights, pickled / f"{vae.WEIGHTS_STEM}.bin")
@@ -708,14 +716,14 @@ def test_vaes_that_are_refused(folders, vaes, tmp_path):
     assert f"no {vae.WEIGHTS_STEM}.safetensors in" in complaint(pickled) and "are not read" in complaint(pickled)
     del weights["decoder.conv_in.bias"]
     save_file(weights, pickled / f"{vae.WEIGHTS_STEM}.safetensors", {"format": "pt"})
-    assert "its weights lack decoder.conv_in.bias" in complaint(pickled)
+    assert "its weights have no tensor decoder.conv_in.bias" in complaint(pickled)
     (pickled / f"{vae.WEIGHTS_STEM}.safetensors").write_bytes(b"")
     assert "cannot be opened" in complaint(pickled)
 
 
 def test_images_of_another_size_are_refused(vaes):
     small_vae = vae.VAE(str(vaes[4]))
-    with pytest.raises(UsageError, match="images of 16x20 pixels, where it needs multiples of 8"):
+    with pytest.raises(UsageError, match="images of 16x20 pixels, but their size must be a multiple of 8"):
         small_vae.encode(pixels(1, 16, 20))
 
 

@@ -12,7 +12,8 @@ ROOT = Path(gesso.__file__).parent
 
 # A package may import only packages of earlier groups. Packages within one group must not import each other.
 ORDER = [
-    {"errors"}, {"atomic_io", "published"}, {"config", "rng", "devices", "safetensors_io"}, {"conditioning"},
+    {"errors"}, {"atomic_io", "published"}, {"config", "rng", "devices", "safetensors_io"},
+    {"conditioning", "extensions"},
     {"models", "recipes"}, {"diffusion", "data", "ema"}, {"snapshot", "interop"}, {"sampling"}, {"evaluation"},
     {"training"}, {"report"}, {"api"}, {"reproduce"}, {"papers"}, {"cli"}, {"__main__"},
 ]  # fmt: skip

@@ -21,6 +21,7 @@ from rich.console import Console
 from gesso import rng
 from gesso.config import DataConfig
 from gesso.data import contact_sheet, crops, inspect, inspect_tables
+from gesso.data.base import SampleBatch
 from gesso.data.cache.read import CachedDataset
 from gesso.data.inspect_tables import ASPECT_BINS, BAR_WIDTH, evenly_spaced, header_size, scan_source, source_tables
 from gesso.data.sources import decode, open_source
@@ -140,7 +141,7 @@ def test_sizes(sizes):
 
     counts = Counter(named(h, w) for h, w in sizes)
     assert {name: int(count.replace(",", "")) for name, count, _ in table(tables, "width").rows} == counts
-    for resolution, share in next((t.rows for t in tables if t.title.startswith("too small")), []):
+    for resolution, share in next((t.rows for t in tables if t.title.startswith("enlarged")), []):
         assert share == f"{100 * sum(min(s) < int(resolution) for s in sizes) / len(sizes):.1f} %"
 
 
@@ -154,7 +155,7 @@ def test_bars():
 def test_few_classes_are_all_listed():
     (actual,) = inspect_tables.class_tables(np.array([0, 2, 2, 2]), ("cat", "dog", "hen"))
     assert [row[:2] for row in actual.rows] == [("cat", "1"), ("hen", "3")]
-    assert actual.title == "3 classes; 1 without an image"
+    assert actual.title == "3 classes; 1 without images"
     assert inspect_tables.class_tables(np.zeros(4, np.int64), ()) == []
 
 
@@ -169,9 +170,9 @@ def test_captions():
     recorded = ["a dog", "a dog", "a cat sits", "", "  ", "one two three four five six seven"]
     lengths, shared = inspect_tables.caption_tables(recorded)
     assert lengths.rows == [("2", "2", "2", "7", "7")]
-    assert shared.rows == [("empty", "33.3 %"), ("shared by several", "50.0 %"), ('"a dog"', "2")]
+    assert shared.rows == [("empty", "33.3 %"), ("shared by several images", "50.0 %"), ('"a dog"', "2")]
     assert inspect_tables.caption_tables(["", " "]) == []
-    assert "names of the classes" in inspect_tables.caption_tables(["cat", "dog", "cat"], ("cat", "dog"))[0].rows[0][1]
+    assert "are class names" in inspect_tables.caption_tables(["cat", "dog", "cat"], ("cat", "dog"))[0].rows[0][1]
 
 
 def test_names_cannot_steer_the_terminal():
@@ -293,13 +294,13 @@ def test_views_alone_are_put_together_at_their_places():
     u = [[0.5, 0.0, 0.0, 0.9], [0.5, 1.0, 1.0, 0.1], [0.5, 0.3, 0.6, 0.1]]
     views = [crops.random_view(data, 144, 216, one) for one in u]
     x = torch.from_numpy(np.stack([crops.crop_resize(picture, view, 100, 100) for view in views]))
-    taken = inspect.view_batch(x, (144, 216), views, 0, 0)
-    full = np.asarray(contact_sheet._assemble_from_views(taken, 216, 144)).astype(float)
+    batch = SampleBatch.from_views(x, [(144, 216)] * 3, views, torch.zeros(3), torch.zeros(3))
+    full = np.asarray(contact_sheet._assemble_from_views(batch, 216, 144)).astype(float)
     seen = (full != contact_sheet.GREY).any(-1)
     assert [view.flip for view in views] == [False, True, True] and 0.3 < seen.mean() < 0.9
     right = np.abs(full - np.asarray(picture))[seen].mean()
     mirrored = np.abs(
-        full - np.asarray(contact_sheet._assemble_from_views(taken._replace(flips=~taken.flips), 216, 144))
+        full - np.asarray(contact_sheet._assemble_from_views(batch._replace(flips=~batch.flips), 216, 144))
     )[seen].mean()
     assert right < 8 < 25 < mirrored
 
@@ -360,7 +361,12 @@ def test_latents(tmp_path):
     looked = scan_source(source)
     assert looked.original_sizes.tolist() == [[4, 4]] * 3 and table(source_tables(source, looked), "latents")
     rows, notes = inspect.source_rows(source, looked.original_sizes, inspect.InspectArgs())
-    assert notes == ["the latents are not shown: say --vae and --convention"] and rows[0].views.x.shape == (1, 8, 4, 4)
+    assert notes == ["the latents are not decoded: add --vae and --convention"] and rows[0].views.x.shape == (
+        1,
+        8,
+        4,
+        4,
+    )
     assert not any("brightness" in line for line in contact_sheet.control_lines(rows[0].views, 0))
     assert contact_sheet.draw_contact_sheet(rows).size[0] > 400
 
@@ -372,7 +378,7 @@ def test_latents(tmp_path):
 
     for wrong in (str(write_vae(tmp_path / "16", 16)), "nobody/nothing"):
         rows, (note,) = inspect.source_rows(source, looked.original_sizes, inspect.InspectArgs(vae=wrong))
-        assert "not shown" in note and wrong in note and rows[0].views.x.dtype == torch.float32
+        assert "not decoded" in note and wrong in note and rows[0].views.x.dtype == torch.float32
 
 
 def test_latents_of_a_cache(gesso, tmp_path):
@@ -386,7 +392,7 @@ def test_latents_of_a_cache(gesso, tmp_path):
     assert "brightness" in " ".join(contact_sheet.control_lines(rows[0].views, 0))
     shutil.rmtree(vae)
     rows, (note,) = inspect.cache_rows(cache, inspect.InspectArgs(num_rows=2))
-    assert note.startswith("the latents are not shown: the VAE ") and rows[0].views.x.shape == (1, 8, 4, 4)
+    assert note.startswith("the latents are not decoded: the VAE ") and rows[0].views.x.shape == (1, 8, 4, 4)
     assert (
         "brightness" in " ".join(contact_sheet.control_lines(rows[0].views, 0))
         and contact_sheet.draw_contact_sheet(rows).size[0] > 400
@@ -401,15 +407,15 @@ def test_inspect_output_for_a_cache(tmp_path, gesso):
     tables = inspect_tables.cache_tables(CachedDataset(tmp_path / "c"))
     about = dict(tables[0].rows)
     stored = sum(file.stat().st_size for file in (tmp_path / "c" / "shards").glob("shard-*.safetensors"))
-    assert about["images"] == "6 of 7, 2 views each" and inspect_tables.format_bytes(stored) in about["stored"]
-    assert about["faces"] == "as they are" and len(about["mean"].split(", ")) == 3
-    output = dict(table(tables, "conventions").rows)
+    assert about["images"] == "6 of 7, 2 views each" and inspect_tables.format_bytes(stored) in about["size"]
+    assert about["faces"] == "not blurred" and len(about["mean"].split(", ")) == 3
+    output = dict(table(tables, "settings").rows)
     assert output["data.crop_scale"] == "0.5, 1" and output["views"] == "2" and "latent.vae" not in output
     assert sum(int(count) for _, count, _ in table(tables, "buckets").rows) == 6
     assert table(tables, "pixels").rows[0] == ("height", "40", "60", "90")
     assert table(tables, "unreadable: 1 of 7").rows[0][0] == "bad.png"
     code, printed, _ = gesso("inspect", tmp_path / "c", "--out", tmp_path / "s.png")
-    assert code == 0 and "conventions" in printed and (tmp_path / "s.png").is_file()
+    assert code == 0 and "settings" in printed and (tmp_path / "s.png").is_file()
 
 
 def test_cache_views_are_fixed(gesso, tmp_path):

@@ -214,10 +214,10 @@ def test_captions_follow_the_image_that_is_shown(photos, tmp_path):
     counter = torch.arange(9)
     place = batches.sample_order(counter).tolist().index(4)
     _, cond = batches(counter)
-    due = batches.text_cache.encoder(["picture 5"])
+    due = batches.caption_encoder.encoder(["picture 5"])
     length = int(due.lengths[0])
     assert cond.text[place, :length].equal(due.tokens[0, :length])
-    batches.text_cache.cached = None  # as for captions too many to keep: the same tokens
+    batches.caption_encoder.encoded = None  # as with too many captions for the memory: the same tokens
     assert batches(counter)[1].text.equal(cond.text)
 
 
@@ -272,14 +272,14 @@ def test_moments_of_latents(latent_zip):
 @pytest.mark.parametrize(
     "settings, output",
     [
-        ({"latent.vae": "null"}, "holds latents: say which VAE made them"),
+        ({"latent.vae": "null"}, "contains latents: set the VAE that encoded them"),
         ({"data.flip": "true"}, "cannot be mirrored or cropped: set data.flip=false"),
         ({"data.crop_scale": "[0.4,0.6]"}, "cannot be mirrored or cropped"),
         (
             {"data.resolution": 32},
-            "of 4 channels, 2x2, where latent.channels=4, latent.downsample_factor=8, data.resolution=32 make 4, 4x4",
+            "of 4 channels, 2x2, but latent.channels=4, latent.downsample_factor=8 and data.resolution=32 mean 4 channels, 4x4",
         ),
-        ({"latent.convention": "dit", "latent.channels": 16}, "of 4 channels, 2x2, where latent.channels=16"),
+        ({"latent.convention": "dit", "latent.channels": 16}, "of 4 channels, 2x2, but latent.channels=16"),
     ],
 )
 def test_latents_that_do_not_fit(latent_zip, settings, output):

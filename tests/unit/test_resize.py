@@ -187,7 +187,7 @@ def test_a_cache_is_of_one_filter(folder, tmp_path):
     out, source = tmp_path / "out", str(folder)
     plan = parse_cache_args(source, out, {"--resolution": 32, "--resize": "adm"}, [])
     write.write_cache(plan, out)
-    with pytest.raises(UsageError, match=r"data\.resize: 'adm' there, 'lanczos' here.*(?s:.*)--resize adm"):
+    with pytest.raises(UsageError, match=r"data\.resize: 'adm' stored, 'lanczos' now.*(?s:.*)--resize adm"):
         write.write_cache(parse_cache_args(source, out, {"--resolution": 32}, []), out)
     with pytest.raises(UsageError, match="resize"):
         parse_cache_args(source, out, {"--resolution": 32, "--resize": "nearest"}, [])

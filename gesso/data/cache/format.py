@@ -12,7 +12,7 @@ OUT/shards/columns.safetensors     label to caption_end of all files, so that a 
 
 `index` is the index in the source; SampleBatch.indices is the index in the cache.
 
-Legend: n images of a file, K views; C channels of pixels, H W of their size; c channels of latents, h w of theirs; D
+Legend: n images of a shard, K views; C channels of pixels, H W their size; c channels of latents, h w their size; D
 and P channels of a token and of pooled text.
 """
 
@@ -20,7 +20,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,16 +48,20 @@ SHARD_DIR = "shards"
 COLUMNS_FILE = "columns.safetensors"
 COLUMN_TENSORS = ("label", "size", "box", "flip", "tone", "caption", "caption_end")
 TEXT_TENSORS = ("tokens", "token_end", "pooled")
-SHARD_NAME_PATTERN = re.compile(r"shard-\d{6,}(-\d+x\d+)?\.safetensors")
+SHARD_NAME_PATTERN = re.compile(r"shard-(\d{6,})(-\d+x\d+)?\.safetensors")
+
+Layout = dict[str, tuple[torch.dtype, tuple[int | None, ...]]]
+"""dtype and shape of each tensor of a file; None is any length."""
+CacheFile = ShardFile | ColumnFile
 
 
 def shard_name(r: int, size: tuple[int, int] | None = None) -> str:
-    """Return the file name of range r, of one bucket if there are several."""
+    """Return the file name of the shard of range r; with several buckets, `size` is height and width of its bucket."""
     return f"shard-{r:06d}.safetensors" if size is None else f"shard-{r:06d}-{size[0]}x{size[1]}.safetensors"
 
 
 def is_cache(folder: str | Path) -> bool:
-    """Return True if the folder is a cache, complete or not."""
+    """Return True if the folder contains a cache, complete or not."""
     return any((Path(folder) / name).is_file() for name in ("manifest.json", "plan.json"))
 
 
@@ -65,7 +69,7 @@ Record = TypeVar("Record", CacheManifest, ShardRecord, CacheHeader)
 
 
 def read_record(path: Path, kind: type[Record]) -> Record:
-    """Read a JSON file of the cache. Raises UsageError if it is damaged or of another version."""
+    """Read a JSON file of a cache; raise UsageError if it is damaged or of another version."""
     try:
         tree = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -74,30 +78,33 @@ def read_record(path: Path, kind: type[Record]) -> Record:
 
 
 def parse_record(tree: object, path: Path | str, kind: type[Record]) -> Record:
-    """Validate the contents of a JSON file; `path` names it in errors."""
+    """Validate the contents of a JSON file, which errors name as `path`."""
     version = tree.get("format") if isinstance(tree, dict) else None
     if kind is not ShardRecord and version != FORMAT:
-        raise UsageError(f"{path}: written as {str(version)[:40]!r}, where {FORMAT!r} is read: make the cache anew")
+        raise UsageError(
+            f"{path} has the format {str(version)[:40]}, but this version of gesso reads {FORMAT}: "
+            "write the cache again"
+        )
     try:
         record = kind.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    hostile = [shard.name for shard in getattr(record, "files", ()) if not SHARD_NAME_PATTERN.fullmatch(shard.name)]
+        detail = error.errors()[0]
+        raise UsageError(f"{path} is damaged: {'.'.join(map(str, detail['loc']))}: {detail['msg']}") from None
+    unsafe_names = [
+        shard.name for shard in getattr(record, "files", ()) if not SHARD_NAME_PATTERN.fullmatch(shard.name)
+    ]
     if isinstance(record, CacheManifest) and record.columns.name != COLUMNS_FILE:
-        hostile.append(record.columns.name)
-    if hostile:
-        raise UsageError(f"{path}: refused, for it names a file {hostile[0]!r}, which gesso cache never writes")
+        unsafe_names.append(record.columns.name)
+    if unsafe_names:
+        raise UsageError(f"{path} names the file {unsafe_names[0]!r}, which is unsafe and never written by gesso cache")
     return record
 
 
 def open_manifest(folder: str | Path) -> CacheManifest:
-    """Read and check a manifest. Raises UsageError if the cache is missing, incomplete, outdated or damaged."""
+    """Read and check a manifest; raise UsageError if the cache is missing, incomplete, outdated or damaged."""
     manifest = _read_manifest(Path(folder))
-    shards: tuple[ShardFile | ColumnFile, ...] = (*manifest.files, manifest.columns)
-    for shard in shards:
-        if wrong := size_problem(Path(folder), shard):
-            raise UsageError(f"{wrong}; gesso cache --check {folder} says more")
+    if problems := size_problems(Path(folder), (*manifest.files, manifest.columns)):
+        raise UsageError(f"{problems[0]}; run gesso cache --check {folder} to see how to repair the cache")
     return manifest
 
 
@@ -106,44 +113,47 @@ def _read_manifest(folder: Path) -> CacheManifest:
     if not path.is_file():
         if not (folder / "plan.json").is_file():
             raise UsageError(
-                f"{folder} is no cache: it has no manifest.json; write one with gesso cache SOURCE {folder}"
+                f"{folder} is not a cache: it has no manifest.json; write one with gesso cache SOURCE {folder}"
             )
-        begun = read_record(folder / "plan.json", CacheHeader)
-        raise UsageError(f"{folder} is a cache that is not finished; go on with\n  {cache_command(begun.plan, folder)}")
+        header = read_record(folder / "plan.json", CacheHeader)
+        raise UsageError(f"the cache {folder} is incomplete; continue with\n  {cache_command(header.plan, folder)}")
     return check_manifest(read_record(path, CacheManifest), path)
 
 
 def check_manifest(manifest: CacheManifest, path: Path | str) -> CacheManifest:
-    """Return the manifest. Raises UsageError if its files are not those that the plan gives for the images."""
+    """Return the manifest; raise UsageError if its plan is incomplete or its files contradict the plan."""
     if manifest.num_images != sum(shard.rows for shard in manifest.files):
-        raise UsageError(f"{path} is damaged: num_images is not the sum of the rows of its files")
+        raise UsageError(f"{path} is damaged: num_images differs from the sum of the rows of its files")
     plan, text = manifest.plan, manifest.plan.semantic
-    needed = [plan.images_per_shard, *([text.embed_dim, text.pooled_dim] if text.kind == "text" else [])]
-    if None in needed or (plan.dtype is None and (plan.latent.vae or text.kind == "text")):
-        raise UsageError(f"{path} is damaged: its plan has gaps")
-    sizes = manifest.plan.bucket_sizes()
+    required = [plan.images_per_shard, *([text.embed_dim, text.pooled_dim] if text.kind == "text" else [])]
+    if None in required or (plan.dtype is None and (plan.latent.vae or text.kind == "text")):
+        raise UsageError(f"{path} is damaged: its plan is incomplete")
+    sizes = plan.bucket_sizes()
     for shard in manifest.files:
-        if (shard.height, shard.width) not in sizes or shard.shape != image_tensor_shape(
-            manifest.plan, shard.rows, shard.height, shard.width
-        ):
-            raise UsageError(f"{path}: the shape {shard.shape} of {shard.name} is not what the plan of the cache makes")
+        shape = image_tensor_shape(plan, shard.rows, shard.height, shard.width)
+        if (shard.height, shard.width) not in sizes or shard.shape != shape:
+            raise UsageError(f"{path} is damaged: the shape {shard.shape} of {shard.name} contradicts its plan")
     return manifest
 
 
-def size_problem(folder: Path, shard: ShardFile | ColumnFile) -> str | None:
-    """Return a description if a file is missing or has the wrong size, else None."""
-    path = folder / SHARD_DIR / shard.name
-    try:
-        has = path.stat().st_size
-    except OSError as error:
-        return f"{path} cannot be read ({error.strerror})"
-    return None if has == shard.bytes else f"{path} has {has:,} bytes instead of {shard.bytes:,}"
+def size_problems(folder: Path, files: Iterable[CacheFile]) -> list[str]:
+    """Return a description of each file that is missing or has the wrong size."""
+    problems = []
+    for file in files:
+        path = folder / SHARD_DIR / file.name
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            problems.append(f"{path} cannot be read ({error.strerror})")
+        else:
+            problems += [f"{path} has {size:,} bytes instead of {file.bytes:,}"] if size != file.bytes else []
+    return problems
 
 
-def shard_layout(plan: CachePlan, shard: ShardFile) -> dict[str, tuple[torch.dtype, tuple[int | None, ...]]]:
-    """Return dtype and shape of each tensor of a file; None is any length."""
+def shard_layout(plan: CachePlan, shard: ShardFile) -> Layout:
+    """Return the layout of a shard."""
     n, K, stored = shard.rows, plan.views, getattr(torch, plan.dtype or "float32")
-    layout: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {
+    layout: Layout = {
         "moments" if plan.latent.vae else "pixels": (stored if plan.latent.vae else torch.uint8, shard.shape),
         "index": (torch.int64, (n,)), "label": (torch.int64, (n,)), "size": (torch.int32, (n, 2)),
         "box": (torch.float32, (n, K, 4)), "flip": (torch.uint8, (n, K)), "tone": (torch.float32, (n, K, 2)),
@@ -157,7 +167,7 @@ def shard_layout(plan: CachePlan, shard: ShardFile) -> dict[str, tuple[torch.dty
 
 
 def image_tensor_shape(plan: CachePlan, rows: int, height: int, width: int) -> tuple[int, ...]:
-    """Return the shape of pixels or moments of a file, for views of a size in pixels."""
+    """Return the shape of the pixels or moments of a shard; height and width are those of its views in pixels."""
     if plan.latent.vae:
         f = plan.latent.downsample_factor
         return (rows, plan.views, 2 * plan.latent.channels, height // f, width // f)
@@ -166,143 +176,137 @@ def image_tensor_shape(plan: CachePlan, rows: int, height: int, width: int) -> t
 
 def gather_columns(folder: Path, plan: CachePlan, files: Sequence[ShardFile]) -> dict[str, Tensor]:
     """Return the contents of the columns file."""
-    parts = []
-    for shard in files:
-        tensors = map_shard(folder / SHARD_DIR / shard.name, plan, shard)
-        parts.append({name: tensors[name] for name in COLUMN_TENSORS})
+    parts = [map_shard(folder / SHARD_DIR / shard.name, plan, shard) for shard in files]
     columns = {name: torch.cat([part[name] for part in parts]) for name in COLUMN_TENSORS}
-    before = torch.tensor([0, *(len(part["caption"]) for part in parts)]).cumsum(0)
-    columns["caption_end"] = torch.cat([part["caption_end"] + k for part, k in zip(parts, before, strict=False)])
+    offsets = torch.tensor([0, *(len(part["caption"]) for part in parts)]).cumsum(0)
+    columns["caption_end"] = torch.cat([part["caption_end"] + k for part, k in zip(parts, offsets, strict=False)])
     return columns
 
 
 def map_columns(path: Path, manifest: CacheManifest) -> dict[str, Tensor]:
-    """Return the columns of a cache, memory-mapped. Raises UsageError if they contradict the manifest."""
-    due = columns_layout(manifest)
-    columns = _map_file(path, due)
-    ends = columns["caption_end"].numpy()
-    if (np.diff(ends, prepend=0) < 0).any() or ends[-1] != len(columns["caption"]):
-        raise UsageError(f"{path} is damaged: its ends of captions do not rise to their length")
+    """Return the columns of a cache, memory-mapped; raise UsageError if they contradict the manifest."""
+    layout = shard_layout(manifest.plan, manifest.files[0].model_copy(update={"rows": manifest.num_images}))
+    columns = _map_file(path, {name: layout[name] for name in COLUMN_TENSORS})
+    if not _ends_are_valid(columns["caption_end"], len(columns["caption"])):
+        raise UsageError(f"{path} is damaged: caption_end does not increase to the length of caption")
     return columns
 
 
-def columns_layout(manifest: CacheManifest) -> dict[str, tuple[torch.dtype, tuple[int | None, ...]]]:
-    """Return dtype and shape of each tensor of the columns file."""
-    rows = manifest.files[0].model_copy(update={"rows": manifest.num_images})
-    return {name: due for name, due in shard_layout(manifest.plan, rows).items() if name in COLUMN_TENSORS}
+def _ends_are_valid(ends: Tensor, total: int) -> bool:
+    """Return True if end offsets increase, from at least 0 to `total`."""
+    values = ends.numpy()
+    return bool((np.diff(values, prepend=0) >= 0).all() and values[-1] == total)
 
 
 def map_shard(path: Path, plan: CachePlan, shard: ShardFile) -> dict[str, Tensor]:
-    """Return the tensors of a file, memory-mapped. Raises UsageError if they contradict the plan."""
+    """Return the tensors of a shard, memory-mapped; raise UsageError if they contradict the plan."""
     return _map_file(path, shard_layout(plan, shard))
 
 
-def _map_file(path: Path, expected: dict[str, tuple[torch.dtype, tuple[int | None, ...]]]) -> dict[str, Tensor]:
+def _map_file(path: Path, layout: Layout) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} is damaged: {hub.error_summary(error)}") from None
-    for name in {**expected, **tensors}:
-        has = (tensors[name].dtype, tuple(tensors[name].shape)) if name in tensors else None
-        if (
-            name not in expected
-            or has is None
-            or has[0] != expected[name][0]
-            or not _shape_matches(has[1], expected[name][1])
-        ):
-            raise UsageError(f"{path} is damaged: {name} is {has} where {expected.get(name)} is due")
+    for name in {**layout, **tensors}:
+        actual = (tensors[name].dtype, tuple(tensors[name].shape)) if name in tensors else None
+        expected = layout.get(name)
+        if not (actual and expected and actual[0] == expected[0] and _shape_matches(actual[1], expected[1])):
+            raise UsageError(f"{path} is damaged: tensor {name} is {actual}, expected is {expected}")
     return tensors
 
 
 def _shape_matches(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(expected) and all(d in (None, h) for h, d in zip(shape, expected, strict=True))
+    return len(shape) == len(expected) and all(e in (None, n) for n, e in zip(shape, expected, strict=True))
 
 
 def files_fingerprint(files: Sequence[ShardFile]) -> str:
-    """Return 16 hex digits of the files."""
+    """Return 16 hex digits of the SHA-256 of all shards."""
     return hashlib.sha256("".join(shard.sha256 for shard in files).encode()).hexdigest()[:16]
 
 
 def verify_cache(folder: str | Path, progress: ProgressCallback = lambda done, total: None) -> list[str]:
-    """Read everything; return a line for each wrong file with the way to rewrite it, none if all is well.
+    """Check all contents of a cache; return a line per problem and the commands that repair it, or no lines.
 
     Raises:
         UsageError: There is no manifest.
     """
     folder = Path(folder)
     manifest = _read_manifest(folder)
-    bad, lines, done, places = [], [], 0, []
+    damaged: list[Path] = []
+    lines: list[str] = []
+    indices: list[np.ndarray] = []
+    num_checked = 0
     for shard in manifest.files:
-        wrong = size_problem(folder, shard) or _digest_problem(folder, shard)
-        if wrong is None:
+        path = folder / SHARD_DIR / shard.name
+        problem = _file_problem(folder, shard)
+        if problem is None:
             try:
-                tensors = map_shard(folder / SHARD_DIR / shard.name, manifest.plan, shard)
-                wrong = _content_problem(manifest, shard, tensors)
-                places.append(tensors["index"].numpy())
+                tensors = map_shard(path, manifest.plan, shard)
+                problem = _content_problem(manifest, shard, tensors)
+                indices.append(tensors["index"].numpy())
             except UsageError as error:
-                wrong = str(error)
-        if wrong:
-            bad.append(folder / SHARD_DIR / shard.name)
-            lines.append(wrong)
-        done += shard.rows
-        progress(done, manifest.num_images)
-    columns = folder / SHARD_DIR / COLUMNS_FILE
-    if wrong := size_problem(folder, manifest.columns) or _digest_problem(folder, manifest.columns):
-        bad.append(columns)
-        lines.append(wrong)
-    elif not bad:
-        due, has = gather_columns(folder, manifest.plan, manifest.files), map_columns(columns, manifest)
-        if differing := [name for name in COLUMN_TENSORS if not due[name].equal(has[name])]:
-            bad.append(columns)
-            lines.append(f"{columns}: {', '.join(differing)} are not those of the shards")
-    if not bad and len(np.unique(np.concatenate(places))) != manifest.num_images:
-        lines.append(f"{folder}: an image of the source is there twice")
+                problem = str(error)
+        if problem:
+            damaged.append(path)
+            lines.append(problem)
+        num_checked += shard.rows
+        progress(num_checked, manifest.num_images)
+    path = folder / SHARD_DIR / COLUMNS_FILE
+    problem = _file_problem(folder, manifest.columns)
+    if problem is None and not damaged:
+        expected, actual = gather_columns(folder, manifest.plan, manifest.files), map_columns(path, manifest)
+        if differing := [name for name in COLUMN_TENSORS if not expected[name].equal(actual[name])]:
+            problem = f"{path}: {', '.join(differing)} differ from the shards"
+    if problem:
+        damaged.append(path)
+        lines.append(problem)
+    if not damaged and len(np.unique(np.concatenate(indices))) != manifest.num_images:
+        lines.append(f"{folder}: an image of the source is stored twice")
+    path = folder / "manifest.json"
     if manifest.num_images + len(manifest.unreadable) != manifest.num_source_images:
-        lines.append(
-            f"{folder / 'manifest.json'}: images and unreadable ones are not the {manifest.num_source_images} of the "
-            "source"
-        )
+        lines.append(f"{path}: num_images and unreadable do not add up to the {manifest.num_source_images} images")
     if manifest.fingerprint != files_fingerprint(manifest.files):
-        lines.append(f"{folder / 'manifest.json'}: its fingerprint is not that of its files")
+        lines.append(f"{path}: its fingerprint differs from that of its files")
     if lines:
-        doomed = shlex.join(map(str, bad or [folder / "manifest.json"]))
-        lines.append(
-            f"What is deleted is made again, and nothing else:\n  rm -f {doomed}\n  "
-            f"{cache_command(manifest.plan, folder)}"
-        )
+        to_delete = shlex.join(map(str, damaged or [path]))
+        command = cache_command(manifest.plan, folder)
+        lines.append(f"To repair the cache, delete these files and write them again:\n  rm -f {to_delete}\n  {command}")
     return lines
 
 
-def _digest_problem(folder: Path, shard: ShardFile | ColumnFile) -> str | None:
-    path = folder / SHARD_DIR / shard.name
+def _file_problem(folder: Path, file: CacheFile) -> str | None:
+    """Return a description of a wrong size or SHA-256, else None."""
+    if problems := size_problems(folder, [file]):
+        return problems[0]
+    path = folder / SHARD_DIR / file.name
     try:
-        return None if hub.sha256_files([path]) == shard.sha256 else f"{path} is damaged: its SHA-256 is another"
+        return None if hub.sha256_files([path]) == file.sha256 else f"{path} is damaged: its SHA-256 is wrong"
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})"
 
 
 def _content_problem(manifest: CacheManifest, shard: ShardFile, tensors: dict[str, Tensor]) -> str | None:
-    """Return a description of contents that were wrong when the file was written, else None."""
-    plan, r = manifest.plan, int(shard.name[6:].split("-")[0].split(".")[0])
-    assert plan.images_per_shard is not None  # of a written cache
-    start = r * plan.images_per_shard
-    index, label, ends = (tensors[name].numpy() for name in ("index", "label", "caption_end"))
-    problems = {
-        "places in the source": (np.diff(index) <= 0).any()
-        or not (start <= index[0] and index[-1] < min(start + plan.images_per_shard, manifest.num_source_images)),
-        "classes": not ((label >= 0) & (label < max(len(manifest.class_names), 1))).all(),
-        "ends of captions": (np.diff(ends, prepend=0) < 0).any() or ends[-1] != len(tensors["caption"]),
-        "sizes": not (tensors["size"] > 0).all(),
+    """Return a description of values that were wrong when the shard was written, else None."""
+    plan, match = manifest.plan, SHARD_NAME_PATTERN.fullmatch(shard.name)
+    assert plan.images_per_shard is not None and match  # of a complete cache
+    start = int(match[1]) * plan.images_per_shard
+    stop = min(start + plan.images_per_shard, manifest.num_source_images)
+    index, label = tensors["index"].numpy(), tensors["label"].numpy()
+    is_valid = {
+        "index": (np.diff(index) > 0).all() and start <= index[0] and index[-1] < stop,
+        "label": ((label >= 0) & (label < max(len(manifest.class_names), 1))).all(),
+        "caption_end": _ends_are_valid(tensors["caption_end"], len(tensors["caption"])),
+        "size": (tensors["size"] > 0).all(),
     }
     if "tokens" in tensors:
         lengths = np.diff(tensors["token_end"].numpy(), prepend=0)
-        problems["ends of texts"] = not (
-            (lengths >= 0) & (lengths <= plan.semantic.max_tokens)
-        ).all() or lengths.sum() != len(tensors["tokens"])
+        fits = (lengths <= plan.semantic.max_tokens).all()
+        is_valid["token_end"] = fits and _ends_are_valid(tensors["token_end"], len(tensors["tokens"]))
     for name in ("moments", "tokens", "pooled", "box", "tone"):
-        # In parts, as isfinite of the whole would take as much memory again.
-        if name in tensors and not all(bool(part.isfinite().all()) for part in tensors[name].split(256)):
-            problems[f"numbers in {name}"] = True
-    wrong = [name for name, is_wrong in problems.items() if is_wrong]
-    return f"{SHARD_DIR}/{shard.name}: wrong {', '.join(wrong)}" if wrong else None
+        # In parts: isfinite of the full tensor takes as much memory as the tensor.
+        if name in tensors:
+            is_valid[name] = all(bool(part.isfinite().all()) for part in tensors[name].split(256))
+    invalid = [name for name, valid in is_valid.items() if not valid]
+    return f"{SHARD_DIR}/{shard.name}: invalid values of {', '.join(invalid)}" if invalid else None

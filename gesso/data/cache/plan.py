@@ -31,10 +31,10 @@ FLAG_SETTINGS = {
     "--max-tokens": "semantic.max_tokens", "--views": "views", "--dtype": "dtype", "--blur-faces": "blur_faces",
     "--buckets": "buckets", "--images-per-shard": "images_per_shard", "--batch-size": "batch_size",
 }  # fmt: skip
-"""Command-line flags and the settings they stand for."""
+"""Settings by command-line flag."""
 REQUIRED_FLAGS = {"--convention": "--vae", "--max-tokens": "--text"}
 MEASURED_FIELDS = ("num_images", "num_classes", "class_names", "example_captions", "fingerprint", "mean", "std")
-"""Fields of DataConfig that the images determine."""
+"""Fields of DataConfig that are computed from the images."""
 
 HexString = Annotated[str, Field(pattern="^[0-9a-f]*$")]
 EncoderIdentity = dict[str, str | int]
@@ -42,7 +42,7 @@ EncoderIdentity = dict[str, str | int]
 
 
 class CachePlan(Settings):
-    """Settings of a cache; null values are completed when source, VAE and text encoder are opened."""
+    """Settings of a cache; null values are completed when the source, the VAE and the text encoder are opened."""
 
     data: DataConfig = DataConfig()
     latent: LatentConfig = LatentConfig()
@@ -53,7 +53,7 @@ class CachePlan(Settings):
     dtype: Literal["float16", "float32"] | None = None
     """dtype of stored latents and tokens; null: float16, or float32 for sources of latents"""
     images_per_shard: PositiveCount | None = None
-    """images per range, the unit of work that a kill may cost; at most 4096, fewer if a file would exceed 256 MiB"""
+    """images per shard; null: at most 4096, fewer if a file would exceed 256 MiB"""
     batch_size: PositiveCount = 32
     """number of views in a pass through the VAE"""
     blur_faces: bool = False
@@ -70,31 +70,27 @@ class CachePlan(Settings):
         data = self.data
         for name in MEASURED_FIELDS:
             if getattr(data, name) is not None:
-                raise ValueError(f"data.{name} is found when the images are read, not set")
+                raise ValueError(f"data.{name} is computed from the images: remove it")
         if self.semantic.kind == "label":
-            raise ValueError("semantic.kind=label: classes are stored always; say text or none")
+            raise ValueError("semantic.kind=label: classes are always stored; set semantic.kind to text or none")
         if self.latent.vae and data.channels != 3:
-            raise ValueError(f"--channels {data.channels}, but --vae sees RGB: leave --channels out")
+            raise ValueError(f"--channels {data.channels}, but --vae needs RGB: remove --channels")
         if data.crop_scale is None and self.views > 1 + data.flip:
-            there = "two views, one of them mirrored" if data.flip else "one view"
-            raise ValueError(
-                f"--views {self.views} without --crop-scale: an image has {there}, all others are the same"
-            )
+            possible = "two different views, one of them mirrored" if data.flip else "one view"
+            raise ValueError(f"--views {self.views} without --crop-scale: an image has only {possible}")
         self.bucket_sizes()
         return self
 
     def bucket_sizes(self) -> list[tuple[int, int]]:
-        """Height and width in pixels of each bucket, from the tallest to the widest. Raises ValueError."""
+        """Return height and width in pixels of each bucket, from the tallest to the widest; raise ValueError."""
         R, n = self.data.resolution, self.buckets
         if n == 1:
             return [(R, R)]
         m = self.bucket_multiple or (64 if R >= 256 else max(R // 8, 1))
         if n % 2 == 0:
-            raise ValueError(
-                f"--buckets {n}: an odd number, so that there are as many tall ones as wide beside the square"
-            )
+            raise ValueError(f"--buckets {n}: choose an odd number, as there are equally many tall and wide buckets")
         if R % m:
-            raise ValueError(f"--buckets {n}: --resolution {R} is no multiple of bucket_multiple={m}")
+            raise ValueError(f"--buckets {n}: --resolution {R} is not a multiple of bucket_multiple={m}")
         edges = range(-(-R // 2 // m) * m, 2 * R + 1, m)
         wide = [(h, w) for w in edges if (h := round(R * R / w / m) * m) in edges and h <= w]
         wide_sizes = []
@@ -104,14 +100,14 @@ class CachePlan(Settings):
         sizes = [(w, h) for h, w in reversed(wide_sizes)] + [(R, R)] + wide_sizes
         if len(set(sizes)) < n:
             raise ValueError(
-                f"--buckets {n}: at --resolution {R} only {len(set(sizes))} sizes differ by multiples of {m}: "
-                "ask for fewer, or set a smaller bucket_multiple"
+                f"--buckets {n}: at --resolution {R} there are only {len(set(sizes))} sizes with multiples of {m}: "
+                "set fewer buckets or a smaller bucket_multiple"
             )
         return sizes
 
 
 class ShardFile(Settings):
-    """One file of a cache. shape: of pixels or moments; height and width in pixels."""
+    """One shard of a cache; shape is that of pixels or moments, height and width are those of a view in pixels."""
 
     name: str
     rows: PositiveCount
@@ -123,7 +119,7 @@ class ShardFile(Settings):
 
 
 class ColumnFile(Settings):
-    """The file with the small columns of all images, in the order of the files."""
+    """The file with the small columns of all images, in the order of the shards."""
 
     name: str
     bytes: PositiveCount
@@ -131,7 +127,7 @@ class ColumnFile(Settings):
 
 
 class MomentSums(Settings):
-    """Sums over all views: values per channel; per channel sums of pixels or means, their squares, and variances."""
+    """Sums over all views, per channel: of pixels or latent means, of their squares, and of latent variances."""
 
     count: NonNegativeInt = 0
     value_sum: tuple[float, ...] = ()
@@ -140,7 +136,7 @@ class MomentSums(Settings):
 
 
 class ShardRecord(Settings):
-    """Record written after the files of images `start` to `stop` - 1 of the source."""
+    """Record written after the shards of the images `start` to `stop` - 1 of the source."""
 
     plan_digest: HexString
     start: NonNegativeInt
@@ -154,7 +150,7 @@ class ShardRecord(Settings):
 
 
 class CacheHeader(Settings):
-    """Record written first, and removed when the manifest is written."""
+    """Record written first, and replaced by the manifest."""
 
     format: str = FORMAT
     plan: CachePlan
@@ -180,7 +176,7 @@ class CacheManifest(CacheHeader):
     files: tuple[ShardFile, ...]
     columns: ColumnFile
     fingerprint: HexString
-    """hash of the checksums of the files"""
+    """hash of the checksums of the shards"""
 
 
 def parse_cache_args(source: str, out: object, options: Mapping[str, object], arguments: list[str]) -> CachePlan | None:
@@ -193,52 +189,51 @@ def parse_cache_args(source: str, out: object, options: Mapping[str, object], ar
         arguments: Settings in the form name=value.
 
     Raises:
-        UsageError: Flags or settings are wrong, unknown, contradictory, or without effect.
+        UsageError: Flags or settings are invalid, unknown, contradictory, or without effect.
     """
-    given = {
+    flags = {
         flag: options[flag] for flag in FLAG_SETTINGS if options.get(flag) is not None and options[flag] is not False
     }
     if options.get("--check"):
-        if given or arguments or out is not None:
-            raise UsageError("--check takes one folder and nothing else: gesso cache --check OUT")
+        if flags or arguments or out is not None:
+            raise UsageError("--check takes one folder and no other options: gesso cache --check OUT")
         return None
     if out is None:
-        raise UsageError(f"where to? gesso cache {source} OUT --resolution 256")
+        raise UsageError(f"the output folder is missing: gesso cache {source} OUT --resolution 256")
     if "=" in str(out) and not arguments:
-        raise UsageError(f"{out} stands in the place of the folder to write: gesso cache {source} OUT {out}")
+        raise UsageError(f"the output folder is missing before {out}: gesso cache {source} OUT {out}")
     override: Tree = {}
     for argument in arguments:
         override = deep_merge(override, parse_override(argument))
     for name in override:
         if name not in CachePlan.model_fields:
             raise UsageError(f"{name}: no such setting of a cache; {suggest(name, list(CachePlan.model_fields))}")
-    flags: Tree = {"data": {"source": source}}
-    for flag, value in given.items():
+    settings: Tree = {"data": {"source": source}}
+    for flag, value in flags.items():
         path = FLAG_SETTINGS[flag]
         if path in _flatten(override):
-            raise UsageError(f"{flag} and {path} are one setting: say it once")
-        flags = deep_merge(flags, parse_override(f"{path}={value}"))
-    if "--text" in given:
-        flags = deep_merge(flags, {"semantic": {"kind": "text"}})
-    tree = deep_merge(deep_merge(CachePlan().model_dump(mode="json"), flags), override)
-    _check_ineffective_flags(given, tree)
-    if not {"data.resolution"} & {*_flatten(flags), *_flatten(override)}:
-        raise UsageError("which size? say --resolution, such as --resolution 256")
+            raise UsageError(f"{flag} and {path} are the same setting: remove one of them")
+        settings = deep_merge(settings, parse_override(f"{path}={value}"))
+    if "--text" in flags:
+        settings = deep_merge(settings, {"semantic": {"kind": "text"}})
+    settings = deep_merge(settings, override)
+    tree = deep_merge(CachePlan().model_dump(mode="json"), settings)
+    _check_ineffective_flags(flags, tree)
+    if "data.resolution" not in _flatten(settings):
+        raise UsageError("the resolution is missing: add --resolution, such as --resolution 256")
     try:
         return CachePlan.model_validate(tree)
     except ValidationError as error:
         raise UsageError("\n  ".join(format_error(e).replace("Value error, ", "") for e in error.errors())) from None
 
 
-def _check_ineffective_flags(given: Mapping[str, object], tree: Tree) -> None:
-    there = {"--vae": tree["latent"]["vae"], "--text": tree["semantic"]["kind"] == "text"}
-    for flag, needed in REQUIRED_FLAGS.items():
-        if flag in given and not there[needed]:
-            raise UsageError(f"{flag} without {needed} has no effect: say {needed} too, or leave it out")
-    if "--dtype" in given and not any(there.values()):
-        raise UsageError(
-            "--dtype is that of latents and tokens: say --vae or --text too, or leave it out; pixels have 8 bits"
-        )
+def _check_ineffective_flags(flags: Mapping[str, object], tree: Tree) -> None:
+    is_set = {"--vae": tree["latent"]["vae"], "--text": tree["semantic"]["kind"] == "text"}
+    for flag, required in REQUIRED_FLAGS.items():
+        if flag in flags and not is_set[required]:
+            raise UsageError(f"{flag} without {required} has no effect: add {required}, or remove {flag}")
+    if "--dtype" in flags and not any(is_set.values()):
+        raise UsageError("--dtype applies to latents and tokens, not to pixels: add --vae or --text, or remove --dtype")
 
 
 def _flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
@@ -249,7 +244,7 @@ def _flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
 
 
 def identity_settings(header: CacheHeader) -> dict[str, Any]:
-    """Return the settings that determine the bytes of a cache, by name; paths and settings of reading are left out."""
+    """Return the settings that determine the bytes of a cache, by name; paths and settings of reading are excluded."""
     fields = {name: getattr(header, name) for name in CacheHeader.model_fields}
     settings = _flatten(CacheHeader(**fields).model_dump(mode="json"))
     for name in ("plan.data.source", "plan.data.max_unreadable", "plan.data.shuffle_window_shards", "format"):
@@ -259,21 +254,21 @@ def identity_settings(header: CacheHeader) -> dict[str, Any]:
 
 def cache_command(plan: CachePlan, out: object) -> str:
     """Return the command line that writes a cache of this plan to `out`."""
-    ours, plain = _flatten(plan.model_dump(mode="json")), _flatten(CachePlan().model_dump(mode="json"))
-    words, short = ["gesso", "cache", plan.data.source, str(out)], {path: flag for flag, path in FLAG_SETTINGS.items()}
-    ours.pop("data.source")
+    values, defaults = _flatten(plan.model_dump(mode="json")), _flatten(CachePlan().model_dump(mode="json"))
+    words, flags = ["gesso", "cache", plan.data.source, str(out)], {path: flag for flag, path in FLAG_SETTINGS.items()}
+    values.pop("data.source")
     if plan.semantic.kind == "text":
-        ours.pop("semantic.kind")
-        plain["semantic.encoder"] = None
-    settings = []
-    for path, value in ours.items():
-        if value == plain.get(path) and path != "data.resolution":
+        values.pop("semantic.kind")
+        defaults["semantic.encoder"] = None
+    overrides = []
+    for path, value in values.items():
+        if value == defaults.get(path) and path != "data.resolution":
             continue
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        if value is True and path in short:
-            words.append(short[path])
-        elif path in short:
-            words += [short[path], text]
+        if value is True and path in flags:
+            words.append(flags[path])
+        elif path in flags:
+            words += [flags[path], text]
         else:
-            settings.append(f"{path}={text.lower() if isinstance(value, bool) else text}")
-    return shlex.join(words + settings)
+            overrides.append(f"{path}={text.lower() if isinstance(value, bool) else text}")
+    return shlex.join(words + overrides)

@@ -1,9 +1,7 @@
-"""Write a cache: files of pixels or latents, captions and tokens (format.py describes them).
+"""Write a cache: shards of pixels or latents, captions and tokens (format.py describes them).
 
 The bytes depend on the plan and the source alone, not on interruptions or the number of ranks. Range r of the images is
-written by rank r % world; it is complete when its record exists.
-
-Legend: N images.
+written by rank r % world_size; it is complete when its record exists.
 """
 
 import contextlib
@@ -21,6 +19,7 @@ from typing import TypeVar
 from safetensors.torch import save_file
 
 from gesso import atomic_io, devices
+from gesso.data import crops
 from gesso.data.cache import encode, format
 from gesso.data.cache.encode import CacheJob, ShardBuilder
 from gesso.data.cache.plan import (
@@ -58,34 +57,33 @@ def write_cache(
     log: Callable[[str], None] = lambda line: None,
     received_signals: Sequence[int] = (),
 ) -> list[str]:
-    """Write the cache of a plan to the folder `out`, or continue it; return lines that describe it.
+    """Write the cache of a plan to the folder `out`, or continue an incomplete one; return lines that describe it.
 
     Args:
         plan: The plan.
         out: The folder.
         device: Device of the encoders.
-        progress: Receives the numbers of finished and of all images of rank 0.
-        log: Receives lines of information.
-        received_signals: Signals; any signal in it stops the work.
+        progress: Called on rank 0 as progress(done, total), with numbers of images of that rank.
+        log: Called with lines of information.
+        received_signals: Sequence that a signal handler appends to; writing stops when it is not empty.
 
     Raises:
         UsageError: The plan is not valid, or `out` contains other files.
         RunError: Too many images are unreadable, values overflow, or the disk is full or not writable.
-        StoppedError: A signal arrived. The same call continues after any error.
+        StoppedError: A signal was received. The same call continues after any error.
     """
-    inside = Path(plan.data.source)
-    if inside.is_dir() and out.resolve().is_relative_to(inside.resolve()):
-        raise UsageError(f"{out} lies within the source {inside}: choose another place")
-    if format.is_cache(inside):
-        raise UsageError(f"{inside} is a cache already: train on it with data.source={inside}")
+    source_path = Path(plan.data.source)
+    if source_path.is_dir() and out.resolve().is_relative_to(source_path.resolve()):
+        raise UsageError(f"{out} is inside the source {source_path}: choose another folder")
+    if format.is_cache(source_path):
+        raise UsageError(f"{source_path} is a cache already: train on it with data.source={source_path}")
     source = open_source(plan.data.source)
-    with _init_ranks() as (rank, world, together):
-        work = encode.open_job(
-            plan, source, devices.resolve_device(device, "--device ", devices.rank_from_env().local_rank)
-        )
-        vae, text = work.identities()
-        started = CacheHeader(
-            plan=work.plan,
+    with _init_ranks() as (rank, world_size, barrier):
+        local_rank = devices.rank_from_env().local_rank
+        job = encode.open_job(plan, source, devices.resolve_device(device, "--device ", local_rank))
+        vae, text = job.identities()
+        header = CacheHeader(
+            plan=job.plan,
             source_fingerprint=source.fingerprint(),
             num_source_images=len(source),
             vae=vae,
@@ -95,107 +93,96 @@ def write_cache(
             log(f"note: {note}")
         with atomic_io.lock_dir(out, "writing") if rank == 0 else contextlib.nullcontext():
             if rank == 0:
-                _prepare_folder(out, started)
-            together()
+                _prepare_folder(out, header)
+            barrier()
             if not (out / "manifest.json").is_file():
-                _check_same_settings(out, format.read_record(out / "plan.json", CacheHeader), started)
+                _check_same_settings(out, format.read_record(out / "plan.json", CacheHeader), header)
+                rank_progress = progress if rank == 0 else lambda done, total: None
                 try:
-                    _write_missing_ranges(
-                        work,
-                        out,
-                        started,
-                        rank,
-                        world,
-                        progress if rank == 0 else lambda done, total: None,
-                        received_signals,
-                    )
-                except StoppedError as stopped:
+                    _write_missing_ranges(job, out, header, rank, world_size, rank_progress, received_signals)
+                except StoppedError as error:
                     raise StoppedError(
-                        f"{stopped}. Go on with\n  {cache_command(plan, out)}", stopped.exit_code - 128
+                        f"{error}. Continue with\n  {cache_command(plan, out)}", error.exit_code - 128
                     ) from None
-                together()
+                barrier()
                 if rank == 0:
-                    _write_manifest(work, out, started, world)
-            together()
+                    _write_manifest(job, out, header, world_size)
+            barrier()
             return _summary(format.open_manifest(out), out) if rank == 0 else []
 
 
 def _summary(manifest: CacheManifest, out: Path) -> list[str]:
-    plan, lines = manifest.plan, [f"left out: {name} ({reason})" for name, reason in manifest.unreadable[:10]]
-    what = "latents" if plan.latent.vae else "pixels"
+    plan, lines = manifest.plan, [f"unreadable: {name} ({reason})" for name, reason in manifest.unreadable[:10]]
     shapes = " ".join(dict.fromkeys("x".join(map(str, shard.shape[2:])) for shard in manifest.files))
-    size = sum(shard.bytes for shard in manifest.files)
-    extra = [f"{len(manifest.unreadable):,} unreadable left out"] if manifest.unreadable else []
-    extra += [f"{manifest.num_faces:,} faces blurred"] if plan.blur_faces else []
-    each = f" of {plan.views} views each" if plan.views > 1 else ""
-    description = "; ".join([f"{manifest.num_images:,} images{each}, {what} {shapes}, {size / 1e6:,.1f} MB", *extra])
-    return [*lines, f"{out}: {description}", f"next:\n  gesso inspect {out}\n  gesso train RECIPE data.source={out}"]
+    size = atomic_io.format_bytes(sum(shard.bytes for shard in manifest.files))
+    views = f" of {plan.views} views each" if plan.views > 1 else ""
+    parts = [f"{manifest.num_images:,} images{views}, {'latents' if plan.latent.vae else 'pixels'} {shapes}, {size}"]
+    parts += [f"{len(manifest.unreadable):,} unreadable images excluded"] if manifest.unreadable else []
+    parts += [f"{manifest.num_faces:,} faces blurred"] if plan.blur_faces else []
+    return [
+        *lines,
+        f"{out}: {'; '.join(parts)}",
+        f"next:\n  gesso inspect {out}\n  gesso train RECIPE data.source={out}",
+    ]
 
 
 @contextlib.contextmanager
 def _init_ranks() -> Iterator[tuple[int, int, Callable[[], None]]]:
-    """Yield rank and number of processes of this torchrun, and a barrier."""
-    rank, world, *_ = devices.rank_from_env()
-    if world == 1:
+    """Yield the rank and world size of this torchrun, and a barrier."""
+    rank, world_size, *_ = devices.rank_from_env()
+    if world_size == 1:
         yield 0, 1, lambda: None
         return
     from torch import distributed
 
-    def together() -> None:
+    def barrier() -> None:
         try:
             distributed.barrier()
         except RuntimeError as error:
-            raise RunError(f"rank {rank}: another rank ended before its time ({hub.error_summary(error)})") from None
+            raise RunError(f"rank {rank}: another rank exited ({hub.error_summary(error)})") from None
 
     try:
         distributed.init_process_group("gloo", timeout=BARRIER_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise UsageError(
-            f"RANK={rank} WORLD_SIZE={world}, but the ranks do not find each other ({hub.error_summary(error)}): "
-            "start them by torchrun -m gesso cache ..."
+            f"RANK={rank} WORLD_SIZE={world_size}, but the ranks cannot connect ({hub.error_summary(error)}): "
+            "start them with torchrun -m gesso cache ..."
         ) from None
     try:
-        yield rank, world, together
+        yield rank, world_size, barrier
     finally:
         distributed.destroy_process_group()
 
 
 def _prepare_folder(out: Path, header: CacheHeader) -> None:
-    """Leave `out` with a plan, or a manifest with all its files. Raises UsageError if it contains other files."""
+    """Write plan.json, or keep a manifest with all its files; raise UsageError if `out` contains other files."""
     atomic_io.remove_leftovers(out)
     atomic_io.remove_leftovers(out / format.SHARD_DIR)
-    plan, manifest = out / "plan.json", out / "manifest.json"
-    strangers = [
-        path.name for path in out.iterdir() if path.name not in ("plan.json", "manifest.json", ".lock", "shards")
-    ]
-    if strangers:
-        raise UsageError(
-            f"{out} holds other files ({format_names(sorted(strangers))}); choose another place for the cache"
-        )
-    if manifest.is_file():
-        known = format.read_record(manifest, CacheManifest)
-        _check_same_settings(out, known, header)
-        shards: tuple[ShardFile | ColumnFile, ...] = (*known.files, known.columns)
-        if not any(format.size_problem(out, shard) for shard in shards):
-            plan.unlink(missing_ok=True)
+    plan_path, manifest_path = out / "plan.json", out / "manifest.json"
+    expected = ("plan.json", "manifest.json", ".lock", format.SHARD_DIR)
+    if unexpected := sorted(path.name for path in out.iterdir() if path.name not in expected):
+        raise UsageError(f"{out} contains other files ({format_names(unexpected)}); choose another folder")
+    if manifest_path.is_file():
+        manifest = format.read_record(manifest_path, CacheManifest)
+        _check_same_settings(out, manifest, header)
+        if not format.size_problems(out, (*manifest.files, manifest.columns)):
+            plan_path.unlink(missing_ok=True)
             return
-        atomic_io.write_json(plan, header.model_dump(mode="json"))
-        manifest.unlink()
-        return
-    if plan.is_file():
-        _check_same_settings(out, format.read_record(plan, CacheHeader), header)
-    atomic_io.write_json(plan, header.model_dump(mode="json"))
+    elif plan_path.is_file():
+        _check_same_settings(out, format.read_record(plan_path, CacheHeader), header)
+    atomic_io.write_json(plan_path, header.model_dump(mode="json"))
+    manifest_path.unlink(missing_ok=True)
 
 
 def _check_same_settings(out: Path, stored: CacheHeader, header: CacheHeader) -> None:
-    """Raise UsageError if `out` was planned with other settings."""
-    there, here = identity_settings(stored), identity_settings(header)
-    differing = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    """Raise UsageError if the cache in `out` has other settings."""
+    old, new = identity_settings(stored), identity_settings(header)
+    differing = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if differing:
-        lines = "\n".join(f"  {name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in differing[:8])
+        lines = "\n".join(f"  {name}: {old.get(name)!r} stored, {new.get(name)!r} now" for name in differing[:8])
         raise UsageError(
-            f"{out} holds a cache of another plan, which cannot be gone on with:\n{lines}\n"
-            f"Choose another place. That one was begun by\n  {cache_command(stored.plan, out)}"
+            f"the cache in {out} was made with different settings:\n{lines}\n"
+            f"Choose another folder, or use the same settings:\n  {cache_command(stored.plan, out)}"
         )
 
 
@@ -204,7 +191,7 @@ def _settings_digest(header: CacheHeader) -> str:
 
 
 def _range_bounds(header: CacheHeader) -> list[tuple[int, int]]:
-    """Return the first image of each range, and the end of the last."""
+    """Return the first image of each range and the end of the range."""
     size = header.plan.images_per_shard
     assert size is not None  # of a complete plan
     return [(start, min(start + size, header.num_source_images)) for start in range(0, header.num_source_images, size)]
@@ -220,8 +207,8 @@ def _completed_record(out: Path, header: CacheHeader, r: int) -> ShardRecord | N
         record = format.read_record(_record_path(out, r), ShardRecord)
     except UsageError:
         return None
-    fits = record.plan_digest == _settings_digest(header) and (record.start, record.stop) == _range_bounds(header)[r]
-    return record if fits and not any(format.size_problem(out, shard) for shard in record.files) else None
+    matches = record.plan_digest == _settings_digest(header) and (record.start, record.stop) == _range_bounds(header)[r]
+    return record if matches and not format.size_problems(out, record.files) else None
 
 
 def _write_missing_ranges(
@@ -229,49 +216,51 @@ def _write_missing_ranges(
     out: Path,
     header: CacheHeader,
     rank: int,
-    world: int,
+    world_size: int,
     progress: ProgressCallback,
     received_signals: Sequence[int],
 ) -> None:
     """Write the missing ranges of this rank."""
     bounds = _range_bounds(header)
-    mine = {r: _completed_record(out, header, r) for r in range(rank, len(bounds), world)}
-    total = sum(bounds[r][1] - bounds[r][0] for r in mine)
-    done = sum(record.stop - record.start for record in mine.values() if record)
-    unreadable = [pair for record in mine.values() if record for pair in record.unreadable]
-    todo, smallest = [r for r, record in mine.items() if record is None], encode.min_decode_edge(job.plan)
+    records = {r: _completed_record(out, header, r) for r in range(rank, len(bounds), world_size)}
+    total = sum(bounds[r][1] - bounds[r][0] for r in records)
+    done = sum(record.stop - record.start for record in records.values() if record)
+    unreadable = [pair for record in records.values() if record for pair in record.unreadable]
+    missing = [r for r, record in records.items() if record is None]
+    min_edge = crops.min_decode_edge(job.plan.data, max(map(max, job.plan.bucket_sizes())))
 
     def arguments() -> Iterator[tuple]:
-        for r in todo:
-            start, stop = bounds[r]
-            for i, u in zip(range(start, stop), encode.view_uniforms(job.plan, start, stop), strict=True):
-                yield job, i, u, smallest
+        for r in missing:
+            uniforms = encode.view_uniforms(job.plan.seed, job.plan.views, *bounds[r])
+            for i, u in zip(range(*bounds[r]), uniforms, strict=True):
+                yield job, i, u, min_edge
 
     threads = max((os.cpu_count() or 1) // devices.rank_from_env().local_world_size, 1)
     pool, writer, writing = ThreadPoolExecutor(threads, "decode"), ThreadPoolExecutor(1, "write"), None
     try:
-        stream = _map_ahead(pool, lambda four: encode.encode_image(*four), arguments(), IN_FLIGHT_PER_THREAD * threads)
-        for r in todo:
-            rows: dict[int, ShardBuilder] = {}
-            bad: list[tuple[str, str]] = []
+        images = _map_ahead(pool, lambda args: encode.encode_image(*args), arguments(), IN_FLIGHT_PER_THREAD * threads)
+        for r in missing:
+            builders: dict[int, ShardBuilder] = {}  # by bucket
+            range_unreadable: list[tuple[str, str]] = []
             for _ in range(*bounds[r]):
                 if received_signals:
                     name = signal.Signals(received_signals[0]).name
-                    raise StoppedError(f"{name}: {done:,} of {total:,} images were looked at", received_signals[0])
-                image = next(stream)
+                    raise StoppedError(f"{name}: stopped after {done:,} of {total:,} images", received_signals[0])
+                image = next(images)
                 if isinstance(image, UnreadableImageError):
-                    bad.append((image.name, image.reason))
+                    range_unreadable.append((image.name, image.reason))
                 else:
-                    rows.setdefault(image.bucket, ShardBuilder(job)).add(image)
+                    builders.setdefault(image.bucket, ShardBuilder(job)).add(image)
                 done += 1
                 progress(done, total)
-            for some in rows.values():
-                some.finish()
+            for builder in builders.values():
+                builder.finish()
             if writing:
                 writing.result()
-            # While a range is written, the next one is decoded.
-            writing = writer.submit(_write_range, job.plan, out, r, bounds[r], _settings_digest(header), rows, bad)
-            unreadable += bad
+            # The next range is decoded while this one is written.
+            digest = _settings_digest(header)
+            writing = writer.submit(_write_range, job.plan, out, r, bounds[r], digest, builders, range_unreadable)
+            unreadable += range_unreadable
             check_unreadable(unreadable, header.num_source_images, job.plan.data)
         if writing:
             writing.result()
@@ -284,13 +273,13 @@ def _map_ahead(
     pool: ThreadPoolExecutor, function: Callable[[Argument], Result], arguments: Iterable[Argument], depth: int
 ) -> Iterator[Result]:
     """Yield the results of `function` in order, with at most `depth` pending."""
-    waiting: deque[Future[Result]] = deque()
+    pending: deque[Future[Result]] = deque()
     for argument in arguments:
-        waiting.append(pool.submit(function, argument))
-        if len(waiting) >= depth:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+        pending.append(pool.submit(function, argument))
+        if len(pending) >= depth:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def _write_range(
@@ -299,33 +288,39 @@ def _write_range(
     r: int,
     bounds: tuple[int, int],
     digest: str,
-    rows: dict[int, ShardBuilder],
+    builders: dict[int, ShardBuilder],
     unreadable: list[tuple[str, str]],
 ) -> None:
-    """Write the files of range r, then its record."""
-    sizes, written, sums, blurred = plan.bucket_sizes(), [], MomentSums(), 0
-    for bucket in sorted(rows):
-        tensors, size = rows[bucket].tensors(), sizes[bucket]
+    """Write the shards of range r, then its record."""
+    sizes, shards, sums, num_faces = plan.bucket_sizes(), [], MomentSums(), 0
+    for bucket, builder in sorted(builders.items()):
+        tensors, size = builder.tensors(), sizes[bucket]
         path = out / format.SHARD_DIR / format.shard_name(r, size if plan.buckets > 1 else None)
         shape = tuple(tensors["moments" if plan.latent.vae else "pixels"].shape)
         with atomic_io.atomic_file(path) as temporary:
-            # One entry of metadata: several have no fixed order.
+            # Only one entry of metadata, since several have no fixed order.
             save_file(tensors, temporary, {"format": FORMAT})
-            count, checksum = temporary.stat().st_size, hub.sha256_files([temporary])
-        written.append(
+            num_bytes, sha256 = temporary.stat().st_size, hub.sha256_files([temporary])
+        shards.append(
             ShardFile(
-                name=path.name, rows=shape[0], height=size[0], width=size[1], shape=shape, bytes=count, sha256=checksum
+                name=path.name,
+                rows=shape[0],
+                height=size[0],
+                width=size[1],
+                shape=shape,
+                bytes=num_bytes,
+                sha256=sha256,
             )
         )
-        sums = encode.add_sums(sums, rows[bucket].sums)
-        blurred += sum(image.num_faces for image in rows[bucket].images)
+        sums = encode.add_sums(sums, builder.sums)
+        num_faces += sum(image.num_faces for image in builder.images)
     record = ShardRecord(
         plan_digest=digest,
         start=bounds[0],
         stop=bounds[1],
-        files=written,
+        files=shards,
         unreadable=unreadable,
-        num_faces=blurred,
+        num_faces=num_faces,
         sums=sums,
     )
     atomic_io.write_json(_record_path(out, r), record.model_dump(mode="json"))
@@ -339,22 +334,22 @@ def _write_columns(plan: CachePlan, out: Path, shards: Sequence[ShardFile]) -> C
         )
 
 
-def _write_manifest(job: CacheJob, out: Path, header: CacheHeader, world: int) -> None:
+def _write_manifest(job: CacheJob, out: Path, header: CacheHeader, world_size: int) -> None:
     """Write the manifest from the records of all ranks."""
-    ranges, sums = [], MomentSums()
+    records, sums = [], MomentSums()
     for r in range(len(_range_bounds(header))):
-        shard_record = _completed_record(out, header, r)
-        if shard_record is None:
+        record = _completed_record(out, header, r)
+        if record is None:
             raise RunError(
-                f"{_record_path(out, r)}, which rank {r % world} was to write, is not there, or not in this file system"
+                f"rank {r % world_size} did not write {_record_path(out, r)}: check that all ranks use one file system"
             )
-        ranges.append(shard_record)
-        sums = encode.add_sums(sums, shard_record.sums)
-    unreadable = [pair for shard_record in ranges for pair in shard_record.unreadable]
+        records.append(record)
+        sums = encode.add_sums(sums, record.sums)
+    unreadable = [pair for record in records for pair in record.unreadable]
     check_unreadable(unreadable, header.num_source_images, job.plan.data)
     if len(unreadable) == header.num_source_images:
         raise RunError(f"no image of {job.plan.data.source} can be read")
-    written = [shard for shard_record in ranges for shard in shard_record.files]
+    shards = [shard for record in records for shard in record.files]
     mean, std = encode.channel_stats(sums, job.plan.latent.vae is not None)
     manifest = CacheManifest(
         **dict(header),
@@ -363,10 +358,10 @@ def _write_manifest(job: CacheJob, out: Path, header: CacheHeader, world: int) -
         mean=mean,
         std=std,
         unreadable=unreadable,
-        num_faces=sum(record.num_faces for record in ranges),
-        files=written,
-        columns=_write_columns(job.plan, out, written),
-        fingerprint=format.files_fingerprint(written),
+        num_faces=sum(record.num_faces for record in records),
+        files=shards,
+        columns=_write_columns(job.plan, out, shards),
+        fingerprint=format.files_fingerprint(shards),
     )
     atomic_io.write_json(out / "manifest.json", manifest.model_dump(mode="json"))
     (out / "plan.json").unlink(missing_ok=True)

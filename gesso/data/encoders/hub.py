@@ -19,15 +19,15 @@ from gesso.errors import UsageError
 
 
 def import_names(package: str, extra: str, names: Sequence[str]) -> list[Any]:
-    """Import names of a package that belongs to an extra of gesso. Raises UsageError if it is missing or broken."""
+    """Import names of a package that belongs to an extra of gesso; raise UsageError if it is missing or broken."""
     try:
         module = importlib.import_module(package)
         return [getattr(module, name) for name in names]
-    except (ImportError, RuntimeError, AttributeError) as error:  # a broken torchvision shows as any of these
+    except (ImportError, RuntimeError, AttributeError) as error:  # a broken torchvision raises any of these
         if isinstance(error, ModuleNotFoundError) and error.name and package.startswith(error.name):
             raise UsageError(f"this needs {package}: pip install 'gesso[{extra}]'") from None
         raise UsageError(
-            f"{package} is installed but does not load ({error_summary(error)}); gesso doctor looks for the cause"
+            f"{package} is installed but cannot be imported ({error_summary(error)}); run gesso doctor"
         ) from None
 
 
@@ -37,7 +37,7 @@ def error_summary(error: Exception) -> str:
 
 
 def model_folder(model_id: str, label: str, subfolders: Sequence[str], names: Sequence[str]) -> Path:
-    """Return the folder of a model: `model_id` itself, or its sub-folder in a pipeline.
+    """Return the folder of a model: `model_id`, or the sub-folder of a pipeline.
 
     Args:
         model_id: A folder, or a hub id, of which the files `names` are downloaded.
@@ -57,38 +57,37 @@ def model_folder(model_id: str, label: str, subfolders: Sequence[str], names: Se
 
 def _download(model_id: str, label: str, subfolders: Sequence[str], names: Sequence[str]) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model_id):
-        raise UsageError(f"{label}: there is no such folder, and a hub id is written OWNER/NAME")
+        raise UsageError(f"{label}: there is no such folder, and it is not a hub id such as OWNER/NAME")
     (download,) = import_names("huggingface_hub", "text", ["snapshot_download"])
     try:
         root = Path(download(model_id, allow_patterns=["model_index.json", "config.json"]))
-        pipeline = (root / "model_index.json").is_file()
-        wanted = [f"{part}/{name}" for part in subfolders for name in names] if pipeline else list(names)
-        return Path(download(model_id, allow_patterns=wanted))
-    except Exception as error:  # of the hub's client, of the HTTP library below it, of the disk
+        is_pipeline = (root / "model_index.json").is_file()
+        patterns = [f"{part}/{name}" for part in subfolders for name in names] if is_pipeline else list(names)
+        return Path(download(model_id, allow_patterns=patterns))
+    except Exception as error:  # of the hub's client, of its HTTP library, or of the disk
         raise UsageError(
-            f"{label}: there is no such folder, and the hub did not give it ({error_summary(error)})"
+            f"{label}: there is no such folder, and the download from the hub failed ({error_summary(error)})"
         ) from None
 
 
 def read_config(folder: Path, label: str) -> dict[str, Any]:
-    """Return config.json of a model. Raises UsageError if it is missing or no JSON."""
+    """Return config.json of a model; raise UsageError if it is missing or invalid."""
     try:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise UsageError(f"{label}: no model in {folder}, which has no config.json") from None
+        raise UsageError(f"{label}: {folder} is not a model, as it has no config.json") from None
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{label}: {folder / 'config.json'} cannot be read ({error_summary(error)})") from None
 
 
 def weight_files(folder: Path, stem: str, label: str) -> list[Path]:
-    """Return STEM.safetensors or its shards, in order. Raises UsageError if there are none."""
+    """Return STEM.safetensors or its shards, in order; raise UsageError if there are none."""
     pattern = re.compile(re.escape(stem) + r"(-\d+-of-\d+)?\.safetensors")
     shards = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
     if not shards:
         raise UsageError(
             f"{label}: no {stem}.safetensors in {folder}; weights in pickles (.bin, .ckpt) are not read, as they can "
-            "run "
-            "code: save them once more as safetensors"
+            "execute code: convert them to safetensors"
         )
     return shards
 
@@ -102,7 +101,7 @@ def load_model(model_class: Any, package: str, folder: Path, label: str) -> Any:
     """Return the frozen network of a folder, loaded by from_pretrained of `model_class`.
 
     Raises:
-        UsageError: The library refuses, or a tensor is missing in the file.
+        UsageError: The library raises an error, or a tensor is missing in the file.
     """
     # transformers replaces torch.linspace while it loads a model, and torch.device(...) records the functions that it
     # overrides once, at its first use: it must record the original one.
@@ -117,11 +116,11 @@ def load_model(model_class: Any, package: str, folder: Path, label: str) -> Any:
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
             )
-        except Exception as error:  # of any kind: damaged files, settings of another version, shapes that differ
+        except Exception as error:  # damaged files, settings of another version, or wrong shapes raise any error
             raise UsageError(f"{label} cannot be opened: {error_summary(error)}") from error
     if missing := sorted(info["missing_keys"]):
-        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
-        raise UsageError(f"{label}: its weights lack {missing[0]}{more}")
+        more = f" and {len(missing) - 1} more are missing" if len(missing) > 1 else ""
+        raise UsageError(f"{label}: its weights have no tensor {missing[0]}{more}")
     return network.eval().requires_grad_(False)
 
 
@@ -151,7 +150,7 @@ def sha256_files(files: Iterable[Path]) -> str:
 
 
 def sha256_config(settings: dict[str, Any]) -> str:
-    """Return the SHA-256 of config.json without fields on its origin."""
+    """Return the SHA-256 of config.json without the fields that describe its origin."""
     relevant = {name: value for name, value in settings.items() if name[0] != "_" or name == "_class_name"}
     relevant.pop("transformers_version", None)
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """Encode captions as tokens with frozen encoders: `WordVectors`, which needs no download, CLIP and T5.
 
 The tokens of a caption depend on the caption alone, not on the others or their number, since every pass has BATCH_SIZE
-captions of T tokens. A blank caption is no text: zero tokens, length 0, zero pooled text.
+captions of T tokens. A blank caption is encoded as no text: zero tokens, length 0, zero pooled text.
 
 Legend: N captions, T tokens, D channels of a token, P channels of the pooled text.
 """
@@ -37,7 +37,7 @@ class EncodedText(NamedTuple):
 
 
 class TextEncoder(Protocol):
-    """Interface of a text encoder. max_tokens: T; embed_dim: D; pooled_dim: P."""
+    """Interface of a text encoder; max_tokens is T, embed_dim is D, pooled_dim is P."""
 
     max_tokens: int
     embed_dim: int
@@ -51,7 +51,7 @@ class TextEncoder(Protocol):
         ...
 
     def identity(self) -> dict[str, str | int]:
-        """Return everything that the tokens depend on besides the captions, for a manifest."""
+        """Return everything except the captions that the tokens depend on, for a manifest."""
         ...
 
 
@@ -62,19 +62,19 @@ def build_text_encoder(cfg: SemanticConfig, device: torch.device | str = "cpu") 
         UsageError: It cannot be loaded, or does not fit semantic.max_tokens, embed_dim or pooled_dim.
     """
     encoder: TextEncoder = WordVectors(cfg) if cfg.encoder == "words" else _build_transformer(cfg, device)
-    for name, configured, has in (
+    for name, value, actual in (
         ("embed_dim", cfg.embed_dim, encoder.embed_dim),
         ("pooled_dim", cfg.pooled_dim, encoder.pooled_dim),
     ):
-        if configured not in (None, has):
+        if value not in (None, actual):
             raise UsageError(
-                f"semantic.{name}={configured}, but semantic.encoder={cfg.encoder} has {has}: set semantic.{name}=null"
+                f"semantic.{name}={value}, but semantic.encoder={cfg.encoder} has {actual}: set semantic.{name}=null"
             )
     return encoder
 
 
 def text_dims(cfg: SemanticConfig) -> dict[str, int]:
-    """Return the settings that the encoder determines, by name; empty without text. Raises as `build_text_encoder`."""
+    """Return the settings that the encoder determines, empty without text; errors as `build_text_encoder`."""
     if cfg.kind != "text":
         return {}
     encoder = build_text_encoder(cfg)
@@ -140,8 +140,8 @@ def mean_tokens(tokens: Tensor, lengths: Tensor) -> Tensor:
     return tokens.sum(1) / lengths.clamp(min=1)[:, None]
 
 
-def _truncation_note(caption: str, unit: str, n: int, seen: int, rest: str) -> str:
-    return f"{caption!r}: of {n} {unit} the first {seen} are seen, cut from {rest!r} on"
+def _truncation_note(caption: str, unit: str, n: int, num_used: int, rest: str) -> str:
+    return f"{caption!r}: only the first {num_used} of {n} {unit} are used, truncated at {rest!r}"
 
 
 class LoadedEncoder(NamedTuple):
@@ -157,8 +157,10 @@ class LoadedEncoder(NamedTuple):
 class TransformerTextEncoder:
     """A frozen text transformer in float32; subclasses define the differences of CLIP and T5.
 
-    model_classes: by the name in config.json, the first for all other names. tokenizer_files: alternative sets of
-    files.
+    Attributes:
+        model_classes: Names of classes in config.json; the first is used for all other names.
+        tokenizer_class: Class of the tokenizer.
+        tokenizer_files: Alternative sets of files of the tokenizer.
     """
 
     model_classes: ClassVar[tuple[str, ...]]
@@ -172,30 +174,26 @@ class TransformerTextEncoder:
         self.num_special_tokens = loaded.tokenizer.num_special_tokens_to_add()
         if self.max_tokens <= self.num_special_tokens:
             raise UsageError(
-                f"semantic.max_tokens={self.max_tokens} has no room for a word beside the {self.num_special_tokens} "
-                "marks that "
-                f"semantic.encoder={cfg.encoder} puts around a caption"
+                f"semantic.max_tokens={self.max_tokens} is too small, as semantic.encoder={cfg.encoder} adds "
+                f"{self.num_special_tokens} special tokens to a caption: set it higher"
             )
 
     def _encode_ids(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return states (B, T, D) and pooled text (B, P) of ids (B, T) with a mask (B, T) of real tokens."""
+        """Return states (B, T, D) and pooled text (B, P) of ids (B, T); `mask` (B, T) is 0 at padding."""
         raise NotImplementedError
 
     def __call__(self, captions: Sequence[str]) -> EncodedText:
         """Encode captions; lengths include the special tokens."""
-        place: dict[str, int] = {}  # of each caption that says something; place 0 is no text
-        for caption in captions:
-            if caption.strip():
-                place.setdefault(caption, len(place) + 1)
-        some, T = list(place), self.max_tokens
-        nothing = EncodedText(
-            torch.zeros(1, T, self.embed_dim), torch.zeros(1, dtype=torch.int64), torch.zeros(1, self.pooled_dim)
+        unique = list(dict.fromkeys(caption for caption in captions if caption.strip()))
+        row = {caption: i for i, caption in enumerate(unique, start=1)}  # row 0 is no text
+        no_text = EncodedText(
+            torch.zeros(1, self.max_tokens, self.embed_dim),
+            torch.zeros(1, dtype=torch.int64),
+            torch.zeros(1, self.pooled_dim),
         )
-        parts = [
-            nothing,
-            *(self._encode_batch(some[i : i + ENCODER_BATCH_SIZE]) for i in range(0, len(some), ENCODER_BATCH_SIZE)),
-        ]
-        index = torch.tensor([place.get(caption, 0) for caption in captions], dtype=torch.int64)
+        starts = range(0, len(unique), ENCODER_BATCH_SIZE)
+        parts = [no_text, *(self._encode_batch(unique[i : i + ENCODER_BATCH_SIZE]) for i in starts)]
+        index = torch.tensor([row.get(caption, 0) for caption in captions], dtype=torch.int64)
         return EncodedText(*(torch.cat(field)[index] for field in zip(*parts, strict=True)))
 
     def _encode_batch(self, captions: list[str]) -> EncodedText:
@@ -212,15 +210,17 @@ class TransformerTextEncoder:
 
     def truncation_notes(self, captions: Sequence[str]) -> list[str]:
         """Return a line for each truncated caption."""
-        room, lines = self.max_tokens - self.num_special_tokens, []
+        limit, lines = self.max_tokens - self.num_special_tokens, []
         for start in range(0, len(captions), 10_000):
-            some = list(captions[start : start + 10_000])
-            encoding = self.loaded.tokenizer(some, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            for caption, offsets in zip(some, encoding["offset_mapping"], strict=True):
-                if len(offsets) > room:
-                    rest = caption[offsets[room][0] :]
+            chunk = list(captions[start : start + 10_000])
+            encoding = self.loaded.tokenizer(
+                chunk, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
+            for caption, offsets in zip(chunk, encoding["offset_mapping"], strict=True):
+                if len(offsets) > limit:
+                    rest = caption[offsets[limit][0] :]
                     word = next(iter(rest.split(maxsplit=1)), rest)
-                    lines.append(_truncation_note(caption, "pieces of words", len(offsets), room, word))
+                    lines.append(_truncation_note(caption, "tokens", len(offsets), limit, word))
         return lines
 
     def identity(self) -> dict[str, str | int]:
@@ -239,9 +239,9 @@ class TransformerTextEncoder:
 
 
 class CLIPTextEncoder(TransformerTextEncoder):
-    """CLIP's text transformer: states after its last norm, from BOS to EOT.
+    """CLIP's text transformer: tokens are the states after its last norm, from BOS to EOT.
 
-    Pooled text is the state at EOT, projected in a CLIPTextModelWithProjection.
+    Pooled text is the state at EOT, projected by a CLIPTextModelWithProjection.
     """
 
     model_classes = ("CLIPTextModel", "CLIPTextModelWithProjection")
@@ -253,8 +253,8 @@ class CLIPTextEncoder(TransformerTextEncoder):
         settings = loaded.model.config
         if cfg.max_tokens > settings.max_position_embeddings:
             raise UsageError(
-                f"semantic.max_tokens={cfg.max_tokens}, but semantic.encoder={cfg.encoder} has no more than "
-                f"{settings.max_position_embeddings} places"
+                f"semantic.max_tokens={cfg.max_tokens}, but semantic.encoder={cfg.encoder} takes at most "
+                f"{settings.max_position_embeddings} tokens"
             )
         projected = type(loaded.model).__name__ == "CLIPTextModelWithProjection"
         self.projection = loaded.model.text_projection if projected else nn.Identity()
@@ -262,15 +262,15 @@ class CLIPTextEncoder(TransformerTextEncoder):
         self.pooled_dim = settings.projection_dim if projected else settings.hidden_size
 
     def _encode_ids(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        # Without the mask: attention is causal, so that a caption does not see what follows it.
+        # No mask: attention is causal, so the tokens of a caption do not depend on the padding after them.
         states = self.loaded.model(input_ids=ids).last_hidden_state
         return states, self.projection(states[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1])
 
 
 class T5TextEncoder(TransformerTextEncoder):
-    """T5's encoder: states of a caption and EOS, which do not see padding.
+    """T5's encoder: tokens are the states of a caption and EOS, which do not depend on padding.
 
-    It has no pooled text; the mean over the tokens is used, which serves T5 best (Ni et al. 2022, Sentence-T5).
+    T5 has no pooled text; the mean over the tokens is used, which works best for T5 (Ni et al. 2022, Sentence-T5).
     """
 
     model_classes = ("T5EncoderModel",)
@@ -300,57 +300,58 @@ TOKENIZER_FILES = (
 
 
 def _build_transformer(cfg: SemanticConfig, device: torch.device | str) -> TransformerTextEncoder:
-    opened = _load_encoder(cfg.encoder)
-    opened.model.to(device)
-    return ENCODER_CLASSES[opened.config["model_type"]](cfg, opened)
+    loaded = _load_encoder(cfg.encoder)
+    loaded.model.to(device)
+    return ENCODER_CLASSES[loaded.config["model_type"]](cfg, loaded)
 
 
 @functools.lru_cache(maxsize=2)
 def _load_encoder(model_id: str) -> LoadedEncoder:
-    """Load model and tokenizer of a folder or hub id, also of a pipeline. Raises UsageError."""
-    what = f"semantic.encoder={model_id}"
+    """Load model and tokenizer of a folder, hub id or pipeline; raise UsageError if that fails."""
+    label = f"semantic.encoder={model_id}"
     hub.import_names("transformers", "text", [])
     names = (*hub.model_file_patterns("model"), *TOKENIZER_FILES)
-    folder = hub.model_folder(model_id, what, ("text_encoder", "tokenizer"), names)
-    config = hub.read_config(folder, what)
-    kind = str(config.get("model_type"))
-    family = ENCODER_CLASSES.get(kind)
-    if family is None:
+    folder = hub.model_folder(model_id, label, ("text_encoder", "tokenizer"), names)
+    config = hub.read_config(folder, label)
+    model_type = str(config.get("model_type"))
+    encoder_class = ENCODER_CLASSES.get(model_type)
+    if encoder_class is None:
         raise UsageError(
-            f"{what}: a model of type {kind}, where {', '.join(ENCODER_CLASSES)} (CLIP, T5) would do, or words"
+            f"{label} is a model of type {model_type}; supported types are {', '.join(ENCODER_CLASSES)}, or set "
+            "semantic.encoder=words"
         )
-    hub.weight_files(folder, "model", what)
+    hub.weight_files(folder, "model", label)
     name = (config.get("architectures") or [""])[0]
-    name = name if name in family.model_classes else family.model_classes[0]
-    model_class, tokenizer_class = hub.import_names("transformers", "text", [name, family.tokenizer_class])
-    tokenizer_folder = _find_tokenizer(folder, family, what)
-    tokenizer = _load_tokenizer(tokenizer_class, tokenizer_folder, what)
-    model = hub.load_model(model_class, "transformers", folder, what).float()
+    name = name if name in encoder_class.model_classes else encoder_class.model_classes[0]
+    model_class, tokenizer_class = hub.import_names("transformers", "text", [name, encoder_class.tokenizer_class])
+    tokenizer_folder = _find_tokenizer(folder, encoder_class, label)
+    tokenizer = _load_tokenizer(tokenizer_class, tokenizer_folder, label)
+    model = hub.load_model(model_class, "transformers", folder, label).float()
     if len(tokenizer) > model.config.vocab_size:
         raise UsageError(
-            f"{what}: the tokenizer in {tokenizer_folder} has {len(tokenizer):,} entries, the model "
-            f"{model.config.vocab_size:,}: they do not belong together"
+            f"{label}: the tokenizer in {tokenizer_folder} has {len(tokenizer):,} entries, but the model has "
+            f"{model.config.vocab_size:,}: use the tokenizer of the model"
         )
     return LoadedEncoder(model, tokenizer, config, folder, tokenizer_folder)
 
 
-def _find_tokenizer(folder: Path, family: type[TransformerTextEncoder], label: str) -> Path:
-    """Return the folder of the tokenizer: the model's, or tokenizer/ (tokenizer_2/) of a pipeline."""
-    for place in (folder, folder.with_name(folder.name.replace("text_encoder", "tokenizer"))):
-        if any(all((place / name).is_file() for name in names) for names in family.tokenizer_files):
-            return place
-    needed = ", or ".join(" and ".join(names) for names in family.tokenizer_files)
-    raise UsageError(f"{label}: no tokenizer ({needed}) beside the model in {folder}")
+def _find_tokenizer(folder: Path, encoder_class: type[TransformerTextEncoder], label: str) -> Path:
+    """Return the folder of the tokenizer: that of the model, or tokenizer/ (tokenizer_2/) of a pipeline."""
+    for path in (folder, folder.with_name(folder.name.replace("text_encoder", "tokenizer"))):
+        if any(all((path / name).is_file() for name in names) for names in encoder_class.tokenizer_files):
+            return path
+    files = ", or ".join(" and ".join(names) for names in encoder_class.tokenizer_files)
+    raise UsageError(f"{label}: no tokenizer ({files}) next to the model in {folder}")
 
 
-def _load_tokenizer(kind: Any, folder: Path, label: str) -> Any:
-    if kind.__name__.startswith("T5") and not (folder / "tokenizer.json").is_file():
-        hub.import_names("sentencepiece", "text", [])  # else the library asks for another package
+def _load_tokenizer(tokenizer_class: Any, folder: Path, label: str) -> Any:
+    if tokenizer_class.__name__.startswith("T5") and not (folder / "tokenizer.json").is_file():
+        hub.import_names("sentencepiece", "text", [])  # the library would name another package
         hub.import_names("google.protobuf", "text", [])
     try:
         with hub.quiet_logging("transformers"):
-            tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # of any kind, as files are damaged
+            tokenizer = tokenizer_class.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # damaged files raise any error
         raise UsageError(f"{label}: the tokenizer in {folder} cannot be opened: {hub.error_summary(error)}") from error
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer

@@ -1,13 +1,13 @@
 """A frozen VAE (diffusers' AutoencoderKL): pixels to mean and standard deviation of latents, and latents to pixels.
 
-Latents are raw here: unscaled outputs of the VAE. The range of pixels and the scaling to x0 are a convention:
+Latents in this module are raw: unscaled outputs of the VAE. The range of pixels and the scaling to x0 are a convention:
 
 dit   pixels in [-1, 1]; x0 = (z - shift) * scaling, both from the VAE's settings (LDM, SDXL, SD3, DiT). Decoded pixels
       are rounded to 8 bits.
 edm2  pixels in [0, 1]; x0 = (z - mean) * sd / std with a fixed mean and std per channel, sd = 0.5. Decoded pixels are
       truncated to 8 bits, as in EDM2's code: half a grey level darker on average.
 
-Latents of the two are not interchangeable.
+Latents of the two conventions are not interchangeable.
 
 Legend: B images, C latent channels, H W height and width in pixels, f downsampling factor, h = H/f, w = W/f.
 """
@@ -27,10 +27,10 @@ INPUT_SCALING = {"dit": (127.5, 1.0), "edm2": (255.0, 0.0)}
 
 
 class VAE:
-    """A VAE in a folder or at a hub id, of an AutoencoderKL or of a pipeline that has one.
+    """A VAE in a folder or at a hub id of an AutoencoderKL, or of a pipeline with one.
 
     Raises:
-        UsageError: It is no such VAE of RGB pixels, its weights are not in safetensors, or the convention does not fit.
+        UsageError: It is not an AutoencoderKL of RGB pixels with weights in safetensors, or contradicts the convention.
     """
 
     def __init__(
@@ -41,27 +41,27 @@ class VAE:
         convention: str = "dit",
     ):
         self.model_id, self.device, self.dtype, self.convention = model_id, torch.device(device), dtype, convention
-        what = self.label = f"the VAE {model_id}"
+        label = self.label = f"the VAE {model_id}"
         if convention not in INPUT_SCALING:
-            raise UsageError(f"{what}: no convention {convention!r}; there are: {', '.join(INPUT_SCALING)}")
+            raise UsageError(f"{label}: unknown convention {convention!r}; choose one of: {', '.join(INPUT_SCALING)}")
         hub.import_names("diffusers", "vae", [])
-        self.folder = hub.model_folder(model_id, what, ("vae",), hub.model_file_patterns(WEIGHTS_STEM))
-        self.config = hub.read_config(self.folder, what)
+        self.folder = hub.model_folder(model_id, label, ("vae",), hub.model_file_patterns(WEIGHTS_STEM))
+        self.config = hub.read_config(self.folder, label)
         kind = self.config.get("_class_name") or self.config.get("model_type")
         if kind != "AutoencoderKL":
-            raise UsageError(f"{what}: a model of type {kind}, where an AutoencoderKL is needed")
-        hub.weight_files(self.folder, WEIGHTS_STEM, what)
+            raise UsageError(f"{label}: a model of type {kind} instead of AutoencoderKL")
+        hub.weight_files(self.folder, WEIGHTS_STEM, label)
         (model_class,) = hub.import_names("diffusers", "vae", ["AutoencoderKL"])
-        model = hub.load_model(model_class, "diffusers", self.folder, what)
+        model = hub.load_model(model_class, "diffusers", self.folder, label)
         self.model, self.model_config = model.to(self.device, dtype), model.config
         self.latent_channels = self.model_config.latent_channels
         self.downsample_factor = 2 ** (len(self.model_config.block_out_channels) - 1)
         pixels = (self.model_config.in_channels, self.model_config.out_channels)
         if pixels != (3, 3):
-            raise UsageError(f"{what}: from {pixels[0]} channels to {pixels[1]}, where RGB has 3")
+            raise UsageError(f"{label}: it maps {pixels[0]} channels to {pixels[1]}, but RGB has 3")
         if convention == "edm2" and self.latent_channels != len(EDM2_MEAN):
             raise UsageError(
-                f"{what}: {self.latent_channels} latent channels, where the convention edm2 has {len(EDM2_MEAN)}: "
+                f"{label}: {self.latent_channels} latent channels, but the convention edm2 has {len(EDM2_MEAN)}: "
                 "use dit"
             )
 
@@ -76,7 +76,7 @@ class VAE:
         H, W = pixels.shape[2:]
         if H % self.downsample_factor or W % self.downsample_factor:
             raise UsageError(
-                f"{self.label}: images of {H}x{W} pixels, where it needs multiples of {self.downsample_factor}"
+                f"{self.label}: images of {H}x{W} pixels, but their size must be a multiple of {self.downsample_factor}"
             )
         divisor, offset = INPUT_SCALING[self.convention]
         x = pixels.to(self.device).float() / divisor - offset
@@ -95,13 +95,15 @@ class VAE:
         with torch.no_grad():
             x = self._check_finite(self.model.decode(z.to(self.device, self.dtype)).sample)
         values = ((x + offset) * divisor).clip(0, 255)
-        return (values if self.convention == "edm2" else values.round()).to(torch.uint8)  # to uint8 cuts down
+        return (values if self.convention == "edm2" else values.round()).to(
+            torch.uint8
+        )  # conversion to uint8 truncates
 
     def _check_finite(self, x: Tensor) -> Tensor:
         if not bool(x.isfinite().all()):
             raise RunError(
-                f"{self.label} gives numbers that are not finite in {str(self.dtype).removeprefix('torch.')}: SDXL's "
-                "does in float16; use bfloat16 or float32"
+                f"{self.label} returns values that are not finite in {str(self.dtype).removeprefix('torch.')}, as that "
+                "of SDXL in float16: set latent.dtype to bfloat16 or float32"
             )
         return x.float()
 
@@ -118,7 +120,7 @@ class VAE:
         return tuple(float(m) for m in mean), tuple(s / settings.scaling_factor for s in std)
 
     def identity(self) -> dict[str, str | int]:
-        """Return everything that latents depend on besides the pixels, with SHA-256 of settings and weights."""
+        """Return everything except the pixels that latents depend on, with SHA-256 of settings and weights."""
         return {
             "vae": self.model_id,
             "config": hub.sha256_config(self.config),
@@ -131,5 +133,5 @@ class VAE:
 
 
 def posterior_sample(mean: Tensor, std: Tensor, eps: Tensor) -> Tensor:
-    """Return a raw latent mean + std * eps, eps standard normal."""
+    """Return the raw latent mean + std * eps, with standard normal eps."""
     return mean + std * eps

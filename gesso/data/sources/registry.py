@@ -12,6 +12,7 @@ import zipfile
 
 from gesso.data.sources.archives import TarSource, ZipSource
 from gesso.data.sources.base import IMAGE_SUFFIXES, Source, format_names
+from gesso.data.sources.custom import CustomSource
 from gesso.data.sources.folders import CAPTION_FILES, open_captioned_folder, open_folder
 from gesso.data.sources.idx import IdxSource, idx_files
 from gesso.data.sources.parquet import ParquetSource
@@ -35,13 +36,15 @@ MAX_PATTERN_FILES = 1_000_000
 
 
 def open_source(uri: str) -> Source:
-    """Open a source by its name (NAMED_SOURCES) or by its path (SOURCE_KINDS).
+    """Open a source by its name (NAMED_SOURCES, or custom:NAME of gesso.extend) or by its path (SOURCE_KINDS).
 
     Raises:
         UsageError: The source is missing, empty, malformed, or of an unknown kind.
     """
     uri = str(uri)
     name, _, count = uri.partition(":")
+    if name == "custom":
+        return CustomSource(uri, count)
     if name in NAMED_SOURCES:
         return _open_named(uri, name, count)
     if not uri.strip() or uri == ".":
