@@ -189,7 +189,6 @@ def pipeline_settings(folder: Path, run: RunConfig) -> dict[str, Any]:
                 "num_classes": run.input_spec.num_classes,
                 "trained_classes": conditioning.trained_classes(run),
                 "semantic": semantic,
-                "num_classes": run.input_spec.num_classes,
                 "x0_channels": run.x0_channels,
                 "downsample_factor": run.downsample_factor,
                 "sample_size": run.sample_size,
