@@ -139,9 +139,9 @@ def settings_page() -> str:
         "gesso train digits train.seed=1          # a setting is written a.b=c",
         "```",
         "",
-        "This page is generated from the schema of `gesso.config.RunConfig`. The defaults are those of the schema; a",
-        "recipe sets its own. Numbers of images may be written `200k`, `1.5M` or `1e6`, and lists `.4,.6` or `[.4,.6]`.",
-        "A YAML file of settings may stand in place of `a.b=c`. Unknown names and invalid values are errors that name",
+        "This page is generated from the schema of `gesso.config.RunConfig`. The defaults are those of the schema;",
+        "a recipe sets its own. Numbers of images may be written `200k`, `1.5M` or `1e6`, and lists `.4,.6` or",
+        "`[.4,.6]`. A YAML file of settings may stand in place of `a.b=c`. Unknown names and invalid values are errors that name",
         "the closest valid one.",
         "",
     ]
@@ -199,8 +199,8 @@ def commands_page() -> str:
     lines = [
         "# Commands",
         "",
-        "This page is generated from the command line. `gesso COMMAND --help` prints the same. `--debug` after any command",
-        "adds the traceback to an error.",
+        "This page is generated from the command line. `gesso COMMAND --help` prints the same. `--debug` after any",
+        "command adds the traceback to an error.",
         "",
     ]
     for name, command in commands.items():

@@ -74,7 +74,8 @@ SHELL_LINES = [
 # Commands.
 
 PLACEHOLDERS = {
-    "RUN": "runs/digits", "RUN_A": "runs/digits", "RUN_B": "runs/digits-dit", "RUN2": "runs/digits-dit", "DIR": "photos",
+    "RUN": "runs/digits", "RUN_A": "runs/digits", "RUN_B": "runs/digits-dit", "RUN2": "runs/digits-dit",
+    "DIR": "photos",
     "RECIPE": "digits", "SOURCE": "photos", "OUT": "caches/photos", "REFERENCE": "photos", "NAME": "berrada/2a",
     "A": "digits", "B": "digits-dit",
 }  # fmt: skip
