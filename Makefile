@@ -3,7 +3,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo test slow lint coverage clean
+.PHONY: demo test slow lint coverage docs clean
 
 demo: .venv/demo
 	.venv/bin/gesso train digits --resume
@@ -32,8 +32,15 @@ lint: .venv/dev
 	$(PIP) -e '.[dev]'
 	@touch $@
 
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
+.venv/docs: .venv/bin/pip pyproject.toml $(CONSTRAINTS)
+	$(PIP) -e '.[docs]'
+	@touch $@
+
 coverage: .venv/dev
 	.venv/bin/pytest -n 2 -q --cov --cov-report=term --cov-report=html
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

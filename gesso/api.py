@@ -19,8 +19,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from gesso import config, ema, hub, models, recipes, sampling, snapshot
+from gesso import conditioning, config, ema, hub, models, recipes, sampling, snapshot
 from gesso.config import InputSpec, RunConfig
+from gesso.config.addresses import confirm_addresses
 from gesso.diffusion.denoiser import Denoiser
 from gesso.evaluation import runner
 from gesso.training.run_folder import start_training
@@ -65,8 +66,9 @@ class Run:
         return tuple(self.config.data.class_names or ())
 
     def with_settings(self, settings: Settings | None) -> RunConfig:
-        """Return the settings of the run, changed by `settings`; only sample.* and eval.* may change."""
-        return config.load_with_overrides(self.folder, to_arguments(settings or {}), ("sample.", "eval."))
+        """Return the settings of the run, changed by `settings`: sample.*, eval.*, data.source."""
+        changeable = ("sample.", "eval.", "data.source")
+        return config.load_with_overrides(self.folder, to_arguments(settings or {}), changeable)
 
     def denoiser(
         self, sigma_rel: float | None = None, nimg: int | None = None, settings: Settings | None = None
@@ -99,8 +101,9 @@ class Run:
         An image depends on its seed, its condition and the sampling settings, not on the other images.
 
         Args:
-            labels: Classes, by index or name, repeated in turn over the seeds; None cycles through all classes.
-            prompts: Captions, repeated in turn over the seeds, for runs with text.
+            labels: Classes, by index (int) or name (str): one for each seed, or another number n of them, of which
+                seed s takes labels[s mod n]; None takes all classes in this way.
+            prompts: Captions in the same way, for runs with text.
             seeds: N seeds.
             guidance: Guidance scale; None takes sample.guidance.
             sigma_rel: Relative EMA length; None takes sample.sigma_rel or sample.halflife.
@@ -117,8 +120,11 @@ class Run:
         run = self.with_settings(self._sampling_settings(settings, guidance, sigma_rel))
         sampling.check_sampling(run, sampling.run_device(run))
         seeds = list(seeds)
-        indices = sampling.expand_labels(run, labels, len(seeds))
-        captions = sampling.expand_prompts(run, tuple(prompts or ()), len(seeds))
+        # As many conditions as seeds belong to the seeds one by one; others are chosen by the seed itself.
+        label_keys = range(len(seeds)) if labels is not None and len(labels) == len(seeds) else seeds
+        prompt_keys = range(len(seeds)) if prompts and len(prompts) == len(seeds) else seeds
+        indices = conditioning.expand_labels(run, labels, label_keys)
+        captions = conditioning.expand_prompts(run, tuple(prompts or ()), prompt_keys)
         rows = snapshot.load_control_rows(self.folder)
         cond, _ = sampling.build_cond(run, seeds, rows, indices, captions, dict(control or {}))
         guide, normalizer = sampling.load_guide(self.folder, run), sampling.open_decoder(run)
@@ -130,6 +136,7 @@ class Run:
         num_images: int | None = None,
         settings: Settings | None = None,
         progress: Progress | None = None,
+        allow_addresses: bool = False,
     ) -> dict[str, float]:
         """Evaluate metrics of the run, as `gesso evaluate`; results are stored in the run folder too.
 
@@ -138,6 +145,7 @@ class Run:
             num_images: Number of samples; None takes eval.num_samples.
             settings: Further changes of sample.* and eval.*.
             progress: Called with the number of finished and of all samples.
+            allow_addresses: True fetches from addresses (s3://, https://) that the run folder names.
 
         Returns:
             The values by name; one metric may give several.
@@ -147,6 +155,7 @@ class Run:
         """
         changes = {"eval.metrics": ",".join(metrics), **({"eval.num_samples": num_images} if num_images else {})}
         run = self.with_settings({**changes, **(settings or {})})
+        confirm_addresses(run, to_arguments(settings or {}), allow_addresses)
         context = runner.EvalContext(self.folder, run, sampling.run_device(run))
         evaluation = runner.evaluate_metrics(context, progress or (lambda done, total: None))
         assert evaluation is not None  # None on ranks above 0
@@ -173,7 +182,11 @@ class Run:
 
 
 def load_run(folder: str | Path) -> Run:
-    """Open a run folder, or hub:OWNER/NAME, which is downloaded to runs/OWNER--NAME. Raises UsageError without a run."""
+    """Open a run folder, or download hub:OWNER/NAME to runs/OWNER--NAME and open it.
+
+    Raises:
+        UsageError: There is no run, or the download failed.
+    """
     return Run(folder)
 
 

@@ -6,16 +6,22 @@ A file is written under a temporary name, flushed to disk and renamed, so that i
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
 from gesso.errors import RunError, UsageError
+from gesso.untrusted import check_inside, printable
+
+NO_FLOCK_ERRORS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+"""Errors of flock on a file system without it."""
+logger = logging.getLogger(__name__)
 
 
 def cache_dir(name: str) -> Path:
@@ -74,6 +80,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # a link of this name would be followed
         try:
             yield temporary
             _apply_umask(temporary)
@@ -99,7 +106,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
     temporary = temporary_dir(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         try:
             temporary.mkdir()
             yield temporary
@@ -107,6 +114,8 @@ def atomic_dir(path: Path) -> Iterator[Path]:
                 _apply_umask(file)
                 fsync(file)
             fsync(temporary)
+            if path.is_symlink():
+                path.unlink()
             if path.exists():
                 remove_dir(path)
             os.replace(temporary, path)
@@ -118,9 +127,17 @@ def atomic_dir(path: Path) -> Iterator[Path]:
 def remove_dir(path: Path) -> None:
     """Rename a folder, then delete it: a crash leaves no partial folder under the old name."""
     to_delete = path.with_name(f".{path.name}.old.tmp")
-    shutil.rmtree(to_delete, ignore_errors=True)
+    _remove(to_delete)
     os.replace(path, to_delete)
-    shutil.rmtree(to_delete)
+    _remove(to_delete)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file, a link (not its target), or a folder, if it exists."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -137,35 +154,96 @@ def write_json(path: Path, value: object) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of a killed process from a folder that this process has locked."""
     for leftover in (*folder.glob(".*.tmp"), *folder.glob(".tmp??????")):  # the second pattern is that of safetensors
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        _remove(leftover)
+
+
+def check_run_folder(run_folder: Path, *parts: str) -> None:
+    """Raise UsageError if a link in a run folder would lead writes to one of its parts to another place."""
+    for part in parts:
+        try:
+            check_inside(run_folder, run_folder / part)
+        except (OSError, ValueError, RuntimeError):
+            raise UsageError(
+                f"{run_folder / part} is a symbolic link out of the run folder, to which nothing is written: delete "
+                "the link, or replace it by what it leads to"
+            ) from None
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append text to a file and flush it to disk; a symbolic link is not followed.
+
+    Raises:
+        RunError: The disk is full, or the file is not writable or a link.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    with disk_errors(path), open(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _acquire(lock_path: Path, timeout: float) -> BaseFileLock:
+    """Return the lock, acquired or not: flock, or a marker file on a file system without flock.
+
+    The kernel releases flock when the process ends. A marker file of a process of this machine that has ended is taken
+    over; one of another machine cannot be checked and stays.
+    """
+    kernel_lock = FileLock(lock_path, thread_local=False, fallback_to_soft=False)
+    try:
+        kernel_lock.acquire(timeout=timeout)
+        return kernel_lock
+    except Timeout:
+        return kernel_lock
+    except OSError as error:
+        if error.errno not in NO_FLOCK_ERRORS:
+            raise
+    marker = SoftFileLock(lock_path.with_name(f"{lock_path.name}.held"), thread_local=False)
+    with contextlib.suppress(Timeout):
+        marker.acquire(timeout=timeout)
+    return marker
 
 
 @contextlib.contextmanager
-def _file_lock(lock_path: Path, target: Path, timeout: float) -> Iterator[bool]:
-    """Yield whether the lock was acquired; the kernel releases it when the process ends."""
-    file_lock = FileLock(lock_path, timeout=timeout, thread_local=False)
+def _file_lock(lock_path: Path, target: Path) -> Iterator[BaseFileLock]:
+    """Yield the lock of `target`, acquired if no other process has it."""
     with disk_errors(target):
         lock_path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(Timeout):
-            file_lock.acquire()
+        if lock_path.is_symlink():
+            raise UsageError(f"{lock_path} is a symbolic link, which gesso never makes: delete it")
+        file_lock = _acquire(lock_path, timeout=0)
     try:
-        yield file_lock.is_locked
+        yield file_lock
     finally:
         file_lock.release()
 
 
+def _marker_hint(file_lock: BaseFileLock) -> str:
+    """Return how to remove a marker file whose process may have ended; empty for a lock of the kernel."""
+    if not isinstance(file_lock, SoftFileLock):
+        return ""
+    return f"; if no process of any machine does, delete {printable(file_lock.lock_file)}"
+
+
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Wait for the lock of a file that several processes read, change and write."""
-    with disk_errors(path), _file_lock(path.with_name(f".{path.name}.lock"), path, timeout=-1):
-        yield
+def lock(path: Path, activity: str = "writes") -> Iterator[bool]:
+    """Wait for the lock of a file that several processes read, change and write; yield whether it took waiting.
+
+    `activity` says what the other process does with the file, in a message that is logged before waiting.
+    """
+    with disk_errors(path), _file_lock(path.with_name(f".{path.name}.lock"), path) as file_lock:
+        waits = not file_lock.is_locked
+        if waits:
+            hint = _marker_hint(file_lock)
+            logger.warning("waiting for another process that %s %s%s", activity, printable(path), hint)
+            file_lock.acquire(timeout=-1)
+        yield waits
 
 
 @contextlib.contextmanager
 def try_lock(path: Path) -> Iterator[bool]:
     """Yield True if this process may write `path`, False if another process is writing it."""
-    with _file_lock(path.with_name(f".{path.name}.lock"), path, timeout=0) as acquired:
-        yield acquired
+    with _file_lock(path.with_name(f".{path.name}.lock"), path) as file_lock:
+        yield file_lock.is_locked
 
 
 @contextlib.contextmanager
@@ -175,9 +253,12 @@ def lock_dir(folder: Path, activity: str = "training in") -> Iterator[None]:
     Raises:
         UsageError: Another process has locked the folder.
     """
-    with _file_lock(folder / ".lock", folder, timeout=0) as acquired:
-        if not acquired:
-            raise UsageError(f"another process is {activity} {folder}; wait until it ends, or choose another folder")
+    with _file_lock(folder / ".lock", folder) as file_lock:
+        if not file_lock.is_locked:
+            raise UsageError(
+                f"another process is {activity} {folder}; wait until it ends, or choose another folder"
+                + _marker_hint(file_lock)
+            )
         yield
 
 

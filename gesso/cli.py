@@ -16,6 +16,7 @@ from rich.console import Console
 
 from gesso.errors import GessoError, UsageError
 from gesso.hub import fetch_run
+from gesso.untrusted import print_text
 
 # Pillow warns about unusual image metadata; images that it cannot decode are counted and reported.
 warnings.filterwarnings("ignore", module="PIL")
@@ -53,6 +54,9 @@ RunFolder = Annotated[
     ),
 ]
 Out = Annotated[Path | None, _option("output file or folder", "--out")]
+AllowAddresses = Annotated[
+    bool, typer.Option("--allow-addresses", help="fetch from addresses (s3://, https://) that a recorded run names")
+]
 Recipe = Annotated[
     str,
     _argument("recipe (see gesso recipes), folder:PATH, a run.yaml, a run folder, or a Python file with recipe()"),
@@ -60,7 +64,7 @@ Recipe = Annotated[
 
 
 def _print(text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)
+    print_text(console, text)
 
 
 def _print_lines(lines: Iterable[str]) -> None:
@@ -110,11 +114,14 @@ def train(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="estimate memory, time and disk from a few steps; write nothing")
     ] = False,
+    allow_addresses: AllowAddresses = False,
 ) -> None:
     """Train a recipe. The default output folder is runs/RECIPE."""
     from gesso import recipes
+    from gesso.config.addresses import confirm_addresses
 
     run, notes = recipes.resolve(recipe, list(settings or ()))
+    confirm_addresses(run, settings or [], allow_addresses)
     _print_lines(f"note: {note}" for note in notes)
     if estimate:
         from gesso.training.estimate import estimate as estimate_run
@@ -123,7 +130,13 @@ def train(
     from gesso.training.run_folder import default_run_folder, start_training
 
     out = out or default_run_folder(recipe, run, resume)
-    run = start_training(run, out, resume, console, _print)
+    try:
+        run = start_training(run, out, resume, console, _print)
+    except UsageError as error:
+        if not recipe.startswith("folder:"):
+            raise
+        # The user wrote folder:PATH, not data.source=PATH.
+        raise UsageError(str(error).replace(f"data.source={run.data.source}:", f"folder:{run.data.source}:")) from None
     label = " --label 0" if run.input_spec.num_classes else ""
     gesso, folder = f"gesso{_code_options()}", shlex.quote(str(out))
     _print(f"trained: {out}\nnext:")
@@ -136,7 +149,7 @@ def train(
 def sample(
     folder: RunFolder,
     settings: Overrides = None,
-    label: Annotated[str | None, _option("classes by number or name: 7, 0-9, 3,5, cat (default: all in turn)")] = None,
+    label: Annotated[str | None, _option("classes by name or number: cat, 7, 0-9, 3,5 (default: all in turn)")] = None,
     prompt: Annotated[list[str] | None, _option("prompt of a run trained on text; may be repeated")] = None,
     size: Annotated[str | None, _option("original size to condition on, such as 512x512")] = None,
     flip: Annotated[str | None, _option("condition on a mirrored image: yes or no (default no)")] = None,
@@ -150,12 +163,16 @@ def sample(
 ) -> None:
     """Sample images from a trained run. Settings sample.* may be changed, such as sample.guidance=2."""
     from gesso import config
-    from gesso.sampling import SampleArgs, sample_to_folder
+    from gesso.sample_files import SampleArgs, sample_to_folder
 
     run = config.load_with_overrides(folder, settings, ("sample.",))
+    _print_lines(config.unused_sample_settings(config.load_config(folder / "run.yaml"), run))
     controls = dict(part.partition("=")[::2] for part in control or ())
     controls |= {name: text for name, text in (("size", size), ("flip", flip), ("crop", crop)) if text is not None}
-    _print_lines(sample_to_folder(folder, run, SampleArgs(label, tuple(prompt or ()), controls, seeds, nimg), out))
+    args = SampleArgs(label, tuple(prompt or ()), controls, seeds, nimg)
+    with _progress("sampling") as progress:
+        lines = sample_to_folder(folder, run, args, out, progress)
+    _print_lines(lines)
 
 
 @app.command()
@@ -176,9 +193,12 @@ def evaluate(
     clip: Annotated[str | None, _option("folder or hub id of CLIP")] = None,
     device: Annotated[str | None, _option("auto, cpu or cuda")] = None,
     out: Out = None,
+    allow_addresses: AllowAddresses = False,
 ) -> None:
     """Evaluate a run (settings sample.* and eval.* may be changed), or a set of images against a reference."""
-    flags = {k: v for k, v in locals().items() if k not in ("folder", "settings", "protocol") and v is not None}
+    not_flags = ("folder", "settings", "protocol", "allow_addresses")
+    flags = {k: v for k, v in locals().items() if k not in (*not_flags, "not_flags") and v is not None}
+    from gesso.config.addresses import confirm_addresses
     from gesso.evaluation import protocols, runner
 
     if folder is not None and flags:
@@ -188,8 +208,10 @@ def evaluate(
         if folder is None:
             lines = runner.evaluate_images(runner.parse_image_args(settings or [], flags), progress)[1]
         else:
-            lines = runner.evaluate_run(folder, protocols.apply_protocol(folder, protocol, settings or []), progress)
-            lines.append(f"next:\n  gesso report {folder}")
+            run = protocols.apply_protocol(folder, protocol, settings or [])
+            confirm_addresses(run, settings or [], allow_addresses)
+            lines = runner.evaluate_run(folder, run, progress, _print)
+            lines.append(f"next:\n  gesso report {shlex.quote(str(folder))}")
     _print_lines(lines)
 
 
@@ -217,9 +239,11 @@ def ema(
     batch_size: Annotated[int | None, _option("images per step of --files", min=1)] = None,
     decay: Annotated[float | None, _option("EMA decay per step, if --files are traditional EMAs")] = None,
     out: Out = None,
+    allow_addresses: AllowAddresses = False,
 ) -> None:
     """Reconstruct EMA weights of any length from the snapshots of a run, or evaluate quality against EMA length."""
     from gesso import config
+    from gesso.config.addresses import confirm_addresses
     from gesso.evaluation import ema_export as export
     from gesso.evaluation import ema_sweep
 
@@ -228,11 +252,50 @@ def ema(
         unused = {"--metric": metric, "--guidance": guidance, "a.b=c": settings}
         return _print_lines(export.export_ema(folder, args, out, unused))
     export.check_sweepable(folder, {"--files": files, "--decay": decay, "--halflife": halflife, "--out": out})
-    run = config.load_with_overrides(folder, settings, ("sample.", "eval."))
+    run = config.load_with_overrides(folder, settings, ("sample.", "eval.", "data.source"))
+    confirm_addresses(run, settings or [], allow_addresses)
     sweep_args = ema_sweep.EmaSweepArgs(sweep, metric, guidance, tensors or (), sigma_rel or (), nimg, num_repeats)
     with _progress("evaluating") as progress:
         lines = ema_sweep.run_ema_sweep(folder, run, sweep_args, progress)
     _print_lines(lines)
+
+
+@app.command()
+def export(
+    folder: RunFolder,
+    out: Annotated[Path, _argument("folder or file to write", metavar="OUT")],
+    settings: Overrides = None,
+    format_name: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="diffusers (pipeline folder), diffusers-native (diffusers' own pipeline), edm2 (state dict) or "
+            "torch-export (program)",
+        ),
+    ] = "diffusers",
+    sigma_rel: Annotated[float | None, _option("relative EMA length (default: sample.sigma_rel)")] = None,
+    nimg: Annotated[str | None, _option("images seen by the weights, such as 100k (default: the last)")] = None,
+) -> None:
+    """Export a run for other tools. Settings sample.* may be changed; they are the defaults of the pipeline."""
+    from gesso import config
+    from gesso.export import export_run
+    from gesso.sample_files import parse_nimg
+
+    changes = [*(settings or []), *([f"sample.sigma_rel={sigma_rel}"] if sigma_rel is not None else [])]
+    run = config.load_with_overrides(folder, changes, ("sample.",))
+    _print_lines(export_run(folder, run, out, format_name, parse_nimg(nimg)))
+
+
+@app.command("import")
+def import_weights(
+    file: Annotated[Path, _argument("weights: .safetensors, .pt, or .pkl of EDM2", metavar="FILE")],
+    out: Annotated[Path | None, _option("write the weights as safetensors, for init.source", "--out")] = None,
+    num_heads: Annotated[int | None, _option("attention heads, if the weights do not determine them", min=1)] = None,
+) -> None:
+    """Print what a file of weights of another project holds. Files are read without running code in them."""
+    from gesso.interop.files import import_file
+
+    _print_lines(import_file(file, out, num_heads))
 
 
 @app.command()
@@ -324,6 +387,7 @@ def inspect_data(
 ) -> None:
     """Print counts, sizes, classes and captions of an image source or cache, and draw a contact sheet of its views."""
     from gesso.config import Resize
+    from gesso.config.base import source_path
     from gesso.data.inspect import InspectArgs, inspect_source, parse_crop_scale
 
     scale = None if crop_scale is None else parse_crop_scale(crop_scale)
@@ -331,7 +395,7 @@ def inspect_data(
         raise UsageError(f"--resize {resize}: no such filter; use {', '.join(get_args(Resize))}")
     # mypy does not narrow the text to the literals of Resize.
     args = InspectArgs(rows, views, scale, flip, resolution, seed, vae, convention, resize)  # type: ignore[arg-type]
-    _print_lines(inspect_source(source, limit, args, out, console))
+    _print_lines(inspect_source(source_path(source), limit, args, out, console))
 
 
 @app.command()
@@ -359,10 +423,12 @@ def cache(
 ) -> None:
     """Write crops, latents and text tokens of SOURCE to OUT, for training. Continues if stopped."""
     args = {f"--{name.replace('_', '-')}": value for name, value in locals().items()}
+    from gesso.config.base import source_path
     from gesso.data.cache import format, write
     from gesso.data.cache.plan import parse_cache_args
     from gesso.training.loop import capture_signals
 
+    source = source_path(source)
     plan = parse_cache_args(source, out, args, settings or [])
     with capture_signals() as received, _progress("checking" if check else "caching") as progress:
         if plan is None:
@@ -402,7 +468,8 @@ def show_config(recipe: Recipe, settings: Overrides = None) -> None:
     from gesso.recipes import resolve
 
     run, notes = resolve(recipe, list(settings or ()))
-    errors.print(*(f"note: {note}\n" for note in notes), sep="", end="", markup=False)
+    for note in notes:
+        print_text(errors, f"note: {note}")
     sys.stdout.write(config.to_annotated_yaml(run))
 
 
@@ -450,8 +517,8 @@ def main() -> None:
     except GessoError as error:
         if debug:
             traceback.print_exc()
-        errors.print(f"gesso: {error}", markup=False, soft_wrap=True)
+        print_text(errors, f"gesso: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        errors.print("gesso: interrupted")
+        print_text(errors, "gesso: interrupted")
         sys.exit(128 + signal.SIGINT)

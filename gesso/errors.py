@@ -23,6 +23,10 @@ class DivergenceError(RunError):
     """Loss or gradient that is not finite."""
 
 
+class NonFiniteSamplesError(RunError):
+    """Samples with NaN or infinity, which are neither saved nor evaluated."""
+
+
 class StoppedError(GessoError):
     """Stop by a signal, after the state was saved.
 

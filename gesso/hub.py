@@ -1,7 +1,6 @@
 """Downloads from the Hugging Face Hub, written hub:OWNER/NAME or hub:OWNER/NAME@REVISION."""
 
 import importlib
-import os
 import re
 import shutil
 import textwrap
@@ -34,11 +33,6 @@ def parse_hub_id(uri: str) -> HubId | None:
     if not match or ".." in uri:
         raise UsageError(f"{uri}: write hub:OWNER/NAME, or hub:OWNER/NAME@REVISION")
     return HubId(match[1], match[2])
-
-
-def endpoint() -> str | None:
-    """Return the address of the Hub if the environment variable HF_ENDPOINT has another one."""
-    return os.environ.get("HF_ENDPOINT") or None
 
 
 def import_client() -> Any:
@@ -75,7 +69,6 @@ def download(
             revision=hub_id.revision,
             allow_patterns=list(patterns) if patterns else None,
             local_dir=folder,
-            endpoint=endpoint(),
         )
     except UsageError:
         raise
@@ -86,6 +79,8 @@ def download(
 
 def fetch_run(uri: str | Path) -> Path:
     """Return the run folder that `uri` names; hub:OWNER/NAME is downloaded to runs/OWNER--NAME if it is not there.
+
+    A revision is part of the name of the folder. Delete the folder to download a newer version.
 
     Raises:
         UsageError: The download failed, or the repository has no run of gesso.

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gesso import atomic_io
+from gesso import atomic_io, untrusted
 from gesso.errors import RunError
 
 DTYPE_NAMES = {
@@ -22,10 +24,11 @@ DTYPE_NAMES = {
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
     try:
+        os.close(untrusted.open_regular(path))  # safe_open waits for pipes
         with safe_open(path, "pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} is damaged or not a safetensors file ({error}); delete it, or replace it") from None
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise RunError(f"{path} is damaged or not a safetensors file ({error}): restore it, or move it away") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -52,18 +55,25 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 
+def tensor_checksum(tensor: Tensor) -> str:
+    """Return the CRC-32 of the bytes of a tensor as 8 hexadecimal digits."""
+    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return f"{zlib.crc32(content.data):08x}"
+
+
 @contextlib.contextmanager
 def stream_writer(
-    path: Path, like: Mapping[str, Tensor], metadata: dict[str, str]
+    path: Path, like: Mapping[str, Tensor], metadata: Callable[[Mapping[str, str]], dict[str, str]]
 ) -> Iterator[Callable[[str, Tensor], None]]:
     """Yield put(name, tensor), to be called once for each tensor in any order; the file is written atomically.
 
     Args:
         path: The file.
         like: Tensors with the names, shapes and dtypes of those to write.
-        metadata: Metadata of the file.
+        metadata: Function of the checksums by name, which returns the metadata of the file.
     """
-    header: dict[str, object] = {"__metadata__": metadata}
+    checksums = dict.fromkeys(sorted(like), "0" * 8)  # replaced by values of the same length
+    header: dict[str, object] = {"__metadata__": metadata(checksums)}
     starts, offset = {}, 0
     # The largest numbers first, as safetensors does: each tensor is aligned.
     for name in sorted(like, key=lambda name: (-like[name].itemsize, name)):
@@ -71,8 +81,7 @@ def stream_writer(
         starts[name], end = offset, offset + tensor.nbytes
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text = _encode_header(header)
     with atomic_io.atomic_file(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
@@ -81,6 +90,17 @@ def stream_writer(
             assert tensor.shape == like[name].shape and tensor.dtype == like[name].dtype, name
             file.seek(8 + len(text) + starts.pop(name))
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            checksums[name] = tensor_checksum(tensor)
 
         yield put
         assert not starts, f"not written: {list(starts)}"
+        final = _encode_header({**header, "__metadata__": metadata(checksums)})
+        assert len(final) == len(text)
+        file.seek(8)
+        file.write(final)
+
+
+def _encode_header(header: Mapping[str, object]) -> bytes:
+    """Return the header of a file as JSON, padded to a multiple of 8 bytes."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)

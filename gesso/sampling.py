@@ -1,30 +1,27 @@
-"""Sample images from a run: build conditions from labels, prompts and control variables, generate, write files.
+"""Sample images from a run: build conditions from labels, prompts and control variables, and generate.
 
 An image depends on its seed, its condition and the settings of the sampler, not on its batch.
 
 Legend: N images, C channels, H W height and width, M training samples, n columns of control variables.
 """
 
-import hashlib
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from gesso import atomic_io, config, devices, ema, rng, snapshot
-from gesso.conditioning import Cond
+from gesso.conditioning import Cond, check_labels
 from gesso.config import CONTROL_VARIABLES, RunConfig
-from gesso.config.base import parse_count
 from gesso.data import crops
 from gesso.data.batching import control_tensors, text_tensors
 from gesso.data.encoders.text import build_text_encoder
-from gesso.data.normalization import Normalizer
+from gesso.data.normalization import Normalizer, x0_ends
 from gesso.diffusion import guidance, process, samplers, schedules
 from gesso.diffusion.denoiser import Denoiser, VarianceDenoiser
 from gesso.errors import UsageError
@@ -128,82 +125,12 @@ def guided_denoiser(denoiser: Denoiser, run: RunConfig, cond: Cond, guide: Denoi
             lambda s: guidance.power_cosine(strength, float(denoiser.process.progress(s)), cfg.guidance_power),
         )
     if cfg.clip:  # x0 of pixels in [-1, 1], by channel
-        low, high = Normalizer(run.data, run.latent, denoiser.process.sigma_data, "cpu").x0_range()
+        mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (run.data.mean, run.data.std))
+        low, high = x0_ends(mean, std, denoiser.process.sigma_data)
         inside, outside = (guidance.clip_x0(denoise, low, high) for denoise in (inside, outside))
     if cfg.guidance_interval:
         return guidance.GuidanceInterval(inside, outside, denoiser.process.alpha, cfg.guidance_interval)
     return inside
-
-
-def parse_int_ranges(text: str, option: str) -> list[int]:
-    """Parse "0-3,7" to [0, 1, 2, 3, 7].
-
-    Raises:
-        UsageError: The text is not a list of ranges; the error names `option`.
-    """
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
-            raise UsageError(f"{option} {text!r}: write numbers such as 0-15 or 1,5,9")
-        numbers += range(int(first), int(last if dash else first) + 1)
-    return numbers
-
-
-def check_labels(run: RunConfig, labels: Sequence[int]) -> None:
-    """Raise UsageError for a label that the run does not have."""
-    classes = run.input_spec.num_classes
-    has_null = run.dropout.both + run.dropout.semantic > 0  # otherwise the null class was not trained
-    if not classes:
-        kind = "text: use --prompt" if run.semantic.kind == "text" else "no classes: it takes no label"
-        raise UsageError(f"this run was trained with {kind}")
-    wrong = sorted({label for label in labels if not 0 <= label < classes + has_null})
-    if wrong:
-        valid = f"labels 0 to {classes - 1}" + (f" (and {classes} for none)" if has_null else "")
-        raise UsageError(f"label {wrong[0]} is out of range: the run has {valid}")
-
-
-def parse_labels(run: RunConfig, text: str) -> list[int | str]:
-    """Parse "cat, 3, 5-7" to ["cat", 3, 5, 6, 7]; names of classes that look like numbers are names."""
-    labels: list[int | str] = []
-    for part in (part.strip() for part in text.split(",")):
-        is_name = part in (run.data.class_names or ()) or not part[:1].isdigit()
-        labels += [part] if is_name else parse_int_ranges(part, "--label")
-    return labels
-
-
-def expand_labels(run: RunConfig, labels: Sequence[int | str] | None, n: int) -> list[int] | None:
-    """Return n labels that cycle through `labels` (numbers or class names), or through all classes for None.
-
-    Returns None for a run without classes. Raises UsageError for an unknown label.
-    """
-    classes, names = run.input_spec.num_classes, list(run.data.class_names or ())
-    if labels is None:
-        return [i % classes for i in range(n)] if classes else None
-    if len(labels) == 0:
-        raise UsageError("labels is empty: name a class, or pass None for all classes in turn")
-    if not classes:
-        check_labels(run, [])
-    for label in labels:
-        if isinstance(label, str) and label not in names:
-            raise UsageError(f"label {label!r}: no such class; {config.suggest(label, names)}")
-    indices = [names.index(label) if isinstance(label, str) else int(label) for label in labels]
-    check_labels(run, indices)
-    return [indices[i % len(indices)] for i in range(n)]
-
-
-def expand_prompts(run: RunConfig, prompts: Sequence[str], n: int) -> list[str] | None:
-    """Return n prompts that cycle through `prompts`, or through the run's example captions if empty.
-
-    Returns None for a run without text. Raises UsageError for prompts that the run does not take.
-    """
-    if run.semantic.kind != "text":
-        if prompts:
-            kind = "classes: use --label" if run.input_spec.num_classes else "neither classes nor text"
-            raise UsageError(f"--prompt {prompts[0]!r}: this run was trained with {kind}")
-        return None
-    prompts = list(prompts) or list(run.data.example_captions or ("",))
-    return [prompts[i % len(prompts)] for i in range(n)]
 
 
 def build_cond(
@@ -373,57 +300,19 @@ def image_grid(images: Tensor, columns: int, min_tile_size: int = 48) -> Image.I
     return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG file atomically."""
+def save_png(image: Image.Image, path: Path, record: str | None = None) -> None:
+    """Write a PNG file atomically, with `record` as its text chunk "gesso" if given."""
+    info = PngInfo()
+    if record is not None:
+        info.add_text("gesso", record)
     with atomic_io.atomic_file(path) as temporary:
-        image.save(temporary, format="png")
+        image.save(temporary, format="png", pnginfo=info)
 
 
 def to_pil(image: Tensor) -> Image.Image:
     """Return an image (C, H, W) uint8 as a PIL image of the same size."""
     array = image.permute(1, 2, 0).numpy()
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
-
-
-class SampleArgs(NamedTuple):
-    """Options of `gesso sample`, as typed."""
-
-    label: str | None = None
-    prompts: Sequence[str] = ()
-    control: Mapping[str, str] = {}
-    seeds: str = "0-15"
-    nimg: str | None = None
-
-
-def sample_to_folder(folder: Path, run: RunConfig, args: SampleArgs, out: Path | None) -> list[str]:
-    """Write images of a run as PNG files and grid.png; return warnings and a summary as lines.
-
-    Args:
-        folder: Run folder.
-        run: Settings of the run.
-        args: Options of the command.
-        out: Folder for the images; None uses a folder in `folder`/samples that names the settings.
-
-    Raises:
-        UsageError: A setting or a condition is invalid for this run.
-    """
-    check_sampling(run, run_device(run))
-    seeds = parse_int_ranges(args.seeds, "--seeds")
-    labels = expand_labels(run, None if args.label is None else parse_labels(run, args.label), len(seeds))
-    prompts = expand_prompts(run, args.prompts, len(seeds))
-    cond, lines = build_cond(run, seeds, snapshot.load_control_rows(folder), labels, prompts, args.control)
-    guide, normalizer, profile = load_guide(folder, run), open_decoder(run), ema.sampling_profile(run.sample)
-    weights, _, nimg, fits = snapshot.reconstruct_from_run(folder, [profile], _parse_nimg(args.nimg))
-    denoiser = snapshot.denoiser_from_weights(weights[0], run, run_device(run))
-    images = torch.cat(list(generate(denoiser, run, seeds, cond, guide, normalizer)))
-    target = out or folder / "samples" / _samples_folder_name(folder, run, args)
-    for seed, image in zip(seeds, images, strict=True):
-        save_png(to_pil(image), target / f"seed{seed:06d}.png")
-    save_png(image_grid(images, columns=min(len(images), max(4, round(len(images) ** 0.5)))), target / "grid.png")
-    if fits[0].squared_error > MAX_PROFILE_ERROR**2:
-        lines.append(f"warning: the stored snapshots cannot reconstruct {profile} accurately: {fits[0]}")
-    lines.append(f"wrote {len(images)} images and grid.png to {target}")
-    return [*lines, f"  {describe_sampling(run)}, image {nimg:,} ({fits[0]})"]
 
 
 def describe_sampling(run: RunConfig) -> str:
@@ -445,18 +334,6 @@ def describe_sampling(run: RunConfig) -> str:
     if cfg.guidance_interval:
         parts.append("guided from sigma {:g} to {:g}".format(*cfg.guidance_interval))
     return ", ".join([*parts, str(ema.sampling_profile(cfg))])
-
-
-def _samples_folder_name(folder: Path, run: RunConfig, args: SampleArgs) -> str:
-    """Return a folder name made of all options and settings that differ from the run's."""
-    recorded, current = (config.to_dict(r)["sample"] for r in (config.load_config(folder / "run.yaml"), run))
-    parts = [f"label{args.label}"] if args.label else list(args.prompts)
-    parts += [f"{name}{value}" for name, value in args.control.items()]
-    parts += [f"{name}-{value}" for name, value in current.items() if value != recorded[name]]
-    parts += [f"nimg{args.nimg}"] if args.nimg else []
-    name = re.sub(r"[^A-Za-z0-9.,:+_]+", "-", "-".join(parts)).strip("-.") or "default"
-    # The digest keeps long names with the same beginning apart.
-    return name if len(name) <= 80 else f"{name[:70]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def load_guide(folder: Path, run: RunConfig) -> Denoiser | None:
@@ -511,14 +388,6 @@ def _check_guide_conditioning(run: RunConfig, guide: RunConfig) -> None:
         names = shape if guide.semantic.kind == "text" else []
         names += ["control.variables"] if guide.control.variables and run.control.variables else []
     _check_equal_settings(run, guide, names)
-
-
-def _parse_nimg(nimg: str | None) -> int | None:
-    """Return --nimg as a number; None is the last snapshot."""
-    value = parse_count(nimg) if nimg else None
-    if value is not None and not isinstance(value, int):
-        raise UsageError(f"--nimg {nimg!r}: write a number of images such as 100k")
-    return value
 
 
 def run_device(run: RunConfig) -> torch.device:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gesso import api, config, hub, models, sampling, snapshot
+from gesso import api, config, hub, sampling, snapshot
 from gesso.config import RunConfig
 from gesso.errors import UsageError
 from gesso.evaluation import results
@@ -45,7 +45,7 @@ def push(folder: Path, args: PushArgs, log: Callable[[str], None] = lambda text:
     """
     hub_id = hub.parse_hub_id(args.repo if args.repo.startswith("hub:") else f"hub:{args.repo}")
     assert hub_id is not None  # the text begins with hub:
-    client = hub.import_client().HfApi(endpoint=hub.endpoint())
+    client = hub.import_client().HfApi()
     with tempfile.TemporaryDirectory() as staging:
         files = stage(folder, args, Path(staging), hub_id.repo)
         log(f"uploading {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB")
@@ -60,7 +60,7 @@ def push(folder: Path, args: PushArgs, log: Callable[[str], None] = lambda text:
         except Exception as error:  # of the hub's client, of its HTTP library, or of the disk
             login = " (log in with hf auth login, or set HF_TOKEN)" if "401" in str(error) else ""
             raise UsageError(f"{hub_id.repo}: the upload failed: {hub.error_line(error)}{login}") from None
-    return f"{hub.endpoint() or 'https://huggingface.co'}/{hub_id.repo}"
+    return f"{client.endpoint}/{hub_id.repo}"
 
 
 def stage(folder: Path, args: PushArgs, out: Path, repo: str) -> list[Path]:
@@ -105,13 +105,12 @@ def without_paths(value: Any) -> Any:
 def render_card(folder: Path, run: RunConfig, repo: str, args: PushArgs) -> str:
     """Return the model card: how to use the run, samples, metrics with their protocol, training and citation."""
     evaluations = [
-        {"values": {name: f"{value:.4g}" for name, value in evaluation.best.items()}, "protocol": _protocol(evaluation)}
-        for evaluation in results.read_evaluations(folder).values()
+        {"values": {name: f"{value:.4g}" for name, value in entry.best().items()}, "protocol": _protocol(entry)}
+        for entry in results.read_evaluations(folder).values()
     ]
     last = snapshot.list_snapshots(folder)[-1]
-    parameters = sum(
-        tensor.numel() for name, tensor in read_tensors(last.path).items() if name != snapshot.CONTROL_ROWS
-    )
+    no_parameters = {snapshot.CONTROL_ROWS, *last.buffers}
+    parameters = sum(value.numel() for name, value in read_tensors(last.path).items() if name not in no_parameters)
     context = {
         "repo": repo,
         "name": repo.split("/")[1],
@@ -119,14 +118,22 @@ def render_card(folder: Path, run: RunConfig, repo: str, args: PushArgs) -> str:
         "run": run,
         "nimg": last.nimg,
         "parameters": parameters,
+        "data": _describe_data(run),
+        "any_length": args.all_snapshots,
         "evaluations": evaluations,
-        "samples": args.samples,
-        "sigma_rel": run.sample.sigma_rel,
+        "num_samples": NUM_SAMPLES if args.samples else 0,
         "condition": {"label": "labels=[0]", "text": 'prompts=["a photo"]'}.get(run.semantic.kind, ""),
         "code": run.environment.get("code", ""),
-        "networks": models.NETWORKS,
     }
     return render_template(CARD, context)
+
+
+def _describe_data(run: RunConfig) -> str:
+    """Return source, number, size and classes of the training images in words."""
+    kind = {"label": f", {run.data.num_classes} classes", "text": ", with captions"}.get(run.semantic.kind, "")
+    return (
+        f"`{run.data.source}`, {run.data.num_images or 0:,} images at {run.data.resolution}x{run.data.resolution}{kind}"
+    )
 
 
 def _protocol(evaluation: results.Evaluation) -> str:

@@ -1,30 +1,43 @@
 """Snapshots: EMA weights in safetensors files with their time, length and run."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import secrets
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
 
 from gesso import config, ema, models
 from gesso.config import RunConfig
+from gesso.config.base import PositiveCount, SigmaRel
 from gesso.diffusion.denoiser import Denoiser, build_denoiser
 from gesso.ema import Fit, PerTensorProfile, PowerProfile, Profile, RawProfile, TraditionalProfile
 from gesso.errors import RunError, UsageError
 from gesso.models import mp
-from gesso.safetensors_io import read_metadata, read_tensors, stream_writer, write_tensors
+from gesso.safetensors_io import (
+    DTYPE_NAMES,
+    read_metadata,
+    read_tensors,
+    stream_writer,
+    tensor_checksum,
+    write_tensors,
+)
+from gesso.untrusted import parse_json
 
 SNAPSHOT_FORMAT = "gesso snapshot 1"
 CONTROL_ROWS = "control rows"
 """Name of the control variables of training samples in a file."""
+_TRADITIONAL_FIELDS: TypeAdapter = TypeAdapter(tuple[PositiveCount, Annotated[float, Field(gt=0, lt=0.69)] | None])
+"""Half-life and ramp-up ratio."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,17 @@ class Snapshot:
     """Settings of the run as plain values; {"trainer": name} or None for a run of another trainer."""
     buffers: tuple[str, ...] = field(default=(), compare=False, repr=False)
     """Names of the tensors that are copies, not averages; they are never combined."""
+    checksums: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """CRC-32 of the tensors by name; empty in files of gesso before checksums."""
+
+    def check(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor of the file. Raises RunError if it has changed since it was written."""
+        expected = self.checksums.get(name)
+        if expected is not None and tensor_checksum(tensor) != expected:
+            raise RunError(
+                f"{self.path} is damaged: the checksum of {name} does not match; delete the file, or copy it again"
+            )
+        return tensor
 
 
 TargetProfile = Profile | PerTensorProfile
@@ -65,12 +89,18 @@ def write(
     """
     if control_rows is not None:
         tensors = tensors | {CONTROL_ROWS: control_rows}
-    metadata = _metadata(nimg, profile, {"trainer": run} if isinstance(run, str) else config.to_dict(run), buffers)
-    write_tensors(path, tensors, metadata)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    checksums = {name: tensor_checksum(tensors[name]) for name in sorted(tensors)}
+    config_dict = {"trainer": run} if isinstance(run, str) else config.to_dict(run)
+    write_tensors(path, tensors, _metadata(nimg, profile, config_dict, buffers, checksums))
 
 
 def _metadata(
-    nimg: int, target: TargetProfile, run: dict[str, Any] | None, buffers: Collection[str] = ()
+    nimg: int,
+    target: TargetProfile,
+    run: dict[str, Any] | None,
+    buffers: Collection[str],
+    checksums: Mapping[str, str],
 ) -> dict[str, str]:
     description: dict[str, Any] = {"format": SNAPSHOT_FORMAT, "nimg": nimg, **_profile_params(target.default)}
     if target.overrides:
@@ -78,7 +108,7 @@ def _metadata(
     if buffers:
         description["buffers"] = sorted(buffers)
     # One key: safetensors writes several in no fixed order, and equal runs must give equal bytes.
-    return {"gesso": json.dumps({**description, "run": run})}
+    return {"gesso": json.dumps({**description, "run": run, "crc32": checksums})}
 
 
 def _profile_params(profile: Profile) -> dict[str, float]:
@@ -104,15 +134,31 @@ def read_header(path: Path) -> Snapshot:
     """
     if not path.is_file():
         raise UsageError(f"snapshot {path} does not exist")
-    header = json.loads(read_metadata(path).get("gesso", "{}"))
-    if header.get("format") != SNAPSHOT_FORMAT:
-        raise UsageError(f"{path} is not a snapshot of gesso: its metadata lack '{SNAPSHOT_FORMAT}'")
+    try:
+        header = parse_json(read_metadata(path).get("gesso", "{}"))
+        if not isinstance(header, dict) or header.get("format") != SNAPSHOT_FORMAT:
+            raise UsageError(f"{path} is not a snapshot of gesso: its metadata lack '{SNAPSHOT_FORMAT}'")
+        return _parse_header(path, header)
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RunError(f"{path} is damaged: its metadata cannot be read ({reason}); delete it, or replace it") from None
+
+
+def _parse_header(path: Path, header: dict[str, Any]) -> Snapshot:
+    """Return the description in the metadata of a snapshot. Raises ValueError, KeyError or TypeError if it is wrong."""
     profile: Profile = RawProfile()
     if "sigma_rel" in header:
-        profile = PowerProfile(header["sigma_rel"])
+        profile = PowerProfile(TypeAdapter(SigmaRel).validate_python(header["sigma_rel"], strict=True))
     elif "halflife" in header:
-        profile = TraditionalProfile(header["halflife"], header.get("rampup"))
-    return Snapshot(path, header["nimg"], profile, header["run"], tuple(header.get("buffers", ())))
+        fields = _TRADITIONAL_FIELDS.validate_python((header["halflife"], header.get("rampup")), strict=False)
+        profile = TraditionalProfile(*fields)
+    nimg, run = header["nimg"], header["run"]
+    buffers, checksums = header.get("buffers", []), header.get("crc32", {})
+    if type(nimg) is not int or not 0 <= nimg <= 10**15 or not isinstance(run, dict | None):
+        raise ValueError("nimg or run has another type")
+    if not isinstance(buffers, list) or not isinstance(checksums, dict) or not all(isinstance(b, str) for b in buffers):
+        raise ValueError("buffers or crc32 has another type")
+    return Snapshot(path, nimg, profile, run, tuple(buffers), checksums)
 
 
 def list_snapshots(run_folder: Path) -> list[Snapshot]:
@@ -235,14 +281,27 @@ def _reconstruct_tensors(
     for name in sorted(files[-1].keys() - {CONTROL_ROWS}):
         stored = [file[name] for file in files]
         if name in buffers:
-            values = stored[-1].expand(len(plan.targets), *stored[-1].shape).clone()
+            tensor = plan.sources[-1].check(name, stored[-1])
+            values = tensor.expand(len(plan.targets), *tensor.shape).clone()
         else:
-            values = ema.linear_combination(stored, plan.coefficients(name), device)
+            coefficients = plan.coefficients(name)
+            used = [bool(row.any()) for row in coefficients]
+            for source, tensor, is_used in zip(plan.sources, stored, used, strict=True):
+                if is_used:  # a file with the coefficient 0 is not read
+                    source.check(name, tensor)
+            values = ema.linear_combination(stored, coefficients, device)
         # The sum is finite only if all values are, and takes a quarter of the time of checking each.
         dtype = torch.promote_types(values.dtype, torch.float32)
         if values.is_floating_point() and not values.sum(dtype=dtype).isfinite():
             bad = [s.path for s, tensor in zip(plan.sources, stored, strict=True) if not tensor.isfinite().all()]
-            raise RunError(f"{[*bad, plan.sources[-1].path][0]} holds NaN or infinity in {name}; delete that file")
+            if bad:
+                raise RunError(
+                    f"{bad[0]} holds NaN or infinity in {name}: move it away and use the others, if training was sound "
+                    "after it"
+                )
+            if not values.isfinite().all():
+                targets = ", ".join(map(str, plan.targets))
+                raise RunError(f"{name} at {targets} exceeds the range of {values.dtype}, though no file is at fault")
         yield name, values
 
 
@@ -253,11 +312,11 @@ def reconstruct_to_files(plan: ReconstructionPlan, folder: Path, device: torch.d
     with contextlib.ExitStack() as stack:
         writers = []
         for path, target in zip(paths, plan.targets, strict=True):
-            metadata = _metadata(plan.nimg, target, last.config_dict, last.buffers)
+            metadata = functools.partial(_metadata, plan.nimg, target, last.config_dict, last.buffers)
             writers.append(stack.enter_context(stream_writer(path, files[-1], metadata)))
         if CONTROL_ROWS in files[-1]:
             for put in writers:
-                put(CONTROL_ROWS, files[-1][CONTROL_ROWS])
+                put(CONTROL_ROWS, last.check(CONTROL_ROWS, files[-1][CONTROL_ROWS]))
         for name, values in _reconstruct_tensors(plan, files, device):
             for put, value in zip(writers, values, strict=True):
                 put(name, value)
@@ -317,6 +376,10 @@ class PostHocEMA:
         sigma_rels: Relative lengths of the tracked EMAs; two of them allow any other length.
         halflives: Half-lives, in images, of further EMAs with a traditional profile.
         rampup: Maximum half-life as a share of the images seen.
+
+    Raises:
+        UsageError: No length is given; the module is wrapped by torch.compile or DistributedDataParallel, which change
+            the names of tensors; or a tensor has a dtype that files cannot hold, such as complex numbers.
     """
 
     def __init__(
@@ -334,6 +397,7 @@ class PostHocEMA:
             *(TraditionalProfile(halflife, rampup) for halflife in halflives),
         ]
         tensors = module.state_dict()
+        _check_trackable(module, tensors)
         parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
         self.tracker = ema.Tracker(tensors, profiles, copied_names=tensors.keys() - parameters)
 
@@ -341,14 +405,29 @@ class PostHocEMA:
         """Update the averages to nimg images seen. Raises UsageError unless nimg increases."""
         if not nimg > self.nimg:
             raise UsageError(f"update({nimg}): the last update was at image {self.nimg:,}; pass a larger number")
-        self.tracker.rebind(self.module.state_dict())  # the module may have been moved to another device
+        tensors = self.module.state_dict()
+        if tensors.keys() != self.tracker.tensors.keys():
+            changed = sorted(tensors.keys() ^ self.tracker.tensors.keys())
+            raise UsageError(f"the module has other tensors than at construction ({', '.join(changed[:3])})")
+        self.tracker.rebind(tensors)  # the module may have been moved to another device
         self.tracker.update(self.nimg, nimg)
         self.nimg = nimg
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write a snapshot of each EMA to FOLDER/snapshots; return the paths. Raises UsageError before any update."""
+        """Write a snapshot of each EMA to FOLDER/snapshots; return the paths.
+
+        Raises:
+            UsageError: There was no update yet, or the folder contains snapshots of another run.
+        """
         if not self.nimg:
             raise UsageError("no update yet: call update(nimg) before save")
+        for path in (Path(folder) / "snapshots").glob("*.safetensors"):
+            if read_header(path).config_dict != {"trainer": self.run_id}:
+                raise UsageError(
+                    f"{folder} holds snapshots of another run, such as {path.name}: choose another folder, or continue "
+                    "that run with load_state_dict(its state_dict)"
+                )
+            break  # all files of a folder belong to one run
         paths = [snapshot_path(Path(folder) / "snapshots", self.nimg, profile) for profile in self.tracker.averages]
         for path, (profile, average) in zip(paths, self.tracker.averages.items(), strict=True):
             tensors = {name: ema.full_tensor(tensor) for name, tensor in average.items()}
@@ -382,17 +461,49 @@ class PostHocEMA:
         self.nimg, self.run_id = state["nimg"], state["name"]
 
 
+def _check_trackable(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Raise UsageError for a module whose snapshots could not be loaded later."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        raise UsageError("the module is wrapped by DistributedDataParallel, which prefixes names: pass ddp.module")
+    for name, tensor in tensors.items():
+        if "_orig_mod." in name:
+            raise UsageError(
+                f"{name}: the names of a compiled module do not fit the module itself. Pass the module that was "
+                "compiled (compiled._orig_mod), or compile in place with module.compile()"
+            )
+        if tensor.dtype not in DTYPE_NAMES:
+            raise UsageError(
+                f"{name} is {tensor.dtype}, which snapshots cannot hold: register the buffer with persistent=False, or "
+                "store it as real numbers (torch.view_as_real)"
+            )
+
+
 def read(path: Path) -> tuple[dict[str, Tensor], RunConfig, Snapshot]:
     """Return the weights, the settings of the run and the description of a snapshot; errors as for `read_header`."""
     snapshot = read_header(path)
-    tensors = read_tensors(path)
+    tensors = {name: snapshot.check(name, tensor) for name, tensor in read_tensors(path).items()}
     tensors.pop(CONTROL_ROWS, None)
     return tensors, config_of(snapshot), snapshot
 
 
+def weights_digest(path: Path, max_bytes: int = 2**20) -> str:
+    """Return a hash of the first tensors of a snapshot, by name, which tells trainings apart without reading it all."""
+    digest, tensors, num_bytes = hashlib.sha256(), read_tensors(path), 0
+    for name in sorted(tensors):
+        data = tensors[name].reshape(-1)[:max_bytes].contiguous().view(torch.uint8).numpy()
+        digest.update(name.encode())
+        digest.update(data.tobytes())
+        num_bytes += data.size
+        if num_bytes >= max_bytes:
+            break
+    return digest.hexdigest()[:16]
+
+
 def load_control_rows(run_folder: Path) -> Tensor | None:
     """Return the control variables (M, n) float32 of training samples in the last snapshot; None without control."""
-    return read_tensors(list_snapshots(run_folder)[-1].path).get(CONTROL_ROWS)
+    last = list_snapshots(run_folder)[-1]
+    rows = read_tensors(last.path).get(CONTROL_ROWS)
+    return None if rows is None else last.check(CONTROL_ROWS, rows)
 
 
 def denoiser_from_weights(weights: dict[str, Tensor], run: RunConfig, device: torch.device | str = "cpu") -> Denoiser:

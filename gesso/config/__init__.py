@@ -18,6 +18,7 @@ from gesso.config.net import (
     MPMMDiTppConfig,
     NetConfig,
     PixArtConfig,
+    TransformerConfig,
     UNetConfig,
     edm2_config,
     mmditpp_config,
@@ -34,6 +35,7 @@ from gesso.config.overrides import (
     to_annotated_yaml,
     to_dict,
     to_yaml,
+    unused_sample_settings,
     validate,
 )
 from gesso.config.process import EDMConfig, ProcessConfig, RFConfig, VPConfig
@@ -77,6 +79,7 @@ __all__ = [
     "SampleConfig",
     "SemanticConfig",
     "TrainConfig",
+    "TransformerConfig",
     "UNetConfig",
     "VPConfig",
     "build_net_config",
@@ -92,5 +95,6 @@ __all__ = [
     "to_annotated_yaml",
     "to_dict",
     "to_yaml",
+    "unused_sample_settings",
     "validate",
 ]

@@ -31,9 +31,14 @@ def parse_count(value: object) -> object:
         match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e\+?[0-9]+)?)\s*([kKmM]?)\s*", value)
         if match:
             value = float(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[match[2].lower()]
-    if isinstance(value, float) and value == round(value):
+    if isinstance(value, float) and math.isfinite(value) and value == round(value):
         return round(value)
     return value
+
+
+def source_path(value: str) -> str:
+    """Return `folder:PATH`, as the recipe of own images is written, as PATH; return any other source unchanged."""
+    return value.removeprefix("folder:") if len(value) > len("folder:") else value
 
 
 def parse_list(value: object) -> object:
@@ -43,9 +48,22 @@ def parse_list(value: object) -> object:
     return value
 
 
-Count = Annotated[int, BeforeValidator(parse_count)]
-"""Integer that may also be written 200k, 1.5M or 1e6."""
+Count = Annotated[int, BeforeValidator(parse_count), Field(le=10**15)]
+"""Integer up to 10^15 that may also be written 200k, 1.5M or 1e6."""
 PositiveCount = Annotated[Count, Field(gt=0)]
+Seconds = Annotated[Count, Field(gt=0, le=10**7)]
+BatchSize = Annotated[Count, Field(gt=0, le=10**6)]
+Edge = Annotated[Count, Field(gt=0, le=65_536)]
+"""Height or width in pixels."""
+Width = Annotated[int, Field(gt=0, le=65_536)]
+"""Channels of a layer, heads or groups."""
+Depth = Annotated[int, Field(gt=0, le=1_000)]
+"""Number of layers."""
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+"""Seed of keyed random numbers, which have 64 bits."""
+Factor = Annotated[float, Field(gt=1e-6, lt=1e6)]
+"""Positive factor that is not absurd."""
+Guidance = Annotated[float, Field(ge=-1000, le=1000)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 SigmaRel = Annotated[float, Field(gt=0, lt=12**-0.5)]

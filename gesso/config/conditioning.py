@@ -6,9 +6,9 @@ CONTROL_VARIABLES is the only list of control variables; gesso.extend adds to it
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from gesso.config.base import PositiveCount, Probability, Settings, parse_list
+from gesso.config.base import Factor, Probability, Settings, Width, parse_list
 
 
 class ControlVariable(NamedTuple):
@@ -115,18 +115,18 @@ class SemanticConfig(Settings):
     """text encoder: words (a fixed random vector per word, no download), or a folder or hub id of a CLIP or T5 text
     encoder, such as openai/clip-vit-large-patch14, or of a pipeline with text_encoder and tokenizer. It is not
     trained"""
-    max_tokens: PositiveCount = 16
+    max_tokens: Width = 16
     """number of text tokens T, including the special tokens of CLIP and T5; longer captions are cut, shorter ones
     padded"""
-    embed_dim: PositiveCount | None = None
+    embed_dim: Width | None = None
     """channels of a text token; null: filled in when the encoder is opened (64 for words)"""
-    pooled_dim: PositiveCount | None = None
+    pooled_dim: Width | None = None
     """channels of the pooled text embedding; null: filled in when the encoder is opened"""
     padding: Literal["zero", "masked", "replicate", "noisy"] = "zero"
     """tokens after the caption: zero (zeros that attention sees, the baseline of Berrada et al.), masked (zeros that
     attention ignores), replicate (copies of the caption) or noisy (copies with noise, Berrada et al. Eq. 7). An empty
     caption is T zero tokens that attention sees, with every setting"""
-    padding_noise: Annotated[float, Field(ge=0)] = 0.02
+    padding_noise: Annotated[float, Field(ge=0, le=1e3)] = 0.02
     """beta_txt: noisy adds beta_txt * sqrt(m-1) * std * noise, where m is the number of copies and std the standard
     deviation of each channel over the tokens (Berrada et al. Eq. 7)"""
 
@@ -171,9 +171,9 @@ class ControlConfig(Settings):
     schedule: Literal["cosine", "uniform", "zero", "linear", "step"] = "cosine"
     """weight gamma_c of the low level at progress t (Berrada et al. Table A6): cosine (1-cos(pi (1-t)^alpha))/2,
     uniform 1, zero 0, linear 1-t, step 1 if sigma <= control.step_sigma, otherwise 0"""
-    alpha: PositiveFloat = 8.0
+    alpha: Factor = 8.0
     """exponent of control.schedule=cosine (Berrada et al. Tables 2a, A6; the best published value is 8)"""
-    step_sigma: PositiveFloat = 2.0
+    step_sigma: Factor = 2.0
     """noise level sigma at and below which control.schedule=step uses the low level (Berrada et al. Table A6: 1, 2 and
     6)"""
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from gesso.config.base import PositiveCount, Settings
+from gesso.config.base import BatchSize, PositiveCount, Settings
 
 
 class MonitorConfig(Settings):
@@ -24,9 +24,9 @@ class MonitorConfig(Settings):
     magnitude_samples: PositiveCount = 4_096
     """number of training samples over which activation magnitudes are measured"""
     sample_every: PositiveCount | None = None
-    """interval of sample grids, in images; written to samples/nimgN.png with the settings sample.* and the tracked EMA
+    """interval of sample grids, in images; written to sheets/nimgN.png with the settings sample.* and the tracked EMA
     closest to the requested one"""
-    num_samples: PositiveCount = 16
+    num_samples: BatchSize = 16
     """number of images in a sample grid; their seeds are 0, 1, 2, ..."""
     evaluate_every: PositiveCount | None = None
     """interval of the metrics that eval.toy_metrics selects, in images, with the settings sample.* and the tracked EMA

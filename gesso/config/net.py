@@ -2,11 +2,13 @@
 
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PlainSerializer, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
-from gesso.config.base import Settings
+from gesso.config.base import Depth, Settings, Width
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+LevelWidths = Annotated[tuple[Width, ...], Field(max_length=16)]
+OptionalDepth = Annotated[int, Field(ge=0, le=1_000)]
 
 
 class ControlSpec(NamedTuple):
@@ -59,15 +61,15 @@ class EDM2Config(Settings):
     noise_embedding: ClassVar[Literal["fourier", "sinusoidal"]] = "fourier"
 
     name: Literal["edm2"] = "edm2"
-    channels: PositiveInt = 192
+    channels: Width = 192
     """channels c at the highest resolution (EDM2-S: 192)"""
-    channel_mult: tuple[PositiveInt, ...] = (1, 2, 3, 4)
+    channel_mult: LevelWidths = (1, 2, 3, 4)
     """channels of each level as multiples of net.channels; each level halves the resolution"""
-    num_blocks: PositiveInt = 3
+    num_blocks: Depth = 3
     """number of residual blocks per level in the encoder; the decoder has one more"""
-    attention_levels: tuple[int, ...] = (2, 3)
+    attention_levels: Annotated[tuple[int, ...], Field(max_length=16)] = (2, 3)
     """levels with self-attention; 0 is the highest resolution"""
-    channels_per_head: PositiveInt = 64
+    channels_per_head: Width = 64
     """channels of an attention head"""
     residual_balance: Fraction = 0.3
     """weight t of the residual branch in its magnitude-preserving sum (EDM2 Eq. 88)"""
@@ -120,15 +122,15 @@ class EDM2LadderConfig(Settings):
     name: Literal["edm2-ladder"] = "edm2-ladder"
     config: Literal["A", "B", "C", "D", "E", "F", "G"] = "G"
     """configuration; each adds one change to the one before"""
-    channels: PositiveInt = 192
+    channels: Width = 192
     """channels c at the highest resolution"""
-    channel_mult: tuple[PositiveInt, ...] = (1, 2, 3, 4)
+    channel_mult: LevelWidths = (1, 2, 3, 4)
     """channels of each level as multiples of net.channels; each level halves the resolution"""
-    num_blocks: PositiveInt = 3
+    num_blocks: Depth = 3
     """number of residual blocks per level in the encoder; the decoder has one more"""
-    attention_levels: tuple[int, ...] = (2, 3)
+    attention_levels: Annotated[tuple[int, ...], Field(max_length=16)] = (2, 3)
     """levels with self-attention; 0 is the highest resolution (CONFIG A: 1, 2, 3)"""
-    channels_per_head: PositiveInt = 64
+    channels_per_head: Width = 64
     """channels of an attention head"""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """dropout probability of activations in residual blocks (CONFIGS A to F: 0.10)"""
@@ -159,24 +161,24 @@ class TransformerConfig(Settings):
     noise_embedding: ClassVar[Literal["fourier", "sinusoidal"]] = "sinusoidal"
     dropout: ClassVar[float] = 0.0
 
-    hidden_size: PositiveInt = 384
+    hidden_size: Width = 384
     """channels D of a token (size S: 384)"""
-    depth: PositiveInt = 12
+    depth: Depth = 12
     """number of transformer blocks"""
-    num_heads: PositiveInt = 6
+    num_heads: Width = 6
     """number of attention heads"""
-    patch_size: PositiveInt = 2
+    patch_size: Width = 2
     """height and width, in positions of x, of the patch that becomes one token"""
-    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    mlp_ratio: Annotated[float, Field(ge=0.01, le=100)] = 4.0
     """hidden channels of the MLP divided by net.hidden_size"""
     pos_embed: Literal["resampled", "extrapolated", "interpolated", "proportional"] = "resampled"
     """2-D sine-cosine position embedding of a grid with n tokens per side, where g is the side of the training grid:
     resampled has positions from 0 to g with step g/(n-1) (Berrada et al. Pseudocode 1); extrapolated has step 1 (DiT);
     interpolated resizes DiT's table of the training grid bicubically; proportional has step g/n (PixArt, diffusers)"""
-    pos_embed_base: PositiveInt | None = None
+    pos_embed_base: Width | None = None
     """resolution in pixels whose token grid is the training grid of net.pos_embed. Set when weights are transferred to
     another data.resolution: base_size = grid_size / scale (Berrada et al. Pseudocode 1). null: data.resolution"""
-    pos_embed_span: PositiveInt | None = None
+    pos_embed_span: Width | None = None
     """resolution in pixels whose token grid spans that of net.pos_embed_base: resampled keeps its step, interpolated
     resizes its table. Set when weights with resampled positions are transferred. null: the current grid"""
 
@@ -240,7 +242,7 @@ class MDTConfig(TransformerConfig):
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "control"})
 
     name: Literal["mdt"] = "mdt"
-    decoder_layers: PositiveInt = 4
+    decoder_layers: Depth = 4
     """number of decoder blocks among net.depth; half of the other blocks are in-blocks, half out-blocks"""
     mask_ratio: tuple[Fraction, Fraction] = (0.3, 0.5)
     """range of the share of tokens that the masked branch hides; drawn uniformly at every step"""
@@ -282,10 +284,10 @@ class MMDiTConfig(TransformerConfig):
     pooled_mlp: Literal["separate", "none"] = "separate"
     """separate: an MLP adds the pooled text to adaLN (SD3); none: pooled text is not used (parameter count of
     Berrada et al. Table A1)"""
-    pos_embed_max_size: PositiveInt | None = None
+    pos_embed_max_size: Width | None = None
     """rows and columns of SD3's position table, from which the central crop is used (SD3 medium: 192); null: positions
     as set by net.pos_embed"""
-    dual_attention_layers: NonNegativeInt = 0
+    dual_attention_layers: OptionalDepth = 0
     """number of first blocks with a second attention over the image tokens only (SD3.5 medium: 13)"""
 
     @model_validator(mode="after")
@@ -354,28 +356,28 @@ class UNetConfig(Settings):
     dropout: ClassVar[float] = 0.0
 
     name: Literal["unet"] = "unet"
-    channels: PositiveInt = 256
+    channels: Width = 256
     """channels at the highest resolution"""
-    channel_mult: tuple[PositiveInt, ...] = (1, 2, 4)
+    channel_mult: LevelWidths = (1, 2, 4)
     """channels of each level as multiples of net.channels; each level halves the resolution"""
-    num_blocks: PositiveInt = 2
+    num_blocks: Depth = 2
     """number of residual blocks per level in the encoder; the decoder has one more"""
-    transformer_depth: tuple[NonNegativeInt, ...] = (0, 1, 1)
+    transformer_depth: Annotated[tuple[OptionalDepth, ...], Field(max_length=16)] = (0, 1, 1)
     """number of transformer blocks after each residual block of a level"""
-    transformer_depth_middle: NonNegativeInt = 1
+    transformer_depth_middle: OptionalDepth = 1
     """number of transformer blocks between the two residual blocks of the middle (SDXL: 10)"""
-    channels_per_head: PositiveInt = 64
+    channels_per_head: Width = 64
     """channels of an attention head"""
-    num_heads: PositiveInt | None = None
+    num_heads: Width | None = None
     """number of heads at every level (SD1.5: 8); null: channels of the level / net.channels_per_head"""
-    context_dim: PositiveInt | None = None
+    context_dim: Width | None = None
     """channels of the tokens of cross-attention; null: 1024 for a class, those of a text token for text"""
     text_projection: Literal["mlp", "none"] = "mlp"
     """projection of text tokens before cross-attention: mlp (Linear-SiLU-Linear) or none (SD1.5, SDXL)"""
     pooled_mlp: Literal["separate", "shared", "none"] = "separate"
     """MLP of the pooled text: separate; shared, one MLP over pooled text and control variables concatenated (SDXL); or
     none, pooled text is not used (parameter count of Berrada et al. Table A1)"""
-    norm_num_groups: PositiveInt = 32
+    norm_num_groups: Width = 32
     """number of groups of GroupNorm"""
 
     @model_validator(mode="after")
@@ -422,7 +424,7 @@ class CustomNetConfig(Settings):
     """conditions that the network reads from Cond"""
     noise_embedding: Literal["fourier", "sinusoidal"] = "sinusoidal"
     """c_noise: sinusoidal is the timestep, up to 1000; fourier is ln(sigma) / 4"""
-    size_multiple: PositiveInt = 1
+    size_multiple: Width = 1
     """height and width of x must be multiples of this number"""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """any value above 0 makes training seed torch before each step, so that dropout layers are reproducible"""

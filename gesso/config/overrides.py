@@ -3,30 +3,39 @@
 import difflib
 import json
 import re
+import shlex
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from gesso import atomic_io
+from gesso import atomic_io, untrusted
 from gesso.config.initialization import RECORDED_FIELDS
 from gesso.config.net import NetConfig
 from gesso.config.process import LINEAR_ENDS
 from gesso.config.run import RunConfig
+from gesso.config.yaml_files import load_yaml
 from gesso.errors import UsageError
 
 Tree = dict[str, Any]
 COMMENT_COLUMN, LINE_WIDTH = 44, 150
 """First column of the comments of annotated YAML, and the width of its lines."""
 
+MAX_LISTED = 60
+"""Maximum number of known words in an error message."""
+
 
 def suggest(word: str, known: list[str]) -> str:
-    """Return "did you mean X?" for the closest known word, or the list of known words."""
+    """Return "did you mean X?" for the closest known word, or the list of known words, at most MAX_LISTED of them."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(known)}"
+    if close:
+        return f"did you mean {close[0]}?"
+    more = f", and {len(known) - MAX_LISTED:,} more" if len(known) > MAX_LISTED else ""
+    return f"there are: {', '.join(known[:MAX_LISTED])}{more}"
 
 
 def variants(path: str) -> dict[str, type[BaseModel]]:
@@ -42,10 +51,53 @@ def parse_value(text: str) -> Any:
     The schema converts the text further (no, 010, 200k).
     """
     try:
-        return json.loads(text)
+        return untrusted.parse_json(text)
     except ValueError:
         numbers = re.fullmatch(r"\[?([\d.eE+-]+[kKmM]?(?:,\s*[\d.eE+-]+[kKmM]?)+)\]?", text.strip())
         return [part.strip() for part in numbers[1].split(",")] if numbers else text
+
+
+def _field_annotations(block: str) -> dict[str, list[Any]]:
+    """Return the types of the fields of a top-level block, such as train; of all variants for net and process."""
+    field = RunConfig.model_fields.get(block)
+    models: list[Any] = list(variants(block).values()) or [field.annotation if field else None]
+    annotations: dict[str, list[Any]] = {}
+    for model in models:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            for name, member in model.model_fields.items():
+                annotations.setdefault(name, []).append(member.annotation)
+    return annotations
+
+
+BLOCKS = tuple(name for name in RunConfig.model_fields if _field_annotations(name))
+"""Names of the groups of settings."""
+
+
+def settings_named(name: str) -> list[str]:
+    """Return the settings of all blocks with this last part: train.seed and eval.seed for seed."""
+    return [f"{block}.{name}" for block in BLOCKS if name in _field_annotations(block)]
+
+
+def _parse_setting(keys: list[str], text: str) -> Any:
+    """Return the value of a setting as typed; text stays as it is, so that a path may look like a number or a list."""
+    annotations = _field_annotations(keys[0]).get(keys[-1], []) if len(keys) == 2 else []
+    is_text = bool(annotations) and all(set(get_args(a) or (a,)) <= {str, NoneType} for a in annotations)
+    if not is_text and keys != ["init"]:
+        return parse_value(text)
+    return parse_value(text) if text == "null" or text.startswith('"') else text
+
+
+def _check_setting_name(keys: list[str], value: Any, text: str) -> None:
+    """Raise UsageError for a setting without its block, such as seed=3 or net=dit."""
+    name = keys[0]
+    if len(keys) > 1 or name in ("init", "recipe") or isinstance(value, dict):
+        return
+    if name in BLOCKS:
+        fields = _field_annotations(name)
+        cure = f"did you mean {name}.name={text}?" if "name" in fields else f"such as {name}.{next(iter(fields))}=..."
+        raise UsageError(f"{name}={text}: {name} is a group of settings; {cure}")
+    if same := settings_named(name):
+        raise UsageError(f"{name}={text}: no such setting; did you mean {' or '.join(f'{s}={text}' for s in same)}?")
 
 
 def parse_override(argument: str) -> Tree:
@@ -60,8 +112,12 @@ def parse_override(argument: str) -> Tree:
         path, equals, text = argument.partition("=")
         keys = path.split(".")
         if not equals or not all(keys):
-            raise UsageError(f"{argument!r} is not a setting: write a.b=c, such as train.total_images=200k")
-        tree = parse_value(text)
+            hint = (
+                f" (to train on a folder of images: gesso train folder:{argument})" if Path(argument).is_dir() else ""
+            )
+            raise UsageError(f"{argument!r} is not a setting: write a.b=c, such as train.total_images=200k{hint}")
+        tree = _parse_setting(keys, text)
+        _check_setting_name(keys, tree, text)
         for key in reversed(keys):
             tree = {key: tree}
     if "init" in tree and not isinstance(tree["init"], dict):
@@ -72,11 +128,11 @@ def parse_override(argument: str) -> Tree:
 def read_yaml(path: Path) -> Tree:
     """Return the mapping in a YAML file. Raises UsageError if there is none."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = load_yaml(path)
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UsageError(f"{path} has no settings: write a mapping such as train: {{seed: 1}}")
     return tree
@@ -94,7 +150,7 @@ def deep_merge(base: Tree, override: Tree, path: tuple[str, ...] = ()) -> Tree:
         if isinstance(value, dict) and isinstance(base.get(key), dict):
             result[key] = deep_merge(base[key], value, location)
         elif isinstance(value, dict) and key in base and key != "environment":
-            inner = ".".join((*location, next(iter(value), "?")))
+            inner = ".".join((*location, str(next(iter(value), "?"))))
             outer = ".".join(location)
             raise UsageError(f"{inner}: {outer} is the single value {base[key]!r}, without settings inside")
         else:
@@ -109,15 +165,19 @@ def switch_variant(base: Tree, override: Tree, notes: list[str]) -> Tree:
     fields recorded from the old one. A new `process.betas` resets the ends of the old schedule.
     """
     base = dict(base)
+    for path, block in base.items():
+        if not isinstance(block, dict) and isinstance(override.get(path), dict) and path in RunConfig.model_fields:
+            raise UsageError(f"{path} = {shorten(block)}: should be a mapping of settings, such as {path}: {{...}}")
     given, old = override.get("init"), base.get("init") or {}
     if isinstance(given, dict) and given.get("source", old.get("source")) != old.get("source"):
         base["init"] = {k: v for k, v in old.items() if k not in RECORDED_FIELDS}
     for path in ("net", "process"):
         given = override.get(path)
         new = given.get("name") if isinstance(given, dict) else None
-        old = base.get(path, {}).get("name")
+        block = base.get(path, {})
+        old = block.get("name") if isinstance(block, dict) else None
         known = variants(path)
-        if new in known and old != new:
+        if isinstance(new, str) and isinstance(old, str) and new in known and old != new:
             common = {k: v for k, v in base[path].items() if k in known[new].model_fields and k != "name"}
             dropped = [k for k in base[path] if k not in common and k != "name"]
             base[path] = {"name": new, **common}
@@ -125,6 +185,9 @@ def switch_variant(base: Tree, override: Tree, notes: list[str]) -> Tree:
                 f"{path}.name={new}: keeps {', '.join(common) or 'no setting'} of {old}; other settings are "
                 f"defaults of {new} (dropped: {', '.join(dropped)})"
             )
+            optim = override.get("optim")
+            if path == "net" and "lr" in base.get("optim", {}) and "lr" not in (optim or {}):
+                notes.append(f"optim.lr={base['optim']['lr']:g} was chosen for net.name={old}: set optim.lr for {new}")
     given, old = override.get("process"), base.get("process", {})
     if isinstance(given, dict) and given.get("betas", old.get("betas")) != old.get("betas"):
         base["process"] = {k: v for k, v in old.items() if k not in LINEAR_ENDS}
@@ -183,6 +246,15 @@ def build_net_config(values: Tree) -> NetConfig:
     raise UsageError("\n  ".join(["the network is not valid:", *lines])) from None
 
 
+def shorten(value: object) -> str:
+    """Return a value as JSON of at most 60 characters, for messages."""
+    try:
+        text = json.dumps(value, default=str)
+    except (TypeError, ValueError, RecursionError):  # keys that are no text, numbers of thousands of digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) < 60 else text[:57] + "..."
+
+
 def format_error(error: Any) -> str:
     """Return one line for an error of pydantic: path = value, what is wrong, and the closest valid name."""
     location = [str(part) for part in error["loc"]]
@@ -193,12 +265,16 @@ def format_error(error: Any) -> str:
     elif len(location) > 1:
         model = RunConfig.model_fields[location[0]].annotation
     path = ".".join(location)
-    value = json.dumps(error["input"], default=str)
-    value = value if len(value) < 60 else value[:57] + "..."
+    value = shorten(error["input"])
     match error["type"]:
         case "extra_forbidden":
             prefix = ".".join(location[:-1]) + "." if location[:-1] else ""
             known = [prefix + name for name in model.model_fields]
+            if len(location) == 1:
+                inner = [f"{block}.{name}" for block in BLOCKS for name in _field_annotations(block)]
+                known = difflib.get_close_matches(path, [*known, *inner], n=1, cutoff=0.6) or known
+            elif same := settings_named(location[-1]):
+                return f"{path} = {value}: no such setting; did you mean {' or '.join(same)}?"
             return f"{path} = {value}: no such setting; {suggest(path, known)}"
         case "union_tag_invalid":
             name = str(error["ctx"]["tag"])
@@ -272,14 +348,17 @@ def load_with_overrides(folder: Path, arguments: list[str] | None, changeable: t
         UsageError: if the folder has no run.yaml, or an argument changes a setting that training fixed.
     """
     if not (folder / "run.yaml").is_file():
-        raise UsageError(f"{folder} is no run folder (no run.yaml): train one with gesso train RECIPE --out {folder}")
+        raise UsageError(
+            f"{folder} is no run folder (no run.yaml): train one with gesso train RECIPE --out "
+            f"{shlex.quote(str(folder))}"
+        )
     trained = load_config(folder / "run.yaml")
     if not arguments:
         return trained
     run, _ = resolve(to_dict(trained), arguments)
     for path, _, _ in differences(trained, run):
         if not path.startswith(changeable):
-            allowed = ", ".join(f"{prefix}*" for prefix in changeable)
+            allowed = ", ".join(prefix + "*" * prefix.endswith(".") for prefix in changeable)
             raise UsageError(f"{path} is fixed by training; this command can change {allowed}")
     new, old = run.sample, trained.sample
     if new.halflife and new.halflife == old.halflife and new.sigma_rel != old.sigma_rel:
@@ -288,6 +367,16 @@ def load_with_overrides(folder: Path, arguments: list[str] | None, changeable: t
             "set sample.halflife=null too"
         )
     return run
+
+
+def unused_sample_settings(trained: RunConfig, run: RunConfig) -> list[str]:
+    """Return a note on each setting sample.* that differs between the runs and has no effect in the second."""
+    reasons, new, old = run.sample.unused_settings(), to_dict(run)["sample"], to_dict(trained)["sample"]
+    return [
+        f"note: sample.{name}={new[name]} has no effect with {reason}"
+        for name, reason in reasons.items()
+        if new[name] != old[name]
+    ]
 
 
 def flatten(run: RunConfig) -> dict[str, Any]:

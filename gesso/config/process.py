@@ -4,30 +4,31 @@
 resolution a patch covers k^2 pixels, so hiding it takes k times the noise (Berrada et al. Prop. 1).
 """
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, model_validator
 
-from gesso.config.base import Count, Settings
+from gesso.config.base import Count, Factor, Settings
 
 
 class EDMConfig(Settings):
     """Variance-exploding process of EDM: x = x0 + sigma*eps (EDM2 Appendix B.1)."""
 
     name: Literal["edm"] = "edm"
-    sigma_data: PositiveFloat = 0.5
+    sigma_data: Factor = 0.5
     """standard deviation that x0 is normalized to"""
-    P_mean: float = -0.4
+    P_mean: Annotated[float, Field(ge=-20, le=20)] = -0.4
     """mean of ln sigma in training: ln sigma ~ N(P_mean, P_std^2) (EDM2 Eq. 16; default of CONFIG B)"""
-    P_std: PositiveFloat = 1.0
+    P_std: Annotated[float, Field(gt=0, le=20)] = 1.0
     """standard deviation of ln sigma in training (EDM2 Eq. 16)"""
-    sigma_min: PositiveFloat = 0.002
+    sigma_min: Factor = 0.002
     """lowest nonzero noise level of sampling (EDM Eq. 5)"""
-    sigma_max: PositiveFloat = 80.0
+    sigma_max: Factor = 80.0
     """highest noise level of sampling (EDM Eq. 5)"""
-    rho: PositiveFloat = 7.0
+    rho: Annotated[float, Field(ge=0.1, le=100)] = 7.0
     """exponent of the schedule of noise levels; larger values put more steps at low noise (EDM Eq. 5)"""
-    resolution_scale: PositiveFloat = 1.0
+    resolution_scale: Factor = 1.0
     """k: adds ln k to P_mean and multiplies sigma_min and sigma_max; the network is conditioned on sigma/k"""
 
     @model_validator(mode="after")
@@ -37,6 +38,8 @@ class EDMConfig(Settings):
         return self
 
 
+MIN_LOG_ABAR = -60.0
+"""Lowest logarithm of abar at the last timestep: a noise level sigma of 1e13."""
 LINEAR_ENDS = {"beta_start": 1e-4, "beta_end": 0.02}
 """First and last beta of DDPM's linear schedule (Ho et al. 2020)."""
 
@@ -50,16 +53,16 @@ class VPConfig(Settings):
     betas: Literal["scaled_linear", "linear"] = "scaled_linear"
     """noise schedule. scaled_linear: linspace(sqrt(beta_start), sqrt(beta_end), timesteps)^2 (LDM, SDXL, Berrada et
     al.); linear: linspace(beta_start, beta_end, timesteps) (DDPM, ADM, DiT, MDT, PixArt)"""
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.00085
+    beta_start: Annotated[float, Field(gt=0, le=0.9999)] = 0.00085
     """first beta; default: 0.00085 for scaled_linear, 1e-4 for linear"""
-    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.012
+    beta_end: Annotated[float, Field(gt=0, le=0.9999)] = 0.012
     """last beta; default: 0.012 for scaled_linear, 0.02 for linear"""
-    timesteps: Annotated[Count, Field(ge=2)] = 1000
+    timesteps: Annotated[Count, Field(ge=2, le=100_000)] = 1000
     """number of discrete noise levels"""
     zero_terminal_snr: bool = False
     """shift and scale sqrt(abar) so that the last level is pure noise (Lin et al. 2024, Algorithm 1); needs
     prediction=v"""
-    resolution_scale: PositiveFloat = 1.0
+    resolution_scale: Factor = 1.0
     """k: multiplies sqrt((1-abar)/abar) of every index (Berrada et al. Prop. 1); the network is conditioned on the same
     index"""
 
@@ -77,6 +80,14 @@ class VPConfig(Settings):
                 "process.zero_terminal_snr=true leaves no signal at the last level, where eps-prediction cannot "
                 "recover the image: set process.prediction=v"
             )
+        power, n = (2.0 if self.betas == "scaled_linear" else 1.0), self.timesteps - 1
+        first, last = self.beta_start ** (1 / power), self.beta_end ** (1 / power)
+        log_abar = sum(math.log1p(-((first + i / n * (last - first)) ** power)) for i in range(self.timesteps))
+        if log_abar < MIN_LOG_ABAR:
+            raise ValueError(
+                f"process.beta_start={self.beta_start:g}, process.beta_end={self.beta_end:g} leave no signal after "
+                f"{self.timesteps} timesteps: set process.beta_end or process.timesteps lower"
+            )
         return self
 
 
@@ -84,11 +95,11 @@ class RFConfig(Settings):
     """Rectified flow with v-prediction: x = (1-s)*x0 + s*eps (SD3, Berrada et al. Appendix C)."""
 
     name: Literal["rf"] = "rf"
-    logit_mean: float = 0.0
+    logit_mean: Annotated[float, Field(ge=-20, le=20)] = 0.0
     """mean of logit(s) in training: logit(s) ~ N(logit_mean, logit_std^2)"""
-    logit_std: PositiveFloat = 1.0
+    logit_std: Annotated[float, Field(gt=0, le=20)] = 1.0
     """standard deviation of logit(s) in training"""
-    resolution_scale: PositiveFloat = 1.0
+    resolution_scale: Factor = 1.0
     """k: adds ln k to logit_mean and multiplies the odds s/(1-s) of every sampling level (SD3's shift)"""
 
 

@@ -3,9 +3,23 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from gesso.config.base import Count, PositiveCount, PositiveFraction, Probability, Settings, SigmaRel, parse_list
+from gesso.config.base import (
+    Count,
+    Edge,
+    Guidance,
+    PositiveCount,
+    PositiveFraction,
+    Probability,
+    Seconds,
+    Seed,
+    Settings,
+    SigmaRel,
+    Width,
+    parse_list,
+    source_path,
+)
 from gesso.config.conditioning import ControlConfig, Dropout, SemanticConfig
 from gesso.config.initialization import InitConfig
 from gesso.config.monitoring import MonitorConfig
@@ -14,6 +28,8 @@ from gesso.config.process import EDMConfig, ProcessConfig
 from gesso.config.sample import SampleConfig
 from gesso.config.train import LossConfig, OptimConfig, TrainConfig
 
+MAX_CLASSES = 100_000
+"""Maximum number of classes."""
 Resize = Literal["lanczos", "adm", "bicubic"]
 """Filter that resizes images (data/crops.py)."""
 
@@ -21,11 +37,11 @@ Resize = Literal["lanczos", "adm", "bicubic"]
 class DataConfig(Settings):
     """Training images and their preparation."""
 
-    source: str = "digits"
+    source: Annotated[str, AfterValidator(source_path)] = "digits"
     """digits, digits-mixed-resolution, shapes, shapes-class (shapes:5000 for 5,000 images), or a path: a folder with a
     sub-folder per class, a folder with captions, EDM2's zip, webdataset tars, parquet files, or a cache
     (docs/data.md)"""
-    resolution: PositiveCount = 8
+    resolution: Edge = 8
     """height and width in pixels; other images are resized on the shorter edge and centre-cropped"""
     channels: Literal[1, 3] = 3
     """number of channels: 1 grey, 3 RGB"""
@@ -47,20 +63,23 @@ class DataConfig(Settings):
     """maximum share of unreadable images, which are skipped and listed; above it the run stops"""
     num_images: Count | None = None
     """number of images; recorded when the source is opened"""
-    num_classes: Annotated[Count, Field(ge=0)] | None = None
+    num_classes: Annotated[Count, Field(ge=0, le=MAX_CLASSES)] | None = None
     """number of classes; recorded when the source is opened; 0 trains without labels"""
     class_names: tuple[str, ...] | None = None
     """names of the classes; recorded when the source is opened"""
+    untrained_classes: tuple[int, ...] | None = None
+    """indices of classes without images, which samples do not show by default; recorded when the source is opened;
+    null: none"""
     example_captions: tuple[str, ...] | None = None
     """captions of some images, used as default prompts; recorded when the source is opened"""
     fingerprint: str | None = None
     """hash of all pixels and labels; training does not resume with different images"""
-    buckets: tuple[tuple[PositiveCount, PositiveCount], ...] | None = None
+    buckets: tuple[tuple[Edge, Edge], ...] | None = None
     """height and width of each aspect-ratio bucket of a cache; recorded when it is opened; null: square images"""
-    mean: tuple[float, ...] | None = None
+    mean: tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...] | None = None
     """mean per channel of pixels in [-1, 1] or of raw latents: x0 = (raw - mean) * sigma_data / std; null: measured, or
     for latents see latent.normalization"""
-    std: tuple[PositiveFloat, ...] | None = None
+    std: tuple[Annotated[float, Field(gt=1e-9, le=1e9)], ...] | None = None
     """standard deviation per channel; see data.mean"""
 
     @model_validator(mode="after")
@@ -81,9 +100,9 @@ class LatentConfig(Settings):
     normalization: Literal["vae", "measured"] = "vae"
     """data.mean and data.std if not set: vae takes those of latent.convention; measured computes them from the
     latents"""
-    channels: PositiveCount = 4
+    channels: Width = 4
     """channels of a latent; checked when the VAE or the cache is opened"""
-    downsample_factor: PositiveCount = 8
+    downsample_factor: Annotated[int, Field(gt=0, le=1024)] = 8
     """pixels per latent position along each edge; checked when the VAE or the cache is opened"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """dtype of the VAE's computation"""
@@ -124,7 +143,7 @@ class EvalConfig(Settings):
     shapes and compares them with the caption or class; none writes samples and nearest training images only"""
     halflives: tuple[PositiveCount, ...] = ()
     """half-lives in images of traditional EMAs that are evaluated in addition to the one that sample.* selects"""
-    num_splits: Annotated[Count, Field(ge=1)] = 5
+    num_splits: Annotated[Count, Field(ge=1, le=10_000)] = 5
     """number of random halves of the training images over which frechet_distance and its floor are averaged"""
     metrics: Annotated[tuple[str, ...], BeforeValidator(parse_list)] = ()
     """metrics of eval.num_samples samples. Inception: fid, kid, is, pr (precision, recall, density, coverage); DINOv2:
@@ -141,7 +160,7 @@ class EvalConfig(Settings):
     """images of the validation loss, written as data.source; null: monitor.validation_source or data.num_validation"""
     validation_pairs: PositiveCount = 10_000
     """number of (image, noise level) pairs in metric loss; monitor.validation_pairs is for training's log"""
-    num_repeats: PositiveCount = 1
+    num_repeats: Annotated[Count, Field(gt=0, le=1000)] = 1
     """number of evaluations with different seeds (EDM2 reports the best of three)"""
     repeated: Annotated[tuple[str, ...], BeforeValidator(parse_list)] = ()
     """metrics of eval.metrics that are repeated; the others are computed once. Empty: all"""
@@ -158,7 +177,7 @@ class EvalConfig(Settings):
     inception: Literal["torch-fidelity", "pytorch-fid", "nvidia"] = "torch-fidelity"
     """implementation of FID's Inception: torch-fidelity (resizing of TensorFlow 1, as ADM), pytorch-fid (resizing
     between pixel centres) or nvidia (TorchScript file, as EDM2)"""
-    kid_subset: Annotated[int, Field(ge=2)] = 1000
+    kid_subset: Annotated[int, Field(ge=2, le=10**6)] = 1000
     """number of samples in each of the 100 subsets over which kid and kd_dinov2 are averaged"""
     lpips: Literal["alex", "vgg"] = "alex"
     """network of lpips: AlexNet or VGG16"""
@@ -168,15 +187,15 @@ class EvalConfig(Settings):
     """folder or hub id of the CLIP model"""
     protocol: str | None = None
     """name of the evaluation protocol; recorded by gesso evaluate --protocol"""
-    rank_timeout_s: PositiveCount = 3600
+    rank_timeout_s: Seconds = 3600
     """seconds that the first rank waits for the samples of the others"""
     sweep_sigma_rels: tuple[SigmaRel, ...] = (0.02, 0.035, 0.05, 0.075, 0.10, 0.15, 0.20, 0.25)
     """relative EMA lengths of the quality curve of eval.toy_metrics=digits"""
-    sweep_guidance: float = 1.0
+    sweep_guidance: Guidance = 1.0
     """guidance scale of that curve"""
-    sweep_steps: PositiveCount = 20
+    sweep_steps: Annotated[Count, Field(gt=0, le=100_000)] = 20
     """number of sampling steps of that curve"""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """seed of random labels and of the splits of real images"""
 
 

@@ -3,9 +3,11 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, model_validator
 
-from gesso.config.base import Count, PositiveCount, Probability, Settings
+from gesso.config.base import BatchSize, Count, PositiveCount, Seconds, Seed, Settings
+
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 WEIGHTINGS = ("native", "uniform", "min-snr", "uncertainty", "uncertainty-uniform")
 
@@ -40,9 +42,9 @@ class ParamGroupConfig(Settings):
     match: str
     """glob of parameter names as in snapshots, such as blocks.0.* or *.bias; names of the learned uncertainty begin
     with uncertainty. The first glob that matches a name applies"""
-    lr_multiplier: PositiveFloat = 1.0
+    lr_multiplier: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """factor on the learning rate"""
-    betas: tuple[Probability, Probability] | None = None
+    betas: tuple[DecayRate, DecayRate] | None = None
     """Adam's betas; null: optim.betas"""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     """weight decay, also for biases and gains that match, never for normalized weights; null: optim.weight_decay"""
@@ -53,14 +55,14 @@ class OptimConfig(Settings):
 
     name: Literal["adam", "adamw"] = "adam"
     """optimizer; adamw has decoupled weight decay"""
-    lr: PositiveFloat = 1e-3
+    lr: Annotated[float, Field(gt=0, le=1e6)] = 1e-3
     """peak learning rate at optim.base_batch_size"""
     base_batch_size: PositiveCount | None = None
     """batch size that optim.lr was tuned for; null: train.batch_size"""
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"
     """learning rate at k times optim.base_batch_size: none keeps lr; sqrt is sqrt(k) lr, recommended for Adam (Malladi
     et al. 2022); linear is k lr. Durations in images do not change"""
-    betas: tuple[Probability, Probability] = (0.9, 0.99)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.99)
     """Adam's decay rates of the first and second moment"""
     eps: PositiveFloat = 1e-8
     """constant added to the root of Adam's second moment; its effect depends on the gradient size, see
@@ -108,9 +110,9 @@ class TrainConfig(Settings):
 
     total_images: PositiveCount = 200_000
     """length of training in images, rounded up to full batches"""
-    batch_size: PositiveCount = 128
+    batch_size: BatchSize = 128
     """number of images per optimizer step, over all ranks"""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """seed of initial weights, sample order, augmentation and noise"""
     log_every: PositiveCount = 2_000
     """interval of lines in log.jsonl, in images"""
@@ -136,7 +138,7 @@ class TrainConfig(Settings):
     sharding: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     """distribution over ranks (torchrun): ddp keeps all weights on each rank; fsdp shards them over all ranks; hsdp
     shards them within a node"""
-    micro_batch_size: PositiveCount | None = None
+    micro_batch_size: BatchSize | None = None
     """number of samples per rank in one forward pass (gradient accumulation); null: the rank's part of the batch, or as
     many as fit in the GPU's memory"""
     activation_checkpointing: bool = False
@@ -145,7 +147,7 @@ class TrainConfig(Settings):
     """apply torch.compile to each block"""
     deterministic: bool = False
     """use deterministic algorithms only, also on GPUs"""
-    rank_timeout_s: PositiveCount = 600
+    rank_timeout_s: Seconds = 600
     """seconds that a rank waits for the others before training stops"""
     keep_checkpoints: PositiveCount = 2
     """number of latest checkpoints to keep"""
@@ -153,7 +155,7 @@ class TrainConfig(Settings):
     """interval of checkpoints that are never deleted, in images; null: none"""
     device: str = "auto"
     """device: auto (a GPU if available), cpu, cuda, cuda:1"""
-    num_threads: PositiveCount | None = None
+    num_threads: Annotated[Count, Field(gt=0, le=4096)] | None = None
     """number of CPU threads; null: PyTorch's default"""
 
     @model_validator(mode="after")

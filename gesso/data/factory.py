@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from gesso.config import DataConfig, LatentConfig
+from gesso.config import DataConfig, LatentConfig, RunConfig
 from gesso.data.base import Dataset, latent_channel_stats
 from gesso.data.cache import remote
 from gesso.data.cache.format import is_cache
@@ -12,7 +12,7 @@ from gesso.data.encoders.vae import EDM2_MEAN, EDM2_STD
 from gesso.data.in_memory import ProgressCallback, load_in_memory
 from gesso.data.normalization import open_vae
 from gesso.data.on_the_fly import OnTheFlyDataset
-from gesso.data.sources import open_source
+from gesso.data.sources import NAMED_SOURCES, open_source
 from gesso.data.sources.base import Source
 from gesso.errors import RunError, UsageError
 
@@ -69,6 +69,22 @@ def is_cache_uri(uri: str) -> bool:
     return remote.is_remote(uri) or is_cache(uri)
 
 
+def is_named_source(uri: str) -> bool:
+    """Return whether `uri` is one of NAMED_SOURCES, such as shapes:5000, and not a path."""
+    return uri.partition(":")[0] in NAMED_SOURCES
+
+
+def check_replaced_source(run: RunConfig, recorded: RunConfig) -> None:
+    """Raise UsageError if data.source was replaced by other images than the run was trained on."""
+    if run.data.source == recorded.data.source:
+        return
+    if open_dataset(run.data, run.latent, run.train.seed).fingerprint() != recorded.data.fingerprint:
+        raise UsageError(
+            f"data.source={run.data.source} holds other images than the run was trained on, which were in "
+            f"{recorded.data.source}: name a copy of those"
+        )
+
+
 def _check_latents(source: Source, data: DataConfig, latent: LatentConfig) -> None:
     """Raise UsageError if the shape (2c, h, w) of stored latents does not fit the settings."""
     prefix = f"data.source={data.source} contains latents"
@@ -103,11 +119,14 @@ def with_dataset_info(
             f"a channel is constant over all {len(dataset)} images of {data.source}: check the images, or data.channels"
         )
     captions = dict.fromkeys(dataset.captions[:1000])
+    counts = torch.bincount(dataset.labels, minlength=len(dataset.class_names))
+    untrained = (counts[: len(dataset.class_names)] == 0).nonzero().flatten().tolist()
     return data.model_copy(
         update=dict(
             num_images=len(dataset),
             num_classes=len(dataset.class_names),
             class_names=dataset.class_names,
+            untrained_classes=tuple(untrained) or None,
             fingerprint=dataset.fingerprint(),
             example_captions=tuple(captions)[:16] if any(captions) else (),
             mean=mean,

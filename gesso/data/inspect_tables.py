@@ -21,6 +21,7 @@ from gesso.data.cache.read import CachedDataset
 from gesso.data.sources import decode
 from gesso.data.sources.base import Source, format_names
 from gesso.errors import UnreadableImageError
+from gesso.untrusted import printable
 
 DEFAULT_LIMIT = 5_000
 ASPECT_EDGES = (1 / 2, 2 / 3, 4 / 5, 0.95, 1.05, 5 / 4, 3 / 2, 2)
@@ -58,8 +59,8 @@ def print_tables(console: Console, tables: Iterable[Table]) -> None:
                 name, justify="right" if name else "left", overflow="fold", min_width=6 if n == 0 else None
             )
         for row in rows:
-            table.add_row(*map(Text, row))
-        console.print(Text(title, "bold"), table, "", sep="\n")
+            table.add_row(*(Text(printable(cell)) for cell in row))
+        console.print(Text(printable(title), "bold"), table, "", sep="\n")
 
 
 class SourceScan(NamedTuple):

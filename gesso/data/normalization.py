@@ -9,7 +9,7 @@ from torch import Tensor
 from gesso import rng
 from gesso.config import DataConfig, LatentConfig
 from gesso.data.encoders.vae import VAE, posterior_sample
-from gesso.errors import UsageError
+from gesso.errors import NonFiniteSamplesError, UsageError
 
 
 class Normalizer:
@@ -70,16 +70,32 @@ class Normalizer:
 
     def x0_range(self) -> tuple[Tensor, Tensor]:
         """Return the x0 of black and of white, (C, 1, 1) float64 each."""
-        low, high = ((raw - self.mean) * (self.sigma_data / self.std) for raw in (-1, 1))
-        return low, high
+        return x0_ends(self.mean, self.std, self.sigma_data)
 
     def x0_to_pixels(self, x0: Tensor) -> Tensor:
-        """Convert x0 to pixels (B, C, H, W) uint8, clipped to 0..255."""
+        """Convert x0 to pixels (B, C, H, W) uint8, clipped to 0..255.
+
+        Raises:
+            NonFiniteSamplesError: x0 has NaN or infinity.
+            RunError: The VAE gives NaN or infinity.
+        """
+        if num_bad := len(x0) - int(x0.isfinite().flatten(1).all(dim=1).sum()):
+            raise NonFiniteSamplesError(
+                f"{num_bad} of {len(x0)} samples have NaN or infinity, so no image is made of them.\n"
+                "Set sample.precision=full, sample.state_dtype=float64, sample.guidance lower or sample.steps higher. "
+                "If that does not help, the weights are damaged: choose other ones with --nimg or eval.nimg"
+            )
         raw = x0 * (self.std.to(x0.dtype) / self.sigma_data) + self.mean.to(x0.dtype)
         if self.latent.vae:
             return self.vae.decode(raw)
         values = (raw + 1) * 127.5
         return (values if self.to_uint8 == "truncate" else values.round()).clip(0, 255).to(torch.uint8)
+
+
+def x0_ends(mean: Tensor, std: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """Return the x0 of black and of white for means and standard deviations of pixels in [-1, 1], all (C, 1, 1)."""
+    low, high = ((raw - mean) * (sigma_data / std) for raw in (-1, 1))
+    return low, high
 
 
 def open_vae(latent: LatentConfig, device: torch.device | str) -> VAE:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gesso import devices, extensions, models
 from gesso.conditioning import Cond
-from gesso.config import EDM2LadderConfig, RunConfig, TrainConfig
+from gesso.config import EDM2LadderConfig, InputSpec, RunConfig, TrainConfig
 from gesso.diffusion import process as processes
 from gesso.diffusion.process import NoiseEmbedding, Process
 from gesso.errors import UsageError
@@ -40,7 +40,7 @@ class Denoiser(nn.Module):
             keep_ids: Ids (B, K) of the tokens that the encoder of MDT's masked pass sees; None runs the plain pass.
             return_variance: Return (B, 2 C, H, W): x0, then the network's learned variance.
         """
-        s = s.expand(len(x))
+        s = s.expand(x.shape[0])
         c_skip, c_out, c_in = (c.to(x)[:, None, None, None] for c in self.process.precondition(s))
         dtype = next((p.dtype for p in self.net.parameters()), x.dtype)
         c_noise = self.process.c_noise(s, self.noise_embedding).to(x.device, dtype)
@@ -78,13 +78,19 @@ class VarianceDenoiser(nn.Module):
 def build_denoiser(run: RunConfig) -> Denoiser:
     """Return the denoiser of a run whose data set was opened; weights come from torch's global generator."""
     process = processes.build_process(run.process)
+    net = models.build_network(run.net, network_inputs(run, process))
+    return Denoiser(net, process, run.net.noise_embedding)
+
+
+def network_inputs(run: RunConfig, process: Process) -> InputSpec:
+    """Return the inputs of the network of a run whose data set was opened, with the threshold of control as progress.
+
+    The network receives progress, not sigma. Where alpha(s) = 1 - s, s = sigma/(1 + sigma).
+    """
     inputs = run.input_spec
-    # The network receives progress, not sigma. Where alpha(s) = 1 - s, s = sigma/(1 + sigma).
     sigma = torch.tensor(inputs.control.step_threshold, dtype=torch.float64)
     s = sigma if float(process.alpha(sigma)) == 1 else sigma / (1 + sigma)
-    control = inputs.control._replace(step_threshold=float(process.progress(s)))
-    net = models.build_network(run.net, inputs._replace(control=control))
-    return Denoiser(net, process, run.net.noise_embedding)
+    return inputs._replace(control=inputs.control._replace(step_threshold=float(process.progress(s))))
 
 
 class Uncertainty(nn.Module):

@@ -34,6 +34,11 @@ class CurvePoint(NamedTuple):
 Curve = dict[float, CurvePoint]
 
 
+def accurate_points(curve: Curve) -> Curve:
+    """Return the points whose profile error is at most MAX_PROFILE_ERROR, or all if there are none."""
+    return {s: point for s, point in curve.items() if point.profile_error <= MAX_PROFILE_ERROR} or curve
+
+
 def build_curves(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, Curve]:
     """Return curves by guidance scale and, if only some tensors were varied, by their name.
 
@@ -84,11 +89,12 @@ class Optimum(NamedTuple):
 def find_optimum(curve: Curve, lower_is_better: bool) -> Optimum:
     """Return the vertex of a parabola in ln sigma_rel, fitted to five or more points around the best one.
 
-    The points lie within a factor of 2 of the best one. The standard error is that of the vertices of the repeats. With
-    a single repeat it follows from the residuals (delta method) and does not include the effect of other seeds. A curve
-    without an inner optimum has its best point instead.
+    Lengths that were not reconstructed accurately are ignored. The points lie within a factor of 2 of the best one.
+    The standard error is that of the vertices of the repeats. With a single repeat it follows from the residuals
+    (delta method) and does not include the effect of other seeds. A curve without an inner optimum has its best
+    point instead.
     """
-    sign = 1 if lower_is_better else -1
+    sign, curve = 1 if lower_is_better else -1, accurate_points(curve)
     lengths = sorted(curve)
     position = min(range(len(lengths)), key=lambda i: sign * curve[lengths[i]].mean)
     best = lengths[position]
@@ -136,10 +142,13 @@ def _fit_vertex(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float | Non
 
 
 def curve_table(curves: Mapping[str, Curve], lower_is_better: bool) -> list[str]:
-    """Return a text table with a row for each length and a column for each curve; * marks the best point."""
+    """Return a text table with a row for each length and a column for each curve.
+
+    * marks the best accurate point, and ! a profile error above MAX_PROFILE_ERROR.
+    """
     lengths = sorted({s for curve in curves.values() for s in curve})
     best = {
-        name: (min if lower_is_better else max)(point.mean for point in curve.values())
+        name: (min if lower_is_better else max)(point.mean for point in accurate_points(curve).values())
         for name, curve in curves.items()
     }
     widths = {name: max(18, len(name) + 2) for name in curves}
@@ -152,10 +161,11 @@ def curve_table(curves: Mapping[str, Curve], lower_is_better: bool) -> list[str]
             text = (
                 ""
                 if point is None
-                else f"{point.mean:.4g} +- {point.spread:.2g}" + ("*" if point.mean == best[name] else " ")
+                else f"{point.mean:.4g} +- {point.spread:.2g}"
+                + ("*" if point.mean == best[name] and s in accurate_points(curve) else " ")
             )
             cells.append(text.rjust(widths[name]))
-        lines.append(f"{s:9.4f}  {error:13.1e}" + "".join(cells))
+        lines.append(f"{s:9.4f}  {error:12.1e}{'!' if error > MAX_PROFILE_ERROR else ' '}" + "".join(cells))
     return lines
 
 

@@ -1,6 +1,7 @@
 """`gesso ema`: write EMA weights of any length, from a run, from snapshots of another trainer, or from raw weights."""
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +51,7 @@ def export_ema(folder: Path, args: EmaArgs, out: Path | None, sweep_only: Mappin
         f"{target} at image {plan.nimg:,}: {path}  ({plan.worst_fit(target)})"
         for target, path in zip(targets, paths, strict=True)
     ]
-    return [*lines, *_accuracy_warnings(plan), "next:", _next_command(folder, targets[-1], paths[-1])]
+    return [*lines, *accuracy_warnings(plan), "next:", _next_command(folder, targets[-1], paths[-1])]
 
 
 def _rampup(folder: Path) -> float | None:
@@ -124,11 +125,24 @@ def check_sweepable(folder: Path, export_only: Mapping[str, object]) -> None:
         )
 
 
-def _accuracy_warnings(plan: ReconstructionPlan) -> list[str]:
+def accuracy_warnings(plan: ReconstructionPlan) -> list[str]:
+    """Return a warning for each profile of a plan whose relative error is above MAX_PROFILE_ERROR."""
     return [
         f"warning: the snapshots cannot reconstruct {profile} accurately: {fit}; {_accurate_range(plan)}"
         for profile, fit in plan.fits.items()
         if fit.squared_error > MAX_PROFILE_ERROR**2
+    ]
+
+
+def sweep_warnings(plan: ReconstructionPlan) -> list[str]:
+    """Return one warning on the lengths of a sweep with a relative error above MAX_PROFILE_ERROR, if there are any."""
+    poor = [profile for profile, fit in plan.fits.items() if fit.squared_error > MAX_PROFILE_ERROR**2]
+    if not poor:
+        return []
+    return [
+        f"warning: the snapshots cannot reconstruct {', '.join(map(str, poor[:6]))}{', ...' * (len(poor) > 6)} "
+        f"accurately (relative error above {MAX_PROFILE_ERROR:g}), so the optimum ignores "
+        f"{'them' if len(poor) > 1 else 'it'}; {_accurate_range(plan)}"
     ]
 
 
@@ -148,10 +162,10 @@ def _next_command(folder: Path, target: TargetProfile, path: Path) -> str:
     if not (folder / "run.yaml").is_file() or isinstance(target, PerTensorProfile):
         return f"  module.load_state_dict(safetensors.torch.load_file({str(path)!r}))"
     if isinstance(target, TraditionalProfile):
-        return f"  gesso sample {folder} sample.halflife={target.halflife}"
+        return f"  gesso sample {shlex.quote(str(folder))} sample.halflife={target.halflife}"
     assert isinstance(target, PowerProfile)  # raw profiles are no targets
     reset = " sample.halflife=null" if config.load_config(folder / "run.yaml").sample.halflife else ""
-    return f"  gesso sample {folder} sample.sigma_rel={target.sigma_rel:g}{reset}"
+    return f"  gesso sample {shlex.quote(str(folder))} sample.sigma_rel={target.sigma_rel:g}{reset}"
 
 
 def external_snapshots(

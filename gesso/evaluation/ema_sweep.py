@@ -5,6 +5,7 @@ RUN/ema_sweep.png is the plot.
 """
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from gesso.config import EDM2Config, EDM2LadderConfig, RunConfig
 from gesso.ema import PerTensorProfile, PowerProfile
 from gesso.errors import UsageError
 from gesso.evaluation import ema_curves, results, toy_evaluation
-from gesso.evaluation.ema_export import parse_image_count, parse_sigma_rel
+from gesso.evaluation.ema_export import parse_image_count, parse_sigma_rel, sweep_warnings
 from gesso.evaluation.feature_stats import Progress, ProgressCallback
 from gesso.evaluation.metrics import METRIC_OF_VALUE, METRICS, TOY_METRICS, short_label
 from gesso.evaluation.networks.toy_networks import CLASS_CHECKS
@@ -156,7 +157,7 @@ def run_ema_sweep(folder: Path, run: RunConfig, args: EmaSweepArgs, progress: Pr
         pass
     recorded = results.read_evaluations(folder).values()
     evaluations = sweep_of(recorded, toy_evaluation.point_evaluation(evaluator, plan, points[0]))
-    return _format_report(folder, evaluations, name, len(due))
+    return [*sweep_warnings(plan), *_format_report(folder, evaluations, name, len(due))]
 
 
 def sweep_of(recorded: Iterable[Evaluation], evaluation: Evaluation) -> list[Evaluation]:
@@ -191,9 +192,8 @@ def _format_report(folder: Path, evaluations: Sequence[Evaluation], name: str, n
     if all_tensors:
         sign = 1 if lower_is_better else -1
         guidance, best = min(all_tensors.items(), key=lambda item: sign * item[1].value)
-        lines.append(
-            f"next:\n  gesso sample {folder} sample.guidance={guidance:g} sample.sigma_rel={best.sigma_rel:.3g}"
-        )
+        best_settings = f"sample.guidance={guidance:g} sample.sigma_rel={best.sigma_rel:.3g}"
+        lines.append(f"next:\n  gesso sample {shlex.quote(str(folder))} {best_settings}")
     return lines
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from gesso.errors import RunError, UsageError
 from gesso.evaluation.image_sets import ImageSet
 from gesso.evaluation.networks.base import FeatureNetwork, SampleConditions
 from gesso.evaluation.networks.clip_dino import CLIPScore
+from gesso.safetensors_io import read_tensors
 
 ProgressCallback = Callable[[int, int], None]
 """Receives (images done, images in total)."""
@@ -126,11 +126,10 @@ def features_to_stats(parts: Iterable[Tensor]) -> FeatureStats:
 def load_stats(path: Path) -> FeatureStats:
     """Return statistics from a file. Raises RunError if it is damaged."""
     try:
-        with safe_open(path, "pt") as file:
-            moments = Moments.from_mean_cov(file.get_tensor("mean"), file.get_tensor("cov"), int(file.get_tensor("n")))
-            features = file.get_tensor("rows") if "rows" in file.keys() else torch.empty(0)  # noqa: SIM118
-            return FeatureStats(moments, features)
-    except (SafetensorError, OSError) as error:
+        tensors = read_tensors(path)
+        moments = Moments.from_mean_cov(tensors["mean"], tensors["cov"], int(tensors["n"]))
+        return FeatureStats(moments, tensors.get("rows", torch.empty(0)))
+    except (RunError, LookupError, ValueError, RuntimeError) as error:
         raise RunError(f"{path} is damaged ({error}): delete it and run again") from None
 
 

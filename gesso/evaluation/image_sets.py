@@ -6,7 +6,7 @@ Legend: N images, H W height and width.
 import hashlib
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gesso.config import Resize
+from gesso.config.base import source_path
 from gesso.data import crops
 from gesso.data.encoders import face_blur
 from gesso.data.encoders.hub import error_summary
@@ -22,6 +23,8 @@ from gesso.data.sources import open_source
 from gesso.data.sources.base import Source
 from gesso.errors import RunError, UnreadableImageError, UsageError
 
+MAX_ARRAY_BYTES = 4 * 2**30
+"""Maximum size of an array that is read into memory."""
 NUM_WORKERS = 4
 """Threads that decode images."""
 RESIZE_NAMES = {
@@ -113,6 +116,7 @@ def open_image_set(
     """
     if blur_faces:
         face_blur.import_opencv()
+    uri = source_path(uri)
     source = NpzSource(uri) if uri.endswith(".npz") else open_source(uri)
     if source.has_latents:
         raise UsageError(f"{uri} has latents: only images can be evaluated")
@@ -144,7 +148,7 @@ class NpzSource(Source):
             self.array = _open_npz_array(uri)
         except FileNotFoundError:
             raise UsageError(f"there is no file {uri}") from None
-        except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
+        except Exception as error:  # zipfile, zlib and numpy raise errors of many kinds for damaged files
             raise UsageError(f"{uri} is not an .npz file with images as arr_0 ({error_summary(error)})") from None
         if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
             raise UsageError(f"{uri}: arr_0 is {self.array.dtype} {self.array.shape}; it must be uint8 (N, H, W, 3)")
@@ -171,11 +175,33 @@ class NpzSource(Source):
         return hashlib.sha256(self.array.data).hexdigest()[:16]
 
 
+def read_npz_arrays(path: str, names: Sequence[str]) -> list[np.ndarray] | None:
+    """Return some arrays of an .npz file; None if it lacks one. Raises UsageError if they are damaged or too large."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = {info.filename: info.file_size for info in archive.infolist()}
+        if not all(f"{name}.npy" in sizes for name in names):
+            return None
+        if max(sizes[f"{name}.npy"] for name in names) > MAX_ARRAY_BYTES:
+            raise ValueError(f"an array has more than {MAX_ARRAY_BYTES / 2**30:g} GiB")
+        with np.load(path, allow_pickle=False) as arrays:
+            return [arrays[name] for name in names]
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {path}") from None
+    except Exception as error:  # zipfile, zlib and numpy raise errors of many kinds for damaged files
+        raise UsageError(f"{path} is not a readable .npz file ({error_summary(error)})") from None
+
+
 def _open_npz_array(path: str) -> np.ndarray:
     """Return `arr_0` of an .npz file, memory-mapped if it is not compressed."""
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo("arr_0.npy")
     if info.compress_type != zipfile.ZIP_STORED:
+        if info.file_size > MAX_ARRAY_BYTES:
+            raise ValueError(
+                f"arr_0 is compressed and has more than {MAX_ARRAY_BYTES / 2**30:g} GiB; save it with numpy.savez, so "
+                "that it can be mapped into memory"
+            )
         with np.load(path, allow_pickle=False) as arrays:
             return arrays["arr_0"]
     with open(path, "rb") as file:

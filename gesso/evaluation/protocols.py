@@ -14,11 +14,11 @@ from gesso.config import RunConfig
 from gesso.config.base import halflife_of
 from gesso.errors import UsageError
 
-OVERRIDABLE_SETTINGS = ("sample.", "eval.")
+OVERRIDABLE_SETTINGS = ("sample.", "eval.", "data.source")
 UNCONSTRAINED_SETTINGS = (
     "eval.weights_dir", "eval.dinov2", "eval.clip", "eval.rank_timeout_s", "eval.reference", "eval.prompts",
     "eval.seed", "eval.metrics", "eval.nimg", "sample.batch_size", "sample.sigma_rel", "sample.halflife",
-    "sample.guide_run", "sample.guide_sigma_rel", "sample.rampup", "sample.precision",
+    "sample.guide_run", "sample.guide_sigma_rel", "sample.rampup", "sample.precision", "data.source",
 )  # fmt: skip
 """Settings that a protocol leaves to the run or the machine."""
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from gesso import atomic_io
 from gesso.config import RunConfig
 from gesso.errors import RunError
@@ -17,6 +19,7 @@ from gesso.evaluation.metrics import format_value, short_label
 from gesso.evaluation.metrics.base import Metric
 from gesso.evaluation.networks.base import FeatureNetwork
 from gesso.snapshot import ReconstructionPlan, TargetProfile
+from gesso.untrusted import read_json_object
 
 FILE_NAME = "metrics.json"
 FORMAT = "gesso metrics 1"
@@ -71,6 +74,26 @@ class Evaluation(NamedTuple):
         }
 
 
+class _StoredValues(BaseModel):
+    """MetricValues in metrics.json."""
+
+    model_config = ConfigDict(extra="forbid")
+    values: list[float]
+    best: float
+    mean: float
+
+
+class _StoredEvaluation(BaseModel):
+    """Entry of metrics.json."""
+
+    model_config = ConfigDict(extra="forbid")
+    protocol: dict[str, Any]
+    weights: dict[str, Any] = {}
+    metrics: dict[str, _StoredValues]
+    reference_metrics: dict[str, float] = {}
+    throughput: dict[str, float] = {}
+
+
 def read_evaluations(folder: Path) -> dict[str, Evaluation]:
     """Return the recorded evaluations of a run by key, the newest last.
 
@@ -81,12 +104,15 @@ def read_evaluations(folder: Path) -> dict[str, Evaluation]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text())
+        content = read_json_object(path, follow_links=False)
         if content["format"] != FORMAT:
-            raise ValueError
+            raise ValueError("it has another format")
+        for entry in content["evaluations"].values():
+            _StoredEvaluation.model_validate(entry)
         return {key: Evaluation(**entry) for key, entry in content["evaluations"].items()}
-    except (ValueError, KeyError, TypeError):
-        raise RunError(f"{path} was not written by this version of gesso evaluate: move it away") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = "its values have other types" if isinstance(error, ValidationError) else error
+        raise RunError(f"{path} was not written by this version of gesso evaluate ({reason}): move it away") from None
 
 
 def record_evaluation(folder: Path, evaluation: Evaluation) -> None:

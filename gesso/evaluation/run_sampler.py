@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gesso import rng, sampling, snapshot
+from gesso import conditioning, rng, sampling, snapshot
 from gesso.config import RunConfig
 from gesso.data.normalization import Normalizer
 from gesso.data.sources import open_source
@@ -43,11 +43,11 @@ def load_prompts(run: RunConfig) -> list[Prompt] | None:
 
 def sample_labels(run: RunConfig, seeds: Sequence[int]) -> list[int] | None:
     """Return the label of each seed by eval.labels; None for a run without classes."""
-    classes = run.input_spec.num_classes
+    classes = conditioning.trained_classes(run)
     if not classes or run.eval.labels == "round_robin":
-        return [seed % classes for seed in seeds] if classes else None
+        return conditioning.expand_labels(run, None, seeds)
     u = rng.uniform(run.eval.seed, torch.tensor(list(seeds)), "label of a sample")[:, 0]
-    return (u * classes).long().tolist()
+    return [classes[i] for i in (u * len(classes)).long().tolist()]
 
 
 def with_sample_settings(run: RunConfig, **values: object) -> RunConfig:

@@ -7,8 +7,9 @@ A sample depends on its seed only, and so does its part: any number of ranks sha
 command computes those that are missing.
 """
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,18 +18,20 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from gesso import atomic_io, devices, ema, sampling, snapshot
+from gesso import atomic_io, config, devices, ema, sampling, snapshot
 from gesso.config import EvalConfig, RunConfig
 from gesso.data.cache.format import is_cache, open_manifest
-from gesso.data.factory import open_dataset
-from gesso.errors import UsageError
+from gesso.data.factory import check_replaced_source, open_dataset
+from gesso.diffusion.denoiser import Denoiser
+from gesso.errors import GessoError, UsageError
 from gesso.evaluation import feature_stats, results, run_sampler, toy_evaluation, validation
 from gesso.evaluation.feature_stats import FeatureStats, Moments, Progress, ProgressCallback
-from gesso.evaluation.image_sets import ImageSet, open_image_set
+from gesso.evaluation.image_sets import ImageSet, open_image_set, read_npz_arrays
 from gesso.evaluation.metrics import kernel_distance, select_metrics
 from gesso.evaluation.metrics.base import Metric, MetricInputs
 from gesso.evaluation.networks import load_networks, lpips
 from gesso.evaluation.networks.base import FeatureNetwork
+from gesso.evaluation.networks.downloads import INCEPTION_FILES, local_path
 from gesso.evaluation.results import Evaluation
 from gesso.evaluation.run_sampler import RunSampler
 from gesso.evaluation.tasks import EvalContext, ShardedTask, Timing, load_features, run_task
@@ -36,20 +39,71 @@ from gesso.evaluation.validation import ValidationLoss
 
 REFERENCE_PART_SIZE = 20_000
 """Reference images whose statistics make one file."""
+COVARIANCE_TOLERANCE = 1e-4
+"""Largest asymmetry and negative eigenvalue of a stored covariance, relative to its largest value."""
 REFERENCE_BATCH_SIZE = 64
 """Reference images in a batch of a feature network."""
+DEFAULT_NUM_SAMPLES = 1000
+"""Maximum number of samples and of validation pairs of the default metrics."""
 
 
-def evaluate_run(folder: Path, run: RunConfig, progress: ProgressCallback) -> list[str]:
+def evaluate_run(
+    folder: Path, run: RunConfig, progress: ProgressCallback, log: Callable[[str], None] = lambda text: None
+) -> list[str]:
     """Evaluate a run: eval.metrics, or eval.toy_metrics if there are none. Returns the lines to print.
 
-    Under torchrun all ranks share the work of eval.metrics, and the first one returns lines.
+    If there are neither, the metrics are those of `default_metrics`. Under torchrun all ranks share the work of
+    eval.metrics, and the first one returns lines.
+
+    Args:
+        folder: Run folder.
+        run: Settings of the run.
+        progress: Called with the number of finished and of all items.
+        log: Prints a line before the work starts.
 
     Raises:
         UsageError: The run or this machine lacks something that a metric needs.
     """
-    if not run.eval.metrics:
+    if run.eval.metrics:
+        return _evaluate_metrics_of_run(folder, run, progress)
+    if run.eval.toy_metrics != "none":
         return toy_evaluation.evaluate(folder, run, progress)
+    run, note = default_metrics(run)
+    log(note)
+    lines = toy_evaluation.evaluate(folder, run, progress)
+    return [*lines, *(_evaluate_metrics_of_run(folder, run, progress) if run.eval.metrics else [])]
+
+
+def default_metrics(run: RunConfig) -> tuple[RunConfig, str]:
+    """Return a run without metrics with those that need nothing else, and a note on them.
+
+    They are the validation loss if there are validation images, and kid if the weights of Inception are on this
+    machine, on at most DEFAULT_NUM_SAMPLES samples.
+    """
+    cfg, metrics, missing = run.eval, list[str](), list[str]()
+    if run.data.num_validation or run.monitor.validation_source or cfg.validation_source:
+        metrics.append("loss")
+    else:
+        missing.append("eval.validation_source=PATH, or data.num_validation=N in training, for a validation loss")
+    weights = INCEPTION_FILES[cfg.inception]
+    reference = None
+    if local_path(weights, Path(cfg.weights_dir) if cfg.weights_dir else None).is_file():
+        with contextlib.suppress(GessoError):
+            reference = _open_reference(run)
+    else:
+        missing.append("eval.metrics=kid, which downloads Inception")
+    changes: dict[str, object] = {"validation_pairs": min(cfg.validation_pairs, DEFAULT_NUM_SAMPLES)}
+    if reference and reference.num_images > 1:
+        metrics.append("kid")
+        changes["num_samples"] = count = min(cfg.num_samples, reference.num_images, DEFAULT_NUM_SAMPLES)
+        changes["kid_subset"] = min(cfg.kid_subset, count)
+    run = run.model_copy(update={"eval": cfg.model_copy(update={"metrics": tuple(metrics), **changes})})
+    measured = ", ".join([*metrics, "sheets of samples and nearest training images"])
+    cure = f"; for more, set {'; '.join(missing)}" if missing else ""
+    return run, f"no eval.metrics are set, so this makes: {measured}{cure}"
+
+
+def _evaluate_metrics_of_run(folder: Path, run: RunConfig, progress: ProgressCallback) -> list[str]:
     rank, world_size, local_rank, _ = devices.rank_from_env()
     device = sampling.run_device(run)
     if device.type == "cuda" and world_size > 1:
@@ -72,8 +126,10 @@ def evaluate_metrics(context: EvalContext, progress: ProgressCallback) -> Evalua
         UsageError: The run or this machine lacks something that a metric needs; before any sample is generated.
     """
     run, cfg = context.run, context.run.eval
+    atomic_io.check_run_folder(context.folder, "evaluation")
     metrics, _ = select_metrics(cfg.metrics), select_metrics(cfg.repeated)
     _check_run(run, metrics)
+    check_replaced_source(run, config.load_config(context.folder / "run.yaml"))
     networks = load_networks((metric.network for metric in metrics), cfg, context.device, run.sample_size)
     reference = _open_reference(run) if any(metric.needs_reference for metric in metrics) else None
     if reference:
@@ -86,6 +142,39 @@ def evaluate_metrics(context: EvalContext, progress: ProgressCallback) -> Evalua
     evaluation = Evaluation(protocol, results.describe_weights(plan, target))
     parts_dir = context.folder / "evaluation" / evaluation.key
 
+    recorded = results.read_evaluations(context.folder).get(evaluation.key)
+    # Only one command computes an evaluation; an equal one waits for it and returns its result.
+    with atomic_io.lock(parts_dir, "computes") if context.rank == 0 else contextlib.nullcontext(False) as has_waited:
+        current = results.read_evaluations(context.folder).get(evaluation.key) if has_waited else None
+        if current and current != recorded:
+            return current
+        inputs = EvalInputs(metrics, networks, reference, validation_loss, denoiser)
+        computed = _compute_evaluation(context, evaluation, inputs, parts_dir, progress)
+    if computed is None:
+        return None
+    notes = list(computed.notes)
+    fit = plan.worst_fit(target)
+    if fit.squared_error > sampling.MAX_PROFILE_ERROR**2:
+        notes.append(f"warning: the stored snapshots cannot reconstruct {target} accurately: {fit}")
+    return computed._replace(notes=(*notes, *_few_samples_note(cfg.num_samples, metrics, networks)))
+
+
+class EvalInputs(NamedTuple):
+    """Metrics of an evaluation, and everything opened for them."""
+
+    metrics: Sequence[Metric]
+    networks: Mapping[str, FeatureNetwork]
+    reference: ImageSet | None
+    validation_loss: ValidationLoss | None
+    denoiser: Denoiser
+
+
+def _compute_evaluation(
+    context: EvalContext, evaluation: Evaluation, inputs: EvalInputs, parts_dir: Path, progress: ProgressCallback
+) -> Evaluation | None:
+    """Run the tasks of an evaluation, compute its values and record them. Returns None on ranks above 0."""
+    run, cfg = context.run, context.run.eval
+    metrics, networks, reference, validation_loss, denoiser = inputs
     notes = kernel_distance.subset_size_note(metrics, cfg)
     tasks: dict[str, ShardedTask] = {}
     if networks:
@@ -115,10 +204,7 @@ def evaluate_metrics(context: EvalContext, progress: ProgressCallback) -> Evalua
     if context.ema_target is None:
         results.record_evaluation(context.folder, evaluation)
     atomic_io.remove_dir(parts_dir)
-    fit = plan.worst_fit(target)
-    if fit.squared_error > sampling.MAX_PROFILE_ERROR**2:
-        notes.append(f"warning: the stored snapshots cannot reconstruct {target} accurately: {fit}")
-    return evaluation._replace(notes=(*notes, *_few_samples_note(cfg.num_samples, metrics, networks)))
+    return evaluation._replace(notes=tuple(notes))
 
 
 class ImageSetArgs(NamedTuple):
@@ -338,14 +424,9 @@ def _open_image_reference(
     if uri is None:
         return None
     if uri.endswith(".npz"):
-        try:
-            with np.load(uri, allow_pickle=False) as arrays:
-                if "mu" in arrays and "sigma" in arrays:
-                    return _stats_from_npz(uri, metrics, arrays["mu"], arrays["sigma"])
-        except FileNotFoundError:
-            raise UsageError(f"there is no file {uri}") from None
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{uri} is not a readable .npz file ({error})") from None
+        arrays = read_npz_arrays(uri, ("mu", "sigma"))
+        if arrays:
+            return _stats_from_npz(uri, metrics, *arrays)
     reference = open_image_set(uri, args.resolution, resize=args.config.resize or "lanczos")
     if reference.size != samples.size:
         raise UsageError(
@@ -360,6 +441,16 @@ def _stats_from_npz(uri: str, metrics: Sequence[Metric], mean: np.ndarray, cov: 
         raise UsageError(f"{uri} has a mean and a covariance only, but {names[0]} needs the images: set --ref to them")
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
         raise UsageError(f"{uri}: the shapes of mu {mean.shape} and sigma {cov.shape} do not match")
+    if not len(mean) or mean.dtype.kind not in "fiu" or cov.dtype.kind not in "fiu":
+        raise UsageError(f"{uri}: mu is {mean.dtype}, sigma {cov.dtype}; both must be real numbers")
+    mean, cov = mean.astype(np.float64), cov.astype(np.float64)
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise UsageError(f"{uri}: mu or sigma has NaN or infinity")
+    scale = np.abs(cov).max()
+    if np.abs(cov - cov.T).max() > COVARIANCE_TOLERANCE * scale:
+        raise UsageError(f"{uri}: sigma is not symmetric, so it is no covariance")
+    if np.linalg.eigvalsh((cov + cov.T) / 2)[0] < -COVARIANCE_TOLERANCE * scale:
+        raise UsageError(f"{uri}: sigma has negative eigenvalues, so it is no covariance")
     return FeatureStats(Moments.from_mean_cov(torch.from_numpy(mean), torch.from_numpy(cov)))
 
 

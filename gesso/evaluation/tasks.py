@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from gesso import atomic_io
 from gesso.config import RunConfig
 from gesso.errors import RunError
 from gesso.evaluation.feature_stats import FeatureStats, Progress, features_to_stats
+from gesso.safetensors_io import read_tensors
 from gesso.snapshot import TargetProfile
 
 PART_SIZE = 500
@@ -165,6 +165,8 @@ def load_features(paths: Sequence[Path]) -> FeatureStats:
     """Return the statistics of the features in files, in order."""
     parts = []
     for path in paths:
-        with safe_open(path, "pt") as file:
-            parts.append(file.get_tensor("rows"))
+        tensors = read_tensors(path)
+        if "rows" not in tensors:
+            raise RunError(f"{path} is damaged: it has no features; delete it and run again")
+        parts.append(tensors["rows"])
     return features_to_stats(parts)

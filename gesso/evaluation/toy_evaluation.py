@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gesso import ema, sampling, snapshot
+from gesso import atomic_io, conditioning, ema, sampling, snapshot
 from gesso.config import RunConfig
 from gesso.data.base import Dataset
 from gesso.data.factory import open_dataset
@@ -22,7 +22,7 @@ from gesso.data.normalization import Normalizer
 from gesso.data.shapes_dataset import parse_caption
 from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import UsageError
-from gesso.evaluation import results
+from gesso.evaluation import ema_export, results
 from gesso.evaluation.feature_stats import FeatureStats, Moments, Progress, ProgressCallback
 from gesso.evaluation.metrics import METRICS, TOY_METRICS, half_splits
 from gesso.evaluation.metrics.base import MetricInputs
@@ -64,7 +64,7 @@ class ToyEvaluator:
         self.networks = load_networks((metric.network for metric in self.metrics), run.eval, device, run.sample_size)
         # Conditions of samples: labels that cycle through the classes, or captions of training images.
         n = self.num_samples
-        labels, indices = sampling.expand_labels(run, None, n), torch.arange(n) % len(dataset)
+        labels, indices = conditioning.expand_labels(run, None, range(n)), torch.arange(n) % len(dataset)
         prompts = [dataset.captions[i] for i in indices.tolist()] if run.semantic.kind == "text" else None
         self.cond, _ = sampling.build_cond(run, range(n), control_rows, labels, prompts)
         self.conditions = SampleConditions(labels or dataset.labels[indices].tolist(), prompts)
@@ -206,7 +206,7 @@ def _generate(
 def evaluate(folder: Path, run: RunConfig, progress: ProgressCallback) -> list[str]:
     """Evaluate a run with and without guidance and, for digits, over EMA lengths. Returns the lines to print.
 
-    Writes metrics.json, samples/by_class.png and samples/nearest.png.
+    Writes metrics.json, sheets/by_class.png and sheets/nearest.png.
     """
     cfg = run.eval
     evaluator = open_toy_evaluator(folder, run)
@@ -232,18 +232,22 @@ def evaluate(folder: Path, run: RunConfig, progress: ProgressCallback) -> list[s
             _save_image_grids(folder, run, images, evaluator.real_images[0])
         if point.series != "ema_sweep":
             rows[f"guidance {point.run.sample.guidance:g}"] = evaluation.best()
+    warnings = ema_export.accuracy_warnings(plan)
     if not evaluator.metrics:
-        return [f"no metrics for these images (eval.toy_metrics=none): wrote images to {folder / 'samples'}"]
+        sheets = "by_class.png and nearest.png, the nearest training images"
+        return [*warnings, f"wrote samples and their nearest training images: {sheets}, in {folder / 'sheets'}"]
     table = results.format_table(rows | {"training images": evaluator.reference_values})
-    return [*table, f"wrote {folder / results.FILE_NAME}"]
+    return [*table, *warnings, f"wrote {folder / results.FILE_NAME}"]
 
 
 def open_toy_evaluator(folder: Path, run: RunConfig) -> ToyEvaluator:
     """Return the toy evaluator of a run folder. Raises UsageError if the training images have changed."""
+    atomic_io.check_run_folder(folder, "samples")
     dataset = open_dataset(run.data, run.latent, run.train.seed)
     if dataset.fingerprint() != run.data.fingerprint:
         raise UsageError(
-            f"the images in {run.data.source} have changed since {folder} was trained: restore them, or train again"
+            f"the images in {run.data.source} are not those that {folder} was trained on: restore them, or name a "
+            "copy with data.source=PATH"
         )
     sampling.check_sampling(run)
     control_rows, normalizer = snapshot.load_control_rows(folder), sampling.open_decoder(run)
@@ -251,8 +255,8 @@ def open_toy_evaluator(folder: Path, run: RunConfig) -> ToyEvaluator:
 
 
 def _save_image_grids(folder: Path, run: RunConfig, samples: Tensor, real: Tensor) -> None:
-    """Write samples/by_class.png, with a row for each class, and samples/nearest.png, the nearest real images."""
-    classes = run.input_spec.num_classes
+    """Write sheets/by_class.png, with a row for each class, and sheets/nearest.png, the nearest real images."""
+    classes = len(conditioning.trained_classes(run))
     if classes:
         rows = (range(label, len(samples), classes)[:GRID_COLUMNS] for label in range(min(classes, GRID_ROWS)))
         chosen = [i for row in rows for i in row]
@@ -260,8 +264,8 @@ def _save_image_grids(folder: Path, run: RunConfig, samples: Tensor, real: Tenso
         chosen = list(range(min(len(samples), GRID_ROWS * GRID_COLUMNS)))
     grid = samples[chosen]
     nearest = real[nearest_images(grid, real)]
-    sampling.save_png(sampling.image_grid(grid, GRID_COLUMNS), folder / "samples" / "by_class.png")
-    sampling.save_png(sampling.image_grid(nearest, GRID_COLUMNS), folder / "samples" / "nearest.png")
+    sampling.save_png(sampling.image_grid(grid, GRID_COLUMNS), folder / "sheets" / "by_class.png")
+    sampling.save_png(sampling.image_grid(nearest, GRID_COLUMNS), folder / "sheets" / "nearest.png")
 
 
 def nearest_images(images: Tensor, reference: Tensor, chunk_size: int = 1024) -> Tensor:

@@ -45,7 +45,7 @@ def detect_format(
 
     Raises:
         UsageError: The project is unknown, or num_heads is needed or does not fit.
-        RunError: A tensor that defines the settings is missing.
+        RunError: A tensor that defines the settings is missing or has an impossible shape.
     """
     prefix = SINGLE_FILE_PREFIX
     network = {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)} or state
@@ -54,7 +54,11 @@ def detect_format(
     if module is None:
         examples = ", ".join(sorted(keys)[:3])
         raise UsageError(f"the weights belong to no project that gesso knows (tensors such as {examples})")
-    imported = module.import_weights(network, num_heads)
+    try:
+        imported = module.import_weights(network, num_heads)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+        reason = str(error).partition("\n")[0][:100]
+        raise RunError(f"the weights have shapes that fit no network of {module.__name__} ({reason})") from None
     imported = imported._replace(weights={name: tensor.float() for name, tensor in imported.weights.items()})
     if len(network) < len(state):
         imported.notes["ignored"] = f"{len(state) - len(network)} tensors outside {prefix}*"

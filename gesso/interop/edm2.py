@@ -32,6 +32,8 @@ BLOCK_NAMES = {
     "attn_proj.weight": "attention.proj.weight",
 }
 PAPER_LAYER_NAMES = {"affine": "emb_linear", "conv0": "conv_res0", "conv1": "conv_res1", "skip": "conv_skip"}
+EXPORT_RMS = 1024.0
+"""Rms of exported rows, a power of two, so that the product is exact."""
 UNCERTAINTY_PREFIX = "logvar_"  # unused in sampling
 
 
@@ -122,3 +124,33 @@ def import_weights(state: Mapping[str, Tensor], num_heads: int | None) -> Import
         "channels",
     }
     return ImportedModel(cfg, inputs, weights, notes, EDMConfig())
+
+
+def export_state(weights: Mapping[str, Tensor], cfg: EDM2Config, inputs: InputSpec) -> dict[str, Tensor]:
+    """Return weights whose rows have rms 1 under the published names, in the published layout.
+
+    The published forward pass divides a weight by 1e-4 + rms. Weights are multiplied by EXPORT_RMS, so that this
+    changes them by less than the rounding of float32. The uncertainty function, unused in sampling, is left out.
+
+    Raises:
+        UsageError: The network has control variables or balances that the published one does not have.
+    """
+    published = EDM2Config()
+    balances = ("residual_balance", "attention_balance", "label_balance", "concat_balance")
+    changed = [
+        f"net.{name}={getattr(cfg, name)}" for name in balances if getattr(cfg, name) != getattr(published, name)
+    ]
+    changed += ["control variables"] if inputs.control.num_high + inputs.control.num_low else []
+    if changed:
+        raise UsageError(f"EDM2's state dict cannot represent {', '.join(changed)}: use --format diffusers")
+    table = {name: foreign for foreign, name in published_names(cfg, inputs).items()}
+    exported = {}
+    for name, tensor in weights.items():
+        tensor = tensor.float()
+        if name.endswith("attention.qkv.weight"):
+            tensor = tensor.unflatten(0, (3, -1, cfg.channels_per_head)).permute(1, 2, 0, 3, 4, 5).flatten(0, 2)
+        if tensor.ndim > 1:
+            tensor = tensor * EXPORT_RMS
+        is_gain = name.rsplit(".", 1)[-1] in ("out_gain", "emb_gain")
+        exported[table[name]] = tensor.reshape(()) if is_gain else tensor
+    return exported

@@ -5,8 +5,10 @@ and 1 at noise; cond is a Cond of the same batch. F has the shape of x.
 """
 
 import inspect
+import os
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from gesso import extensions
@@ -24,6 +26,7 @@ from gesso.config import (
     MPMMDiTppConfig,
     NetConfig,
     PixArtConfig,
+    TransformerConfig,
     UNetConfig,
 )
 from gesso.errors import UsageError
@@ -77,7 +80,25 @@ def build_network(cfg: NetConfig, inputs: InputSpec) -> nn.Module:
         raise ValueError("a network takes classes or text, not both")
     if isinstance(cfg, CustomNetConfig):
         return _build_custom_network(cfg, inputs)
+    _check_memory(cfg, inputs)
     return NETWORKS[type(cfg)](cfg, inputs)
+
+
+def _check_memory(cfg: TransformerConfig | EDM2Config | EDM2LadderConfig | UNetConfig, inputs: InputSpec) -> None:
+    """Raise UsageError if the largest layers alone exceed the memory of the machine, before anything is allocated."""
+    if torch.get_default_device().type == "meta":
+        return
+    if isinstance(cfg, TransformerConfig):
+        count = cfg.hidden_size * (4 * cfg.hidden_size * cfg.depth + inputs.num_classes)
+    else:
+        widths = [cfg.channels * multiplier for multiplier in cfg.channel_mult]
+        count = 18 * cfg.num_blocks * sum(width**2 for width in widths)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * count > memory:
+        raise UsageError(
+            f"a network with these settings net.* has more than {count:.2g} weights, which do not fit into the "
+            f"{memory / 2**30:.0f} GiB of this machine: set a smaller width, depth or number of classes"
+        )
 
 
 def _build_custom_network(cfg: CustomNetConfig, inputs: InputSpec) -> nn.Module:

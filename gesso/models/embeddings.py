@@ -178,7 +178,7 @@ def pooled_or_zero(cond: Cond, x: Tensor) -> Tensor:
 def labels_or_null(cond: Cond, num_classes: int, x: Tensor) -> Tensor:
     """Return labels (B,), the null class where there is no label; x is any tensor of the batch."""
     label = cond.label_or_null(num_classes)
-    return torch.full((len(x),), num_classes, device=x.device) if label is None else label
+    return torch.full((x.shape[0],), num_classes, device=x.device) if label is None else label
 
 
 def gamma_c(control: ControlSpec, progress: Tensor) -> Tensor:
@@ -258,7 +258,7 @@ class MPControlEmbedding(nn.Module):
                 features = math.sqrt(2) * control_features(control_values(cond, name).to(c.dtype))
                 part = self.second[name](mp_silu(first(features)))
                 total = total + (gamma_c(self.control, progress)[:, None] * part if name == "low" else part)
-        gain = mask_control(self.gain.expand(len(c), 1), cond)
+        gain = mask_control(self.gain.expand(c.shape[0], 1), cond)
         return (c + gain * total) / torch.sqrt(1 + gain**2)
 
 

@@ -160,7 +160,7 @@ class JointTransformer(nn.Module):
         tokens = tokens + self.position(h, w).to(tokens.dtype)
         text, mask = self.semantic(cond, x) if self.semantic else (None, None)
         if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(len(x), h * w)], dim=1)
+            mask = torch.cat([mask, mask.new_ones(x.shape[0], h * w)], dim=1)
         c = self.control.add(self.modulation(self.time(c_noise), text, cond), cond, progress)
         for block in self.blocks:
             tokens, text = block(tokens, text, c, mask)

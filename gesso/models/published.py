@@ -161,46 +161,46 @@ TABLE_A1_MODELS = (
         "a1-unet-class",
         UNetConfig(channels=256, channel_mult=(1, 2, 4), transformer_depth=(0, 1, 1)),
         CLASS_CONTROL_INPUTS,
-        table_a1_numbers("UNet, classes", ("high", "high", "high")),
+        table_a1_numbers("UNet, class", ("high", "high", "high")),
     ),
     PublishedModel(
         "a1-unet-text",
         UNetConfig(channels=320, channel_mult=(1, 2, 4, 4), transformer_depth=(1, 1, 1, 0), num_heads=8),
         TEXT_CONTROL_INPUTS,
-        table_a1_numbers("UNet, words", ("high", "high", "high")),
+        table_a1_numbers("UNet, text", ("high", "high", "high")),
         256,
     ),
     PublishedModel(
         "a1-pixart-class",
         PixArtConfig(**XL_SHAPE),
         CLASS_CONTROL_INPUTS,
-        table_a1_numbers("PixArt, classes", ("high", "high", "high")),
+        table_a1_numbers("PixArt, class", ("high", "high", "high")),
     ),
     PublishedModel(
         "a1-pixart-text",
         PixArtConfig(**XL_SHAPE),
         TEXT_CONTROL_INPUTS,
-        table_a1_numbers("PixArt, words", ("medium", "low", "low"), dict.fromkeys(FLOPS_COLUMNS, "never reproduced")),
+        table_a1_numbers("PixArt, text", ("medium", "low", "low"), dict.fromkeys(FLOPS_COLUMNS, "never reproduced")),
         256,
     ),
     PublishedModel(
         "a1-dit-class",
         DiTConfig(**XL_SHAPE),
         CLASS_CONTROL_INPUTS,
-        table_a1_numbers("DiT, classes", ("high", "high", "high")),
+        table_a1_numbers("DiT, class", ("high", "high", "high")),
         extra_parameters=POSITIONS_512,
     ),
     PublishedModel(
         "a1-mdt-class",
         MDTConfig(**XL_SHAPE),
         CLASS_INPUTS,
-        table_a1_numbers("mDT, classes", ("medium", "medium", "medium")),
+        table_a1_numbers("mDT, class", ("medium", "medium", "medium")),
     ),
     PublishedModel(
         "a1-dit-att-class",
         DiTAttConfig(**XL_SHAPE),
         CLASS_CONTROL_INPUTS,
-        table_a1_numbers("DiT w/ Att, classes", ("medium", "medium", "medium")),
+        table_a1_numbers("DiT w/ Att, class", ("medium", "medium", "medium")),
         extra_parameters=POSITIONS_256,
     ),
     PublishedModel(
@@ -208,7 +208,7 @@ TABLE_A1_MODELS = (
         DiTAttConfig(**XL_SHAPE),
         TEXT_CONTROL_INPUTS,
         table_a1_numbers(
-            "DiT w/ Att, words", ("medium", "low", "low"), dict.fromkeys(FLOPS_COLUMNS, NOTE_COUNTED_TWICE)
+            "DiT w/ Att, text", ("medium", "low", "low"), dict.fromkeys(FLOPS_COLUMNS, NOTE_COUNTED_TWICE)
         ),
         256,
         POSITIONS_512,
@@ -217,7 +217,7 @@ TABLE_A1_MODELS = (
         "a1-mmdit-text",
         MMDiTConfig(**XL_SHAPE),
         TEXT_CONTROL_INPUTS,
-        table_a1_numbers("mmDiT, words", ("high", "high", "high"), dict.fromkeys(FLOPS_COLUMNS, NOTE_NO_TEXT_MLP)),
+        table_a1_numbers("mmDiT, text", ("high", "high", "high"), dict.fromkeys(FLOPS_COLUMNS, NOTE_NO_TEXT_MLP)),
         256,
         POSITIONS_512,
     ),
@@ -226,7 +226,7 @@ TABLE_A1_MODELS = (
         MMDiTConfig(**XL_SHAPE),
         CLASS_CONTROL_INPUTS,
         table_a1_numbers(
-            "mmDiT, classes", ("low", "low", "low"), dict.fromkeys(("parameters", *FLOPS_COLUMNS), NOTE_COPIED_CELL)
+            "mmDiT, class", ("low", "low", "low"), dict.fromkeys(("parameters", *FLOPS_COLUMNS), NOTE_COPIED_CELL)
         ),
         extra_parameters=POSITIONS_512,
     ),

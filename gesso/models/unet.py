@@ -168,7 +168,7 @@ class PooledEmbedding(nn.Module):
         features = pooled_or_zero(cond, c)
         if self.num_control:
             if cond.control_high is None and cond.control_low is None:
-                sizes = c.new_zeros(len(c), 256 * self.num_control)
+                sizes = c.new_zeros(c.shape[0], 256 * self.num_control)
             else:
                 sizes = mask_control(control_features(control_values(cond, "all").to(c.dtype)), cond)
             features = torch.cat([features, sizes], dim=1)

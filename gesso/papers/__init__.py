@@ -7,8 +7,18 @@ from gesso.papers.gesso import tables as gesso_tables
 from gesso.reproduce.schema import Tables
 
 MODULES = (
-    conditioning, text, transfer, resolution, networks, learning_rates, summary,
-    edm2_tables, costs, ema, training, gesso_tables,
-)  # fmt: skip
+    conditioning,
+    text,
+    transfer,
+    resolution,
+    networks,
+    learning_rates,
+    summary,
+    edm2_tables,
+    costs,
+    ema,
+    training,
+    gesso_tables,
+)
 TABLES: Tables = {build().name: build for module in MODULES for build in module.TABLES}
 """every table by name, in the order of `gesso reproduce list`"""

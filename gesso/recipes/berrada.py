@@ -283,7 +283,7 @@ def published_result(numbers: dict[str, float]) -> str:
 
 TABLE_1_ROWS = {"sdxl": "unet", "sd3": "mmdit", "berrada": "berrada"}
 """Row of Table 1 by column of Table A4."""
-TITLES = {"sdxl": "SD-XL", "sd3": "SD3", "berrada": "Ours"}
+TITLES = {"sdxl": "SD-XL", "sd3": "SD3", "berrada": "Berrada"}
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {

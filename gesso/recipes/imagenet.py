@@ -78,7 +78,7 @@ IN1K_ROWS = {
     "mdt": Table1Row(MDTConfig(**XL_SHAPE), "mDT-v2-XL/2 w/ LN"),
     "pixart": Table1Row(PixArtConfig(**XL_SHAPE, pos_embed="proportional"), "PixArt-alpha-XL/2"),
     "mmdit": Table1Row(MMDiTConfig(**XL_SHAPE, pos_embed="interpolated", pooled_mlp="none"), "mmDiT-XL/2 (SD3)"),
-    "berrada": Table1Row(mmditpp_config("XL/2"), "mmDiT-XL/2 (ours)"),
+    "berrada": Table1Row(mmditpp_config("XL/2"), "mmDiT-XL/2 (Berrada)"),
 }
 # Networks without a column of Table A4; UNet (SDXL), SD3 and mmDiT++ on CC12M are in recipes/berrada.py.
 CC12M_ROWS = ("dit-att", "pixart", "mmdit")
@@ -242,7 +242,7 @@ def table_a2_settings(row: str, lr: str) -> tuple[str, ...]:
 
 TABLE_SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "table-2a": {
-        "not told": ("control.variables=[]",),
+        "no size condition": ("control.variables=[]",),
         "uniform": ("control.schedule=uniform",),
         **{f"cosine, alpha = {alpha}": (f"control.alpha={alpha}",) for alpha in (1, 2, 4, 8)},
     },

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gesso import atomic_io
-from gesso.errors import UsageError
+from gesso.errors import RunError, UsageError
 from gesso.report import compare, single
 from gesso.report.load import load_runs
 from gesso.report.render import render_page
@@ -25,17 +25,24 @@ def write_report(folders: Path | Sequence[Path], out: Path | None = None) -> Pat
 
     Raises:
         UsageError: A folder has no trained run or is given twice, or matplotlib is missing.
+        RunError: A file of a run is damaged.
     """
     folders = [folders] if isinstance(folders, Path) else list(folders)
     runs = load_runs(folders)
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("reports need matplotlib: pip install 'gesso[plots]'")
-    if len(runs) == 1:
-        target, title = folders[0] / "report.html", runs[0].label
-        text = render_page("single.html", title, single.page_context(runs[0]))
-    else:
-        target, title = Path("report.html"), compare.page_title(runs)
-        text = render_page("compare.html", title, compare.page_context(runs))
+    try:
+        if len(runs) == 1:
+            target, title = folders[0] / "report.html", runs[0].label
+            text = render_page("single.html", title, single.page_context(runs[0]))
+        else:
+            target, title = Path("report.html"), compare.page_title(runs)
+            text = render_page("compare.html", title, compare.page_context(runs))
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise RunError(
+            f"log.jsonl or metrics.json of {', '.join(map(str, folders))} has values that gesso did not write "
+            f"({type(error).__name__}: {error}): move it away"
+        ) from error
     target = out or target
     atomic_io.write_text(target, text)
     return target

@@ -141,8 +141,8 @@ def samples(runs: Sequence[RunData]) -> list[Figure]:
     """Return the newest samples of each run."""
     figures = []
     for run_data in runs:
-        by_class, grids = run_data.path / "samples" / "by_class.png", run_data.sample_grids()
-        if by_class.is_file():
+        by_class, grids = run_data.picture("by_class.png"), run_data.sample_grids()
+        if by_class:
             nimg = run_data.toy.protocol.get("nimg", run_data.images_seen)
             figures.append(Figure(f"{run_data.label}, image {nimg:,}", image=by_class))
         elif grids:

@@ -1,12 +1,13 @@
 """Contents of a run folder that its page shows."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gesso import config
+from gesso import config, untrusted
 from gesso.config import RunConfig
-from gesso.errors import UsageError
+from gesso.errors import RunError, UsageError
 from gesso.evaluation import ema_sweep, results
 from gesso.evaluation.results import Evaluation
 from gesso.training.logging import read_log
@@ -76,7 +77,13 @@ class RunData(NamedTuple):
 
     def sample_grids(self) -> list[tuple[int, Path]]:
         """Return the images seen and the PNG file of each grid of samples from the training, in order."""
-        return sorted((int(path.stem.removeprefix("nimg")), path) for path in self.path.glob("samples/nimg*.png"))
+        grids = [(re.fullmatch(r"nimg(\d{1,18})", path.stem), path) for path in self.path.glob("sheets/nimg*.png")]
+        return sorted((int(m[1]), path) for m, path in grids if m and untrusted.is_regular_inside(self.path, path))
+
+    def picture(self, name: str) -> Path | None:
+        """Return the path of a picture in sheets/; None if it is missing, or a link or outside the run folder."""
+        path = self.path / "sheets" / name
+        return path if untrusted.is_regular_inside(self.path, path) else None
 
 
 def _nested_get(value: Any, keys: Sequence[str | int]) -> Any:
@@ -111,7 +118,10 @@ def _load_run(folder: Path, label: str) -> RunData:
     evaluations = list(results.read_evaluations(folder).values())
     metrics = [evaluation for evaluation in evaluations if "series" not in evaluation.protocol]
     run, lines = config.load_config(folder / "run.yaml"), read_log(folder / "log.jsonl")
-    return RunData(folder, label, run, lines, toy_results(evaluations), metrics)
+    try:
+        return RunData(folder, label, run, lines, toy_results(evaluations), metrics)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise RunError(f"{folder / results.FILE_NAME} is damaged ({type(error).__name__}): move it away") from error
 
 
 def toy_results(evaluations: Sequence[Evaluation]) -> ToyResults:

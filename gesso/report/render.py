@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gesso import untrusted
+from gesso.errors import RunError
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -29,8 +32,14 @@ def non_empty(figures: Iterable[Figure]) -> list[Figure]:
 
 
 def png_data_uri(path: Path) -> str:
-    """Return a PNG file as a data URI."""
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    """Return a PNG file as a data URI. Raises RunError if it is a link, too large, or no PNG file."""
+    try:
+        content = untrusted.read_bytes(path, follow_links=False)
+        if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+            raise ValueError("it is no PNG file")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be shown in a page ({error}): delete it") from None
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 def render_template(

@@ -15,8 +15,16 @@ from gesso.report.render import Figure, TableData, non_empty
 MAX_GRIDS = 4
 """Number of sample grids from the training that are shown."""
 DISTINGUISHING_FIELDS = (
-    "sigma_rel", "halflife", "sampler", "steps", "guidance", "control_guidance", "guide_run", "reference", "validation",
-)  # fmt: skip
+    "sigma_rel",
+    "halflife",
+    "sampler",
+    "steps",
+    "guidance",
+    "control_guidance",
+    "guide_run",
+    "reference",
+    "validation",
+)
 """Protocol keys that the heading of an evaluation shows if evaluations differ in them."""
 MAGNITUDES_NOTE = (
     "Magnitudes of features (EDM2 Eq. 3) of the averaged network, by resolution or third of the blocks; unit-normal "
@@ -79,8 +87,8 @@ def cards(run_data: RunData) -> list[tuple[str, str]]:
 def samples(run_data: RunData) -> list[Figure]:
     """Return the samples of `gesso evaluate` and their nearest training images."""
     sampling = run_data.run.sample
-    by_class, nearest = run_data.path / "samples" / "by_class.png", run_data.path / "samples" / "nearest.png"
-    if not by_class.is_file():
+    by_class, nearest = run_data.picture("by_class.png"), run_data.picture("nearest.png")
+    if by_class is None:
         return []
     rows = "One row per class. " if run_data.run.data.num_classes else ""
     length = f"half-life {sampling.halflife:,}" if sampling.halflife else f"sigma_rel {sampling.sigma_rel:g}"
@@ -88,7 +96,7 @@ def samples(run_data: RunData) -> list[Figure]:
         f"Samples. {rows}{sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}, EMA of {length}."
     )
     figures = [Figure(caption, image=by_class)]
-    if nearest.is_file():
+    if nearest:
         caption = "The training image nearest to each sample, by pixel distance; copies would look the same."
         figures.append(Figure(caption, image=nearest))
     return figures

@@ -5,7 +5,8 @@ A claim is an expression over the cells of a table:
     Claim("Post-hoc EMA helps", lambda v: v["CONFIG G", "FID"] < v["CONFIG F", "FID"])
 
 `v` is a `TableValues`, `v[row, column]` a `Quantity`: one number for each seed. Comparing two quantities gives a
-`Statement`, whose margin (larger minus smaller side) is tested over paired seeds. docs/reproduction.md explains the verdicts.
+`Statement`, whose margin (larger minus smaller side) is tested over paired seeds. docs/reproduction.md explains the
+verdicts.
 """
 
 import math
@@ -38,19 +39,22 @@ class Quantity:
         values: number of each seed; MISSING where a cell of the formula is not measured.
         maxima: further terms of the sum.
         sign_test: True if the numbers are not normally distributed, so that only their signs are tested.
+        sizes: for each seed, the largest magnitude in the sum, to which an effect is relative.
     """
 
-    __slots__ = ("maxima", "sign_test", "values")
+    __slots__ = ("maxima", "sign_test", "sizes", "values")
 
     def __init__(
         self,
         values: tuple[float, ...],
         maxima: tuple[tuple[int, tuple["Quantity", ...]], ...] = (),
         sign_test: bool = False,
+        sizes: tuple[float, ...] = (),
     ):
         self.values = values
         self.maxima = maxima
         self.sign_test = sign_test
+        self.sizes = sizes or tuple(map(abs, values))
 
     def _constant(self, value: float) -> "Quantity":
         return Quantity((value,) * len(self.values))
@@ -66,11 +70,12 @@ class Quantity:
         if not isinstance(other, Quantity):
             other = self._constant(other)
         values = tuple(map(_add, self.values, other.values))
-        return Quantity(values, self.maxima + other.maxima, self.sign_test or other.sign_test)
+        sizes = tuple(map(max, self.sizes, other.sizes))
+        return Quantity(values, self.maxima + other.maxima, self.sign_test or other.sign_test, sizes)
 
     def __neg__(self) -> "Quantity":
         maxima = tuple((-sign, options) for sign, options in self.maxima)
-        return Quantity(tuple(-value for value in self.values), maxima, self.sign_test)
+        return Quantity(tuple(-value for value in self.values), maxima, self.sign_test, self.sizes)
 
     def __sub__(self, other: "Quantity | float") -> "Quantity":
         return self + -other
@@ -82,7 +87,8 @@ class Quantity:
         """Multiply by a positive constant."""
         assert factor > 0
         maxima = tuple((sign, tuple(option * factor for option in options)) for sign, options in self.maxima)
-        return Quantity(tuple(factor * value for value in self.values), maxima, self.sign_test)
+        values, sizes = (tuple(factor * value for value in values) for values in (self.values, self.sizes))
+        return Quantity(values, maxima, self.sign_test, sizes)
 
     __radd__, __rmul__ = __add__, __mul__
 
@@ -100,8 +106,12 @@ class Quantity:
         return Statement((-self + other,))
 
     def log(self) -> "Quantity":
-        """Return the natural logarithm. A seed in which a training diverged counts as missing."""
-        return self._map(lambda a: math.log(a) if math.isfinite(a) else MISSING)
+        """Return the natural logarithm. A seed in which a training diverged counts as missing.
+
+        A difference of logarithms is relative already: its size is 1.
+        """
+        logs = self._map(lambda a: math.log(a) if math.isfinite(a) else MISSING)
+        return Quantity(logs.values, sign_test=logs.sign_test, sizes=(1.0,) * len(logs.values))
 
 
 def _add(a: float, b: float) -> float:
@@ -320,7 +330,7 @@ class Verdict(StrEnum):
     REPRODUCED = "reproduced"
     CONTRADICTED = "contradicted"
     UNDECIDED = "undecided"
-    TOO_FEW_SEEDS = "too few seeds"
+    TOO_FEW_SEEDS = "needs more seeds"
     NOT_MEASURED = "not measured"
     EXACT = "exact check"
     FAILED = "exact check failed"
@@ -337,6 +347,7 @@ class Judgement(NamedTuple):
         high: bound that decides "contradicted"; None if the sign test decides.
         num_seeds: seeds that have all numbers of the claim.
         num_parts: number of comparisons.
+        relative: effect, low and high as fractions of the largest compared number; None where this is not defined.
     """
 
     text: str
@@ -346,21 +357,37 @@ class Judgement(NamedTuple):
     high: float | None
     num_seeds: int
     num_parts: int
+    relative: tuple[float | None, float | None, float | None] = (None, None, None)
 
 
 class _Bound(NamedTuple):
     """Lower bound of a margin over seeds.
 
-    effect is the estimate of the margin; mean and low belong to the comparison that decides (low None: sign test).
+    effect is the estimate of the margin; mean, low and size belong to the comparison that decides (low None: sign
+    test). Sizes are means over seeds.
     """
 
     effect: float
+    effect_size: float
     mean: float
     low: float | None
+    size: float
     is_positive: bool
+
+    @property
+    def relative_effect(self) -> float | None:
+        return _relative(self.effect, self.effect_size)
+
+    @property
+    def relative_low(self) -> float | None:
+        return None if self.low is None else _relative(self.low, self.size)
 
     def sort_key(self) -> tuple[bool, float]:
         return self.is_positive, self.mean if self.low is None else self.low
+
+
+def _relative(value: float, size: float) -> float | None:
+    return value / size if size and math.isfinite(size) else None
 
 
 def _lower_bound(margin: Quantity, seeds: Sequence[int], level: float) -> _Bound:
@@ -371,10 +398,10 @@ def _lower_bound(margin: Quantity, seeds: Sequence[int], level: float) -> _Bound
     (intersection-union test). Maxima that are added are expanded first.
     """
     if not margin.maxima:
-        return _comparison_bound([margin.values[i] for i in seeds], margin.sign_test, level)
+        return _comparison_bound(margin, seeds, level)
     index = next((i for i, (sign, _) in enumerate(margin.maxima) if sign > 0), 0)
     sign, options = margin.maxima[index]
-    rest = Quantity(margin.values, margin.maxima[:index] + margin.maxima[index + 1 :], margin.sign_test)
+    rest = Quantity(margin.values, margin.maxima[:index] + margin.maxima[index + 1 :], margin.sign_test, margin.sizes)
     if sign > 0:
         return _select([_lower_bound(rest + option, seeds, level / len(options)) for option in options], max)
     return _select([_lower_bound(rest - option, seeds, level) for option in options], min)
@@ -382,20 +409,22 @@ def _lower_bound(margin: Quantity, seeds: Sequence[int], level: float) -> _Bound
 
 def _select(bounds: Sequence[_Bound], choose: Callable[..., Any]) -> _Bound:
     """Return the bound that decides, with the smallest or largest effect."""
-    effects = [bound.effect for bound in bounds]
-    return choose(bounds, key=_Bound.sort_key)._replace(effect=choose(effects))
+    effect = choose(bounds, key=lambda bound: bound.effect)
+    return choose(bounds, key=_Bound.sort_key)._replace(effect=effect.effect, effect_size=effect.effect_size)
 
 
-def _comparison_bound(values: Sequence[float], sign_test: bool, level: float) -> _Bound:
+def _comparison_bound(margin: Quantity, seeds: Sequence[int], level: float) -> _Bound:
     """Test one comparison by Student's t, or by the sign test where t is not defined."""
+    values, size = [margin.values[i] for i in seeds], statistics.fmean(margin.sizes[i] for i in seeds)
     n = len(values)
     average = sum(values) / n
     finite = n > 1 and math.isfinite(average)
     std = math.sqrt(sum((value - average) ** 2 for value in values) / (n - 1)) if finite else math.nan
-    if sign_test or not std > 1e-12 * abs(average):
-        return _Bound(average, average, None, sign_p_value(sum(value > 0 for value in values), n) <= level)
+    if margin.sign_test or not std > 1e-12 * abs(average):
+        is_positive = sign_p_value(sum(value > 0 for value in values), n) <= level
+        return _Bound(average, size, average, None, size, is_positive)
     low = average - t_quantile(1 - level, n - 1) * std / math.sqrt(n)
-    return _Bound(average, average, low, low > 0)
+    return _Bound(average, size, average, low, size, low > 0)
 
 
 def _terms(quantity: Quantity) -> Iterator[Quantity]:
@@ -443,6 +472,12 @@ def compute_effect(table: Table, claim: Claim, values: Values) -> float | None:
     return evaluation.holds().effect if evaluation else None
 
 
+def compute_relative_effect(table: Table, claim: Claim, values: Values) -> float | None:
+    """Return `compute_effect` as a fraction of the largest compared number; None where this is not defined."""
+    evaluation = evaluate_claim(table, claim, [values])
+    return evaluation.holds().relative_effect if evaluation else None
+
+
 def judge(table: Table, claim: Claim, values: Sequence[Values]) -> Judgement:
     """Judge a claim over seeds.
 
@@ -455,7 +490,8 @@ def judge(table: Table, claim: Claim, values: Sequence[Values]) -> Judgement:
     holds, fails, n = evaluation.holds(), evaluation.fails(), len(evaluation.seeds)
     num_parts = sum(map(_num_comparisons, evaluation.margins))
     if n < 2:
-        return Judgement(claim.text, Verdict.TOO_FEW_SEEDS, holds.effect, None, None, n, num_parts)
+        single = (holds.relative_effect, None, None)
+        return Judgement(claim.text, Verdict.TOO_FEW_SEEDS, holds.effect, None, None, n, num_parts, single)
     verdict = Verdict.UNDECIDED
     if holds.is_positive != fails.is_positive:
         verdict = Verdict.REPRODUCED if holds.is_positive else Verdict.CONTRADICTED
@@ -464,7 +500,9 @@ def judge(table: Table, claim: Claim, values: Sequence[Values]) -> Judgement:
     ):
         verdict = Verdict.TOO_FEW_SEEDS
     high = None if fails.low is None else -fails.low
-    return Judgement(claim.text, verdict, holds.effect, holds.low, high, n, num_parts)
+    relative_high = None if fails.relative_low is None else -fails.relative_low
+    relative = (holds.relative_effect, holds.relative_low, relative_high)
+    return Judgement(claim.text, verdict, holds.effect, holds.low, high, n, num_parts, relative)
 
 
 def judge_exact(claim: Claim, effects: Sequence[float]) -> Judgement:

@@ -14,13 +14,6 @@ from gesso.errors import GessoError, UsageError
 from gesso.reproduce import index
 from gesso.reproduce.schema import SCALES, Table, Tables, get_table
 
-PAPER_TITLES = {
-    "berrada": "Berrada et al. 2024, On Improved Conditioning Mechanisms and Pre-training Strategies for Diffusion "
-    "Models",
-    "edm2": "Karras et al. 2024, Analyzing and Improving the Training Dynamics of Diffusion Models",
-    "gesso": "Experiments of this project, in neither paper",
-}
-
 
 class ReproduceArgs(NamedTuple):
     """Arguments of `gesso reproduce`. `out` is the folder of trainings, measurements and pages."""
@@ -46,12 +39,12 @@ def list_tables(tables: Tables, out: Path) -> list[str]:
     results: dict[str, list[str]] = {}
     for page in index.list_results(out):
         seeds = "" if page["checks"] else f", {pluralize(len(page['seeds']), 'seed')}"
-        results.setdefault(page["table"], []).append(f"{index.count_verdicts(page)} ({page['scale']}{seeds})")
+        results.setdefault(page["table"], []).append(f"{index.describe_page(page)} ({page['scale']}{seeds})")
     built = [build() for build in tables.values()]
     width = max(len(table.name) for table in built) + 2
     lines = []
     for paper in dict.fromkeys(table.name.partition("/")[0] for table in built):
-        lines += ["", PAPER_TITLES.get(paper, paper)]
+        lines += ["", index.PAPER_TITLES.get(paper, paper)]
         for table in built:
             if table.name.partition("/")[0] == paper:
                 verdicts = "".join(f"\n  {'':{width}}  {text}" for text in results.get(table.name, ()))

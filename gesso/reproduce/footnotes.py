@@ -22,8 +22,8 @@ def collect_footnotes(
 ) -> tuple[dict[Cell, tuple[int, ...]], list[str]]:
     """Return the footnote numbers of each cell, and the footnotes.
 
-    A cell has a footnote if a key of its protocol differs from the most frequent value of its column, and its row does not
-    vary the key on purpose (settings of the measurement or training).
+    A cell has a footnote if a key of its protocol differs from the most frequent value of its column, and its row does
+    not vary the key on purpose (settings of the measurement or training).
 
     Args:
         table: The table.

@@ -1,6 +1,7 @@
 """Text and tables in GitHub's Markdown, and their conversion to HTML."""
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -10,8 +11,10 @@ from gesso.report.render import Figure, png_data_uri
 if TYPE_CHECKING:
     from markdown_it.token import Token
 
-PAPER_COLUMN = "paper"
-"""Header of columns with published numbers."""
+PAPER_COLUMN = ", paper"
+"""End of the header of columns with published numbers."""
+EMPTY = "-"
+"""Text of a cell without a number."""
 
 
 def escape(text: str) -> str:
@@ -23,6 +26,25 @@ def format_table_cell(text: str, *, bold: bool = False, footnotes: Sequence[int]
     """Return a plain text with its footnote marks as Markdown."""
     text = escape(text)
     return (f"**{text}**" if bold else text) + "".join(f"<sup>{number}</sup>" for number in footnotes)
+
+
+def format_effect(
+    value: float | None, low: float | None = None, high: float | None = None, *, unit: str = ".3g"
+) -> str:
+    """Return an effect with its sign and its bounds, such as "+0.6 (+0.2 to +1)".
+
+    Args:
+        value: The effect; None or NaN: unknown, infinite: a training diverged.
+        low: Lower bound.
+        high: Upper bound.
+        unit: Format of the numbers.
+    """
+    if value is None or math.isnan(value):
+        return EMPTY
+    if math.isinf(value):
+        return "the other diverged" if value > 0 else "it diverged"
+    bounds = "" if low is None or high is None else f" ({low:+{unit}} to {high:+{unit}})"
+    return f"{value:+{unit}}{bounds}"
 
 
 def to_markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numeric: bool = False) -> str:
@@ -63,7 +85,7 @@ def markdown_to_html(text: str, figures: Mapping[str, Figure], tag_colors: Mappi
         elif token.type == "tr_open":
             column = 0
         elif token.type == "td_open":
-            if header[column] == PAPER_COLUMN:
+            if header[column].endswith(PAPER_COLUMN):
                 token.attrSet("class", "paper")
             column += 1
         elif token.type == "inline":

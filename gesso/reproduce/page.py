@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from gesso import atomic_io
+from gesso.errors import RunError
 from gesso.report.plotting import to_svg
 from gesso.report.render import Figure, render_page, render_template
-from gesso.reproduce import labels, markdown, plan, plots, results
-from gesso.reproduce.claims import Verdict
-from gesso.reproduce.index import file_stem, list_results, write_index
-from gesso.reproduce.markdown import format_table_cell, to_markdown_table
+from gesso.reproduce import markdown, plots, results
+from gesso.reproduce.index import VERDICT_COLORS, file_stem, list_results, write_index
+from gesso.reproduce.markdown import EMPTY, format_effect, format_table_cell, to_markdown_table
 from gesso.reproduce.plan import MeasurementJob
 from gesso.reproduce.results import CellNumbers, TableResult
 from gesso.reproduce.schema import Column, Table, Tables, get_table
+from gesso.untrusted import read_json_object
 
 TEMPLATE = Path(__file__).parent / "templates" / "page.md"
 SCALE_DESCRIPTIONS = {
@@ -25,24 +26,14 @@ SCALE_DESCRIPTIONS = {
     "small": "one GPU, about an hour a row",
     "paper": "as published",
 }
-VERDICT_COLORS: dict[str, str] = {
-    Verdict.REPRODUCED: "#4f7a3a",
-    Verdict.EXACT: "#4f7a3a",
-    Verdict.CONTRADICTED: "#a33a2a",
-    Verdict.FAILED: "#a33a2a",
-    Verdict.UNDECIDED: "#a9761a",
-    Verdict.TOO_FEW_SEEDS: "#6d7f8c",
-    Verdict.NOT_MEASURED: "#a19b8f",
-}
-EMPTY = "-"
-"""Text of a cell without a number."""
 MAX_OPEN_ROWS = 14
 """Number of points of a figure above which its numbers are folded."""
 VERDICT_RULE = (
-    "Effect: the margin by which the claim holds, in the unit of the compared numbers, with its confidence bounds. Reproduced: "
-    "every part of the claim is above 0 at 95 % (one-sided Student's t over paired seeds; sign test for positions of optima and "
-    "where a training diverged). Contradicted: the opposite holds at 95 %. Each is wrong in at most one case of twenty; "
-    "otherwise the claim is undecided. An exact check needs no training. See docs/reproduction.md."
+    "Effect: the margin by which the claim holds, in the unit of the compared numbers, with its confidence bounds. "
+    "Reproduced: every part of the claim is above 0 at 95 % (one-sided Student's t over paired seeds; sign test for "
+    "positions of optima and where a training diverged). Contradicted: the opposite holds at 95 %. Each is wrong in at "
+    "most one case of twenty; otherwise the claim is undecided. An exact check needs no training. See "
+    "docs/reproduction.md."
 )
 MISSING_FIGURES_NOTE = "No figure: it needs matplotlib (pip install 'gesso[plots]')."
 
@@ -65,17 +56,27 @@ def write_page(
     Raises:
         UsageError: A record lacks a number that the table shows.
     """
-    result = results.collect_result(table, scale, out, jobs, settings)
-    result = result._replace(column_descriptions=labels.describe_columns(table, jobs), runtime=runtime_text(result))
-    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+    result = results.load_result(table, results.collect_record(table, scale, out, jobs, settings), out)
+    can_plot = has_matplotlib()
+    figures = save_plots(result, out, plots.make_plots(result, jobs)) if can_plot else {}
+    note = MISSING_FIGURES_NOTE if table.x_axis and not can_plot else ""
+    return [*_write_files(result, out, figures, note), write_index(out)]
+
+
+def has_matplotlib() -> bool:
+    """Return True if matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def save_plots(result: TableResult, out: Path, drawn: Sequence[plots.Plot]) -> dict[str, Figure]:
+    """Write plots as STEM.png, STEM-1.png, ...; return them by file name."""
     figures = {}
-    for i, plot in enumerate(plots.make_plots(result, jobs) if has_matplotlib else ()):
-        file = f"{file_stem(table.name, scale)}{f'-{i}' if i else ''}.png"
+    for i, plot in enumerate(drawn):
+        file = f"{file_stem(result.table.name, result.scale)}{f'-{i}' if i else ''}.png"
         with atomic_io.atomic_file(out / file) as temporary:
             plots.save_png(plot.figure, temporary)
         figures[file] = Figure(plot.caption, to_svg(plot.figure))
-    note = MISSING_FIGURES_NOTE if table.x_axis and not has_matplotlib else ""
-    return [*_write_files(result, out, figures, note), write_index(out)]
+    return figures
 
 
 def _write_files(
@@ -94,12 +95,17 @@ def _write_files(
 
 
 def rejudge(table: Table, scale: str, out: Path) -> list[Path]:
-    """Write a page again from NAME-SCALE.json and its PNG files, with new verdicts of the current claims."""
-    stored = json.loads((out / f"{file_stem(table.name, scale)}.json").read_text(encoding="utf-8"))
-    single_seed = plan.cells_without_training(table, scale)
-    result = results.load_result(table, stored, out, single_seed)
+    """Write a page again from NAME-SCALE.json, with new verdicts of the current claims and new plots of curves."""
+    path = out / f"{file_stem(table.name, scale)}.json"
+    try:
+        stored = read_json_object(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({error}): delete it, and reproduce the table again") from None
+    result = results.load_result(table, stored, out)
     pictures = stored.get("pictures", ())
-    figures = {entry["file"]: Figure(entry["caption"], image=out / entry["file"]) for entry in pictures}
+    figures = {entry["file"]: Figure(entry["caption"], image=out / Path(entry["file"]).name) for entry in pictures}
+    if has_matplotlib():
+        figures |= save_plots(result, out, plots.curve_plots(result))
     return _write_files(result, out, figures)
 
 
@@ -117,9 +123,9 @@ def page_context(result: TableResult) -> dict[str, Any]:
     return {
         "table": table,
         "header": page_header(result),
-        "outdated_note": result.outdated_note,
+        "outdated_note": result.record["outdated"],
         "checklist_table": checklist_table(result),
-        "column_descriptions": result.column_descriptions,
+        "column_descriptions": describe_columns(result),
         "numbers_table": numbers,
         "num_folded_points": num_points if table.x_axis and num_points > MAX_OPEN_ROWS else 0,
         "footnotes": result.footnotes,
@@ -127,8 +133,16 @@ def page_context(result: TableResult) -> dict[str, Any]:
         "verdict_rule": VERDICT_RULE,
         "command": results.reproduce_command(result),
         "details": [*command_details(result), *protocol_details(result)],
-        "closing": [text for text in (result.runtime, table.notes) if text],
+        "closing": [text for text in (result.record["runtime"], table.notes) if text],
     }
+
+
+def describe_columns(result: TableResult) -> dict[str, str]:
+    """Return what is measured by titles of columns; columns with the same description share a key, such as "A; B"."""
+    titles: dict[str, list[str]] = {}
+    for label in result.columns.values():
+        titles.setdefault(label.description, []).append(label.title)
+    return {"; ".join(names): description for description, names in titles.items()}
 
 
 def page_header(result: TableResult) -> str:
@@ -140,12 +154,12 @@ def page_header(result: TableResult) -> str:
     parts = [f"Scale {result.scale}: {SCALE_DESCRIPTIONS[result.scale]}. {about.notes}".strip()]
     if not parts[0].endswith("."):
         parts[0] += "."
-    if result.settings:
-        parts.append(f"Every training with {' '.join(result.settings)}.")
+    if result.record["settings"]:
+        parts.append(f"Every training with {' '.join(result.record['settings'])}.")
     seeds = f"{n} seeds: mean \u00b1 standard deviation" if n > 1 else "One seed"
-    seeds = seeds if result.training_commands else "Nothing is trained, so seeds do not matter"
+    seeds = seeds if result.record["training_commands"] else "Nothing is trained, so seeds do not matter"
     parts.append(f"{seeds}; {EMPTY}: not defined at this scale, or not yet measured.")
-    if result.scale != "paper" and result.training_commands:
+    if result.scale != "paper" and result.record["training_commands"]:
         parts.append("Only directions compare with the paper, not numbers.")
     return " ".join(parts)
 
@@ -216,35 +230,18 @@ def published_cells(result: TableResult, column: Column) -> list[str]:
     return [EMPTY if value is None else format_number(value, None if is_large else decimals) for value in values]
 
 
-def format_effect(value: float | None) -> str:
-    """Return an effect with its sign."""
-    if value is None or math.isnan(value):
-        return EMPTY
-    return f"{value:+.3g}" if math.isfinite(value) else "the other diverged" if value > 0 else "it diverged"
-
-
 def claim_rows(result: TableResult) -> Iterator[tuple[str, str, str, str]]:
     """Yield claim, verdict, effect with bounds, and effect in the paper's numbers."""
-    for judgement, paper in result.verdicts:
-        low, high = judgement.low, judgement.high
-        bounds = "" if low is None or high is None else f" ({low:+.3g} to {high:+.3g})"
+    for claim in result.claims:
+        judgement = claim.judgement
         parts = f"; {judgement.num_parts} comparisons" if judgement.num_parts > 1 else ""
-        effect = format_effect(judgement.effect) + bounds + parts if judgement.num_seeds else EMPTY
-        yield judgement.text, judgement.verdict, effect, format_effect(paper)
-
-
-def runtime_text(result: TableResult) -> str:
-    """Return how many minutes a row took, or a training where the rows of a figure are points of one."""
-    rows = {row: minutes.training + minutes.measurement for row, minutes in result.minutes.items()}
-    times = sorted(result.minutes_per_training if result.table.x_axis else rows.values())
-    if not times or not result.training_commands:
-        return ""
-    low, middle, high = (f"{value:.2g}" for value in (times[0], statistics.median(times), times[-1]))
-    duration = f"{low} to {high} minutes, median {middle}" if low != high else f"{low} minutes"
-    on = f" ({'; '.join(result.environments)})" if result.environments else ""
-    subject = "A training" if result.table.x_axis else "A row and seed"
-    shared = "" if result.table.x_axis else " A training that rows share counts for each of them."
-    return f"{subject} took {duration}{on}; expected for a row: {result.table.scales[result.scale].cost}.{shared}"
+        effect = format_effect(judgement.effect, judgement.low, judgement.high) + parts
+        yield (
+            judgement.text,
+            judgement.verdict,
+            effect if judgement.num_seeds else EMPTY,
+            format_effect(claim.published),
+        )
 
 
 def numbers_table(result: TableResult) -> tuple[int, str]:
@@ -252,11 +249,13 @@ def numbers_table(result: TableResult) -> tuple[int, str]:
     axis = "" if result.table.x_axis in {column.name for column in result.table.columns} else result.table.x_axis
     header, rows = [axis], [[format_table_cell(row.name)] for row in result.table.rows]
     for column in result.table.columns:
-        header.append(column.name + {True: " \u2193", False: " \u2191", None: ""}[column.lower_is_better])
+        header.append(
+            result.columns[column.name].title + {True: " \u2193", False: " \u2191", None: ""}[column.lower_is_better]
+        )
         for row, text in zip(rows, column_cells(result, column), strict=True):
             row.append(text)
         if any(column.name in row.published for row in result.table.rows):
-            header.append(markdown.PAPER_COLUMN)
+            header.append(column.name + markdown.PAPER_COLUMN)
             for row, text in zip(rows, published_cells(result, column), strict=True):
                 row.append(format_table_cell(text))
     if result.table.x_axis:  # drop points of other scales
@@ -266,7 +265,7 @@ def numbers_table(result: TableResult) -> tuple[int, str]:
 
 def claims_table(result: TableResult) -> str:
     """Return the claims with their verdicts and effects as a table in Markdown; empty without claims."""
-    if not result.verdicts:
+    if not result.claims:
         return ""
     rows = [
         (
@@ -278,7 +277,7 @@ def claims_table(result: TableResult) -> str:
         for text, verdict, effect, paper in claim_rows(result)
     ]
     header = ("claim", "verdict", "effect (bounds)", "effect in the paper")
-    width = 4 if any(paper is not None for _, paper in result.verdicts) else 3
+    width = 4 if any(claim.published is not None for claim in result.claims) else 3
     return to_markdown_table(header[:width], [row[:width] for row in rows])
 
 
@@ -300,18 +299,18 @@ def checklist_table(result: TableResult) -> str:
 def command_details(result: TableResult) -> list[tuple[str, Sequence[str]]]:
     """Return the commands of trainings and measurements, each with a title."""
     lines = []
-    for row, commands in result.evaluate_commands.items():
-        minutes = result.minutes.get(row)
-        cost = f", {minutes.training:.2g} minutes training, {minutes.measurement:.2g} measuring" if minutes else ""
+    for row, commands in result.record["evaluate_commands"].items():
+        minutes = result.record["minutes"].get(row)
+        cost = ", {training:.2g} minutes training, {measurement:.2g} measuring".format(**minutes) if minutes else ""
         lines += [f"# {row}{cost}", *commands]
-    details = {"Trainings": result.training_commands, "Measurements": lines}
+    details = {"Trainings": result.record["training_commands"], "Measurements": lines}
     return [(title, commands) for title, commands in details.items() if commands]
 
 
 def protocol_details(result: TableResult) -> list[tuple[str, Sequence[str]]]:
     """Return the protocols as JSON, each with a title that names its columns."""
     columns_of: dict[str, list[str]] = {}
-    for column, protocol in result.protocols.items():
+    for column, protocol in result.record["protocols"].items():
         entries = {name: value for name, value in protocol.items() if value is not None}
         columns_of.setdefault(json.dumps(entries, indent=1), []).append(column)
     return [(f"Protocol of {'; '.join(columns)}", [text]) for text, columns in columns_of.items()]

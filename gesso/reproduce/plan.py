@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from gesso import config, recipes
 from gesso.config import RunConfig
+from gesso.config.addresses import confirm_addresses
 from gesso.errors import UsageError
 from gesso.recipes import data_requirements
 from gesso.reproduce.schema import (
@@ -178,6 +179,7 @@ def plan_training(training: Training, seed: int, out: Path, overrides: tuple[str
     if not run.data.source:
         settings.append(f"data.source={data_requirements.data_requirement(run).folder}")
         run, _ = recipes.resolve(training.recipe, settings)
+    confirm_addresses(run, settings, False)
     identity = {k: value for k, value in config.flatten(run).items() if not k.startswith(NON_TRAINING_SETTINGS)}
     key = _fingerprint([identity, parent and parent.key])
     folder = out / "runs" / f"{training.recipe.rpartition(':')[2].replace('/', '-')}-{key}"

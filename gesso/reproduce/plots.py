@@ -1,7 +1,7 @@
 """Plots of a figure: columns as curves over the x of the rows, with their spread over seeds, or grids of samples."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,19 +31,13 @@ class Plot(NamedTuple):
 
 
 def make_plots(result: TableResult, jobs: Sequence[MeasurementJob]) -> list[Plot]:
-    """Return the plots of a result: curves, then samples."""
-    caption = CURVES_CAPTION if len(result.seeds) > 1 else ""
-    return [*(Plot(figure, caption) for figure in curve_plots(result, jobs)), *sample_plots(result, jobs)]
-
-
-def sample_plots(result: TableResult, jobs: Sequence[MeasurementJob]) -> list[Plot]:
-    """Return the sample grids of the first seed."""
+    """Return the plots of a result: curves, then the sample grids of the first seed."""
     grids = [
         (sample_grids.grid_path(job), job.row)
         for job in jobs
         if job.group.method == "sample_grid" and job.seed == result.seeds[0]
     ]
-    return [Plot(_image_figure(path), row) for path, row in grids if path.is_file()]
+    return [*curve_plots(result), *(Plot(_image_figure(path), row) for path, row in grids if path.is_file())]
 
 
 def _image_figure(path: Path) -> "Figure":
@@ -55,26 +49,19 @@ def _image_figure(path: Path) -> "Figure":
     return figure
 
 
-def curve_plots(result: TableResult, jobs: Sequence[MeasurementJob]) -> "list[Figure]":
-    """Return one figure per measure; none for a table, or if no curve has two points."""
+def curve_plots(result: TableResult) -> list[Plot]:
+    """Return one plot for each measured value; none for a table, or if no curve has two points."""
     if not result.table.x_axis:
         return []
-    columns_of: dict[str, dict[str, str]] = {}
-    for job in jobs:
-        for column, name in job.group.columns.items():
-            columns_of.setdefault(name if job.group.method == "metrics" else job.group.method, {})[column] = name
+    columns_of: dict[str, list[str]] = {}
+    for column, label in result.columns.items():
+        columns_of.setdefault(label.value, []).append(column)
+    caption = CURVES_CAPTION if len(result.seeds) > 1 else ""
     figures = [
-        _curve_figure(result, list(columns), _axis_label(measure, columns.values()))
-        for measure, columns in columns_of.items()
+        _curve_figure(result, columns, labels.SHORT_LABELS.get(value) or labels.MEASURED_NAMES.get(value) or value)
+        for value, columns in columns_of.items()
     ]
-    return [figure for figure in figures if figure is not None]
-
-
-def _axis_label(measure: str, names: Iterable[str]) -> str:
-    """Return the axis label of a measure: the value's name if all columns show the same value."""
-    distinct = set(names)
-    name = distinct.pop() if len(distinct) == 1 else measure
-    return labels.SHORT_LABELS.get(name, name.replace("_", " "))
+    return [Plot(figure, caption) for figure in figures if figure is not None]
 
 
 def _curve_figure(result: TableResult, columns: Sequence[str], label: str) -> "Figure | None":
@@ -90,14 +77,15 @@ def _curve_figure(result: TableResult, columns: Sequence[str], label: str) -> "F
         return None
     figure, axes = plotting.new_figure()
     for i, (column, points) in enumerate(curves.items()):
-        _plot_curve(axes, points, column, *plotting.line_style(i))
+        _plot_curve(axes, points, result.columns[column].title, *plotting.line_style(i))
     if needs_log_axis([x for points in curves.values() for x, _ in points]):
         axes.set_xscale("log")
     if needs_log_axis([cell.mean for points in curves.values() for _, cell in points if math.isfinite(cell.mean)]):
         axes.set_yscale("log")
         plotting.set_plain_ticks(axes)
     axes.set_xlabel(result.table.x_axis, color=plotting.TEXT_COLOR)
-    axes.set_ylabel(columns[0] if len(curves) == 1 else label, color=plotting.TEXT_COLOR)
+    name = result.columns[next(iter(curves))].title if len(curves) == 1 else label.replace("_", " ")
+    axes.set_ylabel(name, color=plotting.TEXT_COLOR)
     if len(curves) > 1:
         plotting.add_legend(figure, axes)
     return figure

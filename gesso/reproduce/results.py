@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gesso.reproduce import claims, plan, runner
+from gesso.reproduce import claims, labels, plan, runner
 from gesso.reproduce.claims import Judgement, Verdict
 from gesso.reproduce.footnotes import collect_footnotes
 from gesso.reproduce.index import file_stem
+from gesso.reproduce.labels import ColumnLabel
 from gesso.reproduce.plan import MeasurementJob
 from gesso.reproduce.schema import Cell, ChecklistItem, Claim, Table, Values
 
@@ -54,127 +55,136 @@ class CellNumbers(NamedTuple):
         return statistics.stdev(values) if len(values) > 1 and not self.single_seed else None
 
 
-class RowMinutes(NamedTuple):
-    """Minutes of a row, averaged over seeds; a training that rows share counts for each of them."""
+class ClaimResult(NamedTuple):
+    """Verdict on a claim, and its effect in the paper's numbers: in their unit, and relative (`Judgement.relative`)."""
 
-    training: float
-    measurement: float
+    judgement: Judgement
+    published: float | None = None
+    relative_published: float | None = None
 
 
 class TableResult(NamedTuple):
     """Result of one table at one scale.
 
     Attributes:
-        table: the table.
-        scale: the scale.
-        seeds: training seeds.
-        settings: overrides that the user applied to every training.
+        table: the table; its texts name what is measured.
+        record: what `collect_record` returned.
         cells: numbers by (row, column).
         footnotes: footnotes, numbered from 1.
-        verdicts: verdict of each claim, with its effect in the paper's numbers.
+        claims: verdict of each claim.
         checklist: items of a checklist, each with the text and verdict of its claim.
-        minutes: minutes by row.
-        minutes_per_training: minutes of each training.
-        protocols: evaluation protocol by column.
-        environments: devices, threads and versions, the most frequent first.
-        training_commands: commands of all trainings.
-        evaluate_commands: commands that repeat the measurements, by row.
-        column_descriptions: what is measured, by columns.
-        runtime: text on how long a row took.
-        outdated_note: reason why new runs would give other numbers.
+        columns: label of each column.
     """
 
     table: Table
-    scale: str
-    seeds: tuple[int, ...]
-    settings: tuple[str, ...]
+    record: Mapping[str, Any]
     cells: Mapping[Cell, CellNumbers]
     footnotes: Sequence[str]
-    verdicts: Sequence[tuple[Judgement, float | None]]
+    claims: Sequence[ClaimResult]
     checklist: Sequence[tuple[ChecklistItem, str, str]]
-    minutes: Mapping[str, RowMinutes]
-    minutes_per_training: Sequence[float]
-    protocols: Mapping[str, Mapping[str, Any]]
-    environments: Sequence[str]
-    training_commands: Sequence[str]
-    evaluate_commands: Mapping[str, Sequence[str]]
-    column_descriptions: Mapping[str, str] = {}
-    runtime: str = ""
-    outdated_note: str = ""
+    columns: Mapping[str, ColumnLabel]
+
+    @property
+    def scale(self) -> str:
+        """Scale of the table."""
+        return self.record["scale"]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Training seeds."""
+        return self.record["seeds"]
 
 
-def collect_result(
+def collect_record(
     table: Table, scale: str, out: Path, jobs: Sequence[MeasurementJob], settings: Sequence[str] = ()
-) -> TableResult:
-    """Return the result of all finished jobs. `settings` are overrides that the user applied to every training."""
+) -> dict[str, Any]:
+    """Return all that NAME-SCALE.json stores besides verdicts, from the records of finished jobs.
+
+    Args:
+        table: the table.
+        scale: its scale.
+        out: folder of trainings and records, which commands show as the default --out.
+        jobs: measurements of all rows and seeds.
+        settings: overrides that the user applied to every training.
+    """
     records = {job.path: runner.read_record(job.path) for job in jobs if job.path.is_file()}
-    values, published = runner.collect_values(jobs), table.published()
+    values = runner.collect_values(jobs)
     marks, texts = collect_footnotes(table, jobs, records)
-    cells: dict[Cell, CellNumbers] = {}
-    single_seed = {(job.row, column) for job in jobs if job.single_seed for column in job.group.columns}
-    for row in table.rows:
-        for column in table.columns:
-            cell = (row.name, column.name)
-            by_seed = {seed: numbers[cell] for seed, numbers in values.items() if cell in numbers}
-            cells[cell] = CellNumbers(by_seed, published.get(cell), marks.get(cell, ()), cell in single_seed)
     environments = Counter(describe_environment(record) for record in records.values() if "environment" in record)
-    return TableResult(
-        table=table,
-        scale=scale,
-        seeds=tuple(values) or (0,),
-        settings=tuple(settings),
-        cells=cells,
-        footnotes=texts,
-        verdicts=judge_claims(table, values, single_seed),
-        checklist=judge_checklist(table, scale, out),
-        minutes=row_minutes(jobs, records),
-        minutes_per_training=minutes_per_training(jobs, records),
-        protocols=collect_protocols(jobs, records, out),
-        environments=[name for name, _ in environments.most_common()],
-        training_commands=[relative_text(training.command, out) for training in plan.unique_trainings(jobs)],
-        evaluate_commands=evaluate_commands(jobs, out),
-    )
+    training_minutes = minutes_per_training(jobs, records)
+    record = {
+        "scale": scale,
+        "seeds": list(values) or [0],
+        "settings": list(settings),
+        "rows": {
+            row.name: {
+                column.name: {
+                    "by_seed": {
+                        str(seed): number_to_json(numbers[cell]) for seed, numbers in values.items() if cell in numbers
+                    },
+                    "footnotes": [texts[i - 1] for i in marks.get(cell, ())],
+                }
+                for column in table.columns
+                for cell in ((row.name, column.name),)
+            }
+            for row in table.rows
+        },
+        "minutes": row_minutes(jobs, records),
+        "total_minutes": sum(training_minutes) + sum(r.get("measurement_minutes", 0.0) for r in records.values()),
+        "environments": [name for name, _ in environments.most_common()],
+        "protocols": collect_protocols(jobs, records, out),
+        "training_commands": [relative_text(training.command, out) for training in plan.unique_trainings(jobs)],
+        "evaluate_commands": evaluate_commands(jobs, out),
+        "columns": {name: label._asdict() for name, label in labels.label_columns(table, scale).items()},
+        "notes": table.scales[scale].notes if scale in table.scales else "",
+        "outdated": "",
+    }
+    return record | {"runtime": describe_runtime(table, record, training_minutes)}
 
 
-def load_result(table: Table, stored: Mapping[str, Any], out: Path, single_seed: set[Cell]) -> TableResult:
-    """Return the result stored in NAME-SCALE.json with new verdicts, without rows and columns that the table lacks."""
+def load_result(table: Table, record: Mapping[str, Any], out: Path) -> TableResult:
+    """Return the result of a record with the verdicts of the current claims, for the rows and columns of the table.
+
+    Args:
+        table: the table.
+        record: what `collect_record` returned, or the content of NAME-SCALE.json.
+        out: folder of the pages, which checklists read.
+    """
     texts: list[str] = []
     cells: dict[Cell, CellNumbers] = {}
-    published, seeds = table.published(), tuple(stored["seeds"])
-    values: dict[int, dict[Cell, float]] = {seed: {} for seed in seeds}
+    published, single_seed = table.published(), plan.cells_without_training(table, record["scale"])
+    values: dict[int, dict[Cell, float]] = {seed: {} for seed in record["seeds"]}
     for row in table.rows:
         for column in table.columns:
-            cell, entry = (row.name, column.name), stored["rows"].get(row.name, {}).get(column.name, {})
+            cell, entry = (row.name, column.name), record["rows"].get(row.name, {}).get(column.name, {})
             numbers = {int(seed): _parse_number(value) for seed, value in entry.get("by_seed", {}).items()}
             texts += [text for text in entry.get("footnotes", ()) if text not in texts]
             marks = tuple(texts.index(text) + 1 for text in entry.get("footnotes", ()))
             cells[cell] = CellNumbers(numbers, published.get(cell), marks, cell in single_seed)
             for seed, value in numbers.items():
                 values.setdefault(seed, {})[cell] = value
-    descriptions = dict(stored.get("columns", {}))
-    described = {name for names in descriptions for name in names.split("; ")}
-    for column in table.columns:
-        if column.name not in described and not any(cells[row.name, column.name].by_seed for row in table.rows):
-            descriptions[column.name] = "not measured on this page"
+    stored = record["columns"]
+    measured = {name: entry["value"] for name, entry in stored.items() if entry["value"]}
+    titles = {column.name: labels.rename_metric(table, column.name, measured) for column in table.columns}
+    columns = {name: ColumnLabel(**{**stored.get(name, {}), "title": title}) for name, title in titles.items()}
+    table = labels.name_measured(with_scale_notes(table, record), measured)
     return TableResult(
         table=table,
-        scale=stored["scale"],
-        seeds=seeds,
-        settings=tuple(stored["settings"]),
+        record=record,
         cells=cells,
         footnotes=texts,
-        verdicts=judge_claims(table, values, single_seed),
-        checklist=judge_checklist(table, stored["scale"], out),
-        minutes={row: RowMinutes(entry["training"], entry["measurement"]) for row, entry in stored["minutes"].items()},
-        minutes_per_training=(),
-        protocols=stored["protocols"],
-        environments=stored["environments"],
-        training_commands=stored["training_commands"],
-        evaluate_commands=stored["evaluate_commands"],
-        column_descriptions=descriptions,
-        runtime=stored.get("runtime", ""),
-        outdated_note=stored.get("outdated", ""),
+        claims=judge_claims(table, values, single_seed),
+        checklist=judge_checklist(table, record["scale"], out),
+        columns=columns,
     )
+
+
+def with_scale_notes(table: Table, record: Mapping[str, Any]) -> Table:
+    """Return a table with the notes on its scale under which the numbers of a record were measured."""
+    name = record["scale"]
+    if name not in table.scales:
+        return table
+    return table._replace(scales={**table.scales, name: table.scales[name]._replace(notes=record["notes"])})
 
 
 def _parse_number(value: float | str) -> float:
@@ -182,13 +192,15 @@ def _parse_number(value: float | str) -> float:
     return {"NaN": math.nan, "diverged": math.inf}[value] if isinstance(value, str) else value
 
 
-def judge_claims(
-    table: Table, values: Mapping[int, Values], single_seed: set[Cell]
-) -> list[tuple[Judgement, float | None]]:
+def judge_claims(table: Table, values: Mapping[int, Values], single_seed: set[Cell]) -> list[ClaimResult]:
     """Return the verdict of each claim and the effect in the paper's numbers."""
     published = table.published()
     return [
-        (judge_claim(table, claim, values, single_seed), claims.compute_effect(table, claim, published))
+        ClaimResult(
+            judge_claim(table, claim, values, single_seed),
+            claims.compute_effect(table, claim, published),
+            claims.compute_relative_effect(table, claim, published),
+        )
         for claim in table.claims
     ]
 
@@ -218,8 +230,11 @@ def judge_checklist_item(item: ChecklistItem, scale: str, out: Path) -> tuple[st
     return stored[item.claim]["text"], stored[item.claim]["verdict"]
 
 
-def row_minutes(jobs: Sequence[MeasurementJob], records: Mapping[Path, dict[str, Any]]) -> dict[str, RowMinutes]:
-    """Return the minutes of each measured row."""
+def row_minutes(jobs: Sequence[MeasurementJob], records: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:
+    """Return the minutes of training and of measurement of each measured row, averaged over seeds.
+
+    A training that rows share counts for each of them.
+    """
     training: dict[str, dict[tuple[int, str], float]] = {}
     measurement: dict[str, dict[int, float]] = {}
     for job in jobs:
@@ -229,7 +244,10 @@ def row_minutes(jobs: Sequence[MeasurementJob], records: Mapping[Path, dict[str,
             key = (job.seed, json.dumps(record.get("training_commands")))
             training.setdefault(job.row, {})[key] = record.get("training_minutes", 0)
     return {
-        row: RowMinutes(sum(training[row].values()) / len(by_seed), sum(by_seed.values()) / len(by_seed))
+        row: {
+            "training": sum(training[row].values()) / len(by_seed),
+            "measurement": sum(by_seed.values()) / len(by_seed),
+        }
         for row, by_seed in measurement.items()
     }
 
@@ -279,10 +297,26 @@ def describe_environment(record: Mapping[str, Any]) -> str:
     return f"{env['device']}{threads}, torch {env['torch']}"
 
 
+def describe_runtime(table: Table, record: Mapping[str, Any], training_minutes: Sequence[float]) -> str:
+    """Return how many minutes a row took, or a training where the rows of a figure are points of one."""
+    rows = [minutes["training"] + minutes["measurement"] for minutes in record["minutes"].values()]
+    times = sorted(training_minutes if table.x_axis else rows)
+    if not times or not record["training_commands"]:
+        return ""
+    low, middle, high = (f"{value:.2g}" for value in (times[0], statistics.median(times), times[-1]))
+    duration = f"{low} to {high} minutes, median {middle}" if low != high else f"{low} minutes"
+    on = f" ({'; '.join(record['environments'])})" if record["environments"] else ""
+    subject = "A training" if table.x_axis else "A row and seed"
+    shared = "" if table.x_axis else " A training that rows share counts for each of them."
+    return f"{subject} took {duration}{on}; expected for a row: {table.scales[record['scale']].cost}.{shared}"
+
+
 def reproduce_command(result: TableResult) -> str:
     """Return the command that makes the table."""
     seeds = f" --num-seeds {len(result.seeds)}" if len(result.seeds) > 1 else ""
-    return " ".join(["gesso reproduce", result.table.name, *result.settings, f"--scale {result.scale}{seeds}"])
+    return " ".join(
+        ["gesso reproduce", result.table.name, *result.record["settings"], f"--scale {result.scale}{seeds}"]
+    )
 
 
 def to_json(result: TableResult) -> dict[str, Any]:
@@ -292,52 +326,56 @@ def to_json(result: TableResult) -> dict[str, Any]:
         "table": table.name,
         "title": table.title,
         "source": table.source,
-        "scale": result.scale,
-        "seeds": list(result.seeds),
-        "settings": list(result.settings),
+        **result.record,
         "rows": {
             row.name: {
-                column.name: {
-                    "by_seed": {str(seed): number_to_json(value) for seed, value in cell.by_seed.items()},
-                    "mean": number_to_json(cell.mean) if cell.by_seed else None,
-                    "std": cell.std,
-                    "published": None if cell.published is None else number_to_json(cell.published),
-                    "footnotes": [result.footnotes[i - 1] for i in cell.footnotes],
-                }
+                column.name: cell_to_json(cell, result.footnotes)
                 for column in table.columns
                 if (cell := result.cells[row.name, column.name]).by_seed or cell.published is not None
             }
             for row in table.rows
         },
-        "claims": [
-            {
-                "text": judgement.text,
-                "verdict": judgement.verdict,
-                "effect": effect_to_json(judgement.effect) if judgement.num_seeds else None,
-                "bounds": [judgement.low, judgement.high],
-                "parts": judgement.num_parts,
-                "seeds": judgement.num_seeds,
-                "published_effect": None if paper is None else effect_to_json(paper),
-            }
-            for judgement, paper in result.verdicts
-        ],
+        "claims": [claim_to_json(claim) for claim in result.claims],
         "checks": [
             {
-                "question": item.question, "recommendation": item.recommendation, "table": item.table, "text": text,
+                "question": item.question,
+                "recommendation": item.recommendation,
+                "table": item.table,
+                "text": text,
                 "verdict": verdict,
             }
             for item, text, verdict in result.checklist
         ],
-        "minutes": {row: minutes._asdict() for row, minutes in result.minutes.items()},
-        "environments": list(result.environments),
-        "protocols": result.protocols,
         "command": reproduce_command(result),
-        "training_commands": list(result.training_commands),
-        "evaluate_commands": {row: list(commands) for row, commands in result.evaluate_commands.items()},
-        "columns": dict(result.column_descriptions),
-        "runtime": result.runtime,
-        "outdated": result.outdated_note,
-    }  # fmt: skip
+        "columns": {name: label._asdict() for name, label in result.columns.items()},
+    }
+
+
+def cell_to_json(cell: CellNumbers, footnotes: Sequence[str]) -> dict[str, Any]:
+    """Return a cell for JSON."""
+    return {
+        "by_seed": {str(seed): number_to_json(value) for seed, value in cell.by_seed.items()},
+        "mean": number_to_json(cell.mean) if cell.by_seed else None,
+        "std": cell.std,
+        "published": None if cell.published is None else number_to_json(cell.published),
+        "footnotes": [footnotes[i - 1] for i in cell.footnotes],
+    }
+
+
+def claim_to_json(claim: ClaimResult) -> dict[str, Any]:
+    """Return the verdict of a claim for JSON."""
+    judgement = claim.judgement
+    return {
+        "text": judgement.text,
+        "verdict": judgement.verdict,
+        "effect": effect_to_json(judgement.effect) if judgement.num_seeds else None,
+        "bounds": [judgement.low, judgement.high],
+        "parts": judgement.num_parts,
+        "seeds": judgement.num_seeds,
+        "relative": list(judgement.relative),
+        "published_effect": None if claim.published is None else effect_to_json(claim.published),
+        "relative_published": claim.relative_published,
+    }
 
 
 def effect_to_json(value: float) -> float | str:

@@ -1,7 +1,6 @@
 """Run the jobs of a table one after another. A stopped command can be resumed."""
 
 import contextlib
-import json
 import math
 import re
 import signal
@@ -13,12 +12,13 @@ from typing import Any
 from rich.console import Console
 
 from gesso import atomic_io, config
-from gesso.errors import DivergenceError, StoppedError, UsageError
+from gesso.errors import DivergenceError, RunError, StoppedError, UsageError
 from gesso.reproduce import measurements, plan
 from gesso.reproduce.plan import MeasurementJob, TrainingJob
 from gesso.reproduce.schema import DIVERGED
 from gesso.training import logging
 from gesso.training.run_folder import start_training
+from gesso.untrusted import read_json_object
 
 POLL_INTERVAL_S = 2.0
 """Seconds between checks for results of another process."""
@@ -177,4 +177,7 @@ def _choose_best(job: MeasurementJob, a: float, b: float) -> float:
 
 def read_record(path: Path) -> dict[str, Any]:
     """Return the record of a measurement."""
-    return json.loads(path.read_text())
+    try:
+        return read_json_object(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({error}): delete it, and it is measured again") from None

@@ -14,8 +14,8 @@ from gesso.reproduce.plan import MeasurementJob
 def save_sample_grid(job: MeasurementJob) -> dict[str, Any]:
     """Return the number of images in a grid of samples.
 
-    The grid of seeds 0, 1, ... is saved as a PNG file next to the record. The parameter `sizes=A,B` makes one row per size
-    condition.
+    The grid of seeds 0, 1, ... is saved as a PNG file next to the record. The parameter `sizes=A,B` makes one row per
+    size condition.
     """
     assert job.training is not None
     folder = job.training.folder
@@ -31,7 +31,7 @@ def save_sample_grid(job: MeasurementJob) -> dict[str, Any]:
     )
     columns = len(seeds) if sizes else math.ceil(len(seeds) ** 0.5)
     sampling.save_png(sampling.image_grid(samples, columns), grid_path(job))
-    protocol = {"drawn": sampling.describe_sampling(run), "seeds": f"0 to {seeds.stop - 1}", "nimg": nimg}
+    protocol = {"sampling": sampling.describe_sampling(run), "seeds": f"0 to {seeds.stop - 1}", "nimg": nimg}
     return {"values": {"num_images": len(samples)}, "protocol": protocol | ({"sizes": sizes} if sizes else {})}
 
 

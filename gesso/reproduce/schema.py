@@ -25,9 +25,18 @@ SCALES = ("tiny", "small", "paper")
 """Scales of a table: two CPU cores and minutes per row; one GPU and an hour per row; as published."""
 
 Method = Literal[
-    "metrics", "counts", "growth", "tensors", "gradients", "attention", "noise_levels", "responses", "reconstruction",
-    "step_sizes", "sample_grid",
-]  # fmt: skip
+    "metrics",
+    "counts",
+    "growth",
+    "tensors",
+    "gradients",
+    "attention",
+    "noise_levels",
+    "responses",
+    "reconstruction",
+    "step_sizes",
+    "sample_grid",
+]
 """Measurement method (measurements.py): metrics of samples, counts of a network, logged magnitudes, ..."""
 UNTRAINED_METHODS: tuple[Method, ...] = ("counts", "noise_levels", "responses", "reconstruction", "step_sizes")
 """Methods that need at most the settings of a training, not its weights."""

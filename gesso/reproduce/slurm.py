@@ -73,9 +73,12 @@ def write_scripts(table: Table, args: ReproduceArgs, jobs: Sequence[MeasurementJ
 def format_script(name: str, description: str, cases: Sequence[str], gpus: int) -> str:
     """Return a job array script with one case per task."""
     header = SCRIPT_HEADER.format(
-        name=name, description=description, cases="\n".join(cases), cpus=8 * gpus or 2,
+        name=name,
+        description=description,
+        cases="\n".join(cases),
+        cpus=8 * gpus or 2,
         gpus=f"#SBATCH --gpus-per-node={gpus}\n" if gpus else "",
-    )  # fmt: skip
+    )
     return header + (TORCHRUN_COMMAND.format(gpus=gpus) if gpus > 1 else SINGLE_PROCESS_COMMAND)
 
 

@@ -1,4 +1,4 @@
-"""The command `gesso sweep`: train a recipe at every point of a grid of settings and compare one metric at equal budget.
+"""Command `gesso sweep`: train a recipe at every point of a grid of settings, and compare one metric at equal budget.
 
 OUT/runs/, OUT/measurements/    as those of `gesso reproduce`, which shares equal trainings
 OUT/sweep-NAME.md, .json        the page

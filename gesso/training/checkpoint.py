@@ -1,6 +1,6 @@
 """Checkpoints to resume from: one folder each, with safetensors files of torch.distributed.checkpoint.
 
-state/nimg000000128000/state.json           nimg and the sizes of the files
+state/nimg000000128000/state.json           nimg, sizes and checksums of the files
 state/nimg000000128000/*.safetensors        all tensors of the trainer by name; each rank writes its part
 
 A checkpoint can be read with any number of ranks, sharded or not, whatever wrote it.
@@ -9,11 +9,13 @@ A checkpoint can be read with any number of ranks, sharded or not, whatever wrot
 import contextlib
 import json
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -22,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from gesso import atomic_io
+from gesso import atomic_io, untrusted
 from gesso.errors import RunError
 from gesso.training.ranks import SINGLE_PROCESS, Ranks
 
@@ -111,19 +113,44 @@ def save_checkpoint(
         ranks.barrier(group)
         if not ranks.is_main:
             return
-        sizes = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}
-        description = {"format": FORMAT, "nimg": nimg, "milestone": milestone, "files": sizes}
+        files = sorted(temporary.iterdir())
+        sizes = {f.name: f.stat().st_size for f in files}
+        checksums = {f.name: _file_checksum(f) for f in files}
+        description = {"format": FORMAT, "nimg": nimg, "milestone": milestone, "files": sizes, "crc32": checksums}
         (temporary / "state.json").write_text(json.dumps(description))
     for old in list_checkpoints(folder)[:-keep]:
         if not _is_milestone(old):
             atomic_io.remove_dir(old)
 
 
+def _file_checksum(path: Path) -> str:
+    """Return the CRC-32 of a regular file as 8 hexadecimal digits."""
+    crc = 0
+    with open(untrusted.open_regular(path, follow_links=False), "rb") as file:
+        while chunk := file.read(1 << 20):
+            crc = zlib.crc32(chunk, crc)
+    return f"{crc:08x}"
+
+
 def _is_milestone(path: Path) -> bool:
     try:
-        return bool(json.loads((path / "state.json").read_text()).get("milestone"))
+        return bool(_read_description(path)["milestone"])
     except (OSError, ValueError):
         return False
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    """Return the content of state.json, checked. Raises OSError or ValueError."""
+    description = untrusted.read_json_object(path / "state.json", follow_links=False)
+    if description.get("format") != FORMAT:
+        raise ValueError("it was not written by gesso")
+    types = {"nimg": int, "milestone": bool, "files": dict}
+    if any(type(description.get(name)) is not kind for name, kind in types.items()) or description["nimg"] < 0:
+        raise ValueError("a value has another type")
+    description.setdefault("crc32", {})  # of gesso before checksums
+    if not isinstance(description["crc32"], dict) or any(Path(name).name != name for name in description["files"]):
+        raise ValueError("a value has another type")
+    return description
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -142,13 +169,17 @@ def load_latest(
         RunError: All checkpoints are damaged, or the checkpoint is of another network (the message lists the names).
     """
     problems = []
+    device = next((t.device for t in tensors.values() if t.device.type != "cpu"), torch.device("cpu"))
     for path in reversed(list_checkpoints(folder)):
-        problem = _find_damage(path)
-        if problem is None:
-            _load_checkpoint(path, tensors, ranks)
-            return json.loads((path / "state.json").read_text())["nimg"]
-        problems.append(f"{path}: {problem}")
-        warn(f"{path} is damaged ({problem}); using the checkpoint before it")
+        problem = _find_damage(path, ranks)
+        # Each rank reads a part of the files: all have to agree.
+        if float(ranks.all_reduce(torch.tensor(float(problem is not None), device=device))):
+            problem = problem or "a file that another rank checked"
+            problems.append(f"{path}: {problem}")
+            warn(f"{path} is damaged ({problem}); using the checkpoint before it")
+            continue
+        _load_checkpoint(path, tensors, ranks)
+        return _read_description(path)["nimg"]
     if problems:
         raise RunError(
             "all checkpoints are damaged:\n" + "\n".join(problems[:2]) + "\nRemove the run folder and start again."
@@ -156,30 +187,39 @@ def load_latest(
     return 0
 
 
-def _find_damage(path: Path) -> str | None:
-    """Return a description of the damage to a checkpoint folder, or None."""
+def _find_damage(path: Path, ranks: Ranks) -> str | None:
+    """Return a description of the damage to a checkpoint folder, or None; each rank compares some checksums."""
     try:
-        description = json.loads((path / "state.json").read_text())
+        description = _read_description(path)
     except (OSError, ValueError) as error:
         return f"state.json: {error}"
-    if description.get("format") != FORMAT:
-        return "state.json was not written by gesso"
-    for name, num_bytes in description["files"].items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != num_bytes:
-            return f"{name} has {file.stat().st_size} bytes, not {num_bytes}"
+    for i, (name, num_bytes) in enumerate(description["files"].items()):
+        file, checksum = path / name, description["crc32"].get(name)
+        try:
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != num_bytes:
+                return f"{name} has {file.stat().st_size} bytes, not {num_bytes}"
+            mine = i % ranks.world_size == ranks.rank
+            if mine and checksum is not None and _file_checksum(file) != checksum:
+                return f"the checksum of {name} does not match"
+        except (OSError, ValueError) as error:
+            return f"{name}: {error}"
+    try:
+        _stored_shapes(path)
+    except Exception as error:  # the storage layer raises various errors for a header that it cannot parse
+        return f"{type(error).__name__}: {error}"
     return None
 
 
+def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors of a checkpoint."""
+    metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    return {name: tuple(meta.size) for name, meta in metadata.items() if isinstance(meta, TensorStorageMetadata)}
+
+
 def _load_checkpoint(path: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
-    reader = HuggingFaceStorageReader(str(path))
-    try:
-        metadata = reader.read_metadata().state_dict_metadata
-        stored = {name: tuple(meta.size) for name, meta in metadata.items() if isinstance(meta, TensorStorageMetadata)}
-    except Exception as error:  # the storage layer raises various errors for a header that it cannot parse
-        raise RunError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+    stored = _stored_shapes(path)
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if stored != expected:
         missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
@@ -189,7 +229,7 @@ def _load_checkpoint(path: Path, tensors: dict[str, Tensor], ranks: Ranks) -> No
             f"shape {different[:3]}"
         )
     with _ignore_single_process_warning():
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=ranks.world_size == 1)
+        dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=ranks.world_size == 1)
 
 
 @contextlib.contextmanager

@@ -287,11 +287,22 @@ def memory_lines(trial: TrialResult, device: torch.device) -> list[str]:
     """Return the lines on memory."""
     static_bytes, measured = sum(trial.memory.values()), trial.measurements.peak_bytes
     activations = max(0, trial.peak_bytes - static_bytes)
-    breakdown = format_memory(trial.memory | {"activations and the rest": activations})
-    source = "" if trial.micro_batch_size in measured else f" (extrapolated from {max(measured)})"
+    breakdown = format_memory(trial.memory)
+    bound = ""
+    if activations:
+        breakdown += f", activations and the rest {format_bytes(activations)}"
+    else:
+        bound = "at least "
+        breakdown += f"; activations were too small to measure with {_num_samples(max(measured))} per pass"
+    source = ""
+    if trial.micro_batch_size not in measured:
+        source = f" (extrapolated from {', '.join(map(str, sorted(measured)[-2:]))})"
+        if len(measured) == 1:
+            bound = "at least "
+            breakdown += f"; more samples per pass than {max(measured)} were not measured, as a step takes too long"
     lines = [
-        f"  memory   {format_bytes(trial.peak_bytes)} per rank with {trial.micro_batch_size:,} samples per pass{source}"
-        f": {breakdown}"
+        f"  memory   {bound}{format_bytes(trial.peak_bytes)} per rank with {_num_samples(trial.micro_batch_size)} per "
+        f"pass{source}: {breakdown}"
     ]
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else physical_memory()
     if trial.peak_bytes > 0.95 * total:
@@ -305,6 +316,10 @@ def memory_lines(trial: TrialResult, device: torch.device) -> list[str]:
         )
         lines.append(f"           more than the {format_bytes(total)} of this device; {advice}")
     return lines
+
+
+def _num_samples(count: int) -> str:
+    return f"{count:,} sample{'s' * (count != 1)}"
 
 
 def time_lines(run: RunConfig, measurements: StepMeasurements) -> list[str]:

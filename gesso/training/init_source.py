@@ -16,8 +16,9 @@ from gesso.config.net import TransformerConfig
 from gesso.config.process import ProcessConfig
 from gesso.errors import RunError, UsageError
 from gesso.hub import fetch_run
+from gesso.interop.files import read_state
 from gesso.interop.mapping import NOTE_ASSUMED_RESOLUTION, ImportedModel
-from gesso.safetensors_io import read_metadata, read_tensors
+from gesso.safetensors_io import read_metadata
 from gesso.sampling import MAX_PROFILE_ERROR
 
 TRANSFERABLE_DIFFERENCES = (
@@ -25,8 +26,6 @@ TRANSFERABLE_DIFFERENCES = (
     "text_projection", "pooled_mlp", "learned_variance",
 )  # fmt: skip
 """Settings of a network that may differ from those of the source."""
-CHECKPOINT_KEYS = ("ema", "state_dict", "model")
-"""Keys of the weights in a PyTorch checkpoint, EMA weights first."""
 
 
 class InitSource(NamedTuple):
@@ -88,7 +87,10 @@ def open_init_source(run: RunConfig) -> InitSource:
 
 
 def parse_init_source(text: str) -> tuple[Path, float | None, int | None]:
-    """Return path, EMA length and nimg of PATH[@0.1][@100k], in either order. Raises UsageError for other text."""
+    """Return path, EMA length and nimg of PATH[@0.1][@100k], in either order. Raises UsageError for other text.
+
+    PATH may be hub:OWNER/NAME[@REVISION], where the revision is not a number.
+    """
     path = text
     sigma_rel: float | None = None
     nimg: int | None = None
@@ -96,6 +98,9 @@ def parse_init_source(text: str) -> tuple[Path, float | None, int | None]:
         path, _, part = path.rpartition("@")
         value = parse_count(part)
         if not isinstance(value, int | float) or (value >= 1 and not isinstance(value, int)):
+            if path.startswith("hub:"):
+                path = f"{path}@{part}"
+                break
             raise UsageError(
                 f"init.source={text}: @{part} is neither an EMA length (0.1) nor a number of images (100k)"
             )
@@ -165,15 +170,13 @@ def _from_run(
 
 def _from_file(path: Path, run: RunConfig) -> InitSource:
     notes: list[str] = []
-    if path.suffix == ".safetensors":
-        if "gesso" in read_metadata(path):
-            weights, source_run, stored = snapshot.read(path)
-            description = f"{path} (image {stored.nimg:,})"
-            return _from_run(description, source_run, weights, stored.profile, stored.nimg, run, notes)
-        state = read_tensors(path)
-    else:
-        state, notes = _load_torch_file(path)
-    imported = _detect_format(path, state, run)
+    if path.suffix == ".safetensors" and "gesso" in read_metadata(path):
+        weights, source_run, stored = snapshot.read(path)
+        description = f"{path} (image {stored.nimg:,})"
+        return _from_run(description, source_run, weights, stored.profile, stored.nimg, run, notes)
+    state = read_state(path, f"init.source={path}")
+    notes += state.notes.values()
+    imported = _detect_format(path, state.tensors, run)
     resolution = imported.inputs.resolution
     if imported.notes.get("resolution") == NOTE_ASSUMED_RESOLUTION:
         if run.init.resolution is None:
@@ -213,26 +216,6 @@ def _detect_format(path: Path, state: Mapping[str, Tensor], run: RunConfig) -> I
             return interop.detect_format(state, num_heads, resolution)
     except (UsageError, RunError) as error:
         raise type(error)(f"init.source={path}: {error}") from None
-
-
-def _load_torch_file(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of a PyTorch file, and notes. Only files without code are read."""
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch raise various errors
-        raise RunError(
-            f"init.source={path} is damaged, is no weight file, or contains code, which gesso never runs "
-            f"({type(error).__name__}); if you trust the file, convert it to safetensors"
-        ) from None
-    notes: list[str] = []
-    for name in CHECKPOINT_KEYS:
-        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
-            loaded, notes = loaded[name], [f"only {name!r} of the file was read"]
-            break
-    tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, dict) else {}
-    if not tensors:
-        raise UsageError(f"init.source={path} contains no named weights")
-    return tensors, notes
 
 
 def _check_source(run: RunConfig, source: InitSource) -> None:

@@ -1,7 +1,7 @@
 """The log file log.jsonl and the progress bar of a run."""
 
+import contextlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from gesso import atomic_io
+from gesso import atomic_io, untrusted
+from gesso.errors import RunError
 from gesso.training.trackers import Tracker, flatten_numbers
 
 HARDWARE_KEYS = ("images_per_second", "data_wait_fraction", "mfu", "matmul_tflops", "peak_memory_gb", "slow_ranks")
 """Keys of log values that depend on the machine; all others are bit-equal when a run is repeated."""
+MAX_LOG_BYTES = 2**30
+"""Maximum size of a log."""
 
 
 class RunLog:
@@ -34,10 +37,7 @@ class RunLog:
 
     def write(self, **values: Any) -> None:
         """Write one line."""
-        with atomic_io.disk_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        atomic_io.append_text(self.path, json.dumps(values) + "\n")
         for tracker in self.trackers:
             tracker.write(values["nimg"], dict(flatten_numbers({k: v for k, v in values.items() if k != "nimg"})))
 
@@ -53,13 +53,23 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log, without an incomplete last line after a crash."""
+    """Return the lines of a log that are objects with nimg, so without an incomplete last line after a crash.
+
+    Raises:
+        RunError: It is no regular file, a symbolic link, or too large.
+    """
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
+    try:
+        with open(untrusted.open_regular(path, follow_links=False), "rb") as file:
+            while content := file.readline(untrusted.MAX_TEXT_BYTES):
+                with contextlib.suppress(ValueError):
+                    line = untrusted.parse_json(content)
+                    if isinstance(line, dict) and type(line.get("nimg")) is int:
+                        lines.append(line)
+                if file.tell() > MAX_LOG_BYTES:
+                    raise ValueError(f"it has more than {MAX_LOG_BYTES / 2**30:g} GiB")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}): move it away") from None
     return lines
 
 
@@ -74,22 +84,22 @@ class ProgressBar:
     """Show images seen, images/s, loss and remaining time; without a terminal, print a line every 15 seconds."""
 
     def __init__(self, console: Console, total: int, start: int, title: str):
-        self.console, self.total, self.title = console, total, title
+        self.console, self.total, self.title = console, total, untrusted.printable(title)
         self.is_interactive = console.is_terminal
         self.last_print_time = time.monotonic()
         if self.is_interactive:
             self.progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TextColumn("{task.completed:,}/{task.total:,}"),
                 _RateColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=console,
                 refresh_per_second=4,
             )
-            self.task = self.progress.add_task(title, total=total, completed=start, note="")
+            self.task = self.progress.add_task(self.title, total=total, completed=start, note="")
 
     def __enter__(self) -> "ProgressBar":
         if self.is_interactive:
@@ -107,4 +117,4 @@ class ProgressBar:
             self.progress.update(self.task, completed=min(done, self.total), total=self.total, note=note)
         elif time.monotonic() - self.last_print_time > 15:
             self.last_print_time = time.monotonic()
-            self.console.print(f"{self.title}: {done:,}/{self.total:,}  {note}", highlight=False)
+            untrusted.print_text(self.console, f"{self.title}: {done:,}/{self.total:,}  {note}")

@@ -1,6 +1,7 @@
 """The training loop: steps, and the logging and snapshots between them."""
 
 import functools
+import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from gesso.training.monitor import Monitor, is_due
 from gesso.training.ranks import SINGLE_PROCESS, Ranks
 from gesso.training.stragglers import StragglerDetector
 from gesso.training.trainer import STOP_SIGNALS, Trainer
+from gesso.untrusted import print_text
 
 
 @contextmanager
@@ -71,14 +73,17 @@ def train(
     """
     trainer = Trainer(run, dataset, ranks, device, denoiser)
     trainer.nimg = checkpoint.load_latest(
-        out / "state", trainer.state_tensors(), lambda text: console.print(f"warning: {text}"), ranks
+        out / "state", trainer.state_tensors(), lambda text: print_text(console, f"warning: {text}"), ranks
     )
     log = RunLog(out / "log.jsonl") if ranks.is_main else None
     if log:
         log.rewind(trainer.nimg)
         log.trackers = [*trackers.open_trackers(run, out, trainer.nimg), *more_trackers]
     if trainer.nimg:
-        console.print(f"resumed at image {trainer.nimg:,}", highlight=False)
+        print_text(console, f"resumed at image {trainer.nimg:,}")
+        if trainer.nimg >= run.train.total_images:
+            longer = f"train.total_images={2 * trainer.nimg} or another number trains it longer"
+            print_text(console, f"note: the run is finished; {longer}")
     elif log and dataset.unreadable:
         log.write(nimg=0, unreadable=dataset.unreadable)
     writer = checkpoint.CheckpointWriter(ranks, run.train.rank_timeout_s)
@@ -121,8 +126,9 @@ def _run_steps(
             if stragglers:
                 line["slow_ranks"] = stragglers
             if stragglers.keys() - announced:
-                progress.console.print(
-                    "\n".join(f"slow: {name}, {x:g} times the median" for name, x in stragglers.items())
+                print_text(
+                    progress.console,
+                    "\n".join(f"slow: {name}, {x:g} times the median" for name, x in stragglers.items()),
                 )
             announced |= stragglers.keys()
             if log:
@@ -141,7 +147,7 @@ def _run_steps(
     if trainer.nimg < cfg.total_images:
         raise StoppedError(
             f"{signal.Signals(trainer.stop_signal).name} at image {trainer.nimg:,}: a checkpoint is written. "
-            f"Resume with\n  gesso train {out} --resume",
+            f"Resume with\n  gesso train {shlex.quote(str(out))} --resume",
             trainer.stop_signal,
         )
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gesso import ema, rng, sampling
+from gesso import conditioning, ema, rng, sampling
 from gesso.conditioning import Cond
 from gesso.config import RunConfig
 from gesso.data.base import Dataset
@@ -17,6 +18,7 @@ from gesso.data.batching import Batcher
 from gesso.diffusion import denoiser as diffusion
 from gesso.diffusion.denoiser import Denoiser
 from gesso.ema import Profile
+from gesso.errors import NonFiniteSamplesError
 from gesso.evaluation import validation
 from gesso.evaluation.metrics import select_metrics
 from gesso.evaluation.metrics.validation_loss import mean_losses
@@ -26,6 +28,8 @@ from gesso.training.logging import RunLog
 from gesso.training.magnitudes import Magnitudes
 from gesso.training.throughput import ThroughputMeter
 from gesso.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def is_due(before: int, after: int, every: int | None) -> bool:
@@ -69,7 +73,7 @@ class EvalModel:
 
 
 class Monitor:
-    """Write the measurements that monitor.* selects to the log, and sample grids to samples/, whenever they are due.
+    """Write the measurements that monitor.* selects to the log, and sample grids to sheets/, whenever they are due.
 
     The monitor does not change the trainer or its random numbers. The constructor raises UsageError for anything that
     cannot be measured.
@@ -167,12 +171,23 @@ class Monitor:
             weights = magnitudes.weights({name: ema.full_tensor(tensor) for name, tensor in average.items()})
         self._write(magnitudes={"activations": activations, "main_path": main_path, "weights": weights})
 
-    def generate_images(self, denoiser: Denoiser, cond: Cond, n: int) -> Tensor:
-        """Return images (n, C, H, W) uint8 of the seeds 0 to n-1 on the CPU; each rank samples a part."""
+    def generate_images(self, denoiser: Denoiser, cond: Cond, n: int) -> Tensor | None:
+        """Return images (n, C, H, W) uint8 of the seeds 0 to n-1 on the CPU; each rank samples a part.
+
+        Returns None, with a warning, if a sample is not finite: training continues.
+        """
         seeds, valid = self.ranks.shard_batch(0, n)
-        generated = torch.cat(
-            list(sampling.generate(denoiser, self.sample_run, seeds.tolist(), cond[seeds], self.guide, self.normalizer))
-        )
+        problem, generated = "", torch.empty(0)
+        try:
+            batches = sampling.generate(
+                denoiser, self.sample_run, seeds.tolist(), cond[seeds], self.guide, self.normalizer
+            )
+            generated = torch.cat(list(batches))
+        except NonFiniteSamplesError as error:
+            problem = str(error)
+        if float(self.ranks.all_reduce(torch.tensor(float(bool(problem)), device=self.device))):
+            logger.warning("no samples at image %s: %s", f"{self.trainer.nimg:,}", problem or "another rank has NaN")
+            return None
         images = generated.new_zeros(n, *generated.shape[1:])
         images[seeds[valid]] = generated[valid]
         return self.ranks.all_reduce(images.to(self.device)).cpu()
@@ -181,8 +196,8 @@ class Monitor:
     def sample_cond(self) -> Cond:
         """The conditions of a sample grid."""
         n = self.cfg.num_samples
-        labels = sampling.expand_labels(self.run, None, n)
-        prompts = sampling.expand_prompts(self.run, (), n)
+        labels = conditioning.expand_labels(self.run, None, range(n))
+        prompts = conditioning.expand_prompts(self.run, (), range(n))
         return sampling.build_cond(self.run, range(n), self.trainer.control_rows, labels, prompts)[0]
 
     def log_samples(self) -> None:
@@ -190,9 +205,9 @@ class Monitor:
         n = self.cfg.num_samples
         with self.eval_model.with_weights(self.trainer.ema.averages[self.ema_profile]) as denoiser:
             images = self.generate_images(denoiser, self.sample_cond, n)
-        if self.log:
+        if self.log and images is not None:
             grid = sampling.image_grid(images, columns=max(1, round(n**0.5)))
-            sampling.save_png(grid, self.out / "samples" / f"nimg{self.trainer.nimg:012d}.png")
+            sampling.save_png(grid, self.out / "sheets" / f"nimg{self.trainer.nimg:012d}.png")
             self.log.log_image(self.trainer.nimg, grid)
 
     @functools.cached_property
@@ -205,5 +220,5 @@ class Monitor:
         evaluator = self.toy_evaluator
         with self.eval_model.with_weights(self.trainer.ema.averages[self.ema_profile]) as denoiser:
             images = self.generate_images(denoiser, evaluator.cond, evaluator.num_samples)
-        if self.log:
+        if self.log and images is not None:
             self._write(metrics={name: float(f"{value:.6g}") for name, value in evaluator.values(images).items()})

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import shlex
 import subprocess
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,13 +16,14 @@ from gesso import atomic_io, config, devices, extensions
 from gesso.config import DataConfig, RunConfig
 from gesso.data.base import Dataset
 from gesso.data.encoders import text
-from gesso.data.factory import is_cache_uri, open_dataset, with_dataset_info
+from gesso.data.factory import is_cache_uri, is_named_source, open_dataset, with_dataset_info
 from gesso.errors import UsageError
 from gesso.evaluation import validation
 from gesso.sampling import check_sampling
 from gesso.training import checkpoint, init_source, loop, optimizer, trackers, transfer, transfer_config
 from gesso.training.logging import ProgressBar
 from gesso.training.ranks import SINGLE_PROCESS, Ranks, init_distributed
+from gesso.untrusted import print_text
 
 MAX_CHECKED_CAPTIONS = 100_000
 """Number of captions checked for truncation."""
@@ -86,9 +89,9 @@ def open_dataset_for_run(run: RunConfig, console: Console) -> tuple[RunConfig, D
     with ProgressBar(console, 1, 0, f"reading {run.data.source}") as bar:
         dataset = open_dataset(run.data, run.latent, run.train.seed, lambda done, total: bar.update(done, total=total))
     for note in dataset.notes:
-        console.print(f"note: {note}", highlight=False)
+        print_text(console, f"note: {note}")
     for name, reason in dataset.unreadable[:10]:
-        console.print(f"left out: {name} ({reason})", highlight=False, markup=False)
+        print_text(console, f"left out: {name} ({reason})")
     run = _apply_dataset_settings(run, dataset, console)
     text_dims = text_dims or _use_stored_text(run, dataset, console) or text.text_dims(run.semantic)
     if dataset.text_config is None:
@@ -98,10 +101,22 @@ def open_dataset_for_run(run: RunConfig, console: Console) -> tuple[RunConfig, D
     data = with_dataset_info(run.data, dataset, run.latent, run.train.seed)
     tree["data"] = config.to_dict(run.model_copy(update={"data": data}))["data"]
     tree["semantic"] |= text_dims
+    if data.untrained_classes and run.semantic.kind == "label":
+        _print_untrained_classes(data, console)
     if not has_semantic and run.sample.guidance != 1 and run.sample.guide_run is None:
         tree["sample"]["guidance"] = 1.0
-        console.print("note: sample.guidance=1, because the images have no classes", highlight=False)
+        print_text(console, "note: sample.guidance=1, because the images have no classes")
     return config.validate(tree), dataset
+
+
+def _print_untrained_classes(data: DataConfig, console: Console) -> None:
+    classes, names = data.untrained_classes or (), data.class_names or ()
+    examples = ", ".join(f"{names[i]!r} ({i})" for i in classes[:5]) + ", ..." * (len(classes) > 5)
+    console.print(
+        f"note: {len(classes):,} of {len(names):,} classes {'has' if len(classes) == 1 else 'have'} no images: "
+        f"{examples}. Samples do not show them unless --label names them",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def _apply_dataset_settings(run: RunConfig, dataset: Dataset, console: Console) -> RunConfig:
@@ -119,10 +134,10 @@ def _apply_dataset_settings(run: RunConfig, dataset: Dataset, console: Console) 
                     f"with gesso cache --resize {tree[block][name]}, or set data.resize={value}"
                 )
             if tree[block][name] not in (None, value):
-                console.print(
+                print_text(
+                    console,
                     f"note: {block}.{name}={value} (not {tree[block][name]}), as in {run.data.source}",
-                    highlight=False, markup=False,
-                )  # fmt: skip
+                )
             tree[block][name] = value
     return config.validate(tree)
 
@@ -137,11 +152,11 @@ def _use_stored_text(run: RunConfig, dataset: Dataset, console: Console) -> dict
     if same_encoder and all(getattr(configured, name) in (None, dim) for name, dim in dims.items()):
         return dims
     dataset.text_config = None
-    console.print(
+    print_text(
+        console,
         f"note: captions are encoded by {configured.encoder}, {configured.max_tokens} tokens; to use the tokens in "
         f"{run.data.source}, set semantic.encoder={stored.encoder} semantic.max_tokens={stored.max_tokens}",
-        highlight=False, markup=False,
-    )  # fmt: skip
+    )
     return {}
 
 
@@ -157,11 +172,40 @@ def _check_captions(run: RunConfig, dataset: Dataset, console: Console) -> None:
     captions = dataset.captions[:MAX_CHECKED_CAPTIONS]
     if truncated := text.build_text_encoder(run.semantic).truncation_notes(captions):
         first = "" if len(captions) == len(dataset) else "the first "
-        console.print(
+        print_text(
+            console,
             f"note: {len(truncated):,} of {first}{len(captions):,} captions are longer than "
             f"semantic.max_tokens={run.semantic.max_tokens}, such as {truncated[0]}",
-            highlight=False, markup=False,
-        )  # fmt: skip
+        )
+
+
+PATH_SETTINGS = (
+    "data.source", "latent.vae", "semantic.encoder", "init.source", "sample.guide_run", "monitor.validation_source",
+    "eval.validation_source", "eval.reference", "eval.prompts", "eval.weights_dir", "eval.dinov2", "eval.clip",
+)  # fmt: skip
+"""Settings that may be a local path."""
+
+
+def with_absolute_paths(run: RunConfig, recorded: RunConfig | None = None) -> RunConfig:
+    """Return the run with absolute paths in place of relative ones, so that it can be used from any folder.
+
+    Args:
+        run: Settings of the run.
+        recorded: Settings in its run.yaml, whose paths count even where nothing exists any more.
+    """
+    tree, old = config.to_dict(run), config.flatten(recorded) if recorded else {}
+    for name in PATH_SETTINGS:
+        section, key = name.split(".")
+        value = tree[section][key]
+        if not value or "://" in value or value in ("self", "words") or is_named_source(value):
+            continue
+        path, at, suffix = value.partition("@") if name == "init.source" else (value, "", "")
+        absolute = os.path.abspath(path)
+        if Path(path).exists() or ("{" in path and os.path.isdir(os.path.dirname(absolute))):
+            tree[section][key] = absolute + at + suffix
+        elif absolute + at + suffix == old.get(name):
+            tree[section][key] = old[name]
+    return config.validate(tree)
 
 
 RESUMABLE_SETTINGS = (
@@ -191,13 +235,55 @@ def prepare_run_folder(out: Path, run: RunConfig, device: torch.device, ranks: R
             atomic_io.write_text(out / "code" / path.name, path.read_text(encoding="utf-8"))
         return run
     recorded = config.load_config(record)
-    differing = [d for d in config.differences(recorded, run) if not d[0].startswith(RESUMABLE_SETTINGS)]
+    replaced = _replaceable_settings(recorded, run, out)
+    differing = [
+        d for d in config.differences(recorded, run) if not d[0].startswith(RESUMABLE_SETTINGS) and d[0] not in replaced
+    ]
     if differing:
         lines = "\n".join(f"  {path}: recorded {old!r}, now {new!r}" for path, old, new in differing[:8])
         raise UsageError(
             f"{out} contains another run, which cannot be resumed with these settings:\n{lines}\nChoose another --out."
         )
+    if replaced and ranks.is_main:
+        tree = config.to_dict(recorded)
+        for name in replaced:
+            section, key = name.split(".")
+            tree[section][key] = config.to_dict(run)[section][key]
+        config.save_config(config.validate(tree), record)
     return run.model_copy(update={"environment": recorded.environment})
+
+
+def _normalized(names: Sequence[str] | None) -> list[str]:
+    """Return names in one Unicode normalization: file systems of macOS and Linux differ in it."""
+    return [unicodedata.normalize("NFC", name) for name in names or ()]
+
+
+def _replaceable_settings(recorded: RunConfig, run: RunConfig, out: Path) -> list[str]:
+    """Return the settings that change although they are recorded: the place of equal images, and a longer training.
+
+    Raises:
+        UsageError: The training becomes longer, but its learning rate has ended; or it becomes shorter.
+    """
+    names = []
+    if run.data.source != recorded.data.source and run.data.fingerprint == recorded.data.fingerprint:
+        names.append("data.source")
+    old_names, new_names = recorded.data.class_names, run.data.class_names
+    if old_names != new_names and _normalized(old_names) == _normalized(new_names):
+        names.append("data.class_names")
+    old, new = recorded.train.total_images, run.train.total_images
+    if new == old:
+        return names
+    if new < old:
+        raise UsageError(
+            f"{out} is trained to train.total_images={old}, and {new} is less: give {old} or more, or choose another "
+            "--out"
+        )
+    if recorded.optim.schedule == "cosine":
+        raise UsageError(
+            f"{out} cannot be trained longer: optim.schedule=cosine decays to 0 at train.total_images={old}. Start a "
+            f"new run from its weights, with init={shlex.quote(str(out))} and another --out, or give {old}"
+        )
+    return [*names, "train.total_images"]
 
 
 def start_training(
@@ -235,8 +321,10 @@ def start_training(
         ranks.barrier()  # all ranks check before the first one writes run.yaml
         if run_exists and not resume:
             raise UsageError(f"{out} already contains a run: add --resume to resume it, or choose another --out")
-        if run_exists:
-            run = transfer_config.restore_recorded_settings(run, config.load_config(out / "run.yaml"))
+        recorded = config.load_config(out / "run.yaml") if run_exists else None
+        run = with_absolute_paths(run, recorded)
+        if recorded:
+            run = transfer_config.restore_recorded_settings(run, recorded)
         # The source is opened before any image is read, and not needed any more if there is a checkpoint.
         needs_source = run.init.source is not None and not checkpoint.list_checkpoints(out / "state")
         source = init_source.open_init_source(run) if needs_source else None
@@ -246,6 +334,7 @@ def start_training(
         optimizer.check_optimizer_config(run)
         with atomic_io.lock_dir(out) if ranks.is_main else contextlib.nullcontext():
             if ranks.is_main:
+                atomic_io.check_run_folder(out, "state", "snapshots", "samples", "evaluation")
                 for folder in (out, out / "state", out / "snapshots"):
                     atomic_io.remove_leftovers(folder)
             denoiser, report = None, list[str]()

@@ -6,7 +6,6 @@ RUN/wandb.json       id of the run in Weights & Biases, and nimg of the last val
 """
 
 import importlib.util
-import json
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,8 @@ from PIL import Image
 
 from gesso import atomic_io, config
 from gesso.config import RunConfig
-from gesso.errors import UsageError
+from gesso.errors import RunError, UsageError
+from gesso.untrusted import read_json_object
 
 
 class Tracker(Protocol):
@@ -86,6 +86,17 @@ class TensorBoardTracker:
         self.writer.close()
 
 
+def _read_record(path: Path) -> dict[str, Any]:
+    """Return the content of wandb.json. Raises RunError if it is damaged."""
+    try:
+        record = read_json_object(path, follow_links=False)
+        if not isinstance(record["id"], str) or not isinstance(record["nimg"], int):
+            raise ValueError("a value has another type")
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"{path} is damaged ({error}): delete it, and a new run of Weights & Biases begins") from None
+    return record
+
+
 class WandbTracker:
     """Write to Weights & Biases; steps are images seen.
 
@@ -99,7 +110,7 @@ class WandbTracker:
         self.wandb, self.record_path = wandb, out / "wandb.json"
         record: dict[str, Any] = {"id": secrets.token_hex(4), "nimg": -1}
         if self.record_path.is_file():
-            record = json.loads(self.record_path.read_text())
+            record = _read_record(self.record_path)
         self.id, self.recorded_nimg, self.current_nimg = record["id"], record["nimg"], -1
         try:
             self.run = wandb.init(

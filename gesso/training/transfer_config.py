@@ -3,15 +3,15 @@
 Legend: k ratio of the latent resolutions, new over source; lambda guidance.
 """
 
+import unicodedata
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from gesso import config
 from gesso.config import MDTConfig, MMDiTConfig, RunConfig
 from gesso.config.initialization import RECORDED_FIELDS
 from gesso.config.net import TransformerConfig
+from gesso.config.yaml_files import load_yaml
 from gesso.errors import UsageError
 from gesso.training.init_source import InitSource
 
@@ -246,8 +246,9 @@ def class_mapping(run: RunConfig, source: InitSource) -> tuple[int | None, ...] 
     if labels == "names":
         if not (names and source_names):
             raise UsageError(f"init.labels=names: the classes of {'the source' if names else 'this run'} have no names")
-        source_index = {name: i for i, name in enumerate(source_names)}
-        return tuple(source_index.get(name) for name in names)
+        # Folders of macOS and Linux write one name in different Unicode normalizations.
+        source_index = {unicodedata.normalize("NFC", name): i for i, name in enumerate(source_names)}
+        return tuple(source_index.get(unicodedata.normalize("NFC", name)) for name in names)
     if not Path(labels).is_file() and len(run.init.class_mapping or ()) == n:
         return run.init.class_mapping  # recorded when the file still existed
     return _read_class_mapping(
@@ -260,9 +261,9 @@ def _read_class_mapping(path: Path, names: list[str], source_names: list[str]) -
     if not path.is_file():
         raise UsageError(f"{prefix} is neither names, index, random nor an existing file")
     try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{prefix} is neither JSON nor YAML: {str(error).splitlines()[0]}") from None
+        mapping = load_yaml(path)  # JSON is YAML
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{prefix} is neither JSON nor YAML: {error}") from None
     if not isinstance(mapping, dict):
         raise UsageError(f"{prefix} contains no mapping {{class: source class}}")
     mapping = {str(k): None if v is None else str(v) for k, v in mapping.items()}

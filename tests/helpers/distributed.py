@@ -22,7 +22,8 @@ from gesso.training.logging import read_log
 NUM_STEPS, BATCH_SIZE = 50, 7  # 7 is divisible by neither 2 nor 3
 FLOAT64_TRAINING = {
     "train.dtype": "float64", "train.batch_size": BATCH_SIZE, "train.total_images": NUM_STEPS * BATCH_SIZE,
-    "train.log_every": BATCH_SIZE, "train.snapshot_every": NUM_STEPS * BATCH_SIZE, "train.checkpoint_every": 10 * BATCH_SIZE,
+    "train.log_every": BATCH_SIZE, "train.snapshot_every": NUM_STEPS * BATCH_SIZE,
+    "train.checkpoint_every": 10 * BATCH_SIZE,
     "optim.warmup_images": 0, "train.num_threads": 1,
 }  # fmt: skip
 MMDIT_SETTINGS = {"net.hidden_size": 32, "net.depth": 1, "net.num_heads": 2}

@@ -32,9 +32,9 @@ def portrait(width: int = 256, height: int = 300, mode: str = "RGB") -> Image.Im
 
 
 def write_gradient_images(root: Path) -> None:
-    """Write 7 tall and 9 wide images; red grows to the right and green downwards, so that pixels show their position."""
+    """Write 7 tall and 9 wide images. Red grows to the right and green downwards: pixels show their position."""
     for name, (width, height), count in (("wide", (96, 48), 9), ("tall", (40, 64), 7)):
-        (root / name).mkdir()
+        (root / name).mkdir(parents=True)
         for i in range(count):
             x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
             pixels = np.stack([x, y, 20.0 * i + 0 * x], 2).round().astype(np.uint8)
@@ -51,7 +51,7 @@ def copy_with_truncated(source: Path, folder: Path, truncated: set[str]) -> Path
 
 
 def write_latent_zip(path: Path) -> torch.Tensor:
-    """Write EDM2's zip of 12 latents (4 channels, 2x2) with 3 labels; return their means and deviations (12, 8, 2, 2)."""
+    """Write EDM2's zip of 12 latents (4 channels, 2x2) with 3 labels; return means and deviations (12, 8, 2, 2)."""
     rng = np.random.default_rng(0)
     moments = rng.normal(size=(12, 8, 2, 2)).astype(np.float32)
     moments[:, 4:] = np.exp(moments[:, 4:])

@@ -1,8 +1,8 @@
 """Process that forks ranks for tests; imports happen once, which saves seconds per launch.
 
-Reads one launch per line of stdin as JSON: world, per_node, port, log (file for the output of the ranks) and jobs, which run
-one after another: {out, settings, recipe, resume, stop_at, kill, signal, prelude}. Answers each launch with a line of the
-process ids, and with a line of the exit codes after all ranks have ended.
+Reads one launch per line of stdin as JSON: world, per_node, port, log (file for the output of the ranks) and jobs,
+which run one after another: {out, settings, recipe, resume, stop_at, kill, signal, prelude}. Answers each launch with a
+line of the process ids, and with a line of the exit codes after all ranks have ended.
 """
 
 import json
@@ -85,7 +85,8 @@ def fork_ranks(launch: dict) -> list[int]:
             children.append(child)
             continue
         if world > 1:
-            environment = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % per_node, "LOCAL_WORLD_SIZE": per_node,
+            environment = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % per_node,
+            "LOCAL_WORLD_SIZE": per_node,
                      "MASTER_ADDR": "localhost", "MASTER_PORT": port}  # fmt: skip
             os.environ.update({name: str(value) for name, value in environment.items()})
         with open(launch["log"], "a") as log:

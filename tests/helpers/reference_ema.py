@@ -6,7 +6,7 @@ from gesso.ema import PowerProfile, Profile
 
 
 def interval_weights(profile: Profile, edges: np.ndarray) -> np.ndarray:
-    """Return the weights of theta(0) and of theta in each interval between the edges, 0 to t, from the integral of p."""
+    """Return the weights of theta(0) and of theta in each interval between edges 0 to t, from the integral of p."""
     t = edges[-1]
     if isinstance(profile, PowerProfile):
         cdf = (edges / t) ** (profile.gamma + 1)

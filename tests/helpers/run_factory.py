@@ -48,9 +48,11 @@ def tiny_run(**update: object) -> RunConfig:
 def image_run(source: Path | str, **settings: object) -> RunConfig:
     """Return a short run of a small network on 16x16 pixels, or 2x2 latents, of a folder, archive or cache."""
     defaults = {
-        "data.source": source, "data.resolution": 16, "data.channels": 3, "net.hidden_size": 32, "net.depth": 1, "net.num_heads": 2,
+        "data.source": source, "data.resolution": 16, "data.channels": 3, "net.hidden_size": 32, "net.depth": 1,
+        "net.num_heads": 2,
         "net.patch_size": 1, "train.total_images": 64, "train.batch_size": 8, "train.snapshot_every": 32,
-        "train.checkpoint_every": 16, "train.log_every": 32, "train.num_threads": 1, "sample.steps": 3, "eval.toy_metrics": "none",
+        "train.checkpoint_every": 16, "train.log_every": 32, "train.num_threads": 1, "sample.steps": 3,
+        "eval.toy_metrics": "none",
     }  # fmt: skip
     return recipes.resolve("digits", [f"{name}={value}" for name, value in (defaults | settings).items()])[0]
 
@@ -63,7 +65,12 @@ def small_run(recipe: str = "digits", **settings: object) -> RunConfig:
 
 def write_run(folder: Path, recipe: str = "digits", **settings: object) -> RunConfig:
     """Write a run folder with snapshots of EMA lengths .05 and .1, with different nonzero weights; return the run."""
-    run, dataset = open_dataset_for_run(small_run(recipe, **settings), QUIET_CONSOLE)
+    return write_snapshots(folder, small_run(recipe, **settings))
+
+
+def write_snapshots(folder: Path, run: RunConfig) -> RunConfig:
+    """Write a run folder with snapshots of random weights, without training; return the run as it is recorded."""
+    run, dataset = open_dataset_for_run(run, QUIET_CONSOLE)
     trainer = Trainer(run, dataset)
     weights = randomize_constants_(trainer.denoiser.net).state_dict()
     generator = torch.Generator().manual_seed(1)

@@ -93,8 +93,10 @@ def make_run(
     )  # fmt: skip
     return RunConfig(
         data=data, latent=vae, net=options.pop("net", NETS[name]), process=options.pop("process", EDMConfig()),
-        semantic=SemanticConfig(kind=kind, embed_dim=12, pooled_dim=pooled or None), control=ControlConfig(variables=variables),
-        train=TrainConfig(dtype="float64", seed=seed), sample=options.pop("sample", SampleConfig()), init=InitConfig(**options),
+        semantic=SemanticConfig(kind=kind, embed_dim=12, pooled_dim=pooled or None),
+        control=ControlConfig(variables=variables),
+        train=TrainConfig(dtype="float64", seed=seed), sample=options.pop("sample", SampleConfig()),
+        init=InitConfig(**options),
     )  # fmt: skip
 
 

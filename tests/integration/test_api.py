@@ -16,7 +16,8 @@ from gesso.conditioning import Cond
 
 SIGNATURES = {
     "load_run": "(folder: str | pathlib.Path) -> gesso.api.Run",
-    "recipe": "(name: str, settings: collections.abc.Mapping[str, typing.Any] | None = None) -> gesso.config.run.RunConfig",
+    "recipe": "(name: str, settings: collections.abc.Mapping[str, typing.Any] | None = None) "
+    "-> gesso.config.run.RunConfig",
     "train": "(run: gesso.config.run.RunConfig | str, out: str | pathlib.Path, resume: bool = False, "
     "log: collections.abc.Callable[[str], None] | None = None, "
     "trackers: collections.abc.Sequence[gesso.training.trackers.Tracker] = ()) -> gesso.api.Run",
@@ -45,7 +46,8 @@ def run(tmp_path_factory) -> gesso.Run:
 
 def test_exported_names_and_signatures():
     assert set(gesso.__all__) == {
-        "Cond", "ControlVariable", "GessoError", "InputSpec", "PostHocEMA", "Run", "RunConfig", "UsageError", "extend", "load_run", "model", "recipe", "train", "__version__",
+        "Cond", "ControlVariable", "GessoError", "InputSpec", "PostHocEMA", "Run", "RunConfig", "UsageError", "extend",
+        "load_run", "model", "recipe", "train", "__version__",
     }  # fmt: skip
     for name, signature in SIGNATURES.items():
         assert str(inspect.signature(getattr(gesso, name))) == signature
@@ -59,7 +61,8 @@ def test_exported_names_and_signatures():
 
 
 def test_importing_gesso_loads_nothing_else():
-    code = "import sys, gesso; assert 'load_run' in dir(gesso); print([m for m in ('torch', 'numpy', 'rich', 'pydantic') if m in sys.modules])"
+    heavy = ("torch", "numpy", "rich", "pydantic")
+    code = f"import sys, gesso; assert 'load_run' in dir(gesso); print([m for m in {heavy} if m in sys.modules])"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert process.stdout == "[]\n"
 

@@ -1,4 +1,4 @@
-"""Caches: what is in them against slow loops, going on after any stop, ranks, bad input, reading, the command line.
+"""Caches: content against slow loops, resuming after any interruption, ranks, bad input, reading, command line.
 
 Legend: N images, K views of each; C channels of pixels, c of latents.
 """
@@ -52,7 +52,7 @@ def tree(out: Path) -> dict[str, bytes]:
 
 
 def rows(out: Path) -> dict[str, torch.Tensor]:
-    """Those of all files, one after another."""
+    """Return the rows of all files, one file after another."""
     parts = [load_file(out / "shards" / shard.name) for shard in format.open_manifest(out).files]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -170,10 +170,10 @@ def test_tokens_are_the_encoders(encoder, dtype, clip, photos, tmp_path):
     index = torch.tensor([4, 0, 7, 5, 3, 2, 1, 6])
     assert list(cache.captions) == [c.strip() for c in captions]
     due = text.build_text_encoder(semantic)([cache.captions[i] for i in index.tolist()])
-    got = cache.get(index, index).encoded_text
-    assert got.lengths.equal(due.lengths) and got.tokens.dtype == torch.float32
+    received = cache.get(index, index).encoded_text
+    assert received.lengths.equal(due.lengths) and received.tokens.dtype == torch.float32
     stored = getattr(torch, dtype)
-    assert got.tokens.equal(due.tokens.to(stored).float()) and got.pooled.equal(due.pooled.to(stored).float())
+    assert received.tokens.equal(due.tokens.to(stored).float()) and received.pooled.equal(due.pooled.to(stored).float())
     remaining = rows(tmp_path / "o")
     assert remaining["tokens"].shape[0] == int(due.lengths.sum()) < 8 * 8, "only real tokens are stored"
     assert cache.manifest.text_encoder == text.build_text_encoder(semantic).identity()
@@ -245,10 +245,11 @@ def test_faces_are_blurred_before_anything_else(tmp_path):
 
 
 def test_buckets(photos, vae, tmp_path):
-    """Wide pictures of 2:1, tall ones of 8:5."""
+    """Wide images are 2:1, tall ones 8:5."""
     o = tmp_path / "o"
     manifest = write_test_cache(
-        o, photos, 32, data={"crop_scale": (0.5, 1), "flip": True}, views=2, buckets=5, bucket_multiple=8, images_per_shard=9,
+        o, photos, 32, data={"crop_scale": (0.5, 1), "flip": True}, views=2, buckets=5, bucket_multiple=8,
+        images_per_shard=9,
         latent=LatentConfig(vae=str(vae)), batch_size=3,
     )  # fmt: skip
     sizes = manifest.plan.bucket_sizes()
@@ -340,8 +341,8 @@ print(kills)
 '''
 
 
-def driven(tree: dict, out: Path, how: str) -> int:
-    """How often it was killed."""
+def run_with_kills(tree: dict, out: Path, how: str) -> int:
+    """Return how often the process was killed."""
     ran = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps(tree), str(out), how], capture_output=True, text=True, env=ENVIRONMENT
     )
@@ -353,7 +354,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def test_what_was_left_half_written_is_swept(tmp_path):
-    """By us, and by safetensors, which writes under names of its own; nothing else."""
+    """Temporary files of gesso and of safetensors are removed, and nothing else."""
     for name in (".a.safetensors.7.tmp", ".tmpLS5Nmd", "a.safetensors", ".lock", ".tmp", "b.tmp"):
         (tmp_path / name).write_text("")
     (tmp_path / ".b.tmp").mkdir()
@@ -363,14 +364,14 @@ def test_what_was_left_half_written_is_swept(tmp_path):
 
 @pytest.mark.parametrize("how", ["steps", "times"])
 def test_killed_at_any_instant_and_gone_on_with(how, photos, tmp_path):
-    """By SIGKILL, before each change of the disk, and at random times."""
+    """Kill by SIGKILL, before each change of the disk, and at random times."""
     settings = dict(data={"crop_scale": (0.4, 1), "flip": True}, views=2, images_per_shard=2)
     folder = captioned(tmp_path / "s", photos, ["a"] * 4)
     if how == "times":
         folder, settings = photos, settings | {"buckets": 3, "bucket_multiple": 4, "images_per_shard": 3}
     write_test_cache(tmp_path / "whole", folder, **settings)
     requested = plan(folder, **settings)
-    kills = driven(requested.model_dump(mode="json"), tmp_path / "o", how)
+    kills = run_with_kills(requested.model_dump(mode="json"), tmp_path / "o", how)
     assert kills > 25 or how == "times"  # a busy machine may be killed less often
     assert tree(tmp_path / "o") == tree(tmp_path / "whole")
     assert {p.name for p in (tmp_path / "o").iterdir()} == {".lock", "manifest.json", "shards"}
@@ -397,7 +398,8 @@ for world, port in ((2, sys.argv[3]), (3, sys.argv[4])):
         if child == 0:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
             plan, seen = CachePlan.model_validate(json.loads(sys.argv[1])), []
-            lines = write.write_cache(plan, Path(sys.argv[2]) / str(world), progress=lambda done, total: seen.append(done))
+            out = Path(sys.argv[2]) / str(world)
+            lines = write.write_cache(plan, out, progress=lambda done, total: seen.append(done))
             assert bool(lines) == bool(seen) == (rank == 0), "one rank speaks"
             os._exit(0)
         children.append(child)
@@ -592,8 +594,8 @@ def test_places_that_will_not_do(photos, tmp_path):
 # Bad input.
 
 
-def spoiled(root: Path, photos: Path) -> Path:
-    """12 pictures, of which 5 cannot be read."""
+def write_broken_images(root: Path, photos: Path) -> Path:
+    """Write 12 images, of which 5 cannot be read."""
     root.mkdir()
     full = sorted(photos.glob("*/*.png"))
     for i in range(12):
@@ -606,7 +608,7 @@ def spoiled(root: Path, photos: Path) -> Path:
 
 
 def test_unreadable_images_are_counted_and_listed(photos, tmp_path):
-    folder, o = spoiled(tmp_path / "s", photos), tmp_path / "o"
+    folder, o = write_broken_images(tmp_path / "s", photos), tmp_path / "o"
     output = refused(o, folder, data={"max_unreadable": 0.1}, images_per_shard=4, kind=RunError)
     assert f"4 of 12 images in {folder} are unreadable, over the 10.0% of data.max_unreadable" in output
     assert not (o / "shards" / "shard-000002.json").exists(), "it gives up where the share is passed"
@@ -624,7 +626,7 @@ def test_unreadable_images_are_counted_and_listed(photos, tmp_path):
 
 
 def test_ranges_without_a_readable_image(photos, tmp_path):
-    folder = spoiled(tmp_path / "s", photos)
+    folder = write_broken_images(tmp_path / "s", photos)
     manifest = write_test_cache(tmp_path / "o", folder, data={"max_unreadable": 0.4}, images_per_shard=1)
     assert len(manifest.files) == 8 and len(list((tmp_path / "o" / "shards").glob("*.json"))) == 12
     assert len(CachedDataset(tmp_path / "o")) == 8 and format.verify_cache(tmp_path / "o") == []
@@ -656,16 +658,16 @@ def test_odd_names_and_captions(photos, tmp_path):
 
 
 def test_vaes_that_do_not_fit(vae, photos, tmp_path):
-    o, deep = tmp_path / "o", write_vae(tmp_path / "16", 16)
+    o, vae_16 = tmp_path / "o", write_vae(tmp_path / "16", 16)
     grey = write_vae(tmp_path / "grey", 4, in_channels=1, out_channels=1)
     assert "needs multiples of 8 pixels, not 20x20" in refused(o, photos, 20, latent=LatentConfig(vae=str(vae)))
-    assert "use dit" in refused(o, photos, latent=LatentConfig(vae=str(deep), convention="edm2"))
+    assert "use dit" in refused(o, photos, latent=LatentConfig(vae=str(vae_16), convention="edm2"))
     assert "it maps 1 channels to 1, but RGB has 3" in refused(o, photos, latent=LatentConfig(vae=str(grey)))
     assert "latent.channels=3, but --vae" in refused(o, photos, latent=LatentConfig(vae=str(vae), channels=3))
     assert "there is no such folder" in refused(o, photos, latent=LatentConfig(vae="no-where"))
     assert "--text: " in refused(o, captioned(tmp_path / "s", photos, [""] * 3), semantic=SemanticConfig(kind="text"))
     assert not o.exists(), "nothing was started"
-    manifest = write_test_cache(o, photos, latent=LatentConfig(vae=str(deep)))
+    manifest = write_test_cache(o, photos, latent=LatentConfig(vae=str(vae_16)))
     assert (
         manifest.files[0].shape == (16, 1, 32, 2, 2)
         and CachedDataset(o).implied_settings(None)["latent"]["channels"] == 16
@@ -683,7 +685,7 @@ def test_numbers_that_do_not_fit_into_float16(photos, tmp_path, monkeypatch):
     write_test_cache(tmp_path / "p", photos, latent=latent, dtype="float32")
 
 
-def edited(path: Path, **changes: object) -> None:
+def edit_manifest(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -721,7 +723,7 @@ def test_manifests_that_are_not_trusted(photos, tmp_path):
         ({"plan": recorded["plan"] | {"views": 2, "data": {"flip": True, "resolution": 16}}}, "contradicts its plan"),
     ):
         path.write_text(good)
-        edited(path, **changes)
+        edit_manifest(path, **changes)
         with pytest.raises(UsageError, match=output) as error:
             CachedDataset(o)
         assert "\n" not in str(error.value)
@@ -737,7 +739,7 @@ def test_manifests_that_are_not_trusted(photos, tmp_path):
 
 @pytest.mark.parametrize("name", ["manifest.json", "shards/shard-000000.safetensors"])
 def test_random_damage_is_one_line(name, photos, tmp_path):
-    """Of a shard its header; what lies behind it has no effect on opening it."""
+    """Damage in the header of a shard is one line; damage behind it has no effect on opening."""
     write_test_cache(tmp_path / "o", photos, semantic=SemanticConfig(kind="text", max_tokens=3))
     path, rng = tmp_path / "o" / name, np.random.default_rng(0)
     good = path.read_bytes()
@@ -755,8 +757,8 @@ def test_random_damage_is_one_line(name, photos, tmp_path):
     assert refused > 150
 
 
-def resaved(path: Path, manifest: Path, **changes: torch.Tensor | None) -> None:
-    """A file with other tensors, and its size and checksum in the manifest: as if it had been written so."""
+def write_modified_shard(path: Path, manifest: Path, **changes: torch.Tensor | None) -> None:
+    """Write a file with other tensors, with its size and checksum in the manifest."""
     tensors = load_file(path) | changes
     save_file({name: value for name, value in tensors.items() if value is not None}, path, {"format": "gesso cache 1"})
     recorded = json.loads(manifest.read_text())
@@ -790,7 +792,7 @@ def test_shards_that_are_not_what_they_should_be(photos, tmp_path):
     ):
         path.write_bytes(good)
         manifest.write_text(recorded)
-        resaved(path, manifest, **changes)
+        write_modified_shard(path, manifest, **changes)
         lines = format.verify_cache(o)
         assert len(lines) == 2 and output in lines[0] and path.name in lines[0], lines
         if not opens:
@@ -933,7 +935,7 @@ def parse_flags(source="photos", out="o", arguments=(), **flags) -> CachePlan:
 
 
 def test_flags_are_short_for_settings():
-    got = parse_flags(
+    received = parse_flags(
         resolution=256, crop_scale=".4,.6", flip=True, views=3, vae="a/b", convention="edm2", text="c/d", max_tokens=77,
         dtype="float32", blur_faces=True, buckets=3, images_per_shard=100, batch_size=8,
         arguments=["data.max_unreadable=0.05", "latent.dtype=bfloat16", "seed=3"],
@@ -944,10 +946,10 @@ def test_flags_are_short_for_settings():
         semantic=SemanticConfig(kind="text", encoder="c/d", max_tokens=77),
         views=3, dtype="float32", blur_faces=True, buckets=3, images_per_shard=100, batch_size=8, seed=3,
     )  # fmt: skip
-    assert got == due
+    assert received == due
     import shlex
 
-    words = shlex.split(cache_command(got, "a b"))
+    words = shlex.split(cache_command(received, "a b"))
     flags, arguments, place = {}, [], 4
     assert words[:4] == ["gesso", "cache", "photos", "a b"]
     while place < len(words):

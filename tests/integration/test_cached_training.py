@@ -11,13 +11,13 @@ from helpers.images import sample_sizes
 from helpers.run_factory import image_run
 from rich.console import Console
 
-from gesso import config, sampling, snapshot
+from gesso import config, sample_files, snapshot
 from gesso.data.batching import Batcher
 from gesso.data.cache.read import CachedDataset
 from gesso.data.samplers import BucketSampler, ShardWindowShuffle
 from gesso.errors import UsageError
 from gesso.evaluation import runner
-from gesso.sampling import SampleArgs
+from gesso.sample_files import SampleArgs
 from gesso.training.run_folder import open_dataset_for_run, start_training
 
 QUIET = Console(quiet=True)
@@ -45,7 +45,7 @@ def test_two_commands_from_a_folder_to_a_run(photos, tmp_path):
     run = trained(tmp_path / "c", tmp_path / "run", **{"data.resolution": 32, "control.variables": "flip,crop,size"})
     assert run.data.resolution == 16 and run.data.flip and run.data.crop_scale == (0.5, 1.0)  # as the cache holds
     assert run.data.num_images == 16 and run.data.class_names == ("tall", "wide") and len(run.data.mean) == 3
-    sampling.sample_to_folder(tmp_path / "run", run, SampleArgs(seeds="0-1", label="wide"), tmp_path / "made")
+    sample_files.sample_to_folder(tmp_path / "run", run, SampleArgs(seeds="0-1", label="wide"), tmp_path / "made")
     assert sample_sizes(tmp_path / "made") == [(16, 16)] * 2
     runner.evaluate_run(tmp_path / "run", run, lambda done, total: None)
     assert run_cli("cache", "--check", tmp_path / "c")
@@ -62,7 +62,8 @@ def test_settings_that_contradict_the_cache_are_reported(photos, tmp_path):
 def test_latents_and_tokens_need_neither_vae_nor_encoder_in_training(photos, vae, tmp_path):
     clip = write_clip(tmp_path / "clip")
     run_cli(
-        "cache", captioned(photos, tmp_path / "s"), tmp_path / "c", "--resolution", 32, "--vae", vae, "--convention", "edm2",
+        "cache", captioned(photos, tmp_path / "s"), tmp_path / "c", "--resolution", 32, "--vae", vae, "--convention",
+        "edm2",
         "--text", clip, "--max-tokens", 8,
     )  # fmt: skip
     text = {"semantic.kind": "text", "semantic.encoder": clip, "semantic.max_tokens": 8, "semantic.padding": "noisy"}
@@ -84,11 +85,13 @@ def test_latents_and_tokens_need_neither_vae_nor_encoder_in_training(photos, vae
             and done.data.mean[0] == 5.81
         )
         with pytest.raises(UsageError, match=r"the VAE .*: there is no such folder"):
-            sampling.sample_to_folder(tmp_path / "run", done, SampleArgs(seeds="0"), None)
+            sample_files.sample_to_folder(tmp_path / "run", done, SampleArgs(seeds="0"), None)
     finally:
         shutil.move(tmp_path / "vae away", vae)
     shutil.move(tmp_path / "away", clip)
-    sampling.sample_to_folder(tmp_path / "run", done, SampleArgs(seeds="0", prompts=["a red cat"]), tmp_path / "made")
+    sample_files.sample_to_folder(
+        tmp_path / "run", done, SampleArgs(seeds="0", prompts=["a red cat"]), tmp_path / "made"
+    )
     assert sample_sizes(tmp_path / "made") == [(32, 32)]
 
 
@@ -131,7 +134,7 @@ def test_buckets_train_and_sample(photos, tmp_path):
     wide, _ = config.resolve(config.to_dict(run), ["sample.aspect=2:1"])
     height, width = wide.sample_size
     assert width > height and wide.sample_size in run.data.buckets
-    sampling.sample_to_folder(tmp_path / "run", wide, SampleArgs(seeds="0-1"), tmp_path / "made")
+    sample_files.sample_to_folder(tmp_path / "run", wide, SampleArgs(seeds="0-1"), tmp_path / "made")
     assert sample_sizes(tmp_path / "made") == [(width, height)] * 2
     runner.evaluate_run(tmp_path / "run", wide, lambda done, total: None)
     with pytest.raises(UsageError, match="no bucket fills a batch"):

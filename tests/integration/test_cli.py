@@ -115,9 +115,9 @@ def test_sample(gesso, run, tmp_path):
     code, out, _ = gesso("sample", run, "--label", "7", "--seeds", "0-3,9", "--out", tmp_path / "out")
     assert code == 0 and "5 images" in out
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert names == ["grid.png", *(f"seed{s:06d}.png" for s in (0, 1, 2, 3, 9))]
+    assert names == [f"seed{s:06d}.png" for s in (0, 1, 2, 3, 9)]
     assert pixels(tmp_path / "out" / "seed000009.png").shape == (8, 8)
-    assert pixels(tmp_path / "out" / "grid.png").shape[1] > 100
+    assert pixels(tmp_path / "out-sheet.png").shape[1] > 100
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -156,7 +156,7 @@ def test_evaluate_and_report(gesso, run):
     assert guided.protocol["networks"]["digits"] == "digits-cnn-v1" and guided.protocol["num_samples"] == 898
     assert unguided.protocol["guidance"] == 1 and unguided.protocol["series"] == "unguided"
     assert [point.protocol["sigma_rel"] for point in curve] == [0.03, 0.1]
-    assert {"by_class.png", "nearest.png"} <= {p.name for p in (run / "samples").iterdir()}
+    assert {"by_class.png", "nearest.png"} <= {p.name for p in (run / "sheets").iterdir()}
     assert floor["class_accuracy"] > 0.99
 
     code, out, _ = gesso("report", run)
@@ -232,7 +232,7 @@ def test_flat_folder_needs_no_labels(gesso, tmp_path, monkeypatch):
     assert gesso("sample", "runs/photos")[0] == 0
     assert_refused(gesso("sample", "runs/photos", "--label", "0"), "takes no label")
     code, out, _ = gesso("evaluate", "runs/photos")
-    assert code == 0 and "no metrics for these images" in out
+    assert code == 0 and "no eval.metrics are set, so this makes: sheets of samples" in out
     assert gesso("report", "runs/photos")[0] == 0
 
 

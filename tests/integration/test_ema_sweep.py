@@ -131,7 +131,8 @@ def test_shapes_are_read_back(gesso_text, tmp_path):
     assert code == 2 and "has all, kind, border" in output
 
 
-@pytest.mark.parametrize("text", ["", "1", ".02:.25", "a:b:c", ".02:.25:2", ".25:.02:5", "0:.2:5", ".02:.3:5", ".02:.25:5.5",
+@pytest.mark.parametrize("text",
+["", "1", ".02:.25", "a:b:c", ".02:.25:2", ".25:.02:5", "0:.2:5", ".02:.3:5", ".02:.25:5.5",
                                   ".1:.1001:9", "nan:.2:5"])  # fmt: skip
 def test_malformed_sweeps(text):
     with pytest.raises(UsageError, match="--sweep"):
@@ -273,6 +274,24 @@ def test_where_there_is_no_inner_optimum():
     assert ema_curves.find_optimum(spiky, True).sigma_rel == pytest.approx(GRID[3], rel=0.2)
     narrow = {float(s): CurvePoint((v,), 0.0, 0.0) for s, v in zip(GRID[:3], values[1:4], strict=True)}
     assert "no error known" in ema_curves.find_optimum(narrow, True).note
+
+
+def test_inaccurate_lengths_are_not_the_best():
+    points = curve(lambda x: 3 + (x - math.log(0.08)) ** 2)
+    first = min(points)
+    points[first] = CurvePoint((0.0,), 0.0, 0.32)  # by far the best value, of weights that are not of this length
+    best = ema_curves.find_optimum(points, True)
+    assert best.sigma_rel == pytest.approx(0.08, rel=1e-6) and best.value == pytest.approx(3)
+    lines = ema_curves.curve_table({"guidance 1": points}, lower_is_better=True)
+    assert "3.2e-01!" in lines[1] and "*" not in lines[1] and sum(line.count("*") for line in lines) == 1
+    only = {s: point._replace(profile_error=0.5) for s, point in points.items()}
+    assert ema_curves.find_optimum(only, True).sigma_rel == first  # nothing else to compare
+
+
+def test_sweep_warns_of_inaccurate_lengths(gesso_text, folder):
+    code, output = gesso_text("ema", folder, "--sweep", ".005:.1:3", *QUICK)
+    assert code == 0 and "warning: the snapshots cannot reconstruct sigma_rel 0.005" in output
+    assert "so the optimum ignores" in output and "accurate are sigma_rel" in output
 
 
 def test_the_table_marks_the_best():

@@ -71,6 +71,29 @@ def test_memory_of_more_at_once():
     assert StepMeasurements(peak_bytes={2: 100, 4: 100}).predict_peak(0, 64) == 100
 
 
+@pytest.mark.parametrize(
+    "peaks, micro_batch, peak, expected",
+    [
+        ({1: 100_000}, 8, 100_000, ["at least 100 kB", "8 samples per pass (extrapolated from 1)",
+                                    "too small to measure",
+                                    "with 1 sample per pass", "more samples per pass than 1 were not measured"]),
+        ({1: 150_000}, 8, 500_000, ["at least 500 kB", "activations and the rest 400 kB", "than 1 were not measured"]),
+        ({4: 100_000, 8: 100_000}, 8, 100_000, ["at least 100 kB", "too small to measure with 8 samples"]),
+    ],
+)  # fmt: skip
+def test_memory_that_was_not_measured_is_a_bound(peaks, micro_batch, peak, expected):
+    trial = estimate.TrialResult(StepMeasurements(peak_bytes=peaks), {"weights": 100_000}, peak, micro_batch, 1, 1)
+    text = estimate.memory_lines(trial, torch.device("cpu"))[0]
+    assert all(part in text for part in expected) and "activations and the rest 0 B" not in text, text
+
+
+def test_measured_memory_is_no_bound():
+    trial = estimate.TrialResult(StepMeasurements(peak_bytes={1: 120, 2: 140}), {"weights": 100}, 260, 8, 1, 1)
+    text = estimate.memory_lines(trial, torch.device("cpu"))[0]
+    assert "260 B per rank with 8 samples per pass (extrapolated from 1, 2): weights 100 B" in text
+    assert "at least" not in text and "activations and the rest 160 B" in text
+
+
 def test_estimate_output():
     assert [format_bytes(n) for n in (0, 999, 1000, 12_345, 7.5e9, 25e12)] == [
         "0 B",
@@ -88,7 +111,7 @@ def test_it_leaves_nothing_and_says_all(tmp_path, monkeypatch):
     head, memory, speed, time, disk = estimate.estimate(tiny_run(), QUIET, seconds=5)
     assert os.listdir(tmp_path) == [] and "snapshots" in disk
     assert re.match(r"digits on cpu, 1 rank: \d+ steps of 32 images$", head)
-    assert re.search(r"memory +[\d.]+ [kM]B per rank with 32 samples per pass: weights .*averages", memory)
+    assert re.search(r"memory +(at least )?[\d.]+ [kM]B per rank with 32 samples per pass: weights .*averages", memory)
     assert re.search(r"images/s \([\d.e+,]+ to [\d.e+,]+ in 80 %", speed)
     assert "for 640 images, 20 steps" in time
 
@@ -100,7 +123,8 @@ def test_it_leaves_nothing_and_says_all(tmp_path, monkeypatch):
 def test_a_source_that_is_not_there_yet(recipe):
     """Samples of the shape that the real ones would have, so that the network takes them."""
     small = {
-        "in1k-256-dit": ["net.hidden_size=32", "net.depth=1", "net.num_heads=2"], "folder": ["net.hidden_size=32", "net.depth=1"],
+        "in1k-256-dit": ["net.hidden_size=32", "net.depth=1", "net.num_heads=2"],
+        "folder": ["net.hidden_size=32", "net.depth=1"],
         "cc12m-256-berrada": ["net.hidden_size=32", "net.depth=1", "net.num_heads=2"],
         "cc12m-256-sdxl": ["net.channels=32", "net.transformer_depth=[1,0,0,0]", "net.num_heads=2"],
         "edm2-img512-xs": ["net.channels=16", "net.channels_per_head=16", "train.precision=full"],

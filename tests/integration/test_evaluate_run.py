@@ -1,4 +1,4 @@
-"""Scores of a run over many samples: in parts, by any number of ranks, after any stop."""
+"""Evaluation of a run over many samples: in parts, by any number of ranks, resumed after any interruption."""
 
 import contextlib
 from dataclasses import replace
@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.encoders import write_full_clip
 from helpers.feature_weights import inception_state, lpips_states, write_weights
-from helpers.run_factory import write_run
+from helpers.run_factory import small_run, write_run
 
 from gesso import atomic_io, config, ema, sampling, snapshot
 from gesso.config import EvalConfig
@@ -29,6 +29,7 @@ from gesso.evaluation.networks.toy_networks import load_digit_features
 from gesso.evaluation.tasks import EvalContext
 
 CPU = torch.device("cpu")
+VALIDATION_OFF = {"monitor.validate_every": "null"}
 SILENT = lambda done, total: None  # noqa: E731
 
 
@@ -52,8 +53,8 @@ def recorded_run(folder, *settings: str) -> config.RunConfig:
     )
 
 
-def drawn(folder, run: config.RunConfig, seeds: range) -> torch.Tensor:
-    """The samples themselves, in one go, in RGB."""
+def sample_directly(folder, run: config.RunConfig, seeds: range) -> torch.Tensor:
+    """Return the samples themselves, generated in one pass, in RGB."""
     tensors, *_ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(run.sample)])
     cond, _ = sampling.build_cond(run, seeds, snapshot.load_control_rows(folder), run_sampler.sample_labels(run, seeds))
     created = torch.cat(list(sampling.generate(snapshot.denoiser_from_weights(tensors[0], run), run, seeds, cond)))
@@ -70,7 +71,9 @@ def test_a_run_is_measured(folder):
     result = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)
     network = toy_networks.load_digit_features()
     real = torch.cat(list(open_image_set("digits", 8).batches(500)))
-    expected = [frechet(network(drawn(folder, run, seeds)), network(real)) for seeds in (range(75), range(75, 150))]
+    expected = [
+        frechet(network(sample_directly(folder, run, seeds)), network(real)) for seeds in (range(75), range(75, 150))
+    ]
     assert result.metrics["fd_digits"]["values"] == pytest.approx(expected, rel=1e-6)
     assert result.metrics["fd_digits"]["best"] == pytest.approx(min(expected), rel=1e-6)
     lines = results.format_evaluation(result)
@@ -82,7 +85,7 @@ def test_a_run_is_measured(folder):
 
 
 def test_what_was_spent():
-    """100 images in 4 s at a mean of 300 W: 25 a second, 1200 J, which are 333 mWh or 3.33 an image."""
+    """100 images in 4 s at a mean of 300 W are 25 a second and 1200 J, which is 333 mWh or 3.33 an image."""
     timing = tasks.Timing(60, 1.0, (250.0,)).add(tasks.Timing(40, 3.0, (350.0,)))
     assert timing.throughput() == {"images_per_second": 25, "milliwatt_hours": pytest.approx(10 / 3)}
     assert tasks.Timing().throughput() == {} and tasks.power_draw(CPU) == ()
@@ -105,12 +108,12 @@ def test_parts_are_shared_and_survive(folder, monkeypatch):
     (place,) = (folder / "evaluation").iterdir()
     assert [path.name for path in place.glob("*.safetensors")] == ["digits-0-000001.safetensors"]
     assert runner.evaluate_metrics(EvalContext(folder, run, CPU, 0, 2), SILENT).metrics == full
-    # Stopped after the first part; then only what lacks is drawn.
-    created, drawn = sampling.generate, []
+    # Interrupted after the first part; then only missing samples are generated.
+    created, first_seeds = sampling.generate, []
 
     def stopping(denoiser, run, seeds, *rest):
-        drawn.append(seeds[0])
-        if len(drawn) == 2:
+        first_seeds.append(seeds[0])
+        if len(first_seeds) == 2:
             raise KeyboardInterrupt
         return created(denoiser, run, seeds, *rest)
 
@@ -118,11 +121,11 @@ def test_parts_are_shared_and_survive(folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)
     assert runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics == full
-    assert drawn == [0, 30, 30, 60]
+    assert sample_directly == [0, 30, 30, 60]
 
 
 def test_work_of_an_interrupted_command_is_resumed(folder, monkeypatch):
-    """A part that is taken is left, and made after all where whoever took it has gone without it."""
+    """A locked part is skipped, and computed at the end if the process that locked it has ended without it."""
     run = recorded_run(folder, "eval.metrics=[fd_digits]", "sample.batch_size=13")
     full = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics
     claimed, taken = atomic_io.try_lock, []
@@ -139,7 +142,7 @@ def test_work_of_an_interrupted_command_is_resumed(folder, monkeypatch):
 
 
 def test_a_reference_is_read_by_all_ranks_and_once(folder, monkeypatch):
-    """In parts: whoever comes first leaves some to the other; a third time nothing is read, whatever machine has it kept."""
+    """The first rank leaves parts to the others. A third evaluation reads nothing, on whatever machine."""
     run = recorded_run(folder, "eval.metrics=fd_digits")
     full = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics
     read = []
@@ -237,7 +240,7 @@ def test_shapes_are_read_back(recipe, tmp_path):
 
 
 def test_rates_are_those_of_real_pictures():
-    """Real shapes are read rightly beside their own captions, and not beside others'."""
+    """Real shapes match their captions, and do not match the captions of others."""
     source = open_source("shapes:60")
     created = torch.stack([torch.from_numpy(shown(source, i)) for i in range(60)])
     captions = list(source.captions())
@@ -260,13 +263,13 @@ def shown(source, i):
 def test_agreement_of_digits(folder):
     run = recorded_run(folder, "eval.metrics=class_accuracy,fd_digits")
     scores = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics
-    _, logits = load_digit_features().classify(drawn(folder, run, range(75))[:, :1])
+    _, logits = load_digit_features().classify(sample_directly(folder, run, range(75))[:, :1])
     expected = (logits.argmax(dim=1) == torch.arange(75) % 10).double().mean()
     assert scores["class_accuracy"]["mean"] == pytest.approx(float(expected))
 
 
 def test_diversity_under_other_sizes(tmp_path, monkeypatch):
-    """The mean over seeds of the mean LPIPS of all pairs among five sizes; and without those below the run's resolution."""
+    """LPIPS is the mean over seeds of all pairs among five sizes; lpips_hr leaves out sizes below the resolution."""
     assert METRICS["lpips"].sizes == (64, 128, 256, 512, 1024)
     folder, sizes = tmp_path / "run", (8, 16, 32, 64, 1024)
     monkeypatch.setitem(METRICS, "lpips", replace(METRICS["lpips"], sizes=sizes))
@@ -293,23 +296,23 @@ def test_diversity_under_other_sizes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sizes", [(8, 16, 32), (8, 64), (64, 128)])
 def test_sizes_below_the_resolution_are_left_out(sizes):
-    """lpips_hr: of 64 pixels none below 64; where no pair is left there is no such number."""
+    """At 64 pixels no size is below 64; lpips_hr is absent where no pair is left."""
     metric = replace(METRICS["lpips"], sizes=sizes)
 
-    class Drawn:
+    class ShapesSampler:
         run = config.RunConfig(net=config.DiTConfig(), data=config.DataConfig(resolution=64))
 
         def generate_batches(self, seeds, control):
             yield torch.full((2, 3, 4, 4), int(control["size"].split("x")[0])), None
 
     distance = lambda a, b: (a - b).abs().float().mean((1, 2, 3))  # noqa: E731
-    rows = run_sampler.diversity_distances(Drawn(), metric, distance, [0, 1], ["lpips"])["lpips"]["rows"]
+    rows = run_sampler.diversity_distances(ShapesSampler(), metric, distance, [0, 1], ["lpips"])["lpips"]["rows"]
     every = {(8, 16, 32): 16.0, (8, 64): 56.0, (64, 128): 64.0}[sizes]
     assert rows.tolist() == [[every, 64.0, 0, 0] if sizes == (64, 128) else [every, 0, 0]] * 2
 
 
 def test_detail_energy_is_what_halving_takes_away():
-    """Of a checkerboard all, of an even image none; the score is the ratio of rms, largest size over smallest."""
+    """A checkerboard is all detail, an even image none. The score is the ratio of rms, largest size over smallest."""
     even, board = torch.full((8, 8), 0.5), (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
     images = torch.stack([even, board, 3 * board])[:, None].float()
     assert run_sampler.detail_energy(images).tolist() == pytest.approx([0, 1, 9])
@@ -325,7 +328,7 @@ def test_detail_energy_is_what_halving_takes_away():
 
 
 def test_scores_are_repeated_one_by_one(folder):
-    """eval.repeated: only those on other seeds; the best of each in its own direction."""
+    """Only metrics of eval.repeated are computed on other seeds; each has the best in its direction."""
     cfg = "eval.metrics=fd_digits,class_accuracy"
     every = runner.evaluate_metrics(EvalContext(folder, recorded_run(folder, cfg, "eval.num_repeats=3"), CPU), SILENT)
     run = recorded_run(folder, cfg, "eval.num_repeats=3", "eval.repeated=fd_digits")
@@ -340,7 +343,7 @@ def test_scores_are_repeated_one_by_one(folder):
 
 
 def test_best_value_follows_the_metric_direction():
-    """Distances, losses and conditional diversity: the least; inception score, precision, recall, accuracy: the greatest."""
+    """Distances, losses and conditional diversity have their minimum as best; the other metrics their maximum."""
     values = [2.0, 3.0, 1.0]
     lower = {"fid", "kid", "fd_dinov2", "kd_dinov2", "fd_clip", "lpips", "digits_feature_distance", "loss"}
     assert lower <= {name for name, metric in METRICS.items() if metric.lower_is_better}
@@ -354,20 +357,20 @@ def test_best_value_follows_the_metric_direction():
 
 
 def test_precision_and_recall_are_over_all_samples(monkeypatch):
-    """As ADM's evaluator: 10k of the reference beside all samples; density and coverage over 10k of each."""
+    """ADM's evaluator uses 10k reference images and all samples; density and coverage use 10k of each."""
     monkeypatch.setattr(precision_recall, "MAX_NEIGHBOUR_SAMPLES", 40)
     g = torch.Generator().manual_seed(0)
     real, created = torch.randn(60, 2, generator=g), 1.2 * torch.randn(150, 2, generator=g)
     x, y = (FeatureStats(Moments(), rows) for rows in (created, real))
     actual = precision_recall.compute("pr", MetricInputs(x, None, y, torch.nn.Linear(1, 1)))
-    some, every = precision_recall.shuffle(real)[:40].double(), created.double()
+    reference, every = precision_recall.shuffle(real)[:40].double(), created.double()
     radius = {
-        name: torch.cdist(x, x).kthvalue(4, dim=1).values for name, x in (("real", some), ("made", every))
+        name: torch.cdist(x, x).kthvalue(4, dim=1).values for name, x in (("real", reference), ("made", every))
     }  # 4: the sample itself is nearest
-    distance = torch.cdist(every, some)
+    distance = torch.cdist(every, reference)
     assert actual["precision"] == pytest.approx(float((distance <= radius["real"]).any(1).double().mean()))
     assert actual["recall"] == pytest.approx(float((radius["made"] >= distance.T).any(1).double().mean()))
-    few = precision_recall.precision_recall(some, precision_recall.shuffle(created)[:40], 5)
+    few = precision_recall.precision_recall(reference, precision_recall.shuffle(created)[:40], 5)
     assert (actual["density"], actual["coverage"]) == (few.density, few.coverage)
 
 
@@ -383,12 +386,12 @@ def test_captions_that_a_protocol_draws_for_again_are_noted(folder):
     run = recorded_run(folder, "eval.protocol=berrada-coco")
     (note,) = runner._repeated_caption_note(run, prompts)
     assert "75 samples of 60 captions" in note and "eval.num_samples=60" in note
-    for some, captions in ((run, prompts * 2), (recorded_run(folder), prompts), (run, None)):
-        assert runner._repeated_caption_note(some, captions) == []
+    for evaluated_run, captions in ((run, prompts * 2), (recorded_run(folder), prompts), (run, None)):
+        assert runner._repeated_caption_note(evaluated_run, captions) == []
 
 
 def test_digits_with_two_size_conditions(tmp_path):
-    """The mean distance between features of samples told 4x4 and 8x8; none where the size has no weight."""
+    """The value is the mean feature distance of samples conditioned on 4x4 and 8x8, 0 where the size has no weight."""
     actual = {}
     for schedule in ("uniform", "zero"):
         folder = tmp_path / schedule
@@ -402,7 +405,7 @@ def test_digits_with_two_size_conditions(tmp_path):
         actual[schedule] = result.metrics["digits_feature_distance"]["values"]
         assert result.protocol["networks"] == {"digits_distance": "digits-cnn-v1"}
         detail = result.metrics["size_detail"]["values"]
-        assert (detail == [1.0]) == (schedule == "zero")  # told nothing, samples are the same
+        assert (detail == [1.0]) == (schedule == "zero")  # without the condition, samples are the same
     tensors, *_ = snapshot.reconstruct_from_run(tmp_path / "uniform", [ema.sampling_profile(run.sample)])
     run = recorded_run(tmp_path / "uniform", "sample.steps=2")
     denoiser, rows, network = (
@@ -419,7 +422,7 @@ def test_digits_with_two_size_conditions(tmp_path):
 
 
 def test_scores_at_an_earlier_time(tmp_path):
-    """eval.nimg: the weights as they were; recorded with the number."""
+    """Weights at eval.nimg are evaluated, and their number of images is recorded."""
     folder = tmp_path / "run"
     run = write_run(folder)
     for stored_one in snapshot.list_snapshots(folder):
@@ -489,7 +492,7 @@ def test_the_command(folder, gesso):
 
 
 def test_scores_of_several_averages(tmp_path, monkeypatch):
-    """eval.halflives: each is a measurement of its own, equal to that with sample.halflife."""
+    """Each of eval.halflives is a separate measurement, equal to that with sample.halflife."""
     write_run(tmp_path / "run", "digits", **{"ema.halflives": "[1000]"})
     output = ("eval.metrics=fd_digits", "eval.num_samples=40", "sample.steps=2")
     lines = runner.evaluate_run(
@@ -500,6 +503,40 @@ def test_scores_of_several_averages(tmp_path, monkeypatch):
     by = {result.protocol["halflife"]: result.metrics["fd_digits"]["values"] for result in both}
     assert set(by) == {None, 1000} and by[None] != by[1000]
     for halflife in (None, 1000):
-        alone = recorded_run(tmp_path / "run", *output, *([f"sample.halflife={halflife}"] if halflife else []))
-        actual = runner.evaluate_metrics(EvalContext(tmp_path / "run", alone, CPU), SILENT)
+        run_at_length = recorded_run(tmp_path / "run", *output, *([f"sample.halflife={halflife}"] if halflife else []))
+        actual = runner.evaluate_metrics(EvalContext(tmp_path / "run", run_at_length, CPU), SILENT)
         assert actual.metrics["fd_digits"]["values"] == by[halflife]
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("has_weights", [False, True])
+def test_default_metrics_are_those_that_need_nothing_else(held_out, has_weights, tmp_path):
+    if has_weights:
+        (tmp_path / downloads.INCEPTION_FILES["torch-fidelity"].name).touch()
+    run = small_run(
+        **{
+            "eval.toy_metrics": "none",
+            "eval.weights_dir": tmp_path,
+            "data.num_validation": 8 * held_out,
+            **VALIDATION_OFF,
+        }
+    )
+    changed, note = runner.default_metrics(run)
+    assert changed.eval.metrics == ("loss",) * held_out + ("kid",) * has_weights
+    assert ("data.num_validation=N in training" in note) == (not held_out)
+    assert ("eval.metrics=kid, which downloads Inception" in note) == (not has_weights)
+    if has_weights:
+        assert changed.eval.num_samples == changed.eval.kid_subset == runner.DEFAULT_NUM_SAMPLES
+
+
+def test_default_metrics_are_said_before_the_work_and_computed(tmp_path, monkeypatch):
+    run = write_run(
+        tmp_path,
+        **{"eval.toy_metrics": "none", "data.num_validation": 8, "eval.validation_pairs": 16, **VALIDATION_OFF},
+    )
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    events: list[str] = []
+    lines = runner.evaluate_run(tmp_path, run, lambda done, total: events.append("work"), events.append)
+    assert events[0].startswith("no eval.metrics are set, so this makes: loss, sheets") and "work" in events
+    assert any(line.startswith("loss") for line in lines), lines
+    assert {path.name for path in (tmp_path / "sheets").iterdir()} == {"by_class.png", "nearest.png"}

@@ -34,7 +34,8 @@ class ConvNet(nn.Module):
     def __init__(self, inputs: gesso.InputSpec, width: int = 16):
         super().__init__()
         self.classes = inputs.num_classes
-        self.read, self.write = nn.Conv2d(inputs.channels, width, 3, padding=1), nn.Conv2d(width, inputs.channels, 3, padding=1)
+        self.read = nn.Conv2d(inputs.channels, width, 3, padding=1)
+        self.write = nn.Conv2d(width, inputs.channels, 3, padding=1)
         self.label, self.noise = nn.Embedding(inputs.num_classes + 1, width), nn.Linear(1, width)
 
     def forward(self, x, c_noise, progress, cond):
@@ -48,7 +49,8 @@ gesso.extend(networks={"conv": ConvNet})
 def recipe():
     return gesso.recipe("digits", {"net": {"name": "custom", "network": "conv"}, "train.total_images": 320,
                                    "train.batch_size": 32, "train.snapshot_every": 160, "train.checkpoint_every": 160,
-                                   "train.num_threads": 1, "monitor.sample_every": None, "monitor.magnitude_every": None})
+                                   "train.num_threads": 1, "monitor.sample_every": None,
+                                   "monitor.magnitude_every": None})
 '''
 
 
@@ -290,8 +292,8 @@ def test_images_of_a_dataset_in_every_form():
         np.arange(64, dtype=np.uint8).reshape(8, 8),
         np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8),
     )
-    items = [grey, Image.fromarray(grey), torch.from_numpy(grey), (grey[:, :, None], 0), colour, Image.fromarray(colour),
-             torch.from_numpy(colour).permute(2, 0, 1)]  # fmt: skip
+    items = [grey, Image.fromarray(grey), torch.from_numpy(grey), (grey[:, :, None], 0), colour,
+             Image.fromarray(colour), torch.from_numpy(colour).permute(2, 0, 1)]  # fmt: skip
     gesso.extend(datasets={"forms": lambda: items})
     source = open_source("custom:forms")
     for i in range(4):

@@ -1,4 +1,4 @@
-"""What is seen of a run: levels, held-out images, validation, magnitudes, pace, trackers; and that none of it is felt."""
+"""Monitoring of a run: noise levels, validation, magnitudes, speed and trackers, none of which changes training."""
 
 import json
 import time
@@ -84,12 +84,12 @@ def test_the_log_has_the_losses_of_the_steps(tmp_path):
     seen = []
     passes = trainer.forward_backward
 
-    def noted(*arguments):
+    def record_note(*arguments):
         actual = passes(*arguments)
         seen.append(actual)
         return actual
 
-    trainer.forward_backward = noted
+    trainer.forward_backward = record_note
     trainer.step()
     trainer.step()
     line = trainer.pop_log_line()
@@ -170,7 +170,7 @@ def test_an_unreadable_image_gives_way_to_one_of_its_side(photos, tmp_path):
 
 
 def test_nothing_left_to_train_on():
-    with pytest.raises(UsageError, match=r"data.num_validation=1797 leaves nothing of the 1797 images"):
+    with pytest.raises(UsageError, match=r"data.num_validation=1797 leaves no training images, as digits has 1797"):
         open_dataset_for_run(tiny_run(**{"data.num_validation": 1797, "monitor.validate_every": 64}), QUIET)
 
 
@@ -178,7 +178,7 @@ def test_nothing_left_to_train_on():
 
 
 class Known(torch.nn.Module):
-    """A denoiser whose estimate of every image is half of what it is shown."""
+    """Denoiser whose estimate of every image is half of its input."""
 
     def __init__(self, process):
         super().__init__()
@@ -217,18 +217,20 @@ def test_validation_of_a_known_network_against_a_slow_loop():
     process = processes.build_process(run.process)
     mean, by_level = mean_losses(losses(actual, Known(process)), actual.positions)
     assert sorted((actual.positions * 150).long().tolist()) == list(range(150))  # one pair in each stratum
-    due, places = [], []
+    expected, places = [], []
     for j in range(150):
         i = int(dataset.validation_indices[j % 70])
         x0 = (dataset.pixels[i].double() / 127.5 - 1 - run.data.mean[0]) * 0.5 / run.data.std[0]
         s = float(process.icdf(actual.positions[j]))
         eps = keyed.normal(0, torch.tensor([j]), "validation noise", (1, 8, 8))[0].double()
         error = float(((x0 + s * eps) / 2 - x0).square().mean())
-        due.append(error * (s**2 + 0.25) / (0.5 * s) ** 2)
+        expected.append(error * (s**2 + 0.25) / (0.5 * s) ** 2)
         places.append(int(float(actual.positions[j]) * 10))
-    assert mean == pytest.approx(np.mean(due), rel=1e-5)
+    assert mean == pytest.approx(np.mean(expected), rel=1e-5)
     for b in range(10):
-        assert by_level[b] == pytest.approx(np.mean([x for x, p in zip(due, places, strict=True) if p == b]), rel=1e-5)
+        assert by_level[b] == pytest.approx(
+            np.mean([x for x, p in zip(expected, places, strict=True) if p == b]), rel=1e-5
+        )
 
 
 def test_validation_is_the_same_over_seeds_batches_and_ranks():
@@ -237,13 +239,13 @@ def test_validation_is_the_same_over_seeds_batches_and_ranks():
     from gesso.diffusion.denoiser import Denoiser
 
     denoiser = Denoiser(net.eval(), processes.build_process(run.process), run.net.noise_embedding)
-    due = losses(validated(), denoiser)
+    expected = losses(validated(), denoiser)
     for settings_ in ({"train.seed": 7}, {"train.batch_size": 9}, {"train.micro_batch_size": 5, "dropout.both": 0.1}):
-        assert losses(validated(**settings_), denoiser).equal(due)
+        assert losses(validated(**settings_), denoiser).equal(expected)
     actual = validated()
     parts = [losses(actual, denoiser, rank, 3) for rank in range(3)]
-    assert all((part == 0).any() for part in parts) and (due > 0).all()
-    assert sum(parts).equal(due)  # to the last bit: passes are of the same pairs
+    assert all((part == 0).any() for part in parts) and (expected > 0).all()
+    assert sum(parts).equal(expected)  # to the last bit: passes are of the same pairs
 
 
 def test_another_source_to_validate_on(photos, tmp_path):
@@ -315,7 +317,7 @@ UNUSED = (".table", "mask_token", "semantic_qkv", "text_qkv")
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_matrix_of_the_blocks_is_measured(name):
-    """Constant weights and biases have constant magnitudes; nothing with rows is left out but tables and what never runs."""
+    """Constant weights have constant magnitudes; only tables and parameters without rows or use are left out."""
     row = ALL[name]
     net = small(row)
     actual = run_once(row, net)
@@ -338,7 +340,7 @@ def test_every_matrix_of_the_blocks_is_measured(name):
 
 @pytest.mark.parametrize("name", ["dit", "mmdit all", "unet", "edm2", "ladder B"])
 def test_activations_against_brute_force(name):
-    """Every product within the blocks, caught where torch computes it; rms by feature and sample in a loop."""
+    """Record every product within the blocks where torch computes it; compare the rms by feature and sample."""
     row = ALL[name]
     net = small(row)
     actual = run_once(row, net)
@@ -362,15 +364,15 @@ def test_activations_against_brute_force(name):
     x, c_noise, progress, cond = example_batch(row, dtype=torch.float32)
     with torch.no_grad():
         net(x, c_noise, progress, cond)
-    due = {bucket: [max(values), sum(values) / len(values)] for bucket, values in outs.items()}
-    ours = actual.activations()
+    expected = {bucket: [max(values), sum(values) / len(values)] for bucket, values in outs.items()}
+    measured = actual.activations()
     twice = {n for n, s in actual._layer_sums.items() if s[-1] > 3}  # layers that text and image share run twice
-    assert ours.keys() == due.keys()
-    for bucket, (largest, mean) in due.items():
+    assert measured.keys() == expected.keys()
+    for bucket, (largest, mean) in expected.items():
         if not twice:
-            assert ours[bucket] == pytest.approx([largest, mean], rel=1e-4)
+            assert measured[bucket] == pytest.approx([largest, mean], rel=1e-4)
         else:
-            assert ours[bucket][0] <= largest * 1.0001
+            assert measured[bucket][0] <= largest * 1.0001
 
 
 def test_normal_activations_have_magnitude_one():
@@ -419,8 +421,8 @@ def test_the_main_path_is_what_blocks_put_out(name):
         magnitudes = [
             p.double().movedim(1 if p.ndim == 4 else -1, 0).flatten(2).square().mean(2).sqrt().mean(1) for p in parts
         ]
-        due = torch.cat(magnitudes)
-        assert actual.main_path()[bucket] == pytest.approx([float(due.max()), float(due.mean())], rel=1e-4)
+        expected = torch.cat(magnitudes)
+        assert actual.main_path()[bucket] == pytest.approx([float(expected.max()), float(expected.mean())], rel=1e-4)
 
 
 def test_samples_that_do_not_count_and_ranks_in_parts():
@@ -443,8 +445,10 @@ def test_samples_that_do_not_count_and_ranks_in_parts():
 # A run with everything on.
 
 ALL_ON = {
-    "monitor.validate_every": 96, "monitor.validation_pairs": 30, "monitor.magnitude_every": 128, "monitor.magnitude_samples": 50,
-    "monitor.sample_every": 160, "monitor.num_samples": 4, "monitor.evaluate_every": 320, "sample.steps": 2, "data.num_validation": 40,
+    "monitor.validate_every": 96, "monitor.validation_pairs": 30, "monitor.magnitude_every": 128,
+    "monitor.magnitude_samples": 50,
+    "monitor.sample_every": 160, "monitor.num_samples": 4, "monitor.evaluate_every": 320, "sample.steps": 2,
+    "data.num_validation": 40,
 }  # fmt: skip
 OFF = {
     "data.num_validation": 40,
@@ -453,7 +457,8 @@ OFF = {
     "monitor.magnitude_every": "null",
 }
 DROPOUT = {
-    "net.name": "edm2", "net.channels": 16, "net.channel_mult": "[1,2]", "net.num_blocks": 1, "net.attention_levels": "[1]",
+    "net.name": "edm2", "net.channels": 16, "net.channel_mult": "[1,2]", "net.num_blocks": 1,
+    "net.attention_levels": "[1]",
     "net.channels_per_head": 16, "net.dropout": 0.3, "loss.weighting": "uncertainty",
 }  # fmt: skip
 
@@ -500,7 +505,7 @@ def test_what_a_watched_run_leaves(seen):
     at = lambda key: [line["nimg"] for line in lines if key in line]  # noqa: E731
     assert at("validation") == [96, 192, 288, 384, 480, 576] and at("magnitudes") == [128, 256, 384, 512, 640]
     assert at("metrics") == [320, 640] and at("loss") == [128, 256, 384, 512, 640]
-    assert sorted(p.name for p in (seen / "samples").glob("nimg*")) == [
+    assert sorted(p.name for p in (seen / "sheets").glob("nimg*")) == [
         f"nimg{n:012d}.png" for n in (160, 320, 480, 640)
     ]
     validated_ = next(line for line in lines if "validation" in line)
@@ -521,7 +526,7 @@ def test_what_a_watched_run_leaves(seen):
 
 
 def test_validation_in_the_log_is_that_of_the_stored_average(seen):
-    """The line of the last common time, from the snapshot and a network built for sampling."""
+    """Compare the line of the last common time with the snapshot and a network built for sampling."""
     run = config.load_config(seen / "run.yaml")
     line = next(line for line in read_log(seen / "log.jsonl") if line["nimg"] == 480 and "validation" in line)
     run, dataset = open_dataset_for_run(run, QUIET)
@@ -534,7 +539,7 @@ def test_validation_in_the_log_is_that_of_the_stored_average(seen):
 
 
 def test_loss_in_the_log_is_that_of_evaluate(seen):
-    """At the length tracked and the time of the log's line, with as many pairs; by tenths too."""
+    """Compare at the tracked EMA length and the time of the line, with as many pairs, also by tenths."""
     line = next(line for line in read_log(seen / "log.jsonl") if line["nimg"] == 480 and "validation" in line)
     n = config.load_config(seen / "run.yaml").monitor.validation_pairs
     run = protocols.apply_protocol(
@@ -559,11 +564,11 @@ def test_scores_in_the_log_are_those_of_evaluate(seen, tmp_path):
     run = config.load_with_overrides(seen, ["sample.sigma_rel=0.1"], ("sample.", "eval."))
     run = run.model_copy(update={"eval": run.eval.model_copy(update={"sweep_sigma_rels": ()})})
     runner.evaluate_run(seen, run, lambda done, total: None)
-    due = next(e.best() for e in results.read_evaluations(seen).values() if "series" in e.protocol)
+    expected = next(e.best() for e in results.read_evaluations(seen).values() if "series" in e.protocol)
     (seen / "metrics.json").unlink()
     line = [line for line in read_log(seen / "log.jsonl") if "metrics" in line][-1]
-    assert line["metrics"]["frechet_distance"] == pytest.approx(due["frechet_distance"], rel=2e-3)
-    assert abs(line["metrics"]["class_accuracy"] - due["class_accuracy"]) < 0.01
+    assert line["metrics"]["frechet_distance"] == pytest.approx(expected["frechet_distance"], rel=2e-3)
+    assert abs(line["metrics"]["class_accuracy"] - expected["class_accuracy"]) < 0.01
 
 
 @pytest.mark.parametrize("stop", [320, 416])
@@ -581,8 +586,8 @@ def test_a_resumed_run_has_the_same_log_and_pictures(seen, tmp_path, monkeypatch
     monkeypatch.setattr(loop.Trainer, "step", step)
     start_training(edm2_run(**ALL_ON), out, True, QUIET, lambda text: None)
     assert without_speed(out) == without_speed(seen)
-    for picture in (seen / "samples").glob("nimg*.png"):
-        assert (out / "samples" / picture.name).read_bytes() == picture.read_bytes()
+    for picture in (seen / "sheets").glob("nimg*.png"):
+        assert (out / "sheets" / picture.name).read_bytes() == picture.read_bytes()
     one, other = last_state(seen), last_state(out)
     assert [k for k in one if not one[k].equal(other[k])] == []
 
@@ -698,7 +703,10 @@ def test_tensorboard_has_each_value_once(tmp_path, monkeypatch):
 
 
 def records(file: bytes):
-    """Of a .wandb file: seven bytes, then LevelDB's log format: blocks of 32 KiB, records as checksum, length, kind, data."""
+    """Yield the records of a .wandb file.
+
+    It has seven bytes, then LevelDB's log format: blocks of 32 KiB, records as checksum, length, kind, data.
+    """
     at, part = 7, b""
     while at + 7 <= len(file):
         if at % 32768 > 32768 - 7:
@@ -735,7 +743,7 @@ def test_wandb_offline_has_each_value_once(tmp_path, monkeypatch):
 
 
 def test_config_g_reports_the_same_as_edm2_and_as_ladder():
-    """At equal seeds, fresh and after some steps: coefficients of MP-sums that one of them folds into weights are taken out."""
+    """Compare at equal seeds, fresh and after steps, up to coefficients of MP-sums that one folds into weights."""
     actual = []
     for name in (["net.name=edm2"], ["net.name=edm2-ladder", "net.config=G"]):
         settings = [
@@ -757,9 +765,9 @@ def test_config_g_reports_the_same_as_edm2_and_as_ladder():
             weights = magnitudes.weights(dict(net.state_dict()))
             actual.append((magnitudes.activations(), magnitudes.main_path(), weights, set(magnitudes._layer_sums)))
             net.train()
-    for ours, reference in zip(actual[:2], actual[2:], strict=True):
-        assert ours[3] == reference[3] and any(name.endswith("attention.proj") for name in ours[3])
-        for a, b in zip(ours[:3], reference[:3], strict=True):
+    for measured, reference in zip(actual[:2], actual[2:], strict=True):
+        assert measured[3] == reference[3] and any(name.endswith("attention.proj") for name in measured[3])
+        for a, b in zip(measured[:3], reference[:3], strict=True):
             assert a.keys() == b.keys()
             for bucket in a:
                 assert a[bucket] == pytest.approx(b[bucket], rel=1e-4)

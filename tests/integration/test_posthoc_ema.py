@@ -31,7 +31,7 @@ def make_module(seed: int = 0) -> nn.Module:
 
 
 def train_random_walk(net: nn.Module, folder: Path, ends: list[int], save_every: int, seed: int = 0, **options):
-    """Train by random steps: at each of `ends` the weights move, are averaged, and now and then saved; all weights seen."""
+    """Move the weights at random at each of `ends`, average them and save at times; return all weights."""
     g = torch.Generator().manual_seed(seed)
     stored = PostHocEMA(net, **options)
     history = [{k: v.clone() for k, v in net.state_dict().items()}]
@@ -189,7 +189,7 @@ def test_files_match_safetensors(tmp_path_factory, shapes, seed):
         for i, shape in enumerate(shapes)
     }
     save_file(tensors, folder / "theirs", {"k": "v"})
-    with stream_writer(folder / "ours", tensors, {"k": "v"}) as put:
+    with stream_writer(folder / "ours", tensors, lambda checksums: {"k": "v"}) as put:
         for name in reversed(tensors):
             put(name, tensors[name])
     again = load_file(folder / "ours")
@@ -270,20 +270,25 @@ torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 def write(at, n):
     for i in range(12):
-        snapshot.write(snapshot.snapshot_path(at / "snapshots", 100 * (i + 1), PowerProfile(0.1)), {f"w{j}": torch.ones(n) for j in range(32)}, 100 * (i + 1), PowerProfile(0.1), "any")
+        nimg, profile = 100 * (i + 1), PowerProfile(0.1)
+        path = snapshot.snapshot_path(at / "snapshots", nimg, profile)
+        snapshot.write(path, {f"w{j}": torch.ones(n) for j in range(32)}, nimg, profile, "any")
 targets = [PowerProfile(0.05 + 0.01 * i) for i in range(8)]
 write(folder / "small", 1000); write(folder / "large", 2**18)
 def held():  # in kB, without the pages of files, which the system takes back when it needs them
     return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1])
 peak = []
-snapshot.reconstruct_to_files(snapshot.plan_reconstruction(snapshot.list_snapshots(folder / "small"), targets), folder / "a")
+def reconstruct(name, out):
+    plan = snapshot.plan_reconstruction(snapshot.list_snapshots(folder / name), targets)
+    return snapshot.reconstruct_to_files(plan, folder / out)
+reconstruct("small", "a")
 before, sums = held(), snapshot._reconstruct_tensors
 def watch(*a):
     for one in sums(*a):
         peak.append(held())
         yield one
 snapshot._reconstruct_tensors = watch
-paths = snapshot.reconstruct_to_files(snapshot.plan_reconstruction(snapshot.list_snapshots(folder / "large"), targets), folder / "b")
+paths = reconstruct("large", "b")
 assert len(peak) == 32
 print(max(peak) - before, sum(p.stat().st_size for p in paths) // 1024)
 """
@@ -441,7 +446,8 @@ def test_inaccurate_lengths_warn(gesso_text, tmp_path):
 def corrupt_snapshot(folder: Path, change) -> Path:
     """One of many snapshots, changed."""
     path = snapshot.list_snapshots(write_snapshots(folder))[3].path
-    write_tensors(path, change(read_tensors(path)), read_metadata(path))
+    header = json.loads(read_metadata(path)["gesso"]) | {"crc32": {}}
+    write_tensors(path, change(read_tensors(path)), {"gesso": json.dumps(header)})
     return path
 
 
@@ -495,3 +501,80 @@ def test_the_example_runs(tmp_path):
     rows = dict(line.split("%")[0].rsplit(maxsplit=1) for line in process.stdout.splitlines())
     assert float(rows["sigma_rel 0.15"]) < float(rows["last weights"])
     assert ema.PowerProfile(0.15) not in {s.profile for s in snapshot.list_snapshots(tmp_path)}
+
+
+# What would fail at reconstruction fails before.
+
+
+class WithBuffer(torch.nn.Linear):
+    """A layer with a buffer of any dtype."""
+
+    def __init__(self, dtype: torch.dtype, persistent: bool = True):
+        super().__init__(2, 2)
+        self.register_buffer("freqs", torch.ones(3, dtype=dtype), persistent=persistent)
+
+
+def test_complex_buffers_are_refused_at_construction():
+    with pytest.raises(UsageError, match=r"freqs is torch.complex64, which snapshots cannot hold: .*persistent=False"):
+        PostHocEMA(WithBuffer(torch.complex64))
+    with pytest.raises(UsageError, match=r"weight is torch.complex64"):
+        PostHocEMA(torch.nn.Linear(2, 2, dtype=torch.complex64))
+    PostHocEMA(WithBuffer(torch.complex64, persistent=False))
+    PostHocEMA(WithBuffer(torch.int64))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_names_of_wrapped_modules_are_refused(tmp_path):
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    with pytest.raises(UsageError, match=r"_orig_mod\.0\.weight: the names of a compiled module do not fit"):
+        PostHocEMA(torch.compile(module, backend="eager"))
+    tracked = PostHocEMA(module)
+    module[1] = torch.compile(module[1], backend="eager")
+    with pytest.raises(UsageError, match="other tensors than at construction"):
+        tracked.update(1)
+    with pytest.raises(UsageError, match=r"1\._orig_mod\.bias|1\._orig_mod\.weight"):
+        PostHocEMA(module)
+    in_place = torch.nn.Linear(2, 2)
+    in_place.compile(backend="eager")
+    tracked = PostHocEMA(in_place)
+    tracked.update(1)
+    tracked.save(tmp_path)
+    torch.nn.Linear(2, 2).load_state_dict(PostHocEMA.reconstruct(tmp_path, 0.07))
+
+
+def test_distributed_wrapper_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        with pytest.raises(UsageError, match=r"pass ddp\.module"):
+            PostHocEMA(wrapped)
+        PostHocEMA(wrapped.module)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_folder_of_another_run_is_refused_at_save(tmp_path):
+    first, second = (PostHocEMA(torch.nn.Linear(2, 2)) for _ in range(2))
+    for tracked in (first, second):
+        tracked.update(10)
+    paths = first.save(tmp_path)
+    stored = [path.read_bytes() for path in paths]
+    with pytest.raises(UsageError, match="holds snapshots of another run, such as nimg") as refused:
+        second.save(tmp_path)
+    assert "delete" not in str(refused.value) and [path.read_bytes() for path in paths] == stored
+    second.load_state_dict(first.state_dict())  # the same run, resumed
+    second.update(20)
+    second.save(tmp_path)
+    assert len(PostHocEMA.reconstruct(tmp_path, 0.07)) == 2
+
+
+def test_no_message_advises_to_delete_sound_files(tmp_path):
+    """A reconstruction that overflows names the tensor, and not a file."""
+    tracked = PostHocEMA(torch.nn.Linear(2, 2))
+    for nimg in (10, 20):
+        tracked.module.weight.data.fill_(1.6e38 * (-1) ** (nimg // 10))
+        tracked.update(nimg)
+        tracked.save(tmp_path)
+    with pytest.raises(RunError, match=r"weight at sigma_rel 0\.02 exceeds the range of torch\.float32") as refused:
+        PostHocEMA.reconstruct(tmp_path, 0.02)
+    assert "delete" not in str(refused.value) and "though no file is at fault" in str(refused.value)

@@ -35,17 +35,20 @@ from gesso.training import checkpoint, ranks
 from gesso.training.logging import HARDWARE_KEYS, read_log
 from gesso.training.ranks import Ranks
 
-# A network of each kind: joint attention and control; the sphere and learned uncertainty; a masked second pass; dropout of
-# nothing but conditions everywhere, so that ranks share no draw that depends on their number.
+# A network of each kind: joint attention and control; the sphere and learned uncertainty; a masked second pass; dropout
+# of nothing but conditions everywhere, so that ranks share no draw that depends on their number.
 NETS = {
     "mmdit++": MMDIT_SETTINGS,
     "edm2": {
-        "net.name": "edm2", "net.channels": 16, "net.channel_mult": "[1,2]", "net.num_blocks": 1, "net.attention_levels": "[1]",
+        "net.name": "edm2", "net.channels": 16, "net.channel_mult": "[1,2]", "net.num_blocks": 1,
+        "net.attention_levels": "[1]",
         "net.channels_per_head": 16, "loss.weighting": "uncertainty",
     },
-    "mdt": {"net.name": "mdt", "net.hidden_size": 32, "net.num_heads": 2, "net.depth": 3, "net.decoder_layers": 1, "net.patch_size": 2},
+    "mdt": {"net.name": "mdt", "net.hidden_size": 32, "net.num_heads": 2, "net.depth": 3, "net.decoder_layers": 1,
+    "net.patch_size": 2},
     "unet": {
-        "net.name": "unet", "net.num_heads": "null", "net.channels": 16, "net.channel_mult": "[1,2]", "net.transformer_depth": "[0,1]", "net.num_blocks": 1,
+        "net.name": "unet", "net.num_heads": "null", "net.channels": 16, "net.channel_mult": "[1,2]",
+        "net.transformer_depth": "[0,1]", "net.num_blocks": 1,
         "net.channels_per_head": 16, "net.norm_num_groups": 8,
     },
 }  # fmt: skip
@@ -100,8 +103,8 @@ def test_passes_of_one_rank_and_recomputing(single_rank_runs, tmp_path):
 
 
 KEY_BIAS = r"blocks\.\d+\.branches\.qkv\.linear\.bias"
-"""Without qk-norm it adds the same to all scores of a query: its gradient is zero, and what rounding leaves of it Adam makes
-as large as any."""
+"""Without qk-norm it adds the same to all scores of a query: its gradient is zero, up to rounding, which Adam scales up
+like any gradient."""
 
 
 def test_in_single_precision(tmp_path):
@@ -324,10 +327,12 @@ def test_clocks_that_jump(single_rank_runs, tmp_path):
 
 
 def test_what_is_seen_does_not_depend_on_the_ranks(tmp_path):
-    """Bins, validation, magnitudes and scores to 1e-5 (they are rounded to six digits), pictures to the last bit but rounding."""
+    """Bins, validation, magnitudes and metrics agree to 1e-5 (of six digits), images up to rounding of the last bit."""
     watched = {
-        "train.total_images": 8 * BATCH_SIZE, "data.num_validation": 20, "monitor.validate_every": 2 * BATCH_SIZE, "monitor.validation_pairs": 70,
-        "monitor.magnitude_every": 4 * BATCH_SIZE, "monitor.magnitude_samples": 20, "monitor.sample_every": 4 * BATCH_SIZE, "monitor.num_samples": 5,
+        "train.total_images": 8 * BATCH_SIZE, "data.num_validation": 20, "monitor.validate_every": 2 * BATCH_SIZE,
+        "monitor.validation_pairs": 70,
+        "monitor.magnitude_every": 4 * BATCH_SIZE, "monitor.magnitude_samples": 20,
+        "monitor.sample_every": 4 * BATCH_SIZE, "monitor.num_samples": 5,
         "monitor.evaluate_every": 8 * BATCH_SIZE, "sample.steps": 2,
     }  # fmt: skip
     settings = FLOAT64_TRAINING | NETS["edm2"] | watched
@@ -346,12 +351,10 @@ def test_what_is_seen_does_not_depend_on_the_ranks(tmp_path):
         assert actual.keys() == due.keys()
         for key, value in due.items():
             assert actual[key] == pytest.approx(value, rel=2e-5, abs=1e-9), key
-        pictures = sorted((tmp_path / sharding / "samples").iterdir())
+        pictures = sorted((tmp_path / sharding / "sheets").iterdir())
         assert len(pictures) == 2
         for picture in pictures:
-            a, b = (
-                np.asarray(Image.open(f), dtype=int) for f in (picture, tmp_path / "one" / "samples" / picture.name)
-            )
+            a, b = (np.asarray(Image.open(f), dtype=int) for f in (picture, tmp_path / "one" / "sheets" / picture.name))
             assert np.abs(a - b).max() <= 1
 
 

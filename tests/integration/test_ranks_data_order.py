@@ -55,8 +55,10 @@ def test_other_ranks_see_the_same_samples(photos, vae, tmp_path, kind):
         "train.total_images": STEPS * BATCH, "train.snapshot_every": STEPS * BATCH, "train.log_every": BATCH,
         "train.checkpoint_every": 2 * BATCH,
     }  # fmt: skip
-    output = {"data.source": source, "data.channels": 3, "net.hidden_size": 32, "net.depth": 1, "net.num_heads": 2, "net.patch_size": 1,
-            "data.resolution": 16, "train.num_threads": 1, "eval.toy_metrics": "none", "optim.warmup_images": 0}  # fmt: skip
+    output = {"data.source": source, "data.channels": 3, "net.hidden_size": 32, "net.depth": 1, "net.num_heads": 2,
+    "net.patch_size": 1,
+            "data.resolution": 16, "train.num_threads": 1, "eval.toy_metrics": "none",
+            "optim.warmup_images": 0}  # fmt: skip
 
     def train(name: str, world: int, **options) -> None:
         samples_folder = tmp_path / f"seen {name}"

@@ -25,7 +25,8 @@ from gesso.training.logging import read_log
 STEPS, BATCH = 40, 7
 SETTINGS = MMDIT_SETTINGS | {
     "train.dtype": "float64", "train.batch_size": BATCH, "train.total_images": STEPS * BATCH, "train.log_every": BATCH,
-    "train.snapshot_every": 5 * BATCH, "train.checkpoint_every": 3 * BATCH, "train.num_threads": 1, "optim.warmup_images": 0,
+    "train.snapshot_every": 5 * BATCH, "train.checkpoint_every": 3 * BATCH, "train.num_threads": 1,
+    "optim.warmup_images": 0,
 }  # fmt: skip
 # On one rank, after some seconds of its life. Files that grow beyond a few bytes are refused by the kernel itself.
 FULL = """
@@ -67,7 +68,7 @@ def read_complete_files(out: Path) -> dict[str, int]:
 
 
 def life(out: Path, world: int, rng: random.Random, harm: str = "kill", **settings) -> LaunchResult:
-    """Start or resume, and harm one rank, or all, up to some time after training began. All have to end within a minute."""
+    """Start or resume, and kill or stop one rank, or all, some time after training began. All end within a minute."""
     victims = [*range(world)] if rng.random() < 0.3 else [rng.randrange(world)]
     after, harmed = rng.uniform(0.0, 1.0), []
 
@@ -212,7 +213,7 @@ ranks.RENDEZVOUS_TIMEOUT = datetime.timedelta(seconds=2)
 
 
 def test_a_rank_that_dies_before_it_meets_the_others_in_a_group(tmp_path):
-    """There is no connection that could break: the others wait for a key of the store, for RENDEZVOUS_TIMEOUT at most."""
+    """No connection breaks: the others wait for a key of the store, for RENDEZVOUS_TIMEOUT at most."""
     result = launch(2, [job(tmp_path / "run", BEFORE_MEETING)], check=False)
     assert result.codes == [1, -signal.SIGKILL] and re.search(
         r"gesso: rank 1 of 2 \(\S+, process \d+\) is gone", result.output

@@ -21,11 +21,11 @@ from gesso.errors import DivergenceError, StoppedError, UsageError
 from gesso.papers import TABLES
 from gesso.reproduce import (
     claims,
-    cli,
     dry_run,
     estimates,
     footnotes,
     index,
+    labels,
     page,
     plan,
     requirements,
@@ -50,8 +50,10 @@ from gesso.reproduce.schema import (
 from gesso.training import loop
 
 QUIET = Console(quiet=True)
-SMALL = ("net.hidden_size=32", "net.depth=1", "net.num_heads=2", "train.total_images=256", "train.batch_size=32", "train.snapshot_every=64",
-         "train.checkpoint_every=64", "train.log_every=64", "train.num_threads=1", "optim.warmup_images=64")  # fmt: skip
+SMALL = ("net.hidden_size=32", "net.depth=1", "net.num_heads=2", "train.total_images=256", "train.batch_size=32",
+"train.snapshot_every=64",
+         "train.checkpoint_every=64", "train.log_every=64", "train.num_threads=1",
+         "optim.warmup_images=64")  # fmt: skip
 METRICS = ("eval.metrics=fd_digits,class_accuracy", "eval.num_samples=40", "sample.steps=3")
 SLOW, FAST = Training("digits", (*SMALL, "optim.lr=1e-4")), Training("digits", (*SMALL, "optim.lr=4e-3"))
 
@@ -96,50 +98,60 @@ def fake(**changes) -> Table:
     return table._replace(**changes)
 
 
-def numbers(
-    table: Table, where: Path, values: dict[tuple[str, str, int], float | None], **protocol
+def write_records(
+    table: Table, out_folder: Path, values: dict[tuple[str, str, int], float | None], **protocol
 ) -> list[plan.MeasurementJob]:
     """Write records of three seeds with made-up numbers by (row, name, seed), and return the jobs."""
-    todo = plan.plan_jobs(table, "tiny", range(3), where)
-    for job in todo:
+    planned_jobs = plan.plan_jobs(table, "tiny", range(3), out_folder)
+    for job in planned_jobs:
         collected = {name: values.get((job.row, name, job.seed), 0.5) for name in job.group.columns.values()}
-        content = {"name": None, "num_samples": 40, "diversity_prompts": 9, "reference": "digits", "reference_images": 1797,
-                "reference_fingerprint": "abc", "networks": {"digits": "a"}, "nimg": 256, "guidance": 1.5, "sigma_rel": 0.1}  # fmt: skip
+        content = {"name": None, "num_samples": 40, "diversity_prompts": 9, "reference": "digits",
+        "reference_images": 1797,
+                "reference_fingerprint": "abc", "networks": {"digits": "a"}, "nimg": 256, "guidance": 1.5,
+                "sigma_rel": 0.1}  # fmt: skip
         atomic_io.write_json(job.path, {
-            "method": job.group.method, "row": job.row, "seed": job.seed, "evaluate_command": job.evaluate_command, "values": collected,
-            "training_commands": [step.command for step in plan.unique_trainings([job])], "protocol": content | protocol.get(job.row, {}),
-            "measurement_minutes": 0.25, "training_minutes": 1.5 * bool(job.training), "environment": {"device": "cpu", "threads": 1, "torch": "2.13"},
+            "method": job.group.method, "row": job.row, "seed": job.seed, "evaluate_command": job.evaluate_command,
+            "values": collected,
+            "training_commands": [step.command for step in plan.unique_trainings([job])],
+            "protocol": content | protocol.get(job.row, {}),
+            "measurement_minutes": 0.25, "training_minutes": 1.5 * bool(job.training),
+            "environment": {"device": "cpu", "threads": 1, "torch": "2.13"},
         })  # fmt: skip
-    return todo
+    return planned_jobs
 
 
 @pytest.fixture
-def known(monkeypatch):
+def fake_table(monkeypatch):
     """Register the fake table, and a count that needs no torch."""
     monkeypatch.setitem(TABLES, "test/1", fake)
     monkeypatch.setitem(runner.measurements.MEASUREMENT_METHODS, "counts", lambda job: {"values": {"parameters": 17.0}})
+
+
+def collect_result(table: Table, out: Path, jobs: list[plan.MeasurementJob]) -> results.TableResult:
+    """Return the result of finished jobs at scale tiny."""
+    return results.load_result(table, results.collect_record(table, "tiny", out, jobs), out)
 
 
 # Jobs and trainings
 
 
 def test_jobs_of_rows_parts_and_seeds(tmp_path):
-    todo = plan.plan_jobs(fake(), "tiny", range(2), tmp_path)
-    assert [(job.row, job.group.method, job.seed) for job in todo] == [
+    planned_jobs = plan.plan_jobs(fake(), "tiny", range(2), tmp_path)
+    assert [(job.row, job.group.method, job.seed) for job in planned_jobs] == [
         ("slow", "metrics", 0), ("fast", "metrics", 0), ("fast, guided", "metrics", 0), ("slow", "counts", 0),
         ("slow", "metrics", 1), ("fast", "metrics", 1), ("fast, guided", "metrics", 1),
     ]  # fmt: skip
     assert [job.row for job in plan.plan_jobs(fake(), "tiny", [0], tmp_path, ["fast"])] == ["fast"]
-    assert len({job.path for job in todo}) == 7
+    assert len({job.path for job in planned_jobs}) == 7
 
 
 def test_trainings_are_shared_within_and_between_tables(tmp_path):
-    todo = plan.plan_jobs(fake(), "tiny", range(3), tmp_path)
-    assert len(plan.unique_trainings(todo)) == 6  # two rates, three seeds
+    planned_jobs = plan.plan_jobs(fake(), "tiny", range(3), tmp_path)
+    assert len(plan.unique_trainings(planned_jobs)) == 6  # two rates, three seeds
     other = fake(name="test/2", rows=(Row("another name"),))
     part = ColumnGroup({"FID": "fd_digits"}, {"another name": Measurement(FAST)}, settings=METRICS)
     (job,) = plan.plan_jobs(other._replace(scales={"tiny": Scale((part,), "")}), "tiny", [0], tmp_path)
-    assert job.training.folder == todo[1].training.folder and job.path == todo[1].path
+    assert job.training.folder == planned_jobs[1].training.folder and job.path == planned_jobs[1].path
 
 
 FIRST = plan.plan_training(FAST, 0, Path("w"))
@@ -188,7 +200,8 @@ def test_seeds_and_parents_change_the_key():
         training.parent.key == plan.plan_training(SLOW, 0, Path("w")).key
         and f"init={training.parent.folder}" in training.command
     )
-    assert [step.key for step in plan.unique_trainings([plan.MeasurementJob("r", fake().scales["tiny"].groups[0], 0, training, None, (), Path("x"))])] == [
+    assert [step.key for step in plan.unique_trainings([plan.MeasurementJob("r", fake().scales["tiny"].groups[0], 0,
+    training, None, (), Path("x"))])] == [
         training.parent.key, training.key,
     ]  # fmt: skip
 
@@ -206,13 +219,13 @@ def get_stored_table(path: Path) -> str:
     return json.loads(path.read_text()).get("table", "")
 
 
-def test_a_page(tmp_path, known):
+def test_a_page(tmp_path, fake_table):
     values = {("slow", "fd_digits", s): 9 + s for s in range(3)} | {
         ("fast", "fd_digits", s): 3 + 0.1 * s for s in range(3)
     }
     values |= {("fast", "class_accuracy", 1): None, ("slow", "parameters", 0): 17.0}
-    todo = numbers(fake(), tmp_path, values)
-    paths = page.write_page(fake(), "tiny", tmp_path, todo, ("train.device=cpu",))
+    planned_jobs = write_records(fake(), tmp_path, values)
+    paths = page.write_page(fake(), "tiny", tmp_path, planned_jobs, ("train.device=cpu",))
     assert [path.name for path in paths] == ["test-1-tiny.md", "test-1-tiny.html", "README.md"]
     text, html = (path.read_text() for path in paths[:2])
     assert "| slow | 10.00\u00a0\u00b1\u00a01.00 | 9.50 |" in text and "| 3.10\u00a0\u00b1\u00a00.10 | 3.25 |" in text
@@ -244,10 +257,10 @@ def test_a_page(tmp_path, known):
     assert str(tmp_path) not in json.dumps(content)
 
 
-def test_stored_pages_are_judged_again(tmp_path, known, gesso, monkeypatch):
+def test_stored_pages_are_judged_again(tmp_path, fake_table, gesso, monkeypatch):
     """`gesso reproduce judge` writes the same page from its JSON, new verdicts of new claims, and the outdated note."""
     values = {("slow", "fd_digits", s): 9 + s for s in range(3)} | {("fast", "class_accuracy", 1): None}
-    page.write_page(fake(), "tiny", tmp_path, numbers(fake(), tmp_path, values))
+    page.write_page(fake(), "tiny", tmp_path, write_records(fake(), tmp_path, values))
     for path in tmp_path.glob("measurements/*"):
         path.unlink()
     before = {end: (tmp_path / f"test-1-tiny.{end}").read_text() for end in ("md", "html", "json")}
@@ -259,8 +272,8 @@ def test_stored_pages_are_judged_again(tmp_path, known, gesso, monkeypatch):
     atomic_io.write_json(tmp_path / "test-1-tiny.json", stored)
     assert gesso("reproduce", "judge", "--out", tmp_path)[0] == 0
     text = (tmp_path / "test-1-tiny.md").read_text()
-    assert "| The contrary | **contradicted** |" in text and "To be made again: the recipes have changed." in text
-    assert "1 contradicted; to be made again |" in (tmp_path / "README.md").read_text()
+    assert "| The contrary | **contradicted** |" in text and "Outdated: the recipes have changed." in text
+    assert "| **contradicted** | 3 | 12 min | [test/1](test-1-tiny.md) * |" in (tmp_path / "README.md").read_text()
 
 
 STORED = [
@@ -275,10 +288,9 @@ def test_stored_verdicts_follow_from_the_stored_numbers(path):
     """Every verdict, effect and bound in docs/results is reproduced from the numbers of its page."""
     stored = json.loads(path.read_text())
     table = TABLES[stored["table"]]()
-    single_seed = plan.cells_without_training(table, stored["scale"])
-    result = results.load_result(table, stored, path.parent, single_seed)
-    assert len(result.verdicts) == len(stored["claims"])
-    for (judgement, _), claim in zip(result.verdicts, stored["claims"], strict=True):
+    result = results.load_result(table, stored, path.parent)
+    assert len(result.claims) == len(stored["claims"])
+    for (judgement, _, _), claim in zip(result.claims, stored["claims"], strict=True):
         assert judgement.verdict == claim["verdict"], judgement.text
         if claim["effect"] is not None:
             assert judgement.effect == pytest.approx(float(claim["effect"]), rel=1e-9, abs=1e-12)
@@ -286,41 +298,41 @@ def test_stored_verdicts_follow_from_the_stored_numbers(path):
                 assert actual == (expected if expected is None else pytest.approx(expected, rel=1e-6))
 
 
-def test_a_diverged_seed_and_a_single_seed(tmp_path, known):
-    todo = numbers(fake(), tmp_path, {})
-    for job in todo:
+def test_a_diverged_seed_and_a_single_seed(tmp_path, fake_table):
+    planned_jobs = write_records(fake(), tmp_path, {})
+    for job in planned_jobs:
         if job.row == "fast" or (job.row == "slow" and job.seed == 2 and job.group.method == "metrics"):
             atomic_io.write_json(job.path, {"training_commands": [], "diverged": "at image 3"})
         if job.row == "fast, guided" and job.seed:
             job.path.unlink()
-    text = page.write_page(fake(), "tiny", tmp_path, todo)[0].read_text()
+    text = page.write_page(fake(), "tiny", tmp_path, planned_jobs)[0].read_text()
     assert "(1 of 3 diverged)" in text and "| fast | diverged | 3.25 | diverged |" in text
     assert "(1 of 3 seeds)" in text and "| it diverged | +6.25 |" in text and "**contradicted**" not in text
 
 
-def test_untrained_cells_need_one_seed(tmp_path, known):
+def test_untrained_cells_need_one_seed(tmp_path, fake_table):
     claim = Claim("It is small", lambda v: v["slow", "size"] < 20)
     table = fake(claims=(claim,))
-    todo = plan.plan_jobs(table, "tiny", [0], tmp_path)
-    (counted,) = [job for job in todo if job.group.method == "counts"]
+    planned_jobs = plan.plan_jobs(table, "tiny", [0], tmp_path)
+    (counted,) = [job for job in planned_jobs if job.group.method == "counts"]
     atomic_io.write_json(counted.path, {"training_commands": [], "values": {"parameters": 17.0}})
-    result = results.collect_result(table, "tiny", tmp_path, todo)
-    assert result.verdicts[0][0].verdict == claims.Verdict.EXACT and result.cells["slow", "size"].std is None
+    result = collect_result(table, tmp_path, planned_jobs)
+    assert result.claims[0].judgement.verdict == claims.Verdict.EXACT and result.cells["slow", "size"].std is None
 
 
-def test_cells_with_another_protocol_have_footnotes(tmp_path, known):
-    """Except for what a row varies on purpose, and for the EMA length and time of its training."""
+def test_cells_with_another_protocol_have_footnotes(tmp_path, fake_table):
+    """Differences that a row makes on purpose, and the EMA length and time of its training, have no footnote."""
     unlike = {
         "fast": {"num_samples": 20, "diversity_prompts": 1, "sigma_rel": 0.2, "nimg": 9},
         "fast, guided": {"guidance": 2.0, "networks": {"digits": "b", "classifier": "c"}},
     }
-    todo = numbers(fake(), tmp_path, {}, **unlike)
-    result = results.collect_result(fake(), "tiny", tmp_path, todo)
+    planned_jobs = write_records(fake(), tmp_path, {}, **unlike)
+    result = collect_result(fake(), tmp_path, planned_jobs)
     assert result.footnotes == ["num_samples 20, where other rows have 40", "network digits b, where other rows have a"]
     assert {cell: n.footnotes for cell, n in result.cells.items() if n.footnotes} == {
         ("fast", "FID"): (1,), ("fast", "right"): (1,), ("fast, guided", "FID"): (2,), ("fast, guided", "right"): (2,),
     }  # fmt: skip
-    text = page.write_page(fake(), "tiny", tmp_path, todo)[0].read_text()
+    text = page.write_page(fake(), "tiny", tmp_path, planned_jobs)[0].read_text()
     assert "<sup>1</sup> num\\_samples 20" in text and text.count("<sup>2</sup>") == 3
 
 
@@ -336,13 +348,15 @@ def test_another_reference_or_measure_has_a_footnote(tmp_path):
         ),
     )
     table = table._replace(scales={"tiny": Scale(parts, "")})
-    todo = numbers(table, tmp_path, {}, **{"never made": {"reference": "shapes"}})
-    notes = footnotes.collect_footnotes(table, todo, {job.path: runner.read_record(job.path) for job in todo})[1]
+    planned_jobs = write_records(table, tmp_path, {}, **{"never made": {"reference": "shapes"}})
+    notes = footnotes.collect_footnotes(
+        table, planned_jobs, {job.path: runner.read_record(job.path) for job in planned_jobs}
+    )[1]
     assert any(note.startswith("reference 1,797 of shapes (abc), where") for note in notes)
     assert "measure digits_feature_distance, where other rows have fd_digits" in notes
 
 
-def curves(where: Path, names: str) -> tuple[Table, list[plan.MeasurementJob]]:
+def curves(out_folder: Path, names: str) -> tuple[Table, list[plan.MeasurementJob]]:
     rows = tuple(Row(f"{x:g}", x=x) for x in (0.01, 0.1, 1.0, 10.0))
     parts = tuple(
         ColumnGroup({name: "fd_digits"}, {row.name: Measurement(FAST, (f"sample.S_noise={row.x}{i}",)) for row in rows})
@@ -350,19 +364,21 @@ def curves(where: Path, names: str) -> tuple[Table, list[plan.MeasurementJob]]:
     )
     table = fake(name="test/fig2", columns=tuple(Column(name) for name in names), rows=rows, x_axis="length", claims=(),
                  scales={"tiny": Scale(parts, "")})  # fmt: skip
-    todo = numbers(table, where, {(r.name, "fd_digits", s): (r.x - 1) ** 2 + 1 + s for r in rows for s in range(3)})
-    return table, todo
+    planned_jobs = write_records(
+        table, out_folder, {(r.name, "fd_digits", s): (r.x - 1) ** 2 + 1 + s for r in rows for s in range(3)}
+    )
+    return table, planned_jobs
 
 
 def test_a_figure_has_a_picture(tmp_path):
-    table, todo = curves(tmp_path, "abcdefg")
-    for job in todo:
+    table, planned_jobs = curves(tmp_path, "abcdefg")
+    for job in planned_jobs:
         if job.group.columns == {"c": "fd_digits"} and job.row == "10":
             atomic_io.write_json(job.path, {"training_commands": [], "diverged": "x"})
-    paths = page.write_page(table, "tiny", tmp_path, todo)
+    paths = page.write_page(table, "tiny", tmp_path, planned_jobs)
     assert (tmp_path / "test-fig2-tiny.png").read_bytes().startswith(b"\x89PNG")
     assert "](test-fig2-tiny.png)" in paths[0].read_text() and paths[1].read_text().count("<svg") == 1
-    ((figure, _),) = page.plots.make_plots(results.collect_result(table, "tiny", tmp_path, todo), todo)
+    ((figure, _),) = page.plots.make_plots(collect_result(table, tmp_path, planned_jobs), planned_jobs)
     (axes,) = figure.axes
     named = {line.get_label(): line for line in axes.lines}
     assert [name for name in named if len(name) == 1] == list("abcdefg") and axes.get_xscale() == "log"
@@ -376,20 +392,22 @@ def test_a_figure_of_samples_shows_them_once(tmp_path):
     part = ColumnGroup({"samples": "num_images"}, {"fast": Measurement(FAST)}, method="sample_grid")
     table = fake(name="test/fig9", columns=(Column("samples", None),), rows=(Row("fast"),), claims=(),
                  scales={"tiny": Scale((part,), "")})  # fmt: skip
-    todo = plan.plan_jobs(table, "tiny", range(3), tmp_path)
-    assert [job.seed for job in todo] == [0] and len(plan.unique_trainings(todo)) == 1
-    atomic_io.write_json(todo[0].path, {"training_commands": [todo[0].training.command], "values": {"num_images": 12}})
-    paths = page.write_page(table, "tiny", tmp_path, todo)
+    planned_jobs = plan.plan_jobs(table, "tiny", range(3), tmp_path)
+    assert [job.seed for job in planned_jobs] == [0] and len(plan.unique_trainings(planned_jobs)) == 1
+    atomic_io.write_json(
+        planned_jobs[0].path, {"training_commands": [planned_jobs[0].training.command], "values": {"num_images": 12}}
+    )
+    paths = page.write_page(table, "tiny", tmp_path, planned_jobs)
     assert not (tmp_path / "test-fig9-tiny.png").exists() and "| fast | 12 |" in paths[0].read_text()
-    Image.new("RGB", (40, 10), "red").save(page.plots.sample_grids.grid_path(todo[0]))
-    paths = page.write_page(table, "tiny", tmp_path, todo)
+    Image.new("RGB", (40, 10), "red").save(page.plots.sample_grids.grid_path(planned_jobs[0]))
+    paths = page.write_page(table, "tiny", tmp_path, planned_jobs)
     with Image.open(tmp_path / "test-fig9-tiny.png") as picture:
         width, height = picture.size
     assert width == pytest.approx(4 * height, rel=0.02) and paths[1].read_text().count("<svg") == 1
     assert "![" in paths[0].read_text() and "\n\nfast\n" in paths[0].read_text()
 
 
-def test_a_figure_over_a_column(tmp_path, known):
+def test_a_figure_over_a_column(tmp_path, fake_table):
     """The x of rows without one is their number in the column of the x axis."""
     part = ColumnGroup(
         {"cost": "fd_digits", "right": "class_accuracy"},
@@ -403,37 +421,35 @@ def test_a_figure_over_a_column(tmp_path, known):
         claims=(),
     )
     values = {(row, "fd_digits", s): x for s in range(3) for row, x in (("slow", 4.0), ("fast", 2.0))}
-    todo = numbers(table, tmp_path, values | {("fast", "class_accuracy", s): 0.75 for s in range(3)})
-    ((figure, _),) = page.plots.make_plots(results.collect_result(table, "tiny", tmp_path, todo), todo)
+    planned_jobs = write_records(table, tmp_path, values | {("fast", "class_accuracy", s): 0.75 for s in range(3)})
+    ((figure, _),) = page.plots.make_plots(collect_result(table, tmp_path, planned_jobs), planned_jobs)
     line = figure.axes[0].lines[0]
     assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([2, 4], [0.75, 0.5])
-    assert "|  | cost | right \u2191 |" in page.write_page(table, "tiny", tmp_path, todo)[0].read_text()
+    assert "|  | cost | right \u2191 |" in page.write_page(table, "tiny", tmp_path, planned_jobs)[0].read_text()
 
 
 def test_no_picture_without_matplotlib(tmp_path, monkeypatch):
-    table, todo = curves(tmp_path, "a")
+    table, planned_jobs = curves(tmp_path, "a")
     monkeypatch.setattr(page.importlib.util, "find_spec", lambda name: None)
-    paths = page.write_page(table, "tiny", tmp_path, todo)
+    paths = page.write_page(table, "tiny", tmp_path, planned_jobs)
     assert all("it needs matplotlib" in path.read_text() for path in paths[:2]) and not list(tmp_path.glob("*.png"))
 
 
-def test_a_checklist_reads_the_verdicts_of_its_tables(tmp_path, known):
+def test_a_checklist_reads_the_verdicts_of_its_tables(tmp_path, fake_table):
     checks = (
         ChecklistItem("Which rate?", "a high one", "test/1", 0),
         ChecklistItem("Which size?", "large", "test/9", 1),
     )
     table = Table("test/a5", "Advice", "Nobody 2024", (), (), {}, checklist=checks)
     values = {("slow", "fd_digits", s): 9 + s for s in range(3)}
-    page.write_page(fake(), "tiny", tmp_path, numbers(fake(), tmp_path, values))
+    page.write_page(fake(), "tiny", tmp_path, write_records(fake(), tmp_path, values))
     text = page.write_page(table, "tiny", tmp_path, [])[0].read_text()
     assert "| Which rate? | a high one | **reproduced** | A higher rate is better | test/1 |" in text
     assert "| Which size? | large | **not measured** | - | test/9 |" in text
     listed = (tmp_path / "README.md").read_text()
     assert (
-        "| [test/1](test-1-tiny.md) | Rates \\| of \\<two\\> kinds | tiny | 3 | 1 of 2 claims reproduced, 1 undecided |"
-        in listed
+        "1 reproduced, 1 undecided." in listed and "- [test/a5](test-a5-tiny.md): Advice (1 reproduced, 1 not" in listed
     )
-    assert "| tiny | - | 1 of 2 checks reproduced, 1 not measured |" in listed
 
 
 def test_column_descriptions():
@@ -447,18 +463,67 @@ def test_column_descriptions():
         )
         for s in (0.05, 0.1)
     )
-    todo = plan.plan_jobs(
-        table._replace(scales={"tiny": Scale((*lengths, *table.scales["tiny"].groups[1:]), "")}), "tiny", [0], Path("w")
-    )
-    content = page.labels.describe_columns(table, todo)
-    assert content["FID"].startswith("one minus the share of samples") and content["FID"].endswith(
-        ", the minimum over sample.sigma_rel"
-    )
+    table = table._replace(scales={"tiny": Scale((*lengths, *table.scales["tiny"].groups[1:]), "")})
+    content = {name: label.description for name, label in labels.label_columns(table, "tiny").items()}
+    assert content["FID"].startswith("one minus the share of samples")
+    assert content["FID"].endswith(", the minimum over sample.sigma_rel")
     assert content == {
         **content,
         "right": "not measured at this scale",
         "size": "parameters (counts of the network of a run, without training it)",
     }
+
+
+def test_the_list_of_results_has_a_line_for_each_claim(tmp_path, fake_table):
+    """Effects are relative to the larger number, beside those of the paper; claims without a verdict are folded."""
+    values = {("slow", "fd_digits", s): 9 + s for s in range(3)} | {
+        ("fast", "fd_digits", s): 3 + 0.1 * s for s in range(3)
+    }
+    unknown = Claim("It is smaller", lambda v: v["fast", "size"] < v["slow", "size"])
+    table = fake(claims=(*fake().claims, unknown))
+    page.write_page(table, "tiny", tmp_path, write_records(table, tmp_path, values))
+    text = (tmp_path / "README.md").read_text()
+    decided, folded = text.split("<details>")
+    line = "| A higher rate is better | +69 % (+54 % to +84 %) | +66 % | **reproduced** | 3 | 12 min | "
+    assert line + "[test/1](test-1-tiny.md) |" in decided  # 6 trainings of 1.5 minutes, 10 measurements of .25
+    assert "1 reproduced, 1 undecided, 1 not measured." in decided and "plan.md" not in text
+    assert (
+        "Claims without a verdict: 1" in decided + folded
+        and "| It is smaller | - | - | **not measured** | - |" in folded
+    )
+    plot = (tmp_path / "effects-test.svg").read_text()
+    assert plot.count("<title>test/1</title>") == 2 and plot.count('stroke-width="1.5"') == 2  # legend, one published
+    assert ">A higher rate is better</text>" in plot and "not measured" not in plot
+    (tmp_path / "plan.md").write_text("x")
+    assert "[plan.md](plan.md)" in index.write_index(tmp_path).read_text()
+
+
+@pytest.mark.parametrize(
+    "effect, relative, text",
+    [
+        (0.5, (0.123, -0.05, 0.3), "+12 % (-5 % to +30 %)"),
+        (0.5, (0.012, None, None), "+1.2 %"),
+        (math.inf, (None, None, None), "the other diverged"),
+        ("-inf", (None, None, None), "it diverged"),
+        (None, (None, None, None), "-"),
+    ],
+)
+def test_relative_effects_as_text(effect, relative, text):
+    assert index.format_relative(effect, relative) == text
+
+
+def test_columns_and_claims_name_what_is_measured():
+    """Where a scale measures another value than the paper, its name replaces that of the paper's metric."""
+    table = fake()
+    groups = table.scales["tiny"].groups
+    paper = tuple(group._replace(columns={name: "fid" for name in group.columns if name == "FID"}) for group in groups)
+    claim = Claim("FID falls, not FIDs", lambda v: v["slow", "FID"] > 1)
+    table = table._replace(claims=(claim,), scales={**table.scales, "paper": Scale(paper, "")})
+    assert labels.label_columns(table, "tiny")["FID"].title == "FD (digits)"
+    assert labels.label_columns(table, "paper")["FID"].title == "FID"
+    assert labels.name_measured(table, {"FID": "fd_digits"}).claims[0].text == "FD (digits) falls, not FIDs"
+    assert labels.name_measured(table, {"FID": "fid"}).claims[0].text == claim.text
+    assert labels.name_measured(table, {"right": "fd_digits"}).claims[0].text == claim.text
 
 
 def test_names_are_in_the_order_of_their_numbers():
@@ -476,7 +541,8 @@ def test_another_readme_is_not_overwritten(tmp_path):
 @pytest.mark.parametrize(
     ("values", "due"),
     [
-        ([1.7931, 2.0], "1.793"), ([280.21, 1523.2], "280"), ([0.98765], "0.9877"), ([1e-9, 5.0], "1e-09"), ([0.0], "0.000"),
+        ([1.7931, 2.0], "1.793"), ([280.21, 1523.2], "280"), ([0.98765], "0.9877"), ([1e-9, 5.0], "1e-09"),
+        ([0.0], "0.000"),
         ([-3.14159], "-3.142"), ([0.0000234, 0.02], "2.34e-05"), ([math.nan], "NaN"), ([math.inf, 2.0], "diverged"),
     ],
 )  # fmt: skip
@@ -488,7 +554,7 @@ def test_digits(values, due):
 # Running jobs
 
 
-def test_measured_jobs_are_not_measured_again(tmp_path, known, monkeypatch):
+def test_measured_jobs_are_not_measured_again(tmp_path, fake_table, monkeypatch):
     calls = []
 
     def measured(job):
@@ -497,17 +563,19 @@ def test_measured_jobs_are_not_measured_again(tmp_path, known, monkeypatch):
 
     monkeypatch.setitem(runner.measurements.MEASUREMENT_METHODS, "metrics", measured)
     monkeypatch.setattr(runner, "start_training", lambda *arguments: None)
-    todo = plan.plan_jobs(fake(), "tiny", range(2), tmp_path)
-    assert [job.row for job in runner.run_jobs(todo, QUIET, lambda text: None)] == [job.row for job in todo]
+    planned_jobs = plan.plan_jobs(fake(), "tiny", range(2), tmp_path)
+    assert [job.row for job in runner.run_jobs(planned_jobs, QUIET, lambda text: None)] == [
+        job.row for job in planned_jobs
+    ]
     assert len(calls) == 6
     output = []
-    assert len(list(runner.run_jobs(todo, QUIET, output.append))) == 7 and len(calls) == 6 and output == []
-    todo[1].path.unlink()
-    list(runner.run_jobs(todo, QUIET, output.append))
+    assert len(list(runner.run_jobs(planned_jobs, QUIET, output.append))) == 7 and len(calls) == 6 and output == []
+    planned_jobs[1].path.unlink()
+    list(runner.run_jobs(planned_jobs, QUIET, output.append))
     assert calls[6:] == [("fast", 0)] and output[0] == "2 of 7: fast, FID, right, seed 0"
 
 
-def test_a_row_that_diverges_is_a_result(tmp_path, known, monkeypatch):
+def test_a_row_that_diverges_is_a_result(tmp_path, fake_table, monkeypatch):
     tried = []
 
     def start(run, folder, *arguments):
@@ -521,16 +589,16 @@ def test_a_row_that_diverges_is_a_result(tmp_path, known, monkeypatch):
         "metrics",
         lambda job: {"values": {"fd_digits": 1.0, "class_accuracy": 1.0}},
     )
-    todo = plan.plan_jobs(fake(), "tiny", [0], tmp_path)
-    list(runner.run_jobs(todo, QUIET, lambda text: None))
+    planned_jobs = plan.plan_jobs(fake(), "tiny", [0], tmp_path)
+    list(runner.run_jobs(planned_jobs, QUIET, lambda text: None))
     assert tried == [1e-4, 4e-3]  # two rows share the second training, which is not tried again
-    collected = runner.collect_values(todo)[0]
+    collected = runner.collect_values(planned_jobs)[0]
     assert collected["slow", "FID"] == 1 and collected["fast", "FID"] == collected["fast, guided", "right"] == DIVERGED
-    assert runner.read_record(todo[1].path)["diverged"] == "the loss is not finite at image 64"
+    assert runner.read_record(planned_jobs[1].path)["diverged"] == "the loss is not finite at image 64"
 
 
-def test_an_interruption_names_the_command_that_resumes(tmp_path, known, monkeypatch):
-    """After a signal during a training a checkpoint is written, and the same command resumes it."""
+def test_an_interruption_names_the_command_that_resumes(tmp_path, fake_table, monkeypatch):
+    """A signal during a training writes a checkpoint, and the same command resumes it."""
     after, sent = loop.Monitor.on_step_end, []
 
     def interrupted(watcher, before):
@@ -545,24 +613,24 @@ def test_an_interruption_names_the_command_that_resumes(tmp_path, known, monkeyp
         "metrics",
         lambda job: {"values": {"fd_digits": 1.0, "class_accuracy": 1.0}},
     )
-    todo = plan.plan_jobs(fake(), "tiny", [0], tmp_path, ["slow"])
+    planned_jobs = plan.plan_jobs(fake(), "tiny", [0], tmp_path, ["slow"])
     with pytest.raises(StoppedError) as stopped:
-        list(runner.run_jobs(todo, QUIET, lambda text: None, "gesso reproduce test/1"))
+        list(runner.run_jobs(planned_jobs, QUIET, lambda text: None, "gesso reproduce test/1"))
     content = str(stopped.value).splitlines()
     assert content == ["SIGINT at image 160: a checkpoint is written. Resume with", "  gesso reproduce test/1"]
-    assert stopped.value.exit_code == 130 and not todo[0].path.exists()
+    assert stopped.value.exit_code == 130 and not planned_jobs[0].path.exists()
     console = Console(record=True, quiet=False, file=io.StringIO())
-    list(runner.run_jobs(todo, console, lambda text: None))
-    assert "resumed at image 160" in console.export_text() and runner.is_finished(todo[0].training)
+    list(runner.run_jobs(planned_jobs, console, lambda text: None))
+    assert "resumed at image 160" in console.export_text() and runner.is_finished(planned_jobs[0].training)
     monkeypatch.setitem(
         runner.measurements.MEASUREMENT_METHODS, "counts", lambda job: (_ for _ in ()).throw(KeyboardInterrupt)
     )
-    todo[1].path.unlink()
+    planned_jobs[1].path.unlink()
     with pytest.raises(StoppedError, match=r"finished work is stored\. Resume with\n  gesso reproduce test/1"):
-        list(runner.run_jobs(todo, QUIET, lambda text: None, "gesso reproduce test/1"))
+        list(runner.run_jobs(planned_jobs, QUIET, lambda text: None, "gesso reproduce test/1"))
 
 
-def test_two_processes_share_the_work(tmp_path, known, monkeypatch):
+def test_two_processes_share_the_work(tmp_path, fake_table, monkeypatch):
     """A job that another process has locked is skipped, awaited at the end, and not run again."""
     monkeypatch.setattr(runner, "POLL_INTERVAL_S", 0.001)
     monkeypatch.setattr(runner, "start_training", lambda *arguments: None)
@@ -571,28 +639,28 @@ def test_two_processes_share_the_work(tmp_path, known, monkeypatch):
         "metrics",
         lambda job: {"values": {"fd_digits": 1.0, "class_accuracy": 1.0}},
     )
-    todo, output = plan.plan_jobs(fake(), "tiny", [0], tmp_path), []
-    with atomic_io.try_lock(todo[0].training.folder) as mine:
+    planned_jobs, output = plan.plan_jobs(fake(), "tiny", [0], tmp_path), []
+    with atomic_io.try_lock(planned_jobs[0].training.folder) as mine:
         assert mine
         order = []
-        for job in runner.run_jobs(todo, QUIET, output.append):
+        for job in runner.run_jobs(planned_jobs, QUIET, output.append):
             order.append((job.row, job.group.method))
             if len(order) == 3:
                 break
     assert order == [("fast", "metrics"), ("fast, guided", "metrics"), ("slow", "counts")]
-    held = atomic_io.try_lock(todo[0].path)
+    held = atomic_io.try_lock(planned_jobs[0].path)
     assert held.__enter__()
 
     def other(text):
         output.append(text)
         if text.startswith("waiting"):
-            atomic_io.write_json(todo[0].path, {"values": {"fd_digits": 2.0, "class_accuracy": 1.0}})
+            atomic_io.write_json(planned_jobs[0].path, {"values": {"fd_digits": 2.0, "class_accuracy": 1.0}})
             held.__exit__(None, None, None)
 
-    assert len(list(runner.run_jobs(todo, QUIET, other))) == 4
+    assert len(list(runner.run_jobs(planned_jobs, QUIET, other))) == 4
     assert (
         output[-1] == "waiting for another process, which runs slow, seed 0"
-        and runner.collect_values(todo)[0]["slow", "FID"] == 2
+        and runner.collect_values(planned_jobs)[0]["slow", "FID"] == 2
     )
 
 
@@ -611,13 +679,13 @@ def test_minutes_are_those_of_the_steps(tmp_path):
 # Dry runs and Slurm
 
 
-def reproduce_args(where: Path, **changes) -> ReproduceArgs:
-    return ReproduceArgs("test/1", (), "tiny", (), 2, where, True)._replace(**changes)
+def reproduce_args(out_folder: Path, **changes) -> ReproduceArgs:
+    return ReproduceArgs("test/1", (), "tiny", (), 2, out_folder, True)._replace(**changes)
 
 
-def test_a_dry_run(tmp_path, known):
-    todo = plan.plan_jobs(fake(), "tiny", range(2), tmp_path)
-    text = "\n".join(dry_run.dry_run_lines(fake(), reproduce_args(tmp_path), todo))
+def test_a_dry_run(tmp_path, fake_table):
+    planned_jobs = plan.plan_jobs(fake(), "tiny", range(2), tmp_path)
+    text = "\n".join(dry_run.dry_run_lines(fake(), reproduce_args(tmp_path), planned_jobs))
     assert text.startswith("test/1 at --scale tiny: 7 measurements (0 done) of 4 trainings (0 done), 2 seeds")
     assert text.count("gesso train digits") == 4 and "torchrun" not in text and "GPU-hours" not in text
     assert (
@@ -632,8 +700,10 @@ def test_missing_requirements_are_listed(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.chdir(tmp_path)
     table = get_table(TABLES, "berrada/2a")
-    todo = plan.plan_jobs(table, "paper", [0], Path("tables"), ["uniform"])
-    text = "\n".join(dry_run.dry_run_lines(table, reproduce_args(Path("tables"), scale="paper", num_seeds=1), todo))
+    planned_jobs = plan.plan_jobs(table, "paper", [0], Path("tables"), ["uniform"])
+    text = "\n".join(
+        dry_run.dry_run_lines(table, reproduce_args(Path("tables"), scale="paper", num_seeds=1), planned_jobs)
+    )
     assert "torchrun --nproc-per-node 8 -m gesso train table-2a control.schedule=uniform" in text
     assert (
         "the cache caches/imagenet-256-0.9-1-flip\n      gesso cache /path/to/imagenet caches/imagenet-256-0.9-1-flip"
@@ -648,12 +718,12 @@ def test_missing_requirements_are_listed(tmp_path, monkeypatch):
     (tmp_path / "caches" / "imagenet-256-0.9-1-flip").mkdir(parents=True)
     (tmp_path / "caches" / "imagenet-256-0.9-1-flip" / "manifest.json").write_text("{}")
     (tmp_path / "vae").mkdir()
-    run = todo[0].training.run
+    run = planned_jobs[0].training.run
     run = run.model_copy(update={"latent": run.latent.model_copy(update={"vae": str(tmp_path / "vae")})})
     assert {need.label: need.available for need in requirements.training_requirements(run) if "vae" in need.label} == {
         f"the VAE {tmp_path}/vae": True
     }
-    assert next(requirements.training_requirements(todo[0].training.run)).available
+    assert next(requirements.training_requirements(planned_jobs[0].training.run)).available
 
 
 def test_hub_models_are_located_in_the_cache(tmp_path, monkeypatch):
@@ -703,15 +773,17 @@ def test_hours_by_hand(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "passes"),
     [
-        ((), 20 * 2), (("sample.guidance=1",), 20), (("sample.sampler=heun",), 39 * 2), (("eval.num_repeats=3",), 3 * 20 * 2),
+        ((), 20 * 2), (("sample.guidance=1",), 20), (("sample.sampler=heun",), 39 * 2),
+        (("eval.num_repeats=3",), 3 * 20 * 2),
         (("control.variables=size", "sample.control_guidance=1.4"), 20 * 3),
         (("control.variables=size", "eval.metrics=digits_feature_distance", "eval.diversity_prompts=50"), 20 * 2),
     ],
 )  # fmt: skip
 def test_evaluations_of_sampling(tmp_path, settings, passes):
-    """Hours of 100 samples, in network evaluations."""
-    part = ColumnGroup({}, {"r": Measurement(Training("digits", tuple(s for s in settings if s.startswith("control"))), tuple(s for s in settings if not s.startswith("control")))},
-                settings=("eval.metrics=fd_digits", "eval.num_samples=100"))  # fmt: skip
+    """The hours of 100 samples follow from the number of network evaluations."""
+    control = tuple(setting for setting in settings if setting.startswith("control"))
+    measurement = Measurement(Training("digits", control), tuple(s for s in settings if s not in control))
+    part = ColumnGroup({}, {"r": measurement}, settings=("eval.metrics=fd_digits", "eval.num_samples=100"))
     table = fake(rows=(Row("r"),), scales={"tiny": Scale((part,), "")})
     (job,) = plan.plan_jobs(table, "tiny", [0], tmp_path)
     run = estimates.with_dataset_info(estimates.evaluation_config(job))
@@ -719,7 +791,7 @@ def test_evaluations_of_sampling(tmp_path, settings, passes):
     assert estimates.measurement_hours(job) == pytest.approx(estimates.gpu_hours(100 * passes * macs, "float32"))
 
 
-def test_slurm_scripts(tmp_path, known):
+def test_slurm_scripts(tmp_path, fake_table):
     """The scripts parse; with a fake sbatch, a training waits only for the training that it starts from."""
     part = ColumnGroup(
         {"FID": "fd_digits"},
@@ -731,9 +803,9 @@ def test_slurm_scripts(tmp_path, known):
         settings=METRICS,
     )
     table = fake(scales={"tiny": Scale((part,), "")})
-    where, out = tmp_path / "some where", tmp_path / "jobs"
-    todo = plan.plan_jobs(table, "tiny", range(2), where)
-    lines = slurm.write_scripts(table, reproduce_args(where, slurm=out), todo)
+    out_folder, out = tmp_path / "some where", tmp_path / "jobs"
+    planned_jobs = plan.plan_jobs(table, "tiny", range(2), out_folder)
+    lines = slurm.write_scripts(table, reproduce_args(out_folder, slurm=out), planned_jobs)
     assert lines[0].startswith("wrote train.sh (6 trainings), measure.sh (3 rows)")
     for script in out.iterdir():
         assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
@@ -767,10 +839,10 @@ def test_slurm_scripts(tmp_path, known):
         "--num-seeds",
         "2",
         "--out",
-        str(where),
+        str(out_folder),
     ]
     content = subprocess.run(["bash", train], env=env, check=True, capture_output=True, text=True).stdout.splitlines()
-    child = plan.unique_trainings(todo)[1]
+    child = plan.unique_trainings(planned_jobs)[1]
     assert content[:3] == ["gesso", "train", "digits"] and f"init={child.parent.folder}" in content
     assert content[-3:] == ["--out", str(child.folder), "--resume"]
 
@@ -786,21 +858,23 @@ def test_slurm_on_many_gpus_is_torchrun(tmp_path):
 def test_every_table_at_every_scale(name, tmp_path):
     table = get_table(TABLES, name)
     for scale in table.scales:
-        todo = plan.plan_jobs(table, scale, [0], tmp_path)
-        assert dry_run.dry_run_lines(table, ReproduceArgs(name, scale=scale, out=tmp_path, dry_run=True), todo)
+        planned_jobs = plan.plan_jobs(table, scale, [0], tmp_path)
+        assert dry_run.dry_run_lines(table, ReproduceArgs(name, scale=scale, out=tmp_path, dry_run=True), planned_jobs)
 
 
 # The command
 
 
-def test_two_rows_and_two_seeds(tmp_path, known, gesso):
+def test_two_rows_and_two_seeds(tmp_path, fake_table, gesso):
     """Train and measure for real; a second run uses the stored results."""
-    where = tmp_path / "made here"
-    code, output, _ = gesso("reproduce", "test/1", "--rows", "slow", "--rows", "fast", "--num-seeds", 2, "--out", where)
+    out_folder = tmp_path / "made here"
+    code, output, _ = gesso(
+        "reproduce", "test/1", "--rows", "slow", "--rows", "fast", "--num-seeds", 2, "--out", out_folder
+    )
     assert code == 0 and "5 of 5" in output and output.count("gesso train digits") == 4
-    assert output.splitlines()[-1].startswith(f"wrote {where}/test-1-tiny.md")
-    assert len(list((where / "runs").glob("digits-*/snapshots/*"))) == 4 * 4 * 2
-    content = json.loads((where / "test-1-tiny.json").read_text())
+    assert output.splitlines()[-1].startswith(f"wrote {out_folder}/test-1-tiny.md")
+    assert len(list((out_folder / "runs").glob("digits-*/snapshots/*"))) == 4 * 4 * 2
+    content = json.loads((out_folder / "test-1-tiny.json").read_text())
     for row in ("slow", "fast"):
         values = list(content["rows"][row]["FID"]["by_seed"].values())
         assert len(values) == 2 and all(value > 0 for value in values) and values[0] != values[1]
@@ -811,15 +885,17 @@ def test_two_rows_and_two_seeds(tmp_path, known, gesso):
         "1": 17,
     }
     assert content["protocols"]["FID"]["num_samples"] == 40 and content["environments"][0].startswith("cpu, 1 thread")
-    code, again, _ = gesso("reproduce", "test/1", "--rows", "slow", "--num-seeds", 2, "--out", where)
+    code, again, _ = gesso("reproduce", "test/1", "--rows", "slow", "--num-seeds", 2, "--out", out_folder)
     assert code == 0 and again.count("\n") <= 2  # only the line on written files
-    assert gesso("reproduce", "test/1", "--rows", "slow", "--out", where)[0] == 0
-    assert json.loads((where / "test-1-tiny.json").read_text())["rows"] == content["rows"]  # all stored rows and seeds
-    code, listed, _ = gesso("reproduce", "list", "--out", where)
-    assert "test/1" in listed and f"{index.count_verdicts(content)} (tiny, 2 seeds)" in listed
+    assert gesso("reproduce", "test/1", "--rows", "slow", "--out", out_folder)[0] == 0
+    assert (
+        json.loads((out_folder / "test-1-tiny.json").read_text())["rows"] == content["rows"]
+    )  # all stored rows and seeds
+    code, listed, _ = gesso("reproduce", "list", "--out", out_folder)
+    assert "test/1" in listed and f"{index.describe_page(content)} (tiny, 2 seeds)" in listed
 
 
-def test_bad_input(tmp_path, known, gesso, monkeypatch):
+def test_bad_input(tmp_path, fake_table, gesso, monkeypatch):
     monkeypatch.setitem(
         TABLES,
         "test/a5",
@@ -851,7 +927,7 @@ def test_bad_input(tmp_path, known, gesso, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "other"]
 
 
-def test_a_failure_leaves_a_page_of_finished_jobs(tmp_path, known, gesso, monkeypatch):
+def test_a_failure_leaves_a_page_of_finished_jobs(tmp_path, fake_table, gesso, monkeypatch):
     def fails(job):
         if job.row == "fast":
             raise UsageError("weights are missing")
@@ -869,5 +945,5 @@ def test_a_failure_leaves_a_page_of_finished_jobs(tmp_path, known, gesso, monkey
 def test_the_list_is_by_paper(gesso, tmp_path):
     code, listed, _ = gesso("reproduce", "list", "--out", tmp_path)
     heads = [line for line in listed.splitlines() if line and not line.startswith(" ")]
-    assert code == 0 and heads[0] == cli.PAPER_TITLES["berrada"] and "berrada/2a" in listed
+    assert code == 0 and heads[0] == index.PAPER_TITLES["berrada"] and "berrada/2a" in listed
     assert list(itertools.chain(heads))[-1].startswith("`gesso reproduce NAME`")

@@ -9,8 +9,10 @@ from gesso.errors import UsageError
 from gesso.reproduce.sweep import FIRST_SEED, SweepArgs, build_table, edge_note, parse_axis, sweep
 
 TINY = (
-    "data.num_validation=100", "train.total_images=256", "train.batch_size=32", "train.snapshot_every=128", "net.hidden_size=16",
-    "net.depth=1", "net.num_heads=2", "optim.warmup_images=0", "monitor.validate_every=null", "eval.validation_pairs=200",
+    "data.num_validation=100", "train.total_images=256", "train.batch_size=32", "train.snapshot_every=128",
+    "net.hidden_size=16",
+    "net.depth=1", "net.num_heads=2", "optim.warmup_images=0", "monitor.validate_every=null",
+    "eval.validation_pairs=200",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from helpers.network_cases import randomize_constants_
 from helpers.run_factory import QUIET_CONSOLE, small_run, with_settings, write_run
 from rich.console import Console
 
-from gesso import sampling, snapshot
+from gesso import sample_files, sampling, snapshot
 from gesso.conditioning import Cond
 from gesso.config import DataConfig
 from gesso.data.batching import Batcher
@@ -46,8 +46,8 @@ def test_trains_resumes_bit_equal_and_samples(recipe, padding, tmp_path):
     assert last.name.startswith("nimg000000000016")
     assert last.read_bytes() == (again / "snapshots" / last.name).read_bytes()
     run = snapshot.read(last)[1]
-    requested = sampling.SampleArgs(prompts=("the digit seven", "a zero in somebody's handwriting"), seeds="0-1")
-    lines = sampling.sample_to_folder(out, run, requested, tmp_path / "made")
+    requested = sample_files.SampleArgs(prompts=("the digit seven", "a zero in somebody's handwriting"), seeds="0-1")
+    lines = sample_files.sample_to_folder(out, run, requested, tmp_path / "made")
     assert lines[0].startswith("wrote 2 images") and (tmp_path / "made" / "seed000001.png").is_file()
 
 

@@ -25,7 +25,8 @@ from gesso.training.run_folder import open_dataset_for_run, start_training
 
 QUIET = Console(quiet=True)
 TINY = [
-    "net.hidden_size=32", "net.depth=1", "net.num_heads=2", "net.patch_size=2", "data.resolution=8", "train.total_images=640",
+    "net.hidden_size=32", "net.depth=1", "net.num_heads=2", "net.patch_size=2", "data.resolution=8",
+    "train.total_images=640",
     "train.batch_size=32", "train.snapshot_every=160", "train.checkpoint_every=96", "train.log_every=128",
     "train.num_threads=1", "optim.warmup_images=64", "optim.lr=1e-3",
 ]  # fmt: skip
@@ -52,7 +53,8 @@ def arguments(photos: Path, out: Path, *settings: str) -> list[str]:
 
 def command(photos, out, *settings, prelude="", check=True, **popen):
     """Train in another process, after some Python of the test's own."""
-    code = f"import sys\nsys.argv = ['gesso', *{arguments(photos, out, *settings)!r}]\n{prelude}\nfrom gesso.cli import main\nmain()"
+    words = ["gesso", *arguments(photos, out, *settings)]
+    code = f"import sys\nsys.argv = {words!r}\n{prelude}\nfrom gesso.cli import main\nmain()"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-c", code], check=check, env=environment, capture_output=True, text=True, **popen

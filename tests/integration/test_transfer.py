@@ -1,4 +1,4 @@
-"""Weights moved to another data set, condition and resolution: every network, against the functions that they should be."""
+"""Transfer of weights to other data sets, conditions and resolutions: every network against the expected functions."""
 
 import math
 import shutil
@@ -158,9 +158,9 @@ def test_tokens_are_at_most_half_a_step_from_where_the_source_had_them(tmp_path,
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_with_the_same_positions_the_double_is_the_same_function(tmp_path, name):
-    """Attention does not change when every key stands there four times; nothing else in the networks knows how many there are.
+    """Attention does not change if every key is repeated four times, and no other layer depends on their number.
 
-    So all that a change of resolution does to a picture of flat patches, it does by positions.
+    So all that a change of resolution does to an image of flat patches, it does by positions.
     """
     path = write_snapshot(tmp_path, make_run(name))
     run, denoiser, _ = transfer_to(make_run(name, "none", 32, source=str(path)))
@@ -187,7 +187,7 @@ def four_times(net, source) -> None:
 
 
 def test_text_tokens_too_must_stand_there_four_times(tmp_path):
-    """In joint attention k^2 times the image tokens leave the text 1/k^2 of its share; with k^2 copies of it, nothing changes."""
+    """In joint attention k^2 times the image tokens leave the text 1/k^2 of its share, unless text is repeated too."""
     for name in ("mmdit++", "mmdit++ all", "mp-mmdit++", "mmdit all"):
         path = write_snapshot(tmp_path, make_run(name, "text"))
         run, denoiser, _ = transfer_to(make_run(name, "text", 32, source=str(path)))
@@ -204,8 +204,11 @@ def test_text_tokens_too_must_stand_there_four_times(tmp_path):
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_resampled_stays_close_and_extrapolated_does_not(tmp_path, name):
-    """On a picture of flat patches and its double, of random weights: within 15 % resampled (each token less than .54 steps
-    from its place), at least 2.5 times as far extrapolated (up to 8 steps)."""
+    """Resampled positions are close on an image of flat patches and its double, extrapolated ones are not.
+
+    With random weights: within 15 % resampled (each token less than .54 steps from its place), at least 2.5 times as
+    far extrapolated (up to 8 steps).
+    """
     path = write_snapshot(tmp_path, make_run(name))
     x, far = flat_patches(make_run(name)), {}
     small = tokens_up(F_of(load_source(path), make_run(name), x))
@@ -217,8 +220,11 @@ def test_resampled_stays_close_and_extrapolated_does_not(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["edm2", "ladder A"])
 def test_a_u_net_differs_by_the_edges_alone(tmp_path, name):
-    """No weight of a U-Net knows the resolution, and its convolutions see other frequencies: on one flat colour the double
-    differs from the source along the edges alone, whose share of the norm falls by the root of 2 with every doubling."""
+    """A U-Net on one flat colour differs from the source along the edges only.
+
+    No weight of it depends on the resolution, and its convolutions see other frequencies. The share of the edges in the
+    norm falls by the root of 2 with every doubling.
+    """
     path = write_snapshot(tmp_path, make_run(name))
     source, far = load_source(path), {}
     for R in (16, 32):
@@ -231,7 +237,7 @@ def test_a_u_net_differs_by_the_edges_alone(tmp_path, name):
 
 
 def test_tables_of_positions():
-    """Learned tables: what the source reads at other grids, by slow loops; extrapolated, its own and fresh ones beyond."""
+    """Learned tables at other grids agree with slow loops; extrapolated ones keep the source's and add new ones."""
     g, n, D = 3, 5, 4
     torch.manual_seed(0)
     old, fresh = torch.randn(1, g * g, D), torch.randn(1, n * n, D)
@@ -269,7 +275,7 @@ def test_tables_of_relative_biases():
 
 @pytest.mark.parametrize("side", [20, 30])
 def test_sd3s_table_puts_the_corners_of_the_new_grid_on_the_sources(side):
-    """In its buffer, which the state keeps: sines and cosines of the place that each token has in the source's table."""
+    """The buffer has sines and cosines of the position that each token has in the source's table."""
     g, n, m, D = 8, 16, 20, 16
     table = lambda coords: torch.cat([coords[:, None].sin(), coords[:, None].cos()], 1)  # noqa: E731
     old = torch.arange(m, dtype=torch.float64)[None, :, None, None].expand(1, m, m, D).clone()  # its row
@@ -400,7 +406,8 @@ def test_proportional_positions_on_the_way_to_another_resolution(tmp_path):
 
 
 @pytest.mark.parametrize("old, new, words", [
-    ("resampled", "interpolated", "needs the spacing of the source's net.pos_embed=resampled, which net.pos_embed=interpolated"),
+    ("resampled", "interpolated",
+    "needs the spacing of the source's net.pos_embed=resampled, which net.pos_embed=interpolated"),
     ("resampled", "proportional", "set net.pos_embed=resampled or init.pos_embed=resampled"),
     ("extrapolated", "resampled", "set net.pos_embed=extrapolated or init.pos_embed=resampled"),
 ])  # fmt: skip
@@ -498,7 +505,7 @@ def test_classes_in_another_order_by_name(tmp_path, name):
 
 @pytest.mark.parametrize("name", LABELLED)
 def test_more_classes_some_of_them_new(tmp_path, name):
-    """Mapped classes are exact (on the sphere, but for its rows' length), the null class stays, new ones start as it."""
+    """Mapped classes are exact (on the sphere but for the length of rows); new ones start as the null class."""
     path = write_snapshot(tmp_path, make_run(name, "label"))
     classes = ("new", "b", "other", "a")
     run, denoiser, output = transfer_to(make_run(name, "label", classes=classes, source=str(path)))
@@ -737,9 +744,11 @@ LEVELS = dict(
 )
 PEERS = {
     "dit": (DiTConfig(**SHAPE, pos_embed="extrapolated"), InputSpec(4, 16, 5), "DiTTransformer2DModel"),
-    "pixart": (PixArtConfig(**SHAPE, pos_embed="extrapolated"), InputSpec(4, 16, text_dim=12), "PixArtTransformer2DModel"),
+    "pixart": (PixArtConfig(**SHAPE, pos_embed="extrapolated"), InputSpec(4, 16, text_dim=12),
+    "PixArtTransformer2DModel"),
     "mmdit": (
-        MMDiTConfig(**SHAPE, separate_text_weights="all", pos_embed_max_size=12), InputSpec(4, 16, text_dim=12, pooled_dim=10), "SD3Transformer2DModel",
+        MMDiTConfig(**SHAPE, separate_text_weights="all", pos_embed_max_size=12),
+        InputSpec(4, 16, text_dim=12, pooled_dim=10), "SD3Transformer2DModel",
     ),
     "unet": (UNetConfig(**LEVELS), InputSpec(4, 16, text_dim=12), "UNet2DConditionModel"),
 }  # fmt: skip
@@ -789,7 +798,7 @@ def test_a_file_of_diffusers(tmp_path, name):
 
 
 def test_a_file_of_diffusers_at_twice_the_resolution(tmp_path):
-    """Trained with step base/n, one per token on its own grid, here resampled from its grid: said, and the noise rescaled."""
+    """A table with one step per token is resampled from its grid, which is reported; noise levels are rescaled."""
     path, _ = peer_file(tmp_path, "dit")
     run = peer_run("dit", 256, source=str(path))
     net = run.net.model_copy(update={"pos_embed": "resampled"})
@@ -800,7 +809,7 @@ def test_a_file_of_diffusers_at_twice_the_resolution(tmp_path):
 
 
 def test_the_process_of_another_projects_weights(tmp_path):
-    """DiT comes with linear betas, whatever the run's process says; init.process=run keeps that; a run's weights bring none."""
+    """DiT brings linear betas unless init.process=run; the weights of a run bring no process."""
     path, _ = peer_file(tmp_path, "dit")
 
     def run_with(there, **init):
@@ -875,7 +884,8 @@ def test_pickles_of_tensors_and_of_code(tmp_path):
     torch.save({"a": 3}, tmp_path / "nothing.pt")
     torch.save({"layer.weight": torch.ones(3)}, tmp_path / "unknown.pt")
     for name, words in {
-        "code.pt": "contains code, which gesso never runs", "torn.pt": "is damaged", "nothing.pt": "contains no named weights",
+        "code.pt": "contains code, which gesso never runs", "torn.pt": "is damaged",
+        "nothing.pt": "contains no named weights",
         "unknown.pt": "the weights belong to no project that gesso knows",
     }.items():  # fmt: skip
         with pytest.raises(GessoError, match=words):
@@ -895,7 +905,8 @@ def test_positions_lengths_and_times_are_distinguished(tmp_path):
     assert parsed(f"{tmp_path}/x@0.1") == (tmp_path / "x@0.1", None, None)
     assert parsed(f"{tmp_path}/x@0.1@0.2") == (tmp_path / "x@0.1", 0.2, None)
     for text, words in {
-        "a@1.5": "neither an EMA length", "a@b": "neither an EMA length", "a@0.1@0.2": "two EMA lengths", "a@5@6": "two numbers of images",
+        "a@1.5": "neither an EMA length", "a@b": "neither an EMA length", "a@0.1@0.2": "two EMA lengths",
+        "a@5@6": "two numbers of images",
         "a@0.3": "must lie between 0 and 0.2887", "a@0": "must lie between",
     }.items():  # fmt: skip
         with pytest.raises(UsageError, match=words):
@@ -970,8 +981,10 @@ def test_settings_on_the_command_line(tmp_path):
 # --- Whole runs -------------------------------------------------------------------------------------------------------
 
 TINY = [
-    "net.hidden_size=32", "net.depth=2", "net.num_heads=2", "train.total_images=128", "train.batch_size=32", "train.log_every=32",
-    "train.snapshot_every=64", "train.checkpoint_every=64", "train.num_threads=1", "optim.warmup_images=32", "sample.steps=2",
+    "net.hidden_size=32", "net.depth=2", "net.num_heads=2", "train.total_images=128", "train.batch_size=32",
+    "train.log_every=32",
+    "train.snapshot_every=64", "train.checkpoint_every=64", "train.num_threads=1", "optim.warmup_images=32",
+    "sample.steps=2",
 ]  # fmt: skip
 LARGE = ["data.resolution=16", "eval.toy_metrics=none"]
 

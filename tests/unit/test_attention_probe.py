@@ -1,5 +1,4 @@
-"""What a network does with padding tokens (Berrada et al. Figures A3, A4), in cases whose answer is known; and pictures of
-samples."""
+"""Padding tokens in a network (Berrada et al. Figures A3, A4) in cases with a known answer, and grids of samples."""
 
 from types import SimpleNamespace
 

@@ -61,6 +61,28 @@ def test_verdicts_are_the_test_of_scipy(effects):
     assert result.num_seeds == len(effects) and result.effect == pytest.approx(statistics.mean(effects), abs=1e-12)
 
 
+def test_relative_effects():
+    """An effect is divided by the mean of the largest compared number; a difference of logarithms is not divided."""
+
+    def relative(expression, *seeds):
+        return claims.judge(TABLE, Claim("x", expression), list(seeds)).relative
+
+    seeds = [values_of(a=(8, 10), b=(4, 1)), values_of(a=(6, 10), b=(4, 1))]
+    effect, low, high = relative(lambda v: v["r", "a"] < v["s", "a"], *seeds)
+    absolute = claims.judge(TABLE, Claim("x", lambda v: v["r", "a"] < v["s", "a"]), seeds)
+    assert effect == pytest.approx(0.3) and (low, high) == pytest.approx((absolute.low / 10, absolute.high / 10))
+    assert relative(lambda v: v["r", "a"] < 2 * v["s", "a"], *seeds)[0] == pytest.approx(13 / 20)
+    assert relative(lambda v: v["r", "a"].log() < v["s", "a"].log(), seeds[0])[0] == pytest.approx(math.log(10 / 8))
+    # The smallest margin is reported with its size: b of r over s is 3 of 4, a of s over r is 2 of 10.
+    both = relative(lambda v: (v["r", "b"] > v["s", "b"]) & (v["r", "a"] < v["s", "a"]), seeds[0])
+    assert both == (pytest.approx(0.2), None, None)
+    assert relative(lambda v: v.best("a") < 20, seeds[0])[0] == pytest.approx(12 / 20)
+    assert relative(lambda v: v["r", "a"] < v["s", "a"], values_of(a=(3, DIVERGED)))[0] is None
+    claim = Claim("x", lambda v: v["r", "a"] < v["s", "a"])
+    assert claims.compute_relative_effect(TABLE, claim, seeds[0]) == pytest.approx(0.2)
+    assert claims.compute_relative_effect(TABLE, claim, {}) is None
+
+
 def test_a_claim_of_several_parts_is_their_intersection():
     """Each part is tested at the full level; one part contradicts at its share of the level."""
 
@@ -155,9 +177,11 @@ def test_a_row_that_one_seed_lacks_leaves_that_seed_out():
         (lambda v: v.best("a") < 1.5 * v.best("c"), values_of(a=(2, 9, 9), c=(5, 2.5, 9)), 1.5 * 2.5 - 2),
         (lambda v: v.best("a") < 1.5 * v.best("c"), values_of(a=(2,)), None),
         (lambda v: v.best("b") > v.best("a"), values_of(a=(2, 9), b=(5, 2.5)), 3),
-        (lambda v: v.spreads_less(["a", "c"], "r"), values_of(a=(2, 9, 9), c=(5, 2.5, 9)), math.log(2.5) - math.log(1.25)),
+        (lambda v: v.spreads_less(["a", "c"], "r"), values_of(a=(2, 9, 9), c=(5, 2.5, 9)),
+        math.log(2.5) - math.log(1.25)),
         (lambda v: v.spreads_less(["a", "c"], "t"), values_of(a=(2, 9), c=(5, 2.5)), None),
-        (lambda v: v.optimum_follows({"a": 1, "c": 2, "d": 3}, 1, 0.1), values_of(a=(1, 2, 3), c=(2, 1, 3), d=(2, 2, 1)), 0.1),
+        (lambda v: v.optimum_follows({"a": 1, "c": 2, "d": 3}, 1, 0.1),
+        values_of(a=(1, 2, 3), c=(2, 1, 3), d=(2, 2, 1)), 0.1),
         (lambda v: v.power_law("a", -2, 0.1), values_of(a=(1, 1 / 4, 1 / 9)), 0.1),
         (lambda v: v.power_law("a", -2, 0.1), values_of(a=(1, 1 / 4)), None),
         (lambda v: v.is_cheaper("p", "a", "c", 2), values_of(p=(1, 3, 12), a=(5, 3), c=(9, 9, 4)), 1),

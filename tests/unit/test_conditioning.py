@@ -1,5 +1,6 @@
 """Conditions of samples from user settings and training rows, and errors raised before any work."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,13 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from gesso import cli, config, models, recipes, sampling, snapshot
+from gesso import cli, conditioning, config, models, recipes, sample_files, sampling, snapshot
 from gesso.config import CONTROL_VARIABLES, DataConfig, InputSpec, MMDiTConfig, UNetConfig
 from gesso.data import crops, factory
 from gesso.data.batching import Batcher
 from gesso.data.encoders.text import WordVectors
 from gesso.errors import UsageError
-from gesso.sampling import SampleArgs
+from gesso.sample_files import SampleArgs
 from gesso.training.run_folder import open_dataset_for_run
 
 ALL_VARIABLES = "flip,crop,aspect,size,brightness,contrast"
@@ -307,12 +308,13 @@ def run_with_classes(names=("cat", "dog", "hen"), **settings):
         ("dog", [1] * 5),
         ("hen, 0", [2, 0, 2, 0, 2]),
         ("3", [3] * 5),
+        (" dog ,cat", [1, 0, 1, 0, 1]),
     ],
 )
 def test_labels_cycle(text, expected):
     run = run_with_classes()
-    labels = None if text is None else sampling.parse_labels(run, text)
-    assert sampling.expand_labels(run, labels, 5) == expected
+    labels = None if text is None else conditioning.parse_labels(run, text)
+    assert conditioning.expand_labels(run, labels, range(5)) == expected
 
 
 @pytest.mark.parametrize(
@@ -328,14 +330,14 @@ def test_labels_cycle(text, expected):
 )
 def test_invalid_labels(text, message):
     with pytest.raises(UsageError) as refused:
-        sampling.expand_labels(run_with_classes(), sampling.parse_labels(run_with_classes(), text), 5)
+        conditioning.expand_labels(run_with_classes(), conditioning.parse_labels(run_with_classes(), text), range(5))
     assert message in str(refused.value)
 
 
 def test_null_label_requires_condition_dropout():
     run = run_with_classes(**{"dropout.both": 0, "sample.guidance": 1})
     with pytest.raises(UsageError, match=r"label 3 is out of range: the run has labels 0 to 2$"):
-        sampling.expand_labels(run, [3], 1)
+        conditioning.expand_labels(run, [3], range(1))
 
 
 @pytest.mark.parametrize("semantic", [0.0, 0.05])
@@ -360,25 +362,25 @@ def test_labels_and_prompts_for_the_wrong_run():
         small_run(), **{"semantic.kind": "none", "data.num_classes": 10, "sample.guidance": 1}
     )
     with pytest.raises(UsageError, match="trained with text: use --prompt"):
-        sampling.expand_labels(arguments, [3], 1)
+        conditioning.expand_labels(arguments, [3], range(1))
     with pytest.raises(UsageError, match="no classes: it takes no label"):
-        sampling.expand_labels(unconditional, [3], 1)
+        conditioning.expand_labels(unconditional, [3], range(1))
     with pytest.raises(UsageError, match="--prompt 'a cat': this run was trained with classes: use --label"):
-        sampling.expand_prompts(run_with_classes(), ["a cat"], 1)
+        conditioning.expand_prompts(run_with_classes(), ["a cat"], range(1))
     with pytest.raises(UsageError, match="neither classes nor text"):
-        sampling.expand_prompts(unconditional, ["a cat"], 1)
+        conditioning.expand_prompts(unconditional, ["a cat"], range(1))
     assert (
-        sampling.expand_labels(arguments, None, 3) is None
-        and sampling.expand_prompts(run_with_classes(), [], 3) is None
+        conditioning.expand_labels(arguments, None, range(3)) is None
+        and conditioning.expand_prompts(run_with_classes(), [], range(3)) is None
     )
 
 
 def test_prompts_cycle_or_default_to_the_run():
     run = with_settings(small_run(), **{"semantic.kind": "text"})
-    assert sampling.expand_prompts(run, ["a", "b"], 3) == ["a", "b", "a"]
-    assert sampling.expand_prompts(run, [], 2) == ["", ""]
+    assert conditioning.expand_prompts(run, ["a", "b"], range(3)) == ["a", "b", "a"]
+    assert conditioning.expand_prompts(run, [], range(2)) == ["", ""]
     run = with_settings(run, **{"data.example_captions": '["x","y"]'})
-    assert sampling.expand_prompts(run, [], 3) == ["x", "y", "x"]
+    assert conditioning.expand_prompts(run, [], range(3)) == ["x", "y", "x"]
 
 
 def test_truncated_prompt_warns_once():
@@ -539,6 +541,7 @@ def folders(tmp_path_factory) -> Path:
 @pytest.fixture
 def sample(folders, monkeypatch, capsys, tmp_path):
     def type_in(folder: str, *arguments: str) -> tuple[int, str, str]:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
         typed = ["gesso", "sample", folders / folder, *arguments, "--seeds", "0-1", "--out", tmp_path / "out"]
         monkeypatch.setattr(sys, "argv", [str(word) for word in typed])
         monkeypatch.setattr(cli, "console", Console(width=200))
@@ -615,19 +618,19 @@ def test_different_sample_settings_use_different_folders(folders):
         SampleArgs(label="3"),
         SampleArgs(label="3", control={"size": "4x8"}),
         SampleArgs(control={"size": "4x8"}),
-        SampleArgs(nimg="100k"),
         SampleArgs(prompts=("a/b",)),
         SampleArgs(prompts=("a very " * 30 + "one",)),
         SampleArgs(prompts=("a very " * 30 + "two",)),
     ]
     folder = folders / "sized"
-    names = [sampling._samples_folder_name(folder, run, args) for args in (SampleArgs(), *variants)]
+    names = [sample_files._samples_folder_name(folder, run, args, 640) for args in (SampleArgs(), *variants)]
     for update in settings_lists:
         changed = with_settings(run, **{f"sample.{name}": value for name, value in update.items()})
-        names += [sampling._samples_folder_name(folder, changed, args) for args in (SampleArgs(), variants[0])]
+        names += [sample_files._samples_folder_name(folder, changed, args, 640) for args in (SampleArgs(), variants[0])]
     assert len(set(names)) == len(names) and max(map(len, names)) <= 80
     assert not any("/" in name or name.startswith((".", "-")) for name in names)
-    assert names[:2] == ["default", "label3"] and "guidance-2.0" in names
+    assert names[:2] == ["default-nimg640", "label3-nimg640"] and "guidance-2.0-nimg640" in names
+    assert sample_files._samples_folder_name(folder, run, SampleArgs(), 320) == "default-nimg320"
 
 
 def test_inaccurate_ema_reconstruction_warns(sample):

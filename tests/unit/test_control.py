@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from gesso import cli, recipes, sampling, snapshot
+from gesso import cli, recipes, sample_files, snapshot
 from gesso.conditioning import Cond
 from gesso.config import CONTROL_VARIABLES, ControlConfig, ControlSpec
 from gesso.data.batching import Batcher
@@ -399,8 +399,8 @@ def test_every_network_trains_and_samples_with_control(recipe, tmp_path):
     out = tmp_path / "run"
     start_training(run, out, False, QUIET_CONSOLE, print)
     trained = snapshot.read(snapshot.list_snapshots(out)[-1].path)[1]
-    args = sampling.SampleArgs(label="3", seeds="0-1", control={"size": "4x4"})
-    assert "control guidance 1.375" in sampling.sample_to_folder(out, trained, args, tmp_path / "made")[-1]
+    args = sample_files.SampleArgs(label="3", seeds="0-1", control={"size": "4x4"})
+    assert "control guidance 1.375" in sample_files.sample_to_folder(out, trained, args, tmp_path / "made")[-1]
     assert len(list((tmp_path / "made").glob("seed*.png"))) == 2
 
 
@@ -408,8 +408,8 @@ def test_every_network_trains_and_samples_with_control(recipe, tmp_path):
 def test_every_network_accepts_joint_control(recipe, tmp_path):
     run = write_run(tmp_path, recipe, **{"control.variables": "flip,size", "control.mlp": "joint",
                                        "control.schedule": "uniform"})  # fmt: skip
-    args = sampling.SampleArgs(label="3", seeds="0-1", control={"size": "4x4"})
-    assert "wrote 2 images" in sampling.sample_to_folder(tmp_path, run, args, tmp_path / "made")[0]
+    args = sample_files.SampleArgs(label="3", seeds="0-1", control={"size": "4x4"})
+    assert "wrote 2 images" in sample_files.sample_to_folder(tmp_path, run, args, tmp_path / "made")[0]
 
 
 def test_joint_has_no_schedule():

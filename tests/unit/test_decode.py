@@ -139,7 +139,8 @@ def test_modes_are_those_of_the_files():
     assert seen >= {"RGB", "L", "LA", "RGBA", "I;16", "I", "F", "1", "P"}
 
 
-CMYK = {"red": (0, 255, 255, 0), "blue": (255, 255, 0, 0), "olive": (0, 0, 255, 127), "black": (0, 0, 0, 255), "white": (0, 0, 0, 0)}  # fmt: skip
+CMYK = {"red": (0, 255, 255, 0), "blue": (255, 255, 0, 0), "olive": (0, 0, 255, 127), "black": (0, 0, 0, 255),
+"white": (0, 0, 0, 0)}  # fmt: skip
 SEEN = {"red": (255, 0, 0), "blue": (0, 0, 255), "olive": (128, 128, 0), "black": (0, 0, 0), "white": (255, 255, 255)}
 
 
@@ -219,7 +220,8 @@ SMOOTH[20:70, 10:60] = RNG.integers(0, 256, (50, 50, 3))
 WRITERS = {
     "jpeg": ("JPEG", {}), "progressive jpeg": ("JPEG", {"progressive": True}), "png": ("PNG", {}), "webp": ("WEBP", {}),
     "lossless webp": ("WEBP", {"lossless": True}), "gif": ("GIF", {}), "bmp": ("BMP", {}), "ppm": ("PPM", {}),
-    "tiff": ("TIFF", {}), "tiff lzw": ("TIFF", {"compression": "tiff_lzw"}), "tiff jpeg": ("TIFF", {"compression": "jpeg"}),
+    "tiff": ("TIFF", {}), "tiff lzw": ("TIFF", {"compression": "tiff_lzw"}),
+    "tiff jpeg": ("TIFF", {"compression": "jpeg"}),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Averages of both kinds against brute force, others rebuilt from them, and their way through snapshots and sampling."""
+"""Both kinds of EMA against brute force, reconstruction of others, and their use in snapshots and sampling."""
 
 import json
 import shutil
@@ -11,9 +11,10 @@ from helpers.reference_ema import interval_weights
 from helpers.run_factory import QUIET_CONSOLE, small_run, tiny_run, with_settings, write_run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 
-from gesso import config, ema, recipes, sampling, snapshot
+from gesso import config, ema, recipes, sample_files, sampling, snapshot
 from gesso.ema import Density, PowerProfile, RawProfile, TraditionalProfile
 from gesso.ema.combine import TENSORS_PER_BLOCK
 from gesso.evaluation import runner
@@ -73,7 +74,7 @@ PROFILES = [
 @settings(max_examples=40, deadline=None)
 @given(steps=st.lists(st.integers(1, 5000), min_size=1, max_size=30), seed=st.integers(0, 1000))
 def test_tracker_matches_the_integral_at_any_update_interval(steps, seed):
-    """theta_hat(t) = int p(t) theta(t) dt + m theta(0), theta piecewise constant (Eq. 112-120), updates any distance apart."""
+    """theta_hat(t) = int p(t) theta(t) dt + m theta(0) for piecewise constant theta (Eq. 112-120), any intervals."""
     g = torch.Generator().manual_seed(seed)
     theta = torch.randn(3, generator=g, dtype=torch.float64)
     average = ema.Tracker({"w": theta}, PROFILES)
@@ -417,7 +418,7 @@ def test_snapshots_without_halflife_metadata(tmp_path):
     # The files of power profiles are still written under this name, with these keys in this order.
     assert snapshot.snapshot_path(path.parent, 640, PowerProfile(0.05)) == path
     snapshot.write(path, {"w": torch.ones(3)}, 640, PowerProfile(0.05), run)
-    assert list(json.loads(read_metadata(path)["gesso"])) == list(description)
+    assert list(json.loads(read_metadata(path)["gesso"])) == [*description, "crc32"]
 
 
 def test_training_resumes_bit_equal_and_samples(tmp_path):
@@ -432,7 +433,7 @@ def test_training_resumes_bit_equal_and_samples(tmp_path):
     assert last.name == "nimg000000000048-halflife1000.safetensors"
     assert last.read_bytes() == (again / "snapshots" / last.name).read_bytes()
     recorded = config.load_config(out / "run.yaml")
-    lines = sampling.sample_to_folder(out, recorded, sampling.SampleArgs(seeds="0-1"), tmp_path / "made")
+    lines = sample_files.sample_to_folder(out, recorded, sample_files.SampleArgs(seeds="0-1"), tmp_path / "made")
     assert "half-life 1,000, image 48" in lines[-1] and "weight of the initial weights 0.97" in lines[-1]
 
 
@@ -461,8 +462,13 @@ def test_trained_average_is_the_sum_over_steps(monkeypatch, tmp_path):
         torch.testing.assert_close(tensor, expected)
 
 
+def image_to_array(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
 def read_images(path):
-    return [p.read_bytes() for p in sorted(path.glob("seed*.png"))]
+    return [image_to_array(p).tolist() for p in sorted(path.glob("seed*.png"))]
 
 
 def test_sample_command_with_other_lengths(gesso_text, folder, tmp_path):
@@ -486,7 +492,7 @@ def test_sample_command_with_other_lengths(gesso_text, folder, tmp_path):
     assert half == read_images(tmp_path / "direct")
     names = {p.name for p in (folder / "samples").iterdir()} if (folder / "samples").exists() else set()
     assert gesso_text("sample", folder, "sample.halflife=1000", "--seeds", "0")[0] == 0
-    assert {p.name for p in (folder / "samples").iterdir()} - names == {"halflife-1000"}
+    assert {p.name for p in (folder / "samples").iterdir()} - names == {"halflife-1000-nimg640"}
 
 
 def test_ema_command_writes_other_lengths(gesso_text, folder, tmp_path):
@@ -698,8 +704,8 @@ def test_linear_combination_in_chunks(shape, files, seed):
     actual = ema.linear_combination(thetas, x)
     expected = torch.einsum("fm,f...->m...", torch.from_numpy(x), torch.stack(thetas))
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-10)
-    # Of 32-bit weights, u = 2^-24 (Higham, "Accuracy and Stability", Eq. 3.5): rounding of each coefficient and difference and
-    # of a sum of up to BLOCK products, all relative to the sum of magnitudes; then that of the result.
+    # Of 32-bit weights, u = 2^-24 (Higham, "Accuracy and Stability", Eq. 3.5): rounding of each coefficient and
+    # difference and of a sum of up to BLOCK products, all relative to the sum of magnitudes; then that of the result.
     stored = [theta.float() for theta in thetas]
     single = ema.linear_combination(stored, x)
     full = torch.stack(stored).double()
@@ -783,7 +789,7 @@ def test_values_beyond_float16():
 
 
 def test_float16_average_would_not_move():
-    """Why there is no such setting: with 1 - beta of 1e-4 a hundredth of the weight is a step below half of the last bit."""
+    """There is no float16 EMA: with 1 - beta = 1e-4 a hundredth of the weight is a step below half of the last bit."""
     average, weight = torch.tensor([1.0]).half(), torch.tensor([1.01])
     for _ in range(1000):
         average = average.float().lerp(weight, 1e-4).half()

@@ -12,7 +12,7 @@ from gesso.ema import PowerProfile, RawProfile, TraditionalProfile
 from gesso.errors import UsageError
 from gesso.snapshot import PostHocEMA
 
-# TraditionalEMA.get() after k = 1, 2, 10, 50, 250, 400 steps of 8 images of `walk`, half-life 100 images, by rampup_ratio.
+# TraditionalEMA.get() after k = 1, 2, 10, 50, 250, 400 steps of 8 images of `walk`, half-life 100 images, by ramp-up.
 PUBLISHED_STEPS = (1, 2, 10, 50, 250, 400)
 PUBLISHED = {
     None: [[0.9752028245837102, 0.04904964302933754], [0.9001501496347674, 0.005580082296214782],
@@ -154,8 +154,10 @@ def test_inner_products_of_a_ramp_up(t, u, profile):
     "stored", [(TraditionalProfile(150, 0.05),), (PowerProfile(0.1), TraditionalProfile(150, 0.05))], ids=str
 )
 def test_other_lengths_from_a_ramp_up(target, stored):
-    """Errors fall with the number of snapshots, as without it. A target without a ramp-up keeps 2^-27 of the initial weights,
-    of which the stored averages have nothing."""
+    """Errors fall with the number of snapshots, as without a ramp-up.
+
+    A target without a ramp-up keeps 2^-27 of the initial weights, of which the stored averages have nothing.
+    """
     errors = []
     for n in (16, 32, 64, 128):
         pairs = [(3200 * (i + 1) / n, profile) for i in range(n) for profile in stored]

@@ -1,16 +1,14 @@
-"""Frozen encoders beside the libraries' own classes, on small random models that are written and opened as real ones are.
+"""Frozen encoders compared with the classes of the libraries, on small random models saved as published ones are.
 
 Legend: N captions, T tokens, D channels of a token, C latent channels.
 """
 
-import http.server
 import json
 import logging
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 import types
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from helpers.encoders import (
     write_t5_tokenizer,
     write_vae,
 )
+from helpers.hub_server import running_hub, use_hub
 from helpers.run_factory import QUIET_CONSOLE, small_run, with_settings, write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -44,7 +43,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from gesso import sampling, snapshot
+from gesso import sample_files, sampling, snapshot
 from gesso.config import SemanticConfig
 from gesso.data import factory
 from gesso.data.encoders import hub as pretrained
@@ -73,7 +72,7 @@ def encoder(path: Path | str, tokens: int = MAX_TOKENS, **options: object) -> te
     return text.build_text_encoder(SemanticConfig(kind="text", encoder=str(path), max_tokens=tokens, **options))
 
 
-def refused(path: Path | str, tokens: int = MAX_TOKENS, **options: object) -> str:
+def error_message(path: Path | str, tokens: int = MAX_TOKENS, **options: object) -> str:
     text._load_encoder.cache_clear()
     with pytest.raises(UsageError) as error:
         encoder(path, tokens, **options)
@@ -84,8 +83,8 @@ def refused(path: Path | str, tokens: int = MAX_TOKENS, **options: object) -> st
 # Text: the library's own classes, one caption at a time, without any padding.
 
 
-def directly(name: str, folder: Path, caption: str, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (n, D) and pooled (P,) of one caption."""
+def encode_with_library(name: str, folder: Path, caption: str, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens (n, D) and pooled (P,) of one caption, computed by the library."""
     if "t5" in name:
         ids = T5TokenizerFast.from_pretrained(folder)(caption, truncation=True, max_length=T, return_tensors="pt")
         with pretrained.quiet_logging("transformers"):
@@ -116,7 +115,7 @@ def test_tokens_are_the_librarys(name, T, folders):
             assert n == 0 and not row.any() and not full.any()  # no text
             continue
         with torch.no_grad():
-            wanted, wanted_pooled = directly(name, folders[name], caption, T)
+            wanted, wanted_pooled = encode_with_library(name, folders[name], caption, T)
         assert n == len(wanted) > 1 and not row[n:].any()
         torch.testing.assert_close(row[:n], wanted, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(full, wanted_pooled, rtol=1e-5, atol=1e-5)
@@ -127,7 +126,8 @@ def test_tokens_are_the_librarys(name, T, folders):
 def test_widths(folders):
     has = {name: (e.embed_dim, e.pooled_dim) for name in WRITERS if (e := encoder(folders[name]))}
     assert has == {
-        "clip": (16, 16), "clip with projection": (16, 10), "whole clip": (16, 16), "t5": (14, 14), "whole t5": (14, 14),
+        "clip": (16, 16), "clip with projection": (16, 10), "whole clip": (16, 16), "t5": (14, 14),
+        "whole t5": (14, 14),
     }  # fmt: skip
     for name, (width, pooled_width) in has.items():
         recorded = SemanticConfig(kind="text", encoder=str(folders[name]), max_tokens=8)
@@ -139,7 +139,7 @@ def test_widths(folders):
 
 @pytest.mark.parametrize("name", ["clip", "t5"])
 def test_tokens_do_not_depend_on_the_other_captions(name, folders):
-    """Bit for bit: in another place, in another pass, alone, among captions of other lengths."""
+    """Tokens are bit-equal at another place, in another pass, alone, and among captions of other lengths."""
     text_encoder, shapes = encoder(folders[name]), set()
     hook = text_encoder.loaded.model.register_forward_pre_hook(
         lambda model, _, recorded: shapes.add(tuple(recorded["input_ids"].shape)), with_kwargs=True
@@ -164,7 +164,7 @@ def test_tokens_do_not_depend_on_the_other_captions(name, folders):
 
 @pytest.mark.parametrize("name", ["clip with projection", "t5"])
 def test_tokens_do_not_depend_on_how_many_there_may_be(name, folders):
-    """Padding is not seen. Another T is another shape of the pass: to 1e-5, not to the bit."""
+    """Padding has no influence. Another T is another shape of the pass: equal to 1e-5, not to the bit."""
     captions = ["red cat", "a", "the"]
     long, short = encoder(folders[name], MAX_TOKENS)(captions), encoder(folders[name], 6)(captions)
     assert long.lengths.equal(short.lengths) and int(long.lengths.max()) <= 6
@@ -177,7 +177,7 @@ def test_tokens_do_not_depend_on_how_many_there_may_be(name, folders):
     ("t5", "only the first 6 of 11 tokens are used, truncated at 'sleep'"),  # _red _ c a t _a | s l e e p
 ])  # fmt: skip
 def test_truncation_is_reported(name, output, folders, caplog):
-    """Of 7 places CLIP needs two and T5 one for marks."""
+    """CLIP needs two of 7 tokens for marks, and T5 one."""
     captions = ["a", "red cat asleep", "", "red cat asleep"]
     logging.getLogger("transformers").addHandler(caplog.handler)
     encoder(folders[name], 7).truncation_notes([CAPTIONS[-1]])
@@ -257,8 +257,8 @@ def test_half_precision_weights_run_in_float32(folders, tmp_path):
     for folder in (half, full):
         write_clip_tokenizer(folder)
     assert {value.dtype for value in load_file(half / "model.safetensors").values()} == {torch.float16}
-    ours = encoder(half)(["red cat"]).tokens
-    assert ours.equal(encoder(full)(["red cat"]).tokens) and not ours.equal(
+    encoder_output = encoder(half)(["red cat"]).tokens
+    assert encoder_output.equal(encoder(full)(["red cat"]).tokens) and not encoder_output.equal(
         encoder(folders["clip"])(["red cat"]).tokens
     )
 
@@ -267,7 +267,7 @@ def test_half_precision_weights_run_in_float32(folders, tmp_path):
 
 
 def pipeline(folder: Path, folders: dict[str, Path]) -> Path:
-    """As diffusers saves one: two text encoders, their tokenizers apart from them."""
+    """Write a pipeline as diffusers does: two text encoders, with their tokenizers in separate folders."""
     for model, tokenizer, source in (
         ("text_encoder", "tokenizer", folders["clip with projection"]),
         ("text_encoder_2", "tokenizer_2", folders["t5"]),
@@ -285,8 +285,8 @@ def test_a_pipelines_folder(folders, tmp_path):
     full = pipeline(tmp_path / "pipeline", folders)
     for where, name in ((full, "clip with projection"), (full / "text_encoder", "clip with projection"),
                         (full / "text_encoder_2", "t5")):  # fmt: skip
-        for ours, same in zip(encoder(where)(CAPTIONS), encoder(folders[name])(CAPTIONS), strict=True):
-            assert ours.equal(same)
+        for encoder_output, same in zip(encoder(where)(CAPTIONS), encoder(folders[name])(CAPTIONS), strict=True):
+            assert encoder_output.equal(same)
 
 
 def test_a_tokenizer_that_is_only_a_sentencepiece_model(folders, tmp_path):
@@ -304,75 +304,10 @@ def test_a_tokenizer_that_is_only_a_sentencepiece_model(folders, tmp_path):
     assert lengths.tolist() == [len(pieces) + 1]
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The few requests of the hub's client, answered from a folder with OWNER/NAME inside."""
-
-    root: Path
-    fetched: list[str]
-    commit = "0123456789abcdef0123456789abcdef01234567"
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def answer(self, body: bool) -> None:
-        path = self.path.partition("?")[0]
-        api, _, rest = path.removeprefix("/").partition("api/models/")
-        owner, name, *more = (rest or api).split("/")
-        folder = self.root / owner / name
-        if not folder.is_dir():
-            return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
-        sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-        if rest and more[0] == "tree":
-            listed = [{"type": "file", "path": path, "size": size, "oid": "0" * 40} for path, size in sizes.items()]
-            return self.send(200, json.dumps(listed).encode(), {}, body)
-        if rest:
-            siblings = [{"rfilename": path} for path in sizes]
-            about = {"id": f"{owner}/{name}", "sha": self.commit, "siblings": siblings}
-            return self.send(200, json.dumps(about).encode(), {}, body)
-        inner = "/".join(more[2:])  # resolve/COMMIT/path
-        if body:
-            self.fetched.append(inner)
-        tag = f'"{pretrained.sha256_files([folder / inner])}"'
-        self.send(200, (folder / inner).read_bytes(), {"ETag": tag, "X-Repo-Commit": self.commit}, body)
-
-    def send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
-        self.send_response(status)
-        for key, value in ({"Content-Length": str(len(content))} | headers).items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub on loopback: the class of its answers, with `root` and what was `fetched`."""
-    from huggingface_hub import constants
-
-    answers = type("Answers", (Hub,), {"root": tmp_path / "hub", "fetched": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), answers)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    at(monkeypatch, server.server_port)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield answers
-    server.shutdown()
-    server.server_close()
-
-
-def at(monkeypatch, port: int) -> None:
-    from huggingface_hub import constants
-
-    address = f"http://127.0.0.1:{port}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with running_hub(tmp_path, monkeypatch) as handler:
+        yield handler
 
 
 def test_hub_ids_fetch_what_is_needed_and_no_more(folders, hub, tmp_path, monkeypatch):
@@ -396,9 +331,9 @@ def test_hub_ids_fetch_what_is_needed_and_no_more(folders, hub, tmp_path, monkey
     text._load_encoder.cache_clear()
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        at(monkeypatch, closed.getsockname()[1])
+        use_hub(monkeypatch, closed.getsockname()[1])
         assert encoder("some/clip")(["a"]).lengths.tolist() == [3]  # from the cache, without a network
-        output = refused("some/other")
+        output = error_message("some/other")
     assert len(hub.fetched) == count
     assert output.startswith(
         "semantic.encoder=some/other: there is no such folder, and the download from the hub failed ("
@@ -408,7 +343,7 @@ def test_hub_ids_fetch_what_is_needed_and_no_more(folders, hub, tmp_path, monkey
 
 def test_a_hub_id_that_does_not_exist(hub):
     hub.root.mkdir()
-    assert "the download from the hub failed (404" in refused("nobody/nothing")
+    assert "the download from the hub failed (404" in error_message("nobody/nothing")
     with pytest.raises(
         UsageError, match="the VAE nobody/nothing: there is no such folder, and the download from the hub failed"
     ):
@@ -424,32 +359,32 @@ def damaged(folders: dict[str, Path], folder: Path, name: str = "clip") -> Path:
 
 def test_encoders_that_cannot_be_opened(folders, tmp_path):
     for missing in ("/no/such/folder", "wrods", "a/b/c", "./x", ""):
-        output = refused(missing)
+        output = error_message(missing)
         assert (
             "there is no such folder, and it is not a hub id such as OWNER/NAME" in output or "no config.json" in output
         )
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "as it has no config.json" in refused(empty)
+    assert "as it has no config.json" in error_message(empty)
     bert = save_randomized(BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
                                      intermediate_size=8)), tmp_path / "bert")  # fmt: skip
     assert (
         "is a model of type bert; supported types are clip, clip_text_model, t5, or set semantic.encoder=words"
-        in refused(bert)
+        in error_message(bert)
     )
     (empty / "config.json").write_text("[1")
-    assert "config.json cannot be read" in refused(empty)
+    assert "config.json cannot be read" in error_message(empty)
     (empty / "config.json").write_text("[1]")
-    assert "config.json cannot be read" in refused(empty)
+    assert "config.json cannot be read" in error_message(empty)
     (empty / "config.json").write_text("{}")
-    assert "is a model of type None" in refused(empty)
+    assert "is a model of type None" in error_message(empty)
 
 
 def test_pickled_weights_are_not_read(folders, tmp_path):
     folder = damaged(folders, tmp_path / "pickled")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
-    output = refused(folder)
+    output = error_message(folder)
     assert "no model.safetensors in" in output and "pickles (.bin, .ckpt) are not read" in output
 
 
@@ -458,16 +393,16 @@ def test_weights_that_do_not_fit(folders, tmp_path):
     weights = load_file(lacking / "model.safetensors")
     names = sorted(weights)[:2]
     save_file({k: v for k, v in weights.items() if k not in names}, lacking / "model.safetensors", {"format": "pt"})
-    output = refused(lacking)
+    output = error_message(lacking)
     assert "its weights have no tensor" in output and "and 1 more are missing" in output
     cut = damaged(folders, tmp_path / "cut")
     content = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(content[: len(content) // 2])
-    assert "cannot be opened" in refused(cut)
+    assert "cannot be opened" in error_message(cut)
     other = damaged(folders, tmp_path / "other")
     about = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(about | {"intermediate_size": 20}))
-    assert "cannot be opened" in refused(other) or "its weights have no tensor" in refused(other)
+    assert "cannot be opened" in error_message(other) or "its weights have no tensor" in error_message(other)
 
 
 @pytest.mark.parametrize("name, files", [("clip", "tokenizer.json, or vocab.json and merges.txt"),
@@ -476,9 +411,11 @@ def test_tokenizers_that_cannot_be_used(name, files, folders, tmp_path):
     folder = damaged(folders, tmp_path / "x", name)
     for path in (*folder.glob("tokenizer*"), *folder.glob("vocab.json")):
         path.unlink()
-    assert f"no tokenizer ({files}) next to the model" in refused(folder)  # the library would make one of three entries
+    assert f"no tokenizer ({files}) next to the model" in error_message(
+        folder
+    )  # the library would make one of three entries
     (folder / "tokenizer.json").write_text("{")
-    assert "cannot be opened" in refused(folder)
+    assert "cannot be opened" in error_message(folder)
     (folder / "tokenizer.json").unlink()
     (write_clip_tokenizer if name == "clip" else write_t5_tokenizer)(folder)
     about = json.loads((folder / "config.json").read_text())
@@ -488,42 +425,43 @@ def test_tokenizers_that_cannot_be_used(name, files, folders, tmp_path):
         if value.shape[0] == about["vocab_size"]:
             weights[key] = value[:40].clone()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert "but the model has 40: use the tokenizer of the model" in refused(folder)
+    assert "but the model has 40: use the tokenizer of the model" in error_message(folder)
 
 
 def test_settings_that_do_not_fit_the_encoder(folders):
     clip, projected, t5 = (str(folders[name]) for name in ("clip", "clip with projection", "t5"))
-    assert f"semantic.max_tokens=13, but semantic.encoder={clip} takes at most 12 tokens" in refused(clip, 13)
-    assert "semantic.max_tokens=2 is too small" in refused(clip, 2)
-    assert "adds 1 special tokens to a caption: set it higher" in refused(t5, 1)
+    assert f"semantic.max_tokens=13, but semantic.encoder={clip} takes at most 12 tokens" in error_message(clip, 13)
+    assert "semantic.max_tokens=2 is too small" in error_message(clip, 2)
+    assert "adds 1 special tokens to a caption: set it higher" in error_message(t5, 1)
     assert encoder(t5, 500)(["a"]).tokens.shape == (1, 500, 14)  # T5's positions are relative
-    assert f"semantic.embed_dim=64, but semantic.encoder={clip} has 16: set semantic.embed_dim=null" in refused(
+    assert f"semantic.embed_dim=64, but semantic.encoder={clip} has 16: set semantic.embed_dim=null" in error_message(
         clip, embed_dim=64
     )
-    assert "semantic.pooled_dim=16, but" in refused(projected, embed_dim=16, pooled_dim=16)
+    assert "semantic.pooled_dim=16, but" in error_message(projected, embed_dim=16, pooled_dim=16)
     assert encoder(projected, embed_dim=16, pooled_dim=10).pooled_dim == 10
-    assert "semantic.pooled_dim=9, but semantic.encoder=words has 64" in refused("words", pooled_dim=9)
+    assert "semantic.pooled_dim=9, but semantic.encoder=words has 64" in error_message("words", pooled_dim=9)
 
 
 @pytest.mark.parametrize("package, extra", [("transformers", "text"), ("diffusers", "vae")])
 def test_without_the_library(package, extra, folders, tmp_path, monkeypatch):
-    def complaint() -> str:
+    def load_error() -> str:
         if package == "transformers":
-            return refused(folders["clip"])
+            return error_message(folders["clip"])
         with pytest.raises(UsageError) as error:
             vae.VAE(str(tmp_path))
         return str(error.value)
 
     monkeypatch.setitem(sys.modules, package, None)
-    assert complaint() == f"this needs {package}: pip install 'gesso[{extra}]'"
+    assert load_error() == f"this needs {package}: pip install 'gesso[{extra}]'"
     if package == "transformers":
         broken = types.ModuleType(package)
         broken.__getattr__ = lambda name: (_ for _ in ()).throw(
             RuntimeError("operator torchvision::nms\ndoes not exist")
         )
         monkeypatch.setitem(sys.modules, package, broken)
-        assert complaint() == (
-            "transformers is installed but cannot be imported (operator torchvision::nms does not exist); run gesso doctor"
+        assert load_error() == (
+            "transformers is installed but cannot be imported (operator torchvision::nms does not exist); "
+            "run gesso doctor"
         )
     assert "torchvision" not in sys.modules
 
@@ -553,9 +491,9 @@ def test_trains_resumes_bit_equal_and_samples(recipe, name, folders, tmp_path):
     start_training(run, again, True, QUIET_CONSOLE, print)
     last = snapshot.list_snapshots(out)[-1].path
     assert last.read_bytes() == (again / "snapshots" / last.name).read_bytes()
-    requested = sampling.SampleArgs(prompts=("the seven", "a zero in somebody's handwriting", ""), seeds="0-2")
-    lines = sampling.sample_to_folder(out, snapshot.read(last)[1], requested, tmp_path / "made")
-    assert "in somebody's handwriting\": only" in lines[0] and lines[1].startswith("wrote 3 images")
+    requested = sample_files.SampleArgs(prompts=("the seven", "a zero in somebody's handwriting", ""), seeds="0-2")
+    lines = sample_files.sample_to_folder(out, snapshot.read(last)[1], requested, tmp_path / "made")
+    assert "in somebody's handwriting\": of" in lines[0] and lines[1].startswith("wrote 3 images")
 
 
 def test_prompts_become_the_encoders_tokens(folders, tmp_path):
@@ -694,31 +632,31 @@ def test_what_a_vae_is(vaes, tmp_path):
 
 
 def test_vaes_that_are_refused(folders, vaes, tmp_path):
-    def complaint(where: object, **options: object) -> str:
+    def load_error(where: object, **options: object) -> str:
         with pytest.raises(UsageError) as error:
             vae.VAE(str(where), **options)
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "there is no such folder" in complaint("/no/such/vae")
-    assert "unknown convention 'sd'; choose one of: dit, edm2" in complaint(vaes[4], convention="sd")
-    assert "16 latent channels, but the convention edm2 has 4: use dit" in complaint(vaes[16], convention="edm2")
-    assert "a model of type clip_text_model instead of AutoencoderKL" in complaint(folders["clip"])
+    assert "there is no such folder" in load_error("/no/such/vae")
+    assert "unknown convention 'sd'; choose one of: dit, edm2" in load_error(vaes[4], convention="sd")
+    assert "16 latent channels, but the convention edm2 has 4: use dit" in load_error(vaes[16], convention="edm2")
+    assert "a model of type clip_text_model instead of AutoencoderKL" in load_error(folders["clip"])
     other = tmp_path / "vq"
     VQModel(block_out_channels=(4,), norm_num_groups=2).save_pretrained(other)
-    assert "a model of type VQModel instead of AutoencoderKL" in complaint(other)
+    assert "a model of type VQModel instead of AutoencoderKL" in load_error(other)
     grey = write_vae(tmp_path / "grey", 4, in_channels=1)
-    assert "it maps 1 channels to 3, but RGB has 3" in complaint(grey)
+    assert "it maps 1 channels to 3, but RGB has 3" in load_error(grey)
     pickled = Path(shutil.copytree(vaes[4], tmp_path / "pickled"))
     weights = load_file(pickled / f"{vae.WEIGHTS_STEM}.safetensors")
     torch.save(weights, pickled / f"{vae.WEIGHTS_STEM}.bin")
     (pickled / f"{vae.WEIGHTS_STEM}.safetensors").unlink()
-    assert f"no {vae.WEIGHTS_STEM}.safetensors in" in complaint(pickled) and "are not read" in complaint(pickled)
+    assert f"no {vae.WEIGHTS_STEM}.safetensors in" in load_error(pickled) and "are not read" in load_error(pickled)
     del weights["decoder.conv_in.bias"]
     save_file(weights, pickled / f"{vae.WEIGHTS_STEM}.safetensors", {"format": "pt"})
-    assert "its weights have no tensor decoder.conv_in.bias" in complaint(pickled)
+    assert "its weights have no tensor decoder.conv_in.bias" in load_error(pickled)
     (pickled / f"{vae.WEIGHTS_STEM}.safetensors").write_bytes(b"")
-    assert "cannot be opened" in complaint(pickled)
+    assert "cannot be opened" in load_error(pickled)
 
 
 def test_images_of_another_size_are_refused(vaes):
@@ -751,5 +689,5 @@ with torch.device("meta"):
 
 
 def test_opening_an_encoder_leaves_torch_as_it_was(folders):
-    """transformers exchanges torch.linspace for a while, and torch would remember the wrong one."""
+    """transformers replaces torch.linspace for a while; torch must not keep the replacement."""
     subprocess.run([sys.executable, "-c", OPENED, str(folders["clip"])], check=True)

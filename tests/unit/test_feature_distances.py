@@ -46,7 +46,7 @@ def test_kernel_distance_of_equal_laws_is_zero_on_average():
     """Unbiased: around 0, below it too; and at a distance the closed form (1 + s^2)^3 - ... of one dimension."""
     values = torch.tensor([kernel_distance(samples(40, 3, i), samples(40, 3, 1000 + i), 1, 40)[0] for i in range(200)])
     assert abs(float(values.mean())) < 4 * float(values.std()) / math.sqrt(200) and float(values.min()) < 0
-    # E (xy + 1)^3 with x, y of mean m: 1 + 3 m^2 + 3 (1 + m^2)^2 + (m^3 + 3 m)^2; across means 0 and m: 1 + 3 (1 + m^2).
+    # E (xy + 1)^3 with x, y of mean m: 1 + 3 m^2 + 3 (1 + m^2)^2 + (m^3 + 3 m)^2; across means 0, m: 1 + 3 (1 + m^2).
     m = 0.8
     exact = (1 + 3 + 0) + (1 + 3 * m**2 + 3 * (1 + m**2) ** 2 + (m**3 + 3 * m) ** 2) - 2 * (1 + 3 * (1 + m**2))
     values = torch.tensor(

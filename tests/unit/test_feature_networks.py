@@ -60,7 +60,7 @@ def test_resizing_takes_output_i_at_i_times_the_ratio(n):
     assert np.allclose(resized.numpy(), np.interp(at, np.arange(n), row), atol=1e-12)
 
 
-# Of a formula-made picture, what pytorch-fid's forward hands to its first layer: by channel at (0, 0), (150, 7), (298, 298),
+# Input of the first layer of pytorch-fid for an image of a formula: by channel at (0, 0), (150, 7), (298, 298) and
 # (33, 201); then mean and mean square.
 PYTORCH_FID = [
     [-1.0, -0.08061, 0.98431, 0.5883],
@@ -137,7 +137,7 @@ def test_lpips_is_the_sum_of_distances_of_unit_features(name, tmp_path):
     files = write_weights(trunk, tmp_path, "trunk.pth"), write_weights(heads, tmp_path, "heads.pth")
     net = lpips.load_lpips(name, tmp_path, weight_files=files)
     a, b = random_images(48, 40, 4).split(2)
-    # The published networks written out: where the convolutions are, their stride and padding, and the pools before them.
+    # The published networks: positions of the convolutions, their stride and padding, and the pools before them.
     layers = {
         "alex": {0: (4, 2), 3: (1, 2), 6: (1, 1), 8: (1, 1), 10: (1, 1)},
         "vgg": dict.fromkeys((0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), (1, 1)),
@@ -199,8 +199,10 @@ def pil(images: torch.Tensor, size: int, pixels) -> torch.Tensor:
 
 
 def slow_hub_positions(table: torch.Tensor, m: int, n: int) -> torch.Tensor:
-    """(m^2, D) -> (n^2, D) as the hub's model: pixel i of the new grid is taken at (i + 1/2) m / (n + .1) - 1/2, by Keys' kernel
-    with a = -3/4, edges repeated."""
+    """Resize a position table (m^2, D) to (n^2, D) as the hub's model does.
+
+    Pixel i of the new grid is taken at (i + 1/2) m / (n + .1) - 1/2, by Keys' kernel with a = -3/4, edges repeated.
+    """
 
     def weights_at(i: int) -> torch.Tensor:
         at, row = (i + 0.5) * m / (n + 0.1) - 0.5, torch.zeros(m)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gesso import ema, rng, sampling, snapshot
+from gesso import ema, rng, sample_files, sampling, snapshot
 from gesso.conditioning import Cond
 from gesso.config import EDMConfig, RFConfig, VPConfig
 from gesso.data.normalization import Normalizer
@@ -294,8 +294,8 @@ def test_self_guidance_at_another_ema_length(folders, sees):
     ).abs().max() <= 1
     unlike = sample_images(folder, load_run(folder, guidance=3, steps=4))
     assert (images.int() - unlike.int()).abs().max() > 10
-    lines = sampling.sample_to_folder(
-        folder, run, sampling.SampleArgs(label="3", seeds="0-1"), folder / f"drawn {sees}"
+    lines = sample_files.sample_to_folder(
+        folder, run, sample_files.SampleArgs(label="3", seeds="0-1"), folder / f"drawn {sees}"
     )
     assert f"guided by self, which sees {sees}" in lines[-1]
 
@@ -365,5 +365,5 @@ def test_compatible_guides(folders, folder, sample):
     place = folders / folder
     run = load_run(place, **sample | {"guide_run": folders / sample["guide_run"], "guidance": 2})
     phrase = "3" if run.semantic.kind == "label" else None
-    args = sampling.SampleArgs(label=phrase, seeds="0-1")
-    assert "guided by" in sampling.sample_to_folder(place, run, args, place / "fits")[-1]
+    args = sample_files.SampleArgs(label=phrase, seeds="0-1")
+    assert "guided by" in sample_files.sample_to_folder(place, run, args, place / "fits")[-1]

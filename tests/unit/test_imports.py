@@ -12,9 +12,10 @@ ROOT = Path(gesso.__file__).parent
 
 # A package may import only packages of earlier groups. Packages within one group must not import each other.
 ORDER = [
-    {"errors"}, {"atomic_io", "hub", "published"}, {"config", "rng", "devices", "safetensors_io"},
+    {"errors", "untrusted"}, {"atomic_io", "hub", "published"}, {"config", "rng", "devices", "safetensors_io"},
     {"conditioning", "extensions"},
-    {"models", "recipes"}, {"diffusion", "data", "ema"}, {"snapshot", "interop"}, {"sampling"}, {"evaluation"},
+    {"models", "recipes"}, {"diffusion", "data", "ema"}, {"snapshot", "interop"}, {"sampling"}, {"sample_files"},
+    {"evaluation", "export"},
     {"training"}, {"report"}, {"api"}, {"share"}, {"reproduce"}, {"papers"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 LAYER_INDEX = {name: i for i, names in enumerate(ORDER) for name in names}

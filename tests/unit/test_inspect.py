@@ -1,4 +1,4 @@
-"""Numbers of sources by brute force; sheets whose pixels are the views; what `gesso inspect` prints and refuses."""
+"""Statistics of sources by brute force, contact sheets whose pixels are the views, and output of `gesso inspect`."""
 
 import io
 import json
@@ -41,8 +41,8 @@ def encoded(image: Image.Image, kind: str, **settings: object) -> bytes:
     return file.getvalue()
 
 
-def captioned(folder, images: dict[str, tuple[object, str]]) -> str:
-    """A folder with captions.jsonl; an image is a picture or bytes."""
+def write_captioned_images(folder, images: dict[str, tuple[object, str]]) -> str:
+    """Write a folder with captions.jsonl; an image is a PIL image or bytes."""
     folder.mkdir()
     lines = []
     for name, (image, caption) in images.items():
@@ -72,13 +72,13 @@ def test_places_are_spread_evenly(total, count):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
-@pytest.mark.parametrize("turned", [1, 3, 5, 6, 8])
-def test_the_header_says_the_size_that_decoding_gives(kind, turned):
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 8])
+def test_the_header_says_the_size_that_decoding_gives(kind, orientation):
     exif = Image.Exif()
-    exif[0x0112] = turned
+    exif[0x0112] = orientation
     file = encoded(noise(30, 50), kind, **({"exif": exif.tobytes()} if kind in ("JPEG", "PNG", "WEBP") else {}))
     assert header_size(file) == decode.decode_image(file, 3)[1]
-    assert header_size(file) == ((50, 30) if turned >= 5 and kind in ("JPEG", "PNG", "WEBP") else (30, 50))
+    assert header_size(file) == ((50, 30) if orientation >= 5 and kind in ("JPEG", "PNG", "WEBP") else (30, 50))
 
 
 def test_a_header_is_enough():
@@ -94,7 +94,7 @@ def test_a_header_is_enough():
 
 
 def test_looking_decodes_nothing_and_counts_what_is_damaged(tmp_path, monkeypatch):
-    where = captioned(
+    where = write_captioned_images(
         tmp_path / "a",
         {
             "a.png": (noise(20, 30), "one"),
@@ -104,13 +104,11 @@ def test_looking_decodes_nothing_and_counts_what_is_damaged(tmp_path, monkeypatc
         },
     )
     monkeypatch.setattr(decode, "decode_image", None)
-    looked = scan_source(open_source(where))
-    assert looked.original_sizes.tolist() == [[20, 30], [40, 40]] and looked.indices.tolist() == [0, 1, 2, 3]
-    assert [name for name, _ in looked.unreadable] == ["b.png", "c.png"] and looked.unreadable[1][
-        1
-    ] == "the file is empty"
-    assert looked.captions == ["one", "two", "", "a b c"]
-    assert looked.encoded_bytes == sum(
+    scan = scan_source(open_source(where))
+    assert scan.original_sizes.tolist() == [[20, 30], [40, 40]] and scan.indices.tolist() == [0, 1, 2, 3]
+    assert [name for name, _ in scan.unreadable] == ["b.png", "c.png"] and scan.unreadable[1][1] == "the file is empty"
+    assert scan.captions == ["one", "two", "", "a b c"]
+    assert scan.encoded_bytes == sum(
         path.stat().st_size for path in (tmp_path / "a").iterdir() if path.suffix != ".jsonl"
     )
     few = scan_source(open_source(where), 2)
@@ -133,13 +131,13 @@ def test_sizes(sizes):
         middle = sorted(edges)[(len(edges) - 1) // 2]
         assert table(tables, "pixels").rows[n][1:] == tuple(f"{e:,}" for e in (min(edges), middle, max(edges)))
 
-    def named(h: int, w: int) -> str:
+    def image_name(h: int, w: int) -> str:
         for edge, name in zip((1 / 2, 2 / 3, 4 / 5, 0.95, 1.05, 5 / 4, 3 / 2, 2), ASPECT_BINS, strict=False):
             if w / h < edge or (w / h == edge and edge > 1):
                 return name
         return ASPECT_BINS[-1]
 
-    counts = Counter(named(h, w) for h, w in sizes)
+    counts = Counter(image_name(h, w) for h, w in sizes)
     assert {name: int(count.replace(",", "")) for name, count, _ in table(tables, "width").rows} == counts
     for resolution, share in next((t.rows for t in tables if t.title.startswith("enlarged")), []):
         assert share == f"{100 * sum(min(s) < int(resolution) for s in sizes) / len(sizes):.1f} %"
@@ -288,7 +286,7 @@ def test_boxes_lie_where_the_views_are():
 
 
 def test_views_alone_are_put_together_at_their_places():
-    """Of a picture that is known, the whole made of its views is the picture wherever one looks."""
+    """Assembled views of a known image equal the image wherever views are."""
     picture = Image.open(CHINA).resize((216, 144))
     data = DataConfig(resolution=100, flip=True, crop_scale=(0.4, 0.6))
     u = [[0.5, 0.0, 0.0, 0.9], [0.5, 1.0, 1.0, 0.1], [0.5, 0.3, 0.6, 0.1]]
@@ -328,7 +326,7 @@ def test_lines_fit(text, width, lines):
 
 
 def test_unreadable_pictures_have_a_row(tmp_path):
-    source = captioned(tmp_path / "a", {"a.png": (noise(20, 30), "one"), "b.png": (b"nonsense", "two")})
+    source = write_captioned_images(tmp_path / "a", {"a.png": (noise(20, 30), "one"), "b.png": (b"nonsense", "two")})
     rows, _ = inspect.source_rows(open_source(source), np.array([[20, 30]]), inspect.InspectArgs(num_views=2))
     assert rows[0].views is not None and rows[0].text == '"one"' and rows[0].views.x.shape == (1, 3, 20, 20)
     assert rows[1].views is None and "unreadable: not an image" in rows[1].text and "b.png" in rows[1].title
@@ -338,7 +336,7 @@ def test_unreadable_pictures_have_a_row(tmp_path):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 1), (3, 3000)])
 def test_the_oddest_pictures(tmp_path, size):
-    source = captioned(tmp_path / "a", {"a.png": (noise(*size), "word " * 5000)})
+    source = write_captioned_images(tmp_path / "a", {"a.png": (noise(*size), "word " * 5000)})
     rows, _ = inspect.source_rows(
         open_source(source), np.array([size]), inspect.InspectArgs(crop_scale=(0.4, 0.6), flip=True)
     )
@@ -401,7 +399,7 @@ def test_latents_of_a_cache(gesso, tmp_path):
 
 def test_inspect_output_for_a_cache(tmp_path, gesso):
     pictures = {f"{i}.png": (noise(40 + 10 * i, 60), f"caption {i % 3}") for i in range(6)}
-    where = captioned(tmp_path / "a", pictures | {"bad.png": (b"nonsense", "")})
+    where = write_captioned_images(tmp_path / "a", pictures | {"bad.png": (b"nonsense", "")})
     words = ["--resolution", 16, "--views", 2, "--crop-scale", ".5,1", "--buckets", 3, "data.max_unreadable=.5"]
     assert gesso("cache", where, tmp_path / "c", *words)[0] == 0
     tables = inspect_tables.cache_tables(CachedDataset(tmp_path / "c"))

@@ -1,4 +1,4 @@
-"""Data sets that are decoded as training goes: crops, flips, latents; batches fetched ahead; sampling through a VAE."""
+"""Data sets that are decoded during training: crops, flips, latents; prefetched batches; sampling through a VAE."""
 
 import threading
 
@@ -11,7 +11,7 @@ from helpers.run_factory import image_run
 from PIL import Image
 from rich.console import Console
 
-from gesso import config, recipes, sampling, snapshot
+from gesso import config, recipes, sample_files, sampling, snapshot
 from gesso import rng as keyed
 from gesso.config import DataConfig, LatentConfig
 from gesso.data import crops, factory, inspect
@@ -28,7 +28,7 @@ from gesso.data.on_the_fly import OnTheFlyDataset
 from gesso.data.sources import open_source
 from gesso.errors import RunError, UsageError
 from gesso.evaluation import runner
-from gesso.sampling import SampleArgs
+from gesso.sample_files import SampleArgs
 from gesso.training import loop
 from gesso.training.run_folder import open_dataset_for_run, start_training
 
@@ -54,14 +54,17 @@ def test_too_large_for_memory_is_decoded_as_it_goes_to_the_same_pixels(photos, m
     plain = DataConfig(source=str(photos), resolution=16)
     for one, other in zip(open_dataset(plain).get(index, index), in_memory.get(index, index), strict=True):
         assert one is None or one.shape == other.shape
-    ours, reference = open_dataset(plain).get(index, index), OnTheFlyDataset(straight.source, plain).get(index, index)
+    actual_view, reference = (
+        open_dataset(plain).get(index, index),
+        OnTheFlyDataset(straight.source, plain).get(index, index),
+    )
     for name in ("x", "original_sizes", "crop_boxes", "flips", "pixel_stats", "labels", "indices"):
-        assert getattr(ours, name).equal(getattr(reference, name)), name
+        assert getattr(actual_view, name).equal(getattr(reference, name)), name
     torch.testing.assert_close(in_memory.channel_stats()[0], pixel_channel_stats(in_memory.pixels)[0])
 
 
 def test_every_sample_is_the_crop_that_its_counter_draws(photos):
-    """Against one picture at a time, cropped and resized by hand."""
+    """Compare with images that are cropped and resized one at a time."""
     dataset = open_on_the_fly(photos, seed=5, flip=True)
     counter = torch.arange(100, 148)
     index = dataset.sample_order(5, 8)(counter)
@@ -87,7 +90,7 @@ def test_every_sample_is_the_crop_that_its_counter_draws(photos):
 
 
 def test_control_says_what_the_crop_shows(photos):
-    """The picture's red and green are places: the mean of the view is the middle of its box."""
+    """Red and green of the image are positions: the mean of the view is the center of its box."""
     dataset = open_on_the_fly(photos)
     samples = dataset.get(torch.arange(16), torch.arange(16))
     columns = samples.control_columns()
@@ -99,7 +102,7 @@ def test_control_says_what_the_crop_shows(photos):
 
 @pytest.mark.parametrize("path", ["live", "in memory", "cache", "sheet"])
 def test_the_box_of_a_mirrored_view_is_stated_in_the_frame_that_is_shown(photos, path, tmp_path):
-    """Red is the place from the left, of a mirrored view from the right: the mean of the view is the middle of its box."""
+    """Red is the distance from the left, in a mirrored view from the right: its mean is the center of the box."""
     settings = {"flip": True, "crop_scale": (0.4, 0.6)}
     counter = torch.arange(64)
     if path == "live":
@@ -153,11 +156,11 @@ def test_a_sample_depends_on_its_counter_alone(photos):
     x0, cond = batches(counter)
     for ranks in (2, 3):
         for rank in range(ranks):
-            mine = counter[rank::ranks]
-            y0, other = batches(mine)
-            assert y0.equal(x0[mine - 10])
+            rank_counter = counter[rank::ranks]
+            y0, other = batches(rank_counter)
+            assert y0.equal(x0[rank_counter - 10])
             for name in ("label", "has_semantic", "control_high", "control_low", "has_control"):
-                assert getattr(other, name).equal(getattr(cond, name)[mine - 10]), name
+                assert getattr(other, name).equal(getattr(cond, name)[rank_counter - 10]), name
     assert not batches(counter + 16)[0].equal(x0)
 
 
@@ -277,7 +280,8 @@ def test_moments_of_latents(latent_zip):
         ({"data.crop_scale": "[0.4,0.6]"}, "cannot be mirrored or cropped"),
         (
             {"data.resolution": 32},
-            "of 4 channels, 2x2, but latent.channels=4, latent.downsample_factor=8 and data.resolution=32 mean 4 channels, 4x4",
+            "of 4 channels, 2x2, but latent.channels=4, latent.downsample_factor=8 and data.resolution=32 "
+            "mean 4 channels, 4x4",
         ),
         ({"latent.convention": "dit", "latent.channels": 16}, "of 4 channels, 2x2, but latent.channels=16"),
     ],
@@ -297,17 +301,17 @@ def test_pixels_are_encoded_as_training_comes_to_them(photos, vae, convention):
     run, actual = open_dataset_for_run(
         image_run(photos, **{"latent.vae": vae, "latent.convention": convention, "data.crop_scale": "[0.4,1]"}), QUIET
     )
-    ours = VAE(str(vae), convention=convention)
-    mean, std = ours.channel_stats()
+    loaded_vae = VAE(str(vae), convention=convention)
+    mean, std = loaded_vae.channel_stats()
     assert (run.data.mean, run.data.std) == (mean, std)
     batches = Batcher(actual, run, 0.5, CPU)
     counter = torch.arange(6)
     x0, _ = batches(counter)
-    means, stds = ours.encode(actual.get(batches.sample_order(counter), counter).x)
+    means, stds = loaded_vae.encode(actual.get(batches.sample_order(counter), counter).x)
     z = means + stds * keyed.normal(run.train.seed, counter, "latent", (4, 2, 2))
     torch.testing.assert_close(x0, (z - torch.tensor(mean)[:, None, None]) * 0.5 / torch.tensor(std)[:, None, None])
     assert batches.normalizer.x0_to_pixels(x0).equal(
-        ours.decode((x0 / 0.5) * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None])
+        loaded_vae.decode((x0 / 0.5) * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None])
     )
 
 
@@ -322,9 +326,9 @@ def test_measured_constants_of_encoded_pixels(photos, vae):
 
 
 def test_a_vae_of_other_channels_is_refused_before_training(photos, tmp_path, vae):
-    sixteen = write_vae(tmp_path / "16", 16)
+    latents_16 = write_vae(tmp_path / "16", 16)
     with pytest.raises(UsageError, match=r"latent.channels=4, but latent.vae=.* has 16: set latent.channels=16"):
-        open_dataset_for_run(image_run(photos, **{"latent.vae": sixteen}), QUIET)
+        open_dataset_for_run(image_run(photos, **{"latent.vae": latents_16}), QUIET)
     with pytest.raises(UsageError, match=r"latent.downsample_factor=4, but latent.vae=.* has 8"):
         open_dataset_for_run(image_run(photos, **{"latent.vae": vae, "latent.downsample_factor": 4}), QUIET)
 
@@ -354,12 +358,12 @@ def test_trains_on_latents_resumes_bit_equal_samples_and_evaluates(photos, vae, 
     assert all(full[name].equal(parts[name]) for name in full)
 
     done = config.load_config(tmp_path / "whole" / "run.yaml")
-    sampling.sample_to_folder(
+    sample_files.sample_to_folder(
         tmp_path / "whole", done, SampleArgs(seeds="0-2", control={"crop": "0,0,1,.5"}), tmp_path / "made"
     )
     assert sample_sizes(tmp_path / "made") == [(16, 16)] * 3
     runner.evaluate_run(tmp_path / "whole", done, lambda done, total: None)
-    assert (tmp_path / "whole" / "samples" / "nearest.png").exists()
+    assert (tmp_path / "whole" / "sheets" / "nearest.png").exists()
 
 
 def test_a_vae_that_is_gone_is_missed_before_any_work(photos, vae, tmp_path):
@@ -367,7 +371,7 @@ def test_a_vae_that_is_gone_is_missed_before_any_work(photos, vae, tmp_path):
     start_training(image_run(photos, **{"latent.vae": copy}), tmp_path / "run", False, QUIET, lambda text: None)
     (copy / "config.json").unlink()
     with pytest.raises(UsageError, match="the VAE"):
-        sampling.sample_to_folder(
+        sample_files.sample_to_folder(
             tmp_path / "run", config.load_config(tmp_path / "run" / "run.yaml"), SampleArgs(), None
         )
 
@@ -375,7 +379,7 @@ def test_a_vae_that_is_gone_is_missed_before_any_work(photos, vae, tmp_path):
 def test_sampling_at_another_resolution_counts_pixels(photos, vae, tmp_path):
     start_training(image_run(photos, **{"latent.vae": vae}), tmp_path / "run", False, QUIET, lambda text: None)
     run, _ = config.resolve(config.to_dict(config.load_config(tmp_path / "run" / "run.yaml")), ["sample.resolution=32"])
-    sampling.sample_to_folder(tmp_path / "run", run, SampleArgs(seeds="0"), tmp_path / "made")
+    sample_files.sample_to_folder(tmp_path / "run", run, SampleArgs(seeds="0"), tmp_path / "made")
     assert sample_sizes(tmp_path / "made") == [(32, 32)]
     with pytest.raises(UsageError, match=r"sample.resolution=20 is not a multiple of 8"):
         config.resolve(config.to_dict(run), ["sample.resolution=20"])
@@ -388,7 +392,7 @@ def test_space_is_the_identity_on_pixels():
 
 
 def test_pixels_become_8_bits_as_the_papers_scripts_have_it():
-    """EDM2: (127.5 x + 128) cut down, which is rounding; ADM: 127.5 (x + 1) cut down. Its img64: x0 = pixel / 127.5 - 1."""
+    """EDM2 truncates 127.5 x + 128, which is rounding; ADM truncates 127.5 (x + 1). Inputs are pixel / 127.5 - 1."""
     run = recipes.RECIPES["edm2-img64-s"]()
     pixels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 256)[..., None].contiguous()
     space = Normalizer(run.data, run.latent, 0.5, "cpu")
@@ -404,10 +408,13 @@ def test_pixels_become_8_bits_as_the_papers_scripts_have_it():
 
 @pytest.mark.parametrize("name", ["in1k-256-berrada", "cc12m-256-berrada"])
 def test_a_recipe_at_scale_on_images_has_fresh_crops_at_each_visit(photos, vae, tmp_path, name):
-    """Its docstring names the command without a cache: the same recipe on the images, which go through the VAE as they come."""
-    says = recipes.RECIPES[name].__doc__
+    """The docstring of a recipe names its command without a cache, where images are encoded during training."""
+    docstring = recipes.RECIPES[name].__doc__
     images = "cc12m" if name.startswith("cc12m") else "/path/to/imagenet"
-    assert f"gesso train {name} data.source={images}\n" in says and f"gesso train {name} data.source=caches/" in says
+    assert (
+        f"gesso train {name} data.source={images}\n" in docstring
+        and f"gesso train {name} data.source=caches/" in docstring
+    )
     settings = ["data.resolution=16", f"latent.vae={vae}", "semantic.kind=label", "semantic.encoder=words"]
     run = recipes.resolve(name, [f"data.source={photos}", *settings, "sample.guidance_base_resolution=null"])[0]
     run, some = open_dataset_for_run(run, QUIET)
@@ -441,7 +448,7 @@ def test_samples_of_another_aspect_have_as_many_pixels(photos, tmp_path, aspect,
         config.to_dict(config.load_config(tmp_path / "run" / "run.yaml")), [f"sample.aspect={aspect}"]
     )
     assert run.sample_size == size[::-1]
-    sampling.sample_to_folder(tmp_path / "run", run, SampleArgs(seeds="0-1"), tmp_path / "made")
+    sample_files.sample_to_folder(tmp_path / "run", run, SampleArgs(seeds="0-1"), tmp_path / "made")
     assert sample_sizes(tmp_path / "made") == [size] * 2
 
 

@@ -160,8 +160,10 @@ def test_the_rate_at_another_batch(tuned, batch, lr):
 
 
 def test_steps_of_adam_grow_by_the_root_where_noise_rules():
-    """Of gradients that are noise alone, over the same number of images, k times fewer steps at sqrt(k) times the rate wander
-    as far: the variance of the sum of k steps of size lr is that of one of sqrt(k) lr."""
+    """With noisy gradients, k times fewer steps at sqrt(k) times the learning rate move as far.
+
+    The variance of the sum of k steps of size lr is that of one step of sqrt(k) lr.
+    """
     torch.manual_seed(0)
     far = {}
     for batch in (1, 16):
@@ -236,7 +238,7 @@ def test_eight_bits_train_as_thirty_two_in_a_quarter_of_the_room():
 
 @library
 def test_eight_bits_are_adamw_but_for_rounding():
-    """One step from zero averages: every quotient m / sqrt(v) is then 1, whatever its 8 bits make of it later; decay too."""
+    """In the first step from zero every quotient m / sqrt(v) is 1, whatever its 8 bits are later; decay agrees too."""
     run = {"optim.name": "adamw", "optim.weight_decay": 0.1}
     full, eight = trainer(**EIGHT | run | {"optim.state_dtype": "full"}), trainer(**EIGHT | run)
     full.step(), eight.step()

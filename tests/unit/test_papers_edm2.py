@@ -77,14 +77,18 @@ def test_all_requested_tables_exist():
         ("1", "CONFIG A", "FID", 8.00), ("1", "CONFIG D", "FID", 3.75), ("1", "CONFIG F", "Gflops", 102.1),
         ("1", "CONFIG C", "Mparams", 277.8), ("2", "ADM-U", "FID, guided", 3.85), ("2", "RIN", "NFE", 1000),
         ("2", "EDM2-XXL", "FID, guided", 1.81), ("2", "EDM2-M", "FID", 2.25), ("2", "U-ViT, L", "Gflops", 555),
-        ("3", "EDM2-L", "FID", 1.33), ("3", "ADM + EDM sampling", "FID, stochastic", 1.57), ("3", "ADM + EDM training", "NFE", 79),
+        ("3", "EDM2-L", "FID", 1.33), ("3", "ADM + EDM sampling", "FID, stochastic", 1.57),
+        ("3", "ADM + EDM training", "NFE", 79),
         ("4", "L", "FID", 1.86), ("4", "XXL", "Tflops", 70.8), ("4", "S", "Gparams", 1.80),
         ("5", "EDM2-S", "FD", 68.64), ("5", "EDM2-XL", "FD, guided", 35.67),
-        ("6", "512 L", "Training, Zflops", 1.59), ("6", "512 M", "Guided, Tflops", 15.52), ("6", "64 XL", "Sampling, Tflops", 25.57),
+        ("6", "512 L", "Training, Zflops", 1.59), ("6", "512 M", "Guided, Tflops", 15.52),
+        ("6", "64 XL", "Sampling, Tflops", 25.57),
         ("6", "512 XS", "FD of DINOv2, guided", 79.94), ("6", "64 M", "FID", 1.43),
         ("fig9", "DiT-XL/2", "teraflops of a sample", 250 * 0.525 + 1.2609), ("fig5a", "3.4 %", "CONFIG A", 8.00),
-        ("fig5a", "9 %", "CONFIG B", 7.24), ("fig6", "2.5 %", "guidance 1.4", 2.23), ("fig14", "19 %", "FD, CONFIG G", 68.64),
-        ("fig8", "EDM2-XXL, guided", "billions of parameters", 1.5232 + 0.1247), ("fig10", "EDM2-S, 100 %", "EDM2-S", 2.56),
+        ("fig5a", "9 %", "CONFIG B", 7.24), ("fig6", "2.5 %", "guidance 1.4", 2.23),
+        ("fig14", "19 %", "FD, CONFIG G", 68.64),
+        ("fig8", "EDM2-XXL, guided", "billions of parameters", 1.5232 + 0.1247),
+        ("fig10", "EDM2-S, 100 %", "EDM2-S", 2.56),
     ],
 )  # fmt: skip
 def test_published_numbers(table, row, column, value):
@@ -94,11 +98,11 @@ def test_published_numbers(table, row, column, value):
 def test_repeated_numbers_agree():
     """The counts of Tables 1 and 2 agree with those of models/published.py."""
     known = {p.name: {f.quantity: f.value for f in p.numbers} for p in PUBLISHED_MODELS}
-    for step, rung in LADDER_CONFIGS.items():
+    for step, ladder_config in LADDER_CONFIGS.items():
         layers = known[f"edm2-config-{step.lower()}"]
-        assert layers["macs"] == pytest.approx(rung.cost.gflops * 1e9) and layers["parameters"] / 1e6 == pytest.approx(
-            rung.cost.params, abs=0.06
-        )
+        assert layers["macs"] == pytest.approx(ladder_config.cost.gflops * 1e9) and layers[
+            "parameters"
+        ] / 1e6 == pytest.approx(ladder_config.cost.params, abs=0.06)
     for size, cost in COST_512.items():
         layers = known[f"edm2-{size.lower()}"]
         assert round(cost.gflops) == pytest.approx(layers["macs"] / 1e9, abs=1) and layers[
@@ -123,14 +127,14 @@ def test_claims_hold_on_the_published_numbers(name):
 def test_every_job_is_valid(name, scale):
     """All settings are valid, and every row and column of a group is one of the table."""
     table = TABLES[name]()
-    todo, seen = jobs(name, scale), set()
-    assert todo and scale in SCALES
+    planned_jobs, seen = jobs(name, scale), set()
+    assert planned_jobs and scale in SCALES
     rows, columns = {row.name for row in table.rows}, {column.name for column in table.columns}
-    filled = [(one.row, column) for one in todo for column in one.group.columns]
-    assert {row for row, _ in filled} <= rows and {column for _, column in filled} <= columns
-    twice = {cell for cell in filled if filled.count(cell) > 1} if len(filled) < 200 else set()
-    assert all(one.group.select for one in todo for column in one.group.columns if (one.row, column) in twice)
-    for one in todo:
+    filled_cells = [(one.row, column) for one in planned_jobs for column in one.group.columns]
+    assert {row for row, _ in filled_cells} <= rows and {column for _, column in filled_cells} <= columns
+    twice = {cell for cell in filled_cells if filled_cells.count(cell) > 1} if len(filled_cells) < 200 else set()
+    assert all(one.group.select for one in planned_jobs for column in one.group.columns if (one.row, column) in twice)
+    for one in planned_jobs:
         assert one.group.method in measurements.MEASUREMENT_METHODS
         overrides = tuple(one.overrides)
         if one.training and (one.training.run.recipe, overrides) not in seen:
@@ -265,17 +269,19 @@ def test_counts_are_table_6s(size):
 
 
 def test_costs_by_their_rules():
-    """63 evaluations, three forward passes per image, the VAE's decoder, a guide; training counts up to eval.nimg."""
+    """Costs are 63 evaluations, three forward passes per image, the decoder and a guide; training up to eval.nimg."""
     network = plan.plan_training(PAPER_SETUP.sizes["XS"], 0, OUT)
     guide = plan.plan_training(PAPER_SETUP.guides["XS"], 0, OUT)
     guided = ("sample.guidance=1.4", "sample.guide_run=somewhere")
-    plain, both, half, alone = (
+    plain, both, half_cost, alone = (
         compute_cost.measure_counts(job(*overrides, trained=network, guide=by))["values"]
-        for overrides, by in (((), None), (guided, guide), (("eval.nimg=512M",), None), (("sample.guidance=2", "dropout.both=.1"), None))
+        for overrides, by in (
+            ((), None), (guided, guide), (("eval.nimg=512M",), None), (("sample.guidance=2", "dropout.both=.1"), None)
+        )
     )  # fmt: skip
     assert plain["nfe"] == 63 and plain["sampling_macs"] == pytest.approx((63 * plain["gmacs"] + 1260.9) / 1000)
     assert plain["training_macs"] == pytest.approx(3 * plain["gmacs"] * 1e9 * 2**31 / 1e21)
-    assert half["training_macs"] / plain["training_macs"] == pytest.approx(512e6 / 2**31)
+    assert half_cost["training_macs"] / plain["training_macs"] == pytest.approx(512e6 / 2**31)
     xs = compute_cost.measure_counts(job(trained=guide))["values"]
     assert both["sampling_macs"] == pytest.approx(plain["sampling_macs"] + 63 * xs["gmacs"] / 1000)
     assert both["params_with_guide"] == pytest.approx((plain["params"] + xs["params"]) / 1000)
@@ -313,12 +319,12 @@ def test_combinations_differ_by_their_settings():
         row: recipes.resolve("digits", [*MIXED_RESOLUTION, *overrides])[0]
         for row, overrides in tables.COMBINATIONS.items()
     }
-    assert runs["neither"] == runs["post-hoc EMA"]
-    changed = {row: {path for path, _, _ in config.differences(runs["neither"], run)} for row, run in runs.items()}
+    assert runs["baseline"] == runs["post-hoc EMA"]
+    changed = {row: {path for path, _, _ in config.differences(runs["baseline"], run)} for row, run in runs.items()}
     assert changed["control"] == {"control.variables", "control.alpha"} and changed["uncertainty"] == {"loss.weighting"}
     assert changed["all"] == changed["control"] | changed["uncertainty"]
     lengths = {one.row: sorted(s for s in one.settings if "sigma_rel" in s) for one in jobs("gesso/both", "tiny")}
-    assert lengths["neither"] == lengths["control"] == ["sample.sigma_rel=0.1"]
+    assert lengths["baseline"] == lengths["control"] == ["sample.sigma_rel=0.1"]
     assert sum(one.row == "all" for one in jobs("gesso/both", "tiny")) == 6
 
 
@@ -337,13 +343,13 @@ def test_the_layers_of_figure_5b(step):
             }
         inputs = run.input_spec._replace(resolution=measurements.EDM2_LATENT_RESOLUTION)
         table = {name: interop.name_of_paper_layer(name, run.net, inputs) for name in FIGURE_5B_LAYERS}
-        layers = {name: ours for name, ours in table.items() if ours in shapes}
+        layers = {name: layer_name for name, layer_name in table.items() if layer_name in shapes}
         assert tuple(layers) == expected and len(set(layers.values())) == len(layers)
         c, E = run.net.channels, run.net.embedding_width
         kernel = {"conv0": 3, "conv1": 3, "skip": 1}
         assert c * (4 if setup is PAPER_SETUP else 2) == E
-        for name, ours in layers.items():
-            shape, part = shapes[ours], name.split("-")[-1]
+        for name, layer_name in layers.items():
+            shape, part = shapes[layer_name], name.split("-")[-1]
             if part in kernel:
                 assert shape[2:] == (kernel[part],) * 2
             assert part != "affine" or (len(shape) == 2 and shape[1] == E)
@@ -374,7 +380,7 @@ def test_one_weight_has_a_separate_length(tmp_path, monkeypatch):
 
 
 def test_another_ema_gives_another_metric_and_is_not_recorded(tmp_path):
-    """With all weights at one length the metric is that of the length; metrics.json has only metrics of the run."""
+    """If all weights have one length, the metric is that of the length; metrics.json has only metrics of the run."""
     write_run(tmp_path, "digits-edm2")
     overrides = ("eval.metrics=fd_digits", "eval.num_samples=24", "sample.guidance=1")
     trained = SimpleNamespace(folder=tmp_path)
@@ -467,8 +473,11 @@ def test_noise_levels_of_ddpm(k):
 
 @pytest.mark.parametrize("normal", [0, 1, 8])
 def test_step_sizes(normal):
-    """Adam's update has rms 1 in every weight; of it the part along the weights w ~ N(0, 1) is lost on the sphere, which is
-    E[n w^2 / sqrt(1 + n^2 w^2)] for a normal part n times as long as the tangent part."""
+    """The size of Adam's steps on the sphere agrees with an integral.
+
+    Adam's update has rms 1 in every weight; the part along the weights w ~ N(0, 1) is lost on the sphere, which is E[n
+    w^2 / sqrt(1 + n^2 w^2)] for a normal part n times as long as the tangent part.
+    """
     lost = integrate.quad(lambda w: normal * w**2 / math.sqrt(1 + (normal * w) ** 2) * math.exp(-w * w / 2), -12, 12)[
         0
     ] / math.sqrt(2 * math.pi)
@@ -482,7 +491,7 @@ def test_step_sizes(normal):
 
 
 def test_lambda_1_under_the_learned_uncertainty():
-    """Equation 21 with lambda = 1."""
+    """The loss is Equation 21 with lambda = 1."""
     proc = process.build_process(config.EDMConfig())
     uncertainty = denoiser.Uncertainty(proc)
     g = torch.Generator().manual_seed(0)
@@ -520,24 +529,28 @@ def test_a_cell_is_the_best_of_its_groups(tmp_path):
         ColumnGroup({"a": "fd", "b": "1-share"}, {"r": how}, settings=setups.at_ema(s), select="min") for s in lengths
     ]
     counted = ColumnGroup({"b": "n"}, {"s": how}, method="counts")
-    todo = plan.plan_jobs(small(*parts, counted), "tiny", (0, 1), tmp_path)
-    assert [one.row for one in todo] == ["r", "r", "s", "r", "r"] and len(plan.unique_trainings(todo)) == 2
-    assert [len(one.trainings) for one in todo] == [1, 1, 0, 1, 1]
+    planned_jobs = plan.plan_jobs(small(*parts, counted), "tiny", (0, 1), tmp_path)
+    assert [one.row for one in planned_jobs] == ["r", "r", "s", "r", "r"] and len(
+        plan.unique_trainings(planned_jobs)
+    ) == 2
+    assert [len(one.trainings) for one in planned_jobs] == [1, 1, 0, 1, 1]
     numbers = [(3.0, 0.25), (2.0, 0.5), None, (math.nan, 0.75), (4.0, 0.125)]
-    for one, values in zip(todo, numbers, strict=True):
+    for one, values in zip(planned_jobs, numbers, strict=True):
         one.path.parent.mkdir(exist_ok=True)
         actual = (
             {"n": 7} if values is None else {"fd": None if math.isnan(values[0]) else values[0], "share": values[1]}
         )
         one.path.write_text(json.dumps({"values": actual}))
-    assert runner.collect_values(todo) == {
+    assert runner.collect_values(planned_jobs) == {
         0: {("r", "a"): 2.0, ("r", "b"): 0.5, ("s", "b"): 7},
         1: {("r", "a"): 4.0, ("r", "b"): 0.25, ("s", "b"): 7},
     }
-    todo[1].path.write_text(json.dumps({"diverged": "at once"}))
-    assert runner.collect_values(todo)[0]["r", "a"] == 3.0
-    todo[0].path.write_text(json.dumps({"diverged": "at once"}))
-    assert runner.collect_values(todo)[0]["r", "a"] == DIVERGED == runner.collect_values(todo)[0]["r", "b"]
+    planned_jobs[1].path.write_text(json.dumps({"diverged": "at once"}))
+    assert runner.collect_values(planned_jobs)[0]["r", "a"] == 3.0
+    planned_jobs[0].path.write_text(json.dumps({"diverged": "at once"}))
+    assert (
+        runner.collect_values(planned_jobs)[0]["r", "a"] == DIVERGED == runner.collect_values(planned_jobs)[0]["r", "b"]
+    )
     ambiguous = plan.plan_jobs(small(*(part._replace(select=None) for part in parts)), "tiny", (0,), tmp_path)
     with pytest.raises(AssertionError, match="two column groups fill r"):
         runner.collect_values(ambiguous)
@@ -545,17 +558,17 @@ def test_a_cell_is_the_best_of_its_groups(tmp_path):
 
 def test_untrained_methods_do_not_train(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "start_training", lambda *a: pytest.fail("trained"))
-    todo = plan.plan_jobs(
+    planned_jobs = plan.plan_jobs(
         small(ColumnGroup({"a": "gmacs"}, {"r": Measurement(Training("digits-edm2"))}, method="counts")),
         "tiny",
         (0, 1, 2),
         tmp_path,
     )
-    assert len(todo) == 1 and plan.unique_trainings(todo) == []
-    assert list(runner.run_jobs(todo, None, lambda text: None)) == todo
-    record = json.loads(todo[0].path.read_text())
+    assert len(planned_jobs) == 1 and plan.unique_trainings(planned_jobs) == []
+    assert list(runner.run_jobs(planned_jobs, None, lambda text: None)) == planned_jobs
+    record = json.loads(planned_jobs[0].path.read_text())
     assert record["training_commands"] == [] and record["values"]["gmacs"] == pytest.approx(0.0190, abs=1e-4)
-    assert runner.collect_values(todo)[0] == {("r", "a"): record["values"]["gmacs"]}
+    assert runner.collect_values(planned_jobs)[0] == {("r", "a"): record["values"]["gmacs"]}
 
 
 def test_a_figure_over_one_of_its_columns():

@@ -65,7 +65,7 @@ def test_what_departs_is_marked(folder):
 
 
 def test_published_samplers_of_dit_mdt_and_sd3(tmp_path):
-    """Learned variance, respaced indices, guidance of three channels, power-cosine guidance and SD3's levels, whatever a run has."""
+    """Protocols set variance, indices, guidance of three channels, power-cosine guidance and SD3's levels."""
     run = tiny_run()
     latent = {"latent": {"vae": "some VAE"}, "data": {"resolution": 64, "channels": 3, "mean": None, "std": None}}
     net = {"name": "dit", "hidden_size": 32, "depth": 1, "num_heads": 1, "learned_variance": True}

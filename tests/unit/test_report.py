@@ -46,9 +46,9 @@ def written(out: Path, lines: list[dict], toy: results.Evaluation | None = None,
     (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if toy:
         record(out, toy)
-    (out / "samples").mkdir()
+    (out / "sheets").mkdir()
     for nimg in (1000, 2000, 3000, 4000, 5000):
-        Image.new("L", (8, 8), nimg // 20).save(out / "samples" / f"nimg{nimg:012d}.png")
+        Image.new("L", (8, 8), nimg // 20).save(out / "sheets" / f"nimg{nimg:012d}.png")
     return out
 
 
@@ -120,7 +120,8 @@ def test_a_page_on_one_run(tmp_path):
     assert report.write_report(out) == out / "report.html"
     actual = checked(out / "report.html")
     assert actual.headings == [
-        "Samples", "Samples during training", "Training", "Loss by noise level", "Magnitudes", "Speed", "Environment", "Recipe",
+        "Samples", "Samples during training", "Training", "Loss by noise level", "Magnitudes", "Speed", "Environment",
+        "Recipe",
     ]  # fmt: skip
     text = " ".join(actual.text)
     assert "one & <only>" in text and "bad <name>.png" in text and "4,000" in text

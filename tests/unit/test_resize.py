@@ -39,9 +39,9 @@ def digest(pixels: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
 
 
-# SHA-256 of (3, H, W) uint8, computed by the published code with Pillow 13: guided-diffusion's center_crop_arr at 64 (EDM2's
-# center_crop_imagenet and DiT's center_crop_arr give the same), and clean-fid's make_resizer("PIL", False, "bicubic", (80, 48)),
-# whose floats are then rounded.
+# SHA-256 of (3, H, W) uint8, computed by the published code with Pillow 13: guided-diffusion's center_crop_arr at 64
+# (EDM2's center_crop_imagenet and DiT's center_crop_arr give the same), and clean-fid's
+# make_resizer("PIL", False, "bicubic", (80, 48)), whose floats are then rounded.
 PUBLISHED = {
     (375, 500): ("154af08a5cd0ea76", "18dc4354120b8061"),
     (500, 333): ("f15ce48ff63c9a57", "23f6b276c0ef275f"),
@@ -84,7 +84,7 @@ def test_boxes_under_adm_are_its_random_crops(size):
 
 @pytest.mark.parametrize("aspect", [1.0, 1.5, 0.5])
 def test_a_box_under_adm_is_met_within_half_a_pixel(aspect):
-    """On a picture whose pixels say where they are: the crop's corners, against the box that control variables state."""
+    """The corners of a crop, read from an image of positions, agree with the box of the control variables."""
     H, W, R = 1021, 901, 32
     height, width = R, round(R * aspect)
     y, x = np.mgrid[:H, :W]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gesso import config, recipes, report, sampling
+from gesso import config, recipes, sample_files
 from gesso.config import DataConfig
 from gesso.data import crops, shapes_dataset
 from gesso.data.factory import open_dataset
@@ -36,6 +36,7 @@ from gesso.evaluation.networks import shapes_reader as checker
 from gesso.evaluation.networks import toy_networks
 from gesso.evaluation.networks.base import SampleConditions
 from gesso.evaluation.runner import evaluate_run
+from gesso.report import write_report
 from gesso.training.run_folder import start_training
 
 INDEX = st.integers(0, 2**63 - 1)
@@ -136,7 +137,8 @@ def test_captions_of_others(output, pairs, place):
 
 @pytest.mark.parametrize(
     "output",
-    ["", "a red dog", "an orange circle", "a red circle above", "a red star, a blue star and a red ring", "a circle, red",
+    ["", "a red dog", "an orange circle", "a red circle above", "a red star, a blue star and a red ring",
+    "a circle, red",
      "a red circle at the top left", "a red circle and a red ring at the bottom"],
 )  # fmt: skip
 def test_captions_that_claim_nothing_certain(output):
@@ -159,7 +161,7 @@ def test_single_scenes_for_classes():
 
 
 def test_distribution():
-    """Counts of 2000 scenes within 4 standard deviations of the binomial: one in 250 such tests of 60 would fail by chance."""
+    """Counts of 2000 scenes are within 4 standard deviations of the binomial: by chance, 1 in 250 tests of 60 fails."""
     scenes = shapes_dataset.sample_scenes(range(2000))
     pairs = [scene for scene in scenes if len(scene.shapes) == 2]
     alone = [scene for scene in scenes if len(scene.shapes) == 1]
@@ -504,11 +506,11 @@ def test_a_run_from_training_to_report(recipe, tmp_path):
     assert (guided.protocol["series"], unguided.protocol["series"]) == ("guided", "unguided")
     assert guided.protocol["toy_metrics"] == "shapes" and guided.protocol["num_samples"] == 32
     assert guided.reference_metrics["all"] == 1 and guided.metrics.keys() == guided.reference_metrics.keys()
-    page = report.write(tmp_path).read_text()
+    page = write_report(tmp_path).read_text()
     assert "Scores" in page and "training images" in page and "100.0%" in page
     prompt = "a red star to the left of a blue ring"
-    requested = sampling.SampleArgs(prompts=(prompt,)) if recipe == "shapes" else sampling.SampleArgs("star")
-    assert sampling.sample_to_folder(tmp_path, run, requested, tmp_path / "made")[-2].startswith("wrote 16 images")
+    requested = sample_files.SampleArgs(prompts=(prompt,)) if recipe == "shapes" else sample_files.SampleArgs("star")
+    assert sample_files.sample_to_folder(tmp_path, run, requested, tmp_path / "made")[-2].startswith("wrote 16 images")
 
 
 def test_shapes_are_read_at_the_resolution_of_the_run():

@@ -583,7 +583,8 @@ def test_without_pyarrow(tmp_path, monkeypatch):
 CAPTIONS = [
     ('{"file": "0.png", "text": "a"}\n{"file": "x.png", "text": "b"}\n{"file": "../1.png", "text": ""}',
      r"2 of the 3 images that captions.jsonl names are not there: x.png, \.\./1.png"),
-    ("\n".join(f'{{"file": "{i}.jpg", "text": ""}}' for i in range(50)), "50 of the 50 .* 0.jpg, 1.jpg, 2.jpg and 47 more"),
+    ("\n".join(f'{{"file": "{i}.jpg", "text": ""}}' for i in range(50)),
+    "50 of the 50 .* 0.jpg, 1.jpg, 2.jpg and 47 more"),
     ('{"file": "0.png", "text": "a"}\nnot json\n[1]\n5\n{"text": "b"}\n{"file": "1.png"}\n{"file": 3, "text": "c"}',
      "6 lines are not like .*line 2, line 3, line 4 and 3 more"),
     ('{"file": "0.png", "text": ["a"]}', "1 lines are not like"),
@@ -601,7 +602,8 @@ def test_captions_files_that_are_refused(content, words, tmp_path):
 
 def test_captions_files_choose_order_and_repeat(tmp_path):
     """One line, one sample; the same image with another caption is another sample."""
-    content = b'\xef\xbb\xbf{"file": "5.png", "text": "a"}\r\n\n{"path": "./1.png", "text": ""}\n{"file": "5.png", "text": "b \\ud83d"}\n'
+    content = b'\xef\xbb\xbf{"file": "5.png", "text": "a"}\r\n\n{"path": "./1.png", "text": ""}\n'
+    content += b'{"file": "5.png", "text": "b \\ud83d"}\n'
     source = open_source(write(flat(tmp_path), {"captions.jsonl": content}))
     assert [source.item(i).name for i in range(3)] == ["5.png", "1.png", "5.png"]
     assert list(source.captions()) == ["a", "", "b \ufffd\ufffd\ufffd"]

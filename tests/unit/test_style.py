@@ -12,7 +12,8 @@ FOLDERS = ("gesso", "tests", "benchmarks", "tools", "examples")
 FILES = {str(path.relative_to(ROOT)): path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))}
 
 WORDS = {
-    "found", "said", "told", "asked", "made", "kept", "beside", "theirs", "whole", "own", "settled", "stands", "grounds",
+    "found", "said", "told", "asked", "made", "kept", "beside", "theirs", "whole", "own", "settled", "stands",
+    "grounds",
 }  # fmt: skip
 """Words that no identifier contains, because they do not say what the thing is."""
 FRAGMENT_STARTS = {
@@ -100,7 +101,8 @@ def test_no_test_module_is_imported():
 
 @pytest.mark.parametrize("source, names", [
     ("def keep(found_rows): pass", ["1: found_rows"]), ("x.whole = 1", ["1: whole"]),
-    ("class AskedRows: pass", ["1: AskedRows"]), ("owner, knowns, handmade = 1, 2, 3", []), ("f(found=1)", []), ("def test_what_is_found(): pass", []),
+    ("class AskedRows: pass", ["1: AskedRows"]), ("owner, knowns, handmade = 1, 2, 3", []), ("f(found=1)", []),
+    ("def test_what_is_found(): pass", []),
     ("import a as told\ntry: pass\nexcept E as said: pass", ["1: told", "3: said"]),
 ])  # fmt: skip
 def test_forbidden_names(source, names):

@@ -22,7 +22,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gesso import atomic_io
+from gesso.config import addresses
 from gesso.data.cache import format
 from gesso.data.cache.plan import CacheManifest, ColumnFile, ShardFile
 from gesso.data.encoders.hub import error_summary, import_names, sha256_files
@@ -54,7 +54,7 @@ Result = TypeVar("Result")
 
 def is_remote(uri: str | Path) -> bool:
     """Return True for an address, False for a path."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(uri)) is not None
+    return addresses.is_address(uri)
 
 
 def open_remote_manifest(url: str) -> CacheManifest:
@@ -76,8 +76,8 @@ def open_remote_manifest(url: str) -> CacheManifest:
 
 
 def _open_storage(url: str) -> tuple[Any, str]:
-    """Return fsspec's file system of an address, and the path in it."""
-    protocol = url.partition("://")[0].lower()
+    """Return fsspec's file system of an address, and the path in it. Raises UsageError for a scheme not allowed."""
+    protocol = addresses.check_address(url)
     options = {}
     (url_to_fs,) = import_names("fsspec", "s3", ["url_to_fs"])
     if protocol in ("http", "https"):

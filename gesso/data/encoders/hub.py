@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from gesso.errors import UsageError
+from gesso.untrusted import read_json_object
 
 
 def import_names(package: str, extra: str, names: Sequence[str]) -> list[Any]:
@@ -74,7 +75,7 @@ def _download(model_id: str, label: str, subfolders: Sequence[str], names: Seque
 def read_config(folder: Path, label: str) -> dict[str, Any]:
     """Return config.json of a model; raise UsageError if it is missing or invalid."""
     try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        return read_json_object(folder / "config.json")
     except FileNotFoundError:
         raise UsageError(f"{label}: {folder} is not a model, as it has no config.json") from None
     except (OSError, ValueError, TypeError) as error:

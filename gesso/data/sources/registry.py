@@ -37,7 +37,7 @@ MAX_PATTERN_FILES = 1_000_000
 
 
 def open_source(uri: str) -> Source:
-    """Open a source by its name (NAMED_SOURCES, custom:NAME of gesso.extend, hub:OWNER/NAME) or by its path (SOURCE_KINDS).
+    """Open a source by its name (NAMED_SOURCES, custom:NAME, hub:OWNER/NAME) or by its path (SOURCE_KINDS).
 
     Raises:
         UsageError: The source is missing, empty, malformed, or of an unknown kind.

@@ -10,30 +10,40 @@ from gesso.reproduce.schema import ColumnGroup, Measurement, Method, Settings, T
 DIGITS_METRICS = ("eval.metrics=fd_digits,class_accuracy", "eval.num_samples=1000")
 DIGITS_DIVERSITY = ("eval.metrics=digits_feature_distance", "eval.diversity_prompts=300")
 TINY_SHAPES_METRICS = (
-    "eval.metrics=fd_shapes,shape_accuracy", "eval.num_samples=500", "sample.guidance_base_resolution=null",
-)  # fmt: skip
+    "eval.metrics=fd_shapes,shape_accuracy",
+    "eval.num_samples=500",
+    "sample.guidance_base_resolution=null",
+)
 TINY_SHAPES_FD = ("eval.metrics=fd_shapes", "eval.num_samples=500")
 SMALL_SHAPES_METRICS = (
-    "eval.metrics=fd_shapes,shape_accuracy", "eval.num_samples=5000", "sample.guidance_base_resolution=null",
-)  # fmt: skip
+    "eval.metrics=fd_shapes,shape_accuracy",
+    "eval.num_samples=5000",
+    "sample.guidance_base_resolution=null",
+)
 CLASS_SHARE_NOTE = "CLIP: the share of samples that a classifier assigns to their class."
 POSITION_SHARE_NOTE = "CLIP: the share of samples whose shapes are where the caption says."
 UNGUIDED = ("sample.guidance=1", "sample.control_guidance=1")
 
 # Tiny scale: digits, of which every second is shrunk to 4x4, with the size as control.
 MIXED_RESOLUTION = (
-    "data.source=digits-mixed-resolution", "control.variables=size", "train.total_images=100k",
-    "train.snapshot_every=10k", "train.checkpoint_every=50k",
-)  # fmt: skip
+    "data.source=digits-mixed-resolution",
+    "control.variables=size",
+    "train.total_images=100k",
+    "train.snapshot_every=10k",
+    "train.checkpoint_every=50k",
+)
 IMAGES_100K = ("train.total_images=100k", "train.snapshot_every=10k", "train.checkpoint_every=10k")
 """Length of the recipes digits-*; recipe digits is longer."""
 TINY_SHAPES = ("data.source=shapes:5000", "train.total_images=20k")
 """Few shapes, because drawing 20,000 would take a third of the training time."""
 TEXT_CONDITION = ("semantic.kind=text",)
 TEXT_CAPTIONS = (
-    *TEXT_CONDITION, "semantic.padding=noisy", "train.total_images=60k", "train.snapshot_every=6k",
+    *TEXT_CONDITION,
+    "semantic.padding=noisy",
+    "train.total_images=60k",
+    "train.snapshot_every=6k",
     "train.checkpoint_every=30k",
-)  # fmt: skip
+)
 RANDOM_FLIP = ("data.flip=true",)
 FLIP_CONTROL = (*RANDOM_FLIP, "control.variables=flip")
 
@@ -41,9 +51,15 @@ FLIP_CONTROL = (*RANDOM_FLIP, "control.variables=flip")
 DIT_S = ("net.hidden_size=384", "net.depth=12", "net.num_heads=6")
 SMALL_UNET_NET = ("net.name=unet", "net.channels=128", "net.channel_mult=1,2,3", "net.transformer_depth=0,1,1")
 SMALL_SCHEDULE = (
-    "train.total_images=2M", "train.batch_size=256", "train.precision=bfloat16", "train.snapshot_every=100k",
-    "train.checkpoint_every=500k", "optim.lr=5e-4", "optim.ref_images=1M", "optim.warmup_images=50k",
-)  # fmt: skip
+    "train.total_images=2M",
+    "train.batch_size=256",
+    "train.precision=bfloat16",
+    "train.snapshot_every=100k",
+    "train.checkpoint_every=500k",
+    "optim.lr=5e-4",
+    "optim.ref_images=1M",
+    "optim.warmup_images=50k",
+)
 AT_64 = ("data.resolution=64", "process.resolution_scale=2")
 SMALL_TRANSFORMER = (*AT_64, *DIT_S, *SMALL_SCHEDULE)
 SMALL_UNET = (*AT_64, *SMALL_UNET_NET, *SMALL_SCHEDULE)

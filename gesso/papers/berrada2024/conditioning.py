@@ -29,6 +29,8 @@ from gesso.reproduce.schema import Claim, Column, ColumnGroup, Measurement, Row,
 
 CONTROL_SCHEDULES = TABLE_SETTINGS["table-2a"]
 UNIFORM, COSINE_4, COSINE_8 = "uniform", "cosine, alpha = 4", "cosine, alpha = 8"
+NO_SIZE = "no size condition"
+NO_CONTROL, FLIPS = "no control", "flips as control"
 SIZE_COLUMNS = (Column("FID"), Column("LPIPS"), Column("LPIPS/HR"), Column("detail", lower_is_better=False))
 MIXED_RESOLUTION_NOTE = (
     "Digits of which every second was shrunk to 4x4, sampled with the sizes 4x4 and 8x8 as condition. LPIPS: distance "
@@ -59,7 +61,7 @@ def size_scales(tiny: Mapping[str, Settings], paper: Mapping[str, Settings]) -> 
     digits = {row: mixed_resolution_training(*settings) for row, settings in tiny.items()}
     latents = {row: Training("table-2a", settings) for row, settings in paper.items()}
     small = {row: small_size_training(*settings) for row, settings in tiny.items()}
-    with_size = [row for row in tiny if row != "not told"]
+    with_size = [row for row in tiny if row != NO_SIZE]
     lpips = {"LPIPS": "lpips", "LPIPS/HR": "lpips_hr", "detail": "size_detail"}
     digits_lpips = {"LPIPS": "digits_feature_distance", "detail": "size_detail"}
     return {
@@ -104,7 +106,7 @@ def table_2a() -> Table:
                 "The later the size enters, the more stays, while the size is used",
                 lambda v: (v[COSINE_4, "LPIPS"] < v["cosine, alpha = 1", "LPIPS"]) & uses_size(v, COSINE_4),
             ),
-            Claim("The size as control helps", lambda v: v[UNIFORM, "FID"] < v["not told", "FID"]),
+            Claim("The size as control helps", lambda v: v[UNIFORM, "FID"] < v[NO_SIZE, "FID"]),
             Claim(
                 "The cosine costs no quality: FID at most 2 % higher",
                 lambda v: v[COSINE_8, "FID"] < (1 + 0.02) * v[UNIFORM, "FID"],
@@ -298,8 +300,8 @@ def table_2c() -> Table:
             ),
         },
         claims=(
-            Claim("Flips as control lower FID", lambda v: v["crop, flip", "FID"] < v["crop", "FID"]),
-            Claim("Flips as control raise CLIP", lambda v: v["crop, flip", "CLIP"] > v["crop", "CLIP"]),
+            Claim("Flips as control help by FID", lambda v: v["crop, flip", "FID"] < v["crop", "FID"]),
+            Claim("Flips as control help by CLIP", lambda v: v["crop, flip", "CLIP"] > v["crop", "CLIP"]),
         ),
         notes="The paper does not say that images are mirrored in the row without flips as control; Figure 6 implies "
         "it.",
@@ -351,7 +353,7 @@ def figure_2() -> Table:
 
 def figure_6() -> Table:
     """Return Figure 6."""
-    rows, columns = ("not told", "told"), {"right side": "side", "mirrored": "flipped"}
+    rows, columns = (NO_CONTROL, FLIPS), {"right side": "side", "mirrored": "flipped"}
     return Table(
         name="berrada/fig6",
         title="Left and right, with and without flips as control",
@@ -369,16 +371,13 @@ def figure_6() -> Table:
         claims=(
             Claim(
                 "With flips as control, a model draws the side that the prompt says",
-                lambda v: v["told", "right side"] > v["not told", "right side"],
+                lambda v: v[FLIPS, "right side"] > v[NO_CONTROL, "right side"],
             ),
-            Claim(
-                "With flips as control, it mirrors less", lambda v: v["told", "mirrored"] < v["not told", "mirrored"]
-            ),
+            Claim("With flips as control, it mirrors less", lambda v: v[FLIPS, "mirrored"] < v[NO_CONTROL, "mirrored"]),
         ),
         notes="The paper shows images of models such as those of Table 2c. Half of the training images are mirrored in "
-        'both rows; "not told" has no control, "told" has flips as control. Right side: share of single shapes; '
-        "mirrored: share "
-        "of captions with left or right whose sides are exchanged.",
+        "both rows. Right side: share of single shapes; mirrored: share of captions with left or right whose sides are "
+        "exchanged.",
     )
 
 

@@ -100,7 +100,7 @@ def table_a5() -> Table:
     )
     return Table(
         name="berrada/A5",
-        title="The paper's recommendations, and our verdicts",
+        title="Recommendations of the paper, with verdicts",
         source="Berrada et al. 2024, Table A5",
         columns=(),
         rows=(),

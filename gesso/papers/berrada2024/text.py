@@ -77,8 +77,8 @@ def table_3() -> Table:
             ),
         },
         claims=(
-            Claim("Noisy copies in the padding lower FID", lambda v: v[noisy, "FID"] < v["zero", "FID"]),
-            Claim("Noisy copies in the padding raise CLIP", lambda v: v[noisy, "CLIP"] > v["zero", "CLIP"]),
+            Claim("Noisy copies in the padding help by FID", lambda v: v[noisy, "FID"] < v["zero", "FID"]),
+            Claim("Noisy copies in the padding help by CLIP", lambda v: v[noisy, "CLIP"] > v["zero", "CLIP"]),
             Claim(
                 "Copies alone are better than zeros",
                 lambda v: (v["replicate", "FID"] < v["zero", "FID"]) & (v["replicate", "CLIP"] > v["zero", "CLIP"]),
@@ -139,13 +139,12 @@ def figure_a4() -> Table:
     return padding_figure(
         "A4",
         "Attention under three paddings",
-        {share: "padding_fraction", "entropy": "entropy", "alike": "copy_similarity"},
+        {share: "padding_fraction", "entropy": "entropy", "copy similarity": "copy_similarity"},
         "attention",
         (Claim("With zeros more than a tenth of the attention is on padding", lambda v: v["zero", share] > 0.1),),
         "The paper shows images and speaks of a significant part; a tenth is our choice. Attention of image tokens to "
-        "text "
-        'tokens, for the trainings of Table 3. "alike" is the cosine similarity of tokens and their copies, which is 1 '
-        "without noise and smaller with noise by construction: no claim.",
+        "text tokens, for the trainings of Table 3. The cosine similarity of tokens and their copies is 1 without "
+        "noise and smaller with noise by construction: no claim.",
     )
 
 

@@ -74,12 +74,22 @@ def figure_5a() -> Table:
     )
 
 
-ALL_TENSORS = "all alike"
+ALL_TENSORS = "one length for all"
 TINY_LAYERS = (
-    "enc-64x64-block0-affine", "enc-64x64-block0-conv0", "enc-64x64-block0-conv1", "enc-64x64-conv",
-    "enc-32x32-block0-conv0", "enc-32x32-block0-skip", "dec-32x32-block0-conv1", "dec-32x32-block0-skip",
-    "dec-64x64-block0-conv1", "dec-64x64-block0-skip", "dec-64x64-up-affine", "map-label", "map-layer0",
-)  # fmt: skip
+    "enc-64x64-block0-affine",
+    "enc-64x64-block0-conv0",
+    "enc-64x64-block0-conv1",
+    "enc-64x64-conv",
+    "enc-32x32-block0-conv0",
+    "enc-32x32-block0-skip",
+    "dec-32x32-block0-conv1",
+    "dec-32x32-block0-skip",
+    "dec-64x64-block0-conv1",
+    "dec-64x64-block0-skip",
+    "dec-64x64-up-affine",
+    "map-label",
+    "map-layer0",
+)
 """Layers of Figure 5b that a network of two levels with one block has."""
 
 
@@ -286,7 +296,7 @@ def figure_14() -> Table:
     }
     return Table(
         name="edm2/fig14",
-        title="FID and DINOv2's distance over EMA length, EDM2-S",
+        title="FID and FD over EMA length, EDM2-S",
         source="Karras et al. 2024, Figure 14",
         columns=tuple(Column(f"{metric}, {name}") for metric in ("FID", "FD") for name in curves),
         rows=fraction_rows(SIGMA_RELS, published),
@@ -297,13 +307,13 @@ def figure_14() -> Table:
             {"tiny": "The digits; FD is the share of samples that a classifier does not assign to their class."},
         ),
         claims=(
-            shorter_optimum("DINOv2 prefers longer EMA", "FID, CONFIG G", "FD, CONFIG G"),
-            shorter_optimum("DINOv2 prefers longer EMA with guidance", "FID, guidance 1.4", "FD, guidance 1.4"),
+            shorter_optimum("FD prefers longer EMA than FID", "FID, CONFIG G", "FD, CONFIG G"),
+            shorter_optimum("FD prefers longer EMA than FID with guidance", "FID, guidance 1.4", "FD, guidance 1.4"),
             best_improvement("FID prefers the weaker guidance", "FID, guidance 1.4", "FID, guidance 1.9"),
-            best_improvement("DINOv2 prefers the stronger guidance", "FD, guidance 1.9", "FD, guidance 1.4"),
-            best_improvement("CONFIG G is better than B by DINOv2 too", "FD, CONFIG G", "FD, CONFIG B"),
+            best_improvement("FD prefers the stronger guidance", "FD, guidance 1.9", "FD, guidance 1.4"),
+            best_improvement("CONFIG G is better than B by FD too", "FD, CONFIG G", "FD, CONFIG B"),
         ),
-        notes="Published: the points of Tables 1 and 6.",
+        notes="FD: Frechet distance of DINOv2's features. Published: the points of Tables 1 and 6.",
     )
 
 
@@ -312,7 +322,7 @@ def figure_4() -> Table:
     curves = {
         f"{stored}, {format_percent(target)}": (sigma_rels, target)
         for target in (0.07, 0.15)
-        for stored, sigma_rels in (("two stored", ".05,.1"), ("one stored", ".1"))
+        for stored, sigma_rels in (("two EMAs", ".05,.1"), ("one EMA", ".1"))
     }
     counts = (8, 16, 32, 64, 128, 256)
     groups = tuple(
@@ -337,7 +347,7 @@ def figure_4() -> Table:
                 power_law_claim(f"With two EMAs in a snapshot the error falls as 1/n^4: to {target}", target)
                 for target in ("7 %", "15 %")
             ),
-            improvement("One EMA in a snapshot is much worse", ("32", "two stored, 15 %"), ("32", "one stored, 15 %")),
+            improvement("One EMA in a snapshot is much worse", ("32", "two EMAs, 15 %"), ("32", "one EMA, 15 %")),
         ),
         notes="Squared error of the profile divided by its square; EMA lengths of 5 and 10 % are stored, or 10 % "
         "alone. The figure shows 8 snapshots.",
@@ -346,7 +356,7 @@ def figure_4() -> Table:
 
 def power_law_claim(text: str, target: str) -> Claim:
     """Return a claim of Figure 4 on the power law of the error, within .4 in the exponent."""
-    return Claim(text, lambda v: v.power_law(f"two stored, {target}", -4, 0.4))
+    return Claim(text, lambda v: v.power_law(f"two EMAs, {target}", -4, 0.4))
 
 
 def figure_24() -> Table:
@@ -423,5 +433,14 @@ def learning_rates() -> Table:
 
 
 TABLES: tuple[Callable[[], Table], ...] = (
-    figure_4, figure_5a, figure_5b, figure_5c, figure_6, figure_11b, figure_13, figure_14, figure_24, learning_rates,
-)  # fmt: skip
+    figure_4,
+    figure_5a,
+    figure_5b,
+    figure_5c,
+    figure_6,
+    figure_11b,
+    figure_13,
+    figure_14,
+    figure_24,
+    learning_rates,
+)

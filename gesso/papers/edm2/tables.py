@@ -255,8 +255,11 @@ def table_5() -> Table:
 
 
 COST_VALUES = {
-    "Mparams": "params", "Gflops": "gmacs", "Training, Zflops": "training_macs", "Sampling, Tflops": "sampling_macs",
-}  # fmt: skip
+    "Mparams": "params",
+    "Gflops": "gmacs",
+    "Training, Zflops": "training_macs",
+    "Sampling, Tflops": "sampling_macs",
+}
 GUIDED_COST = "Guided, Tflops"
 
 
@@ -318,9 +321,9 @@ def table_6() -> Table:
         scales=make_scales(table_6_groups, {"tiny": "5 minutes", "paper": "3 to 10 days on 32 A100"}),
         claims=(
             Claim("Larger networks are better", lambda v: v.each_improves("FID", sizes)),
-            Claim("Larger networks are better by DINOv2", lambda v: v.each_improves("FD of DINOv2", sizes)),
+            Claim("Larger networks are better by FD of DINOv2", lambda v: v.each_improves("FD of DINOv2", sizes)),
             improvement("Guidance helps", ("512 S", "FID, guided"), ("512 S", "FID")),
-            improvement("Guidance helps by DINOv2", ("512 S", "FD of DINOv2, guided"), ("512 S", "FD of DINOv2")),
+            improvement("Guidance helps by FD of DINOv2", ("512 S", "FD of DINOv2, guided"), ("512 S", "FD of DINOv2")),
         ),
         notes="Rows of the table that follow from a network and its results; for speed and energy see "
         f"gesso train --estimate. {MACS_NOTE}",

@@ -292,5 +292,11 @@ def balances_table() -> Table:
 
 
 TABLES: tuple[Callable[[], Table], ...] = (
-    figure_3, figure_11a, figure_12, figure_23, weighting_table, precision_table, balances_table,
-)  # fmt: skip
+    figure_3,
+    figure_11a,
+    figure_12,
+    figure_23,
+    weighting_table,
+    precision_table,
+    balances_table,
+)
