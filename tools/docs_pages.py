@@ -141,8 +141,8 @@ def settings_page() -> str:
         "",
         "This page is generated from the schema of `gesso.config.RunConfig`. The defaults are those of the schema;",
         "a recipe sets its own. Numbers of images may be written `200k`, `1.5M` or `1e6`, and lists `.4,.6` or",
-        "`[.4,.6]`. A YAML file of settings may stand in place of `a.b=c`. Unknown names and invalid values are errors that name",
-        "the closest valid one.",
+        "`[.4,.6]`. A YAML file of settings may stand in place of `a.b=c`. Unknown names and invalid values are errors",
+        "that name the closest valid one.",
         "",
     ]
     for block in blocks:
