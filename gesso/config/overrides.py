@@ -87,10 +87,10 @@ def _parse_setting(keys: list[str], text: str) -> Any:
     return parse_value(text) if text == "null" or text.startswith('"') else text
 
 
-def _check_setting_name(keys: list[str], value: Any, text: str) -> None:
+def _check_setting_name(argument: str, tree: Tree) -> None:
     """Raise UsageError for a setting without its block, such as seed=3 or net=dit."""
-    name = keys[0]
-    if len(keys) > 1 or name in ("init", "recipe") or isinstance(value, dict):
+    name, equals, text = argument.partition("=")
+    if not equals or "." in name or name in ("init", "recipe") or isinstance(tree[name], dict):
         return
     if name in BLOCKS:
         fields = _field_annotations(name)
@@ -117,7 +117,6 @@ def parse_override(argument: str) -> Tree:
             )
             raise UsageError(f"{argument!r} is not a setting: write a.b=c, such as train.total_images=200k{hint}")
         tree = _parse_setting(keys, text)
-        _check_setting_name(keys, tree, text)
         for key in reversed(keys):
             tree = {key: tree}
     if "init" in tree and not isinstance(tree["init"], dict):
@@ -207,7 +206,9 @@ def resolve(base: Tree, arguments: list[str]) -> tuple[RunConfig, list[str]]:
     notes: list[str] = []
     override: Tree = {}
     for argument in arguments:
-        override = deep_merge(override, parse_override(argument))
+        tree = parse_override(argument)
+        _check_setting_name(argument, tree)
+        override = deep_merge(override, tree)
     run = validate(deep_merge(switch_variant(base, override, notes), override))
     return run, notes + _lr_notes(run)
 

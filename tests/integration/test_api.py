@@ -25,7 +25,7 @@ SIGNATURES = {
 }
 RUN_METHODS = {
     "sample": ["labels", "prompts", "seeds", "guidance", "sigma_rel", "control", "nimg", "settings"],
-    "evaluate": ["metrics", "num_images", "settings", "progress"],
+    "evaluate": ["metrics", "num_images", "settings", "progress", "allow_addresses"],
     "denoiser": ["sigma_rel", "nimg", "settings"],
     "with_settings": ["settings"],
     "report": ["out"],

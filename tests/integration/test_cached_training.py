@@ -12,6 +12,7 @@ from helpers.run_factory import image_run
 from rich.console import Console
 
 from gesso import config, sample_files, snapshot
+from gesso.config import addresses
 from gesso.data.batching import Batcher
 from gesso.data.cache.read import CachedDataset
 from gesso.data.samplers import BucketSampler, ShardWindowShuffle
@@ -145,6 +146,7 @@ def test_buckets_train_and_sample(photos, tmp_path):
 
 def test_an_address_gives_the_same_batches_and_keeps_two_windows(photos, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(addresses, "ADDRESS_SCHEMES", ("memory",))
     run_cli("cache", photos, tmp_path / "c", "--resolution", 16, "--images-per-shard", 2)
     storage = fsspec.filesystem("memory")
     storage.put(str(tmp_path / "c"), "/far", recursive=True)

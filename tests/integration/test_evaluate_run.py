@@ -53,6 +53,11 @@ def recorded_run(folder, *settings: str) -> config.RunConfig:
     )
 
 
+def unfinished(folder) -> list:
+    """Return the folders of parts of unfinished evaluations; locks stay."""
+    return [path for path in (folder / "evaluation").iterdir() if path.suffix != ".lock"]
+
+
 def sample_directly(folder, run: config.RunConfig, seeds: range) -> torch.Tensor:
     """Return the samples themselves, generated in one pass, in RGB."""
     tensors, *_ = snapshot.reconstruct_from_run(folder, [ema.sampling_profile(run.sample)])
@@ -81,7 +86,7 @@ def test_a_run_is_measured(folder):
     (recorded,) = results.read_evaluations(folder).values()
     assert recorded == result and recorded.protocol["reference_images"] == 1797
     assert result.throughput.keys() == {"images_per_second"} and 0 < result.throughput["images_per_second"] < 1e6
-    assert list((folder / "evaluation").iterdir()) == []
+    assert unfinished(folder) == []
 
 
 def test_what_was_spent():
@@ -105,7 +110,7 @@ def test_parts_are_shared_and_survive(folder, monkeypatch):
     full = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics
     # Two ranks, one after the other: the last one to begin is the first rank, which waits for the other's parts.
     assert runner.evaluate_metrics(EvalContext(folder, run, CPU, 1, 2), SILENT) is None
-    (place,) = (folder / "evaluation").iterdir()
+    (place,) = unfinished(folder)
     assert [path.name for path in place.glob("*.safetensors")] == ["digits-0-000001.safetensors"]
     assert runner.evaluate_metrics(EvalContext(folder, run, CPU, 0, 2), SILENT).metrics == full
     # Interrupted after the first part; then only missing samples are generated.
@@ -169,7 +174,7 @@ def test_a_reference_is_read_by_all_ranks_and_once(folder, monkeypatch):
     monkeypatch.setattr(runner, "REFERENCE_PART_SIZE", 898)  # the last part is one picture
     actual = runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics
     assert actual["fd_digits"]["mean"] == pytest.approx(full["fd_digits"]["mean"], rel=1e-9)
-    assert list((folder / "evaluation").iterdir()) == []
+    assert unfinished(folder) == []
 
 
 def test_loss_on_other_images_and_on_none(folder, tmp_path):

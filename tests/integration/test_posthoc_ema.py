@@ -571,8 +571,8 @@ def test_folder_of_another_run_is_refused_at_save(tmp_path):
 def test_no_message_advises_to_delete_sound_files(tmp_path):
     """A reconstruction that overflows names the tensor, and not a file."""
     tracked = PostHocEMA(torch.nn.Linear(2, 2))
-    for nimg in (10, 20):
-        tracked.module.weight.data.fill_(1.6e38 * (-1) ** (nimg // 10))
+    for nimg in (10, 11):
+        tracked.module.weight.data.fill_(1.6e38 * (-1) ** nimg)
         tracked.update(nimg)
         tracked.save(tmp_path)
     with pytest.raises(RunError, match=r"weight at sigma_rel 0\.02 exceeds the range of torch\.float32") as refused:

@@ -1,7 +1,5 @@
 """`gesso sample`: classes by seed, labels as typed, images written as they are made, folders of nothing but samples."""
 
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +158,7 @@ def test_interrupted_sampling_keeps_images_and_continues(gesso, folder, monkeypa
     def interrupt(image, path, record=None):
         count.append(path)
         if len(count) == 6:
-            os.kill(os.getpid(), signal.SIGINT)
+            raise KeyboardInterrupt
         save(image, path, record)
 
     with monkeypatch.context() as patch:

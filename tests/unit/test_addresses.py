@@ -32,7 +32,7 @@ def _no_fsspec(monkeypatch):
 def test_other_file_systems_are_refused(uri, gesso):
     assert remote.is_remote(uri)
     with pytest.raises(UsageError, match=r"refused"):
-        remote.read_manifest(uri)
+        remote.open_remote_manifest(uri)
     code, _, err = gesso("train", "digits", f"data.source={uri}", "--out", "/nonexistent/x")
     assert code == 2 and "refused" in err and "Traceback" not in err and len(err.strip().splitlines()) <= 3
 
