@@ -72,7 +72,8 @@ def write_program(folder: Path, run: RunConfig, out: Path, nimg: int | None) -> 
     profile = ema.sampling_profile(run.sample)
     weights, _, nimg, fits = snapshot.reconstruct_from_run(folder, [profile], nimg)
     denoiser = snapshot.denoiser_from_weights(weights[0], run)
-    denoiser.to(memory_format=torch.contiguous_format)  # torch.export.save warns of other strides
+    for parameter in denoiser.parameters():
+        parameter.data = parameter.data.contiguous()  # torch.export.save warns of other strides
     tensors = example_inputs(run)
     names = tuple(tensors)[2:]
     batch = torch.export.Dim("batch", min=1)
