@@ -361,9 +361,9 @@ def test_incompatible_guides(folders, folder, sample, message):
         ("words", dict(guide_run="plain")),
     ],
 )
-def test_compatible_guides(folders, folder, sample):
+def test_compatible_guides(folders, folder, sample, tmp_path):
     place = folders / folder
     run = load_run(place, **sample | {"guide_run": folders / sample["guide_run"], "guidance": 2})
     phrase = "3" if run.semantic.kind == "label" else None
     args = sample_files.SampleArgs(label=phrase, seeds="0-1")
-    assert "guided by" in sample_files.sample_to_folder(place, run, args, place / "fits")[-1]
+    assert "guided by" in sample_files.sample_to_folder(place, run, args, tmp_path / "out")[-1]

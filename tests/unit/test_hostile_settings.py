@@ -30,7 +30,7 @@ from gesso.models import build_network
         "net.depth=1000000", "net.num_heads=[1]", "net.name=[1]", "net.name={}", "net=3", "process=[1]",
         "process.name={}",
         "data.resolution=1e9", "data.num_classes=1000000", "sample.aspect=1:9999999999", "sample.aspect=1:65",
-        "train.rank_timeout_s=1e15", "data.source=[1]", "data.source={}", "recipe={}", "train.num_threads=1e9",
+        "train.rank_timeout_s=1e15", "recipe={}", "train.num_threads=1e9",
         "optim.lr=1e30",
         "data.std=[1e-300]", "data.mean=[1e300]",
     ],
