@@ -20,6 +20,9 @@ class HubId(NamedTuple):
     repo: str
     revision: str | None = None
 
+    def __str__(self) -> str:
+        return f"hub:{self.repo}" + (f"@{self.revision}" if self.revision else "")
+
 
 def parse_hub_id(uri: str) -> HubId | None:
     """Return the repository of hub:OWNER/NAME[@REVISION]; None if the text does not begin with "hub:".
@@ -73,7 +76,7 @@ def download(
     except UsageError:
         raise
     except Exception as error:  # of the hub's client, of its HTTP library, or of the disk
-        raise UsageError(f"hub:{hub_id.repo}: the download failed ({error_line(error)})") from None
+        raise UsageError(f"{hub_id}: the download failed ({error_line(error)})") from None
     return Path(path)
 
 

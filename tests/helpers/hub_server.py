@@ -38,7 +38,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             request = json.loads(content)
             self.created.append(request)
             self.folder(request["organization"], request["name"]).mkdir(parents=True, exist_ok=True)
-            return self.send_json({"url": f"http://hub/{request['organization']}/{request['name']}"})
+            return self.send_json({"url": f"https://huggingface.co/{request['organization']}/{request['name']}"})
         _, _, _, owner, name, action, *_ = path.split("/")
         if action == "preupload":
             files = json.loads(content)["files"]
@@ -49,7 +49,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
                 path = self.folder(owner, name) / line["value"]["path"]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(base64.b64decode(line["value"]["content"]))
-        url = f"http://hub/{owner}/{name}/commit/{self.commit}"
+        url = f"https://huggingface.co/{owner}/{name}/commit/{self.commit}"
         return self.send_json({"success": True, "commitOid": self.commit, "commitUrl": url})
 
     def folder(self, owner: str, name: str) -> Path:

@@ -158,12 +158,12 @@ def test_data_set_from_the_hub(server, tmp_path):
 
 
 def test_commands(server, trained, gesso):
-    status, output = gesso("push", trained, "me/model", "--no-samples", "--license", "mit")
+    status, output, _ = gesso("push", trained, "me/model", "--no-samples", "--license", "mit")
     assert status == 0 and "uploading" in output and "uploaded: http://127.0.0.1" in output
-    status, output = gesso("sample", "hub:me/model", "--seeds", "0-1", "sample.steps=2")
+    status, output, _ = gesso("sample", "hub:me/model", "--seeds", "0-1", "sample.steps=2")
     assert status == 0 and "runs/me--model" in output
-    status, output = gesso("sample", "hub:me/none")
-    assert status == 2 and output.startswith("gesso: hub:me/none: the download failed")
+    status, _, error = gesso("sample", "hub:me/none")
+    assert status == 2 and error.startswith("gesso: hub:me/none: the download failed")
 
 
 def test_hub_data_of_a_recorded_run_is_confirmed(server, tmp_path):
