@@ -6,9 +6,9 @@ Legend: N images, H W height and width.
 import hashlib
 import struct
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -185,11 +185,19 @@ def read_npz_arrays(path: str, names: Sequence[str]) -> list[np.ndarray] | None:
         if max(sizes[f"{name}.npy"] for name in names) > MAX_ARRAY_BYTES:
             raise ValueError(f"an array has more than {MAX_ARRAY_BYTES / 2**30:g} GiB")
         with np.load(path, allow_pickle=False) as arrays:
-            return [arrays[name] for name in names]
+            return [_load_array(arrays, name) for name in names]
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
     except Exception as error:  # zipfile, zlib and numpy raise errors of many kinds for damaged files
         raise UsageError(f"{path} is not a readable .npz file ({error_summary(error)})") from None
+
+
+def _load_array(arrays: Mapping[str, Any], name: str) -> np.ndarray:
+    """Return an array of an .npz file. Raises ValueError if the entry is none: NumPy then returns bytes."""
+    array = arrays[name]
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{name} is no array")
+    return array
 
 
 def _open_npz_array(path: str) -> np.ndarray:
@@ -203,7 +211,7 @@ def _open_npz_array(path: str) -> np.ndarray:
                 "that it can be mapped into memory"
             )
         with np.load(path, allow_pickle=False) as arrays:
-            return arrays["arr_0"]
+            return _load_array(arrays, "arr_0")
     with open(path, "rb") as file:
         file.seek(info.header_offset + 26)  # lengths in the local header can differ from those in the directory
         name, extra = struct.unpack("<HH", file.read(4))

@@ -242,7 +242,7 @@ def evaluate(folder: Path, run: RunConfig, progress: ProgressCallback) -> list[s
 
 def open_toy_evaluator(folder: Path, run: RunConfig) -> ToyEvaluator:
     """Return the toy evaluator of a run folder. Raises UsageError if the training images have changed."""
-    atomic_io.check_run_folder(folder, "samples")
+    atomic_io.check_run_folder(folder, "sheets")
     dataset = open_dataset(run.data, run.latent, run.train.seed)
     if dataset.fingerprint() != run.data.fingerprint:
         raise UsageError(

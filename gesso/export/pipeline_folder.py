@@ -186,6 +186,7 @@ def pipeline_settings(folder: Path, run: RunConfig) -> dict[str, Any]:
             {
                 "sample": sample,
                 "data": {name: getattr(run.data, name) for name in ("resolution", "mean", "std", "class_names")},
+                "latent": {"convention": run.latent.convention if run.latent.vae else None},
                 "num_classes": run.input_spec.num_classes,
                 "trained_classes": conditioning.trained_classes(run),
                 "semantic": semantic,

@@ -93,11 +93,15 @@ def _read_checkpoint(path: Path, label: str) -> StateFile:
 
 def _check_unpacked_size(path: Path, label: str) -> None:
     """Raise RunError if a zip file unpacks to more than its size; torch.save does not compress."""
-    if zipfile.is_zipfile(path):
+    try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > path.stat().st_size:
-            raise RunError(f"{label} unpacks to {unpacked:,} bytes, more than its size; torch.save does not compress")
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+        raise RunError(f"{label} is damaged ({error})") from None
+    if unpacked > path.stat().st_size:
+        raise RunError(f"{label} unpacks to {unpacked:,} bytes, more than its size; torch.save does not compress")
 
 
 def import_file(path: Path, out: Path | None, num_heads: int | None) -> list[str]:

@@ -334,7 +334,7 @@ def start_training(
         optimizer.check_optimizer_config(run)
         with atomic_io.lock_dir(out) if ranks.is_main else contextlib.nullcontext():
             if ranks.is_main:
-                atomic_io.check_run_folder(out, "state", "snapshots", "samples", "evaluation")
+                atomic_io.check_run_folder(out, "state", "snapshots", "samples", "sheets", "evaluation")
                 for folder in (out, out / "state", out / "snapshots"):
                     atomic_io.remove_leftovers(folder)
             denoiser, report = None, list[str]()

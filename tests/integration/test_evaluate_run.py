@@ -126,7 +126,7 @@ def test_parts_are_shared_and_survive(folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT)
     assert runner.evaluate_metrics(EvalContext(folder, run, CPU), SILENT).metrics == full
-    assert sample_directly == [0, 30, 30, 60]
+    assert first_seeds == [0, 30, 30, 60]
 
 
 def test_work_of_an_interrupted_command_is_resumed(folder, monkeypatch):

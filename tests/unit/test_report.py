@@ -268,7 +268,7 @@ def test_markdown_pages_become_html_in_the_style_of_reports(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "grid.png")
     rows = [[format_table_cell(text, footnotes=(1,)), format_table_cell("2", bold=True), "3"]]
     page = "\n\n".join([
-        f"# {escape(text)}", to_markdown_table(("", "FID", "paper"), rows, numeric=True),
+        f"# {escape(text)}", to_markdown_table(("", "FID", "FID, paper"), rows, numeric=True),
         to_markdown_table(("claim", "verdict"), [["x", format_table_cell("failed", bold=True)]]),
         "![Plot](plot.png)", "![Grid](grid.png)", f"caption {escape(text)}",
     ])  # fmt: skip

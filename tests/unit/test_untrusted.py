@@ -94,20 +94,20 @@ def test_a_report_shows_no_linked_pictures(tmp_path, gesso):
     write_run(run)
     (run / "log.jsonl").write_text('{"nimg": 16, "loss": 1.0}\n')
     secret.write_bytes(PNG)
-    (run / "samples").mkdir()
+    (run / "sheets").mkdir()
     for name in ("by_class.png", "nearest.png", "nimg000000000016.png"):
-        (run / "samples" / name).symlink_to(secret)
-    (run / "samples" / "nimgx.png").write_bytes(PNG)
+        (run / "sheets" / name).symlink_to(secret)
+    (run / "sheets" / "nimgx.png").write_bytes(PNG)
     data = load_runs([run])[0]
     assert data.picture("by_class.png") is None and data.sample_grids() == []
     assert gesso("report", run)[0] == 0
     assert "data:image/png" not in (run / "report.html").read_text()
-    (run / "samples" / "by_class.png").unlink()
-    (run / "samples" / "by_class.png").write_bytes(PNG)
+    (run / "sheets" / "by_class.png").unlink()
+    (run / "sheets" / "by_class.png").write_bytes(PNG)
     assert gesso("report", run)[0] == 0
     assert "data:image/png" in (run / "report.html").read_text()
-    (run / "samples").rename(tmp_path / "elsewhere")
-    (run / "samples").symlink_to(tmp_path / "elsewhere")
+    (run / "sheets").rename(tmp_path / "elsewhere")
+    (run / "sheets").symlink_to(tmp_path / "elsewhere")
     assert load_runs([run])[0].picture("by_class.png") is None
     with pytest.raises(RunError, match="no PNG"):
         png_data_uri(run / "log.jsonl")
@@ -117,7 +117,7 @@ def test_nothing_is_written_through_linked_folders(tmp_path, gesso):
     run, outside = tmp_path / "run", tmp_path / "outside"
     write_run(run)
     outside.mkdir()
-    for name in ("samples", "evaluation", "state"):
+    for name in ("sheets", "evaluation", "state"):
         (run / name).symlink_to(outside)
     for arguments in (["sample", run], ["evaluate", run], ["evaluate", run, "eval.metrics=fd_digits"]):
         code, _, err = gesso(*arguments)
