@@ -79,3 +79,21 @@ def clip(tmp_path_factory) -> Path:
     from helpers.encoders import write_clip
 
     return write_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture
+def clean_extensions(monkeypatch):
+    """Restore the networks, data sets, losses and control variables of the process after a test."""
+    from gesso import extensions
+    from gesso.config import CONTROL_VARIABLES
+
+    for table in (extensions.NETWORKS, extensions.DATASETS, extensions.LOSSES, CONTROL_VARIABLES, extensions._sources):
+        for name, value in dict(table).items():
+            monkeypatch.setitem(table, name, value)
+    known = {id(t): set(t) for t in (extensions.NETWORKS, extensions.DATASETS, extensions.LOSSES, CONTROL_VARIABLES)}
+    monkeypatch.setattr(extensions, "_loaded", [])
+    monkeypatch.setattr(extensions, "_sources", {})
+    yield
+    for table in (extensions.NETWORKS, extensions.DATASETS, extensions.LOSSES, CONTROL_VARIABLES):
+        for name in set(table) - known[id(table)]:
+            del table[name]

@@ -13,12 +13,12 @@ from PIL import Image
 from torch import nn
 
 import gesso
-from gesso import config, extensions, models
-from gesso.config import CONTROL_VARIABLES
+from gesso import config, models
 from gesso.data.sources import open_source
 from gesso.diffusion import denoiser as diffusion
 from gesso.snapshot import list_snapshots
 
+pytestmark = pytest.mark.usefixtures("clean_extensions")
 SMALL = {
     "train.total_images": 320, "train.batch_size": 32, "train.snapshot_every": 160, "train.checkpoint_every": 160,
     "train.num_threads": 1, "train.log_every": 32, "monitor.sample_every": None, "monitor.magnitude_every": None,
@@ -77,21 +77,6 @@ class Squares:
         pixels = np.full((8, 8), 40 + 150 * (i % 2) + i, np.uint8)
         pixels[:4] += 20
         return {"image": Image.fromarray(pixels), "label": i % 2, "caption": f"square {i}"}
-
-
-@pytest.fixture(autouse=True)
-def clean_extensions(monkeypatch):
-    """Restore what a process knows after each test."""
-    for table in (extensions.NETWORKS, extensions.DATASETS, extensions.LOSSES, CONTROL_VARIABLES, extensions._sources):
-        for name, value in dict(table).items():
-            monkeypatch.setitem(table, name, value)
-    known = {id(t): set(t) for t in (extensions.NETWORKS, extensions.DATASETS, extensions.LOSSES, CONTROL_VARIABLES)}
-    monkeypatch.setattr(extensions, "_loaded", [])
-    monkeypatch.setattr(extensions, "_sources", {})
-    yield
-    for table in (extensions.NETWORKS, extensions.DATASETS, extensions.LOSSES, CONTROL_VARIABLES):
-        for name in set(table) - known[id(table)]:
-            del table[name]
 
 
 def absolute_loss(denoised, x0, s, process):

@@ -17,11 +17,12 @@ import pytest
 import torch
 import typer
 from helpers.cli import run_cli
+from helpers.run_factory import write_run
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
 import gesso
-from gesso import cli, config, interop, models, recipes
+from gesso import cli, config, hub, interop, models, recipes
 from gesso.data.cache.plan import parse_cache_args
 from gesso.evaluation import metrics, protocols, runner
 from gesso.papers import TABLES
@@ -137,9 +138,25 @@ def check_gesso_command(command: str, arguments: list[str]) -> None:
             recipes.resolve(params["recipe"], [*settings, *over])
 
 
+@pytest.fixture
+def hub_of_runs(monkeypatch, tmp_path):
+    """Let hub:OWNER/NAME be a run in the folder of the test, which has the recipe file of the guide on extensions."""
+    monkeypatch.chdir(tmp_path)
+    (recipe,) = (b for b in BLOCKS if b.page == "docs/guides/extend.md" and b.code.startswith("# my_recipe.py"))
+    (tmp_path / "my_recipe.py").write_text(recipe.code)
+
+    def download(hub_id, patterns, folder):
+        write_run(folder, "digits")
+        return folder
+
+    monkeypatch.setattr(hub, "download", download)
+
+
+@pytest.mark.usefixtures("hub_of_runs", "clean_extensions")
 @pytest.mark.parametrize(("page", "line"), list(dict.fromkeys(gesso_commands())))
 def test_command_parses(page, line):
-    words = shlex.split(line.removeprefix("srun "), comments=True)
+    words = shlex.split(re.sub(r"^(srun |gesso --code \S+ )", "", line), comments=True)
+    words = words if words[0] in ("torchrun", "gesso") else ["gesso", *words]
     if words[0] == "torchrun":
         launch = get_args_parser().parse_args(words[1:])
         assert launch.module and launch.training_script == "gesso"
@@ -242,8 +259,10 @@ TINY = [
     *TINY_NET, "train.total_images=256", "train.batch_size=32", "train.snapshot_every=64", "train.checkpoint_every=256",
     "train.num_threads=1", "train.device=cpu", "monitor.magnitude_every=null", "sample.steps=2",
 ]  # fmt: skip
-FRAGMENTS = {"docs/evaluation.md": "def compute", "docs/reproduction.md": "Claim("}
-"""Python blocks that are parsed only, as they belong into a file of the package."""
+FRAGMENTS = {
+    "docs/evaluation.md": "def compute", "docs/reproduction.md": "Claim(", "docs/guides/export.md": "DiffusionPipeline",
+}  # fmt: skip
+"""Python blocks that are parsed only: they belong into a file of the package, or test_export.py has the like."""
 
 
 @pytest.fixture(scope="module")
@@ -269,12 +288,15 @@ def python_namespace(page: str) -> dict[str, Any]:
         net = models.build_network(cfg, inputs)
         state_dict = interop.to_diffusers(net, cfg, inputs)[2]
         return {"net": net, "net_config": cfg, "inputs": inputs, "state_dict": state_dict}
+    if page == "docs/guides/extend.md":
+        return {"open_birds": lambda: [], "torch": torch}
     return {}
 
 
 PYTHON_PAGES = list(dict.fromkeys(block.page for block in BLOCKS if block.language == "python"))
 
 
+@pytest.mark.usefixtures("hub_of_runs", "clean_extensions")
 @pytest.mark.parametrize("page", PYTHON_PAGES)
 def test_python_blocks_run(page, workplace, monkeypatch):
     original = gesso.recipe
@@ -299,7 +321,8 @@ def readme_commands() -> Iterator[list[str]]:
         if page == "README.md" and line.startswith("gesso "):
             words = shlex.split(line, comments=True)
             slow = words[1] == "reproduce" and words[2] != "list"
-            if words[1] != "doctor" and "--images" not in words and not slow:
+            needs_network = words[1] == "push" or any(word.startswith("hub:") for word in words)
+            if words[1] != "doctor" and "--images" not in words and not slow and not needs_network:
                 yield words[1:]
 
 
