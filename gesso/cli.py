@@ -4,10 +4,11 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -325,6 +326,29 @@ def push(
     from gesso.share import push as push_run
 
     _print(f"uploaded: {push_run(folder, PushArgs(repo, private, license, all_snapshots, samples), _print)}")
+
+
+@app.command()
+def play(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(help="run folders, or hub:OWNER/NAME", metavar="RUN...", parser=fetch_run, show_default=False),
+    ],
+    host: Annotated[
+        str, typer.Option(help="address to bind to; everybody who reaches it can sample the runs")
+    ] = "127.0.0.1",
+    port: Annotated[int | None, _option("port (default: the first free one from 7860)", min=1)] = None,
+) -> None:
+    """Serve a local page that samples runs while their settings change. Ctrl-C ends it."""
+    from gesso.api import Run
+    from gesso.play import page
+
+    playground = page.Playground([Run(folder) for folder in folders], f"gesso{_code_options()}")
+    served, url = page.serve(playground, host, port)
+    _print(f"playground: {url}\nCtrl-C ends it.")
+    with suppress(KeyboardInterrupt):
+        threading.Event().wait()
+    served.close()
 
 
 @app.command("reproduce")

@@ -321,7 +321,7 @@ def readme_commands() -> Iterator[list[str]]:
         if page == "README.md" and line.startswith("gesso "):
             words = shlex.split(line, comments=True)
             slow = words[1] == "reproduce" and words[2] != "list"
-            needs_network = words[1] == "push" or any(word.startswith("hub:") for word in words)
+            needs_network = words[1] in ("push", "play") or any(word.startswith("hub:") for word in words)
             if words[1] != "doctor" and "--images" not in words and not slow and not needs_network:
                 yield words[1:]
 
