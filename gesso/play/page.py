@@ -248,7 +248,7 @@ class _Events:
     def render(self, *values: Any) -> list[Any]:
         """Return the state, pictures, notes, commands and the slider of frames for the values of the form."""
         count = len(FormValues._fields) - 1
-        shown = self.playground.show(FormValues(*values[:count], tuple(values[count:])))
+        shown = self.playground.show(FormValues._make([*values[:count], tuple(values[count:])]))
         pictures = [
             self.gr.update(value=picture, visible=side == 0 or bool(text))
             for side, (picture, text) in enumerate(zip(shown.pictures, shown.notes, strict=True))
