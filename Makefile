@@ -3,7 +3,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo test slow play lint coverage docs clean
+.PHONY: demo test slow play wheel lint coverage docs clean
 
 demo: .venv/demo
 	.venv/bin/gesso train digits --resume
@@ -34,6 +34,10 @@ lint: .venv/dev
 .venv/dev: .venv/bin/pip pyproject.toml $(CONSTRAINTS)
 	$(PIP) -e '.[dev]'
 	@touch $@
+
+# The wheel outside the checkout, in an environment of its own.
+wheel:
+	$(PYTHON) tools/check_wheel.py
 
 # gradio needs an older pillow than constraints.txt has.
 .venv-play/done: pyproject.toml $(CONSTRAINTS)

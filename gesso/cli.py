@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_args
 import typer
 from rich.console import Console
 
+import gesso
 from gesso.errors import GessoError, UsageError
 from gesso.hub import fetch_run
 from gesso.untrusted import print_text
@@ -22,8 +23,8 @@ from gesso.untrusted import print_text
 # Pillow warns about unusual image metadata; images that it cannot decode are counted and reported.
 warnings.filterwarnings("ignore", module="PIL")
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Train latent diffusion image models from scratch and compare them fairly. "
@@ -82,12 +83,21 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(done, total=total)
 
 
+def _print_version(requested: bool) -> None:
+    if requested:
+        _print(f"gesso {gesso.__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
 def load_code(
     code: Annotated[
         list[Path] | None,
         typer.Option("--code", help="Python file that calls gesso.extend, to execute first; may be repeated"),
     ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and exit", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Execute the files of --code, which make networks, data sets, losses and control variables available."""
     if code:
@@ -139,10 +149,10 @@ def train(
         # The user wrote folder:PATH, not data.source=PATH.
         raise UsageError(str(error).replace(f"data.source={run.data.source}:", f"folder:{run.data.source}:")) from None
     label = " --label 0" if run.input_spec.num_classes else ""
-    gesso, folder = f"gesso{_code_options()}", shlex.quote(str(out))
+    program, folder = f"gesso{_code_options()}", shlex.quote(str(out))
     _print(f"trained: {out}\nnext:")
     _print_lines(
-        f"  {gesso} {command}" for command in (f"sample {folder}{label}", f"evaluate {folder}", f"report {folder}")
+        f"  {program} {command}" for command in (f"sample {folder}{label}", f"evaluate {folder}", f"report {folder}")
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from gesso import config
 from gesso.api import Run
 from gesso.config.sample import SampleConfig
-from gesso.errors import GessoError, UsageError
+from gesso.errors import GessoError, UsageError, install_command
 from gesso.play import player
 from gesso.play.player import Controls, PlaySettings
 from gesso.untrusted import printable
@@ -363,7 +363,7 @@ def import_gradio() -> Any:
     try:
         return importlib.import_module("gradio")
     except ImportError:
-        raise UsageError("the playground needs gradio: pip install 'gesso[play]'") from None
+        raise UsageError(f"the playground needs gradio: {install_command('play')}") from None
 
 
 def serve(playground: Playground, host: str, port: int | None) -> tuple[Any, str]:
