@@ -1,8 +1,10 @@
 """The page of the playground in gradio. `Playground` answers its events and needs no gradio."""
 
+import atexit
 import html
 import importlib
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -183,8 +185,8 @@ class Playground:
         )
 
 
-def write_animation(shown: Shown) -> Path:
-    """Write the frames of all sides, next to each other, as a GIF in a temporary folder, and return its path.
+def write_animation(shown: Shown, folder: Path) -> Path:
+    """Write the frames of all sides, next to each other, as a GIF in a folder of its own, and return its path.
 
     Raises:
         UsageError: There are no frames.
@@ -192,7 +194,7 @@ def write_animation(shown: Shown) -> Path:
     sides = [side for side in shown.frames if side]
     if not sides:
         raise UsageError("no frames: switch on 'record the denoising'")
-    path = Path(tempfile.mkdtemp(prefix="gesso-play-")) / "denoising.gif"
+    path = Path(tempfile.mkdtemp(dir=folder)) / "denoising.gif"
     path.write_bytes(player.encode_gif(sides))
     return path
 
@@ -211,7 +213,7 @@ def build_page(playground: Playground) -> Any:
                 inputs = _form(gr, playground, start)
             with gr.Column(scale=3, min_width=300, elem_id="output"):
                 with gr.Row(elem_id="pictures"):
-                    pictures, notes = _sides(gr)
+                    pictures, notes, second = _sides(gr, start.other_run != NO_RUN)
                 frame = gr.Slider(1, start.steps, start.steps, step=1, label="Denoising: step", elem_id="frame")
                 command = gr.Code(
                     label="Equivalent command", language="shell", interactive=False, lines=1, wrap_lines=True,
@@ -223,14 +225,16 @@ def build_page(playground: Playground) -> Any:
                 )
         state = gr.State(None)
         events = _Events(gr, playground)
-        outputs = [state, *pictures, *notes, command, frame]
+        outputs = [state, *pictures, *notes, second, command, frame]
         # One sampling at a time; of changes while it runs, only the last is sampled.
         sampling = {
             "trigger_mode": "always_last", "concurrency_id": "sampling", "concurrency_limit": 1,
             "show_progress": "minimal", "show_progress_on": notes,
         }  # fmt: skip
         for component in inputs[1:]:
-            component.input(events.render, inputs, outputs, **sampling)
+            # Typing into a textbox changes it, but is no input to gradio.
+            event = component.change if isinstance(component, gr.Textbox) else component.input
+            event(events.render, inputs, outputs, **sampling)
         switched = inputs[0].input(events.switch_run, inputs[0], inputs[1:])
         switched.then(events.render, inputs, outputs, **sampling)
         frame.input(events.show_frame, [state, frame], pictures, trigger_mode="always_last", show_progress="hidden")
@@ -244,18 +248,17 @@ class _Events:
 
     def __init__(self, gr: Any, playground: Playground):
         self.gr, self.playground = gr, playground
+        self.folder = Path(tempfile.mkdtemp(prefix="gesso-play-"))
+        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
 
     def render(self, *values: Any) -> list[Any]:
         """Return the state, pictures, notes, commands and the slider of frames for the values of the form."""
         count = len(FormValues._fields) - 1
         shown = self.playground.show(FormValues._make([*values[:count], tuple(values[count:])]))
-        pictures = [
-            self.gr.update(value=picture, visible=side == 0 or bool(text))
-            for side, (picture, text) in enumerate(zip(shown.pictures, shown.notes, strict=True))
-        ]
+        second = self.gr.update(visible=bool(shown.notes[1]))
         last = max(shown.num_frames, 2)
         slider = self.gr.update(maximum=last, value=last, visible=shown.num_frames > 1)
-        return [shown, *pictures, *shown.notes, shown.commands, slider]
+        return [shown, *shown.pictures, *shown.notes, second, shown.commands, slider]
 
     def switch_run(self, name: str) -> list[Any]:
         """Return the form after its first component with the settings of another run."""
@@ -282,9 +285,10 @@ class _Events:
     def animate(self, shown: Shown | None) -> Any:
         """Return the animation."""
         try:
-            return self.gr.update(value=str(write_animation(shown or Shown([], [], "", []))), visible=True)
+            path = write_animation(shown or Shown([], [], "", []), self.folder)
         except UsageError as error:
             raise self.gr.Error(str(error)) from None
+        return self.gr.update(value=str(path), visible=True)
 
 
 def _form(gr: Any, playground: Playground, start: FormValues) -> list[Any]:
@@ -299,7 +303,7 @@ def _form(gr: Any, playground: Playground, start: FormValues) -> list[Any]:
     label = gr.Dropdown(**_label_options(controls), label="Class", visible=bool(controls.labels), elem_id="label")
     prompt = gr.Textbox(
         start.prompt, label="Prompt", visible=controls.has_prompt, elem_id="prompt",
-        placeholder="empty: captions of the training images",
+        placeholder="empty: captions of the training images", max_lines=2,
     )  # fmt: skip
     with gr.Row():
         seed = gr.Number(start.seed, label="Seed", precision=0, minimum=0, min_width=100, elem_id="seed")
@@ -329,7 +333,7 @@ def _control_field(gr: Any, name: str, visible: bool) -> Any:
         choices = [("default", ""), ("no", "no"), ("yes", "yes")]
         return gr.Radio(choices, value="", label=label, visible=visible, elem_id=elem_id)
     hint = f"{config.CONTROL_VARIABLES[name].input_format}; empty: default"
-    return gr.Textbox(label=label, visible=visible, elem_id=elem_id, placeholder=hint)
+    return gr.Textbox(label=label, visible=visible, elem_id=elem_id, placeholder=hint, max_lines=1)
 
 
 def _label_options(controls: Controls) -> dict[str, Any]:
@@ -342,19 +346,19 @@ def _range(value: float, low: float, high: float) -> dict[str, float]:
     return {"minimum": min(low, value), "maximum": max(high, value), "value": value}
 
 
-def _sides(gr: Any) -> tuple[list[Any], list[Any]]:
-    """Create the pictures with their notes, for two sides."""
+def _sides(gr: Any, has_two: bool) -> tuple[list[Any], list[Any], Any]:
+    """Create the pictures with their notes; return them and the column of the second side."""
     pictures, notes = [], []
     for side in range(NUM_SIDES):
-        with gr.Column(min_width=120):
+        with gr.Column(min_width=120, visible=side == 0 or has_two) as column:
             pictures.append(
                 gr.Image(
-                    show_label=False, format="png", type="pil", interactive=False, visible=side == 0,
-                    buttons=["download"], elem_id=f"picture{side}", elem_classes="picture",
+                    show_label=False, format="png", type="pil", interactive=False, buttons=["download"],
+                    elem_id=f"picture{side}", elem_classes="picture",
                 )
             )  # fmt: skip
             notes.append(gr.HTML(elem_id=f"notes{side}"))
-    return pictures, notes
+    return pictures, notes, column
 
 
 def import_gradio() -> Any:

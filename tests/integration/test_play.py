@@ -206,7 +206,7 @@ def test_defaults_show_what_the_command_without_settings_samples(playground):
     assert Playground(list(playground.runs.values())[:1]).defaults("di gits").other_run == NO_RUN
 
 
-def test_two_runs_share_the_settings_that_both_have(playground):
+def test_two_runs_share_the_settings_that_both_have(playground, tmp_path):
     values = playground.defaults("di gits")._replace(
         label="3", guidance=2.30000001, steps=4, seed=7, num_images=2, control=("yes", "")
     )
@@ -226,17 +226,17 @@ def test_two_runs_share_the_settings_that_both_have(playground):
     for last, current in zip(shown.pictures_at(4), shown.pictures, strict=True):
         assert np.array_equal(last, current)
     assert not np.array_equal(shown.pictures_at(1)[1], shown.pictures[1])
-    with Image.open(write_animation(shown)) as animation:
+    with Image.open(write_animation(shown, tmp_path)) as animation:
         assert animation.n_frames == 4 and animation.width == sum(p.width for p in shown.pictures)
 
 
-def test_errors_stand_on_their_side_as_text(playground):
+def test_errors_stand_on_their_side_as_text(playground, tmp_path):
     shown = playground.show(playground.defaults("di gits")._replace(label="<b>11", steps=2))
     assert shown.pictures[0] is None and shown.pictures[1] is not None
     assert "&lt;b&gt;11" in shown.notes[0] and "no such class" in shown.notes[0] and "<b>11" not in shown.notes[0]
     assert shown.commands.startswith("gesso --code my.py sample") and "shapes" in shown.commands
     with pytest.raises(gesso.UsageError, match="record the denoising"):
-        write_animation(playground.show(playground.defaults("di gits")._replace(with_frames=False)))
+        write_animation(playground.show(playground.defaults("di gits")._replace(with_frames=False)), tmp_path)
 
 
 def test_a_half_life_is_replaced_only_when_the_slider_moves(tmp_path):

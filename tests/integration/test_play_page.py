@@ -4,7 +4,16 @@ gradio needs an older pillow than constraints.txt has: `make play` runs this fil
 """
 
 import base64
+import gc
 import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+import warnings
 
 import numpy as np
 import pytest
@@ -14,10 +23,19 @@ from PIL import Image
 
 import gesso
 from gesso.play import player
-from gesso.play.page import Playground, build_page, serve
+from gesso.play.page import NO_RUN, Playground, build_page, serve
 
 pytest.importorskip("gradio", reason="gradio is not installed: make play runs these tests")
 pytestmark = pytest.mark.filterwarnings("default")  # of gradio and its web server
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collect_resources_of_gradio():
+    """Collect the event loops and sockets that gradio leaves open, which later warn, here."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +136,10 @@ def test_sliders_change_the_picture(browser, playground, address):
     assert np.array_equal(changed_picture(browser, frame), third)
 
 
+def click(browser: Browser, selector: str) -> None:
+    browser.evaluate(f"document.querySelector({selector!r}).click()")
+
+
 def choose(browser: Browser, element: str, option: str) -> None:
     """Choose an option of a dropdown."""
     browser.evaluate(f'document.querySelector("#{element} input").focus()')
@@ -130,16 +152,45 @@ def choose(browser: Browser, element: str, option: str) -> None:
 def test_another_run_has_its_settings(browser, playground, address):
     browser.open(address)
     wait_for(lambda: picture(browser, 1) is not None, "the pictures")
-    first = picture(browser)
     choose(browser, "run", "shapes")
     prompt = playground.runs["shapes"].config.data.example_captions[0]
     expected = expected_picture(playground, "shapes", prompts=[prompt])
-    assert np.array_equal(changed_picture(browser, first), expected)
-    assert browser.evaluate('document.querySelector("#prompt textarea").value') == prompt
+    wait_for(lambda: np.array_equal(picture(browser), expected), "the picture of the other run")
+    assert browser.evaluate('document.querySelector("#prompt textarea, #prompt input").value') == prompt
     assert browser.evaluate('document.querySelector("#label")') is None
 
 
-def test_the_animation_is_shown(browser):
+def test_every_kind_of_field_samples_again(browser, playground, address):
+    browser.open(address)
+    wait_for(lambda: picture(browser, 1) is not None, "the pictures")
+
+    def samples_after(action, **sample_arguments) -> None:
+        expected = expected_picture(playground, "digits", **sample_arguments)
+        assert not np.array_equal(picture(browser), expected)
+        action()
+        wait_for(lambda: np.array_equal(picture(browser), expected), f"the picture of {sample_arguments}")
+
+    samples_after(lambda: choose(browser, "label", "3"), labels=[3])
+    samples_after(lambda: click(browser, '#control_flip input[value="yes"]'), labels=[3], control={"flip": "yes"})
+    samples_after(
+        lambda: choose(browser, "sampler", "heun"),
+        labels=[3], control={"flip": "yes"}, settings={"sample.sampler": "heun"},
+    )  # fmt: skip
+    click(browser, "#with_frames input")
+    wait_for(lambda: browser.evaluate('document.querySelector("#frame") === null'), "the page without frames")
+    choose(browser, "other_run", NO_RUN)
+    wait_for(lambda: command(browser).count("gesso sample") == 1, "the page with one run")
+    assert browser.evaluate('document.querySelector("#picture1")') is None
+    browser.evaluate('document.querySelector("#control_size input").focus()')
+    browser.call("Input.insertText", text="large")
+    wait_for(
+        lambda: "write HEIGHTxWIDTH" in browser.evaluate('document.querySelector("#notes0").innerText'), "an error"
+    )
+
+
+def test_the_animation_is_shown(browser, address):
+    browser.open(address)
+    wait_for(lambda: picture(browser, 1) is not None, "the pictures")
     browser.evaluate('document.querySelector("#animate").click()')
     source = wait_for(lambda: browser.evaluate('document.querySelector("#animation img")?.src || ""'), "the animation")
     assert source.endswith(".gif")
@@ -150,3 +201,27 @@ def test_no_request_leaves_the_machine_and_nothing_overflows(browser, address):
     for width in (1280, 400):
         browser.resize(width, 900)
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_command_serves_on_loopback_until_it_is_interrupted(playground, tmp_path):
+    # Output into a file: a pipe would be buffered until the end.
+    with open(tmp_path / "output", "w") as output:
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, "-m", "gesso", "play", str(playground.first.folder)]
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    url = wait_for(
+        lambda: re.search(r"playground: (http://127\.0\.0\.1:\d+/)", (tmp_path / "output").read_text()), "the address"
+    )[1]
+    with urllib.request.urlopen(url) as page:
+        assert "gesso playground" in page.read().decode()
+    listening = subprocess.run(["ss", "-ltn"], capture_output=True, text=True).stdout if shutil.which("ss") else ""
+    port = url.rsplit(":", 1)[1].strip("/")
+    assert not re.search(rf"(0\.0\.0\.0|\*|\[::\]):{port}\b", listening)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 0
+    assert "Traceback" not in (tmp_path / "output").read_text()
+
+
+def test_a_port_in_use_is_an_error(playground, address):
+    with pytest.raises(gesso.UsageError, match=r"cannot serve on 127\.0\.0\.1, port \d+"):
+        serve(playground, "127.0.0.1", int(address.rsplit(":", 1)[1].strip("/")))
