@@ -16,7 +16,7 @@ ORDER = [
     {"conditioning", "extensions"},
     {"models", "recipes"}, {"diffusion", "data", "ema"}, {"snapshot", "interop"}, {"sampling"}, {"sample_files"},
     {"evaluation", "export"},
-    {"training"}, {"report"}, {"api"}, {"share"}, {"reproduce"}, {"papers"}, {"cli"}, {"__main__"},
+    {"training"}, {"report"}, {"api"}, {"share", "play"}, {"reproduce"}, {"papers"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 LAYER_INDEX = {name: i for i, names in enumerate(ORDER) for name in names}
 UNRESTRICTED = {"cli", "__main__"}
