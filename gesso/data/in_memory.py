@@ -133,7 +133,7 @@ def load_in_memory(
         data.source, images[: len(indices)], labels, torch.tensor(sizes), tuple(captions[i] for i in indices),
         source.class_names, data.flip, seed,
     )  # fmt: skip
-    dataset.notes, dataset.unreadable = source.notes, unreadable
+    dataset.notes, dataset.unreadable, dataset.held_out = source.notes, unreadable, source.held_out
     return dataset
 
 

@@ -43,7 +43,7 @@ class ImageSet(NamedTuple):
         size: Height and width in pixels.
         crop_and_resize: True if the middle square of each image is resized; False if all images have `size`.
         source: Source of the images.
-        fingerprint: Hash of everything that decides their pixels.
+        fingerprint: Hash of everything that decides their pixels; of more than 1,024 files, those are read.
         resize: Filter that resizes them.
         blur_faces: True if faces are blurred first, as by `gesso cache --blur-faces`.
     """
@@ -131,7 +131,9 @@ def open_image_set(
     except UnreadableImageError as error:
         raise RunError(f"{uri}: {error.name} cannot be read ({error.reason})") from None
     size = (resolution, resolution) if resolution else first
-    fingerprint = f"{source.fingerprint()}-{num_images or len(source)}-{size[0]}x{size[1]}-{bool(resolution)}"
+    content = source.content_hash()
+    fingerprint = f"{source.fingerprint()}{f'-{content}' if content else ''}"
+    fingerprint += f"-{num_images or len(source)}-{size[0]}x{size[1]}-{bool(resolution)}"
     fingerprint += f"-{resize}" * (resize != "lanczos") + "-blurred" * blur_faces
     return ImageSet(uri, num_images or len(source), size, bool(resolution), source, fingerprint, resize, blur_faces)
 
