@@ -27,6 +27,8 @@ IMAGE_SUFFIXES = (
     ".j2k",
 )  # fmt: skip
 MAX_LABEL = 999_999
+WITHOUT_CLASSES = "training without classes"
+"""End of a note, which matters to training only."""
 MAX_HASHED_IMAGES = 1024
 """Number of images whose bytes tell whether the images of a source were replaced."""
 LISTING_VERSION = 3
