@@ -1,8 +1,10 @@
 """Layouts of folders and archives as users have them: splits, metadata, captions, mixed, hidden and odd files."""
 
+import errno
 import io
 import json
 import os
+import stat
 import subprocess
 import sys
 import tarfile
@@ -15,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from gesso import hub
+from gesso import atomic_io, hub
 from gesso.data.sources import decode, open_source
-from gesso.errors import UnreadableImageError, UsageError
+from gesso.errors import RunError, UnreadableImageError, UsageError
 
 RNG = np.random.default_rng(0)
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
@@ -365,6 +367,9 @@ def test_dots_in_tar_keys(tmp_path):
     "suffix, format", [(".avif", "AVIF"), (".jp2", "JPEG2000"), (".jfif", "JPEG"), (".jpe", "JPEG")]
 )
 def test_formats_of_other_suffixes(make, suffix, format):
+    Image.init()
+    if format not in Image.SAVE:
+        pytest.skip(f"this Pillow has no {format}")
     path, _ = make({f"a{suffix}": picture(format), "b.PNG": picture()})
     source = open_source(path)
     assert len(source) == 2 and source.item(0).decode(3)[1] == (6, 5)
@@ -459,6 +464,19 @@ def test_zips_in_a_folder(tmp_path):
         open_source(tmp_path)
 
 
+def test_the_zip_that_a_folder_was_unpacked_from(tmp_path):
+    """An archive of about the size of the images is a note, a metadata table is read."""
+    files = {f"{i}.png": picture() for i in range(4)}
+    folder = write(tmp_path / "data", files)
+    zipped(folder / "data.zip", files)
+    source = open_source(folder)
+    assert len(source) == 4 and "1 .zip" in notes(source)
+    rows = {"file": list(files), "text": [str(i) for i in range(4)]}
+    pq.write_table(pa.table(rows), folder / "captions.parquet")
+    source = open_source(folder)
+    assert list(source.captions()) == ["0", "1", "2", "3"] and "parquet" not in notes(source)
+
+
 # What changes in place.
 
 
@@ -501,7 +519,36 @@ def test_archives_have_a_stamp(tmp_path):
         assert len(before) == 16 and open_source(path).stamp() != before
 
 
-# Systems without some modules.
+# File systems, and systems without some modules.
+
+
+def test_file_systems_that_refuse_fsync_and_permissions(tmp_path, monkeypatch):
+    """Folders and file modes are refused by some network file systems; a file that is not flushed is an error."""
+    real = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    def refuse_modes(path: Path, mode: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    monkeypatch.setattr(Path, "chmod", refuse_modes)
+    atomic_io.write_text(tmp_path / "a.txt", "text")
+    with atomic_io.atomic_dir(tmp_path / "b") as folder:
+        (folder / "c").write_text("text")
+    atomic_io.append_text(tmp_path / "d.txt", "line")
+    assert [(tmp_path / name).read_text() for name in ("a.txt", "b/c", "d.txt")] == ["text", "text", "line"]
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(RunError, match="cannot write"):
+        atomic_io.write_text(tmp_path / "a.txt", "other")
+    assert (tmp_path / "a.txt").read_text() == "text"
 
 
 def test_import_and_train_without_fcntl_and_resource(tmp_path):

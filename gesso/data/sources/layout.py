@@ -127,7 +127,7 @@ class _Labels(NamedTuple):
 
 def is_hidden(part: str) -> bool:
     """Return whether a file or folder of this name is hidden or made by an operating system."""
-    return part.startswith(".") or part in SYSTEM_NAMES or part in SYSTEM_FILES
+    return (part.startswith(".") and part not in (".", "..")) or part in SYSTEM_NAMES or part in SYSTEM_FILES
 
 
 def hidden_notes(uri: str, hidden: Sequence[str]) -> list[str]:

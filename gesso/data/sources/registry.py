@@ -35,6 +35,10 @@ SOURCE_KINDS = (
     "files (MNIST, Fashion-MNIST)"
 )
 DEFAULT_NUM_SHAPES = 20_000
+PACKED_SUFFIXES = (".tar", ".parquet", ".zip")
+"""Suffixes of files that hold images, in the order of choice: img2dataset writes a parquet file next to each tar."""
+MIN_IMAGE_SHARE = 0.1
+"""Share of the bytes of archives in a folder that its images must have: fewer are strays beside the archives."""
 MAX_PATTERN_FILES = 1_000_000
 """Maximum number of files that one {000..009} pattern may name."""
 
@@ -69,6 +73,8 @@ def open_source(uri: str) -> Source:
     if os.path.exists(path):
         return _open_file(uri, path, part)
     if re.search(r"\{\d+\.\.\d+\}", path):
+        if part:
+            raise UsageError(f"data.source={uri}: only folders and zips have parts; write {path}")
         return _open_pattern(path)
     close = difflib.get_close_matches(name, NAMED_SOURCES, n=1)
     meant = f"; did you mean {close[0]}?" if close else ""
@@ -98,39 +104,34 @@ def _open_named(uri: str, name: str, count: str) -> Source:
 
 def _open_in_folder(uri: str, path: str, part: str | None) -> Source:
     scan = scan_folder(uri, path)
+    sizes = {name: size for name, (size, _) in zip(scan.names, scan.stamps, strict=True)}
+    suffixes = (*IMAGE_SUFFIXES, *layout.HEIF_SUFFIXES)
+    images = [name for name in scan.names if name.lower().endswith(suffixes) or layout.is_latents(name)]
     top = [name for name in scan.names if "/" not in name]
-    packed = {
-        suffix: [name for name in scan.names if name.lower().endswith(suffix)]
-        for suffix in (".tar", ".parquet", ".zip")
-    }
-    described = any(name.rpartition("/")[2] in METADATA_FILES for name in scan.names)
-    images = [
-        (name, size)
-        for name, (size, _) in zip(scan.names, scan.stamps, strict=True)
-        if name.lower().endswith((*IMAGE_SUFFIXES, *layout.HEIF_SUFFIXES)) or layout.is_latents(name)
-    ]
-    if not any("/" not in name for name, _ in images) and idx_files(top):
+    if idx_files(top) and not set(top) & set(images):
         return IdxSource(path)
-    # Tars first: img2dataset writes a parquet file next to each tar.
-    for suffix, names in packed.items():
-        is_data = names and not (suffix == ".parquet" and described)
-        if not is_data:
-            continue
-        if not images:
+    for suffix in PACKED_SUFFIXES:
+        names = _packed_files(scan, suffix)
+        if names and not images:
             return _open_packed(uri, path, part, scan, suffix)
-        sizes = dict(zip(scan.names, (size for size, _ in scan.stamps), strict=True))
-        if sum(sizes[name] for name in names) > sum(size for _, size in images):
+        if sum(map(sizes.__getitem__, images)) < MIN_IMAGE_SHARE * sum(map(sizes.__getitem__, names)):
             raise UsageError(
                 f"data.source={uri} has {len(names)} {suffix} files ({format_names(names)}) and {len(images)} images "
-                f"({format_names([name for name, _ in images])}), so it is not clear which are meant: move one kind "
-                f"into a folder of its own"
+                f"({format_names(images)}), so it is not clear which are meant: move one kind into a folder of its own"
             )
     return FolderSource(uri, path, scan, part)
 
 
+def _packed_files(scan: FolderScan, suffix: str) -> list[str]:
+    """Return the files that may hold images: those with a suffix, without metadata files."""
+    return [
+        name for name in scan.names if name.lower().endswith(suffix) and name.rpartition("/")[2] not in METADATA_FILES
+    ]
+
+
 def _open_packed(uri: str, path: str, part: str | None, scan: FolderScan, suffix: str) -> Source:
     """Open the .tar, .parquet or .zip files of a folder: those of the split train, if they are of several splits."""
-    names = [name for name in scan.names if name.lower().endswith(suffix)]
+    names = _packed_files(scan, suffix)
     splits: dict[str, list[str]] = {}
     for name in names:
         split = next(filter(None, map(layout.split_name, name.split("/"))), "")
@@ -150,7 +151,8 @@ def _open_packed(uri: str, path: str, part: str | None, scan: FolderScan, suffix
             notes.append(
                 f"{len(rest)} {suffix} files in {path} belong to no split and are not read: {format_names(rest)}"
             )
-    notes += layout.unread_notes(path, [name for name in scan.names if not name.lower().endswith(suffix)])
+    is_read = set(names)
+    notes += layout.unread_notes(path, [name for name in scan.names if name not in is_read])
     paths = [os.path.join(path, *name.split("/")) for name in chosen]
     source = _open_files(uri, path, chosen, paths, suffix, notes)
     source.held_out = held_out
