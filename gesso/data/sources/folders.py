@@ -27,6 +27,8 @@ from gesso.errors import UsageError
 
 CAPTION_CHUNK = 1000
 """captions that one thread reads at a time"""
+LIST_THREADS = 16
+"""Threads that list folders: on a network disk each file takes a round trip."""
 Stamp = tuple[int, int]
 """Size and modification time (ns) of a file; -1, -1 for a link to nothing, which reading reports."""
 
@@ -148,32 +150,24 @@ def scan_folder(uri: str, path: str) -> FolderScan:
     files: list[tuple[str, Stamp]] = []
     folders, hidden, other, again = list[str](), list[str](), list[str](), list[str]()
     seen: set[tuple[int, int]] = set()
-    waiting, links = [""], list[str]()
-    while waiting or links:
-        # Links come last: a folder that can be reached without a link is read under its own name.
-        inside = waiting.pop() if waiting else links.pop(0)
-        try:
-            status = os.stat(os.path.join(path, inside))
-            if (status.st_dev, status.st_ino) in seen:
-                again.append(inside[:-1])
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(os.path.join(path, inside)) as listed:
-                entries = sorted(listed, key=lambda entry: entry.name)
-        except OSError as error:
-            folder = format_names([os.path.join(path, inside)])
-            raise UsageError(f"data.source={uri}: {folder} cannot be listed ({error.strerror})") from None
-        folders += [inside[:-1]] if inside else []
-        for entry in entries:
-            name = inside + entry.name
-            if layout.is_hidden(entry.name):
-                hidden.append(f"{name}/" if entry.is_dir() else name)
-            elif entry.is_dir():
-                (links if entry.is_symlink() else waiting).append(f"{name}/")
-            elif (stamp := _stamp(entry))[0] < 0 or entry.is_file():
-                files.append((name, stamp))
-            else:
-                other.append(name)
+    wave, links = [""], list[str]()
+    with ThreadPoolExecutor(LIST_THREADS) as pool:
+        while wave or links:
+            # Links come last: a folder that can be reached without a link is read under its own name.
+            wave, inside_wave = [], wave or [links.pop(0)]
+            for inside, listed in zip(
+                inside_wave, pool.map(lambda name: _list_folder(uri, path, name), inside_wave), strict=True
+            ):
+                if listed.identity in seen:
+                    again.append(inside[:-1])
+                    continue
+                seen.add(listed.identity)
+                folders += [inside[:-1]] if inside else []
+                files += listed.files
+                hidden += listed.hidden
+                other += listed.other
+                wave += listed.folders
+                links += listed.links
     files.sort(key=lambda file: layout.parts_key(file[0]))
     notes = layout.hidden_notes(uri, sorted(hidden))
     if again:
@@ -183,6 +177,39 @@ def scan_folder(uri: str, path: str) -> FolderScan:
     if other:
         notes.append(f"{len(other)} pipes, sockets or devices in {uri} are not read: {format_names(sorted(other))}")
     return FolderScan([name for name, _ in files], [stamp for _, stamp in files], sorted(folders), notes)
+
+
+class _ListedFolder(NamedTuple):
+    """Device and inode of a folder, and what it holds, by paths relative to the source; folders end in "/"."""
+
+    identity: tuple[int, int]
+    files: list[tuple[str, Stamp]]
+    folders: list[str]
+    links: list[str]
+    hidden: list[str]
+    other: list[str]
+
+
+def _list_folder(uri: str, path: str, inside: str) -> _ListedFolder:
+    """List the folder `inside`, "" or a path that ends in "/", of the folder `path`."""
+    folder = os.path.join(path, inside)
+    try:
+        status = os.stat(folder)
+        listed = _ListedFolder((status.st_dev, status.st_ino), [], [], [], [], [])
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                name = inside + entry.name
+                if layout.is_hidden(entry.name):
+                    listed.hidden.append(f"{name}/" if entry.is_dir() else name)
+                elif entry.is_dir():
+                    (listed.links if entry.is_symlink() else listed.folders).append(f"{name}/")
+                elif (stamp := _stamp(entry))[0] < 0 or entry.is_file():
+                    listed.files.append((name, stamp))
+                else:
+                    listed.other.append(name)
+    except OSError as error:
+        raise UsageError(f"data.source={uri}: {format_names([folder])} cannot be listed ({error.strerror})") from None
+    return listed
 
 
 def _stamp(entry: os.DirEntry) -> Stamp:

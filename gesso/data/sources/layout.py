@@ -482,5 +482,6 @@ def _caption_files(tree: FileTree, images: Sequence[str]) -> list[str]:
 
 def _all_caption_files(tree: FileTree, images: Sequence[str]) -> set[str]:
     """Return all files that may describe an image of the tree, of any split."""
-    stems = {os.path.splitext(name)[0] for name in images}
-    return {name for name in tree.names if name.endswith(CAPTION_SUFFIXES) and os.path.splitext(name)[0] in stems}
+    captions = [name for name in tree.names if name.endswith(CAPTION_SUFFIXES)]
+    stems = {os.path.splitext(name)[0] for name in images} if captions else set()
+    return {name for name in captions if os.path.splitext(name)[0] in stems}
