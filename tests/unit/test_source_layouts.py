@@ -137,6 +137,19 @@ def test_splits_without_classes_and_only_train(make):
     assert len(open_source(f"{path}#test")) == 1
 
 
+def test_a_zip_of_one_split(tmp_path):
+    for split in ("train", "test"):
+        path = zipped(tmp_path / f"{split}.zip", {f"{split}/{c}/0.png": picture() for c in ("cat", "dog")})
+        assert open_source(path).class_names == ("cat", "dog")
+
+
+def test_suggested_settings_are_quoted(tmp_path):
+    folder = write(tmp_path / "my photos", split_files())
+    assert f"'monitor.validation_source={folder}#val'" in notes(open_source(folder))
+    folder = write(tmp_path / "more photos", {"0.png": picture(), "a/1.png": picture()})
+    assert f"'data.source={folder}#classes'" in notes(open_source(folder))
+
+
 def test_classes_called_like_splits_stay_classes(tmp_path):
     """Vehicles: a train is a class beside others, and so is anything without a training split."""
     folder = write(tmp_path / "a", {f"{c}/0.png": picture() for c in ("boat", "car", "train")})

@@ -10,6 +10,8 @@ Legend: N images.
 """
 
 import os
+import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -275,11 +277,16 @@ def split_note(path: str, counts: Mapping[str, int], held_out: Sequence[str], wh
     if not held_out:
         return note
     held = " and ".join(f"{split} ({counts[split]:,})" for split in counts if split != "train")
+    setting = quoted(f"monitor.validation_source={held_out[0]}")
     return (
         f"{note}; {held} {'is' if len(held_out) == 1 else 'are'} held out. For a validation loss on "
-        f"{held_out[0].rpartition('#')[2]}, set monitor.validation_source={held_out[0]}, or data.num_validation to a "
-        "number of its images"
+        f"{held_out[0].rpartition('#')[2]}, set {setting}, or data.num_validation to a number of its images"
     )
+
+
+def quoted(text: str) -> str:
+    """Return text as a word of a shell, quoted only if that is necessary."""
+    return text if re.fullmatch(r"[\w@%+=:,./#-]+", text) else shlex.quote(text)
 
 
 def _base_folder(tree: FileTree, images: Sequence[str]) -> str:
@@ -292,9 +299,8 @@ def _base_folder(tree: FileTree, images: Sequence[str]) -> str:
         return ""
     (top,) = tops
     inside = {SPLIT_NAMES.get(name.split("/")[1].lower()) for name in images if name.count("/") > 1}
-    if tree.is_archive and SPLIT_NAMES.get(top.lower()) is None:
-        return f"{top}/"
-    return f"{top}/" if "train" in inside and None not in inside and len(inside) > 1 else ""
+    has_splits = "train" in inside and None not in inside and len(inside) > 1
+    return f"{top}/" if tree.is_archive or has_splits else ""
 
 
 # Classes and captions.
@@ -447,9 +453,10 @@ def _labels_from_folders(
         return _Labels(images, no_labels, (), [f"{tree.uri} has no sub-folders: training without classes"])
     path = tree.uri if part is None else tree.uri.rpartition("#")[0]
     if loose and part != ALL_CLASSES:
+        setting = quoted(f"data.source={path}#{ALL_CLASSES}")
         note = (
             f"{loose} images of {tree.uri} lie beside its sub-folders ({format_names(classes)}): all {len(images)} are "
-            f"read, without classes. data.source={path}#{ALL_CLASSES} reads the sub-folders alone, as classes"
+            f"read, without classes. {setting} reads the sub-folders alone, as classes"
         )
         return _Labels(images, no_labels, (), [note])
     classes = known_classes if set(known_classes).issuperset(classes) else classes

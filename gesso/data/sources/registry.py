@@ -174,8 +174,9 @@ def _open_files(
     configurations = {tuple(p for p in folder.split("/") if not layout.split_name(p)) for folder in folders}
     if len(configurations) > 1:
         known = [os.path.join(path, *folder.split("/")) for folder in folders]
+        setting = layout.quoted(f"data.source={known[0]}")
         raise UsageError(
-            f"data.source={uri} has parquet files of several data sets; name one: data.source={known[0]} (or "
+            f"data.source={uri} has parquet files of several data sets; name one: {setting} (or "
             f"{format_names(known[1:])})"
         )
     return ParquetSource(uri, paths, notes)
