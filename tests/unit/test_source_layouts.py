@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from gesso import atomic_io, hub
-from gesso.data.sources import decode, open_source
+from gesso.data.sources import archives, decode, open_source
 from gesso.errors import RunError, UnreadableImageError, UsageError
 
 RNG = np.random.default_rng(0)
@@ -325,6 +325,23 @@ def test_captions_in_a_flat_zip(make):
     source = open_source(path)
     assert list(source.captions()) == ["na\ufffdve", ""] and source.class_names == ()
     assert "1 of 2 images" in notes(source) and "not UTF-8" in notes(source)
+
+
+def test_a_caption_that_is_a_bomb(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "MAX_CAPTION_BYTES", 10)
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.png", picture())
+        archive.writestr("0.txt", "x" * 1000)
+    assert list(open_source(path).captions()) == ["x" * 10]
+
+
+def test_metadata_that_cannot_be_read(tmp_path):
+    folder = write(tmp_path, {"0.png": picture(), "metadata.csv": "file_name,text\n0.png,a"})
+    (folder / "metadata.csv").unlink()
+    (folder / "metadata.csv").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"metadata\.csv names no image"):
+        open_source(folder)
 
 
 def test_dataset_json(make):

@@ -40,6 +40,8 @@ from gesso.errors import UnreadableImageError, UsageError
 MAX_OPEN_FILES = 64
 """Maximum number of open files per source."""
 TAR_BLOCK = 512
+MAX_CAPTION_BYTES = 2**20
+"""Maximum number of bytes that are read of a caption in a zip."""
 PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 """Flags of open: Windows has no O_CLOEXEC, and reads text without O_BINARY."""
@@ -212,11 +214,14 @@ def _zip_captions(uri: str, archive: zipfile.ZipFile, arranged: layout.Layout) -
     texts, not_utf8 = list[str](), 0
     for file, class_name in zip(arranged.caption_files, class_names, strict=True):
         text, utf8 = class_name, True
-        if file.endswith(".txt"):
-            text, utf8 = decode_text(archive.read(file))
-        elif file:
-            caption, utf8, _ = json_caption(archive.read(file))
-            text = caption or class_name
+        if file:
+            with archive.open(file) as handle:
+                raw = handle.read(MAX_CAPTION_BYTES)  # a packed file may be a thousand times larger than it looks
+            if file.endswith(".txt"):
+                text, utf8 = decode_text(raw)
+            else:
+                caption, utf8, _ = json_caption(raw)
+                text = caption or class_name
         texts.append(text)
         not_utf8 += not utf8
     return texts, caption_notes(uri, len(texts), sum(not text for text in texts), not_utf8)

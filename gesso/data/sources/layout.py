@@ -211,6 +211,14 @@ def _head(tree: FileTree, name: str) -> bytes:
         return b""
 
 
+def _read_file(tree: FileTree, name: str) -> bytes:
+    try:
+        return tree.read(name, -1)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(f"data.source={tree.uri}: {format_names([name])} cannot be read ({reason})") from None
+
+
 def is_latents(name: str) -> bool:
     """Return whether a file is named like the latents of EDM2's dataset_tool.py."""
     return name.rpartition("/")[2].startswith("img-mean-std-") and name.endswith(".npy")
@@ -375,7 +383,7 @@ def _labels_from_metadata(
     for file in files:
         folder = file.rpartition("/")[0]
         path = f"{tree.uri}/{file}" if tree.is_archive else os.path.join(tree.uri, file)
-        metadata = read_metadata(path, tree.read(file, -1))
+        metadata = read_metadata(path, _read_file(tree, file))
         not_utf8 += metadata.not_utf8
         for row in metadata.rows:
             name = os.path.normpath(os.path.join(folder, row.file))
@@ -416,7 +424,7 @@ def _labels_from_dataset_json(tree: FileTree, images: list[str], folder: str) ->
     """Return the images with the labels of EDM2's dataset.json; None if a folder has another file of that name."""
     file = f"{folder}dataset.json"
     try:
-        pairs = parse_dataset_json(tree.read(file, -1))
+        pairs = parse_dataset_json(_read_file(tree, file))
     except ValueError:
         if not tree.is_archive:
             return None
