@@ -40,7 +40,7 @@ class DataConfig(Settings):
     source: Annotated[str, AfterValidator(source_path)] = "digits"
     """digits, digits-mixed-resolution, shapes, shapes-class (shapes:5000 for 5,000 images), or a path: a folder with a
     sub-folder per class, a folder with captions, EDM2's zip, webdataset tars, parquet files, or a cache
-    (docs/data.md)"""
+    (docs/data.md). PATH#val is a held-out split, PATH#classes the sub-folders as classes"""
     resolution: Edge = 8
     """height and width in pixels; other images are resized on the shorter edge and centre-cropped"""
     channels: Literal[1, 3] = 3
