@@ -17,10 +17,12 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
 from gesso.errors import RunError, UsageError
-from gesso.untrusted import check_inside, printable
+from gesso.untrusted import CLOSE_ON_EXEC, NO_FOLLOW, check_inside, printable
 
 NO_FLOCK_ERRORS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 """Errors of flock on a file system without it."""
+NO_FSYNC_ERRORS = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""Errors of fsync on a file system without it."""
 logger = logging.getLogger(__name__)
 
 
@@ -54,19 +56,35 @@ def _parse_errno(text: str) -> int | None:
 
 
 def fsync(path: Path) -> None:
-    """Flush a file or folder to disk, so that a later rename never exposes incomplete data."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file or folder to disk, so that a later rename never exposes incomplete data.
+
+    A folder that cannot be flushed is no error: Windows and some network file systems refuse it.
+    """
+    is_folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" and not is_folder else os.O_RDONLY)
+    except OSError:
+        if is_folder:
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (is_folder or error.errno in NO_FSYNC_ERRORS):
+            raise
     finally:
         os.close(descriptor)
 
 
 def _apply_umask(file: Path) -> None:
-    """Give a file the default permissions; safetensors makes its files readable by their owner only."""
+    """Give a file the default permissions; safetensors makes its files readable by their owner only.
+
+    A file system without permissions refuses it, which is no error.
+    """
     mask = os.umask(0)
     os.umask(mask)
-    file.chmod(0o666 & ~mask)
+    with contextlib.suppress(OSError):
+        file.chmod(0o666 & ~mask)
 
 
 @contextlib.contextmanager
@@ -175,11 +193,15 @@ def append_text(path: Path, text: str) -> None:
     Raises:
         RunError: The disk is full, or the file is not writable or a link.
     """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_FOLLOW | CLOSE_ON_EXEC
     with disk_errors(path), open(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in NO_FSYNC_ERRORS:
+                raise
 
 
 def _acquire(lock_path: Path, timeout: float) -> BaseFileLock:

@@ -21,6 +21,8 @@ MAX_JSON_ITEMS = 4_000_000
 """Maximum number of commas and brackets in JSON: each item takes up to 100 bytes of memory."""
 MAX_JSON_DEPTH = 100
 """Maximum depth of JSON."""
+CLOSE_ON_EXEC, NON_BLOCKING, NO_FOLLOW = (getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NONBLOCK", "O_NOFOLLOW"))
+"""Flags of os.open; 0 on Windows, which has none of them."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -46,7 +48,7 @@ def open_regular(path: Path, follow_links: bool = True) -> int:
     """
     if not follow_links and path.is_symlink():
         raise ValueError("it is a symbolic link, which is not followed")
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
+    flags = os.O_RDONLY | CLOSE_ON_EXEC | NON_BLOCKING | (0 if follow_links else NO_FOLLOW)
     descriptor = os.open(path, flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -40,7 +40,7 @@ class DataConfig(Settings):
     source: Annotated[str, AfterValidator(source_path)] = "digits"
     """digits, digits-mixed-resolution, shapes, shapes-class (shapes:5000 for 5,000 images), or a path: a folder with a
     sub-folder per class, a folder with captions, EDM2's zip, webdataset tars, parquet files, or a cache
-    (docs/data.md)"""
+    (docs/data.md). PATH#val is a held-out split, PATH#classes the sub-folders as classes"""
     resolution: Edge = 8
     """height and width in pixels; other images are resized on the shorter edge and centre-cropped"""
     channels: Literal[1, 3] = 3
@@ -58,7 +58,8 @@ class DataConfig(Settings):
     shuffle_window_shards: PositiveCount | None = None
     """number of cache shards that are shuffled together, so that few are needed at once (object storage); null: all"""
     num_validation: Annotated[Count, Field(ge=0)] = 0
-    """number of images excluded from training for the validation loss; the same images for every train.seed"""
+    """number of images for the validation loss, the same for every train.seed: of the split val or test if the source
+    has one, else excluded from training"""
     max_unreadable: Probability = 0.01
     """maximum share of unreadable images, which are skipped and listed; above it the run stops"""
     num_images: Count | None = None

@@ -88,6 +88,7 @@ class Dataset(abc.ABC):
         is_cheap: Whether `get` is so fast that prefetching does not pay.
         is_remote: Whether files are fetched from an address during training.
         text_config: Settings of the stored tokens; None if `get` returns no tokens.
+        held_out: Sources of the validation and test splits beside the training images, validation first.
         validation_indices: (k,) int64, ascending: images that `sample_order` never returns.
     """
 
@@ -101,6 +102,7 @@ class Dataset(abc.ABC):
     is_cheap = False
     is_remote = False
     text_config: SemanticConfig | None = None
+    held_out: tuple[str, ...] = ()
     validation_indices = torch.zeros(0, dtype=torch.int64)
 
     def __len__(self) -> int:

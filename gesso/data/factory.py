@@ -43,7 +43,8 @@ def open_dataset(
         RunError: Too many images are unreadable.
     """
     dataset = _open(data, latent, seed, progress)
-    dataset.hold_out_validation(data.num_validation)
+    if not dataset.held_out:
+        dataset.hold_out_validation(data.num_validation)
     return dataset
 
 

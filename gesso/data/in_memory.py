@@ -5,6 +5,7 @@ Legend: N images, B samples, C channels, R resolution; pixels are uint8.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -133,7 +134,7 @@ def load_in_memory(
         data.source, images[: len(indices)], labels, torch.tensor(sizes), tuple(captions[i] for i in indices),
         source.class_names, data.flip, seed,
     )  # fmt: skip
-    dataset.notes, dataset.unreadable = source.notes, unreadable
+    dataset.notes, dataset.unreadable, dataset.held_out = source.notes, unreadable, source.held_out
     return dataset
 
 
@@ -144,5 +145,6 @@ def check_unreadable(unreadable: Sequence[tuple[str, str]], n: int, data: DataCo
         more = f"; and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
         raise RunError(
             f"{len(unreadable)} of {n} images in {data.source} are unreadable, over the "
-            f"{data.max_unreadable:.1%} of data.max_unreadable:\n{examples}{more}"
+            f"{data.max_unreadable:.1%} of data.max_unreadable:\n{examples}{more}\n"
+            f"To train without them, add data.max_unreadable={math.ceil(100 * len(unreadable) / n) / 100:g}"
         )

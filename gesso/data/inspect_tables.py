@@ -162,7 +162,7 @@ def cache_tables(cache: CachedDataset, limit: int = DEFAULT_LIMIT) -> list[Table
         ("fingerprint", manifest.fingerprint),
     ]
     # num_source_images is listed above; padding of text is a setting of training, not of the cache.
-    omitted = ["num_source_images", "semantic.padding", "semantic.padding_noise"]
+    omitted = ["num_source_images", "source_content", "semantic.padding", "semantic.padding_noise"]
     omitted += [] if cache.has_latents else ["latent."]
     omitted += [] if cache.plan.semantic.kind == "text" else ["semantic."]
     settings = [

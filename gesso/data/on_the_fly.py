@@ -3,6 +3,7 @@
 Legend: N images, B samples, C channels, R resolution.
 """
 
+import hashlib
 import os
 import threading
 from collections.abc import Iterable, Sequence
@@ -38,8 +39,10 @@ class OnTheFlyDataset(Dataset):
         self.source, self.data, self.seed, self.uri = source, data, seed, data.source
         self.labels, self.captions = torch.from_numpy(source.labels), source.captions()
         self.class_names, self.notes, self.has_latents = source.class_names, source.notes, source.has_latents
+        self.held_out = source.held_out
         self.unreadable: list[tuple[str, str]] = []
         self._unreadable_by_index: dict[int, tuple[str, str]] = {}
+        self._fingerprint: str | None = None
         self._validation_set: frozenset[int] = frozenset()
         self._unreadable_lock = threading.Lock()
         self._pool = ThreadPoolExecutor(os.cpu_count(), "decode")
@@ -66,8 +69,15 @@ class OnTheFlyDataset(Dataset):
         return latent_channel_stats(x) if self.has_latents else pixel_channel_stats(x)
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of the source."""
-        return self.source.fingerprint()
+        """Return 16 hex digits of names, sizes, labels and captions, and of the bytes of some images.
+
+        Of at most `MAX_HASHED_IMAGES` images every one counts; of more, that many spread evenly.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = self.source.fingerprint()
+            if content := self.source.content_hash():
+                self._fingerprint = hashlib.sha256(f"{self._fingerprint} {content}".encode()).hexdigest()[:16]
+        return self._fingerprint
 
     def _load_view(
         self, i: int, u: Sequence[float] | None, data: DataConfig | None = None

@@ -9,7 +9,7 @@ from gesso.config import RunConfig
 from gesso.data.base import Dataset, SampleBatch
 from gesso.data.encoders.text import DEFAULT_WORD_DIM, EncodedText
 from gesso.data.factory import is_cache_uri
-from gesso.data.sources import NAMED_SOURCES
+from gesso.data.sources import NAMED_SOURCES, split_uri
 
 NUM_IMAGES, NUM_CLASSES, TEXT_DIM = 4096, 1000, 768
 """Number of images; number of classes, as in ImageNet; channels of a token, as in CLIP ViT-L/14."""
@@ -74,5 +74,5 @@ def source_exists(source: str) -> bool:
         source.partition(":")[0] in NAMED_SOURCES
         or is_cache_uri(source)
         or "{" in source
-        or (source != "" and os.path.exists(source))
+        or (source != "" and os.path.exists(split_uri(source)[0]))
     )

@@ -189,6 +189,8 @@ def save_stats(path: Path, stats: FeatureStats) -> None:
 def reference_cache_path(reference: ImageSet, network: FeatureNetwork, needs_features: bool) -> Path:
     """Return the cache file of a reference under a network; `needs_features`: with the features of every image."""
     identity = {"pictures": reference.fingerprint, "network": network.name, "weights": _weights_digest(network)}
+    if stamp := reference.source.stamp():  # replaced files have other statistics, though their names and sizes agree
+        identity["stamp"] = stamp
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
     return atomic_io.cache_dir("statistics") / f"{key}{'-rows' if needs_features else ''}.safetensors"
 

@@ -20,7 +20,7 @@ from gesso.data import crops
 from gesso.data.encoders import face_blur
 from gesso.data.encoders.hub import error_summary
 from gesso.data.sources import open_source
-from gesso.data.sources.base import Source
+from gesso.data.sources.base import WITHOUT_CLASSES, Source, format_names
 from gesso.errors import RunError, UnreadableImageError, UsageError
 
 MAX_ARRAY_BYTES = 4 * 2**30
@@ -43,9 +43,11 @@ class ImageSet(NamedTuple):
         size: Height and width in pixels.
         crop_and_resize: True if the middle square of each image is resized; False if all images have `size`.
         source: Source of the images.
-        fingerprint: Hash of everything that decides their pixels.
+        fingerprint: Hash of everything that decides their pixels; of more than 1,024 files, those are read.
         resize: Filter that resizes them.
         blur_faces: True if faces are blurred first, as by `gesso cache --blur-faces`.
+        max_unreadable: Maximum share of unreadable images, in place of which the next readable ones are used.
+        unreadable: Indices, names and reasons of those, as they are met.
     """
 
     uri: str
@@ -56,6 +58,8 @@ class ImageSet(NamedTuple):
     fingerprint: str
     resize: Resize = "lanczos"
     blur_faces: bool = False
+    max_unreadable: float = 0.0
+    unreadable: dict[int, tuple[str, str]] = {}
 
     @property
     def resize_description(self) -> str:
@@ -70,6 +74,15 @@ class ImageSet(NamedTuple):
                 indices = range(start, min(start + batch_size, stop))
                 yield torch.from_numpy(np.stack(list(pool.map(self._load_image, indices))))
 
+    def notes(self) -> list[str]:
+        """Return what was read of the source and what was not; call it after the images are read."""
+        lines = [f"note: {note}" for note in self.source.notes if not note.endswith(WITHOUT_CLASSES)]
+        if self.unreadable:
+            names = [f"{name} ({reason})" for name, reason in self.unreadable.values()]
+            count = f"{len(names)} unreadable images of {self.uri}"
+            lines.append(f"note: {count} are replaced by the next ones: {format_names(names)}")
+        return lines
+
     def captions(self) -> list[str]:
         """Return the caption of every image. Raises UsageError if there are none."""
         captions = [self.source.captions()[i] for i in range(self.num_images)]
@@ -78,12 +91,16 @@ class ImageSet(NamedTuple):
         return captions
 
     def _load_image(self, i: int) -> np.ndarray:
-        """Return image i, (3, H, W) uint8."""
-        try:
-            item = self.source.item(i)
-            image, original_size = item.decode(3, resize=self.resize)
-        except UnreadableImageError as error:
-            raise RunError(f"{self.uri}: {error.name} cannot be read ({error.reason})") from None
+        """Return image i, (3, H, W) uint8, or the next readable one."""
+        for j in (*range(i, len(self.source)), *range(i)):
+            try:
+                item = self.source.item(j)
+                image, original_size = item.decode(3, resize=self.resize)
+                break
+            except UnreadableImageError as error:
+                self.unreadable[j] = error.name, error.reason
+                if len(self.unreadable) > self.max_unreadable * len(self.source):
+                    raise RunError(f"{self.uri}: {error.name} cannot be read ({error.reason})") from None
         if not self.crop_and_resize and original_size != self.size:
             raise UsageError(
                 f"{self.uri}: {item.name} is {original_size[0]}x{original_size[1]}, but the first image is "
@@ -101,6 +118,7 @@ def open_image_set(
     num_images: int | None = None,
     resize: Resize = "lanczos",
     blur_faces: bool = False,
+    max_unreadable: float = 0.0,
 ) -> ImageSet:
     """Open a set of images.
 
@@ -110,6 +128,7 @@ def open_image_set(
         num_images: Number of images, from the first; None: all.
         resize: Filter that resizes them.
         blur_faces: Blur faces first, as `gesso cache --blur-faces` does.
+        max_unreadable: Maximum share of unreadable images, which are replaced by the next ones.
 
     Raises:
         UsageError: There are no images, or fewer than `num_images`; or `blur_faces` is set and OpenCV is missing.
@@ -126,14 +145,21 @@ def open_image_set(
         raise UsageError(
             f"{uri} has {len(source):,} images: set --num-images to that number or less, not {num_images:,}"
         )
-    try:
-        first = source.item(0).decode(3, resize=resize)[1]
-    except UnreadableImageError as error:
-        raise RunError(f"{uri}: {error.name} cannot be read ({error.reason})") from None
-    size = (resolution, resolution) if resolution else first
-    fingerprint = f"{source.fingerprint()}-{num_images or len(source)}-{size[0]}x{size[1]}-{bool(resolution)}"
+    size = (resolution or 0, resolution or 0)
+    if not (resolution and max_unreadable):
+        try:
+            first = source.item(0).decode(3, resize=resize)[1]
+        except UnreadableImageError as error:
+            raise RunError(f"{uri}: {error.name} cannot be read ({error.reason})") from None
+        size = size if resolution else first
+    content = source.content_hash()
+    fingerprint = f"{source.fingerprint()}{f'-{content}' if content else ''}"
+    fingerprint += f"-{num_images or len(source)}-{size[0]}x{size[1]}-{bool(resolution)}"
     fingerprint += f"-{resize}" * (resize != "lanczos") + "-blurred" * blur_faces
-    return ImageSet(uri, num_images or len(source), size, bool(resolution), source, fingerprint, resize, blur_faces)
+    return ImageSet(
+        uri, num_images or len(source), size, bool(resolution), source, fingerprint, resize, blur_faces,
+        max_unreadable, {},
+    )  # fmt: skip
 
 
 class NpzSource(Source):

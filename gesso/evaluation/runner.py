@@ -71,7 +71,8 @@ def evaluate_run(
     run, note = default_metrics(run)
     log(note)
     lines = toy_evaluation.evaluate(folder, run, progress)
-    return [*lines, *(_evaluate_metrics_of_run(folder, run, progress) if run.eval.metrics else [])]
+    more = _evaluate_metrics_of_run(folder, run, progress) if run.eval.metrics else []
+    return [*lines, *(line for line in more if line not in lines)]
 
 
 def default_metrics(run: RunConfig) -> tuple[RunConfig, str]:
@@ -156,7 +157,8 @@ def evaluate_metrics(context: EvalContext, progress: ProgressCallback) -> Evalua
     fit = plan.worst_fit(target)
     if fit.squared_error > sampling.MAX_PROFILE_ERROR**2:
         notes.append(f"warning: the stored snapshots cannot reconstruct {target} accurately: {fit}")
-    return computed._replace(notes=(*notes, *_few_samples_note(cfg.num_samples, metrics, networks)))
+    notes += _few_samples_note(cfg.num_samples, metrics, networks)
+    return computed._replace(notes=(*notes, *(reference.notes() if reference else ())))
 
 
 class EvalInputs(NamedTuple):
@@ -287,6 +289,7 @@ def evaluate_images(args: ImageSetArgs, progress: ProgressCallback) -> tuple[Eva
     if kernel_distance.subset_size_note(metrics, cfg):
         protocol["kid_subset"] = cfg.kid_subset
     notes = [*kernel_distance.subset_size_note(metrics, cfg), *_few_samples_note(samples.num_images, metrics, networks)]
+    notes += [note for images in sets for note in images.notes()]
     evaluation = Evaluation(protocol, metrics=values, notes=tuple(notes))
     lines = results.format_evaluation(evaluation)
     if args.out:
@@ -377,10 +380,12 @@ def _open_reference(run: RunConfig) -> ImageSet:
     if height != width:
         raise UsageError(f"eval.metrics need square images, but samples are {width}x{height}: set sample.aspect=null")
     uri, resize, blur_faces = run.eval.reference or run.data.source, run.data.resize, False
+    max_unreadable = 0.0 if run.eval.reference else run.data.max_unreadable
     if is_cache(uri):
         plan = open_manifest(uri).plan
         uri, resize, blur_faces = plan.data.source, plan.data.resize, plan.blur_faces
-    return open_image_set(uri, height, resize=run.eval.resize or resize, blur_faces=blur_faces)
+    resize = run.eval.resize or resize
+    return open_image_set(uri, height, resize=resize, blur_faces=blur_faces, max_unreadable=max_unreadable)
 
 
 def _reference_tasks(

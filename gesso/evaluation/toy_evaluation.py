@@ -17,9 +17,10 @@ from torch import Tensor
 from gesso import atomic_io, conditioning, ema, sampling, snapshot
 from gesso.config import RunConfig
 from gesso.data.base import Dataset
-from gesso.data.factory import open_dataset
+from gesso.data.factory import is_named_source, open_dataset
 from gesso.data.normalization import Normalizer
 from gesso.data.shapes_dataset import parse_caption
+from gesso.data.sources.base import format_names
 from gesso.diffusion.denoiser import Denoiser
 from gesso.errors import UsageError
 from gesso.evaluation import ema_export, results
@@ -232,7 +233,7 @@ def evaluate(folder: Path, run: RunConfig, progress: ProgressCallback) -> list[s
             _save_image_grids(folder, run, images, evaluator.real_images[0])
         if point.series != "ema_sweep":
             rows[f"guidance {point.run.sample.guidance:g}"] = evaluation.best()
-    warnings = ema_export.accuracy_warnings(plan)
+    warnings = [*_used_images(evaluator.dataset), *ema_export.accuracy_warnings(plan)]
     if not evaluator.metrics:
         sheets = "by_class.png and nearest.png, the nearest training images"
         return [*warnings, f"wrote samples and their nearest training images: {sheets}, in {folder / 'sheets'}"]
@@ -252,6 +253,17 @@ def open_toy_evaluator(folder: Path, run: RunConfig) -> ToyEvaluator:
     sampling.check_sampling(run)
     control_rows, normalizer = snapshot.load_control_rows(folder), sampling.open_decoder(run)
     return ToyEvaluator(run, dataset, control_rows, normalizer, sampling.run_device(run))
+
+
+def _used_images(dataset: Dataset) -> list[str]:
+    """Return lines on the training images and on the files that are not among them."""
+    if is_named_source(dataset.uri):
+        return []
+    lines = [f"training images: {len(dataset):,} of {dataset.uri}", *(f"note: {note}" for note in dataset.notes)]
+    if dataset.unreadable:
+        names = [f"{name} ({reason})" for name, reason in dataset.unreadable]
+        lines.append(f"note: {len(names)} unreadable files are left out: {format_names(names)}")
+    return lines
 
 
 def _save_image_grids(folder: Path, run: RunConfig, samples: Tensor, real: Tensor) -> None:

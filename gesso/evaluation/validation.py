@@ -18,7 +18,7 @@ from gesso.config import Dropout, RunConfig
 from gesso.data.base import Dataset, SampleBatch
 from gesso.data.batching import Batcher
 from gesso.data.factory import open_dataset
-from gesso.data.samplers import KeyedPermutations
+from gesso.data.samplers import KeyedPermutations, select_validation
 from gesso.diffusion import denoiser as diffusion
 from gesso.diffusion import process as processes
 from gesso.diffusion.denoiser import Denoiser
@@ -33,13 +33,18 @@ def open_validation_set(
 ) -> tuple[Dataset, Tensor] | None:
     """Return the validation images and the indices to use; None if the run has none.
 
-    They are those of the source in `setting`, or the ones that data.num_validation excludes from training.
+    They are those of the source in `setting`, or the ones that data.num_validation excludes from training; if the
+    source has a validation or test split, that many of its images instead.
 
     Raises:
         UsageError: The source does not match the run, or excluded images would have to be downloaded with all others.
     """
     if source := config.flatten(run)[setting]:
         return _open_validation_source(run, dataset, setting, source)
+    if run.data.num_validation and dataset.held_out:
+        held_out, _ = _open_validation_source(run, dataset, "data.num_validation", dataset.held_out[0])
+        count = min(run.data.num_validation, len(held_out))
+        return held_out, select_validation(len(held_out), count) if count < len(held_out) else torch.arange(count)
     if not len(dataset.validation_indices):
         return None
     if dataset.is_remote:

@@ -1,7 +1,7 @@
 """Estimate memory, speed, duration and disk space of a run from a few real steps. Nothing is written."""
 
+import importlib
 import os
-import resource
 import shutil
 import statistics
 import sys
@@ -264,6 +264,10 @@ def peak_memory(device: torch.device) -> int:
     """Return the peak memory in bytes: of tensors since the last reset on a GPU, otherwise of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        resource = importlib.import_module("resource")
+    except ImportError:  # Windows
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -17,6 +17,7 @@ from gesso.config import DataConfig, RunConfig
 from gesso.data.base import Dataset
 from gesso.data.encoders import text
 from gesso.data.factory import is_cache_uri, is_named_source, open_dataset, with_dataset_info
+from gesso.data.sources import split_uri
 from gesso.errors import UsageError
 from gesso.evaluation import validation
 from gesso.sampling import check_sampling
@@ -96,6 +97,7 @@ def open_dataset_for_run(run: RunConfig, console: Console) -> tuple[RunConfig, D
     text_dims = text_dims or _use_stored_text(run, dataset, console) or text.text_dims(run.semantic)
     if dataset.text_config is None:
         _check_captions(run, dataset, console)
+    _print_used_images(run, dataset, console)
     has_semantic = run.semantic.kind == "text" or (run.semantic.kind == "label" and dataset.class_names)
     tree = config.to_dict(run)
     data = with_dataset_info(run.data, dataset, run.latent, run.train.seed)
@@ -107,6 +109,26 @@ def open_dataset_for_run(run: RunConfig, console: Console) -> tuple[RunConfig, D
         tree["sample"]["guidance"] = 1.0
         print_text(console, "note: sample.guidance=1, because the images have no classes")
     return config.validate(tree), dataset
+
+
+def _print_used_images(run: RunConfig, dataset: Dataset, console: Console) -> None:
+    """Print what is trained on, and how to use captions that are there."""
+    if is_named_source(run.data.source):
+        return
+    captions = [text for text in dataset.captions if text]
+    num_captions = len(captions) if set(captions[:MAX_CHECKED_CAPTIONS]) - set(dataset.class_names) else 0
+    parts = [f"{len(dataset) - len(dataset.validation_indices):,} images"]
+    parts += [f"{len(dataset.validation_indices):,} held out for validation"] if len(dataset.validation_indices) else []
+    parts += [f"{len(dataset.class_names):,} classes" if dataset.class_names else "no classes"]
+    parts += [f"{num_captions:,} captions" if num_captions else "no captions"]
+    parts += [f"{len(dataset.unreadable):,} unreadable files left out"] if dataset.unreadable else []
+    print_text(console, f"training on {run.data.source}: {', '.join(parts)}")
+    if num_captions and run.semantic.kind != "text":
+        print_text(
+            console,
+            f"note: the captions are not used with semantic.kind={run.semantic.kind}; to train on them, add "
+            "semantic.kind=text",
+        )
 
 
 def _print_untrained_classes(data: DataConfig, console: Console) -> None:
@@ -200,6 +222,8 @@ def with_absolute_paths(run: RunConfig, recorded: RunConfig | None = None) -> Ru
         if not value or "://" in value or value in ("self", "words") or is_named_source(value):
             continue
         path, at, suffix = value.partition("@") if name == "init.source" else (value, "", "")
+        if (source := split_uri(value))[1]:
+            path, at, suffix = source[0], "#", str(source[1])
         absolute = os.path.abspath(path)
         if Path(path).exists() or ("{" in path and os.path.isdir(os.path.dirname(absolute))):
             tree[section][key] = absolute + at + suffix

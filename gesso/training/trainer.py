@@ -28,7 +28,9 @@ MAX_NONFINITE_STEPS = 20
 """Number of consecutive steps with a non-finite gradient at which training stops."""
 LOSS_SCALE_GROWTH_INTERVAL = 2000
 """Number of finite steps after which a dynamic loss scale is doubled."""
-STOP_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGUSR1", "SIGTERM") if hasattr(signal, name)
+)  # Windows has no SIGUSR1
 """Signals that stop a run after a checkpoint; job schedulers send the last two."""
 
 

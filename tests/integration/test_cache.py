@@ -510,6 +510,22 @@ def test_changed_images_are_another_source(photos, tmp_path):
         write_test_cache(tmp_path / "o", folder)
 
 
+def test_replaced_images_are_another_source(tmp_path):
+    """Names and sizes of the files agree. A cache that was written without the hash of their bytes is accepted."""
+    folder = tmp_path / "s"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (i, 50, 99)).save(folder / f"{i}.bmp")
+    manifest = write_test_cache(tmp_path / "o", folder)
+    assert manifest.source_content
+    Image.new("RGB", (16, 16), (200, 50, 99)).save(folder / "1.bmp")
+    with pytest.raises(UsageError, match="source_content: "):
+        write_test_cache(tmp_path / "o", folder)
+    path = tmp_path / "o" / "manifest.json"
+    path.write_text(path.read_text().replace(f'"{manifest.source_content}"', "null"))
+    write_test_cache(tmp_path / "o", folder)
+
+
 def test_deleted_shards_are_rewritten(photos, tmp_path):
     o = tmp_path / "o"
     write_test_cache(o, photos, images_per_shard=4)

@@ -64,7 +64,11 @@ def test_flat_folder_trains_without_classes(tmp_path):
 def test_images_outside_class_folders_are_reported(tmp_path):
     write_image_folders(tmp_path, {"a": 2, ".": 1})
     loaded = load(tmp_path)
-    assert len(loaded) == 2 and "1 images beside the class folders" in loaded.notes[0]
+    assert len(loaded) == 3 and loaded.class_names == ()
+    assert "1 images of" in loaded.notes[0] and f"data.source={tmp_path}#classes reads" in loaded.notes[0]
+    classes = load(f"{tmp_path}#classes")
+    assert len(classes) == 2 and classes.class_names == ("a",)
+    assert "1 images beside the class folders" in classes.notes[0]
 
 
 def test_nested_and_odd_names(tmp_path):
@@ -77,8 +81,7 @@ def test_nested_and_odd_names(tmp_path):
     "prepare, words",
     [
         (lambda p: None, "no images there"),
-        (lambda p: (p / "a").mkdir(), "no image in class folder a"),
-        (lambda p: (write_image_folders(p, {"a": 1}), (p / "empty").mkdir()), "no image in class folder empty"),
+        (lambda p: (p / "a").mkdir(), "its sub-folders are empty: a"),
         (lambda p: (p / "notes.txt").write_text("x"), "no images there"),
     ],
 )

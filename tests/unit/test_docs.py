@@ -368,3 +368,17 @@ def test_figures_are_in_the_documentation():
     text = "".join(path.read_text(encoding="utf-8") for path in PAGES)
     for name in figures:
         assert (ROOT / "docs" / "images" / name).is_file() and f"images/{name}" in text
+
+
+def test_tests_of_tried_reports_exist():
+    """Every row of docs/field-reports.md names tests that are there."""
+    rows = [line for line in (ROOT / "docs/field-reports.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if not row.startswith(("| report", "|---"))]
+    for row in rows:
+        cell = row.rsplit("|", 2)[1]
+        names = re.findall(r"`(test_\w+)`", cell)
+        file = re.search(r"`(tests/\S+\.py)`", cell)
+        text = (ROOT / (file[1] if file else "tests/unit/test_source_layouts.py")).read_text()
+        assert names or "the same" in cell, row
+        assert all(f"def {name}(" in text for name in names), row
+    assert len(rows) > 15

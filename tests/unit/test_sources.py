@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from gesso.data import shapes_dataset
-from gesso.data.sources import IMAGE_SUFFIXES, NAMED_SOURCES, SOURCE_KINDS, archives, base, folders, open_source
+from gesso.data.sources import IMAGE_SUFFIXES, NAMED_SOURCES, SOURCE_KINDS, archives, base, open_source
 from gesso.data.sources.base import StringArray
 from gesso.data.sources.decode import decode_image
 from gesso.errors import UnreadableImageError, UsageError
@@ -679,7 +679,7 @@ def test_odd_names_in_tars(tmp_path):
 
 def test_messages_are_one_line(tmp_path):
     (tmp_path / "a\nb").mkdir()
-    with pytest.raises(UsageError, match=r"no image in class folder a\\nb; fill") as caught:
+    with pytest.raises(UsageError, match=r"no images there .* sub-folders are empty: a\\nb") as caught:
         open_source(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -743,12 +743,15 @@ def test_order_is_that_of_paths(tmp_path):
         path.relative_to(tmp_path) for path in (tmp_path / "c").rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
     )
     source = open_source(tmp_path)
-    assert [source.item(i).name for i in range(len(source))] == [str(p) for p in paths if not p.name.startswith(".")]
-    assert source.class_names == ("c",) and len(source) == len(names)
+    shown = [str(p) for p in paths if not any(part.startswith(".") for part in p.parts)]
+    assert [source.item(i).name for i in range(len(source))] == shown and len(source) == len(names) - 1
+    assert source.class_names == ("c",)
+    assert f"2 hidden or system folders in {tmp_path} are not read: .x/, c/.hidden/" in source.notes
+    assert f"1 hidden files in {tmp_path} are not read: c/._9.png" in source.notes
 
 
 def test_links_to_folders(tmp_path):
-    """At the top a link is a class; deeper ones, which may lead round in circles, are not followed."""
+    """Linked folders are read once; one that leads round in a circle is not followed, and a note says so."""
     path = write(tmp_path / "images", {"a/0.png": png(0)})
     (path / "b").symlink_to(write(tmp_path / "elsewhere", {"1.png": png(1)}))
     (path / "a" / "round").symlink_to(path)
@@ -757,19 +760,24 @@ def test_links_to_folders(tmp_path):
         "a/0.png",
         "b/1.png",
     ]
-    set_old_mtime(path, tmp_path / "elsewhere")
-    open_source(path)
-    write(tmp_path / "elsewhere", {"2.png": png(2)})
-    assert len(open_source(path)) == 3
+    assert f"1 linked folders in {path} lead to folders that are read already: a/round" in source.notes
+    (path / "a" / "deep").symlink_to(write(tmp_path / "third", {"2.png": png(2)}))
+    assert [open_source(path).item(i).name for i in range(3)] == ["a/0.png", "a/deep/2.png", "b/1.png"]
 
 
 def test_folders_of_both(tmp_path):
-    """Images beside tars: the images are meant; a table beside tars is img2dataset's."""
-    path = tars(tmp_path)
+    """A table beside tars is img2dataset's. Images beside tars are read unless they are few."""
+    path = tars(tmp_path, count=3)
     pq.write_table(pa.table({"url": ["a"]}), path / "w-00.parquet")
-    assert len(open_source(path)) == 6
+    source = open_source(path)
+    assert len(source) == 6 and any("1 .parquet" in note and "'w-00.parquet'" in note for note in source.notes)
     (path / "a.png").write_bytes(png(0))
-    assert len(open_source(path)) == 1
+    with pytest.raises(UsageError, match=r"has 3 .tar files .w-00.tar.* and 1 images .a.png.*move one kind"):
+        open_source(path)
+    for i in range(50):
+        (path / f"{i}.png").write_bytes(png(i % 6) + bytes(200))
+    source = open_source(path)
+    assert len(source) == 51 and any("3 .tar, 1 .parquet" in note for note in source.notes)
 
 
 def set_old_mtime(*paths, when: float = 1e9) -> None:
@@ -780,9 +788,6 @@ def set_old_mtime(*paths, when: float = 1e9) -> None:
 
 
 LISTED = {  # what lists, and a change that must be seen
-    "folder": (folders, "_scan_tree", lambda p: write(p, {"a cat/z.png": png(0)})),
-    "folder with .txt": (folders, "_scan_tree", lambda p: write(p, {"a cat/z.png": png(0)})),
-    "flat folder": (folders, "_scan_tree", lambda p: write(p, {"z.png": png(0)})),
     "zip": (archives, "_list_zip", lambda p: zipped(p, {f"{i}.png": png(0) for i in range(7)})),
     "tar": (archives, "_list_tar", lambda p: tarred(p, [(f"{i}.png", png(0)) for i in range(7)])),
     "tars": (archives, "_list_tar", lambda p: tarred(p / "w-03.tar", sample(0))),
@@ -827,7 +832,7 @@ def test_a_renamed_folder_and_a_new_caption_are_seen(tmp_path):
 
 
 def test_recently_changed_sources_are_not_cached(tmp_path, temporary_cache_dir):
-    path = flat(tmp_path)
+    path = edm2(tmp_path)
     open_source(path)
     assert not temporary_cache_dir.exists()
     set_old_mtime(path)
@@ -845,7 +850,7 @@ def test_recently_changed_sources_are_not_cached(tmp_path, temporary_cache_dir):
     ],
 )
 def test_damaged_listing_is_rebuilt(damage, tmp_path, temporary_cache_dir):
-    path = flat(tmp_path)
+    path = edm2(tmp_path)
     set_old_mtime(path)
     open_source(path)
     (file,) = temporary_cache_dir.iterdir()
@@ -856,7 +861,7 @@ def test_damaged_listing_is_rebuilt(damage, tmp_path, temporary_cache_dir):
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
-    path = flat(tmp_path)
+    path = edm2(tmp_path)
     set_old_mtime(path)
     for place in ("/proc/nothing", "/dev/null"):
         monkeypatch.setenv("XDG_CACHE_HOME", place)
@@ -868,17 +873,16 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
 
 
 def test_relative_paths_are_cached(tmp_path, monkeypatch, temporary_cache_dir):
-    set_old_mtime(tars(tmp_path), flat(tmp_path))
+    set_old_mtime(tars(tmp_path), edm2(tmp_path), flat(tmp_path))
     monkeypatch.chdir(tmp_path)
     for path in ("tars", "flat", "tars/w-00.tar"):
         assert len(open_source(path)) == 6
     monkeypatch.chdir(tmp_path / "flat")
     stored = {file: file.read_bytes() for file in temporary_cache_dir.iterdir()}
     monkeypatch.setattr(archives, "_list_tar", lambda path: pytest.fail(f"lists {path} again"))
-    monkeypatch.setattr(folders, "_scan_tree", None)
     for path in ("../tars", "../flat", "../tars/w-00.tar"):
         assert len(open_source(path)) == 6
-    assert stored == {file: file.read_bytes() for file in temporary_cache_dir.iterdir()} and len(stored) == 2
+    assert stored == {file: file.read_bytes() for file in temporary_cache_dir.iterdir()} and len(stored) == 1
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=())), max_size=20))

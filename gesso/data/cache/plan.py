@@ -156,6 +156,8 @@ class CacheHeader(Settings):
     plan: CachePlan
     source_fingerprint: str
     """fingerprint of the source"""
+    source_content: HexString | None = None
+    """hash of the bytes of some images; null: the fingerprint has them, or the cache is older"""
     num_source_images: PositiveCount
     """number of images of the source"""
     vae: EncoderIdentity | None = None

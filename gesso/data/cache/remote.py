@@ -18,8 +18,8 @@ The kernel releases the locks (flock) of a process that ends; other processes re
 import collections
 import contextlib
 import errno
-import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -38,6 +38,8 @@ from gesso.data.cache.plan import CacheManifest, ColumnFile, ShardFile
 from gesso.data.encoders.hub import error_summary, import_names, sha256_files
 from gesso.errors import DISTRIBUTION, GessoError, RunError, UsageError
 
+fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
+"""Locks that end with their process; None on Windows."""
 RETRY_DELAYS_S = (0.5, 2.0, 8.0)
 """Seconds before each further attempt."""
 NUM_FETCH_THREADS = 4
@@ -256,6 +258,11 @@ class DownloadFolder:
             raise UsageError(
                 f"the limit of {atomic_io.format_bytes(self.max_bytes)} is too small for a shard of "
                 f"{atomic_io.format_bytes(largest)}"
+            )
+        if fcntl is None:
+            raise UsageError(
+                "caches at an address are shared between processes by file locks, which this system has not: copy the "
+                "cache into a local folder"
             )
         self._pinned: list[str] = []
         self._fetching: set[str] = set()

@@ -85,6 +85,7 @@ def write_cache(
         header = CacheHeader(
             plan=job.plan,
             source_fingerprint=source.fingerprint(),
+            source_content=source.content_hash() or None,
             num_source_images=len(source),
             vae=vae,
             text_encoder=text,
@@ -177,6 +178,8 @@ def _prepare_folder(out: Path, header: CacheHeader) -> None:
 def _check_same_settings(out: Path, stored: CacheHeader, header: CacheHeader) -> None:
     """Raise UsageError if the cache in `out` has other settings."""
     old, new = identity_settings(stored), identity_settings(header)
+    if stored.source_content is None:
+        del old["source_content"], new["source_content"]
     differing = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if differing:
         lines = "\n".join(f"  {name}: {old.get(name)!r} stored, {new.get(name)!r} now" for name in differing[:8])

@@ -4,6 +4,6 @@
 """
 
 from gesso.data.sources.base import IMAGE_SUFFIXES, Source, SourceItem
-from gesso.data.sources.registry import NAMED_SOURCES, SOURCE_KINDS, open_source
+from gesso.data.sources.registry import NAMED_SOURCES, SOURCE_KINDS, open_source, split_uri
 
-__all__ = ["IMAGE_SUFFIXES", "NAMED_SOURCES", "SOURCE_KINDS", "Source", "SourceItem", "open_source"]
+__all__ = ["IMAGE_SUFFIXES", "NAMED_SOURCES", "SOURCE_KINDS", "Source", "SourceItem", "open_source", "split_uri"]

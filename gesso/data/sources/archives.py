@@ -5,16 +5,18 @@ Legend: N images.
 
 import functools
 import io
-import json
 import os
 import struct
 import tarfile
+import threading
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from gesso.data.sources import decode, layout
 from gesso.data.sources.base import (
     IMAGE_SUFFIXES,
     MAX_LABEL,
@@ -28,30 +30,40 @@ from gesso.data.sources.base import (
     decode_text,
     file_stamp,
     format_names,
-    labels_from_folders,
+    hash_stamps,
     numbered_class_names,
-    replace_surrogates,
-    validate_labels,
+    relative_names,
 )
+from gesso.data.sources.metadata import json_caption
 from gesso.errors import UnreadableImageError, UsageError
 
 MAX_OPEN_FILES = 64
 """Maximum number of open files per source."""
 TAR_BLOCK = 512
+MAX_CAPTION_BYTES = 2**20
+"""Maximum number of bytes that are read of a caption in a zip."""
+PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+READ_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+"""Flags of open: Windows has no O_CLOEXEC, and reads text without O_BINARY."""
 
 
 class FileHandle:
     """A file that any thread can read at any offset; closed with the last reference."""
 
     def __init__(self, descriptor: int):
-        self.descriptor = descriptor
+        self.descriptor, self.lock = descriptor, threading.Lock()
 
     def __del__(self):
         os.close(self.descriptor)
 
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes at `offset`. Raises UnreadableImageError if the file is shorter."""
-        data = os.pread(self.descriptor, size, offset)
+        if hasattr(os, "pread"):
+            data = os.pread(self.descriptor, size, offset)
+        else:  # Windows
+            with self.lock:
+                os.lseek(self.descriptor, offset, os.SEEK_SET)
+                data = os.read(self.descriptor, size)
         if len(data) < size:
             raise UnreadableImageError("", "its file is shorter than when it was listed")
         return data
@@ -59,27 +71,30 @@ class FileHandle:
 
 def make_handle_cache():
     """Return a function path -> FileHandle that keeps the latest files open."""
-    return functools.lru_cache(MAX_OPEN_FILES)(lambda path: FileHandle(os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
+    return functools.lru_cache(MAX_OPEN_FILES)(lambda path: FileHandle(os.open(path, READ_FLAGS)))
 
 
 class ZipSource(Source):
-    """Images, or latents as EDM2 stores them, in a zip, with or without dataset.json.
+    """Images, or latents as EDM2 stores them, in a zip, arranged as `layout.find_layout` describes.
 
     dataset.json {"labels": [[name, int], ...] or null} defines the classes; without it, the top-level folders do.
     Entries may be deflated.
+
+    Args:
+        uri: The setting, PATH or PATH#PART.
+        path: The zip.
+        part: One of layout.PARTS.
 
     Raises:
         UsageError: It is no zip, has no images or unsafe names, or labels are invalid.
     """
 
-    def __init__(self, uri: str):
-        listing = cached_listing(uri, "zip", lambda stamps: _list_zip(uri, stamps))
+    def __init__(self, uri: str, path: str, part: str | None = None):
+        kind = f"zip {uri} {decode.has_heif()}"
+        listing = cached_listing(path, kind, lambda stamps: _list_zip(uri, path, part, stamps))
         super().__init__(uri, listing["labels"], listing["classes"], listing["notes"])
-        self.names, self.locations, self.caption_is_class = (
-            listing["names"],
-            listing["places"],
-            bool(listing["own_names"]),
-        )
+        self.path, self.names, self.locations = path, listing["names"], listing["places"]
+        self.texts, self.held_out = listing["captions"], tuple(listing["held_out"])
         self.has_latents = self.names[0].endswith(".npy")
         self.open_handle = make_handle_cache()
 
@@ -91,14 +106,18 @@ class ZipSource(Source):
         """Return the size of the entry."""
         return int(self.locations[i, 2])
 
+    def stamp(self) -> str:
+        """Return a hash of size and modification time of the zip."""
+        return hash_stamps([("zip", file_stamp(self.path))])
+
     def read_captions(self) -> Sequence[str]:
-        """Return the captions: class names if top-level folders define the classes."""
-        return [self.class_names[label] if self.caption_is_class else "" for label in self.labels]
+        """Return all captions."""
+        return self.texts
 
     def read(self, i: int) -> RawImage:
         """Return the encoded image, or latents."""
         offset, packed, size, method, crc = self.locations[i].tolist()
-        handle = self.open_handle(self.uri)
+        handle = self.open_handle(self.path)
         head = handle.read(offset, 30)
         if head[:4] != b"PK\3\4":
             raise UnreadableImageError("", "no entry of the zip begins where its list says")
@@ -110,10 +129,10 @@ class ZipSource(Source):
                 raise UnreadableImageError("", f"damaged in the zip: {error}") from error
         if len(data) != size or zlib.crc32(data) != crc:
             raise UnreadableImageError("", "damaged in the zip: its checksum is another")
-        return _parse_latents(data) if self.has_latents else data
+        return parse_latents(data) if self.has_latents else data
 
 
-def _parse_latents(data: bytes) -> np.ndarray:
+def parse_latents(data: bytes) -> np.ndarray:
     """Return latents (2C, h, w) float32."""
     try:
         values = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
@@ -124,101 +143,111 @@ def _parse_latents(data: bytes) -> np.ndarray:
     return values
 
 
-def _list_zip(uri: str, stamps: FileStamps) -> Listing:
-    stamps[os.path.abspath(uri)] = file_stamp(uri)
+def _list_zip(uri: str, path: str, part: str | None, stamps: FileStamps) -> Listing:
+    stamps[os.path.abspath(path)] = file_stamp(path)
     try:
-        with zipfile.ZipFile(uri) as archive:
-            entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
-            described = archive.read("dataset.json") if "dataset.json" in entries else None
-            total = sum(not entry.is_dir() for entry in archive.infolist())
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+            entries = {entry.filename: entry for entry in infos if not entry.is_dir()}
+            _check_entries(uri, entries, sum(not entry.is_dir() for entry in infos))
+            arranged = layout.find_layout(_zip_tree(uri, archive, infos), part)
+            odd = [n for n in arranged.names if entries[n].compress_type not in PACKINGS or entries[n].flag_bits & 1]
+            if odd:
+                raise UsageError(
+                    f"data.source={uri}: encrypted, or not packed by deflate: {format_names(odd)}; use zip -0"
+                )
+            captions, notes = _zip_captions(uri, archive, arranged)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, EOFError) as error:
         raise UsageError(f"data.source={uri}: no zip that can be read, or one cut short ({error})") from None
-    hostile = [n for n in entries if n.startswith("/") or "\\" in n or ":" in n[:2] or ".." in n.split("/")]
+    chosen = [entries[name] for name in arranged.names]
+    places = [(e.header_offset, e.compress_size, e.file_size, e.compress_type, e.CRC) for e in chosen]
+    return {
+        "names": StringArray.from_strings(arranged.names),
+        "places": np.array(places, np.int64),
+        "labels": arranged.labels,
+        "classes": StringArray.from_strings(arranged.class_names),
+        "captions": StringArray.from_strings(captions),
+        "held_out": StringArray.from_strings(arranged.held_out),
+        "notes": StringArray.from_strings(arranged.notes + notes),
+    }
+
+
+def _check_entries(uri: str, entries: Iterable[str], total: int) -> None:
+    """Raise UsageError for names that point outside of the zip or are in it twice; `total` counts all files."""
+    names = list(entries)
+    hostile = [n for n in names if n.startswith("/") or "\\" in n or ":" in n[:2] or ".." in n.split("/")]
     if hostile:
         raise UsageError(
             f"data.source={uri}: refused, for names in it point outside of it ({format_names(hostile)}): "
             "make the zip anew from within its folder"
         )
-    if total > len(entries):
-        raise UsageError(f"data.source={uri}: {total - len(entries)} names are in it twice; make the zip anew")
-    images, latents = (
-        sorted(filter(_is_image, entries), key=lambda n: n.split("/")),
-        sorted(filter(_is_latents, entries)),
-    )
-    names = images or latents
-    if not names:
-        raise UsageError(
-            f"data.source={uri}: no images in the zip ({', '.join(IMAGE_SUFFIXES)}), and no img-mean-std-*.npy"
-        )
-    if images and latents:
-        raise UsageError(f"data.source={uri}: {len(images)} images and {len(latents)} latents in one zip; make it two")
-    odd = [n for n in names if entries[n].compress_type not in (0, zipfile.ZIP_DEFLATED) or entries[n].flag_bits & 1]
-    if odd:
-        raise UsageError(f"data.source={uri}: encrypted, or not packed by deflate: {format_names(odd)}; use zip -0")
-    selected, labels, classes, notes = _zip_labels(uri, names, described)
-    chosen = [entries[names[i]] for i in selected]
-    places = [(e.header_offset, e.compress_size, e.file_size, e.compress_type, e.CRC) for e in chosen]
-    return {
-        "names": StringArray.from_strings(e.filename for e in chosen),
-        "places": np.array(places, np.int64),
-        "labels": labels,
-        "classes": StringArray.from_strings(classes),
-        "notes": StringArray.from_strings(notes),
-        "own_names": np.array(described is None and len(classes)),
-    }
+    if total > len(names):
+        raise UsageError(f"data.source={uri}: {total - len(names)} names are in it twice; make the zip anew")
 
 
-def _is_image(name: str) -> bool:
-    hidden = name.startswith(".") or name.rpartition("/")[2].startswith(".")
-    return name.lower().endswith(IMAGE_SUFFIXES) and not hidden
+def _zip_tree(uri: str, archive: zipfile.ZipFile, infos: Iterable[zipfile.ZipInfo]) -> layout.FileTree:
+    """Return the files of a zip without hidden and system files."""
+    names, hidden, folders = list[str](), set[str](), set[str]()
+    for info in infos:
+        parts = info.filename.rstrip("/").split("/")
+        first = next((n for n, part in enumerate(parts) if layout.is_hidden(part)), None)
+        if first is not None:
+            is_folder = first < len(parts) - 1 or info.is_dir()
+            hidden.add("/".join(parts[: first + 1]) + "/" * is_folder)
+            continue
+        folders.update("/".join(parts[:n]) for n in range(1, len(parts) + info.is_dir()))
+        names += [] if info.is_dir() else [info.filename]
+
+    def read(name: str, count: int) -> bytes:
+        with archive.open(name) as file:
+            return file.read(count)
+
+    names.sort(key=layout.parts_key)
+    return layout.FileTree(uri, names, sorted(folders), read, layout.hidden_notes(uri, sorted(hidden)), is_archive=True)
 
 
-def _is_latents(name: str) -> bool:
-    return name.rpartition("/")[2].startswith("img-mean-std-") and name.endswith(".npy")
-
-
-def _zip_labels(uri: str, names: list[str], dataset_json: bytes | None):
-    """Return selected entries, labels, class names and notes, as `labels_from_folders`."""
-    if dataset_json is None:
-        tops = [name.partition("/")[0] if "/" in name else "" for name in names]
-        if len(set(tops)) == 1 and tops[0]:  # the folder that was packed, not a class
-            tops = [name.split("/")[1] if name.count("/") > 1 else "" for name in names]
-        folders = sorted(set(tops) - {""})
-        index = {folder: i for i, folder in enumerate(folders)} | {"": -1}
-        return labels_from_folders(uri, np.array([index[top] for top in tops]), folders)
-    try:
-        pairs = json.loads(dataset_json)["labels"]
-        given = None if pairs is None else {str(name): label for name, label in pairs}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UsageError(
-            f'data.source={uri}: its dataset.json is not {{"labels": [[name, class], ...]}} or {{"labels": null}}'
-        ) from None
-    everything, there = np.arange(len(names)), set(names)
-    if given is None:
-        return everything, np.zeros(len(names), np.int64), (), [f"{uri} has no labels: training without classes"]
-    if len(given) < len(pairs):
-        raise UsageError(f"data.source={uri}: dataset.json names {len(pairs) - len(given)} files twice")
-    unknown, without = [n for n in given if n not in there], [n for n in names if n not in given]
-    for wrong, what in ((unknown, "labels files that are not there"), (without, "has no label for")):
-        if wrong:
-            raise UsageError(f"data.source={uri}: dataset.json {what}: {format_names(wrong)}")
-    labels = validate_labels(uri, [given[name] for name in names], names.__getitem__)
-    return everything, labels, numbered_class_names(labels), []
+def _zip_captions(uri: str, archive: zipfile.ZipFile, arranged: layout.Layout) -> tuple[list[str], list[str]]:
+    """Return the caption of every image, and notes on them."""
+    if arranged.captions is not None:
+        return arranged.captions, []
+    class_names = [arranged.class_names[label] if arranged.folder_classes else "" for label in arranged.labels]
+    texts, not_utf8 = list[str](), 0
+    for file, class_name in zip(arranged.caption_files, class_names, strict=True):
+        text, utf8 = class_name, True
+        if file:
+            with archive.open(file) as handle:
+                raw = handle.read(MAX_CAPTION_BYTES)  # a packed file may be a thousand times larger than it looks
+            if file.endswith(".txt"):
+                text, utf8 = decode_text(raw)
+            else:
+                caption, utf8, _ = json_caption(raw)
+                text = caption or class_name
+        texts.append(text)
+        not_utf8 += not utf8
+    return texts, caption_notes(uri, len(texts), sum(not text for text in texts), not_utf8)
 
 
 class TarSource(Source):
     """Images in webdataset tars: the files of one key (the name up to its first dot) form a sample.
 
-    Its image is the first with an image's suffix, its caption .txt or "caption" of .json, its class .cls. Of a
-    truncated tar, all complete samples are used.
+    Its image is the first with an image's suffix, its caption .txt or "caption" of .json, its class .cls. If no sample
+    of a key has an image, its files are grouped by their names up to the last dot. Without .cls and captions, folders
+    in the tars are the classes. Of a truncated tar, all complete samples are used.
+
+    Args:
+        uri: The setting.
+        paths: The tars.
+        notes: Notes on files that are not read.
 
     Raises:
         UsageError: There are no images, or labels are invalid.
     """
 
-    def __init__(self, uri: str, paths: Sequence[str]):
-        lists = [cached_listing(path, "tar", functools.partial(_list_tar, path)) for path in paths]
+    def __init__(self, uri: str, paths: Sequence[str], notes: Sequence[str] = ()):
+        kind = f"tar {decode.has_heif()}"
+        lists = [cached_listing(path, kind, functools.partial(_list_tar, path)) for path in paths]
         self.paths, self.listings = paths, lists
+        self.tar_names = relative_names(paths)
         self.starts = np.cumsum([0] + [len(listing["names"]) for listing in lists])
         total = int(self.starts[-1])
         if not total:
@@ -228,28 +257,56 @@ class TarSource(Source):
         if 0 < len(without) < total:
             first = format_names([self.name(i) for i in without[:3]])
             raise UsageError(f"data.source={uri}: {len(without)} of {total} samples have no .cls ({first})")
-        classes = () if len(without) else numbered_class_names(labels)
-        super().__init__(uri, np.maximum(labels, 0), classes, self._notes(uri, total))
+        classes: tuple[str, ...] = () if len(without) else numbered_class_names(labels)
+        labels = np.maximum(labels, 0)
+        if not classes and not any(any(listing["captions"]) for listing in lists):
+            labels, classes = self._folder_classes()
+        self.has_cls = not len(without)
+        super().__init__(uri, labels, classes, [*self._notes(uri, total), *notes])
         self.open_handle = make_handle_cache()
 
     def _notes(self, uri: str, total: int) -> list[str]:
         counts = np.stack([listing["counts"] for listing in self.listings])
-        skipped, repeated, missing, not_utf8, bad_json, cut = counts.sum(0).tolist()
+        skipped, repeated, missing, not_utf8, bad_json, extra, hidden, cut = counts.sum(0).tolist()
         notes = caption_notes(uri, total, missing, not_utf8)
         if skipped:
             notes.append(f"{skipped} keys in {uri} have no image: left out")
         if repeated:
             notes.append(f"{repeated} keys in {uri} are there twice: the first is used")
+        if extra:
+            notes.append(f"{extra} images in {uri} are second images of their keys, such as a.mask.png: not read")
+        if hidden:
+            notes.append(f"{hidden} hidden or system files in {uri} are not read")
         if bad_json:
             notes.append(f"{bad_json} .json in {uri} cannot be read: their captions are empty")
         if cut:
             ends = [
-                f"{os.path.basename(path)} after {len(listing['names'])} images"
-                for path, listing in zip(self.paths, self.listings, strict=True)
+                f"{name} after {len(listing['names'])} images"
+                for name, listing in zip(self.tar_names, self.listings, strict=True)
                 if listing["counts"][-1]
             ]
             notes.append(f"{cut} of {len(self.paths)} tars end early: {format_names(ends)}; what lies before is used")
         return notes
+
+    def _folder_classes(self) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Return labels and names of classes by the folders in the tars; no classes if images lie beside folders.
+
+        A single folder that holds everything was packed, and is no class; nor is one in each tar with the tar's name.
+        """
+        stems = [os.path.splitext(os.path.basename(path))[0] for path in self.paths]
+        names = [
+            name[len(stem) + 1 :] if name.startswith(f"{stem}/") else name
+            for stem, listing in zip(stems, self.listings, strict=True)
+            for name in listing["names"]
+        ]
+        tops = [layout.top_folder(name, "") for name in names]
+        if len(set(tops)) == 1 and tops[0]:
+            tops = [layout.top_folder(name, f"{tops[0]}/") for name in names]
+        if "" in tops:
+            return np.zeros(len(names), np.int64), ()
+        classes = tuple(sorted(set(tops)))
+        index = {name: i for i, name in enumerate(classes)}
+        return np.array([index[top] for top in tops], np.int64), classes
 
     def _locate(self, i: int) -> tuple[int, int]:
         """Return the index of the tar and of the image in it."""
@@ -260,21 +317,23 @@ class TarSource(Source):
         """Return the key of the sample with its tar."""
         tar, j = self._locate(i)
         inside = self.listings[tar]["names"][j]
-        return inside if len(self.paths) == 1 else f"{os.path.basename(self.paths[tar])}/{inside}"
+        return inside if len(self.paths) == 1 else f"{self.tar_names[tar]}/{inside}"
 
     def encoded_size(self, i: int) -> int:
         """Return the size of the encoded image."""
         tar, j = self._locate(i)
         return int(self.listings[tar]["places"][j, 1])
 
-    def caption(self, i: int) -> str:
-        """Return the caption of one sample."""
-        tar, j = self._locate(i)
-        return self.listings[tar]["captions"][j]
+    def stamp(self) -> str:
+        """Return a hash of size and modification time of every tar."""
+        return hash_stamps((name, file_stamp(path)) for name, path in zip(self.tar_names, self.paths, strict=True))
 
     def read_captions(self) -> Sequence[str]:
-        """Return all captions."""
-        return [caption for listing in self.listings for caption in listing["captions"]]
+        """Return all captions: the names of the classes if those are folders."""
+        texts = [caption for listing in self.listings for caption in listing["captions"]]
+        if self.class_names and not any(texts) and not self.has_cls:
+            return [self.class_names[label] for label in self.labels]
+        return texts
 
     def read(self, i: int) -> bytes:
         """Return the encoded image."""
@@ -284,11 +343,13 @@ class TarSource(Source):
 
 def _list_tar(path: str, stamps: FileStamps) -> Listing:
     size, _ = stamps[os.path.abspath(path)] = file_stamp(path)
-    samples, repeated, cut = _read_members(path, size)
-    handle = FileHandle(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-    names, places, captions, labels, counts = [], [], [], [], np.zeros(6, np.int64)
+    members = _read_members(path, size)
+    samples, extra = _group_samples(members.samples)
+    suffixes = (*IMAGE_SUFFIXES, *(layout.HEIF_SUFFIXES if decode.has_heif() else ()))
+    handle = FileHandle(os.open(path, READ_FLAGS))
+    names, places, captions, labels, counts = [], [], [], [], np.zeros(8, np.int64)
     for key, parts in samples.items():
-        image = next((suffix for suffix in parts if f".{suffix}" in IMAGE_SUFFIXES), None)
+        image = next((suffix for suffix in parts if f".{suffix}" in suffixes), None)
         if image is None:
             counts[0] += 1
             continue
@@ -296,13 +357,13 @@ def _list_tar(path: str, stamps: FileStamps) -> Listing:
         if "txt" in parts:
             caption, utf8 = decode_text(handle.read(*parts["txt"]))
         elif "json" in parts:
-            caption, utf8, known = _json_caption(handle.read(*parts["json"]))
+            caption, utf8, known = json_caption(handle.read(*parts["json"]))
         counts[2:5] += (not caption, not utf8, not known)
         names.append(f"{key}.{image}")
         places.append(parts[image])
         captions.append(caption)
         labels.append(_parse_class(path, key, handle.read(*parts["cls"])) if "cls" in parts else -1)
-    counts[1], counts[5] = repeated, cut
+    counts[1], counts[5:] = members.repeated, (extra, members.hidden, members.is_cut)
     return {
         "names": StringArray.from_strings(names),
         "places": np.array(places, np.int64).reshape(-1, 2),
@@ -312,10 +373,41 @@ def _list_tar(path: str, stamps: FileStamps) -> Listing:
     }
 
 
-def _read_members(path: str, size: int) -> tuple[dict[str, dict[str, tuple[int, int]]], int, bool]:
-    """Return {key: {suffix: (offset, size)}}, the number of duplicate keys, and whether the tar is truncated."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    repeated, end = set(), 0
+Samples = dict[str, dict[str, tuple[int, int]]]
+"""{key: {suffix: (offset, size)}}"""
+
+
+class _Members(NamedTuple):
+    """Files of a tar by key, the numbers of keys that are there twice and of hidden files, whether the tar is cut."""
+
+    samples: Samples
+    repeated: int
+    hidden: int
+    is_cut: bool
+
+
+def _group_samples(samples: Samples) -> tuple[Samples, int]:
+    """Return samples by key, and the number of images that are not the image of a key.
+
+    A key without an image whose files have further dots, such as photo.v2.png, is cut at the last dot instead.
+    """
+    grouped, extra = Samples(), 0
+    for key, parts in samples.items():
+        dotted = [suffix for suffix in parts if f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES and "." in suffix]
+        if not dotted or any(f".{suffix}" in IMAGE_SUFFIXES for suffix in parts):
+            grouped[key] = parts
+            extra += len(dotted)
+            continue
+        for suffix, place in parts.items():
+            more, dot, last = suffix.rpartition(".")
+            grouped.setdefault(f"{key}.{more}" if dot else key, {})[last] = place
+    return grouped, extra
+
+
+def _read_members(path: str, size: int) -> _Members:
+    """Return the files of a tar. Raises UsageError if it is none."""
+    samples: Samples = {}
+    repeated, end, hidden = set(), 0, 0
     try:
         with tarfile.open(path, "r:", encoding="utf-8") as tar:
             for member in tar:
@@ -325,7 +417,12 @@ def _read_members(path: str, size: int) -> tuple[dict[str, dict[str, tuple[int, 
                 end = after
                 folder, slash, base = member.name.removeprefix("./").rpartition("/")
                 key, dot, suffix = base.partition(".")
-                if not (member.isreg() and not member.issparse() and key and dot):
+                if not (member.isreg() and not member.issparse()):
+                    continue
+                if not key or any(layout.is_hidden(part) for part in folder.split("/")):
+                    hidden += 1
+                    continue
+                if not dot:
                     continue
                 key, suffix = folder + slash + key, suffix.lower()
                 parts = samples.setdefault(key, {})
@@ -339,17 +436,7 @@ def _read_members(path: str, size: int) -> tuple[dict[str, dict[str, tuple[int, 
             ) from None
     with open(path, "rb") as file:  # tarfile ends without a word at a damaged header too
         file.seek(end)
-        return samples, len(repeated), file.read(TAR_BLOCK) != bytes(TAR_BLOCK)
-
-
-def _json_caption(raw: bytes) -> tuple[str, bool, bool]:
-    """Return the caption, whether it is UTF-8, and whether it is readable."""
-    text, utf8 = decode_text(raw)
-    try:
-        caption = json.loads(text).get("caption")
-    except (ValueError, AttributeError, RecursionError):
-        return "", utf8, False
-    return (replace_surrogates(caption), utf8, True) if isinstance(caption, str) else ("", utf8, caption is None)
+        return _Members(samples, len(repeated), hidden, file.read(TAR_BLOCK) != bytes(TAR_BLOCK))
 
 
 def _parse_class(path: str, key: str, raw: bytes) -> int:

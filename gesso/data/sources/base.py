@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,16 @@ from gesso.config import Resize
 from gesso.data.sources import decode
 from gesso.errors import GessoError, UnreadableImageError, UsageError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jpe", ".jfif", ".avif", ".jp2",
+    ".j2k",
+)  # fmt: skip
 MAX_LABEL = 999_999
-LISTING_VERSION = 2
+WITHOUT_CLASSES = "training without classes"
+"""End of a note, which matters to training only."""
+MAX_HASHED_IMAGES = 1024
+"""Number of images whose bytes tell whether the images of a source were replaced."""
+LISTING_VERSION = 3
 """Version of stored listings; others are rebuilt."""
 MIN_AGE_NS = 2 * 10**9
 """Nanoseconds: a newer file may change again within one clock tick, so its listing is not stored."""
@@ -66,10 +74,11 @@ class Source(abc.ABC):
     """Undecoded images by index. `item` is thread-safe.
 
     labels: (N,) int64. class_names: empty without classes. notes: messages for the user; reading captions may add some.
-    has_latents: items are latents.
+    has_latents: items are latents. held_out: sources of the validation and test splits beside the training images.
     """
 
     has_latents = False
+    held_out: tuple[str, ...] = ()
 
     def __init__(self, uri: str, labels: np.ndarray, class_names: Sequence[str] = (), notes: Iterable[str] = ()):
         self.uri, self.labels, self.class_names = uri, labels, tuple(class_names)
@@ -122,6 +131,30 @@ class Source(abc.ABC):
             raise UnreadableImageError(name, error.reason) from error
         except OSError as error:
             raise UnreadableImageError(name, error.strerror or " ".join(str(error).split())) from error
+
+    def stamp(self) -> str:
+        """Return text that changes with the size or modification time of any file; "" if `fingerprint` has the pixels.
+
+        Copies of the same images have other stamps: it is a key of caches, not the identity of the images.
+        """
+        return ""
+
+    def content_hash(self) -> str:
+        """Return 16 hex digits of the bytes of MAX_HASHED_IMAGES images, spread evenly; "" if `stamp` is empty."""
+        if not self.stamp():
+            return ""
+        digest, count = hashlib.sha256(), min(len(self), MAX_HASHED_IMAGES)
+        with ThreadPoolExecutor() as pool:
+            for part in pool.map(self._hash_image, ((2 * k + 1) * len(self) // (2 * count) for k in range(count))):
+                digest.update(part)
+        return digest.hexdigest()[:16]
+
+    def _hash_image(self, i: int) -> bytes:
+        try:
+            image = self.read(i)
+            return hashlib.sha256(image if isinstance(image, bytes) else image.tobytes()).digest()
+        except (OSError, UnreadableImageError):
+            return bytes(32)
 
     def fingerprint(self) -> str:
         """Return 16 hex digits of names, sizes, labels, classes and captions, not of pixels."""
@@ -225,12 +258,26 @@ def format_names(names: Sequence[str], max_names: int = 3) -> str:
     return f"{line} and {len(names) - max_names} more" if len(names) > max_names else line
 
 
+def relative_names(paths: Sequence[str]) -> list[str]:
+    """Return the names of files in one folder, or their paths relative to the folder that holds all."""
+    folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    return [os.path.relpath(os.path.abspath(path), folder) for path in paths]
+
+
 def decode_text(raw: bytes) -> tuple[str, bool]:
     """Return text without surrounding white space, and whether it is UTF-8; invalid bytes are replaced."""
     try:
         return raw.decode("utf-8-sig").strip(), True
     except UnicodeDecodeError:
         return raw.decode("utf-8-sig", "replace").strip(), False
+
+
+def hash_stamps(stamps: Iterable[tuple[str, Sequence[int]]]) -> str:
+    """Return 16 hex digits of the names, sizes and modification times (ns) of files."""
+    digest = hashlib.sha256()
+    for name, stamp in stamps:
+        digest.update(json.dumps([name, *stamp]).encode())
+    return digest.hexdigest()[:16]
 
 
 def replace_surrogates(text: str) -> str:
@@ -266,29 +313,3 @@ def validate_labels(
 def numbered_class_names(labels: np.ndarray) -> tuple[str, ...]:
     """Return the class numbers as names."""
     return tuple(str(i) for i in range(int(labels.max()) + 1))
-
-
-def labels_from_folders(
-    uri: str, top_folder: np.ndarray, folders: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], list[str]]:
-    """Return selected images, their labels, class names and notes, for sub-folders as classes.
-
-    top_folder (N,) is the index in `folders` of the top-level folder of each image; -1 for none.
-    """
-    loose = int((top_folder < 0).sum())
-    if not len(folders):
-        if not loose:
-            raise UsageError(f"data.source={uri}: no images there ({', '.join(IMAGE_SUFFIXES)}), and no sub-folders")
-        return (
-            np.arange(loose),
-            np.zeros(loose, np.int64),
-            (),
-            [f"{uri} has no sub-folders: training without classes"],
-        )
-    counts = np.bincount(top_folder[top_folder >= 0], minlength=len(folders))
-    empty = [name for name, count in zip(folders, counts, strict=True) if not count]
-    if empty:
-        raise UsageError(f"data.source={uri}: no image in class folder {format_names(empty, 5)}; fill it or remove it")
-    selected = np.flatnonzero(top_folder >= 0)
-    notes = [f"{loose} images beside the class folders of {uri} are left out"] if loose else []
-    return selected, top_folder[selected], tuple(folders), notes

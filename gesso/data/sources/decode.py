@@ -3,6 +3,8 @@
 Colors are the file's numbers: ICC profiles are not applied.
 """
 
+import functools
+import importlib
 import io
 
 import numpy as np
@@ -12,6 +14,13 @@ from gesso.errors import UnreadableImageError
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 """Formats that are decoded, by the first bytes; no other decoder of Pillow reads the file."""
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
+"""Brands of HEIF files with HEVC, the photographs of iPhones (ISO/IEC 23008-12)."""
+HEAD_BYTES = 64
+"""Number of bytes of a file that tell its format."""
+HEIF_CURE = "a HEIC image: pip install 'gesso[heif]', or convert it to JPEG"
+SIGNATURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF", "JPEG2000", "HEIF")
+"""Formats with a signature that no other file begins with."""
 MAX_PIXELS = 178_956_970
 """Maximum number of pixels; larger images count as decompression bombs, as in Pillow."""
 
@@ -74,13 +83,37 @@ def open_header(data: bytes) -> ImageFile.ImageFile:
     """Read the header and no pixels; unlike Image.open, without warnings on large images."""
     if not data:
         raise UnreadableImageError("", "the file is empty")
+    name = image_format(data)
+    if name == "HEIF" and not has_heif():
+        raise UnreadableImageError("", HEIF_CURE)
+    if name is None:
+        raise UnreadableImageError("", f"not an image ({', '.join(IMAGE_FORMATS)})")
+    return Image.OPEN[name][0](io.BytesIO(data), "")
+
+
+def image_format(head: bytes) -> str | None:
+    """Return the format in IMAGE_FORMATS, or HEIF, of a file that begins with `head`, None for any other file."""
+    # Brands: the major one, the version, and the compatible ones. Pillow takes every brand mif1 for AVIF.
+    brands = [head[i : i + 4] for i in (8, *range(16, min(len(head), HEAD_BYTES) - 3, 4))]
+    if head[4:8] == b"ftyp" and any(brand in HEIF_BRANDS for brand in brands):
+        return "HEIF"
     Image.init()
     for name in IMAGE_FORMATS:
-        if name in Image.OPEN:
-            make, accepts = Image.OPEN[name]
-            if accepts is not None and accepts(data[:16]) is True:  # a str where Pillow was built without the format
-                return make(io.BytesIO(data), "")
-    raise UnreadableImageError("", f"not an image ({', '.join(IMAGE_FORMATS)})")
+        accepts = Image.OPEN[name][1] if name in Image.OPEN else None
+        if accepts is not None and accepts(head[:16]) is True:  # a str where Pillow was built without the format
+            return name
+    return None
+
+
+@functools.cache
+def has_heif() -> bool:
+    """Return whether HEIC images can be read, and make Pillow read them."""
+    try:
+        pillow_heif = importlib.import_module("pillow_heif")
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def exif_orientation(image: Image.Image) -> int:

@@ -1,68 +1,90 @@
-"""Folders of image files: with class sub-folders, flat, or with captions.
+"""Folders of image files, or of latents: with class sub-folders, splits, captions, or a metadata file.
 
 Legend: N images.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from gesso.data.sources import layout
+from gesso.data.sources.archives import parse_latents
 from gesso.data.sources.base import (
-    IMAGE_SUFFIXES,
-    FileStamps,
-    Listing,
+    RawImage,
     Source,
     StringArray,
-    cached_listing,
     caption_notes,
     decode_text,
-    file_stamp,
     format_names,
-    labels_from_folders,
-    replace_surrogates,
+    hash_stamps,
 )
-from gesso.data.sources.parquet import read_column
+from gesso.data.sources.layout import FileTree
+from gesso.data.sources.metadata import json_caption
 from gesso.errors import UsageError
 
-CAPTION_FILES = ("captions.jsonl", "captions.parquet", "metadata.jsonl", "metadata.parquet")
-FILE_COLUMNS, TEXT_COLUMNS = ("file", "file_name", "path"), ("text", "caption")
 CAPTION_CHUNK = 1000
 """captions that one thread reads at a time"""
+LIST_THREADS = 16
+"""Threads that list folders: on a network disk each file takes a round trip."""
+Stamp = tuple[int, int]
+"""Size and modification time (ns) of a file; -1, -1 for a link to nothing, which reading reports."""
+
+
+class FolderScan(NamedTuple):
+    """Files below a folder, sorted by the parts of their names, with their stamps; sub-folders; notes on the rest."""
+
+    names: list[str]
+    stamps: list[Stamp]
+    folders: list[str]
+    notes: list[str]
 
 
 class FolderSource(Source):
-    """Image files in a folder; built by `open_folder` and `open_captioned_folder`.
+    """Image files or latents in a folder, arranged as `layout.find_layout` describes.
 
-    Without a caption file, the caption of an image is the .txt next to it, or the name of its class.
+    Without a metadata file, the caption of an image is the .txt or .json next to it, or the name of its class.
+
+    Args:
+        uri: The setting, PATH or PATH#PART.
+        path: The folder.
+        scan: Its files.
+        part: One of layout.PARTS.
+
+    Raises:
+        UsageError: There are no images, or a metadata file cannot be read or contradicts them.
     """
 
-    def __init__(
-        self, uri: str, listing: Listing, indices: np.ndarray, labels: np.ndarray, class_names: Sequence[str],
-        notes: Sequence[str], caption_texts: StringArray | None = None,
-    ):  # fmt: skip
-        super().__init__(uri, labels, class_names, notes)
-        self.listing, self.indices, self.caption_texts = listing, indices, caption_texts
+    def __init__(self, uri: str, path: str, scan: FolderScan, part: str | None = None):
+        arranged = layout.find_layout(folder_tree(uri, path, scan), part)
+        super().__init__(uri, arranged.labels, arranged.class_names, arranged.notes)
+        stamps = dict(zip(scan.names, scan.stamps, strict=True))
+        self.path, self.has_latents, self.held_out = path, arranged.has_latents, arranged.held_out
+        self.names = StringArray.from_strings(arranged.names)
+        self.stamps = np.array([stamps[name] for name in arranged.names], np.int64).reshape(-1, 2)
+        self.caption_files = StringArray.from_strings(arranged.caption_files)
+        self.caption_texts = None if arranged.captions is None else StringArray.from_strings(arranged.captions)
+        self.folder_classes = arranged.folder_classes
 
     def name(self, i: int) -> str:
         """Return the path relative to the folder."""
-        return self.listing["names"][self.indices[i]]
+        return self.names[i]
 
     def encoded_size(self, i: int) -> int:
         """Return the size of the file."""
-        return int(self.listing["sizes"][self.indices[i]])
+        return int(self.stamps[i, 0])
 
-    def path(self, i: int) -> str:
-        """Return the path of the file."""
-        return os.path.join(self.uri, self.name(i))
+    def read(self, i: int) -> RawImage:
+        """Return the bytes of the file, or latents."""
+        with open(os.path.join(self.path, self.name(i)), "rb", buffering=0) as file:
+            data = file.read()
+        return parse_latents(data) if self.has_latents else data
 
-    def read(self, i: int) -> bytes:
-        """Return the bytes of the file."""
-        with open(self.path(i), "rb", buffering=0) as file:
-            return file.read()
+    def stamp(self) -> str:
+        """Return a hash of the size and modification time of every image."""
+        return hash_stamps(zip(self.names, self.stamps.tolist(), strict=True))
 
     def caption(self, i: int) -> str:
         """Return the caption of one image."""
@@ -71,9 +93,16 @@ class FolderSource(Source):
 
     def _read_caption(self, i: int) -> tuple[str, bool]:
         """Return the caption, and whether it is UTF-8."""
-        if self.listing["has_caption_file"][self.indices[i]]:
-            return decode_text(Path(self.path(i)).with_suffix(".txt").read_bytes())
-        return self.class_names[self.labels[i]] if self.class_names else "", True
+        class_name = self.class_names[self.labels[i]] if self.folder_classes else ""
+        file = self.caption_files[i]
+        if not file:
+            return class_name, True
+        with open(os.path.join(self.path, file), "rb", buffering=0) as handle:
+            raw = handle.read()
+        if file.endswith(".txt"):
+            return decode_text(raw)
+        caption, utf8, _ = json_caption(raw)
+        return caption or class_name, utf8
 
     def _read_caption_chunk(self, start: int) -> list[tuple[str, bool]]:
         try:
@@ -97,113 +126,95 @@ class FolderSource(Source):
         return StringArray.from_strings(text for text, _ in read)
 
 
-def open_folder(uri: str) -> FolderSource:
-    """Open a folder whose sub-folders, if any, are the classes. Raises UsageError if one has no images."""
-    listing = _list_folder(uri)
-    return FolderSource(uri, listing, *labels_from_folders(uri, listing["top_folders"], listing["folders"]))
+def folder_tree(uri: str, path: str, scan: FolderScan) -> FileTree:
+    """Return the files of a folder for `layout.find_layout`."""
+
+    def read(name: str, count: int) -> bytes:
+        file = os.path.join(path, name)
+        if not os.path.isfile(file):  # reading a pipe would wait
+            return b""
+        with open(file, "rb", buffering=0) as handle:
+            return handle.read(count)
+
+    return FileTree(uri, scan.names, scan.folders, read, scan.notes)
 
 
-def open_captioned_folder(uri: str, captions_file: str) -> FolderSource:
-    """Open a folder with a file of captions: every line is a sample, in that order; sub-folders are not classes.
+def scan_folder(uri: str, path: str) -> FolderScan:
+    """List all files below a folder; linked folders are followed once, hidden and system files are left out.
+
+    The listing is not stored between commands: a folder's modification time does not change with its files.
 
     Raises:
-        UsageError: The file cannot be read, or names missing images.
+        UsageError: A folder cannot be listed.
     """
-    listing = _list_folder(uri)
-    pairs, not_utf8 = (_read_jsonl if captions_file.endswith(".jsonl") else _read_parquet)(
-        os.path.join(uri, captions_file)
-    )
-    index = {name: i for i, name in enumerate(listing["names"])}
-    files = [os.path.normpath(file) for file, _ in pairs]
-    missing = [file for file in files if file not in index]
-    if missing:
-        raise UsageError(
-            f"data.source={uri}: {len(missing)} of the {len(files)} images that {captions_file} names are not there: "
-            f"{format_names(missing)}"
+    files: list[tuple[str, Stamp]] = []
+    folders, hidden, other, again = list[str](), list[str](), list[str](), list[str]()
+    seen: set[tuple[int, int]] = set()
+    wave, links = [""], list[str]()
+    with ThreadPoolExecutor(LIST_THREADS) as pool:
+        while wave or links:
+            # Links come last: a folder that can be reached without a link is read under its own name.
+            wave, inside_wave = [], wave or [links.pop(0)]
+            for inside, listed in zip(
+                inside_wave, pool.map(lambda name: _list_folder(uri, path, name), inside_wave), strict=True
+            ):
+                if listed.identity in seen:
+                    again.append(inside[:-1])
+                    continue
+                seen.add(listed.identity)
+                folders += [inside[:-1]] if inside else []
+                files += listed.files
+                hidden += listed.hidden
+                other += listed.other
+                wave += listed.folders
+                links += listed.links
+    files.sort(key=lambda file: layout.parts_key(file[0]))
+    notes = layout.hidden_notes(uri, sorted(hidden))
+    if again:
+        notes.append(
+            f"{len(again)} linked folders in {uri} lead to folders that are read already: {format_names(again)}"
         )
-    if not files:
-        raise UsageError(f"data.source={uri}: {captions_file} names no image")
-    notes = caption_notes(uri, len(files), sum(not text for _, text in pairs), not_utf8)
-    left = len(index) - len(set(files))
-    if left:
-        notes.append(f"{left} images in {uri} are left out: {captions_file} does not name them")
-    chosen, texts = np.array([index[file] for file in files]), StringArray.from_strings(text for _, text in pairs)
-    return FolderSource(uri, listing, chosen, np.zeros(len(files), np.int64), (), notes, texts)
+    if other:
+        notes.append(f"{len(other)} pipes, sockets or devices in {uri} are not read: {format_names(sorted(other))}")
+    return FolderScan([name for name, _ in files], [stamp for _, stamp in files], sorted(folders), notes)
 
 
-def _read_jsonl(path: str) -> tuple[list[tuple[str, str]], int]:
-    """Return (file, caption) of every line of a .jsonl, and the number of lines that are not UTF-8."""
-    pairs, wrong, not_utf8 = [], [], 0
-    for number, raw in enumerate(Path(path).read_bytes().splitlines(), start=1):
-        line, utf8 = decode_text(raw)
-        if not line:
-            continue
-        not_utf8 += not utf8
-        try:
-            row = json.loads(line)
-            file = next(row[key] for key in FILE_COLUMNS if key in row)
-            text = next(row[key] for key in TEXT_COLUMNS if key in row)
-            pairs.append((file + "", replace_surrogates(text or "")))
-        except (ValueError, TypeError, AttributeError, StopIteration, RecursionError):
-            wrong.append(f"line {number}")
-    if wrong:
-        raise UsageError(
-            f'{path}: {len(wrong)} lines are not like {{"file": "a.png", "text": "a caption"}}: {format_names(wrong)}'
-        )
-    return pairs, not_utf8
+class _ListedFolder(NamedTuple):
+    """Device and inode of a folder, and what it holds, by paths relative to the source; folders end in "/"."""
+
+    identity: tuple[int, int]
+    files: list[tuple[str, Stamp]]
+    folders: list[str]
+    links: list[str]
+    hidden: list[str]
+    other: list[str]
 
 
-def _read_parquet(path: str) -> tuple[list[tuple[str, str]], int]:
-    """Return (file, caption) of every row of a .parquet."""
-    files, texts = read_column(path, FILE_COLUMNS), read_column(path, TEXT_COLUMNS)
-    if not all(isinstance(file, str) and isinstance(text, str | None) for file, text in zip(files, texts, strict=True)):
-        raise UsageError(f"{path}: its columns of files and captions must hold texts, with no file missing")
-    return [(file, replace_surrogates(text or "")) for file, text in zip(files, texts, strict=True)], 0
-
-
-def _list_folder(uri: str) -> Listing:
-    return cached_listing(uri, "folder", lambda stamps: _scan_tree(uri, stamps))
-
-
-def _scan_tree(uri: str, stamps: FileStamps) -> Listing:
-    """List every image below a folder, sorted: name, size, whether it has a .txt, and its top-level folder (or -1)."""
-    images, folders, waiting = [], [], [""]
-    while waiting:
-        inside = waiting.pop()
-        folder = os.path.join(uri, inside)
-        try:
-            stamps[os.path.abspath(folder)] = file_stamp(folder)
-            with os.scandir(folder) as listed:
-                entries = list(listed)
-        except OSError as error:
-            raise UsageError(
-                f"data.source={uri}: {format_names([folder])} cannot be listed ({error.strerror})"
-            ) from None
-        texts = {entry.name[:-4] for entry in entries if entry.name.endswith(".txt")}
-        for entry in entries:
-            if entry.name.startswith(".") and (not inside or not entry.is_dir()):
-                continue
-            if entry.is_dir(follow_symlinks=not inside):  # of links to folders only those at the top are followed
-                waiting.append(f"{inside}{entry.name}/")
-                folders += [entry.name] if not inside else []
-            elif entry.name.lower().endswith(IMAGE_SUFFIXES) and (entry.is_file() or _file_size(entry) < 0):
-                images.append(
-                    (f"{inside}{entry.name}".split("/"), _file_size(entry), os.path.splitext(entry.name)[0] in texts)
-                )
-    images.sort()
-    index = {name: i for i, name in enumerate(sorted(folders))}
-    return {
-        "names": StringArray.from_strings("/".join(parts) for parts, _, _ in images),
-        "sizes": np.array([size for _, size, _ in images], np.int64),
-        "has_caption_file": np.array([has_caption for _, _, has_caption in images], bool),
-        "top_folders": np.array([index[parts[0]] if len(parts) > 1 else -1 for parts, _, _ in images], np.int64),
-        "folders": StringArray.from_strings(sorted(folders)),
-    }
-
-
-def _file_size(entry: os.DirEntry) -> int:
-    """Return the size of a file, -1 for a dangling link, which reading reports."""
+def _list_folder(uri: str, path: str, inside: str) -> _ListedFolder:
+    """List the folder `inside`, "" or a path that ends in "/", of the folder `path`."""
+    folder = os.path.join(path, inside)
     try:
-        return entry.stat().st_size
+        status = os.stat(folder)
+        listed = _ListedFolder((status.st_dev, status.st_ino), [], [], [], [], [])
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                name = inside + entry.name
+                if layout.is_hidden(entry.name):
+                    listed.hidden.append(f"{name}/" if entry.is_dir() else name)
+                elif entry.is_dir():
+                    (listed.links if entry.is_symlink() else listed.folders).append(f"{name}/")
+                elif (stamp := _stamp(entry))[0] < 0 or entry.is_file():
+                    listed.files.append((name, stamp))
+                else:
+                    listed.other.append(name)
+    except OSError as error:
+        raise UsageError(f"data.source={uri}: {format_names([folder])} cannot be listed ({error.strerror})") from None
+    return listed
+
+
+def _stamp(entry: os.DirEntry) -> Stamp:
+    try:
+        status = entry.stat()
     except OSError:
-        return -1
+        return -1, -1
+    return status.st_size, status.st_mtime_ns

@@ -4,8 +4,8 @@ Legend: N images. A row group is the unit of reading; files for training should 
 """
 
 import functools
+import io
 import json
-import os
 import threading
 from collections.abc import Sequence
 
@@ -15,8 +15,11 @@ from gesso.data.sources.base import (
     Source,
     StringArray,
     caption_notes,
+    file_stamp,
     format_names,
+    hash_stamps,
     numbered_class_names,
+    relative_names,
     replace_surrogates,
     validate_labels,
 )
@@ -39,14 +42,26 @@ def import_pyarrow():
     return pyarrow, pyarrow.parquet
 
 
-def read_column(path: str, names: Sequence[str]) -> list:
-    """Return the first of the columns `names` that a file has. Raises UsageError if it has none or is damaged."""
+def read_column(path: str, names: Sequence[str], raw: bytes | None = None, required: bool = True) -> list | None:
+    """Return the first of the columns `names` that a file has.
+
+    Args:
+        path: The file.
+        names: Names of columns.
+        raw: Content of the file, if it is in memory.
+        required: False returns None if the file has none of the columns.
+
+    Raises:
+        UsageError: A required column is missing, or the file is damaged.
+    """
     pa, pq = import_pyarrow()
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path if raw is None else io.BytesIO(raw)) as file:
             there = file.schema_arrow.names
             column = next((name for name in names if name in there), None)
             if column is None:
+                if not required:
+                    return None
                 raise UsageError(f"{path} has no column {' or '.join(names)}; there are: {format_names(there, 12)}")
             return file.read(columns=[column]).column(0).to_pylist()
     except (pa.ArrowException, OSError) as error:
@@ -63,7 +78,7 @@ class ParquetSource(Source):
         UsageError: A file is damaged, has no images or other columns than the first file, or labels are invalid.
     """
 
-    def __init__(self, uri: str, paths: Sequence[str]):
+    def __init__(self, uri: str, paths: Sequence[str], more_notes: Sequence[str] = ()):
         pa, pq = import_pyarrow()
         self.row_groups: list[tuple[str, int, int, int]] = []  # file, row group, its bytes, rows of the file before it
         labels, starts = [], [0]
@@ -91,12 +106,13 @@ class ParquetSource(Source):
         if not starts[-1]:
             raise UsageError(f"data.source={uri}: no rows in {format_names(paths)}")
         self.paths, self.starts = paths, np.array(starts)
+        self.file_names = dict(zip(paths, relative_names(paths), strict=True))
         if self.label_column:
             label_array = validate_labels(uri, labels, self.name, len(names) or None)
             names = names or numbered_class_names(label_array)
         else:
             label_array = np.zeros(starts[-1], np.int64)
-        super().__init__(uri, label_array, names, notes)
+        super().__init__(uri, label_array, names, [*notes, *more_notes])
         self._cached_row_group = functools.lru_cache(MAX_CACHED_ROW_GROUPS)(self._read_row_group)
         self._read_lock = threading.Lock()  # of many threads in one row group the first reads it
 
@@ -109,11 +125,15 @@ class ParquetSource(Source):
         """Return the file and row."""
         group, row = self._locate(i)
         path, _, _, before = self.row_groups[group]
-        return f"{os.path.basename(path)}:{before + row}"
+        return f"{self.file_names[path]}:{before + row}"
 
     def encoded_size(self, i: int) -> int:
         """Return the size of the row group: that of one image is not known before it is read."""
         return self.row_groups[self._locate(i)[0]][2]
+
+    def stamp(self) -> str:
+        """Return a hash of size and modification time of every file."""
+        return hash_stamps((self.file_names[path], file_stamp(path)) for path in self.paths)
 
     def _read_row_group(self, group: int):
         pa, pq = import_pyarrow()
@@ -147,7 +167,9 @@ class ParquetSource(Source):
         if not self.caption_column:
             return [""] * len(self)
         texts = StringArray.from_strings(
-            replace_surrogates(text or "") for path in self.paths for text in read_column(path, [self.caption_column])
+            replace_surrogates(text or "")
+            for path in self.paths
+            for text in read_column(path, [self.caption_column]) or ()
         )
         self.notes += caption_notes(self.uri, len(self), sum(not text for text in texts), 0)
         return texts
