@@ -427,14 +427,14 @@ def test_heic_without_its_extra_is_named(make, monkeypatch):
     source = open_source(path)
     assert names(source) == [f"{prefix}0.png"]
     assert f"2 HEIC images in {path} are not read: {prefix}IMG_1.HEIC, {prefix}IMG_2.heic" in notes(source)
-    assert "pip install 'gesso[heif]'" in notes(source)
-    with pytest.raises(UnreadableImageError, match=r"a HEIC image: pip install 'gesso\[heif\]'"):
+    assert "pip install 'gesso-diffusion[heif]'" in notes(source)
+    with pytest.raises(UnreadableImageError, match=r"a HEIC image: pip install 'gesso-diffusion\[heif\]'"):
         decode.decode_image(HEIC, 3)
 
 
 def test_only_heic_images(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "has_heif", lambda: False)
-    with pytest.raises(UsageError, match=r"no images there .*1 HEIC images.*pip install 'gesso\[heif\]'"):
+    with pytest.raises(UsageError, match=r"no images there .*1 HEIC images.*pip install 'gesso-diffusion\[heif\]'"):
         open_source(write(tmp_path, {"a.heic": HEIC}))
 
 

@@ -10,7 +10,7 @@ import io
 import numpy as np
 from PIL import Image, ImageFile
 
-from gesso.errors import UnreadableImageError
+from gesso.errors import UnreadableImageError, install_command
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 """Formats that are decoded, by the first bytes; no other decoder of Pillow reads the file."""
@@ -18,7 +18,7 @@ HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 """Brands of HEIF files with HEVC, the photographs of iPhones (ISO/IEC 23008-12)."""
 HEAD_BYTES = 64
 """Number of bytes of a file that tell its format."""
-HEIF_CURE = "a HEIC image: pip install 'gesso[heif]', or convert it to JPEG"
+HEIF_CURE = f"a HEIC image: {install_command('heif')}, or convert it to JPEG"
 SIGNATURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF", "JPEG2000", "HEIF")
 """Formats with a signature that no other file begins with."""
 MAX_PIXELS = 178_956_970

@@ -27,7 +27,7 @@ from gesso.data.sources.base import (
     validate_labels,
 )
 from gesso.data.sources.metadata import METADATA_FILES, metadata_labels, parse_dataset_json, read_metadata
-from gesso.errors import UsageError
+from gesso.errors import UsageError, install_command
 
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 CAPTION_SUFFIXES = (".txt", ".json")
@@ -228,8 +228,8 @@ def _heif_notes(uri: str, names: Sequence[str]) -> list[str]:
     if not names:
         return []
     return [
-        f"{len(names)} HEIC images in {uri} are not read: {format_names(names)}; install gesso[heif] (pip install "
-        "'gesso[heif]'), or convert them to JPEG"
+        f"{len(names)} HEIC images in {uri} are not read: {format_names(names)}; {install_command('heif')}, or "
+        "convert them to JPEG"
     ]
 
 
