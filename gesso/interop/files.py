@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gesso import models
+from gesso import models, untrusted
 from gesso.config import InputSpec, NetConfig
 from gesso.errors import RunError, UsageError
 from gesso.interop import detect_format
@@ -96,9 +96,9 @@ def _check_unpacked_size(path: Path, label: str) -> None:
     try:
         if not zipfile.is_zipfile(path):
             return
-        with zipfile.ZipFile(path) as archive:
+        with untrusted.open_zip(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+    except (OSError, *untrusted.ZIP_ERRORS) as error:
         raise RunError(f"{label} is damaged ({error})") from None
     if unpacked > path.stat().st_size:
         raise RunError(f"{label} unpacks to {unpacked:,} bytes, more than its size; torch.save does not compress")

@@ -17,7 +17,7 @@ and P channels of a token and of pooled text.
 """
 
 import hashlib
-import json
+import random
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -27,9 +27,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gesso import safetensors_io, untrusted
 from gesso.data.cache.plan import (
     FORMAT,
     CacheHeader,
@@ -48,6 +48,8 @@ SHARD_DIR = "shards"
 COLUMNS_FILE = "columns.safetensors"
 COLUMN_TENSORS = ("label", "size", "box", "flip", "tone", "caption", "caption_end")
 TEXT_TENSORS = ("tokens", "token_end", "pooled")
+MAX_VERIFIED_BYTES = 256 * 2**20
+"""Size of the shards whose checksums are verified when a cache is opened; at least one shard is."""
 SHARD_NAME_PATTERN = re.compile(r"shard-(\d{6,})(-\d+x\d+)?\.safetensors")
 
 Layout = dict[str, tuple[torch.dtype, tuple[int | None, ...]]]
@@ -71,8 +73,8 @@ Record = TypeVar("Record", CacheManifest, ShardRecord, CacheHeader)
 def read_record(path: Path, kind: type[Record]) -> Record:
     """Read a JSON file of a cache; raise UsageError if it is damaged or of another version."""
     try:
-        tree = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        tree = untrusted.read_json(path)
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {hub.error_summary(error)}") from None
     return parse_record(tree, path, kind)
 
@@ -106,6 +108,21 @@ def open_manifest(folder: str | Path) -> CacheManifest:
     if problems := size_problems(Path(folder), (*manifest.files, manifest.columns)):
         raise UsageError(f"{problems[0]}; run gesso cache --check {folder} to see how to repair the cache")
     return manifest
+
+
+def check_sample(folder: Path, manifest: CacheManifest) -> None:
+    """Verify the SHA-256 of the columns and of shards chosen at random, as many as MAX_VERIFIED_BYTES allows.
+
+    Raises:
+        UsageError: A file has changed since it was written.
+    """
+    shards = random.SystemRandom().sample(manifest.files, len(manifest.files))
+    ends = np.cumsum([shard.bytes for shard in shards])
+    count = max(1, int(np.searchsorted(ends, MAX_VERIFIED_BYTES, "right")))
+    files: list[CacheFile] = [manifest.columns, *shards[:count]]
+    for file in files:
+        if problem := _file_problem(folder, file):
+            raise UsageError(f"{problem}; run gesso cache --check {folder} to see how to repair the cache")
 
 
 def _read_manifest(folder: Path) -> CacheManifest:
@@ -205,9 +222,9 @@ def map_shard(path: Path, plan: CachePlan, shard: ShardFile) -> dict[str, Tensor
 
 def _map_file(path: Path, layout: Layout) -> dict[str, Tensor]:
     try:
-        with safe_open(path, "pt") as file:
+        with safetensors_io.open_bounded(path) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except safetensors_io.READ_ERRORS as error:
         raise UsageError(f"{path} is damaged: {hub.error_summary(error)}") from None
     for name in {**layout, **tensors}:
         actual = (tensors[name].dtype, tuple(tensors[name].shape)) if name in tensors else None

@@ -5,7 +5,6 @@ Legend: N images.
 
 import functools
 import io
-import json
 import os
 import struct
 import tarfile
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gesso import untrusted
 from gesso.data.sources.base import (
     IMAGE_SUFFIXES,
     MAX_LABEL,
@@ -50,8 +50,10 @@ class FileHandle:
         os.close(self.descriptor)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return `size` bytes at `offset`. Raises UnreadableImageError if the file is shorter."""
-        data = os.pread(self.descriptor, size, offset)
+        """Return `size` bytes at `offset`. Raises UnreadableImageError if the file is shorter or they are too many."""
+        if size > untrusted.MAX_ITEM_BYTES:
+            raise UnreadableImageError("", f"it has more than {untrusted.MAX_ITEM_BYTES / 2**20:g} MiB")
+        data = os.pread(self.descriptor, size, offset) if offset >= 0 else b""
         if len(data) < size:
             raise UnreadableImageError("", "its file is shorter than when it was listed")
         return data
@@ -98,6 +100,8 @@ class ZipSource(Source):
     def read(self, i: int) -> RawImage:
         """Return the encoded image, or latents."""
         offset, packed, size, method, crc = self.locations[i].tolist()
+        if size > untrusted.MAX_ITEM_BYTES:
+            raise UnreadableImageError("", f"it has more than {untrusted.MAX_ITEM_BYTES / 2**20:g} MiB")
         handle = self.open_handle(self.uri)
         head = handle.read(offset, 30)
         if head[:4] != b"PK\3\4":
@@ -127,11 +131,13 @@ def _parse_latents(data: bytes) -> np.ndarray:
 def _list_zip(uri: str, stamps: FileStamps) -> Listing:
     stamps[os.path.abspath(uri)] = file_stamp(uri)
     try:
-        with zipfile.ZipFile(uri) as archive:
+        with untrusted.open_zip(uri) as archive:
             entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
-            described = archive.read("dataset.json") if "dataset.json" in entries else None
+            described = None
+            if "dataset.json" in entries:
+                described = untrusted.read_member(archive, "dataset.json", untrusted.MAX_TEXT_BYTES)
             total = sum(not entry.is_dir() for entry in archive.infolist())
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, EOFError) as error:
+    except (OSError, *untrusted.ZIP_ERRORS) as error:
         raise UsageError(f"data.source={uri}: no zip that can be read, or one cut short ({error})") from None
     hostile = [n for n in entries if n.startswith("/") or "\\" in n or ":" in n[:2] or ".." in n.split("/")]
     if hostile:
@@ -187,9 +193,9 @@ def _zip_labels(uri: str, names: list[str], dataset_json: bytes | None):
         index = {folder: i for i, folder in enumerate(folders)} | {"": -1}
         return labels_from_folders(uri, np.array([index[top] for top in tops]), folders)
     try:
-        pairs = json.loads(dataset_json)["labels"]
+        pairs = untrusted.parse_json(dataset_json)["labels"]
         given = None if pairs is None else {str(name): label for name, label in pairs}
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise UsageError(
             f'data.source={uri}: its dataset.json is not {{"labels": [[name, class], ...]}} or {{"labels": null}}'
         ) from None
@@ -241,7 +247,7 @@ class TarSource(Source):
         if repeated:
             notes.append(f"{repeated} keys in {uri} are there twice: the first is used")
         if bad_json:
-            notes.append(f"{bad_json} .json in {uri} cannot be read: their captions are empty")
+            notes.append(f"{bad_json} captions in {uri} cannot be read or are above 1 MiB: they are empty")
         if cut:
             ends = [
                 f"{os.path.basename(path)} after {len(listing['names'])} images"
@@ -292,16 +298,12 @@ def _list_tar(path: str, stamps: FileStamps) -> Listing:
         if image is None:
             counts[0] += 1
             continue
-        caption, utf8, known = "", True, True
-        if "txt" in parts:
-            caption, utf8 = decode_text(handle.read(*parts["txt"]))
-        elif "json" in parts:
-            caption, utf8, known = _json_caption(handle.read(*parts["json"]))
+        caption, utf8, known = _read_tar_caption(handle, parts)
         counts[2:5] += (not caption, not utf8, not known)
         names.append(f"{key}.{image}")
         places.append(parts[image])
         captions.append(caption)
-        labels.append(_parse_class(path, key, handle.read(*parts["cls"])) if "cls" in parts else -1)
+        labels.append(_parse_class(path, key, _read_start(handle, *parts["cls"])) if "cls" in parts else -1)
     counts[1], counts[5] = repeated, cut
     return {
         "names": StringArray.from_strings(names),
@@ -312,6 +314,20 @@ def _list_tar(path: str, stamps: FileStamps) -> Listing:
     }
 
 
+def _read_tar_caption(handle: FileHandle, parts: dict[str, tuple[int, int]]) -> tuple[str, bool, bool]:
+    """Return the caption of a sample, whether it is UTF-8, and whether it is readable."""
+    offset, size = parts.get("txt") or parts.get("json") or (0, 0)
+    if size > untrusted.MAX_CAPTION_BYTES:
+        return "", True, False
+    raw = handle.read(offset, size)
+    return (*decode_text(raw), True) if "txt" in parts or "json" not in parts else _json_caption(raw)
+
+
+def _read_start(handle: FileHandle, offset: int, size: int, max_bytes: int = 64) -> bytes:
+    """Return the first bytes of a member."""
+    return handle.read(offset, min(size, max_bytes))
+
+
 def _read_members(path: str, size: int) -> tuple[dict[str, dict[str, tuple[int, int]]], int, bool]:
     """Return {key: {suffix: (offset, size)}}, the number of duplicate keys, and whether the tar is truncated."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
@@ -319,6 +335,7 @@ def _read_members(path: str, size: int) -> tuple[dict[str, dict[str, tuple[int, 
     try:
         with tarfile.open(path, "r:", encoding="utf-8") as tar:
             for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would hold all of them
                 after = member.offset_data + -(-member.size // TAR_BLOCK) * TAR_BLOCK
                 if not 0 <= member.size <= size - member.offset_data:
                     break
@@ -332,10 +349,11 @@ def _read_members(path: str, size: int) -> tuple[dict[str, dict[str, tuple[int, 
                 if suffix in parts:
                     repeated.add(key)
                 parts.setdefault(suffix, (member.offset_data, member.size))
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError, OSError) as error:
         if size and not samples:
+            reason = " ".join(str(error).split())
             raise UsageError(
-                f"data.source={path}: no tar that can be read ({error}); a packed one must be unpacked"
+                f"data.source={path}: no tar that can be read ({reason}); a packed one must be unpacked"
             ) from None
     with open(path, "rb") as file:  # tarfile ends without a word at a damaged header too
         file.seek(end)
@@ -346,8 +364,8 @@ def _json_caption(raw: bytes) -> tuple[str, bool, bool]:
     """Return the caption, whether it is UTF-8, and whether it is readable."""
     text, utf8 = decode_text(raw)
     try:
-        caption = json.loads(text).get("caption")
-    except (ValueError, AttributeError, RecursionError):
+        caption = untrusted.parse_json(text).get("caption")
+    except (ValueError, AttributeError):
         return "", utf8, False
     return (replace_surrogates(caption), utf8, True) if isinstance(caption, str) else ("", utf8, caption is None)
 

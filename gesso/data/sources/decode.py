@@ -3,7 +3,10 @@
 Colors are the file's numbers: ICC profiles are not applied.
 """
 
+import contextlib
 import io
+import threading
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -13,7 +16,8 @@ from gesso.errors import UnreadableImageError
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 """Formats that are decoded, by the first bytes; no other decoder of Pillow reads the file."""
 MAX_PIXELS = 178_956_970
-"""Maximum number of pixels; larger images count as decompression bombs, as in Pillow."""
+"""Maximum number of pixels of an image, as in Pillow, and of all images that threads decode at once. A pixel takes up to
+20 bytes meanwhile."""
 
 EXIF_ORIENTATION = 0x0112
 # EXIF 2.3, tag 274: what makes a stored image upright.
@@ -26,6 +30,33 @@ ORIENTATION_TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+class PixelBudget:
+    """Number of pixels that threads may decode at once.
+
+    Args:
+        total: Number of pixels; an image with more has it alone.
+    """
+
+    def __init__(self, total: int):
+        self.total, self.used, self.condition = total, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def reserve(self, count: int) -> Iterator[None]:
+        """Wait until `count` pixels are free, and hold them in the body."""
+        with self.condition:
+            self.condition.wait_for(lambda: not self.used or self.used + count <= self.total)
+            self.used += count
+        try:
+            yield
+        finally:
+            with self.condition:
+                self.used -= count
+                self.condition.notify_all()
+
+
+BUDGET = PixelBudget(MAX_PIXELS)
 
 
 def decode_image(
@@ -58,9 +89,10 @@ def decode_image(
             raise UnreadableImageError("", f"{width} x {height} is over {MAX_PIXELS} pixels: a decompression bomb")
         if min_edge:
             opened.draft(None, (2 * min_edge, 2 * min_edge))
-        opened.load()
-        orientation = exif_orientation(opened) if upright else 1
-        picture = _to_grey_or_rgb(opened, channels, white=upright)
+        with BUDGET.reserve(opened.width * opened.height):
+            opened.load()
+            orientation = exif_orientation(opened) if upright else 1
+            picture = _to_grey_or_rgb(opened, channels, white=upright)
     except UnreadableImageError:
         raise
     except Exception as error:  # whatever a decoder raises on a damaged file

@@ -3,7 +3,6 @@
 Legend: N images.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gesso import untrusted
 from gesso.data.sources.base import (
     IMAGE_SUFFIXES,
     FileStamps,
@@ -26,7 +26,7 @@ from gesso.data.sources.base import (
     replace_surrogates,
 )
 from gesso.data.sources.parquet import read_column
-from gesso.errors import UsageError
+from gesso.errors import UnreadableImageError, UsageError
 
 CAPTION_FILES = ("captions.jsonl", "captions.parquet", "metadata.jsonl", "metadata.parquet")
 FILE_COLUMNS, TEXT_COLUMNS = ("file", "file_name", "path"), ("text", "caption")
@@ -61,8 +61,10 @@ class FolderSource(Source):
 
     def read(self, i: int) -> bytes:
         """Return the bytes of the file."""
-        with open(self.path(i), "rb", buffering=0) as file:
-            return file.read()
+        try:
+            return untrusted.read_bytes(Path(self.path(i)), untrusted.MAX_ITEM_BYTES)
+        except ValueError as error:
+            raise UnreadableImageError("", str(error)) from None
 
     def caption(self, i: int) -> str:
         """Return the caption of one image."""
@@ -72,15 +74,25 @@ class FolderSource(Source):
     def _read_caption(self, i: int) -> tuple[str, bool]:
         """Return the caption, and whether it is UTF-8."""
         if self.listing["has_caption_file"][self.indices[i]]:
-            return decode_text(Path(self.path(i)).with_suffix(".txt").read_bytes())
+            try:
+                return decode_text(untrusted.read_bytes(self._caption_path(i), untrusted.MAX_CAPTION_BYTES))
+            except ValueError as error:
+                raise UnreadableImageError("", f"its caption cannot be read: {error}") from None
         return self.class_names[self.labels[i]] if self.class_names else "", True
 
+    def _caption_path(self, i: int) -> Path:
+        return Path(self.path(i)).with_suffix(".txt")
+
     def _read_caption_chunk(self, start: int) -> list[tuple[str, bool]]:
-        try:
-            return [self._read_caption(i) for i in range(start, min(start + CAPTION_CHUNK, len(self)))]
-        except OSError as error:
-            file = format_names([str(error.filename)])
-            raise UsageError(f"data.source={self.uri}: caption {file} cannot be read ({error.strerror})") from None
+        captions = []
+        for i in range(start, min(start + CAPTION_CHUNK, len(self))):
+            try:
+                captions.append(self._read_caption(i))
+            except (OSError, UnreadableImageError) as error:
+                file = format_names([str(self._caption_path(i))])
+                reason = error.strerror if isinstance(error, OSError) else error.reason
+                raise UsageError(f"data.source={self.uri}: caption {file} cannot be read ({reason})") from None
+        return captions
 
     def read_captions(self) -> Sequence[str]:
         """Return all captions."""
@@ -134,17 +146,21 @@ def open_captioned_folder(uri: str, captions_file: str) -> FolderSource:
 def _read_jsonl(path: str) -> tuple[list[tuple[str, str]], int]:
     """Return (file, caption) of every line of a .jsonl, and the number of lines that are not UTF-8."""
     pairs, wrong, not_utf8 = [], [], 0
-    for number, raw in enumerate(Path(path).read_bytes().splitlines(), start=1):
+    try:
+        content = untrusted.read_bytes(Path(path), untrusted.MAX_ITEM_BYTES)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error})") from None
+    for number, raw in enumerate(content.splitlines(), start=1):
         line, utf8 = decode_text(raw)
         if not line:
             continue
         not_utf8 += not utf8
         try:
-            row = json.loads(line)
+            row = untrusted.parse_json(line)
             file = next(row[key] for key in FILE_COLUMNS if key in row)
             text = next(row[key] for key in TEXT_COLUMNS if key in row)
             pairs.append((file + "", replace_surrogates(text or "")))
-        except (ValueError, TypeError, AttributeError, StopIteration, RecursionError):
+        except (ValueError, TypeError, AttributeError, StopIteration):
             wrong.append(f"line {number}")
     if wrong:
         raise UsageError(

@@ -9,8 +9,9 @@ import math
 import os
 import re
 import zipfile
+from pathlib import Path
 
-from gesso import hub
+from gesso import hub, untrusted
 from gesso.data.sources.archives import TarSource, ZipSource
 from gesso.data.sources.base import IMAGE_SUFFIXES, Source, format_names
 from gesso.data.sources.custom import CustomSource
@@ -96,8 +97,11 @@ def _open_in_folder(uri: str) -> Source:
 
 
 def _open_file(uri: str) -> Source:
-    with open(uri, "rb") as file:
-        head = file.read(4)
+    try:
+        with open(untrusted.open_regular(Path(uri)), "rb") as file:
+            head = file.read(4)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"data.source={uri}: cannot be read ({error})") from None
     if head == b"PAR1":
         return ParquetSource(uri, [uri])
     if zipfile.is_zipfile(uri) or head == b"PK\3\4":
