@@ -1,4 +1,4 @@
-"""Small files that declare or unpack to much more: refused by their bounds, with the bounds lowered where a file is large."""
+"""Small files that declare or unpack to much more are refused by bounds, which are lowered where a file is large."""
 
 import io
 import os
@@ -27,7 +27,7 @@ from gesso.evaluation.image_sets import open_image_set
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
+def _temporary_cache_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import random
 import zipfile
 from pathlib import Path
 
@@ -232,29 +231,10 @@ def readers(folder: Path) -> dict[str, tuple[bytes, object]]:
     }
 
 
-def read_mutants(folder: Path, seed: int, count: int) -> int:
-    """Read damaged files; return the number of refused ones."""
-    generator, num_refused = random.Random(seed), 0
-    cases = list(readers(folder).items())
-    for i in range(count):
-        name, (content, read) = cases[i % len(cases)]
-        path = folder / name
-        path.write_bytes(fuzz.mutate(generator, content))
-        try:
-            read(path)
-        except GessoError as error:
-            num_refused += 1
-            assert len(str(error).splitlines()) <= 3, error
-        except Exception as error:
-            (folder / f"failed-{name}").write_bytes(path.read_bytes() if path.exists() else b"")
-            raise AssertionError(f"mutant {i} of {name} in {folder}") from error
-    return num_refused
-
-
 def test_mutants_of_all_readers(tmp_path):
-    assert read_mutants(tmp_path, 0, 200) > 50
+    assert fuzz.read_mutants(readers(tmp_path), tmp_path, 0, 200) > 50
 
 
 @pytest.mark.slow
 def test_many_mutants_of_all_readers(tmp_path):
-    assert read_mutants(tmp_path, 1, 5_000) > 1_000
+    assert fuzz.read_mutants(readers(tmp_path), tmp_path, 1, 5_000) > 1_000

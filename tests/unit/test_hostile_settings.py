@@ -126,7 +126,7 @@ def resolve_random_settings(seed: int, count: int, folder) -> int:
             config.to_annotated_yaml(run)
             num_valid += run.sample_size[0] > 0 and run.input_spec.channels > 0
         except GessoError as error:
-            assert (error.exit_code == 2 and str(error).isprintable()) or "\n" in str(error)
+            assert error.exit_code == 2 and 1 <= len(str(error).splitlines()) <= 60, error
         except Exception as error:
             raise AssertionError(f"{arguments}") from error
     return num_valid

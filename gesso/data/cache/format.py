@@ -204,8 +204,15 @@ def map_columns(path: Path, manifest: CacheManifest) -> dict[str, Tensor]:
     """Return the columns of a cache, memory-mapped; raise UsageError if they contradict the manifest."""
     layout = shard_layout(manifest.plan, manifest.files[0].model_copy(update={"rows": manifest.num_images}))
     columns = _map_file(path, {name: layout[name] for name in COLUMN_TENSORS})
-    if not _ends_are_valid(columns["caption_end"], len(columns["caption"])):
-        raise UsageError(f"{path} is damaged: caption_end does not increase to the length of caption")
+    label, size = columns["label"], columns["size"]
+    is_valid = {
+        "caption_end": _ends_are_valid(columns["caption_end"], len(columns["caption"])),
+        "label": bool((label >= 0).all() and (label < max(len(manifest.class_names), 1)).all()),
+        "size": bool((size > 0).all()),
+        **{name: bool(columns[name].isfinite().all()) for name in ("box", "tone")},
+    }
+    if invalid := [name for name, valid in is_valid.items() if not valid]:
+        raise UsageError(f"{path} is damaged: invalid values of {', '.join(invalid)}")
     return columns
 
 
@@ -217,7 +224,16 @@ def _ends_are_valid(ends: Tensor, total: int) -> bool:
 
 def map_shard(path: Path, plan: CachePlan, shard: ShardFile) -> dict[str, Tensor]:
     """Return the tensors of a shard, memory-mapped; raise UsageError if they contradict the plan."""
-    return _map_file(path, shard_layout(plan, shard))
+    tensors = _map_file(path, shard_layout(plan, shard))
+    if "tokens" in tensors and not _token_ends_are_valid(plan, tensors):
+        raise UsageError(f"{path} is damaged: invalid values of token_end")
+    return tensors
+
+
+def _token_ends_are_valid(plan: CachePlan, tensors: dict[str, Tensor]) -> bool:
+    lengths = np.diff(tensors["token_end"].numpy(), prepend=0)
+    fits = bool((lengths <= plan.semantic.max_tokens).all())
+    return fits and _ends_are_valid(tensors["token_end"], len(tensors["tokens"]))
 
 
 def _map_file(path: Path, layout: Layout) -> dict[str, Tensor]:
@@ -317,10 +333,6 @@ def _content_problem(manifest: CacheManifest, shard: ShardFile, tensors: dict[st
         "caption_end": _ends_are_valid(tensors["caption_end"], len(tensors["caption"])),
         "size": (tensors["size"] > 0).all(),
     }
-    if "tokens" in tensors:
-        lengths = np.diff(tensors["token_end"].numpy(), prepend=0)
-        fits = (lengths <= plan.semantic.max_tokens).all()
-        is_valid["token_end"] = fits and _ends_are_valid(tensors["token_end"], len(tensors["tokens"]))
     for name in ("moments", "tokens", "pooled", "box", "tone"):
         # In parts: isfinite of the full tensor takes as much memory as the tensor.
         if name in tensors:

@@ -16,8 +16,10 @@ from gesso.errors import UnreadableImageError
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 """Formats that are decoded, by the first bytes; no other decoder of Pillow reads the file."""
 MAX_PIXELS = 178_956_970
-"""Maximum number of pixels of an image, as in Pillow, and of all images that threads decode at once. A pixel takes up to
-20 bytes meanwhile."""
+"""Maximum number of pixels of an image, as in Pillow, and of all images that threads decode at once.
+
+A pixel takes up to 20 bytes meanwhile.
+"""
 
 EXIF_ORIENTATION = 0x0112
 # EXIF 2.3, tag 274: what makes a stored image upright.

@@ -172,6 +172,8 @@ def _read_jsonl(path: str) -> tuple[list[tuple[str, str]], int]:
 def _read_parquet(path: str) -> tuple[list[tuple[str, str]], int]:
     """Return (file, caption) of every row of a .parquet."""
     files, texts = read_column(path, FILE_COLUMNS), read_column(path, TEXT_COLUMNS)
+    if len(files) != len(texts):
+        raise UsageError(f"{path} is damaged: it has {len(files)} files and {len(texts)} captions")
     if not all(isinstance(file, str) and isinstance(text, str | None) for file, text in zip(files, texts, strict=True)):
         raise UsageError(f"{path}: its columns of files and captions must hold texts, with no file missing")
     return [(file, replace_surrogates(text or "")) for file, text in zip(files, texts, strict=True)], 0
