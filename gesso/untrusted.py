@@ -24,6 +24,8 @@ MAX_TEXT_BYTES = 64 * 2**20
 """Maximum size of a JSON file, a line of a log, or a picture of a report."""
 MAX_YAML_BYTES = 4 * 2**20
 """Maximum size of a YAML file; its parser takes about a second per MiB."""
+MAX_LINE_LENGTH = 4_000
+"""Maximum number of characters of a printed line."""
 MAX_ITEM_BYTES = 2**30
 """Maximum size of one encoded image or array, packed or not: a file, a member of an archive, a cell of a table."""
 MAX_CAPTION_BYTES = 2**20
@@ -51,8 +53,19 @@ def printable(text: object) -> str:
 
 
 def print_text(console: Console, text: object) -> None:
-    """Print text on a console as it is: no markup, no terminal escapes, no breaks of long lines."""
-    console.print(printable(text), markup=False, highlight=False, emoji=False, soft_wrap=True)
+    """Print text on a console as it is: no markup, no terminal escapes, no breaks of long lines.
+
+    The middle of a line above MAX_LINE_LENGTH characters is left out.
+    """
+    lines = [_shorten(line) for line in printable(text).split("\n")]
+    console.print("\n".join(lines), markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def _shorten(line: str) -> str:
+    if len(line) <= MAX_LINE_LENGTH:
+        return line
+    half = MAX_LINE_LENGTH // 2
+    return f"{line[:half]} [{len(line) - 2 * half:,} characters left out] {line[-half:]}"
 
 
 def open_regular(path: Path, follow_links: bool = True) -> int:

@@ -12,7 +12,7 @@ from helpers import fuzz
 from helpers.run_factory import write_run
 from safetensors.torch import save_file
 
-from gesso import snapshot
+from gesso import config, snapshot
 from gesso.errors import GessoError, RunError, UsageError
 from gesso.evaluation import results
 from gesso.evaluation.feature_stats import load_stats
@@ -190,6 +190,26 @@ def test_an_array_bomb_is_not_unpacked(tmp_path, photos):
     for action in (lambda: open_image_set(str(tmp_path / "x.npz")), lambda: evaluate_with(tmp_path / "x.npz", photos)):
         with pytest.raises(UsageError):
             action()
+
+
+# Text.
+
+
+def test_hostile_names_in_a_report(tmp_path, gesso):
+    names = ("<script>alert(1)</script>", "\x1b[31mred", "[/b]", "{{ 7 * 7 }}", "a\u202eb")
+    folder = tmp_path / "<img src=x>[b]"
+    run = write_run(folder)
+    data = run.data.model_copy(update={"class_names": (*names, *"56789")})
+    run = run.model_copy(update={"recipe": "<script>alert(2)</script>\x1b[31m", "data": data})
+    config.save_config(run, folder / "run.yaml")
+    (folder / "log.jsonl").write_text('{"nimg": 16, "loss": 1.0, "<script>alert(3)</script>": 2}\n')
+    code, out, err = gesso("report", folder)
+    assert code == 0 and "\x1b" not in out + err, err
+    page = (folder / "report.html").read_text()
+    assert "\x1b" not in page and "\u202e" not in page and "<script>alert" not in page and "<img src=x" not in page
+    assert "&lt;script&gt;alert(2)" in page and "\\x1b[31m" in page
+    code, out, err = gesso("sample", folder, "--seeds", "0-1")
+    assert code == 0 and "\x1b" not in out + err, err
 
 
 # Random damage.

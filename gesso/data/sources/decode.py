@@ -18,7 +18,7 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JP
 MAX_PIXELS = 178_956_970
 """Maximum number of pixels of an image, as in Pillow, and of all images that threads decode at once.
 
-A pixel takes up to 20 bytes meanwhile.
+A pixel takes up to 16 bytes meanwhile.
 """
 
 EXIF_ORIENTATION = 0x0112
