@@ -1,5 +1,6 @@
 """Read files of weights without running code in them, and describe what they hold."""
 
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -46,6 +47,10 @@ def read_state(path: Path, label: str) -> StateFile:
         RunError: The file is damaged or has anything but weights.
         UsageError: It has no named weights.
     """
+    try:
+        os.close(untrusted.open_regular(path))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{label} cannot be read ({error})") from None
     if path.suffix == ".safetensors":
         return StateFile(read_tensors(path), {})
     state = _read_edm2_pickle(path, label) if path.suffix == ".pkl" else _read_checkpoint(path, label)

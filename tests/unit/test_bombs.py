@@ -180,9 +180,16 @@ def test_files_of_a_folder_are_bounded(tmp_path, monkeypatch):
         open_source(str(folder))
 
 
-@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.parquet", "train-images-idx3-ubyte", "images/a.txt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.zip", "a.tar", "a.parquet", "train-images-idx3-ubyte", "images/a.txt", "images/captions.jsonl",
+        "files/a.tar", "files/a.parquet", "files/train-images-idx3-ubyte",
+    ],
+)  # fmt: skip
 def test_pipes_are_not_waited_for(tmp_path, name):
     (tmp_path / "images").mkdir()
+    (tmp_path / "files").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(png())
     os.mkfifo(tmp_path / name)
     with pytest.raises(UsageError, match="no regular file"):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -118,6 +119,21 @@ def test_a_pickle_with_code_is_not_run(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="contains code, which gesso never runs"):
         read_weights(tmp_path / "x.pt")
     assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "pipe.pt", "pipe.pkl", "pipe.safetensors", "folder"])
+def test_weights_are_regular_files(tmp_path, gesso, name):
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    elif name != "/dev/zero":
+        os.mkfifo(path)
+    with pytest.raises(GessoError) as caught:
+        read_weights(path)
+    assert_short(caught.value, path)
+    for arguments in (["import", path], ["train", "digits", f"init.source={path}", "--out", tmp_path / "run"]):
+        code, _, err = gesso(*arguments)
+        assert code in (1, 2) and "Traceback" not in err and len(err.strip().splitlines()) <= 3
 
 
 def test_impossible_shapes_of_known_projects(tmp_path):

@@ -85,7 +85,7 @@ def read_config(folder: Path, label: str) -> dict[str, Any]:
 def weight_files(folder: Path, stem: str, label: str) -> list[Path]:
     """Return STEM.safetensors or its shards, in order; raise UsageError if there are none."""
     pattern = re.compile(re.escape(stem) + r"(-\d+-of-\d+)?\.safetensors")
-    shards = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+    shards = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name) and path.is_file())
     if not shards:
         raise UsageError(
             f"{label}: no {stem}.safetensors in {folder}; weights in pickles (.bin, .ckpt) are not read, as they can "

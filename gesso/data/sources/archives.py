@@ -11,6 +11,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -290,8 +291,11 @@ class TarSource(Source):
 
 def _list_tar(path: str, stamps: FileStamps) -> Listing:
     size, _ = stamps[os.path.abspath(path)] = file_stamp(path)
+    try:
+        handle = FileHandle(untrusted.open_regular(Path(path)))
+    except ValueError as error:
+        raise UsageError(f"data.source={path}: cannot be read ({error})") from None
     samples, repeated, cut = _read_members(path, size)
-    handle = FileHandle(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
     names, places, captions, labels, counts = [], [], [], [], np.zeros(6, np.int64)
     for key, parts in samples.items():
         image = next((suffix for suffix in parts if f".{suffix}" in IMAGE_SUFFIXES), None)
