@@ -3,7 +3,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo test slow lint coverage docs clean
+.PHONY: demo test slow play wheel lint coverage docs clean
 
 demo: .venv/demo
 	.venv/bin/gesso train digits --resume
@@ -15,6 +15,9 @@ test: .venv/dev
 
 slow: .venv/dev
 	.venv/bin/pytest -m slow -n 2 -q
+
+play: .venv-play/done
+	.venv-play/bin/pytest -q tests/integration/test_play.py tests/integration/test_play_page.py
 
 lint: .venv/dev
 	.venv/bin/ruff check .
@@ -32,6 +35,17 @@ lint: .venv/dev
 	$(PIP) -e '.[dev]'
 	@touch $@
 
+# The wheel outside the checkout, in an environment of its own.
+wheel:
+	$(PYTHON) tools/check_wheel.py
+
+# gradio needs an older pillow than constraints.txt has.
+.venv-play/done: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv-play
+	grep -v '^pillow==' $(CONSTRAINTS) > .venv-play/constraints.txt
+	.venv-play/bin/pip install --quiet --disable-pip-version-check -c .venv-play/constraints.txt -e '.[dev,play]'
+	@touch $@
+
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
@@ -43,4 +57,4 @@ coverage: .venv/dev
 	.venv/bin/pytest -n 2 -q --cov --cov-report=term --cov-report=html
 
 clean:
-	rm -rf .venv build site *.egg-info
+	rm -rf .venv .venv-play build site *.egg-info

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gesso import conditioning, config, ema, hub, models, recipes, sampling, snapshot
 from gesso.config import InputSpec, RunConfig
 from gesso.config.addresses import confirm_addresses
+from gesso.data.normalization import Normalizer
 from gesso.diffusion.denoiser import Denoiser
 from gesso.evaluation import runner
 from gesso.training.run_folder import start_training
@@ -42,6 +43,7 @@ class Run:
     Attributes:
         folder: The run folder.
         config: Settings of the run, with what was recorded when training started.
+        max_denoisers: Number of networks, one for each EMA length and time in use, that stay in memory (default 1).
 
     Raises:
         UsageError: There is no run in the folder.
@@ -50,7 +52,9 @@ class Run:
     def __init__(self, folder: str | Path):
         self.folder = hub.fetch_run(folder)
         self.config: RunConfig = config.load_with_overrides(self.folder, [], ())
-        self._denoisers: dict[tuple[str, int | None, str], Denoiser] = {}
+        self.max_denoisers = 1
+        self._denoisers: dict[tuple[str, int | None, str], Denoiser] = {}  # the last used stands last
+        self._decoders: dict[str, Normalizer] = {}
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
@@ -95,6 +99,8 @@ class Run:
         control: Mapping[str, str] | None = None,
         nimg: int | None = None,
         settings: Settings | None = None,
+        progress: Progress | None = None,
+        on_step: sampling.StepCallback | None = None,
     ) -> Tensor:
         """Sample one image per seed.
 
@@ -110,6 +116,9 @@ class Run:
             control: Values of control variables, such as {"size": "512x512", "flip": "no"}.
             nimg: Number of images that the weights were trained on; None is the last snapshot.
             settings: Further changes of sample.*, such as {"sample.steps": 50}.
+            progress: Called after each batch with the number of finished and of all images.
+            on_step: Called after each sampling step of each batch with the index of the step and the denoised
+                estimates, (n, C, H, W) uint8: the image as the network sees it at that noise level.
 
         Returns:
             Images (N, C, H, W) uint8 on the CPU.
@@ -127,8 +136,12 @@ class Run:
         captions = conditioning.expand_prompts(run, tuple(prompts or ()), prompt_keys)
         rows = snapshot.load_control_rows(self.folder)
         cond, _ = sampling.build_cond(run, seeds, rows, indices, captions, dict(control or {}))
-        guide, normalizer = sampling.load_guide(self.folder, run), sampling.open_decoder(run)
-        return torch.cat(list(sampling.generate(self._denoiser(run, nimg), run, seeds, cond, guide, normalizer)))
+        guide, denoiser, images = sampling.load_guide(self.folder, run), self._denoiser(run, nimg), list[Tensor]()
+        for batch in sampling.generate(denoiser, run, seeds, cond, guide, self._decoder(run), on_step):
+            images.append(batch)
+            if progress:
+                progress(sum(map(len, images)), len(seeds))
+        return torch.cat(images)
 
     def evaluate(
         self,
@@ -170,10 +183,20 @@ class Run:
     def _denoiser(self, run: RunConfig, nimg: int | None) -> Denoiser:
         profile, device = ema.sampling_profile(run.sample), sampling.run_device(run)
         key = (str(profile), nimg or self.nimg, str(device))
-        if key not in self._denoisers:
+        denoiser = self._denoisers.pop(key, None)
+        if denoiser is None:
             weights, _, _, _ = snapshot.reconstruct_from_run(self.folder, [profile], nimg)
-            self._denoisers = {key: snapshot.denoiser_from_weights(weights[0], run, device)}  # only the last is kept
-        return self._denoisers[key]
+            while len(self._denoisers) >= self.max_denoisers:
+                del self._denoisers[next(iter(self._denoisers))]  # before the memory of another is needed
+            denoiser = snapshot.denoiser_from_weights(weights[0], run, device)
+        self._denoisers[key] = denoiser
+        return denoiser
+
+    def _decoder(self, run: RunConfig) -> Normalizer:
+        key = f"{run.sample.to_uint8} {sampling.run_device(run)}"  # other settings of a decoder cannot be changed
+        if key not in self._decoders:
+            self._decoders = {key: sampling.open_decoder(run)}
+        return self._decoders[key]
 
     @staticmethod
     def _sampling_settings(settings: Settings | None, guidance: float | None, sigma_rel: float | None) -> Settings:
@@ -210,6 +233,7 @@ def train(
     resume: bool = False,
     log: Callable[[str], None] | None = None,
     trackers: Sequence[Tracker] = (),
+    progress: Progress | None = None,
 ) -> Run:
     """Train a run, or resume it, and return it.
 
@@ -220,13 +244,14 @@ def train(
         log: Receives each line of information; None discards them.
         trackers: Objects with write(nimg, values), log_image(nimg, image) and close(), which receive what log.jsonl and
             the sample grids contain, as training proceeds.
+        progress: Called after each step with the number of images seen and train.total_images.
 
     Raises:
         UsageError: Settings are invalid, or `out` holds a run and `resume` is false.
         DivergenceError: The loss is not finite.
     """
     settings = recipe(run) if isinstance(run, str) else run
-    start_training(settings, Path(out), resume, Console(quiet=True), log or (lambda text: None), trackers)
+    start_training(settings, Path(out), resume, Console(quiet=True), log or (lambda text: None), trackers, progress)
     return Run(out)
 
 

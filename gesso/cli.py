@@ -4,16 +4,18 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 
+import gesso
 from gesso.errors import GessoError, UsageError
 from gesso.hub import fetch_run
 from gesso.untrusted import print_text
@@ -21,8 +23,8 @@ from gesso.untrusted import print_text
 # Pillow warns about unusual image metadata; images that it cannot decode are counted and reported.
 warnings.filterwarnings("ignore", module="PIL")
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Train latent diffusion image models from scratch and compare them fairly. "
@@ -81,12 +83,21 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(done, total=total)
 
 
+def _print_version(requested: bool) -> None:
+    if requested:
+        _print(f"gesso {gesso.__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
 def load_code(
     code: Annotated[
         list[Path] | None,
         typer.Option("--code", help="Python file that calls gesso.extend, to execute first; may be repeated"),
     ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and exit", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Execute the files of --code, which make networks, data sets, losses and control variables available."""
     if code:
@@ -138,10 +149,10 @@ def train(
         # The user wrote folder:PATH, not data.source=PATH.
         raise UsageError(str(error).replace(f"data.source={run.data.source}:", f"folder:{run.data.source}:")) from None
     label = " --label 0" if run.input_spec.num_classes else ""
-    gesso, folder = f"gesso{_code_options()}", shlex.quote(str(out))
+    program, folder = f"gesso{_code_options()}", shlex.quote(str(out))
     _print(f"trained: {out}\nnext:")
     _print_lines(
-        f"  {gesso} {command}" for command in (f"sample {folder}{label}", f"evaluate {folder}", f"report {folder}")
+        f"  {program} {command}" for command in (f"sample {folder}{label}", f"evaluate {folder}", f"report {folder}")
     )
 
 
@@ -325,6 +336,29 @@ def push(
     from gesso.share import push as push_run
 
     _print(f"uploaded: {push_run(folder, PushArgs(repo, private, license, all_snapshots, samples), _print)}")
+
+
+@app.command()
+def play(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(help="run folders, or hub:OWNER/NAME", metavar="RUN...", parser=fetch_run, show_default=False),
+    ],
+    host: Annotated[
+        str, typer.Option(help="address to bind to; everybody who reaches it can sample the runs")
+    ] = "127.0.0.1",
+    port: Annotated[int | None, _option("port (default: the first free one from 7860)", min=1)] = None,
+) -> None:
+    """Serve a local page that samples runs while their settings change. Ctrl-C ends it."""
+    from gesso.api import Run
+    from gesso.play import page
+
+    playground = page.Playground([Run(folder) for folder in folders], f"gesso{_code_options()}")
+    served, url = page.serve(playground, host, port)
+    _print(f"playground: {url}\nCtrl-C ends it.")
+    with suppress(KeyboardInterrupt):
+        threading.Event().wait()
+    served.close()
 
 
 @app.command("reproduce")

@@ -22,7 +22,9 @@ MIN_TORCH = (2, 6)
 MIN_FREE_BYTES = 5e9
 IMPORT_TIMEOUT_S = 120  # a first import from a cold network disk can take a minute
 
-REQUIRED_PACKAGES = ("gesso", "torch", "numpy", "safetensors")
+DISTRIBUTION = "gesso-diffusion"
+"""Name of gesso for pip, as in gesso.errors, which this module does not import."""
+REQUIRED_PACKAGES = (DISTRIBUTION, "torch", "numpy", "safetensors")
 OPTIONAL_PACKAGES = {"diffusers": "vae", "transformers": "text"}
 
 # Looking up an operator shows that the compiled part is loaded; some versions only warn if it is not.
@@ -92,7 +94,7 @@ def check_versions() -> list[Finding]:
 
 def _check_required(package: str) -> Finding:
     version = _package_version(package)
-    if version is None and package == "gesso":
+    if version is None and package == DISTRIBUTION:
         return Finding("warning", package, "runs from a source tree, not installed", "pip install -e . in that tree")
     if version is None:
         return Finding("problem", package, "not installed", f"pip install {package}")
@@ -114,7 +116,8 @@ def _check_torch(version: str) -> Finding:
 
 
 def _check_optional(package: str, extra: str) -> Finding:
-    return Finding("ok", package, _package_version(package) or f"not installed; pip install 'gesso[{extra}]' adds it")
+    missing = f"not installed; pip install '{DISTRIBUTION}[{extra}]' adds it"
+    return Finding("ok", package, _package_version(package) or missing)
 
 
 def check_torchvision() -> list[Finding]:

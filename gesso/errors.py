@@ -1,5 +1,13 @@
 """Errors that a user can cause; the command line prints them without a traceback."""
 
+DISTRIBUTION = "gesso-diffusion"
+"""Name of the package for pip; the package to import is gesso."""
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra, such as pip install 'gesso-diffusion[vae]'."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
+
 
 class GessoError(Exception):
     """Base class of errors whose message (one to three lines) says what is wrong, where, and how to fix it."""

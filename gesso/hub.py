@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gesso.errors import UsageError
+from gesso.errors import UsageError, install_command
 
 RUN_FILES = ("run.yaml", "metrics.json", "README.md", "snapshots/*.safetensors", "code/*.py")
 """Files of a run folder that `gesso push` uploads and `fetch_run` downloads."""
@@ -43,7 +43,7 @@ def import_client() -> Any:
     try:
         return importlib.import_module("huggingface_hub")
     except ImportError:
-        raise UsageError("the Hub needs huggingface_hub: pip install 'gesso[hub]'") from None
+        raise UsageError(f"the Hub needs huggingface_hub: {install_command('hub')}") from None
 
 
 def error_line(error: Exception) -> str:

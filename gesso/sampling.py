@@ -6,7 +6,7 @@ Legend: N images, C channels, H W height and width, M training samples, n column
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,8 @@ from gesso.diffusion import guidance, process, samplers, schedules
 from gesso.diffusion.denoiser import Denoiser, VarianceDenoiser
 from gesso.errors import UsageError
 
+StepCallback = Callable[[int, Tensor], None]
+"""Callback with the index of a step and its denoised estimates, (n, C, H, W) uint8."""
 MAX_PROFILE_ERROR = 0.3
 """Relative error of a reconstructed EMA profile above which a warning is printed."""
 
@@ -37,6 +39,7 @@ def generate(
     cond: Cond,
     guide: Denoiser | None = None,
     normalizer: Normalizer | None = None,
+    on_step: StepCallback | None = None,
 ) -> Iterator[Tensor]:
     """Yield batches of images (n, C, H, W) uint8 on the CPU, in the order of `seeds`, by the settings `sample.*`.
 
@@ -47,6 +50,7 @@ def generate(
         cond: Conditions of the N samples (`build_cond`).
         guide: The guiding network that sample.guide_run names.
         normalizer: Result of `open_decoder`, to load a VAE only once; None loads it.
+        on_step: Called after each step of each batch. It does not change the images.
 
     Raises:
         UsageError: The process does not have the noise levels, the device does not have the precision, or the VAE
@@ -68,8 +72,20 @@ def generate(
             return rng.normal(0, seed, f"noise of step {i}", shape, dtype)
 
         with devices.precision_context(device, cfg.precision):
-            x = samplers.sample(cfg, denoiser.process, denoise, first, noise)
+            x = samplers.sample(cfg, denoiser.process, denoise, first, noise, _on_step(normalizer, device, on_step))
         yield normalizer.x0_to_pixels(x).cpu()
+
+
+def _on_step(normalizer: Normalizer, device: torch.device, on_step: StepCallback | None) -> samplers.Callback | None:
+    """Return the callback of a sampler that decodes the denoised estimate D for `on_step`."""
+    if on_step is None:
+        return None
+
+    def decode(i: int, x: Tensor, D: Tensor) -> None:
+        with torch.autocast(device.type, enabled=False):  # as the images themselves are decoded
+            on_step(i, normalizer.x0_to_pixels(D).cpu())
+
+    return decode
 
 
 def open_decoder(run: RunConfig, device: torch.device | None = None) -> Normalizer:

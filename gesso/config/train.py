@@ -82,7 +82,7 @@ class OptimConfig(Settings):
     log.jsonl is the norm before clipping"""
     state_dtype: Literal["full", "8bit"] = "full"
     """dtype of Adam's moments: full is train.dtype; 8bit stores 8 bits with a factor per 256 values (Dettmers et al.
-    2022), 2 bytes per weight in place of 8; needs pip install 'gesso[bits]'"""
+    2022), 2 bytes per weight in place of 8; needs pip install 'gesso-diffusion[bits]'"""
     param_groups: tuple[ParamGroupConfig, ...] = ()
     """optimizer settings by parameter name, such as
     [{"match": "*.bias", "lr_multiplier": 2, "betas": [0.9, 0.95], "weight_decay": 0}]"""

@@ -15,7 +15,7 @@ import numpy as np
 from gesso import config, ema, sampling, snapshot
 from gesso.config import EDM2Config, EDM2LadderConfig, RunConfig
 from gesso.ema import PerTensorProfile, PowerProfile
-from gesso.errors import UsageError
+from gesso.errors import UsageError, install_command
 from gesso.evaluation import ema_curves, results, toy_evaluation
 from gesso.evaluation.ema_export import parse_image_count, parse_sigma_rel, sweep_warnings
 from gesso.evaluation.feature_stats import Progress, ProgressCallback
@@ -186,7 +186,7 @@ def _format_report(folder: Path, evaluations: Sequence[Evaluation], name: str, n
         path = ema_curves.plot_curves(curves, optima, short_label(name), reference, folder / "ema_sweep.png")
         files.append(str(path))
     except ImportError:
-        lines.append("no plot: pip install 'gesso[plots]'")
+        lines.append(f"no plot: {install_command('plots')}")
     lines.append(f"wrote {', '.join(files)}")
     all_tensors = {float(curve.split()[1]): best for curve, best in optima.items() if "," not in curve}
     if all_tensors:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gesso import atomic_io
-from gesso.errors import RunError, UsageError
+from gesso.errors import RunError, UsageError, install_command
 from gesso.report import compare, single
 from gesso.report.load import load_runs
 from gesso.report.render import render_page
@@ -30,7 +30,7 @@ def write_report(folders: Path | Sequence[Path], out: Path | None = None) -> Pat
     folders = [folders] if isinstance(folders, Path) else list(folders)
     runs = load_runs(folders)
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("reports need matplotlib: pip install 'gesso[plots]'")
+        raise UsageError(f"reports need matplotlib: {install_command('plots')}")
     try:
         if len(runs) == 1:
             target, title = folders[0] / "report.html", runs[0].label

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gesso import atomic_io
-from gesso.errors import RunError
+from gesso.errors import RunError, install_command
 from gesso.report.plotting import to_svg
 from gesso.report.render import Figure, render_page, render_template
 from gesso.reproduce import markdown, plots, results
@@ -35,7 +35,7 @@ VERDICT_RULE = (
     "most one case of twenty; otherwise the claim is undecided. An exact check needs no training. See "
     "docs/reproduction.md."
 )
-MISSING_FIGURES_NOTE = "No figure: it needs matplotlib (pip install 'gesso[plots]')."
+MISSING_FIGURES_NOTE = f"No figure: it needs matplotlib ({install_command('plots')})."
 
 
 def write_page(

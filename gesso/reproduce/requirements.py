@@ -9,6 +9,7 @@ from typing import NamedTuple
 from gesso.config import RunConfig
 from gesso.data.encoders import vae
 from gesso.data.synthetic import source_exists
+from gesso.errors import install_command
 from gesso.evaluation.metrics import select_metrics
 from gesso.evaluation.networks import NETWORKS, clip_dino, downloads
 from gesso.recipes import data_requirements
@@ -90,4 +91,4 @@ def is_in_hub_cache(model_id: str, file_name: str) -> bool:
 
 def package_requirement(module: str, package: str, extra: str) -> Requirement:
     """Return the requirement of an installed Python package."""
-    return Requirement(package, importlib.util.find_spec(module) is not None, f"pip install 'gesso[{extra}]'")
+    return Requirement(package, importlib.util.find_spec(module) is not None, install_command(extra))

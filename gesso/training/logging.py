@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,20 @@ class _RateColumn(ProgressColumn):
 
 
 class ProgressBar:
-    """Show images seen, images/s, loss and remaining time; without a terminal, print a line every 15 seconds."""
+    """Show images seen, images/s, loss and remaining time; without a terminal, print a line every 15 seconds.
 
-    def __init__(self, console: Console, total: int, start: int, title: str):
-        self.console, self.total, self.title = console, total, untrusted.printable(title)
+    `callback` receives the number of finished and of all items at each update.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        total: int,
+        start: int,
+        title: str,
+        callback: Callable[[int, int], None] | None = None,
+    ):
+        self.console, self.total, self.title, self.callback = console, total, untrusted.printable(title), callback
         self.is_interactive = console.is_terminal
         self.last_print_time = time.monotonic()
         if self.is_interactive:
@@ -113,6 +124,8 @@ class ProgressBar:
     def update(self, done: int, note: str = "", total: int | None = None) -> None:
         """Set the number of finished items; `total` if it becomes known later."""
         self.total = total or self.total
+        if self.callback:
+            self.callback(min(done, self.total), self.total)
         if self.is_interactive:
             self.progress.update(self.task, completed=min(done, self.total), total=self.total, note=note)
         elif time.monotonic() - self.last_print_time > 15:

@@ -3,7 +3,7 @@
 import functools
 import shlex
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,6 +52,7 @@ def train(
     device: torch.device | None = None,
     denoiser: Denoiser | None = None,
     more_trackers: Sequence[trackers.Tracker] = (),
+    callback: Callable[[int, int], None] | None = None,
 ) -> None:
     """Train to train.total_images, from the newest checkpoint in the run folder if there is one.
 
@@ -66,6 +67,7 @@ def train(
         device: Device of this rank; None for that of train.device.
         denoiser: Denoiser with initial weights; None for random ones.
         more_trackers: Trackers besides those of the settings.
+        callback: Called after each step with the number of images seen and train.total_images.
 
     Raises:
         StoppedError: SIGINT, SIGUSR1 or SIGTERM was received; a checkpoint is written.
@@ -89,7 +91,7 @@ def train(
     writer = checkpoint.CheckpointWriter(ranks, run.train.rank_timeout_s)
     with (
         capture_signals() as received_signals,
-        ProgressBar(console, run.train.total_images, trainer.nimg, run.recipe) as progress,
+        ProgressBar(console, run.train.total_images, trainer.nimg, run.recipe, callback) as progress,
     ):
         try:
             trainer.received_signals = received_signals

@@ -12,7 +12,7 @@ from gesso import models
 from gesso.config import OptimConfig, ParamGroupConfig, RunConfig, TrainConfig
 from gesso.diffusion import denoiser as diffusion
 from gesso.diffusion import process as processes
-from gesso.errors import UsageError
+from gesso.errors import UsageError, install_command
 from gesso.models import mp
 
 
@@ -63,7 +63,7 @@ def adamw_8bit(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise UsageError(
-            "optim.state_dtype=8bit needs bitsandbytes: pip install 'gesso[bits]', or set optim.state_dtype=full"
+            f"optim.state_dtype=8bit needs bitsandbytes: {install_command('bits')}, or set optim.state_dtype=full"
         ) from None
 
     class ResumableAdamW8bit(AdamW8bit):

@@ -293,6 +293,7 @@ def start_training(
     console: Console,
     log: Callable[[str], None],
     more_trackers: Sequence[trackers.Tracker] = (),
+    callback: Callable[[int, int], None] | None = None,
 ) -> RunConfig:
     """Open the data set and the run folder, and train. Every rank calls it, and only the first prints.
 
@@ -303,6 +304,7 @@ def start_training(
         console: Console of notes and of the progress bar.
         log: Function that prints a line.
         more_trackers: Trackers besides those of the settings.
+        callback: Called on the first rank after each step with the number of images seen and train.total_images.
 
     Returns:
         The settings that are recorded in run.yaml.
@@ -316,7 +318,7 @@ def start_training(
     with init_distributed(run) as (ranks, device):
         devices.check_precision(device, "train.precision", run.train.precision)
         if not ranks.is_main:
-            console, log = Console(quiet=True), lambda text: None
+            console, log, callback = Console(quiet=True), lambda text: None, None
         run_exists = (out / "run.yaml").exists()
         ranks.barrier()  # all ranks check before the first one writes run.yaml
         if run_exists and not resume:
@@ -352,7 +354,7 @@ def start_training(
                 atomic_io.write_text(out / "transfer.txt", "\n".join(report) + "\n")
             num_ranks = f", {ranks.world_size} ranks ({run.train.sharding})" if ranks.world_size > 1 else ""
             log(f"training in {out}: {len(dataset):,} images, {run.net.name}, {run.process.name}{num_ranks}")
-            loop.train(run, dataset, out, console, ranks, device, denoiser, more_trackers)
+            loop.train(run, dataset, out, console, ranks, device, denoiser, more_trackers, callback)
     return run
 
 

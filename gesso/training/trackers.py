@@ -16,7 +16,7 @@ from PIL import Image
 
 from gesso import atomic_io, config
 from gesso.config import RunConfig
-from gesso.errors import RunError, UsageError
+from gesso.errors import RunError, UsageError, install_command
 from gesso.untrusted import read_json_object
 
 
@@ -38,7 +38,7 @@ def check_trackers(run: RunConfig) -> None:
     selected = {"tensorboard": run.monitor.tensorboard, "wandb": run.monitor.wandb != "disabled"}
     for name, enabled in selected.items():
         if enabled and importlib.util.find_spec(name) is None:
-            raise UsageError(f"monitor.{name} needs {name}: pip install 'gesso[log]'")
+            raise UsageError(f"monitor.{name} needs {name}: {install_command('log')}")
 
 
 def open_trackers(run: RunConfig, out: Path, nimg: int) -> list[Tracker]:

@@ -20,16 +20,28 @@ SIGNATURES = {
     "-> gesso.config.run.RunConfig",
     "train": "(run: gesso.config.run.RunConfig | str, out: str | pathlib.Path, resume: bool = False, "
     "log: collections.abc.Callable[[str], None] | None = None, "
-    "trackers: collections.abc.Sequence[gesso.training.trackers.Tracker] = ()) -> gesso.api.Run",
+    "trackers: collections.abc.Sequence[gesso.training.trackers.Tracker] = (), "
+    "progress: collections.abc.Callable[[int, int], None] | None = None) -> gesso.api.Run",
     "model": "(name: str, inputs: gesso.config.net.InputSpec, **fields: Any) -> torch.nn.modules.module.Module",
 }
 RUN_METHODS = {
-    "sample": ["labels", "prompts", "seeds", "guidance", "sigma_rel", "control", "nimg", "settings"],
+    "sample": [
+        "labels",
+        "prompts",
+        "seeds",
+        "guidance",
+        "sigma_rel",
+        "control",
+        "nimg",
+        "settings",
+        "progress",
+        "on_step",
+    ],
     "evaluate": ["metrics", "num_images", "settings", "progress", "allow_addresses"],
     "denoiser": ["sigma_rel", "nimg", "settings"],
     "with_settings": ["settings"],
     "report": ["out"],
-}
+}  # fmt: skip
 SMALL = {
     "net.hidden_size": 32, "net.depth": 1, "net.num_heads": 2, "train.total_images": 640, "train.batch_size": 32,
     "train.snapshot_every": 320, "train.num_threads": 1, "optim.warmup_images": 64, "monitor.sample_every": None,
@@ -38,9 +50,13 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> gesso.Run:
-    lines = []
-    trained = gesso.train(gesso.recipe("digits", SMALL), tmp_path_factory.mktemp("api") / "run", log=lines.append)
+    lines, steps = [], []
+    trained = gesso.train(
+        gesso.recipe("digits", SMALL), tmp_path_factory.mktemp("api") / "run", log=lines.append,
+        progress=lambda done, total: steps.append((done, total)),
+    )  # fmt: skip
     assert any("1,797 images" in line for line in lines)
+    assert steps == [(nimg, 640) for nimg in range(32, 641, 32)]
     return trained
 
 

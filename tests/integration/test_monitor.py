@@ -658,7 +658,7 @@ def test_numbers_of_a_line():
 def test_missing_library_is_reported_before_any_work(tmp_path, monkeypatch, name, setting):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda wanted: None)
     key, _, value = setting.partition("=")
-    with pytest.raises(UsageError, match=rf"monitor.{name} needs {name}: pip install 'gesso\[log\]'"):
+    with pytest.raises(UsageError, match=rf"monitor.{name} needs {name}: pip install 'gesso-diffusion\[log\]'"):
         start_training(tiny_run(**{key: value}), tmp_path / "run", False, QUIET, print)
     assert not (tmp_path / "run" / "run.yaml").exists()
 

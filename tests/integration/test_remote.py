@@ -437,8 +437,8 @@ def test_missing_packages():
     """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.stdout.splitlines() == [
-        "this needs fsspec: pip install 'gesso[s3]'",
-        "s3://a/b: reading s3:// needs a package that is not installed: pip install 'gesso[s3]'",
+        "this needs fsspec: pip install 'gesso-diffusion[s3]'",
+        "s3://a/b: reading s3:// needs a package that is not installed: pip install 'gesso-diffusion[s3]'",
     ], process.stderr
     with pytest.raises(UsageError, match="reading gs:// needs a package that is not installed: pip install gcsfs"):
         remote.open_remote_manifest("gs://a/b")

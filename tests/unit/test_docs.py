@@ -175,7 +175,7 @@ def test_other_commands_exist():
             assert match[1] in targets, (page, line)
         if match := re.match(r"python3? ((?:examples|benchmarks|tools)/\S+)", line):
             assert (ROOT / match[1]).is_file(), (page, line)
-        for names in re.findall(r"(?:gesso|\.)\[([\w,]+)\]'", line if line.startswith("pip install") else ""):
+        for names in re.findall(r"(?:gesso-diffusion|\.)\[([\w,]+)\]'", line if line.startswith("pip install") else ""):
             assert set(names.split(",")) - {"NAME"} <= set(extras), (page, line)
         if match := re.match(r"((?:tests|unit|integration|golden|tools|examples|benchmarks)/[\w/.]+\.py)$", line):
             assert (ROOT / match[1]).is_file() or (ROOT / "tests" / match[1]).is_file(), (page, line)
@@ -321,7 +321,7 @@ def readme_commands() -> Iterator[list[str]]:
         if page == "README.md" and line.startswith("gesso "):
             words = shlex.split(line, comments=True)
             slow = words[1] == "reproduce" and words[2] != "list"
-            needs_network = words[1] == "push" or any(word.startswith("hub:") for word in words)
+            needs_network = words[1] in ("push", "play") or any(word.startswith("hub:") for word in words)
             if words[1] != "doctor" and "--images" not in words and not slow and not needs_network:
                 yield words[1:]
 

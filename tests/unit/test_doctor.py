@@ -143,10 +143,13 @@ def test_oldest_torch(monkeypatch, version, level):
 def test_missing_packages(monkeypatch):
     fake_versions(monkeypatch, torch="2.13.0")
     findings = {finding.topic: finding for finding in doctor.check_versions()}
-    assert_finding(findings["gesso"], "warning", "pip install -e .")
+    assert_finding(findings["gesso-diffusion"], "warning", "pip install -e .")
     assert_finding(findings["numpy"], "problem", "pip install numpy")
     assert findings["diffusers"].level == findings["transformers"].level == "ok"
-    assert "gesso[vae]" in findings["diffusers"].text and "gesso[text]" in findings["transformers"].text
+    assert (
+        "gesso-diffusion[vae]" in findings["diffusers"].text
+        and "gesso-diffusion[text]" in findings["transformers"].text
+    )
 
 
 def test_old_python(monkeypatch):
@@ -251,7 +254,9 @@ def test_every_problem_has_a_fix_and_creates_no_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "_usable_cores", lambda: 0)
     monkeypatch.setattr(doctor, "MIN_FREE_BYTES", float("inf"))
     findings = doctor.run_checks(tmp_path / "runs")
-    assert {"gesso", "torch", "torchvision", "cpu", "disk", "git"} <= {f.topic for f in findings if f.level != "ok"}
+    assert {"gesso-diffusion", "torch", "torchvision", "cpu", "disk", "git"} <= {
+        f.topic for f in findings if f.level != "ok"
+    }
     assert all((finding.fix is None) == (finding.level == "ok") for finding in findings)
     assert list(tmp_path.iterdir()) == []
 

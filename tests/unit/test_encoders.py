@@ -452,7 +452,7 @@ def test_without_the_library(package, extra, folders, tmp_path, monkeypatch):
         return str(error.value)
 
     monkeypatch.setitem(sys.modules, package, None)
-    assert load_error() == f"this needs {package}: pip install 'gesso[{extra}]'"
+    assert load_error() == f"this needs {package}: pip install 'gesso-diffusion[{extra}]'"
     if package == "transformers":
         broken = types.ModuleType(package)
         broken.__getattr__ = lambda name: (_ for _ in ()).throw(

@@ -128,7 +128,7 @@ def test_opencv_is_needed_and_named(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "__import__", without)
-        with pytest.raises(UsageError, match=r"pip install 'gesso\[faces\]'"):
+        with pytest.raises(UsageError, match=r"pip install 'gesso-diffusion\[faces\]'"):
             face_blur.import_opencv()
     cv2 = face_blur.import_opencv()
     monkeypatch.delattr(cv2, "CascadeClassifier")

@@ -16,7 +16,7 @@ ORDER = [
     {"conditioning", "extensions"},
     {"models", "recipes"}, {"diffusion", "data", "ema"}, {"snapshot", "interop"}, {"sampling"}, {"sample_files"},
     {"evaluation", "export"},
-    {"training"}, {"report"}, {"api"}, {"share"}, {"reproduce"}, {"papers"}, {"cli"}, {"__main__"},
+    {"training"}, {"report"}, {"api"}, {"share", "play"}, {"reproduce"}, {"papers"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 LAYER_INDEX = {name: i for i, names in enumerate(ORDER) for name in names}
 UNRESTRICTED = {"cli", "__main__"}
@@ -108,3 +108,18 @@ def test_no_pickle():
         for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
             if ast.unparse(call.func) == "torch.load":
                 assert "weights_only=True" in ast.unparse(call), f"{path}:{call.lineno}"
+
+
+def test_commands_on_settings_start_without_torch():
+    code = """
+import contextlib, io, sys
+from gesso import cli
+for arguments in (["--help"], ["recipes"], ["config", "digits"], ["diff", "digits", "digits-dit"]):
+    sys.argv = ["gesso", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        cli.main()
+    assert "torch" not in sys.modules and "numpy" not in sys.modules, arguments
+print("ok")
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stdout == "ok\n", process.stderr

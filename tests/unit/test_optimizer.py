@@ -217,7 +217,9 @@ def without_library() -> bool:
     return importlib.util.find_spec("bitsandbytes") is None
 
 
-library = pytest.mark.skipif(without_library(), reason="bitsandbytes is not installed: pip install 'gesso[bits]'")
+library = pytest.mark.skipif(
+    without_library(), reason="bitsandbytes is not installed: pip install 'gesso-diffusion[bits]'"
+)
 
 
 @library
@@ -280,7 +282,7 @@ def test_eight_bits_leave_the_sphere_to_the_step():
 
 @pytest.mark.skipif(not without_library(), reason="bitsandbytes is installed")
 def test_eight_bits_without_the_library():
-    with pytest.raises(UsageError, match=r"needs bitsandbytes: pip install 'gesso\[bits\]'"):
+    with pytest.raises(UsageError, match=r"needs bitsandbytes: pip install 'gesso-diffusion\[bits\]'"):
         trainer(**EIGHT)
 
 

@@ -202,7 +202,7 @@ def test_strokes_of_many_runs_differ():
 def test_no_figure_without_matplotlib(tmp_path, monkeypatch):
     out = written(tmp_path / "run", log(n=2))
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"reports need matplotlib: pip install 'gesso\[plots\]'"):
+    with pytest.raises(UsageError, match=r"reports need matplotlib: pip install 'gesso-diffusion\[plots\]'"):
         report.write_report(out)
 
 

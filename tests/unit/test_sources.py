@@ -576,7 +576,7 @@ def test_without_pyarrow(tmp_path, monkeypatch):
     where, captions = parquet(tmp_path), rows(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     for path in (where, captions):
-        with pytest.raises(UsageError, match=r"pip install 'gesso\[parquet\]'"):
+        with pytest.raises(UsageError, match=r"pip install 'gesso-diffusion\[parquet\]'"):
             open_source(path)
 
 

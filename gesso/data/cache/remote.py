@@ -37,7 +37,7 @@ from gesso.config import addresses
 from gesso.data.cache import format
 from gesso.data.cache.plan import CacheManifest, ColumnFile, ShardFile
 from gesso.data.encoders.hub import error_summary, import_names, sha256_files
-from gesso.errors import GessoError, RunError, UsageError
+from gesso.errors import DISTRIBUTION, GessoError, RunError, UsageError
 
 RETRY_DELAYS_S = (0.5, 2.0, 8.0)
 """Seconds before each further attempt."""
@@ -45,7 +45,7 @@ NUM_FETCH_THREADS = 4
 """Number of files prefetched in parallel."""
 STALL_TIMEOUT_S = 60
 """Seconds without a byte after which a connection is closed."""
-PROTOCOL_PACKAGES = {"s3": "'gesso[s3]'", "s3a": "'gesso[s3]'", "gs": "gcsfs", "gcs": "gcsfs"}
+PROTOCOL_PACKAGES = {"s3": f"'{DISTRIBUTION}[s3]'", "s3a": f"'{DISTRIBUTION}[s3]'", "gs": "gcsfs", "gcs": "gcsfs"}
 ACCESS_HINTS = {
     "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for a public bucket FSSPEC_S3_ANON=true",
     "gs": "run gcloud auth application-default login; for a public bucket set FSSPEC_GS_TOKEN=anon",

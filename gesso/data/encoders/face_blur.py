@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from gesso.errors import UsageError
+from gesso.errors import UsageError, install_command
 
 CASCADE_FILE = "haarcascade_frontalface_alt2.xml"
 MAX_SEARCH_EDGE = 1024
@@ -37,13 +37,13 @@ def import_opencv() -> Any:
     try:
         import cv2
     except ImportError:
-        raise UsageError("blurring faces needs OpenCV: pip install 'gesso[faces]'") from None
+        raise UsageError(f"blurring faces needs OpenCV: {install_command('faces')}") from None
     try:
         has_cascade = cv2.CascadeClassifier is not None and os.path.isfile(cv2.data.haarcascades + CASCADE_FILE)  # type: ignore[attr-defined]
     except AttributeError:
         has_cascade = False
     if not has_cascade:
-        raise UsageError(f"OpenCV {cv2.__version__} has no {CASCADE_FILE}: install 4.x with pip install 'gesso[faces]'")
+        raise UsageError(f"OpenCV {cv2.__version__} has no {CASCADE_FILE}: install 4.x with {install_command('faces')}")
     return cv2
 
 

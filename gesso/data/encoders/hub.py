@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gesso.errors import GessoError, RunError, UsageError
+from gesso.errors import GessoError, RunError, UsageError, install_command
 from gesso.untrusted import read_json_object
 
 
@@ -26,7 +26,7 @@ def import_names(package: str, extra: str, names: Sequence[str]) -> list[Any]:
         return [getattr(module, name) for name in names]
     except (ImportError, RuntimeError, AttributeError) as error:  # a broken torchvision raises any of these
         if isinstance(error, ModuleNotFoundError) and error.name and package.startswith(error.name):
-            raise UsageError(f"this needs {package}: pip install 'gesso[{extra}]'") from None
+            raise UsageError(f"this needs {package}: {install_command(extra)}") from None
         raise UsageError(
             f"{package} is installed but cannot be imported ({error_summary(error)}); run gesso doctor"
         ) from None

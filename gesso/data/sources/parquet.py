@@ -23,7 +23,7 @@ from gesso.data.sources.base import (
     replace_surrogates,
     validate_labels,
 )
-from gesso.errors import UnreadableImageError, UsageError
+from gesso.errors import UnreadableImageError, UsageError, install_command
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 """columns preferred, in this order, where several hold bytes"""
@@ -46,7 +46,7 @@ def import_pyarrow():
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UsageError("parquet files are read with pyarrow: pip install 'gesso[parquet]'") from None
+        raise UsageError(f"parquet files are read with pyarrow: {install_command('parquet')}") from None
     return pyarrow, pyarrow.parquet
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from gesso.data import shapes_dataset
 from gesso.data.sources.base import Source
-from gesso.errors import UsageError
+from gesso.errors import UsageError, install_command
 
 
 class DigitsSource(Source):
@@ -19,7 +19,7 @@ class DigitsSource(Source):
         try:
             from sklearn.datasets import load_digits
         except ImportError:
-            raise UsageError("the digits come with scikit-learn: pip install 'gesso[demo]'") from None
+            raise UsageError(f"the digits come with scikit-learn: {install_command('demo')}") from None
         digits = load_digits()
         super().__init__(uri, digits.target.astype(np.int64), [str(name) for name in digits.target_names])
         self.pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 17 grey values, 0 to 16
