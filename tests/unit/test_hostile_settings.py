@@ -106,7 +106,7 @@ def test_commands_fail_on_nan(tmp_path, gesso, monkeypatch):
     from gesso.diffusion import samplers
 
     write_run(tmp_path)
-    monkeypatch.setattr(samplers, "sample", lambda cfg, process, denoise, first, noise: first * float("nan"))
+    monkeypatch.setattr(samplers, "sample", lambda cfg, process, denoise, first, *_: first * float("nan"))
     for arguments in (["sample", tmp_path, "--seeds", "0"], ["evaluate", tmp_path]):
         code, _, err = gesso(*arguments)
         assert code == 1 and "have NaN or infinity" in err and len(err.strip().splitlines()) <= 3
