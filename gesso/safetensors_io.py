@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,13 +20,30 @@ DTYPE_NAMES = {
 }  # fmt: skip
 
 
+MAX_TENSORS = 100_000
+"""Maximum number of tensors in a file."""
+READ_ERRORS = (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
+"""Errors of safetensors for damaged files."""
+
+
+@contextlib.contextmanager
+def open_bounded(path: Path) -> Iterator[safe_open]:
+    """Open a regular file whose header and number of tensors are within bounds. Raises one of READ_ERRORS."""
+    with open(untrusted.open_regular(path), "rb") as raw:  # safe_open waits for pipes
+        if int.from_bytes(raw.read(8), "little") > untrusted.MAX_TEXT_BYTES:
+            raise ValueError(f"its header has more than {untrusted.MAX_TEXT_BYTES / 2**20:g} MiB")
+    with safe_open(path, "pt") as file:
+        if len(file.keys()) > MAX_TENSORS:
+            raise ValueError(f"it has more than {MAX_TENSORS:,} tensors")
+        yield file
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
     try:
-        os.close(untrusted.open_regular(path))  # safe_open waits for pipes
-        with safe_open(path, "pt") as file:
+        with open_bounded(path) as file:
             yield file
-    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+    except READ_ERRORS as error:
         raise RunError(f"{path} is damaged or not a safetensors file ({error}): restore it, or move it away") from None
 
 

@@ -13,15 +13,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL.ImageFile import ImageFile
 from torch import Tensor
 
 from gesso import atomic_io, conditioning, config, ema, sampling, snapshot
 from gesso.conditioning import Cond
 from gesso.config import RunConfig
 from gesso.config.base import parse_count
+from gesso.data.sources import decode
 from gesso.errors import RunError, StoppedError, UsageError
 from gesso.snapshot import ReconstructionPlan
+from gesso.untrusted import parse_json, read_bytes
 
 MAX_SHEET_IMAGES = 64
 """Maximum number of images on a sheet."""
@@ -154,11 +156,32 @@ def _image_path(target: Path, seed: int) -> Path:
     return target / f"seed{seed:06d}.png"
 
 
+def _open_sample(path: Path) -> ImageFile:
+    """Return an image of a folder of samples, of which only the header was read; a link is not followed.
+
+    Raises:
+        RunError: It is no picture, or too large.
+    """
+    try:
+        image = decode.open_header(read_bytes(path, follow_links=False))
+        if image.width * image.height > decode.MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are too many")
+        return image
+    except Exception as error:  # whatever Pillow raises on a damaged file
+        raise RunError(f"{path} is no sample ({error}): delete it") from None
+
+
 def _write_sheet(paths: Sequence[Path], sheet: Path) -> None:
     images = []
     for path in paths:
-        with Image.open(path) as image:
-            images.append(torch.from_numpy(np.array(image).reshape(image.height, image.width, -1)).permute(2, 0, 1))
+        image = _open_sample(path)
+        try:
+            pixels = np.array(image).reshape(image.height, image.width, -1)
+        except Exception as error:  # whatever Pillow raises on a damaged file
+            raise RunError(f"{path} is damaged ({type(error).__name__}): delete it") from None
+        images.append(torch.from_numpy(pixels).permute(2, 0, 1))
+    if len({image.shape for image in images}) > 1:
+        raise RunError(f"the images of {paths[0].parent} have several sizes: delete the folder")
     columns = min(len(images), max(4, round(len(images) ** 0.5)))
     sampling.save_png(sampling.image_grid(torch.stack(images), columns), sheet)
 
@@ -192,10 +215,9 @@ def _missing_seeds(target: Path, records: Mapping[int, str], settings: str) -> l
 def _check_record(path: Path, settings: str, record: str | None) -> None:
     """Raise UsageError unless an image has these settings and, if given, this complete record."""
     try:
-        with Image.open(path) as image:
-            stored = image.info.get("gesso")
-        same = stored == record if record else json.loads(stored or "{}").get("settings") == settings
-    except (OSError, ValueError):
+        stored = _open_sample(path).info.get("gesso")
+        same = stored == record if record else parse_json(stored or "{}").get("settings") == settings
+    except (RunError, ValueError, TypeError, AttributeError):
         same = False
     if not same:
         raise UsageError(

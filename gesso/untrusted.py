@@ -1,13 +1,20 @@
-"""Files and text of other people: bounded reading of regular files, bounded JSON, and text that is safe to print.
+"""Files and text of other people: bounded reading of regular files, JSON and zips, and text that is safe to print.
 
 Everything here raises OSError or ValueError. The reader of each format turns these into a GessoError that names the
 file and the remedy.
 """
 
+import contextlib
+import io
 import json
+import lzma
 import os
 import re
 import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +24,19 @@ MAX_TEXT_BYTES = 64 * 2**20
 """Maximum size of a JSON file, a line of a log, or a picture of a report."""
 MAX_YAML_BYTES = 4 * 2**20
 """Maximum size of a YAML file; its parser takes about a second per MiB."""
+MAX_LINE_LENGTH = 4_000
+"""Maximum number of characters of a printed line."""
+MAX_ITEM_BYTES = 2**30
+"""Maximum size of one encoded image or array, packed or not: a file, a member of an archive, a cell of a table."""
+MAX_CAPTION_BYTES = 2**20
+"""Maximum size of a caption, and of a file beside an image that describes it."""
+MAX_ZIP_LIST_BYTES = 512 * 2**20
+"""Maximum size of the list of a zip's members, about 5 million of them; each takes about 0.6 kB of memory."""
+ZIP_ERRORS = (
+    zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, lzma.LZMAError, EOFError, ValueError,
+    LookupError, struct.error,
+)  # fmt: skip
+"""Errors of zipfile for damaged files, besides OSError."""
 MAX_JSON_ITEMS = 4_000_000
 """Maximum number of commas and brackets in JSON: each item takes up to 100 bytes of memory."""
 MAX_JSON_DEPTH = 100
@@ -35,8 +55,19 @@ def printable(text: object) -> str:
 
 
 def print_text(console: Console, text: object) -> None:
-    """Print text on a console as it is: no markup, no terminal escapes, no breaks of long lines."""
-    console.print(printable(text), markup=False, highlight=False, emoji=False, soft_wrap=True)
+    """Print text on a console as it is: no markup, no terminal escapes, no breaks of long lines.
+
+    The middle of a line above MAX_LINE_LENGTH characters is left out.
+    """
+    lines = [_shorten(line) for line in printable(text).split("\n")]
+    console.print("\n".join(lines), markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def _shorten(line: str) -> str:
+    if len(line) <= MAX_LINE_LENGTH:
+        return line
+    half = MAX_LINE_LENGTH // 2
+    return f"{line[:half]} [{len(line) - 2 * half:,} characters left out] {line[-half:]}"
 
 
 def open_regular(path: Path, follow_links: bool = True) -> int:
@@ -59,9 +90,42 @@ def open_regular(path: Path, follow_links: bool = True) -> int:
 def read_bytes(path: Path, max_bytes: int = MAX_TEXT_BYTES, follow_links: bool = True) -> bytes:
     """Return the content of a regular file of at most `max_bytes`; errors as for `open_regular`, and ValueError."""
     with open(open_regular(path, follow_links), "rb") as file:
-        content = file.read(max_bytes + 1)
+        content = file.read(min(os.fstat(file.fileno()).st_size, max_bytes) + 1)
     if len(content) > max_bytes:
         raise ValueError(f"it has more than {max_bytes / 2**20:g} MiB")
+    return content
+
+
+class _BoundedReader(io.BufferedReader):
+    """File that refuses to read more than MAX_ZIP_LIST_BYTES at once; zipfile reads the list of members at once."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return up to `size` bytes. Raises BadZipFile for too many."""
+        if size is None or size < 0:
+            size = os.fstat(self.fileno()).st_size - self.tell()
+        if size > MAX_ZIP_LIST_BYTES:
+            raise zipfile.BadZipFile(f"the list of its members has more than {MAX_ZIP_LIST_BYTES / 2**20:g} MiB")
+        return super().read(max(size, 0))
+
+
+@contextlib.contextmanager
+def open_zip(path: Path | str) -> Iterator[zipfile.ZipFile]:
+    """Open a zip for reading.
+
+    Raises:
+        OSError: The file cannot be opened.
+        Exception: One of ZIP_ERRORS: it is no regular file or no zip, or the list of its members is too large.
+    """
+    with _BoundedReader(io.FileIO(open_regular(Path(path)))) as file, zipfile.ZipFile(file) as archive:
+        yield archive
+
+
+def read_member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
+    """Return the content of a member. Raises one of ZIP_ERRORS if it is damaged or has more than `max_bytes`."""
+    with archive.open(name) as member:
+        content = member.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"{name} has more than {max_bytes / 2**20:g} MiB")
     return content
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gesso import untrusted
 from gesso.config import Resize
 from gesso.config.base import source_path
 from gesso.data import crops
@@ -176,7 +177,12 @@ class NpzSource(Source):
             raise UsageError(f"there is no file {uri}") from None
         except Exception as error:  # zipfile, zlib and numpy raise errors of many kinds for damaged files
             raise UsageError(f"{uri} is not an .npz file with images as arr_0 ({error_summary(error)})") from None
-        if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
+        if (
+            self.array.dtype != np.uint8
+            or self.array.ndim != 4
+            or self.array.shape[3] != 3
+            or 0 in self.array.shape[1:]
+        ):
             raise UsageError(f"{uri}: arr_0 is {self.array.dtype} {self.array.shape}; it must be uint8 (N, H, W, 3)")
         super().__init__(uri, np.zeros(len(self.array), np.int64))
 
@@ -204,7 +210,7 @@ class NpzSource(Source):
 def read_npz_arrays(path: str, names: Sequence[str]) -> list[np.ndarray] | None:
     """Return some arrays of an .npz file; None if it lacks one. Raises UsageError if they are damaged or too large."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with untrusted.open_zip(path) as archive:
             sizes = {info.filename: info.file_size for info in archive.infolist()}
         if not all(f"{name}.npy" in sizes for name in names):
             return None
@@ -228,7 +234,7 @@ def _load_array(arrays: Mapping[str, Any], name: str) -> np.ndarray:
 
 def _open_npz_array(path: str) -> np.ndarray:
     """Return `arr_0` of an .npz file, memory-mapped if it is not compressed."""
-    with zipfile.ZipFile(path) as archive:
+    with untrusted.open_zip(path) as archive:
         info = archive.getinfo("arr_0.npy")
     if info.compress_type != zipfile.ZIP_STORED:
         if info.file_size > MAX_ARRAY_BYTES:

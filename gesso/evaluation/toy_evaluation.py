@@ -226,19 +226,37 @@ def evaluate(folder: Path, run: RunConfig, progress: ProgressCallback) -> list[s
     targets = list(dict.fromkeys(point.target for point in points))
     plan = snapshot.plan_reconstruction(snapshot.list_snapshots(folder), targets, cfg.nimg)
     counter = Progress(progress, evaluator.num_samples * len(points))
-    rows: dict[str, dict[str, float]] = {}
-    guide = sampling.load_guide(folder, run)
-    for point, images, evaluation in run_points(folder, evaluator, plan, points, guide, counter):
-        if point is points[0]:
-            _save_image_grids(folder, run, images, evaluator.real_images[0])
-        if point.series != "ema_sweep":
-            rows[f"guidance {point.run.sample.guidance:g}"] = evaluation.best()
+    # Only one command computes the points; an equal one waits for it and returns its result.
+    with atomic_io.lock(folder / "sheets") as has_waited:
+        evaluations = _recorded_points(folder, evaluator, plan, points) if has_waited else []
+        if not evaluations:
+            guide = sampling.load_guide(folder, run)
+            for point, images, evaluation in run_points(folder, evaluator, plan, points, guide, counter):
+                if point is points[0]:
+                    _save_image_grids(folder, run, images, evaluator.real_images[0])
+                evaluations.append((point, evaluation))
+    rows = {
+        f"guidance {point.run.sample.guidance:g}": evaluation.best()
+        for point, evaluation in evaluations
+        if point.series != "ema_sweep"
+    }
     warnings = [*_used_images(evaluator.dataset), *ema_export.accuracy_warnings(plan)]
     if not evaluator.metrics:
         sheets = "by_class.png and nearest.png, the nearest training images"
         return [*warnings, f"wrote samples and their nearest training images: {sheets}, in {folder / 'sheets'}"]
     table = results.format_table(rows | {"training images": evaluator.reference_values})
     return [*table, *warnings, f"wrote {folder / results.FILE_NAME}"]
+
+
+def _recorded_points(
+    folder: Path, evaluator: ToyEvaluator, plan: ReconstructionPlan, points: Sequence[Point]
+) -> list[tuple[Point, Evaluation]]:
+    """Return the points with their evaluations in metrics.json; empty unless it has all of them."""
+    recorded = results.read_evaluations(folder)
+    keys = [point_evaluation(evaluator, plan, point).key for point in points]
+    if not evaluator.metrics or not recorded.keys() >= set(keys):
+        return []
+    return [(point, recorded[key]) for point, key in zip(points, keys, strict=True)]
 
 
 def open_toy_evaluator(folder: Path, run: RunConfig) -> ToyEvaluator:

@@ -1,5 +1,6 @@
 """Read files of weights without running code in them, and describe what they hold."""
 
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gesso import models
+from gesso import models, untrusted
 from gesso.config import InputSpec, NetConfig
 from gesso.errors import RunError, UsageError
 from gesso.interop import detect_format
@@ -46,6 +47,10 @@ def read_state(path: Path, label: str) -> StateFile:
         RunError: The file is damaged or has anything but weights.
         UsageError: It has no named weights.
     """
+    try:
+        os.close(untrusted.open_regular(path))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{label} cannot be read ({error})") from None
     if path.suffix == ".safetensors":
         return StateFile(read_tensors(path), {})
     state = _read_edm2_pickle(path, label) if path.suffix == ".pkl" else _read_checkpoint(path, label)
@@ -96,9 +101,9 @@ def _check_unpacked_size(path: Path, label: str) -> None:
     try:
         if not zipfile.is_zipfile(path):
             return
-        with zipfile.ZipFile(path) as archive:
+        with untrusted.open_zip(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+    except (OSError, *untrusted.ZIP_ERRORS) as error:
         raise RunError(f"{label} is damaged ({error})") from None
     if unpacked > path.stat().st_size:
         raise RunError(f"{label} unpacks to {unpacked:,} bytes, more than its size; torch.save does not compress")

@@ -42,6 +42,11 @@ def png_data_uri(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
+def _printable_text(value: object) -> object:
+    """Return text without control characters; other values and text that is marked as safe as they are."""
+    return untrusted.printable(value) if type(value) is str else value
+
+
 def render_template(
     path: Path, context: Mapping[str, Any], filters: Mapping[str, Callable[..., str]] | None = None
 ) -> str:
@@ -60,6 +65,7 @@ def render_template(
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_printable_text,
     )
     environment.filters |= {"png_data_uri": png_data_uri} | dict(filters or {})
     return environment.get_template(path.name).render(context) + "\n"

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image
 
+from gesso.data.sources import decode
+from gesso.errors import RunError, UnreadableImageError
 from gesso.report import plotting
 from gesso.reproduce import labels, sample_grids
 from gesso.reproduce.plan import MeasurementJob
 from gesso.reproduce.results import CellNumbers, TableResult
 from gesso.reproduce.schema import Row
+from gesso.untrusted import read_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +43,11 @@ def make_plots(result: TableResult, jobs: Sequence[MeasurementJob]) -> list[Plot
 
 
 def _image_figure(path: Path) -> "Figure":
-    pixels = np.asarray(Image.open(path).convert("RGB"))
+    try:
+        image, _ = decode.decode_image(read_bytes(path, follow_links=False), channels=3, upright=False)
+    except (OSError, ValueError, UnreadableImageError) as error:
+        raise RunError(f"{path} cannot be read ({error}): delete it, and run the same command again") from None
+    pixels = np.asarray(image)
     width = plotting.FIGURE_SIZE[0]
     figure, axes = plotting.new_figure((width, width * pixels.shape[0] / pixels.shape[1]))
     axes.imshow(pixels, interpolation="none")

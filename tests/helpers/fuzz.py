@@ -1,8 +1,11 @@
 """Fuzzers, deterministic by seed: settings, and damaged bytes."""
 
 import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from gesso import config, recipes
+from gesso.errors import GessoError
 from gesso.recipes import RECIPES
 
 VALUES = (
@@ -83,3 +86,30 @@ def mutate(generator: random.Random, content: bytes) -> bytes:
                 )
                 data[at : at + len(number)] = number
     return bytes(data)
+
+
+def read_mutants(
+    readers: Mapping[str, tuple[bytes, Callable[[Path], object]]], folder: Path, seed: int, count: int
+) -> int:
+    """Read damaged files; return the number of refused ones.
+
+    Args:
+        readers: The content of a valid file, and a function that reads such a file, by its name.
+        folder: Folder for the files; a file that leads to another error than a GessoError stays there.
+        seed: Seed of the damage.
+        count: Number of files; each reader gets its share.
+    """
+    generator, num_refused, cases = random.Random(seed), 0, list(readers.items())
+    for i in range(count):
+        name, (content, read) = cases[i % len(cases)]
+        path, damaged = folder / name, mutate(generator, content)
+        path.write_bytes(damaged)
+        try:
+            read(path)
+        except GessoError as error:
+            num_refused += 1
+            assert len(str(error).splitlines()) <= 3, error
+        except Exception as error:
+            (folder / f"failed-{name}").write_bytes(damaged)
+            raise AssertionError(f"mutant {i} of {name} in {folder}") from error
+    return num_refused

@@ -1061,3 +1061,25 @@ def test_views_have_no_draw_in_common():
     u = encode.view_uniforms(0, 2, 0, 4000).reshape(4000, -1)
     assert u.shape == (4000, 8) and np.abs(u.mean(0) - 0.5).max() < 0.03
     assert np.abs(np.corrcoef(u.T) - np.eye(8)).max() < 0.06
+
+
+def test_a_flipped_bit_is_noticed_when_a_cache_is_opened(photos, tmp_path):
+    write_test_cache(tmp_path / "o", photos, images_per_shard=8)
+    CachedDataset(tmp_path / "o")
+    for path in sorted((tmp_path / "o" / "shards").glob("*.safetensors")):
+        good = path.read_bytes()
+        path.write_bytes(good[:-5] + bytes([good[-5] ^ 0x10]) + good[-4:])
+        with pytest.raises(UsageError, match=rf"{path} is damaged: its SHA-256 is wrong; run gesso cache --check"):
+            CachedDataset(tmp_path / "o")
+        path.write_bytes(good)
+
+
+def test_checksums_of_a_sample_of_shards_are_verified(photos, tmp_path, monkeypatch):
+    """The columns and at least one shard, chosen anew each time."""
+    write_test_cache(tmp_path / "o", photos, images_per_shard=4)
+    monkeypatch.setattr(format, "MAX_VERIFIED_BYTES", 1)
+    verify, names = format._file_problem, []
+    monkeypatch.setattr(format, "_file_problem", lambda folder, file: names.append(file.name) or verify(folder, file))
+    for _ in range(40):
+        CachedDataset(tmp_path / "o")
+    assert names[::2] == ["columns.safetensors"] * 40 and len(set(names[1::2])) > 1 and len(names) == 80

@@ -61,7 +61,7 @@ def test_mixed_photos_in_three_commands(gesso, tmp_path, monkeypatch):
     photos = f"{tmp_path}/my photos"
     used_and_not = [
         f"29 images of {photos} lie beside its sub-folders (holiday): all 36 are read, without classes",
-        f"4 HEIC images in {photos} are not read: phone0.HEIC, phone1.HEIC, phone2.HEIC and 1 more; install",
+        f"4 HEIC images in {photos} are not read: phone0.HEIC, phone1.HEIC, phone2.HEIC and 1 more; pip install",
         f"2 hidden or system folders in {photos} are not read: .ipynb_checkpoints/, holiday/@eaDir/",
         f"1 other files in {photos} are not read (1 .mov), such as 'movie.mov'",
         f"21 of 36 images in {photos} have no caption",

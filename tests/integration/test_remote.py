@@ -20,6 +20,7 @@ import pytest
 import torch
 from moto.server import ThreadedMotoServer
 
+from gesso import untrusted
 from gesso.config import DataConfig, addresses
 from gesso.data.cache import remote
 from gesso.data.cache.plan import CacheManifest, CachePlan, ColumnFile, ShardFile
@@ -235,7 +236,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if fault == "short":
             data = data[:-7]
         self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
+        if fault != "endless":
+            self.send_header("Content-Length", str(len(data)))
         self.send_header("Content-Type", "binary/octet-stream")
         self.send_header("Last-Modified", "Sat, 21 Nov 2026 00:00:00 GMT")
         self.end_headers()
@@ -249,6 +251,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.server.release_stalled.wait()
                 self.close_connection = True
                 return
+            if fault == "endless":
+                while True:
+                    self.wfile.write(data)
             time.sleep(self.server.delay)
             self.wfile.write(data)
 
@@ -302,6 +307,42 @@ def test_permanent_failure_is_an_error(server, url, fault, message):
     assert stored_names(local) == [] and not list(local.folder.glob(".*.tmp"))
     server.faults.clear()
     assert local.path(name).read_bytes() == content(1)
+    local.close()
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_a_file_larger_than_the_manifest_says_is_not_downloaded(server, url, endless):
+    local, name = open_shards(url), NAMES[1]
+    if endless:
+        server.faults[f"shards/{name}"] = ["endless"] * 9
+    else:
+        server.files[f"shards/{name}"] = b"x" * (SIZE + 1)
+    with pytest.raises(RunError, match=rf"shards/{name} is refused: it has more than 20,000 bytes"):
+        local.path(name)
+    assert server.requests[f"shards/{name}"] == 1 and stored_names(local) == []
+    assert not list(local.folder.glob(".*.tmp"))
+    local.close()
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_a_manifest_above_its_bound_is_not_downloaded(server, url, endless, monkeypatch):
+    monkeypatch.setattr(untrusted, "MAX_TEXT_BYTES", 1_000)
+    server.faults["manifest.json"] = ["endless"] * 9 if endless else []
+    with pytest.raises(UsageError, match=r"manifest\.json is refused: it has more than 1,000 bytes"):
+        remote.open_remote_manifest(url)
+    assert server.requests["manifest.json"] == 1
+
+
+def test_a_damaged_local_copy_is_downloaded_again(server):
+    url, name = f"{server.url}/bucket/cache", NAMES[1]
+    local = open_shards(url)
+    path = local.path(name)
+    local.close()
+    path.write_bytes(b"x" * SIZE)
+    local = open_shards(url)
+    assert local.path(name).read_bytes() == content(1) and server.requests[f"shards/{name}"] == 2
+    path.write_bytes(b"x" * SIZE)
+    assert local.path(name).read_bytes() == b"x" * SIZE  # each copy is verified once
     local.close()
 
 
@@ -541,7 +582,7 @@ def test_unwritable_folder(memory, tmp_path, monkeypatch):
 def test_disk_fills_up_during_download(memory, monkeypatch):
     local = open_shards("memory://cache")
 
-    def full_disk(path, target):
+    def full_disk(path, target, callback):
         Path(target).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
@@ -674,7 +715,7 @@ def test_windowed_epoch_stays_within_the_limit(memory):
     windowed, rows = ShardWindowShuffle([10] * 6, window=2, seed=0), 10
     local = open_shards("memory://cache", max_bytes=4 * SIZE)
     in_use, fetched, get_file = [], [], local._storage.get_file
-    local._storage.get_file = lambda path, target: (fetched.append(path), get_file(path, target))
+    local._storage.get_file = lambda path, target, callback: (fetched.append(path), get_file(path, target))
     try:
         for start in range(0, 120, 5):
             sample_index = torch.arange(start, start + 5)

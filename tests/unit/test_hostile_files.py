@@ -2,7 +2,7 @@
 
 import io
 import json
-import random
+import os
 import zipfile
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from helpers import fuzz
 from helpers.run_factory import write_run
 from safetensors.torch import save_file
 
-from gesso import snapshot
+from gesso import config, snapshot
 from gesso.errors import GessoError, RunError, UsageError
 from gesso.evaluation import results
 from gesso.evaluation.feature_stats import load_stats
@@ -121,6 +121,21 @@ def test_a_pickle_with_code_is_not_run(tmp_path, monkeypatch):
     assert not Path("executed").exists()
 
 
+@pytest.mark.parametrize("name", ["/dev/zero", "pipe.pt", "pipe.pkl", "pipe.safetensors", "folder"])
+def test_weights_are_regular_files(tmp_path, gesso, name):
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    elif name != "/dev/zero":
+        os.mkfifo(path)
+    with pytest.raises(GessoError) as caught:
+        read_weights(path)
+    assert_short(caught.value, path)
+    for arguments in (["import", path], ["train", "digits", f"init.source={path}", "--out", tmp_path / "run"]):
+        code, _, err = gesso(*arguments)
+        assert code in (1, 2) and "Traceback" not in err and len(err.strip().splitlines()) <= 3
+
+
 def test_impossible_shapes_of_known_projects(tmp_path):
     from helpers.run_factory import small_run
 
@@ -193,6 +208,26 @@ def test_an_array_bomb_is_not_unpacked(tmp_path, photos):
             action()
 
 
+# Text.
+
+
+def test_hostile_names_in_a_report(tmp_path, gesso):
+    names = ("<script>alert(1)</script>", "\x1b[31mred", "[/b]", "{{ 7 * 7 }}", "a\u202eb")
+    folder = tmp_path / "<img src=x>[b]"
+    run = write_run(folder)
+    data = run.data.model_copy(update={"class_names": (*names, *"56789")})
+    run = run.model_copy(update={"recipe": "<script>alert(2)</script>\x1b[31m", "data": data})
+    config.save_config(run, folder / "run.yaml")
+    (folder / "log.jsonl").write_text('{"nimg": 16, "loss": 1.0, "<script>alert(3)</script>": 2}\n')
+    code, out, err = gesso("report", folder)
+    assert code == 0 and "\x1b" not in out + err, err
+    page = (folder / "report.html").read_text()
+    assert "\x1b" not in page and "\u202e" not in page and "<script>alert" not in page and "<img src=x" not in page
+    assert "&lt;script&gt;alert(2)" in page and "\\x1b[31m" in page
+    code, out, err = gesso("sample", folder, "--seeds", "0-1")
+    assert code == 0 and "\x1b" not in out + err, err
+
+
 # Random damage.
 
 
@@ -232,29 +267,10 @@ def readers(folder: Path) -> dict[str, tuple[bytes, object]]:
     }
 
 
-def read_mutants(folder: Path, seed: int, count: int) -> int:
-    """Read damaged files; return the number of refused ones."""
-    generator, num_refused = random.Random(seed), 0
-    cases = list(readers(folder).items())
-    for i in range(count):
-        name, (content, read) = cases[i % len(cases)]
-        path = folder / name
-        path.write_bytes(fuzz.mutate(generator, content))
-        try:
-            read(path)
-        except GessoError as error:
-            num_refused += 1
-            assert len(str(error).splitlines()) <= 3, error
-        except Exception as error:
-            (folder / f"failed-{name}").write_bytes(path.read_bytes() if path.exists() else b"")
-            raise AssertionError(f"mutant {i} of {name} in {folder}") from error
-    return num_refused
-
-
 def test_mutants_of_all_readers(tmp_path):
-    assert read_mutants(tmp_path, 0, 200) > 50
+    assert fuzz.read_mutants(readers(tmp_path), tmp_path, 0, 200) > 50
 
 
 @pytest.mark.slow
 def test_many_mutants_of_all_readers(tmp_path):
-    assert read_mutants(tmp_path, 1, 5_000) > 1_000
+    assert fuzz.read_mutants(readers(tmp_path), tmp_path, 1, 5_000) > 1_000

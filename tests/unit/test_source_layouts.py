@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from gesso import atomic_io, hub
-from gesso.data.sources import archives, decode, open_source
+from gesso import atomic_io, hub, untrusted
+from gesso.data.sources import decode, open_source
 from gesso.errors import RunError, UnreadableImageError, UsageError
 
 RNG = np.random.default_rng(0)
@@ -328,7 +328,7 @@ def test_captions_in_a_flat_zip(make):
 
 
 def test_a_caption_that_is_a_bomb(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "MAX_CAPTION_BYTES", 10)
+    monkeypatch.setattr(untrusted, "MAX_CAPTION_BYTES", 10)
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("0.png", picture())

@@ -453,7 +453,7 @@ def test_keys_of_tars(tmp_path):
     assert list(source.captions()) == ["caption", "1", "", "", "", ""]
     assert source.class_names == () and source.labels.tolist() == [0] * 6
     notes = " | ".join(source.notes)
-    for words in ("2 keys", "1 keys in", "there twice: the first", "2 .json", "4 of 6 images"):
+    for words in ("2 keys", "1 keys in", "there twice: the first", "2 captions in", "4 of 6 images"):
         assert words in notes, words
 
 

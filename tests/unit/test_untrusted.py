@@ -1,11 +1,15 @@
 """Reading of files of other people, and what is opened in a run folder: regular files inside it, no links."""
 
+import io
 import json
 import os
+import re
 import threading
+from pathlib import Path
 
 import pytest
 from helpers.run_factory import write_run
+from rich.console import Console
 
 from gesso import atomic_io, untrusted
 from gesso.errors import RunError, UsageError
@@ -20,6 +24,13 @@ def test_printable_text():
     assert untrusted.printable("a\tb\nc [red]d[/b]\\ é 漢") == "a\tb\nc [red]d[/b]\\ é 漢"
     assert untrusted.printable("\x1b]0;title\x07\x1b[31m") == "\\x1b]0;title\\x07\\x1b[31m"
     assert untrusted.printable("a\r\x9b\u202e\udcff") == "a\\r\\x9b\\u202e\\udcff"
+
+
+def test_printed_lines_are_short():
+    console = Console(file=io.StringIO(), width=80)
+    untrusted.print_text(console, "a" * 10**6 + "\n[red]b\x1b[31m")
+    first, second = console.file.getvalue().splitlines()
+    assert len(first) < 4_100 and "996,000 characters left out" in first and second == "[red]b\\x1b[31m"
 
 
 @pytest.mark.parametrize(
@@ -218,3 +229,17 @@ def test_json_written_by_gesso_is_read(tmp_path):
     value = {"a": [1, 2.5, None, {"b": "c" * 1000}] * 100}
     atomic_io.write_json(tmp_path / "x.json", value)
     assert untrusted.read_json(tmp_path / "x.json") == json.loads((tmp_path / "x.json").read_text()) == value
+
+
+def test_every_promise_names_a_test():
+    """SECURITY.md names tests as FILE::NAME; a NAME alone is in the file before it, or in that of another promise."""
+    root = Path(__file__).parents[1]
+    names = re.findall(
+        r"`(?:((?:unit|integration)/\w+\.py)(?:::)?)?(test_\w+)?`", (root.parent / "SECURITY.md").read_text()
+    )
+    file = None
+    assert len(names) > 50
+    for path, name in names:
+        file = path or file
+        if file and (path or name):
+            assert f"def {name}(" in (root / file).read_text() if name else (root / file).is_file(), (file, name)

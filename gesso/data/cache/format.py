@@ -17,7 +17,7 @@ and P channels of a token and of pooled text.
 """
 
 import hashlib
-import json
+import random
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -27,9 +27,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gesso import safetensors_io, untrusted
 from gesso.data.cache.plan import (
     FORMAT,
     CacheHeader,
@@ -48,6 +48,8 @@ SHARD_DIR = "shards"
 COLUMNS_FILE = "columns.safetensors"
 COLUMN_TENSORS = ("label", "size", "box", "flip", "tone", "caption", "caption_end")
 TEXT_TENSORS = ("tokens", "token_end", "pooled")
+MAX_VERIFIED_BYTES = 256 * 2**20
+"""Size of the shards whose checksums are verified when a cache is opened; at least one shard is."""
 SHARD_NAME_PATTERN = re.compile(r"shard-(\d{6,})(-\d+x\d+)?\.safetensors")
 
 Layout = dict[str, tuple[torch.dtype, tuple[int | None, ...]]]
@@ -71,8 +73,8 @@ Record = TypeVar("Record", CacheManifest, ShardRecord, CacheHeader)
 def read_record(path: Path, kind: type[Record]) -> Record:
     """Read a JSON file of a cache; raise UsageError if it is damaged or of another version."""
     try:
-        tree = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        tree = untrusted.read_json(path)
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {hub.error_summary(error)}") from None
     return parse_record(tree, path, kind)
 
@@ -106,6 +108,21 @@ def open_manifest(folder: str | Path) -> CacheManifest:
     if problems := size_problems(Path(folder), (*manifest.files, manifest.columns)):
         raise UsageError(f"{problems[0]}; run gesso cache --check {folder} to see how to repair the cache")
     return manifest
+
+
+def check_sample(folder: Path, manifest: CacheManifest) -> None:
+    """Verify the SHA-256 of the columns and of shards chosen at random, as many as MAX_VERIFIED_BYTES allows.
+
+    Raises:
+        UsageError: A file has changed since it was written.
+    """
+    shards = random.SystemRandom().sample(manifest.files, len(manifest.files))
+    ends = np.cumsum([shard.bytes for shard in shards])
+    count = max(1, int(np.searchsorted(ends, MAX_VERIFIED_BYTES, "right")))
+    files: list[CacheFile] = [manifest.columns, *shards[:count]]
+    for file in files:
+        if problem := _file_problem(folder, file):
+            raise UsageError(f"{problem}; run gesso cache --check {folder} to see how to repair the cache")
 
 
 def _read_manifest(folder: Path) -> CacheManifest:
@@ -187,8 +204,15 @@ def map_columns(path: Path, manifest: CacheManifest) -> dict[str, Tensor]:
     """Return the columns of a cache, memory-mapped; raise UsageError if they contradict the manifest."""
     layout = shard_layout(manifest.plan, manifest.files[0].model_copy(update={"rows": manifest.num_images}))
     columns = _map_file(path, {name: layout[name] for name in COLUMN_TENSORS})
-    if not _ends_are_valid(columns["caption_end"], len(columns["caption"])):
-        raise UsageError(f"{path} is damaged: caption_end does not increase to the length of caption")
+    label, size = columns["label"], columns["size"]
+    is_valid = {
+        "caption_end": _ends_are_valid(columns["caption_end"], len(columns["caption"])),
+        "label": bool((label >= 0).all() and (label < max(len(manifest.class_names), 1)).all()),
+        "size": bool((size > 0).all()),
+        **{name: bool(columns[name].isfinite().all()) for name in ("box", "tone")},
+    }
+    if invalid := [name for name, valid in is_valid.items() if not valid]:
+        raise UsageError(f"{path} is damaged: invalid values of {', '.join(invalid)}")
     return columns
 
 
@@ -200,14 +224,23 @@ def _ends_are_valid(ends: Tensor, total: int) -> bool:
 
 def map_shard(path: Path, plan: CachePlan, shard: ShardFile) -> dict[str, Tensor]:
     """Return the tensors of a shard, memory-mapped; raise UsageError if they contradict the plan."""
-    return _map_file(path, shard_layout(plan, shard))
+    tensors = _map_file(path, shard_layout(plan, shard))
+    if "tokens" in tensors and not _token_ends_are_valid(plan, tensors):
+        raise UsageError(f"{path} is damaged: invalid values of token_end")
+    return tensors
+
+
+def _token_ends_are_valid(plan: CachePlan, tensors: dict[str, Tensor]) -> bool:
+    lengths = np.diff(tensors["token_end"].numpy(), prepend=0)
+    fits = bool((lengths <= plan.semantic.max_tokens).all())
+    return fits and _ends_are_valid(tensors["token_end"], len(tensors["tokens"]))
 
 
 def _map_file(path: Path, layout: Layout) -> dict[str, Tensor]:
     try:
-        with safe_open(path, "pt") as file:
+        with safetensors_io.open_bounded(path) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except safetensors_io.READ_ERRORS as error:
         raise UsageError(f"{path} is damaged: {hub.error_summary(error)}") from None
     for name in {**layout, **tensors}:
         actual = (tensors[name].dtype, tuple(tensors[name].shape)) if name in tensors else None
@@ -300,10 +333,6 @@ def _content_problem(manifest: CacheManifest, shard: ShardFile, tensors: dict[st
         "caption_end": _ends_are_valid(tensors["caption_end"], len(tensors["caption"])),
         "size": (tensors["size"] > 0).all(),
     }
-    if "tokens" in tensors:
-        lengths = np.diff(tensors["token_end"].numpy(), prepend=0)
-        fits = (lengths <= plan.semantic.max_tokens).all()
-        is_valid["token_end"] = fits and _ends_are_valid(tensors["token_end"], len(tensors["tokens"]))
     for name in ("moments", "tokens", "pooled", "box", "tone"):
         # In parts: isfinite of the full tensor takes as much memory as the tensor.
         if name in tensors:

@@ -58,7 +58,7 @@ class CachePlan(Settings):
     """number of views in a pass through the VAE"""
     blur_faces: bool = False
     """blur faces that OpenCV detects, before anything else (data/encoders/face_blur.py)"""
-    buckets: PositiveCount = 1
+    buckets: Annotated[PositiveCount, Field(le=99)] = 1
     """number of buckets of nearly equal area, from 1:2 to 2:1; an image belongs to the nearest aspect ratio"""
     bucket_multiple: PositiveCount | None = None
     """edges of buckets are multiples of this many pixels; null: 64, or an eighth of a resolution below 256"""

@@ -17,7 +17,15 @@ from gesso import rng
 from gesso.config import RunConfig
 from gesso.data.base import Dataset, SampleBatch
 from gesso.data.cache import remote
-from gesso.data.cache.format import COLUMNS_FILE, SHARD_DIR, TEXT_TENSORS, map_columns, map_shard, open_manifest
+from gesso.data.cache.format import (
+    COLUMNS_FILE,
+    SHARD_DIR,
+    TEXT_TENSORS,
+    check_sample,
+    map_columns,
+    map_shard,
+    open_manifest,
+)
 from gesso.data.encoders.text import EncodedText
 from gesso.data.samplers import BucketSampler, EpochSampler, ShardWindowShuffle
 from gesso.data.sources.base import StringArray
@@ -76,6 +84,7 @@ class CachedDataset(Dataset):
         if not at_address:  # report a damaged file now, not in the middle of training
             for f in range(len(files)):
                 self._shard(f)
+            check_sample(Path(uri), self.manifest)
 
     def _open_remote(self) -> remote.RemoteShards:
         """Return the local copies of the files at an address."""

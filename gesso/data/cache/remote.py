@@ -18,6 +18,7 @@ The kernel releases the locks (flock) of a process that ends; other processes re
 import collections
 import contextlib
 import errno
+import functools
 import hashlib
 import importlib.util
 import json
@@ -31,7 +32,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gesso import atomic_io
+from gesso import atomic_io, untrusted
 from gesso.config import addresses
 from gesso.data.cache import format
 from gesso.data.cache.plan import CacheManifest, ColumnFile, ShardFile
@@ -69,12 +70,34 @@ def open_remote_manifest(url: str) -> CacheManifest:
     address = f"{url.rstrip('/')}/manifest.json"
     try:
         storage, root = _open_storage(url)
-        tree = json.loads(_retry(lambda: storage.cat_file(f"{root}/manifest.json"), address))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "manifest.json"
+            action = functools.partial(_download, storage, f"{root}/manifest.json", path, untrusted.MAX_TEXT_BYTES)
+            _retry(action, address)
+            tree = untrusted.read_json(path)
+    except _TooLargeError as error:
+        raise UsageError(f"{address} is refused: {error}") from None
     except FileNotFoundError:
         raise UsageError(f"{address} does not exist; gesso cache writes it when the cache is complete") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"{address} cannot be read: {error_summary(error)}") from None
     return format.check_manifest(format.parse_record(tree, address, CacheManifest), address)
+
+
+class _TooLargeError(Exception):
+    """A file at an address is larger than expected; another attempt would not help."""
+
+
+def _download(storage: Any, remote_path: str, path: Path, max_bytes: int) -> None:
+    """Copy a file of a storage to the disk; stop as soon as it has more than `max_bytes`. Raises _TooLargeError."""
+    (callback_class,) = import_names("fsspec.callbacks", "s3", ["Callback"])
+
+    class Bound(callback_class):  # type: ignore[misc, valid-type]  # fsspec is imported lazily
+        def call(self, hook_name: str | None = None, **kwargs: Any) -> None:
+            if max(self.size or 0, self.value) > max_bytes:
+                raise _TooLargeError(f"it has more than {max_bytes:,} bytes")
+
+    storage.get_file(remote_path, str(path), callback=Bound())
 
 
 def _open_storage(url: str) -> tuple[Any, str]:
@@ -108,6 +131,8 @@ def _retry(action: Callable[[], Result], address: str) -> Result:
         try:
             return action()
         except Exception as error:  # of fsspec, of the client of the storage, or of its HTTP library
+            if isinstance(error, _TooLargeError):
+                raise
             if isinstance(error, FileNotFoundError):
                 if "specified bucket" in str(error):
                     raise UsageError(f"{address}: the bucket does not exist ({error_summary(error)})") from None
@@ -159,6 +184,7 @@ class RemoteShards:
             self.folder, {name: file.bytes for name, file in self._files.items()}, max_bytes
         )
         self._in_use: set[str] = set()
+        self._verified, self._bytes_to_verify = set[str](), format.MAX_VERIFIED_BYTES
         self._requested: list[str] = []
         self._queue: collections.deque[str] = collections.deque()
         self._condition, self._closed = threading.Condition(), False
@@ -176,10 +202,22 @@ class RemoteShards:
             self._downloads.pin(self._in_use.union(self._requested))
         try:
             self._fetch(name, required=True)
+            if not self._is_intact(name):
+                self._downloads.discard(name)
+                self._fetch(name, required=True)
         except GessoError:
             self.release([name])
             raise
         return self.folder / name
+
+    def _is_intact(self, name: str) -> bool:
+        """Return False if a copy of an earlier command has another SHA-256; only the first copies are verified."""
+        with self._condition:
+            if name in self._verified or self._bytes_to_verify <= 0:
+                return True
+            self._verified.add(name)
+            self._bytes_to_verify -= self._files[name].bytes
+        return sha256_files([self.folder / name]) == self._files[name].sha256
 
     def release(self, names: Iterable[str]) -> None:
         """Unpin files."""
@@ -231,7 +269,7 @@ class RemoteShards:
         expected, address = self._files[name], f"{self.url}/shards/{name}"
 
         def attempt() -> None:
-            self._storage.get_file(f"{self._root}/shards/{name}", str(temporary))
+            _download(self._storage, f"{self._root}/shards/{name}", temporary, expected.bytes)
             if (size := temporary.stat().st_size) != expected.bytes:
                 raise ValueError(f"it has {size:,} bytes instead of {expected.bytes:,}")
             if sha256_files([temporary]) != expected.sha256:
@@ -239,6 +277,10 @@ class RemoteShards:
 
         try:
             _retry(attempt, address)
+            with self._condition:
+                self._verified.add(name)
+        except _TooLargeError as error:
+            raise RunError(f"{address} is refused: {error}, the size in the manifest") from None
         except FileNotFoundError:
             raise RunError(f"{address} is in the manifest but does not exist: copy the cache again") from None
 
@@ -292,6 +334,11 @@ class DownloadFolder:
     def is_missing(self, name: str) -> bool:
         """Return True if a file is neither complete nor being downloaded by this process."""
         return name not in self._fetching and not self._is_complete(name)
+
+    def discard(self, name: str) -> None:
+        """Remove a damaged file."""
+        with self._lock_state():
+            (self.folder / name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def reserve(self, name: str, required: bool, higher_priority: Iterable[str] = ()) -> Iterator[Path | None]:

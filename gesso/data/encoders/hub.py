@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gesso.errors import UsageError, install_command
+from gesso.errors import GessoError, RunError, UsageError, install_command
 from gesso.untrusted import read_json_object
 
 
@@ -85,7 +85,7 @@ def read_config(folder: Path, label: str) -> dict[str, Any]:
 def weight_files(folder: Path, stem: str, label: str) -> list[Path]:
     """Return STEM.safetensors or its shards, in order; raise UsageError if there are none."""
     pattern = re.compile(re.escape(stem) + r"(-\d+-of-\d+)?\.safetensors")
-    shards = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+    shards = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name) and path.is_file())
     if not shards:
         raise UsageError(
             f"{label}: no {stem}.safetensors in {folder}; weights in pickles (.bin, .ckpt) are not read, as they can "
@@ -124,6 +124,19 @@ def load_model(model_class: Any, package: str, folder: Path, label: str) -> Any:
         more = f" and {len(missing) - 1} more are missing" if len(missing) > 1 else ""
         raise UsageError(f"{label}: its weights have no tensor {missing[0]}{more}")
     return network.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def model_errors(label: str) -> Iterator[None]:
+    """Turn errors of a foreign model in the body into a RunError: its settings may contradict its weights."""
+    try:
+        yield
+    except (GessoError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of torch, of the model's library, or of its tokenizer
+        raise RunError(
+            f"{label} failed ({error_summary(error)}): its files are damaged or do not fit together"
+        ) from error
 
 
 @contextlib.contextmanager

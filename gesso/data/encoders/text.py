@@ -199,12 +199,12 @@ class TransformerTextEncoder:
     def _encode_batch(self, captions: list[str]) -> EncodedText:
         """Encode at most BATCH_SIZE captions, padded to BATCH_SIZE."""
         n, device = len(captions), next(self.loaded.model.parameters()).device
-        encoding = self.loaded.tokenizer(
-            captions + [""] * (ENCODER_BATCH_SIZE - n),
-            padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt",
-        )  # fmt: skip
-        ids, mask = encoding["input_ids"].to(device), encoding["attention_mask"].to(device)
-        with torch.no_grad():
+        with torch.no_grad(), hub.model_errors(f"semantic.encoder={self.model_id}"):
+            encoding = self.loaded.tokenizer(
+                captions + [""] * (ENCODER_BATCH_SIZE - n),
+                padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt",
+            )  # fmt: skip
+            ids, mask = encoding["input_ids"].to(device), encoding["attention_mask"].to(device)
             states, pooled = self._encode_ids(ids, mask)
         return EncodedText(*(field[:n].cpu() for field in (states * mask[:, :, None], mask.sum(1), pooled)))
 
@@ -301,8 +301,9 @@ TOKENIZER_FILES = (
 
 def _build_transformer(cfg: SemanticConfig, device: torch.device | str) -> TransformerTextEncoder:
     loaded = _load_encoder(cfg.encoder)
-    loaded.model.to(device)
-    return ENCODER_CLASSES[loaded.config["model_type"]](cfg, loaded)
+    with hub.model_errors(f"semantic.encoder={cfg.encoder}"):
+        loaded.model.to(device)
+        return ENCODER_CLASSES[loaded.config["model_type"]](cfg, loaded)
 
 
 @functools.lru_cache(maxsize=2)

@@ -12,6 +12,8 @@ Latents of the two conventions are not interchangeable.
 Legend: B images, C latent channels, H W height and width in pixels, f downsampling factor, h = H/f, w = W/f.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,10 +55,11 @@ class VAE:
         hub.weight_files(self.folder, WEIGHTS_STEM, label)
         (model_class,) = hub.import_names("diffusers", "vae", ["AutoencoderKL"])
         model = hub.load_model(model_class, "diffusers", self.folder, label)
-        self.model, self.model_config = model.to(self.device, dtype), model.config
-        self.latent_channels = self.model_config.latent_channels
-        self.downsample_factor = 2 ** (len(self.model_config.block_out_channels) - 1)
-        pixels = (self.model_config.in_channels, self.model_config.out_channels)
+        with hub.model_errors(label):
+            self.model, self.model_config = model.to(self.device, dtype), model.config
+            self.latent_channels = self.model_config.latent_channels
+            self.downsample_factor = 2 ** (len(self.model_config.block_out_channels) - 1)
+            pixels = (self.model_config.in_channels, self.model_config.out_channels)
         if pixels != (3, 3):
             raise UsageError(f"{label}: it maps {pixels[0]} channels to {pixels[1]}, but RGB has 3")
         if convention == "edm2" and self.latent_channels != len(EDM2_MEAN):
@@ -80,9 +83,9 @@ class VAE:
             )
         divisor, offset = INPUT_SCALING[self.convention]
         x = pixels.to(self.device).float() / divisor - offset
-        with torch.no_grad():
+        with torch.no_grad(), hub.model_errors(self.label):
             latents = self.model.encode(x.to(self.dtype)).latent_dist
-        return self._check_finite(latents.mean), self._check_finite(latents.std)
+            return self._check_finite(latents.mean), self._check_finite(latents.std)
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode raw latents (B, C, h, w) to uint8 (B, 3, H, W), clipped, rounded or truncated by convention.
@@ -92,7 +95,7 @@ class VAE:
         """
         assert z.shape[1] == self.latent_channels, z.shape
         divisor, offset = INPUT_SCALING[self.convention]
-        with torch.no_grad():
+        with torch.no_grad(), hub.model_errors(self.label):
             x = self._check_finite(self.model.decode(z.to(self.device, self.dtype)).sample)
         values = ((x + offset) * divisor).clip(0, 255)
         return (values if self.convention == "edm2" else values.round()).to(
@@ -115,9 +118,13 @@ class VAE:
         if self.convention == "edm2":
             return EDM2_MEAN, EDM2_STD
         C, settings = self.latent_channels, self.model_config
-        mean = settings.get("latents_mean") or [settings.get("shift_factor") or 0.0] * C
-        std = settings.get("latents_std") or [1.0] * C
-        return tuple(float(m) for m in mean), tuple(s / settings.scaling_factor for s in std)
+        with hub.model_errors(self.label):
+            mean = settings.get("latents_mean") or [settings.get("shift_factor") or 0.0] * C
+            std = settings.get("latents_std") or [1.0] * C
+            mean, std = tuple(float(m) for m in mean), tuple(s / settings.scaling_factor for s in std)
+        if len(mean) != C or len(std) != C or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+            raise RunError(f"{self.label}: latents_mean, latents_std or scaling_factor in its config.json is not valid")
+        return mean, std
 
     def identity(self) -> dict[str, str | int]:
         """Return everything except the pixels that latents depend on, with SHA-256 of settings and weights."""

@@ -12,10 +12,12 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from gesso import untrusted
 from gesso.data.sources import decode, layout
 from gesso.data.sources.base import (
     IMAGE_SUFFIXES,
@@ -40,8 +42,6 @@ from gesso.errors import UnreadableImageError, UsageError
 MAX_OPEN_FILES = 64
 """Maximum number of open files per source."""
 TAR_BLOCK = 512
-MAX_CAPTION_BYTES = 2**20
-"""Maximum number of bytes that are read of a caption in a zip."""
 PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 """Flags of open: Windows has no O_CLOEXEC, and reads text without O_BINARY."""
@@ -57,8 +57,12 @@ class FileHandle:
         os.close(self.descriptor)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return `size` bytes at `offset`. Raises UnreadableImageError if the file is shorter."""
-        if hasattr(os, "pread"):
+        """Return `size` bytes at `offset`. Raises UnreadableImageError if the file is shorter or they are too many."""
+        if size > untrusted.MAX_ITEM_BYTES:
+            raise UnreadableImageError("", f"it has more than {untrusted.MAX_ITEM_BYTES / 2**20:g} MiB")
+        if offset < 0:
+            data = b""
+        elif hasattr(os, "pread"):
             data = os.pread(self.descriptor, size, offset)
         else:  # Windows
             with self.lock:
@@ -117,6 +121,8 @@ class ZipSource(Source):
     def read(self, i: int) -> RawImage:
         """Return the encoded image, or latents."""
         offset, packed, size, method, crc = self.locations[i].tolist()
+        if size > untrusted.MAX_ITEM_BYTES:
+            raise UnreadableImageError("", f"it has more than {untrusted.MAX_ITEM_BYTES / 2**20:g} MiB")
         handle = self.open_handle(self.path)
         head = handle.read(offset, 30)
         if head[:4] != b"PK\3\4":
@@ -146,7 +152,7 @@ def parse_latents(data: bytes) -> np.ndarray:
 def _list_zip(uri: str, path: str, part: str | None, stamps: FileStamps) -> Listing:
     stamps[os.path.abspath(path)] = file_stamp(path)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with untrusted.open_zip(path) as archive:
             infos = archive.infolist()
             entries = {entry.filename: entry for entry in infos if not entry.is_dir()}
             _check_entries(uri, entries, sum(not entry.is_dir() for entry in infos))
@@ -157,7 +163,7 @@ def _list_zip(uri: str, path: str, part: str | None, stamps: FileStamps) -> List
                     f"data.source={uri}: encrypted, or not packed by deflate: {format_names(odd)}; use zip -0"
                 )
             captions, notes = _zip_captions(uri, archive, arranged)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, EOFError) as error:
+    except (OSError, *untrusted.ZIP_ERRORS) as error:
         raise UsageError(f"data.source={uri}: no zip that can be read, or one cut short ({error})") from None
     chosen = [entries[name] for name in arranged.names]
     places = [(e.header_offset, e.compress_size, e.file_size, e.compress_type, e.CRC) for e in chosen]
@@ -216,7 +222,7 @@ def _zip_captions(uri: str, archive: zipfile.ZipFile, arranged: layout.Layout) -
         text, utf8 = class_name, True
         if file:
             with archive.open(file) as handle:
-                raw = handle.read(MAX_CAPTION_BYTES)  # a packed file may be a thousand times larger than it looks
+                raw = handle.read(untrusted.MAX_CAPTION_BYTES)  # a packed file may be far larger than it looks
             if file.endswith(".txt"):
                 text, utf8 = decode_text(raw)
             else:
@@ -278,7 +284,7 @@ class TarSource(Source):
         if hidden:
             notes.append(f"{hidden} hidden or system files in {uri} are not read")
         if bad_json:
-            notes.append(f"{bad_json} .json in {uri} cannot be read: their captions are empty")
+            notes.append(f"{bad_json} captions in {uri} cannot be read or are above 1 MiB: they are empty")
         if cut:
             ends = [
                 f"{name} after {len(listing['names'])} images"
@@ -346,23 +352,22 @@ def _list_tar(path: str, stamps: FileStamps) -> Listing:
     members = _read_members(path, size)
     samples, extra = _group_samples(members.samples)
     suffixes = (*IMAGE_SUFFIXES, *(layout.HEIF_SUFFIXES if decode.has_heif() else ()))
-    handle = FileHandle(os.open(path, READ_FLAGS))
+    try:
+        handle = FileHandle(untrusted.open_regular(Path(path)))
+    except ValueError as error:
+        raise UsageError(f"data.source={path}: cannot be read ({error})") from None
     names, places, captions, labels, counts = [], [], [], [], np.zeros(8, np.int64)
     for key, parts in samples.items():
         image = next((suffix for suffix in parts if f".{suffix}" in suffixes), None)
         if image is None:
             counts[0] += 1
             continue
-        caption, utf8, known = "", True, True
-        if "txt" in parts:
-            caption, utf8 = decode_text(handle.read(*parts["txt"]))
-        elif "json" in parts:
-            caption, utf8, known = json_caption(handle.read(*parts["json"]))
+        caption, utf8, known = _read_tar_caption(handle, parts)
         counts[2:5] += (not caption, not utf8, not known)
         names.append(f"{key}.{image}")
         places.append(parts[image])
         captions.append(caption)
-        labels.append(_parse_class(path, key, handle.read(*parts["cls"])) if "cls" in parts else -1)
+        labels.append(_parse_class(path, key, _read_start(handle, *parts["cls"])) if "cls" in parts else -1)
     counts[1], counts[5:] = members.repeated, (extra, members.hidden, members.is_cut)
     return {
         "names": StringArray.from_strings(names),
@@ -404,6 +409,20 @@ def _group_samples(samples: Samples) -> tuple[Samples, int]:
     return grouped, extra
 
 
+def _read_tar_caption(handle: FileHandle, parts: dict[str, tuple[int, int]]) -> tuple[str, bool, bool]:
+    """Return the caption of a sample, whether it is UTF-8, and whether it is readable."""
+    offset, size = parts.get("txt") or parts.get("json") or (0, 0)
+    if size > untrusted.MAX_CAPTION_BYTES:
+        return "", True, False
+    raw = handle.read(offset, size)
+    return (*decode_text(raw), True) if "txt" in parts or "json" not in parts else json_caption(raw)
+
+
+def _read_start(handle: FileHandle, offset: int, size: int, max_bytes: int = 64) -> bytes:
+    """Return the first bytes of a member."""
+    return handle.read(offset, min(size, max_bytes))
+
+
 def _read_members(path: str, size: int) -> _Members:
     """Return the files of a tar. Raises UsageError if it is none."""
     samples: Samples = {}
@@ -411,6 +430,7 @@ def _read_members(path: str, size: int) -> _Members:
     try:
         with tarfile.open(path, "r:", encoding="utf-8") as tar:
             for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would hold all of them
                 after = member.offset_data + -(-member.size // TAR_BLOCK) * TAR_BLOCK
                 if not 0 <= member.size <= size - member.offset_data:
                     break
@@ -429,10 +449,11 @@ def _read_members(path: str, size: int) -> _Members:
                 if suffix in parts:
                     repeated.add(key)
                 parts.setdefault(suffix, (member.offset_data, member.size))
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError, OSError) as error:
         if size and not samples:
+            reason = " ".join(str(error).split())
             raise UsageError(
-                f"data.source={path}: no tar that can be read ({error}); a packed one must be unpacked"
+                f"data.source={path}: no tar that can be read ({reason}); a packed one must be unpacked"
             ) from None
     with open(path, "rb") as file:  # tarfile ends without a word at a damaged header too
         file.seek(end)

@@ -3,9 +3,12 @@
 Colors are the file's numbers: ICC profiles are not applied.
 """
 
+import contextlib
 import functools
 import importlib
 import io
+import threading
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -22,7 +25,10 @@ HEIF_CURE = f"a HEIC image: {install_command('heif')}, or convert it to JPEG"
 SIGNATURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF", "JPEG2000", "HEIF")
 """Formats with a signature that no other file begins with."""
 MAX_PIXELS = 178_956_970
-"""Maximum number of pixels; larger images count as decompression bombs, as in Pillow."""
+"""Maximum number of pixels of an image, as in Pillow, and of all images that threads decode at once.
+
+A pixel takes up to 16 bytes meanwhile.
+"""
 
 EXIF_ORIENTATION = 0x0112
 # EXIF 2.3, tag 274: what makes a stored image upright.
@@ -35,6 +41,33 @@ ORIENTATION_TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+class PixelBudget:
+    """Number of pixels that threads may decode at once.
+
+    Args:
+        total: Number of pixels; an image with more has it alone.
+    """
+
+    def __init__(self, total: int):
+        self.total, self.used, self.condition = total, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def reserve(self, count: int) -> Iterator[None]:
+        """Wait until `count` pixels are free, and hold them in the body."""
+        with self.condition:
+            self.condition.wait_for(lambda: not self.used or self.used + count <= self.total)
+            self.used += count
+        try:
+            yield
+        finally:
+            with self.condition:
+                self.used -= count
+                self.condition.notify_all()
+
+
+BUDGET = PixelBudget(MAX_PIXELS)
 
 
 def decode_image(
@@ -67,9 +100,10 @@ def decode_image(
             raise UnreadableImageError("", f"{width} x {height} is over {MAX_PIXELS} pixels: a decompression bomb")
         if min_edge:
             opened.draft(None, (2 * min_edge, 2 * min_edge))
-        opened.load()
-        orientation = exif_orientation(opened) if upright else 1
-        picture = _to_grey_or_rgb(opened, channels, white=upright)
+        with BUDGET.reserve(opened.width * opened.height):
+            opened.load()
+            orientation = exif_orientation(opened) if upright else 1
+            picture = _to_grey_or_rgb(opened, channels, white=upright)
     except UnreadableImageError:
         raise
     except Exception as error:  # whatever a decoder raises on a damaged file

@@ -6,10 +6,12 @@ Legend: N images.
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from gesso import untrusted
 from gesso.data.sources import layout
 from gesso.data.sources.archives import parse_latents
 from gesso.data.sources.base import (
@@ -23,7 +25,7 @@ from gesso.data.sources.base import (
 )
 from gesso.data.sources.layout import FileTree
 from gesso.data.sources.metadata import json_caption
-from gesso.errors import UsageError
+from gesso.errors import UnreadableImageError, UsageError
 
 CAPTION_CHUNK = 1000
 """captions that one thread reads at a time"""
@@ -78,8 +80,10 @@ class FolderSource(Source):
 
     def read(self, i: int) -> RawImage:
         """Return the bytes of the file, or latents."""
-        with open(os.path.join(self.path, self.name(i)), "rb", buffering=0) as file:
-            data = file.read()
+        try:
+            data = untrusted.read_bytes(Path(self.path, self.name(i)), untrusted.MAX_ITEM_BYTES)
+        except ValueError as error:
+            raise UnreadableImageError("", str(error)) from None
         return parse_latents(data) if self.has_latents else data
 
     def stamp(self) -> str:
@@ -94,22 +98,31 @@ class FolderSource(Source):
     def _read_caption(self, i: int) -> tuple[str, bool]:
         """Return the caption, and whether it is UTF-8."""
         class_name = self.class_names[self.labels[i]] if self.folder_classes else ""
-        file = self.caption_files[i]
-        if not file:
+        if not self.caption_files[i]:
             return class_name, True
-        with open(os.path.join(self.path, file), "rb", buffering=0) as handle:
-            raw = handle.read()
-        if file.endswith(".txt"):
+        path = self._caption_path(i)
+        try:
+            raw = untrusted.read_bytes(path, untrusted.MAX_CAPTION_BYTES)
+        except ValueError as error:
+            raise UnreadableImageError("", f"its caption cannot be read: {error}") from None
+        if path.suffix == ".txt":
             return decode_text(raw)
         caption, utf8, _ = json_caption(raw)
         return caption or class_name, utf8
 
+    def _caption_path(self, i: int) -> Path:
+        return Path(self.path, self.caption_files[i])
+
     def _read_caption_chunk(self, start: int) -> list[tuple[str, bool]]:
-        try:
-            return [self._read_caption(i) for i in range(start, min(start + CAPTION_CHUNK, len(self)))]
-        except OSError as error:
-            file = format_names([str(error.filename)])
-            raise UsageError(f"data.source={self.uri}: caption {file} cannot be read ({error.strerror})") from None
+        captions = []
+        for i in range(start, min(start + CAPTION_CHUNK, len(self))):
+            try:
+                captions.append(self._read_caption(i))
+            except (OSError, UnreadableImageError) as error:
+                file = format_names([str(self._caption_path(i))])
+                reason = error.strerror if isinstance(error, OSError) else error.reason
+                raise UsageError(f"data.source={self.uri}: caption {file} cannot be read ({reason})") from None
+        return captions
 
     def read_captions(self) -> Sequence[str]:
         """Return all captions."""

@@ -6,9 +6,11 @@ import os
 import re
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
+from gesso import untrusted
 from gesso.data.sources.base import Source, format_names, numbered_class_names
 from gesso.errors import UsageError
 
@@ -86,7 +88,7 @@ def read_idx(uri: str, path: str, num_dims: int) -> np.ndarray:
         num_dims: Expected number of dimensions; 3 for images (N, H, W), 1 for labels (N,).
     """
     try:
-        with open(path, "rb") as file:
+        with open(untrusted.open_regular(Path(path)), "rb") as file:
             is_gzip = file.read(2) == b"\x1f\x8b"
         with gzip.open(path) if is_gzip else open(path, "rb") as file:
             header = file.read(4 + 4 * num_dims)
@@ -99,7 +101,7 @@ def read_idx(uri: str, path: str, num_dims: int) -> np.ndarray:
             if not 0 < size <= MAX_BYTES:
                 raise UsageError(f"data.source={uri}: {path} declares {size:,} bytes; the limit is {MAX_BYTES:,}")
             data = file.read(size + 1)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise UsageError(f"data.source={uri}: {path} cannot be read ({error}); download it again") from None
     if len(data) != size:
         raise UsageError(f"data.source={uri}: {path} is damaged: its header declares {size:,} bytes; download it again")

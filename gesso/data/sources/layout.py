@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gesso import untrusted
 from gesso.data.sources import decode
 from gesso.data.sources.base import (
     IMAGE_SUFFIXES,
@@ -212,11 +213,15 @@ def _head(tree: FileTree, name: str) -> bytes:
 
 
 def _read_file(tree: FileTree, name: str) -> bytes:
+    max_bytes = untrusted.MAX_TEXT_BYTES if name.endswith("dataset.json") else untrusted.MAX_ITEM_BYTES
     try:
-        return tree.read(name, -1)
+        content = tree.read(name, max_bytes + 1)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(f"data.source={tree.uri}: {format_names([name])} cannot be read ({reason})") from None
+    if len(content) > max_bytes:
+        raise UsageError(f"data.source={tree.uri}: {format_names([name])} has more than {max_bytes / 2**20:g} MiB")
+    return content
 
 
 def is_latents(name: str) -> bool:

@@ -5,12 +5,12 @@ Legend: N rows.
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gesso import untrusted
 from gesso.data.sources.base import (
     decode_text,
     format_names,
@@ -65,8 +65,8 @@ def _json_rows(raw: bytes) -> Iterator[tuple[str, Any, bool]]:
         text, utf8 = decode_text(line)
         if text:
             try:
-                row = json.loads(text)
-            except (ValueError, RecursionError):
+                row = untrusted.parse_json(text)
+            except ValueError:
                 row = None
             yield f"line {number}", row, utf8
 
@@ -156,9 +156,9 @@ def parse_dataset_json(raw: bytes) -> list[tuple[str, Any]] | None:
         ValueError: It has another form.
     """
     try:
-        pairs = json.loads(raw)["labels"]
+        pairs = untrusted.parse_json(raw)["labels"]
         return None if pairs is None else [(str(name), label) for name, label in pairs]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise ValueError('it is not {"labels": [[name, class], ...]} or {"labels": null}') from None
 
 
@@ -166,7 +166,7 @@ def json_caption(raw: bytes) -> tuple[str, bool, bool]:
     """Return "caption" of a JSON object, whether it is UTF-8, and whether it is readable."""
     text, utf8 = decode_text(raw)
     try:
-        caption = json.loads(text).get("caption")
-    except (ValueError, AttributeError, RecursionError):
+        caption = untrusted.parse_json(text).get("caption")
+    except (ValueError, AttributeError):
         return "", utf8, False
     return (replace_surrogates(caption), utf8, True) if isinstance(caption, str) else ("", utf8, caption is None)

@@ -3,14 +3,18 @@
 Legend: N images. A row group is the unit of reading; files for training should have small ones.
 """
 
+import contextlib
 import functools
 import io
-import json
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from gesso import untrusted
 from gesso.data.sources.base import (
     Source,
     StringArray,
@@ -30,6 +34,14 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_b
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 MAX_CACHED_ROW_GROUPS = 4
 """row groups held in memory"""
+MAX_ROWS = 2**26
+"""Maximum number of rows of a source."""
+MAX_ROW_GROUP_BYTES = 2**30
+"""Maximum size of the images and captions of a row group, unpacked."""
+MAX_TEXT_COLUMN_BYTES = 2**30
+"""Maximum size of a column of texts of a file."""
+TEXT_ROWS = 1024
+"""Rows of texts read at a time."""
 
 
 def import_pyarrow():
@@ -54,18 +66,56 @@ def read_column(path: str, names: Sequence[str], raw: bytes | None = None, requi
     Raises:
         UsageError: A required column is missing, or the file is damaged.
     """
-    pa, pq = import_pyarrow()
     try:
-        with pq.ParquetFile(path if raw is None else io.BytesIO(raw)) as file:
+        with open_parquet(path, raw=raw) as file:
             there = file.schema_arrow.names
             column = next((name for name in names if name in there), None)
-            if column is None:
-                if not required:
-                    return None
-                raise UsageError(f"{path} has no column {' or '.join(names)}; there are: {format_names(there, 12)}")
-            return file.read(columns=[column]).column(0).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+        if column is None:
+            if not required:
+                return None
+            raise UsageError(f"{path} has no column {' or '.join(names)}; there are: {format_names(there, 12)}")
+        values, num_bytes = [], 0
+        with open_parquet(path, keep_dictionaries=True, raw=raw) as file:
+            if file.metadata.num_rows > MAX_ROWS:
+                raise ValueError(f"it has more than {MAX_ROWS:,} rows")
+            for batch in file.iter_batches(TEXT_ROWS, columns=[column]):
+                rows = batch.column(0).to_pylist()
+                num_bytes += sum(len(row) for row in rows if isinstance(row, str | bytes))
+                if num_bytes > MAX_TEXT_COLUMN_BYTES:
+                    raise ValueError(f"column {column} has more than {MAX_TEXT_COLUMN_BYTES / 2**20:g} MiB")
+                values += rows
+        return values
+    except ValueError as error:
         raise _damaged_error(path, path, error) from None
+
+
+@contextlib.contextmanager
+def open_parquet(path: str, keep_dictionaries: bool = False, raw: bytes | None = None) -> Iterator[Any]:
+    """Yield an open parquet file.
+
+    Args:
+        path: The file.
+        keep_dictionaries: Hold texts and bytes as dictionaries in memory, since a small file may repeat a large value a
+            billion times.
+        raw: Content of the file, if it is in memory.
+
+    Raises:
+        ValueError: The file is damaged or cannot be read, also in the body.
+    """
+    pa, pq = import_pyarrow()
+    try:
+        if raw is None:
+            os.close(untrusted.open_regular(Path(path)))  # pyarrow waits for pipes
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(pq.ParquetFile(path if raw is None else io.BytesIO(raw)))
+            if keep_dictionaries:
+                leaves = [file.schema.column(j) for j in range(file.metadata.num_columns)]
+                names = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+                source = path if raw is None else io.BytesIO(raw)
+                file = stack.enter_context(pq.ParquetFile(source, metadata=file.metadata, read_dictionary=names))
+            yield file
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, RuntimeError, MemoryError) as error:
+        raise ValueError(_one_line(error)) from None
 
 
 class ParquetSource(Source):
@@ -79,12 +129,12 @@ class ParquetSource(Source):
     """
 
     def __init__(self, uri: str, paths: Sequence[str], more_notes: Sequence[str] = ()):
-        pa, pq = import_pyarrow()
+        pa, _ = import_pyarrow()
         self.row_groups: list[tuple[str, int, int, int]] = []  # file, row group, its bytes, rows of the file before it
         labels, starts = [], [0]
         for path in paths:
             try:
-                with pq.ParquetFile(path) as file:
+                with open_parquet(path) as file:
                     if path == paths[0]:
                         self.image_column, self.label_column, self.caption_column, names, notes = _select_columns(
                             uri, file.schema_arrow, pa.types
@@ -99,9 +149,11 @@ class ParquetSource(Source):
                         about = file.metadata.row_group(g)
                         self.row_groups.append((path, g, about.total_byte_size, starts[-1] - before))
                         starts.append(starts[-1] + about.num_rows)
+                    if starts[-1] > MAX_ROWS:
+                        raise ValueError(f"the source has more than {MAX_ROWS:,} rows")
                     if self.label_column:
                         labels += file.read(columns=[self.label_column]).column(0).to_pylist()
-            except (pa.ArrowException, OSError) as error:
+            except ValueError as error:
                 raise _damaged_error(uri, path, error) from None
         if not starts[-1]:
             raise UsageError(f"data.source={uri}: no rows in {format_names(paths)}")
@@ -136,19 +188,27 @@ class ParquetSource(Source):
         return hash_stamps((self.file_names[path], file_stamp(path)) for path in self.paths)
 
     def _read_row_group(self, group: int):
-        pa, pq = import_pyarrow()
         path, g, _, _ = self.row_groups[group]
+        columns = [c for c in (self.image_column, self.caption_column) if c]
         try:
-            with pq.ParquetFile(path) as file:
-                return file.read_row_group(g, columns=[c for c in (self.image_column, self.caption_column) if c])
-        except pa.ArrowException as error:
-            raise UnreadableImageError("", f"its row group is damaged: {_one_line(error)}") from error
+            with open_parquet(path, keep_dictionaries=True) as file:
+                about = file.metadata.row_group(g)
+                parts = [about.column(j) for j in range(about.num_columns)]
+                used = [part for part in parts if part.path_in_schema.split(".")[0] in columns]
+                if sum(part.total_uncompressed_size for part in used) > MAX_ROW_GROUP_BYTES:
+                    raise ValueError(f"it has more than {MAX_ROW_GROUP_BYTES / 2**20:g} MiB; write smaller row groups")
+                return file.read_row_group(g, columns=columns)
+        except ValueError as error:
+            raise UnreadableImageError("", f"its row group cannot be read: {error}") from error
 
     def _cell(self, i: int, column: str):
         group, row = self._locate(i)
         with self._read_lock:
             rows = self._cached_row_group(group)
-        return rows.column(column)[row].as_py()
+        try:
+            return rows.column(column)[row].as_py()
+        except (ValueError, LookupError) as error:  # a damaged dictionary or text
+            raise UnreadableImageError("", f"its row cannot be read: {_one_line(error)}") from error
 
     def read(self, i: int) -> bytes:
         """Return the encoded image."""
@@ -205,9 +265,10 @@ def _select_columns(uri: str, schema, types) -> tuple[str, str | None, str | Non
 def _class_names(metadata: dict[bytes, bytes]) -> tuple[str, ...]:
     """Return the class names in the metadata of the datasets library."""
     try:
-        return tuple(json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"])
+        names = untrusted.parse_json(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
     except (KeyError, ValueError, TypeError):
         return ()
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
 
 
 def _one_line(error: Exception) -> str:

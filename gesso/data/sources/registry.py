@@ -10,8 +10,9 @@ import os
 import re
 import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 
-from gesso import hub
+from gesso import hub, untrusted
 from gesso.data.sources import layout
 from gesso.data.sources.archives import TarSource, ZipSource
 from gesso.data.sources.base import IMAGE_SUFFIXES, Source, format_names
@@ -183,8 +184,11 @@ def _open_files(
 
 
 def _open_file(uri: str, path: str, part: str | None) -> Source:
-    with open(path, "rb") as file:
-        head = file.read(4)
+    try:
+        with open(untrusted.open_regular(Path(path)), "rb") as file:
+            head = file.read(4)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"data.source={uri}: cannot be read ({error})") from None
     if zipfile.is_zipfile(path) or head == b"PK\3\4":
         return ZipSource(uri, path, part)
     if part:
