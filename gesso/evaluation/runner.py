@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from gesso import atomic_io, config, devices, ema, sampling, snapshot
-from gesso.config import EvalConfig, RunConfig
+from gesso.config import EvalConfig, Resize, RunConfig
 from gesso.data.cache.format import is_cache, open_manifest
 from gesso.data.factory import check_replaced_source, open_dataset
 from gesso.diffusion.denoiser import Denoiser
@@ -255,7 +255,7 @@ def evaluate_images(args: ImageSetArgs, progress: ProgressCallback) -> tuple[Eva
         if metric.needs_reference and cfg.reference is None:
             raise UsageError(f"{metric.name} needs reference images: name them with --ref DIR")
     resize = cfg.resize or "lanczos"
-    samples = open_image_set(args.images, args.resolution, args.num_images, resize)
+    samples = _open_named_images("--images", args.images, args.resolution, args.num_images, resize)
     reference = _open_image_reference(args, samples, metrics)
     networks = load_networks((metric.network for metric in metrics), cfg, device, samples.size)
     sets = [images for images in (samples, reference) if isinstance(images, ImageSet)]
@@ -421,6 +421,14 @@ def _reference_part(
     return {name: stats.to_tensors() for name in names}
 
 
+def _open_named_images(option: str, uri: str, resolution: int | None, limit: int | None, resize: Resize) -> ImageSet:
+    """Open the images of an option of the command line, which errors name in place of data.source."""
+    try:
+        return open_image_set(uri, resolution, limit, resize)
+    except UsageError as error:
+        raise UsageError(str(error).replace(f"data.source={uri}", f"{option} {uri}")) from None
+
+
 def _open_image_reference(
     args: ImageSetArgs, samples: ImageSet, metrics: Sequence[Metric]
 ) -> ImageSet | FeatureStats | None:
@@ -432,7 +440,7 @@ def _open_image_reference(
         arrays = read_npz_arrays(uri, ("mu", "sigma"))
         if arrays:
             return _stats_from_npz(uri, metrics, *arrays)
-    reference = open_image_set(uri, args.resolution, resize=args.config.resize or "lanczos")
+    reference = _open_named_images("--ref", uri, args.resolution, None, args.config.resize or "lanczos")
     if reference.size != samples.size:
         raise UsageError(
             f"{args.images} is {samples.size[0]}x{samples.size[1]}, {uri} {reference.size[0]}x{reference.size[1]}: set "

@@ -182,6 +182,6 @@ def get_table(tables: Tables, name: str) -> Table:
     """Return a table by name. Raises UsageError, with the nearest names, if there is none."""
     if name not in tables:
         raise UsageError(
-            f"there is no table {name!r}; {suggest(name, list(tables))}. `gesso reproduce list` lists all tables"
+            f"there is no table {name!r}; {suggest(name, list(tables))} (gesso reproduce list shows all tables)"
         )
     return tables[name]()

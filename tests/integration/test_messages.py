@@ -158,3 +158,16 @@ def test_initial_weights_find_classes_in_any_normalization():
     run = with_class_names(small_run(), "tea", DECOMPOSED)
     source = with_class_names(small_run(), COMBINED, "tea")
     assert class_mapping(run, SimpleNamespace(run=source, input_spec=source.input_spec)) == (1, 0)
+
+
+def test_missing_images_are_named_by_their_option(gesso, photos):
+    code, _, error = gesso("evaluate", "--images", "no-such", "--ref", photos, "--metrics", "fid")
+    assert code == 2 and error.startswith("gesso: --images no-such: there is no such folder or file")
+    code, _, error = gesso("evaluate", "--images", photos, "--resolution", 8, "--ref", "no-such", "--metrics", "fid")
+    assert code == 2 and error.startswith("gesso: --ref no-such: there is no such folder or file")
+
+
+def test_unknown_table(gesso):
+    code, _, error = gesso("reproduce", "edm2/99")
+    assert code == 2 and error.startswith("gesso: there is no table 'edm2/99'; did you mean ")
+    assert error.endswith("? (gesso reproduce list shows all tables)\n")

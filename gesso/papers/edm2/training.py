@@ -60,7 +60,9 @@ def figure_3() -> Table:
         columns=tuple(map(Column, magnitudes)),
         rows=tuple(map(Row, rows.values())),
         scales=make_scales(
-            groups, LADDER_COST, {"tiny": "The digits, 60k images.", "small": "Drawn shapes, 3M images."}
+            groups,
+            LADDER_COST,
+            {"tiny": "The digits, 64k images in batches of 16.", "small": "Drawn shapes, 3M images."},
         ),
         claims=(
             grows("C", "Activations, largest", "Activations of C grow"),
