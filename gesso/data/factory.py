@@ -115,9 +115,11 @@ def with_dataset_info(
         RunError: A channel is constant over all images.
     """
     mean, std = _channel_stats(data, dataset, latent, seed)
-    if not all(value > 0 for value in std):
+    flat = [i for i, value in enumerate(std) if not value > 0]
+    if flat:
         raise RunError(
-            f"a channel is constant over all {len(dataset)} images of {data.source}: check the images, or data.channels"
+            f"channel {flat[0]} of {len(std)} has one value in all {len(dataset)} images of {data.source}, so that it "
+            "cannot be normalized: check the images, or set data.channels=1 for grey ones, or data.mean and data.std"
         )
     captions = dict.fromkeys(dataset.captions[:1000])
     counts = torch.bincount(dataset.labels, minlength=len(dataset.class_names))

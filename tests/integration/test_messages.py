@@ -7,6 +7,7 @@ import pytest
 from helpers.cli import assert_refused
 from helpers.images import write_image_folders
 from helpers.run_factory import small_run, with_settings, write_run
+from PIL import Image
 from rich.console import Console
 
 from gesso import config, recipes
@@ -17,6 +18,10 @@ from gesso.training import run_folder
 from gesso.training.logging import ProgressBar
 from gesso.training.transfer_config import class_mapping
 
+SMALL = (
+    "net.hidden_size=32", "net.depth=1", "net.num_heads=2", "train.total_images=16", "train.batch_size=4",
+    "train.num_threads=1",
+)  # fmt: skip
 COMBINED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
 
 
@@ -171,3 +176,14 @@ def test_unknown_table(gesso):
     code, _, error = gesso("reproduce", "edm2/99")
     assert code == 2 and error.startswith("gesso: there is no table 'edm2/99'; did you mean ")
     assert error.endswith("? (gesso reproduce list shows all tables)\n")
+
+
+def test_a_flat_channel_is_named(gesso, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8), (10 * i, 255 - i, 7)).save(tmp_path / "photos" / f"{i}.png")
+    arguments = ("train", f"folder:{tmp_path / 'photos'}", "data.resolution=8", *SMALL, "--out", tmp_path / "run")
+    code, _, error = gesso(*arguments)
+    assert code == 1 and "channel 2 of 3 has one value in all 4 images" in error and "data.mean and data.std" in error
+    code, _, error = gesso(*arguments, "data.mean=[0,0,0]", "data.std=[.5,.5,.5]")
+    assert code == 0, error
