@@ -120,7 +120,7 @@ def test_too_many_unreadable(tmp_path, content):
 def test_one_flat_colour(tmp_path):
     Image.new("RGB", (9, 9), "red").save(tmp_path / "x.png")
     loaded = load(tmp_path)
-    with pytest.raises(RunError, match="a channel is constant"):
+    with pytest.raises(RunError, match="channel 0 of 3 has one value in all 1 images"):
         with_dataset_info(DataConfig(source=str(tmp_path)), loaded)
 
 
