@@ -18,7 +18,6 @@ recorded with its error, and one that no time is left for is recorded as such.
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -32,7 +31,7 @@ import engine
 import networks
 import torch
 
-from gesso import recipes
+from gesso import atomic_io, recipes
 from gesso.data.synthetic import with_synthetic_data
 from gesso.training import estimate
 from gesso.training.ranks import SINGLE_PROCESS
@@ -60,13 +59,10 @@ def describe_machine(device: str) -> Row:
         row["device"] = platform.processor() or "cpu"
     for precision in ("bfloat16", "full"):
         run = recipes.resolve("digits", [f"train.precision={precision}"])[0]
-        row[f"matrix products in {precision}, TFLOPs/s"] = round(matmul_tflops(run, device), 3)
+        row[f"matrix products in {precision}, TFLOPs/s"] = round(
+            measure_matmul_flops(run, torch.device(device)) / 1e12, 3
+        )
     return row
-
-
-def matmul_tflops(run: Any, device: str) -> float:
-    """Return the TFLOPs/s of large matrix products in the training precision of a run."""
-    return measure_matmul_flops(run, torch.device(device)) / 1e12
 
 
 def measure_network(name: str, options: argparse.Namespace, peak_tflops: float, **changes: object) -> Row:
@@ -181,10 +177,8 @@ def to_markdown(report: dict[str, Any]) -> str:
 
 def write(report: dict[str, Any], out: Path) -> None:
     """Write OUT.json and OUT.md."""
-    for path, text in ((out.with_suffix(".json"), json.dumps(report, indent=1) + "\n"), (out.with_suffix(".md"), "")):
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text or to_markdown(report), encoding="utf-8")
-        os.replace(temporary, path)
+    atomic_io.write_json(out.with_suffix(".json"), report)
+    atomic_io.write_text(out.with_suffix(".md"), to_markdown(report))
 
 
 def jobs(options: argparse.Namespace, peak_tflops: float) -> list[tuple[str, str, Callable[[], Row]]]:

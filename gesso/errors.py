@@ -1,5 +1,7 @@
 """Errors that a user can cause; the command line prints them without a traceback."""
 
+import textwrap
+
 DISTRIBUTION = "gesso-diffusion"
 """Name of the package for pip; the package to import is gesso."""
 
@@ -7,6 +9,11 @@ DISTRIBUTION = "gesso-diffusion"
 def install_command(extra: str) -> str:
     """Return the command that installs an extra, such as pip install 'gesso-diffusion[vae]'."""
     return f"pip install '{DISTRIBUTION}[{extra}]'"
+
+
+def error_summary(error: Exception) -> str:
+    """Return the message of an error of another library on one line."""
+    return textwrap.shorten(str(error), 160, placeholder=" ...") or type(error).__name__
 
 
 class GessoError(Exception):

@@ -3,12 +3,11 @@
 import importlib
 import re
 import shutil
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gesso.errors import UsageError, install_command
+from gesso.errors import UsageError, error_summary, install_command
 
 RUN_FILES = ("run.yaml", "metrics.json", "README.md", "snapshots/*.safetensors", "code/*.py")
 """Files of a run folder that `gesso push` uploads and `fetch_run` downloads."""
@@ -46,11 +45,6 @@ def import_client() -> Any:
         raise UsageError(f"the Hub needs huggingface_hub: {install_command('hub')}") from None
 
 
-def error_line(error: Exception) -> str:
-    """Return the message of an error on one line."""
-    return textwrap.shorten(str(error), 160, placeholder=" ...") or type(error).__name__
-
-
 def download(
     hub_id: HubId, repo_type: str = "model", patterns: Sequence[str] | None = None, folder: Path | None = None
 ) -> Path:
@@ -76,7 +70,7 @@ def download(
     except UsageError:
         raise
     except Exception as error:  # of the hub's client, of its HTTP library, or of the disk
-        raise UsageError(f"{hub_id}: the download failed ({error_line(error)})") from None
+        raise UsageError(f"{hub_id}: the download failed ({error_summary(error)})") from None
     return Path(path)
 
 

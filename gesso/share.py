@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from gesso import api, config, hub, sampling, snapshot
 from gesso.config import RunConfig
-from gesso.errors import UsageError
+from gesso.errors import UsageError, error_summary
 from gesso.evaluation import results
 from gesso.report.render import render_template
 from gesso.safetensors_io import read_metadata, read_tensors, write_tensors
@@ -59,7 +59,7 @@ def push(folder: Path, args: PushArgs, log: Callable[[str], None] = lambda text:
             )
         except Exception as error:  # of the hub's client, of its HTTP library, or of the disk
             login = " (log in with hf auth login, or set HF_TOKEN)" if "401" in str(error) else ""
-            raise UsageError(f"{hub_id.repo}: the upload failed: {hub.error_line(error)}{login}") from None
+            raise UsageError(f"{hub_id.repo}: the upload failed: {error_summary(error)}{login}") from None
     return f"{client.endpoint}/{hub_id.repo}"
 
 

@@ -16,7 +16,7 @@ from gesso import cli
 from gesso.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
-PAPERS = {"berrada": "Berrada et al. 2024", "edm2": "EDM2", "gesso": "gesso", "own": "gesso", "sweep": "Sweeps"}
+PAPERS = {"berrada": "Berrada et al. 2024", "edm2": "EDM2", "gesso": "gesso", "sweep": "Sweeps"}
 """First word of the name of a results page -> section of the navigation."""
 CONTRIBUTING_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 """Pages of the site that are files of the repository's root."""

@@ -19,10 +19,9 @@ from gesso.config import Resize
 from gesso.config.base import source_path
 from gesso.data import crops
 from gesso.data.encoders import face_blur
-from gesso.data.encoders.hub import error_summary
 from gesso.data.sources import open_source
 from gesso.data.sources.base import WITHOUT_CLASSES, Source, format_names
-from gesso.errors import RunError, UnreadableImageError, UsageError
+from gesso.errors import RunError, UnreadableImageError, UsageError, error_summary
 
 MAX_ARRAY_BYTES = 4 * 2**30
 """Maximum size of an array that is read into memory."""

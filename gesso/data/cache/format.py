@@ -42,7 +42,7 @@ from gesso.data.cache.plan import (
 )
 from gesso.data.encoders import hub
 from gesso.data.in_memory import ProgressCallback
-from gesso.errors import UsageError
+from gesso.errors import UsageError, error_summary
 
 SHARD_DIR = "shards"
 COLUMNS_FILE = "columns.safetensors"
@@ -75,7 +75,7 @@ def read_record(path: Path, kind: type[Record]) -> Record:
     try:
         tree = untrusted.read_json(path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {hub.error_summary(error)}") from None
+        raise UsageError(f"{path} cannot be read: {error_summary(error)}") from None
     return parse_record(tree, path, kind)
 
 
@@ -241,7 +241,7 @@ def _map_file(path: Path, layout: Layout) -> dict[str, Tensor]:
         with safetensors_io.open_bounded(path) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors_io.READ_ERRORS as error:
-        raise UsageError(f"{path} is damaged: {hub.error_summary(error)}") from None
+        raise UsageError(f"{path} is damaged: {error_summary(error)}") from None
     for name in {**layout, **tensors}:
         actual = (tensors[name].dtype, tuple(tensors[name].shape)) if name in tensors else None
         expected = layout.get(name)

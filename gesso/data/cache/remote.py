@@ -36,8 +36,8 @@ from gesso import atomic_io, untrusted
 from gesso.config import addresses
 from gesso.data.cache import format
 from gesso.data.cache.plan import CacheManifest, ColumnFile, ShardFile
-from gesso.data.encoders.hub import error_summary, import_names, sha256_files
-from gesso.errors import DISTRIBUTION, GessoError, RunError, UsageError
+from gesso.data.encoders.hub import import_names, sha256_files
+from gesso.errors import DISTRIBUTION, GessoError, RunError, UsageError, error_summary
 
 fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
 """Locks that end with their process; None on Windows."""

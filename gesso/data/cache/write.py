@@ -38,7 +38,7 @@ from gesso.data.encoders import hub
 from gesso.data.in_memory import ProgressCallback, check_unreadable
 from gesso.data.sources import open_source
 from gesso.data.sources.base import format_names
-from gesso.errors import RunError, StoppedError, UnreadableImageError, UsageError
+from gesso.errors import RunError, StoppedError, UnreadableImageError, UsageError, error_summary
 
 IN_FLIGHT_PER_THREAD = 4
 """Images in progress per thread."""
@@ -140,13 +140,13 @@ def _init_ranks() -> Iterator[tuple[int, int, Callable[[], None]]]:
         try:
             distributed.barrier()
         except RuntimeError as error:
-            raise RunError(f"rank {rank}: another rank exited ({hub.error_summary(error)})") from None
+            raise RunError(f"rank {rank}: another rank exited ({error_summary(error)})") from None
 
     try:
         distributed.init_process_group("gloo", timeout=BARRIER_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise UsageError(
-            f"RANK={rank} WORLD_SIZE={world_size}, but the ranks cannot connect ({hub.error_summary(error)}): "
+            f"RANK={rank} WORLD_SIZE={world_size}, but the ranks cannot connect ({error_summary(error)}): "
             "start them with torchrun -m gesso cache ..."
         ) from None
     try:

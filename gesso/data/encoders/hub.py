@@ -8,14 +8,13 @@ import hashlib
 import importlib
 import json
 import re
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gesso.errors import GessoError, RunError, UsageError, install_command
+from gesso.errors import GessoError, RunError, UsageError, error_summary, install_command
 from gesso.untrusted import read_json_object
 
 
@@ -30,11 +29,6 @@ def import_names(package: str, extra: str, names: Sequence[str]) -> list[Any]:
         raise UsageError(
             f"{package} is installed but cannot be imported ({error_summary(error)}); run gesso doctor"
         ) from None
-
-
-def error_summary(error: Exception) -> str:
-    """Return the message of an error on one line."""
-    return textwrap.shorten(str(error), 160, placeholder=" ...") or type(error).__name__
 
 
 def model_folder(model_id: str, label: str, subfolders: Sequence[str], names: Sequence[str]) -> Path:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gesso import rng
 from gesso.config import SemanticConfig
 from gesso.data.encoders import hub
-from gesso.errors import UsageError
+from gesso.errors import UsageError, error_summary
 
 DEFAULT_WORD_DIM = 64
 """Default dimension of WordVectors."""
@@ -353,6 +353,6 @@ def _load_tokenizer(tokenizer_class: Any, folder: Path, label: str) -> Any:
         with hub.quiet_logging("transformers"):
             tokenizer = tokenizer_class.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # damaged files raise any error
-        raise UsageError(f"{label}: the tokenizer in {folder} cannot be opened: {hub.error_summary(error)}") from error
+        raise UsageError(f"{label}: the tokenizer in {folder} cannot be opened: {error_summary(error)}") from error
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gesso.data.encoders import hub
-from gesso.errors import UsageError
+from gesso.errors import UsageError, error_summary
 from gesso.evaluation.networks.base import FeatureNetwork, SampleConditions
 
 DEFAULT_DINOV2 = "facebook/dinov2-large"
@@ -130,7 +130,7 @@ class CLIPScore(FeatureNetwork):
         try:
             self.tokenizer = tokenizer.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # transformers raises many types for missing or damaged files
-            raise UsageError(f"{label}: its tokenizer cannot be opened: {hub.error_summary(error)}") from error
+            raise UsageError(f"{label}: its tokenizer cannot be opened: {error_summary(error)}") from error
         self.size, self.max_tokens = (
             self.model.config.vision_config.image_size,
             self.model.config.text_config.max_position_embeddings,
